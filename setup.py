@@ -1,0 +1,24 @@
+"""The one compiled module. Everything else about the package stands in pyproject.toml."""
+
+import os
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+PACKAGE = Path("src/kvindex")
+
+# A build that asks for its own level of optimisation (sanitizers, a debugger) keeps it: what is given here comes last
+# on the compiler's command line and would win.
+optimise = [] if "-O" in os.environ.get("CXXFLAGS", "") else ["-O3"]
+
+# No cythonize() call: it replaces the .pyx by the generated C++ in `sources`, and the sdist then lacks the .pyx.
+core = Extension(
+    "kvindex._core",
+    sources=["src/kvindex/_core.pyx"],
+    depends=sorted(str(p) for pattern in ("*.pxd", "_native/*.hpp") for p in PACKAGE.glob(pattern)),
+    include_dirs=["src/kvindex"],
+    language="c++",
+    extra_compile_args=["-std=c++17", *optimise, "-fvisibility=hidden"],
+)
+
+setup(ext_modules=[core])

@@ -1,0 +1,1 @@
+"""The ``kvindex`` command: one file a subcommand."""
