@@ -1,0 +1,202 @@
+"""Captures: what engines published, and what their own caches would have reused, as one file.
+
+A capture is gzip over a stream of msgpack objects: first a header map, then records in the order in which they happened::
+
+    {"format": "kvindex-capture/1", "engine": "vllm", "version": "0.33.0", "block_size": 16, "pods": [...], ...}
+    ["msg", pod, topic, seq, payload]
+    ["query", id, tokens, {"lora_name", "lora_id", "cache_salt", "extra_keys"}, {pod: hit}]
+
+``tokens`` are little-endian u32 bytes; a hit is the number of tokens that the engine's own cache would have reused.
+
+:func:`read_capture` reads one record at a time, so a capture may be larger than memory; :class:`CaptureWriter` writes them.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import zlib
+from collections.abc import Generator, Mapping
+from typing import Any, BinaryIO, NamedTuple, Self, TypeAlias
+
+import msgpack
+import numpy as np
+import numpy.typing as npt
+
+from .errors import CaptureError, InvalidValueError
+
+__all__ = ["FORMAT", "CaptureWriter", "Message", "Query", "Record", "read_capture"]
+
+FORMAT = "kvindex-capture/1"
+
+# The gzip layer hands out at most one of its own buffers a call, so larger pieces would not be larger.
+_CHUNK = 1 << 16
+
+
+class Message(NamedTuple):
+    """One batch of events exactly as an engine's encoder wrote it."""
+
+    pod: str
+    topic: str
+    seq: int
+    payload: bytes
+
+
+class Query(NamedTuple):
+    """One prompt, and per pod how many of its tokens the engine's own cache would have reused at this moment."""
+
+    id: str
+    tokens: npt.NDArray[np.uint32]
+    hits: dict[str, int]
+    lora_name: str | None = None
+    lora_id: int | None = None
+    cache_salt: str | None = None
+    extra_keys: list[Any] | None = None
+
+
+Record: TypeAlias = Message | Query
+
+
+def read_capture(source: str | os.PathLike[str] | BinaryIO) -> Generator[dict[str, Any] | Record, None, None]:
+    """Read a capture: first its header, then every record in order.
+
+    ``source`` is a path, or a binary file, which is read from where it stands and left open. Nothing is read ahead of
+    what is asked for but one chunk, so memory is bounded by the largest record.
+
+    Raises :class:`CaptureError` when the file is no capture, and where it stops being one: every record before that point
+    has been handed out by then. A file that is cut off is such a case; ``offset`` is then the byte of the uncompressed
+    stream at which it ends. Raises ``OSError`` when the file can not be opened. One iterator belongs to one thread.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        with open(source, "rb") as file:
+            yield from _read(file, os.fspath(source))
+    else:
+        yield from _read(source, str(getattr(source, "name", "capture")))
+
+
+def _read(file: BinaryIO, name: str) -> Generator[dict[str, Any] | Record, None, None]:
+    stream = gzip.GzipFile(fileobj=file, mode="rb")
+    unpacker = msgpack.Unpacker(raw=False, strict_map_key=True, max_buffer_size=1 << 30)
+    received = 0
+    start = 0
+    seen_header = False
+    cut = False
+    while not cut:
+        try:
+            chunk = stream.read1(_CHUNK)
+        except EOFError:
+            chunk, cut = b"", True
+        except (gzip.BadGzipFile, zlib.error) as error:
+            if received == 0:
+                raise CaptureError(f"{name} is no gzip file: {error}", 0) from error
+            where = f"after byte {received} of its uncompressed stream"
+            raise CaptureError(f"{name} is damaged {where}: {error}", received) from error
+        if not chunk:
+            break
+        received += len(chunk)
+        unpacker.feed(chunk)
+        while True:
+            try:
+                item = next(unpacker)
+            except StopIteration:
+                break
+            # The C unpacker has no base class for what it raises: FormatError, StackError and UnicodeDecodeError are
+            # ValueErrors, a map key that can not be hashed is a TypeError.
+            except (ValueError, TypeError) as error:
+                raise CaptureError(f"{name}, byte {start}: no msgpack object: {error}", start) from error
+            try:
+                parsed = _record(item) if seen_header else _header(item)
+            except ValueError as error:
+                raise CaptureError(f"{name}, byte {start}: {error}", start) from None
+            seen_header = True
+            start = unpacker.tell()
+            yield parsed
+    if cut or start != received or not seen_header:
+        inside = f"inside the record that starts at byte {start}" if start != received else "after a whole record"
+        raise CaptureError(f"{name} is cut off at byte {received} of its uncompressed stream, {inside}", received)
+
+
+def _header(item: object) -> dict[str, Any]:
+    if not isinstance(item, dict) or "format" not in item:
+        raise ValueError(f"a capture starts with a header map that names its format, not with {_shown(item)}")
+    if item["format"] != FORMAT:
+        raise ValueError(f"the format is {_shown(item['format'])}, this version reads {FORMAT!r}")
+    size = item.get("block_size")
+    if type(size) is not int or size <= 0:
+        raise ValueError(f"the header's block_size must be a positive number of tokens, not {_shown(size)}")
+    return item
+
+
+def _record(item: object) -> Record:
+    match item:
+        case ["msg", str(pod), str(topic), int(seq), bytes(payload)]:
+            return Message(pod, topic, seq, payload)
+        case ["query", str(ident), bytes(tokens), dict(context), dict(hits)]:
+            if len(tokens) % 4:
+                raise ValueError(f"query {ident!r} has {len(tokens)} bytes of tokens, which is no number of u32")
+            if not all(isinstance(pod, str) and type(hit) is int for pod, hit in hits.items()):
+                raise ValueError(f"query {ident!r} must map pods to numbers of tokens, not {_shown(hits)}")
+            return Query(
+                ident,
+                np.frombuffer(tokens, dtype="<u4").astype(np.uint32, copy=False),
+                hits,
+                context.get("lora_name"),
+                context.get("lora_id"),
+                context.get("cache_salt"),
+                context.get("extra_keys"),
+            )
+        case [str(kind), *fields] if kind in ("msg", "query"):
+            raise ValueError(f"a {kind!r} record has other fields than these: {_shown(fields)}")
+        case [str(kind), *_]:
+            raise ValueError(f"unknown kind of record {_shown(kind)}, this version reads 'msg' and 'query'")
+    raise ValueError(f"a record is an array that starts with its kind, not {_shown(item)}")
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+class CaptureWriter:
+    """Write a capture: the header on construction, then records in the order they happen.
+
+    ``target`` is a path, or a binary file, which is left open. ``header`` needs ``block_size`` and by convention names
+    ``engine``, ``version``, ``pods`` and ``model``; ``format`` is filled in. The same records give the same bytes. A
+    context manager: without :meth:`close` the file reads as cut off. One writer belongs to one thread.
+    """
+
+    def __init__(self, target: str | os.PathLike[str] | BinaryIO, header: Mapping[str, Any]) -> None:
+        try:
+            item = _header({**header, "format": FORMAT})
+        except ValueError as error:
+            raise InvalidValueError(str(error)) from None
+        self._packer = msgpack.Packer(use_bin_type=True)
+        self._opened = open(target, "wb") if isinstance(target, (str, os.PathLike)) else None  # noqa: SIM115
+        # No name and no time in the gzip header, so that samples under version control change only with their content.
+        self._stream = gzip.GzipFile(filename="", mode="wb", fileobj=self._opened or target, mtime=0)  # type: ignore[arg-type]
+        self._stream.write(self._packer.pack(item))
+
+    def write(self, record: Record) -> None:
+        """Append one :class:`Message` or :class:`Query`."""
+        item: list[Any]
+        if isinstance(record, Message):
+            item = ["msg", *record]
+        else:
+            context = {"lora_name": record.lora_name, "lora_id": record.lora_id, "cache_salt": record.cache_salt}
+            if record.extra_keys is not None:
+                context["extra_keys"] = record.extra_keys  # type: ignore[assignment]
+            tokens = np.ascontiguousarray(record.tokens, dtype="<u4").tobytes()
+            item = ["query", record.id, tokens, context, record.hits]
+        self._stream.write(self._packer.pack(item))
+
+    def close(self) -> None:
+        """Finish the file; closing twice is fine."""
+        self._stream.close()
+        if self._opened is not None:
+            self._opened.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

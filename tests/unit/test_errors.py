@@ -1,0 +1,47 @@
+"""Every exception is a KVIndexError and the builtin that says the same."""
+
+import inspect
+import pickle
+
+import kvindex
+import pytest
+from kvindex import errors
+
+BUILTIN = {
+    "CapacityError": MemoryError,
+    "CaptureError": ValueError,
+    "EventDecodeError": ValueError,
+    "InvalidTypeError": TypeError,
+    "InvalidValueError": ValueError,
+    "SnapshotError": OSError,
+    "StreamError": RuntimeError,
+    "UnknownPodError": KeyError,
+}
+
+
+def test_the_table_above_is_complete():
+    classes = {n for n, c in vars(errors).items() if inspect.isclass(c) and not n.startswith("_")}
+    assert classes == BUILTIN.keys() | {"KVIndexError"}
+    assert classes == set(errors.__all__)
+
+
+@pytest.mark.parametrize("name", sorted(BUILTIN))
+def test_is_caught_as_the_builtin_and_as_ours(name):
+    cls = getattr(kvindex, name)
+    assert issubclass(cls, errors.KVIndexError)
+    assert issubclass(cls, BUILTIN[name])
+    assert cls.__doc__
+
+
+@pytest.mark.parametrize("name", sorted(BUILTIN))
+def test_shows_the_bare_sentence_and_survives_pickling(name):
+    cls = getattr(errors, name)
+    error = cls("block 3 of 'x'", 17) if name in ("CaptureError", "EventDecodeError") else cls("block 3 of 'x'")
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is cls
+    assert str(copy) == str(error) == "block 3 of 'x'"
+    assert getattr(copy, "offset", None) == getattr(error, "offset", None)
+
+
+def test_an_unknown_pod_without_a_message_is_still_printable():
+    assert str(errors.UnknownPodError()) == ""
