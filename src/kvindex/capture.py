@@ -1,6 +1,6 @@
 """Captures: what engines published, and what their own caches would have reused, as one file.
 
-A capture is gzip over a stream of msgpack objects: first a header map, then records in the order in which they happened::
+A capture is gzip over a stream of msgpack objects: first a header map, then records in the order they happened::
 
     {"format": "kvindex-capture/1", "engine": "vllm", "version": "0.33.0", "block_size": 16, "pods": [...], ...}
     ["msg", pod, topic, seq, payload]
@@ -8,7 +8,8 @@ A capture is gzip over a stream of msgpack objects: first a header map, then rec
 
 ``tokens`` are little-endian u32 bytes; a hit is the number of tokens that the engine's own cache would have reused.
 
-:func:`read_capture` reads one record at a time, so a capture may be larger than memory; :class:`CaptureWriter` writes them.
+:func:`read_capture` reads one record at a time, so a capture may be larger than memory; :class:`CaptureWriter` writes
+them.
 """
 
 from __future__ import annotations
@@ -63,9 +64,10 @@ def read_capture(source: str | os.PathLike[str] | BinaryIO) -> Generator[dict[st
     ``source`` is a path, or a binary file, which is read from where it stands and left open. Nothing is read ahead of
     what is asked for but one chunk, so memory is bounded by the largest record.
 
-    Raises :class:`CaptureError` when the file is no capture, and where it stops being one: every record before that point
-    has been handed out by then. A file that is cut off is such a case; ``offset`` is then the byte of the uncompressed
-    stream at which it ends. Raises ``OSError`` when the file can not be opened. One iterator belongs to one thread.
+    Raises :class:`CaptureError` when the file is no capture, and where it stops being one: every record before that
+    point has been handed out by then. A file that is cut off is such a case; ``offset`` is then the byte of the
+    uncompressed stream at which it ends. Raises ``OSError`` when the file can not be opened. One iterator belongs to
+    one thread.
     """
     if isinstance(source, (str, os.PathLike)):
         with open(source, "rb") as file:

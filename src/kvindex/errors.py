@@ -1,7 +1,8 @@
 """The exceptions of kvindex.
 
-Every one is a :class:`KVIndexError` and the builtin that says the same thing, so ``except kvindex.KVIndexError`` catches
-whatever this library raises on purpose, and code that knows only the builtins (``except ValueError``) works as well.
+Every one is a :class:`KVIndexError` and the builtin that says the same thing, so ``except kvindex.KVIndexError``
+catches whatever this library raises on purpose, and code that knows only the builtins (``except ValueError``) works as
+well.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class EventDecodeError(_AtByte, ValueError):
 
 
 class InvalidValueError(KVIndexError, ValueError):
-    """An argument has the right type and a value that can not be meant; the message names it and what would be right."""
+    """An argument has the right type and an impossible value; the message names it and what would be right."""
 
 
 class InvalidTypeError(KVIndexError, TypeError):
@@ -71,7 +72,7 @@ class SnapshotError(KVIndexError, OSError):
 class CaptureError(_AtByte, ValueError):
     """A capture can not be read any further.
 
-    ``offset`` is the byte of the uncompressed stream up to which everything was good.
+    ``offset`` is the byte of the uncompressed stream where the record that is wrong starts, or where a cut-off file ends.
     """
 
 

@@ -7,6 +7,7 @@ import random
 import msgpack
 import numpy as np
 import pytest
+
 from kvindex import CaptureError, InvalidValueError
 from kvindex.capture import FORMAT, CaptureWriter, Message, Query, read_capture
 

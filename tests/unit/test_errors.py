@@ -3,8 +3,9 @@
 import inspect
 import pickle
 
-import kvindex
 import pytest
+
+import kvindex
 from kvindex import errors
 
 BUILTIN = {
