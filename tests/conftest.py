@@ -1,0 +1,30 @@
+"""What every test may ask for."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+HERE = Path(__file__).resolve().parent
+
+# Tests are imported by path (--import-mode=importlib), which leaves what they share without a way in.
+sys.path.insert(0, str(HERE))
+
+# Two cores shared with a build cannot promise a time per example, so no deadline: what is bounded is the count.
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+settings.register_profile("default", max_examples=100, stateful_step_count=40, **_COMMON)
+settings.register_profile("nightly", max_examples=5000, stateful_step_count=80, **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The directory of captures, wire vectors and traces beside the checkout; visibly skipped where it is not."""
+    path = HERE.parent.parent / "shared"
+    if not path.is_dir():
+        pytest.skip(f"no recorded streams: {path} is not there")
+    return path
