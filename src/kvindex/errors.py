@@ -72,7 +72,7 @@ class SnapshotError(KVIndexError, OSError):
 class CaptureError(_AtByte, ValueError):
     """A capture can not be read any further.
 
-    ``offset`` is the byte of the uncompressed stream where the record that is wrong starts, or where a cut-off file ends.
+    ``offset`` is the byte of the uncompressed stream at which a wrong record starts, or a cut-off file ends.
     """
 
 

@@ -1,0 +1,118 @@
+# make demo   a simulated fleet in this terminal         make test   every test
+# The rest is at the bottom. Nothing is installed outside .venv and .build, except Debian packages that the machine lacks.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+JOBS ?= $(shell nproc)
+SECONDS ?= 60
+
+BIN := .venv/bin
+CORE := $(wildcard src/kvindex/*.pyx src/kvindex/*.pxd src/kvindex/_native/*.hpp)
+SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
+
+# $(call need,test,packages): install the Debian packages when the test fails, and say what is missing where there is no apt-get.
+define need
+@( $(1) ) >/dev/null 2>&1 </dev/null || { \
+	command -v apt-get >/dev/null || { echo "missing on this machine, please install: $(2)" >&2; exit 1; }; \
+	echo "installing $(2)"; \
+	$(SUDO) apt-get update -qq </dev/null; \
+	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(2) </dev/null >/dev/null; }
+endef
+
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+
+$(BIN)/python:
+	$(call need,command -v $(PYTHON) && $(PYTHON) -c 'import ensurepip',python3-venv)
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit(f"kvindex needs Python 3.11, this is {v[0]}.{v[1]}; name another: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+
+# The package itself, in place, so that a changed Python file needs no build and a changed core needs only this.
+.venv/.installed: pyproject.toml setup.py $(CORE) | $(BIN)/python
+	$(call need,command -v $${CXX:-g++},g++)
+	$(call need,$(PYTHON) -c 'import sysconfig; open(sysconfig.get_path("include") + "/Python.h")',python3-dev)
+	$(PIP) install --quiet --editable '.[cli]'
+	touch $@
+
+# What only the tests need, apart, so that the demo does not wait for it. Read from the extra rather than installed as
+# '.[test]', which would build the core a second time.
+.venv/.test-tools: .venv/.installed
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["test"], sep="\n")' \
+		| $(PIP) install --quiet --requirement /dev/stdin
+	touch $@
+
+.PHONY: help build demo test sanitize fuzz lint dist clean
+
+help:
+	@echo 'make demo              build, then a simulated fleet with its events flowing into the index'
+	@echo 'make test              every test'
+	@echo 'make sanitize          the tests with the core under the address and undefined-behaviour sanitizers'
+	@echo 'make fuzz SECONDS=60   a coverage-guided fuzzer on the event decoder'
+	@echo 'make lint              style and types'
+	@echo 'make dist              sdist and wheel'
+	@echo 'make clean             remove everything built, and .venv'
+
+build: .venv/.installed
+
+demo: .venv/.installed
+	$(BIN)/kvindex demo
+
+test: .venv/.test-tools
+	$(BIN)/python -m pytest -q -n $(JOBS)
+
+# The sanitized core lies in a tree of its own, before the checkout on the path; everything else comes from .venv.
+# -UNDEBUG because Python's own flags switch the core's assertions off; -O1 keeps the stack traces readable.
+SANITIZED := .build/sanitize
+SANITIZE_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g -UNDEBUG
+
+$(SANITIZED)/.built: setup.py $(CORE) $(shell find src/kvindex -name '*.py') | .venv/.test-tools
+	rm -rf $(SANITIZED)
+	CFLAGS='$(SANITIZE_FLAGS)' CXXFLAGS='$(SANITIZE_FLAGS)' LDFLAGS='-fsanitize=address,undefined' \
+		$(BIN)/python setup.py --quiet build --force --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	touch $@
+
+# Python itself is not sanitized: the runtimes are preloaded, small objects go through malloc so that they are watched
+# too, and what the interpreter keeps until exit is no leak. Packaging and typing start compilers and other tools, which
+# the preloaded runtimes would only slow down; plots run third-party native code that is not what is tested here.
+SANITIZE_RUN = env LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	PYTHONMALLOC=malloc PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib \
+	ASAN_OPTIONS=detect_leaks=0:strict_string_checks=1:detect_stack_use_after_return=1 \
+	UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
+
+sanitize: .venv/.test-tools $(SANITIZED)/.built
+	$(SANITIZE_RUN) $(BIN)/python -c 'import kvindex._core as c; assert "$(SANITIZED)" in c.__file__, c.__file__'
+	$(SANITIZE_RUN) $(BIN)/python -m pytest -q -n $(JOBS) -k 'not plot' --ignore tests/packaging --ignore tests/typing
+
+FUZZ := .build/fuzz
+CLANG := $$(command -v clang++ || command -v clang++-14)
+FUZZ_FLAGS := -std=c++17 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all
+
+$(FUZZ)/fuzz_ingest: tests/fuzz/fuzz_ingest.cpp $(wildcard src/kvindex/_native/*.hpp)
+	$(call need,echo 'extern "C" int LLVMFuzzerTestOneInput(const char*$(comma) unsigned long) { return 0; }' \
+		| $(CLANG) $(FUZZ_FLAGS) -x c++ - -o /dev/null,clang-14 libclang-rt-14-dev)
+	mkdir -p $(@D)
+	$(CLANG) $(FUZZ_FLAGS) -Isrc/kvindex -Isrc/kvindex/_native $< -o $@
+
+comma := ,
+
+fuzz: .venv/.test-tools $(FUZZ)/fuzz_ingest
+	$(BIN)/python tests/fuzz/seeds.py $(FUZZ)/corpus
+	$(FUZZ)/fuzz_ingest -max_total_time=$(SECONDS) -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 \
+		-artifact_prefix=$(FUZZ)/ $(FUZZ)/corpus
+
+lint: .venv/.test-tools
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+dist: .venv/.test-tools
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+	@ls -l dist
+
+clean:
+	rm -rf .venv .build build dist src/*.egg-info src/kvindex/_core.cpp src/kvindex/*.so
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
