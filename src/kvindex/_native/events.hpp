@@ -13,6 +13,8 @@
 #include <cstring>
 #include <vector>
 
+#include "msgpack.hpp"
+
 namespace kvindex {
 
 // A string of the payload. It is valid as long as the payload's buffer is; it may hold any bytes, not only UTF-8.
@@ -104,6 +106,501 @@ struct DecodeFault {
     size_t offset = 0;
 };
 
-bool decode_batch(const uint8_t* p, size_t n, Batch& out, DecodeFault& fault);
+namespace events_detail {
+
+// The fields that are read, in the order of BlockStored's array form (vLLM 0.9-0.23, SGLang <= 0.5.19).
+enum Field : uint8_t {
+    f_type,
+    f_hashes,
+    f_parent,
+    f_tokens,
+    f_block_size,
+    f_lora_id,
+    f_medium,
+    f_lora_name,
+    f_extra_keys,
+    f_group,
+    f_spec_kind,
+    f_window,
+    f_cache_salt,
+    f_unknown
+};
+
+constexpr uint32_t bit(Field f) { return 1u << f; }
+
+constexpr Field stored_fields[] = {f_type,   f_hashes,    f_parent,     f_tokens, f_block_size, f_lora_id,
+                                   f_medium, f_lora_name, f_extra_keys, f_group,  f_spec_kind,  f_window};
+constexpr Field removed_fields[] = {f_type, f_hashes, f_medium, f_group};
+constexpr uint32_t removed_mask = bit(f_type) | bit(f_hashes) | bit(f_medium) | bit(f_group);
+
+template <size_t N>
+bool is(const uint8_t* p, const char (&name)[N]) {
+    return std::memcmp(p, name, N - 1) == 0;
+}
+
+// The lengths of the names tell them apart almost completely, so a key costs a jump and one or two comparisons whose
+// length the compiler knows.
+inline Field field_of(const uint8_t* p, uint32_t n) {
+    switch (n) {
+        case 4: return is(p, "type") ? f_type : f_unknown;
+        case 6: return is(p, "medium") ? f_medium : f_unknown;
+        case 7: return is(p, "lora_id") ? f_lora_id : f_unknown;
+        case 9:
+            if (is(p, "token_ids")) return f_tokens;
+            if (is(p, "lora_name")) return f_lora_name;
+            return is(p, "group_idx") ? f_group : f_unknown;
+        case 10:
+            if (is(p, "block_size")) return f_block_size;
+            if (is(p, "extra_keys")) return f_extra_keys;
+            return is(p, "cache_salt") ? f_cache_salt : f_unknown;
+        case 12: return is(p, "block_hashes") ? f_hashes : f_unknown;
+        case 17: return is(p, "parent_block_hash") ? f_parent : f_unknown;
+        case 18: return is(p, "kv_cache_spec_kind") ? f_spec_kind : f_unknown;
+        case 28: return is(p, "kv_cache_spec_sliding_window") ? f_window : f_unknown;
+        default: return f_unknown;
+    }
+}
+
+inline EventKind kind_of(const uint8_t* p, uint32_t n) {
+    switch (n) {
+        case 11: return is(p, "BlockStored") ? EventKind::stored : EventKind::other;
+        case 12: return is(p, "BlockRemoved") ? EventKind::removed : EventKind::other;
+        case 16: return is(p, "AllBlocksCleared") ? EventKind::cleared : EventKind::other;
+        default: return EventKind::other;
+    }
+}
+
+// An engine hash as u64. Bytes (vLLM's sha256 and xxhash digests, of 16, 32 or 64) count by their last eight, because
+// that is what vLLM itself makes an integer of; so a stream in either form names the same blocks.
+inline bool fold_hash(const MsgValue& v, uint64_t& hash) {
+    switch (v.type) {
+        case MsgType::uint:
+        case MsgType::negative: hash = v.u; return true;
+        case MsgType::bin: {
+            if (v.n == 0) return false;
+            if (v.n >= 8) {
+                hash = load_be64(v.data + v.n - 8);
+                return true;
+            }
+            hash = 0;
+            for (uint32_t i = 0; i < v.n; ++i) hash = hash << 8 | v.data[i];
+            return true;
+        }
+        default: return false;
+    }
+}
+
+// Reads one batch. Every member returns false only when the payload itself is unsound (the reader then holds the
+// fault); what is merely wrong with one field is kept in bad_ and judged when the event's type is known: a map may name
+// its type last, and what is wrong with a field that this type does not have is nobody's business.
+class BatchDecoder {
+  public:
+    BatchDecoder(const uint8_t* p, size_t n, Batch& out) : r_(p, n), out_(out) {}
+
+    bool batch() {
+        if (r_.left() == 0) return r_.fail("the payload is empty", r_.p);
+        if (r_.left() > UINT32_MAX) return r_.fail("the payload is longer than 4 GiB", r_.p);
+        const uint8_t* const at = r_.p;
+        MsgValue v;
+        if (!r_.next(v)) return false;
+        if (v.type == MsgType::array) {
+            if (v.n < 2) return r_.fail("a batch array has a timestamp and events, this one is shorter", at);
+            if (!timestamp() || !events()) return false;
+            if (v.n > 2 && !rank()) return false;
+            if (v.n > 3 && !r_.skip(v.n - 3)) return false;
+        } else if (v.type == MsgType::map) {
+            if (!batch_map(v.n, at)) return false;
+        } else {
+            return r_.fail("a batch is an array or a map, this is neither", at);
+        }
+        return r_.p == r_.end || r_.fail("bytes follow the end of the batch", r_.p);
+    }
+
+    const MsgReader& reader() const { return r_; }
+
+  private:
+    bool batch_map(uint32_t pairs, const uint8_t* map_at) {
+        bool has_ts = false;
+        bool has_events = false;
+        for (uint32_t i = 0; i < pairs; ++i) {
+            MsgValue key;
+            if (!r_.next(key)) return false;
+            if (key.type == MsgType::str && key.n == 2 && is(key.data, "ts")) {
+                has_ts = true;
+                if (!timestamp()) return false;
+            } else if (key.type == MsgType::str && key.n == 6 && is(key.data, "events")) {
+                has_events = true;
+                out_.events.clear();
+                out_.tokens.clear();
+                out_.hashes.clear();
+                if (!events()) return false;
+            } else if (key.type == MsgType::str && key.n == 18 && is(key.data, "data_parallel_rank")) {
+                if (!rank()) return false;
+            } else if (!r_.skip(key.children() + 1)) {
+                return false;
+            }
+        }
+        if (!has_ts) return r_.fail("a batch map has a key ts, this one has none", map_at);
+        if (!has_events) return r_.fail("a batch map has a key events, this one has none", map_at);
+        return true;
+    }
+
+    bool timestamp() {
+        const uint8_t* const at = r_.p;
+        MsgValue v;
+        if (!r_.next(v)) return false;
+        // Seconds reach 1e11 in the year 5138, milliseconds did in 1973: an integer above it is the millisecond form.
+        constexpr uint64_t ms_from = 100000000000u;
+        switch (v.type) {
+            case MsgType::real: out_.ts = v.d; return true;
+            case MsgType::uint:
+                out_.ts = v.u > ms_from ? static_cast<double>(v.u) / 1000.0 : static_cast<double>(v.u);
+                return true;
+            case MsgType::negative: out_.ts = static_cast<double>(static_cast<int64_t>(v.u)); return true;
+            default: return r_.fail("the batch's timestamp is no number", at);
+        }
+    }
+
+    bool rank() {
+        const uint8_t* const at = r_.p;
+        MsgValue v;
+        if (!r_.next(v)) return false;
+        if (v.is_nil()) {
+            out_.dp_rank = -1;
+            return true;
+        }
+        if (!v.is_uint() || v.u > INT32_MAX) {
+            return r_.fail("the batch's data_parallel_rank is neither nil nor a non-negative 32-bit integer", at);
+        }
+        out_.dp_rank = static_cast<int64_t>(v.u);
+        return true;
+    }
+
+    bool events() {
+        const uint8_t* const at = r_.p;
+        MsgValue v;
+        if (!r_.next(v)) return false;
+        if (v.type != MsgType::array) return r_.fail("the batch's events are no array", at);
+        for (uint32_t i = 0; i < v.n; ++i) {
+            if (!event()) return false;
+        }
+        return true;
+    }
+
+    bool event() {
+        const uint8_t* const at = r_.p;
+        out_.events.emplace_back();
+        e_ = &out_.events.back();
+        e_->offset = static_cast<uint32_t>(at - r_.begin);
+        e_->hash_at = static_cast<uint32_t>(out_.hashes.size());
+        e_->token_at = static_cast<uint32_t>(out_.tokens.size());
+        seen_ = 0;
+        bad_ = 0;
+        bad_token_ = false;
+        MsgValue v;
+        if (!r_.next(v)) return false;
+        if (v.type == MsgType::array) {
+            if (!event_array(v.n)) return false;
+        } else if (v.type == MsgType::map) {
+            if (!event_map(v.n)) return false;
+        } else {
+            e_->bad = Reason::bad_event;
+        }
+        e_->bytes = static_cast<uint32_t>(r_.p - at);
+        judge();
+        return true;
+    }
+
+    bool event_array(uint32_t n) {
+        if (n == 0) {
+            e_->bad = Reason::bad_event;
+            return true;
+        }
+        MsgValue tag;
+        if (!r_.next(tag)) return false;
+        if (!set_kind(tag)) return r_.skip(tag.children() + n - 1);
+        const Field* fields = stored_fields;
+        size_t known = 1;
+        if (e_->kind == EventKind::stored) known = sizeof stored_fields / sizeof *stored_fields;
+        if (e_->kind == EventKind::removed) {
+            fields = removed_fields;
+            known = sizeof removed_fields / sizeof *removed_fields;
+        }
+        uint32_t i = 1;
+        for (; i < n && i < known; ++i) {
+            if (!(fields[i] == f_lora_name ? array_element_7() : field(fields[i]))) return false;
+        }
+        return r_.skip(n - i);
+    }
+
+    bool event_map(uint32_t pairs) {
+        for (uint32_t i = 0; i < pairs; ++i) {
+            MsgValue key;
+            // The names are all shorter than 32 bytes and every encoder writes such a header in one byte.
+            if (r_.p != r_.end && (*r_.p & 0xe0) == 0xa0 && r_.left() > (*r_.p & 0x1fu)) {
+                key.type = MsgType::str;
+                key.n = *r_.p & 0x1fu;
+                key.data = r_.p + 1;
+                r_.p += 1 + key.n;
+            } else if (!r_.next(key)) {
+                return false;
+            }
+            const Field f = key.type == MsgType::str ? field_of(key.data, key.n) : f_unknown;
+            if (f == f_unknown) {
+                if (!r_.skip(key.children() + 1)) return false;
+            } else if (f == f_type) {
+                MsgValue tag;
+                if (!r_.next(tag)) return false;
+                seen_ |= bit(f_type);
+                if (!set_kind(tag) && !r_.skip(tag.children())) return false;
+            } else if (!field(f)) {
+                return false;
+            }
+        }
+        // Mooncake's store publishes maps that name their kind differently: not broken, but none of ours.
+        if (!(seen_ & bit(f_type))) e_->bad = Reason::unknown_event;
+        return true;
+    }
+
+    bool set_kind(const MsgValue& tag) {
+        e_->kind = EventKind::other;
+        e_->bad = Reason::bad_event;
+        if (tag.type != MsgType::str) return false;
+        e_->kind = kind_of(tag.data, tag.n);
+        e_->bad = e_->kind == EventKind::other ? Reason::unknown_event : Reason::none;
+        return true;
+    }
+
+    // Keeps of an event what it may keep, now that its type and all its fields are known.
+    void judge() {
+        Event& e = *e_;
+        if (e.bad == Reason::none) {
+            if (e.kind == EventKind::stored) {
+                const uint32_t needed = bit(f_hashes) | bit(f_tokens);
+                if (bad_ != 0 || (seen_ & needed) != needed) {
+                    e.bad = Reason::bad_event;
+                } else if (bad_token_) {
+                    e.bad = Reason::bad_token;
+                }
+            } else if (e.kind == EventKind::removed) {
+                if ((bad_ & removed_mask) != 0 || (seen_ & bit(f_hashes)) == 0) e.bad = Reason::bad_event;
+            }
+        }
+        const bool hashes = e.bad == Reason::none && e.kind != EventKind::cleared;
+        const bool tokens = e.bad == Reason::none && e.kind == EventKind::stored;
+        if (!hashes) out_.hashes.resize(e.hash_at);
+        if (!tokens) out_.tokens.resize(e.token_at);
+        e.n_hashes = static_cast<uint32_t>(out_.hashes.size()) - e.hash_at;
+        e.n_tokens = static_cast<uint32_t>(out_.tokens.size()) - e.token_at;
+    }
+
+    // A key that comes twice counts as it came last, as in every decoder that fills a dictionary.
+    bool field(Field f) {
+        seen_ |= bit(f);
+        bad_ &= ~bit(f);
+        switch (f) {
+            case f_hashes: return hashes();
+            case f_parent: return parent();
+            case f_tokens: return tokens();
+            case f_block_size: return number(f, e_->block_size);
+            case f_lora_id: return lora_id();
+            case f_medium: return text(f, e_->medium);
+            case f_lora_name: return text(f, e_->lora_name);
+            case f_extra_keys: return extra_keys();
+            case f_group: return number(f, e_->group, -1);
+            case f_spec_kind: return text(f, e_->spec_kind);
+            case f_window: return number(f, e_->window, 0);
+            case f_cache_salt: return text(f, e_->cache_salt);
+            case f_type:
+            case f_unknown: break;
+        }
+        return r_.skip(1);
+    }
+
+    // Element 7 of BlockStored's array form is the LoRA name in vLLM's; SGLang puts a map with the cache salt there.
+    bool array_element_7() {
+        if (r_.p == r_.end || ((*r_.p & 0xf0) != 0x80 && *r_.p != 0xde && *r_.p != 0xdf)) return field(f_lora_name);
+        MsgValue v;
+        if (!r_.next(v)) return false;
+        for (uint32_t i = 0; i < v.n; ++i) {
+            MsgValue key;
+            if (!r_.next(key)) return false;
+            const Field f = key.type == MsgType::str ? field_of(key.data, key.n) : f_unknown;
+            const bool ours = f == f_cache_salt || f == f_lora_name;
+            if (!(ours ? field(f) : r_.skip(key.children() + 1))) return false;
+        }
+        return true;
+    }
+
+    bool wrong(Field f, const MsgValue& v) {
+        bad_ |= bit(f);
+        return r_.skip(v.children());
+    }
+
+    bool text(Field f, StrRef& s) {
+        MsgValue v;
+        if (!r_.next(v)) return false;
+        s = StrRef{};
+        if (v.type == MsgType::str) {
+            s.p = reinterpret_cast<const char*>(v.data);
+            s.n = v.n;
+            return true;
+        }
+        return v.is_nil() || wrong(f, v);
+    }
+
+    bool number(Field f, uint64_t& x) {
+        MsgValue v;
+        if (!r_.next(v)) return false;
+        x = v.is_uint() ? v.u : 0;
+        return v.is_uint() || v.is_nil() || wrong(f, v);
+    }
+
+    bool number(Field f, int64_t& x, int64_t unset) {
+        MsgValue v;
+        if (!r_.next(v)) return false;
+        x = unset;
+        if (v.is_nil()) return true;
+        if (!v.is_uint() || v.u > INT64_MAX) return wrong(f, v);
+        x = static_cast<int64_t>(v.u);
+        return true;
+    }
+
+    bool parent() {
+        MsgValue v;
+        if (!r_.next(v)) return false;
+        e_->has_parent = fold_hash(v, e_->parent);
+        return e_->has_parent || v.is_nil() || wrong(f_parent, v);
+    }
+
+    // Zero and negative ids mean "no LoRA" (AIBrix writes -1).
+    bool lora_id() {
+        MsgValue v;
+        if (!r_.next(v)) return false;
+        e_->lora_id = 0;
+        e_->lora_id_name = StrRef{};
+        switch (v.type) {
+            case MsgType::nil:
+            case MsgType::negative: return true;
+            case MsgType::uint:
+                if (v.u > INT64_MAX) return wrong(f_lora_id, v);
+                e_->lora_id = static_cast<int64_t>(v.u);
+                return true;
+            case MsgType::str:
+                e_->lora_id_name.p = reinterpret_cast<const char*>(v.data);
+                e_->lora_id_name.n = v.n;
+                return true;
+            default: return wrong(f_lora_id, v);
+        }
+    }
+
+    bool hashes() {
+        out_.hashes.resize(e_->hash_at);
+        MsgValue v;
+        if (!r_.next(v)) return false;
+        if (v.type != MsgType::array) return wrong(f_hashes, v);
+        const uint32_t n = v.n;
+        out_.hashes.resize(e_->hash_at + size_t{n});
+        uint64_t* const hash = out_.hashes.data() + e_->hash_at;
+        for (uint32_t i = 0; i < n; ++i) {
+            // Hashes fill the range, so all but one in 2^32 of the unsigned ones come in this form.
+            if (r_.left() >= 9 && *r_.p == 0xcf) {
+                hash[i] = load_be64(r_.p + 1);
+                r_.p += 9;
+                continue;
+            }
+            if (!r_.next(v)) return false;
+            if (!fold_hash(v, hash[i])) {
+                bad_ |= bit(f_hashes);
+                return r_.skip(v.children() + n - i - 1);
+            }
+        }
+        return true;
+    }
+
+    bool tokens() {
+        out_.tokens.resize(e_->token_at);
+        bad_token_ = false;
+        MsgValue v;
+        if (!r_.next(v)) return false;
+        if (v.is_nil()) return true;
+        if (v.type != MsgType::array) return wrong(f_tokens, v);
+        const uint32_t n = v.n;
+        out_.tokens.resize(e_->token_at + size_t{n});
+        uint32_t* const token = out_.tokens.data() + e_->token_at;
+        for (uint32_t i = 0; i < n;) {
+            i += static_cast<uint32_t>(read_u32s(r_.p, r_.begin, r_.end, token + i, n - i));
+            if (i == n) break;
+            // A longer form than the number needs, a pair, a string, a sign: or the end of the payload.
+            if (!r_.next(v)) return false;
+            if (!v.is_uint() || v.u > UINT32_MAX) {
+                bad_token_ = true;
+                return r_.skip(v.children() + n - i - 1);
+            }
+            token[i++] = static_cast<uint32_t>(v.u);
+        }
+        return true;
+    }
+
+    // A list with nil or a list for each block. The keys are read where they are used; here it is made sure that they
+    // can be: strings, integers, bytes, floats, nil and lists of these.
+    bool extra_keys() {
+        e_->extra_keys = nullptr;
+        e_->extra_keys_bytes = 0;
+        const uint8_t* const at = r_.p;
+        MsgValue v;
+        if (!r_.next(v)) return false;
+        if (v.is_nil()) return true;
+        if (v.type != MsgType::array) return wrong(f_extra_keys, v);
+        for (uint32_t entries = v.n; entries != 0;) {
+            const size_t nils = nil_run(r_.p, r_.left() < entries ? r_.left() : entries);
+            r_.p += nils;
+            entries -= static_cast<uint32_t>(nils);
+            if (entries == 0) break;
+            --entries;
+            if (!r_.next(v)) return false;
+            if (v.type != MsgType::array) {
+                bad_ |= bit(f_extra_keys);
+                return r_.skip(v.children() + entries);
+            }
+            for (uint64_t keys = v.n; keys != 0;) {
+                if (!r_.next(v)) return false;
+                --keys;
+                if (v.type == MsgType::map || v.type == MsgType::ext) {
+                    bad_ |= bit(f_extra_keys);
+                    return r_.skip(v.children() + keys + entries);
+                }
+                keys += v.children();
+                if (keys > r_.left()) return r_.fail("more items are declared than there are bytes left", r_.p);
+            }
+        }
+        e_->extra_keys = at;
+        e_->extra_keys_bytes = static_cast<uint32_t>(r_.p - at);
+        return true;
+    }
+
+    MsgReader r_;
+    Batch& out_;
+    Event* e_ = nullptr;
+    uint32_t seen_ = 0;
+    uint32_t bad_ = 0;
+    bool bad_token_ = false;
+};
+
+}  // namespace events_detail
+
+// Decodes one payload, [ts, events, data_parallel_rank] or a map of them, into `out`, in one pass over the bytes.
+// Events are arrays that start with their tag or maps with a key `type`, in any mixture, and each is judged by itself:
+// one that is sound msgpack but no sound event has `bad` set and costs its siblings nothing. False: the bytes are no
+// batch, `fault` says why and where, and `out` is not to be used.
+inline bool decode_batch(const uint8_t* p, size_t n, Batch& out, DecodeFault& fault) {
+    out.reset();
+    events_detail::BatchDecoder decoder(p, n, out);
+    if (decoder.batch()) return true;
+    const MsgReader& r = decoder.reader();
+    fault.what = r.fault;
+    fault.offset = static_cast<size_t>(r.fault_at - r.begin);
+    return false;
+}
 
 }  // namespace kvindex
