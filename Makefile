@@ -11,7 +11,7 @@ JOBS ?= $(shell nproc)
 SECONDS ?= 60
 
 BIN := .venv/bin
-CORE := $(wildcard src/kvindex/*.pyx src/kvindex/*.pxd src/kvindex/_native/*.hpp)
+CORE := $(wildcard src/kvindex/*.pyx src/kvindex/*.pxd src/kvindex/*.hpp src/kvindex/_native/*.hpp)
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 
 # $(call need,test,packages): install the Debian packages when the test fails, and say what is missing where there is no apt-get.
@@ -61,7 +61,7 @@ demo: .venv/.installed
 	$(BIN)/kvindex demo
 
 test: .venv/.test-tools
-	$(BIN)/python -m pytest -q -n $(JOBS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup
 
 # The sanitized core lies in a tree of its own, before the checkout on the path; everything else comes from .venv.
 # -UNDEBUG because Python's own flags switch the core's assertions off; -O1 keeps the stack traces readable.
