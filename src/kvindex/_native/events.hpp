@@ -438,49 +438,56 @@ class BatchDecoder {
     }
 
     bool text(Field f, StrRef& s) {
+        s = StrRef{};
+        if (r_.take_nil()) return true;
         MsgValue v;
         if (!r_.next(v)) return false;
-        s = StrRef{};
         if (v.type == MsgType::str) {
             s.p = reinterpret_cast<const char*>(v.data);
             s.n = v.n;
             return true;
         }
-        return v.is_nil() || wrong(f, v);
+        return wrong(f, v);
     }
 
     bool number(Field f, uint64_t& x) {
+        x = 0;
+        if (r_.take_nil()) return true;
         MsgValue v;
         if (!r_.next(v)) return false;
-        x = v.is_uint() ? v.u : 0;
-        return v.is_uint() || v.is_nil() || wrong(f, v);
+        if (!v.is_uint()) return wrong(f, v);
+        x = v.u;
+        return true;
     }
 
     bool number(Field f, int64_t& x, int64_t unset) {
+        x = unset;
+        if (r_.take_nil()) return true;
         MsgValue v;
         if (!r_.next(v)) return false;
-        x = unset;
-        if (v.is_nil()) return true;
         if (!v.is_uint() || v.u > INT64_MAX) return wrong(f, v);
         x = static_cast<int64_t>(v.u);
         return true;
     }
 
     bool parent() {
+        e_->parent = 0;
+        e_->has_parent = false;
+        if (r_.take_nil()) return true;
         MsgValue v;
         if (!r_.next(v)) return false;
         e_->has_parent = fold_hash(v, e_->parent);
-        return e_->has_parent || v.is_nil() || wrong(f_parent, v);
+        return e_->has_parent || wrong(f_parent, v);
     }
 
     // Zero and negative ids mean "no LoRA" (AIBrix writes -1).
     bool lora_id() {
-        MsgValue v;
-        if (!r_.next(v)) return false;
         e_->lora_id = 0;
         e_->lora_id_name = StrRef{};
+        if (r_.take_nil()) return true;
+        MsgValue v;
+        if (!r_.next(v)) return false;
         switch (v.type) {
-            case MsgType::nil:
             case MsgType::negative: return true;
             case MsgType::uint:
                 if (v.u > INT64_MAX) return wrong(f_lora_id, v);
@@ -547,10 +554,10 @@ class BatchDecoder {
     bool extra_keys() {
         e_->extra_keys = nullptr;
         e_->extra_keys_bytes = 0;
+        if (r_.take_nil()) return true;
         const uint8_t* const at = r_.p;
         MsgValue v;
         if (!r_.next(v)) return false;
-        if (v.is_nil()) return true;
         if (v.type != MsgType::array) return wrong(f_extra_keys, v);
         for (uint32_t entries = v.n; entries != 0;) {
             const size_t nils = nil_run(r_.p, r_.left() < entries ? r_.left() : entries);
