@@ -1,0 +1,53 @@
+"""A simulated fleet: engines that allocate, share, evict and publish like the real ones, and know the truth.
+
+- :class:`Engine` is one worker's paged KV cache; :meth:`Engine.hit` is its own answer to a query.
+- :func:`encode_batch` writes its events in any wire form of :data:`FORMS`.
+- :func:`chat` and :func:`mooncake` are what users send.
+- :class:`Fleet` serves it with a routing policy and compares an index with every engine.
+- :func:`write_sample` records such a run as a capture.
+
+No clock, no socket, no thread, and no randomness but from seeds: the same arguments give the same run.
+"""
+
+from .engine import Engine, Prompt, Request
+from .fleet import (
+    Comparison,
+    Difference,
+    Fleet,
+    Pod,
+    PrefixAware,
+    RandomChoice,
+    RoundRobin,
+    Served,
+)
+from .sample import KINDS, write_sample
+from .wire import FORMS, Cleared, Event, Removed, Stored, WireForm, encode_batch, wire_form
+from .workload import Arrival, chat, endless_hit_rate, mooncake
+
+__all__ = [
+    "FORMS",
+    "KINDS",
+    "Arrival",
+    "Cleared",
+    "Comparison",
+    "Difference",
+    "Engine",
+    "Event",
+    "Fleet",
+    "Pod",
+    "PrefixAware",
+    "Prompt",
+    "RandomChoice",
+    "Removed",
+    "Request",
+    "RoundRobin",
+    "Served",
+    "Stored",
+    "WireForm",
+    "chat",
+    "encode_batch",
+    "endless_hit_rate",
+    "mooncake",
+    "wire_form",
+    "write_sample",
+]

@@ -1,0 +1,229 @@
+"""How engines write their events: every wire form that vLLM and SGLang have released, from one neutral list of events.
+
+The forms were read off payloads that the releases' own encoders made; the tests compare byte for byte with those. A
+form writes only what its release knew: what an older release could not say (a LoRA name, a cache salt, a group) is
+left out, as that release left it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import msgpack
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import InvalidValueError
+
+__all__ = ["FORMS", "Cleared", "Event", "HashForm", "Removed", "Stored", "WireForm", "encode_batch", "wire_form"]
+
+
+class Stored(NamedTuple):
+    """Blocks that were stored one after another below ``parent_block_hash``.
+
+    Hashes are the engine's digests (bytes, any length); the form decides what of them goes on the wire. ``token_ids``
+    is a one-dimensional array of u32, empty for a placeholder. ``extra_keys`` has one entry per hash.
+    """
+
+    block_hashes: Sequence[bytes]
+    parent_block_hash: bytes | None
+    token_ids: npt.NDArray[np.uint32]
+    block_size: int | None
+    lora_id: int | None = None
+    medium: str | None = "GPU"
+    lora_name: str | None = None
+    extra_keys: Sequence[Any] | None = None
+    group_idx: int | None = None
+    kv_cache_spec_kind: str | None = None
+    kv_cache_spec_sliding_window: int | None = None
+    locality: str | None = None
+    ownership: str | None = None
+    session_id: str | None = None
+    cache_salt: str | None = None
+
+
+class Removed(NamedTuple):
+    """One copy of each of these blocks is gone from ``medium``."""
+
+    block_hashes: Sequence[bytes]
+    medium: str | None = "GPU"
+    group_idx: int | None = None
+    locality: str | None = None
+    ownership: str | None = None
+
+
+class Cleared(NamedTuple):
+    """The worker dropped everything."""
+
+
+Event: TypeAlias = Stored | Removed | Cleared
+HashForm: TypeAlias = Literal["u64", "i64", "bytes16", "bytes32"]
+
+_TAGS: dict[type, str] = {Stored: "BlockStored", Removed: "BlockRemoved", Cleared: "AllBlocksCleared"}
+
+
+@dataclass(frozen=True, slots=True)
+class WireForm:
+    """What one range of releases writes. See :data:`FORMS`.
+
+    ``stored`` and ``removed`` are the fields in their order. An array has them all; a map leaves out those after the
+    first ``always`` (per event type) when they are unset. ``map16`` is the width of the header that vLLM 0.33 gives
+    its stored events whatever their size. ``page_events``: one event per block, as SGLang before 0.5.18.
+    """
+
+    name: str
+    engine: Literal["vllm", "sglang"]
+    layout: Literal["array", "map"]
+    stored: tuple[str, ...]
+    removed: tuple[str, ...]
+    hashes: HashForm
+    always: tuple[int, int] = (0, 0)
+    has_rank: bool = True
+    map16: bool = False
+    page_events: bool = False
+
+    def says(self, field: str) -> bool:
+        """Whether a stored event of this form can carry ``field``."""
+        return field in self.stored
+
+
+_STORED = (
+    "block_hashes",
+    "parent_block_hash",
+    "token_ids",
+    "block_size",
+    "lora_id",
+    "medium",
+    "lora_name",
+    "extra_keys",
+    "group_idx",
+    "kv_cache_spec_kind",
+    "kv_cache_spec_sliding_window",
+    "locality",
+    "ownership",
+    "session_id",
+)
+_REMOVED = ("block_hashes", "medium", "group_idx", "locality", "ownership")
+_SGLANG_MAP = (*_STORED[:6], "cache_salt", "session_id", "lora_name")
+
+
+def _vllm(name: str, stored: int, removed: int, **options: Any) -> WireForm:
+    return WireForm(f"vllm-{name}", "vllm", "array", _STORED[:stored], _REMOVED[:removed], "u64", **options)
+
+
+def _vllm_map(name: str, **options: Any) -> WireForm:
+    return WireForm(f"vllm-{name}", "vllm", "map", _STORED, _REMOVED, "u64", always=(7, 2), **options)
+
+
+def _sglang(name: str, stored: int, removed: int, **options: Any) -> WireForm:
+    return WireForm(f"sglang-{name}", "sglang", "array", _STORED[:stored], _REMOVED[:removed], "i64", **options)
+
+
+def _sglang_map(name: str, stored: tuple[str, ...]) -> WireForm:
+    return WireForm(f"sglang-{name}", "sglang", "map", stored, _REMOVED[:2], "i64", always=(5, 1))
+
+
+#: Every form by the first release that wrote it.
+FORMS: dict[str, WireForm] = {
+    form.name: form
+    for form in (
+        _vllm("0.9.0", 5, 1, has_rank=False),
+        _vllm("0.9.1", 5, 1),
+        _vllm("0.10.2", 6, 2),
+        _vllm("0.14.0", 7, 2),
+        _vllm("0.17.0", 8, 2),
+        _vllm("0.20.0", 9, 3),
+        _vllm("0.22.0", 11, 3),
+        _vllm_map("0.24.0"),
+        _vllm_map("0.33.0", map16=True),
+        _sglang("0.4.6", 5, 1, has_rank=False, page_events=True),
+        _sglang("0.4.7", 5, 1, page_events=True),
+        _sglang("0.5.9", 6, 2, page_events=True),
+        _sglang("0.5.18", 6, 2),
+        _sglang_map("0.5.20", _SGLANG_MAP[:6]),
+        _sglang_map("0.5.22", _SGLANG_MAP),
+    )
+}
+
+
+def wire_form(name: str, hashes: HashForm | None = None) -> WireForm:
+    """The form called ``name`` in :data:`FORMS`, with another form of hashes if asked for.
+
+    Raises :class:`InvalidValueError` for a name that is not there.
+    """
+    try:
+        form = FORMS[name]
+    except KeyError:
+        raise InvalidValueError(f"no wire form is called {name!r}; there are {', '.join(FORMS)}") from None
+    return form if hashes is None else replace(form, hashes=hashes)
+
+
+# msgpack-python writes the shortest header for every value, which is what the engines' encoder does for all but map16.
+_packer = msgpack.Packer(use_bin_type=True)
+
+
+def encode_batch(events: Iterable[Event], form: WireForm, *, ts: float = 0.0, dp_rank: int | None = 0) -> bytes:
+    """Encode one batch as an engine of ``form`` would put it on the wire.
+
+    ``ts`` is in seconds. ``dp_rank`` is written where the form has a place for it. O(bytes written); one thread at a
+    time.
+    """
+    if form.page_events:
+        events = _pages(events)
+    parts = [_event(event, form) for event in events]
+    head = b"\x93" if form.has_rank else b"\x92"
+    tail = _packer.pack(dp_rank) if form.has_rank else b""
+    return b"".join([head, _packer.pack(float(ts)), _packer.pack_array_header(len(parts)), *parts, tail])
+
+
+def _event(event: Event, form: WireForm) -> bytes:
+    stored = isinstance(event, Stored)
+    fields = form.stored if stored else form.removed if isinstance(event, Removed) else ()
+    values = [_value(field, getattr(event, field), form.hashes) for field in fields]
+    tag = _TAGS[type(event)]
+    packed: bytes
+    if form.layout == "array":
+        packed = _packer.pack([tag, *values])
+        return packed
+    always = form.always[0] if stored else form.always[1]
+    item = {"type": tag}
+    for place, (field, value) in enumerate(zip(fields, values, strict=True)):
+        if value is not None or place < always:
+            item[field] = value
+    packed = _packer.pack(item)
+    # The maps of events have fewer than 16 keys, so the packer's own header is the first byte.
+    return b"\xde\x00" + bytes([len(item)]) + packed[1:] if stored and form.map16 else packed
+
+
+def _value(field: str, value: Any, hashes: HashForm) -> Any:
+    if value is None:
+        return None
+    if field == "block_hashes":
+        return [_hash(digest, hashes) for digest in value]
+    if field == "parent_block_hash":
+        return _hash(value, hashes)
+    return value.tolist() if field == "token_ids" else value
+
+
+def _hash(digest: bytes, hashes: HashForm) -> int | bytes:
+    # The integers of vLLM are the digest's last eight bytes; shorter bytes are cut from the front to agree with them.
+    if hashes == "bytes32":
+        return digest[-32:]
+    if hashes == "bytes16":
+        return digest[-16:]
+    return int.from_bytes(digest[-8:], "big", signed=hashes == "i64")
+
+
+def _pages(events: Iterable[Event]) -> Iterable[Event]:
+    for event in events:
+        if not isinstance(event, Stored) or not event.block_size:
+            yield event
+            continue
+        parent = event.parent_block_hash
+        for place, digest in enumerate(event.block_hashes):
+            tokens = event.token_ids[place * event.block_size : (place + 1) * event.block_size]
+            keys = None if event.extra_keys is None else event.extra_keys[place : place + 1]
+            yield event._replace(block_hashes=[digest], parent_block_hash=parent, token_ids=tokens, extra_keys=keys)
+            parent = digest
