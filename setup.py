@@ -15,7 +15,7 @@ optimise = [] if "-O" in os.environ.get("CXXFLAGS", "") else ["-O3"]
 core = Extension(
     "kvindex._core",
     sources=["src/kvindex/_core.pyx"],
-    depends=sorted(str(p) for pattern in ("*.pxd", "*.hpp") for p in PACKAGE.rglob(pattern)),
+    depends=sorted(str(p) for pattern in ("*.pxd", "*.pxi", "*.hpp") for p in PACKAGE.rglob(pattern)),
     include_dirs=["src/kvindex"],
     language="c++",
     extra_compile_args=["-std=c++17", *optimise, "-fvisibility=hidden"],

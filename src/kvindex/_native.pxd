@@ -1,0 +1,121 @@
+# Every declaration of native code, and nothing else.
+from cpython.object cimport PyObject
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libcpp cimport bool as cbool
+from libcpp.string cimport string
+from libcpp.vector cimport vector
+
+cdef extern from "_tokens.hpp" namespace "kvindex":
+    Py_ssize_t read_tokens(PyObject** items, Py_ssize_t n, uint32_t* out)
+    Py_ssize_t narrow_tokens(const char* p, Py_ssize_t n, Py_ssize_t stride, int width, cbool is_signed, uint32_t* out)
+    Py_ssize_t first_negative(const int* p, Py_ssize_t n)
+
+cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
+    ctypedef enum Reason "kvindex::Reason":
+        pass
+    ctypedef enum EventKind "kvindex::EventKind":
+        pass
+    EventKind STORED "kvindex::EventKind::stored"
+    EventKind REMOVED "kvindex::EventKind::removed"
+    EventKind CLEARED "kvindex::EventKind::cleared"
+    ctypedef enum Verdict "kvindex::Verdict":
+        pass
+    const char* reason_name(Reason)
+    const uint32_t REASONS "kvindex::kReasons"
+    const uint32_t NO_MEDIUM "kvindex::kNone"
+
+    cppclass StrRef:
+        const char* p
+        uint32_t n
+
+    cppclass Event:
+        EventKind kind
+        Reason bad
+        cbool has_parent
+        uint32_t offset, bytes, hash_at, n_hashes, token_at, n_tokens
+        uint64_t parent, block_size
+        int64_t group, window, lora_id
+        StrRef medium, lora_name, lora_id_name, spec_kind, cache_salt
+        const uint8_t* extra_keys
+        uint32_t extra_keys_bytes
+
+    cppclass Batch:
+        double ts
+        int64_t dp_rank
+        vector[Event] events
+        vector[uint32_t] tokens
+        vector[uint64_t] hashes
+
+    cppclass DecodeFault:
+        const char* what
+        size_t offset
+
+    cbool decode_batch(const uint8_t*, size_t, Batch&, DecodeFault&)
+
+    cppclass Report:
+        uint64_t stored, removed, cleared, parked, skipped, errors
+        uint64_t* reasons
+
+    cppclass Hit:
+        uint64_t pod
+        int64_t rank
+        uint32_t medium, blocks
+        Verdict verdict
+
+    cppclass MatchResult:
+        vector[Hit] hits
+        uint32_t best
+        uint64_t compared
+
+    cppclass Prompt:
+        const uint32_t* tokens
+        uint64_t n_tokens
+        cbool adapted, keyed
+        string adapter
+
+    cbool read_extra(const uint8_t*, uint64_t, const string*, uint64_t seed, uint64_t blocks, Prompt&)
+    void hash_prompt(const Prompt&, uint32_t block_size, uint64_t seed, cbool rolled, uint64_t* out)
+
+    cppclass PodNames:
+        PodNames(vector[string])
+
+    cppclass PodFigures:
+        int64_t rank
+        uint64_t blocks, parked, holders
+        Verdict verdict
+
+    cppclass Totals:
+        Report report
+        uint64_t batches, bad_payloads, events_stored, events_removed, events_cleared
+
+    cppclass Figures "kvindex::Index::Figures":
+        uint64_t blocks, chains, sets, holders, pods, workers, parked, guesses, bytes
+
+    cppclass SharedIndex:
+        SharedIndex(uint32_t block_size, uint64_t seed, cbool set_presence, uint32_t max_parked) except +
+        uint64_t open_pod(const string&) except +
+        cbool remove_pod(uint64_t) except +
+        void configure(uint64_t, int set_presence, cbool has_media, const vector[string]&, int64_t chunk) except +
+        void mark(uint64_t, int64_t rank, int verdict) except +
+        void clear_worker(uint64_t, int64_t rank) except +
+        cbool ingest(uint64_t, const uint8_t*, uint64_t, const string& model, int64_t rank, Report&, double& ts, int64_t& dp_rank,
+                     DecodeFault&) except +
+        void apply(uint64_t, int64_t rank, const string& model, const Batch&, Report&) except +
+        cbool match(const Prompt&, const string& model, PodNames*, cbool only_exact, cbool wait, MatchResult&) except +
+        cbool match_hashes(const uint64_t*, uint64_t n, const string& model, PodNames*, cbool only_exact, cbool wait, MatchResult&) except +
+        void guess(uint64_t, int64_t rank, const string& model, const vector[uint64_t]&, double until) except +
+        double next_expiry()
+        void expire(double now) except +
+        int verdict(uint64_t) except +
+        vector[PodFigures] pod_figures(uint64_t) except +
+        Figures figures() except +
+        Totals totals() except +
+        vector[string] media() except +
+        string check() except +
+
+cdef extern from "_native/xxh3.hpp" namespace "kvindex" nogil:
+    ctypedef enum Isa "kvindex::Isa":
+        pass
+    Isa best_isa()
+    uint64_t xxh3_64(const void*, size_t, uint64_t)
+    uint64_t xxh3_64_with "kvindex::xxh3_64"(const void*, size_t, uint64_t, Isa)

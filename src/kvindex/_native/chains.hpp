@@ -1,0 +1,453 @@
+// Chains: content stored once. A chain is a run of blocks, each the child of the one before; it hangs below a block of its parent chain,
+// and forks only where content does. Which holders have which blocks is kept as runs over interned sets.
+#pragma once
+
+#include "holders.hpp"
+
+namespace kvindex {
+
+inline constexpr u32 kPageBlocks = 8;
+inline constexpr u32 kPageShift = 3;
+
+// Eight blocks: one cache line of prefix hashes, which is all that a match reads, and one of the engine hashes that name them.
+// Small pages rather than one array per chain: appending never copies, a block's reference never changes while its chain grows,
+// and the mean loss at both ends of a chain is one page.
+struct alignas(64) Page {
+    u64 prefix[kPageBlocks];
+    u64 name[kPageBlocks];
+};
+
+struct PageHome {
+    u32 chain;
+    u32 index;  // depth / kPageBlocks of the page's first slot
+};
+
+// Stable addresses and dense ids, 64 items to a slab; an empty slab goes back to the allocator.
+template <class T>
+class Pool {
+public:
+    explicit Pool(Memory& m) : m_(m) {}
+    ~Pool() {
+        for (Slab* s : slabs_)
+            if (s) drop(s);
+        slabs_.release(m_);
+        open_.release(m_);
+        holes_.release(m_);
+    }
+    Pool(const Pool&) = delete;
+    Pool& operator=(const Pool&) = delete;
+
+    T& operator[](u32 id) { return slabs_[id >> 6]->items[id & 63]; }
+    const T& operator[](u32 id) const { return slabs_[id >> 6]->items[id & 63]; }
+    bool alive(u32 id) const { return (id >> 6) < slabs_.size() && slabs_[id >> 6] && !(slabs_[id >> 6]->free >> (id & 63) & 1); }
+    u32 size() const { return n_; }
+
+    u32 take() {
+        if (open_.empty()) open();
+        const u32 s = open_.back();
+        Slab* slab = slabs_[s];
+        const u32 i = static_cast<u32>(__builtin_ctzll(slab->free));
+        slab->free &= slab->free - 1;
+        if (!slab->free) open_.pop();
+        ++n_;
+        new (&slab->items[i]) T();
+        return s * 64 + i;
+    }
+    void give(u32 id) {
+        const u32 s = id >> 6;
+        Slab* slab = slabs_[s];
+        if (!slab->free) {
+            slab->open_at = open_.size();
+            open_.push(m_, s);
+        }
+        slab->free |= 1ull << (id & 63);
+        --n_;
+        if (~slab->free) return;
+        const u32 last = open_.back();
+        open_[slab->open_at] = last;
+        slabs_[last]->open_at = slab->open_at;
+        open_.pop();
+        drop(slab);
+        slabs_[s] = nullptr;
+        holes_.push(m_, s);
+        if (n_ == 0) {
+            slabs_.release(m_);
+            open_.release(m_);
+            holes_.release(m_);
+        }
+    }
+    template <class F>
+    void each(F&& f) const {
+        for (u32 s = 0; s < slabs_.size(); ++s)
+            if (slabs_[s])
+                for (u64 used = ~slabs_[s]->free; used; used &= used - 1) f(s * 64 + static_cast<u32>(__builtin_ctzll(used)));
+    }
+
+private:
+    struct Slab {
+        T items[64];
+        u64 free;
+        u32 open_at;
+    };
+    void open() {
+        void* p = std::aligned_alloc(64, (sizeof(Slab) + 63) / 64 * 64);
+        if (!p) throw std::bad_alloc();
+        m_.add(sizeof(Slab));
+        Slab* slab = static_cast<Slab*>(p);
+        slab->free = ~0ull;
+        slab->open_at = 0;
+        u32 s;
+        if (!holes_.empty()) {
+            s = holes_.back();
+            holes_.pop();
+            slabs_[s] = slab;
+        } else {
+            s = slabs_.size();
+            slabs_.push(m_, slab);
+        }
+        open_.push(m_, s);
+    }
+    void drop(Slab* slab) {
+        std::free(slab);
+        m_.sub(sizeof(Slab));
+    }
+
+    Memory& m_;
+    Buf<Slab*> slabs_;
+    Buf<u32> open_;   // slabs with a free item
+    Buf<u32> holes_;  // slab numbers to use again
+    u32 n_ = 0;
+};
+
+struct Run {
+    u32 start;  // depth of its first block; it ends where the next run starts, the last one where the chain ends
+    u32 set;
+};
+
+// Engine hashes of one worker in one chain, where they are not the ones that the pages carry.
+struct OwnNames {
+    u32 worker;
+    u32 start;  // depth of ids[0]
+    u32 used;   // entries that are not kNoName
+    Buf<u64> ids;
+};
+
+// "No name" in a page or in OwnNames, and "this worker knows the block, but has no name for it". Both are legal engine hashes too:
+// whoever reads one asks the table of names before believing it.
+inline constexpr u64 kNoName = 0x9B1D5A3C77E0F24Bull;
+inline constexpr u64 kNameless = 0x64E2A5C3881F0DB4ull;
+
+struct Chain {
+    u32 space = 0;
+    u32 parent = kNone;
+    u32 base = 0;  // depth of the first block; the parent's block is at base - 1
+    u32 len = 0;
+    u32 first_kid = kNone, kids = 0;
+    u32 kid_before = kNone, kid_after = kNone;
+    Buf<u32> pages;
+    Buf<Run> runs;
+    Buf<OwnNames> own;  // ordered by worker
+
+    u32 end() const { return base + len; }
+};
+
+struct Pos {
+    u32 chain;
+    u32 depth;
+    bool operator==(const Pos& o) const { return chain == o.chain && depth == o.depth; }
+    bool operator!=(const Pos& o) const { return !(*this == o); }
+};
+
+class Chains {
+public:
+    Chains(Memory& m, SetPool& sets) : m_(m), sets_(sets), chains_(m), pages_(m), homes_(m) {}
+    ~Chains() {
+        chains_.each([&](u32 c) { release(chains_[c]); });
+    }
+    Chains(const Chains&) = delete;
+    Chains& operator=(const Chains&) = delete;
+
+    Chain& operator[](u32 c) { return chains_[c]; }
+    const Chain& operator[](u32 c) const { return chains_[c]; }
+    bool alive(u32 c) const { return chains_.alive(c); }
+    u32 count() const { return chains_.size(); }
+    u64 blocks() const { return blocks_; }
+    template <class F>
+    void each(F&& f) const {
+        chains_.each(f);
+    }
+
+    // A block's reference: 32 bits that stay the same as long as the block exists.
+    u32 ref(const Chain& c, u32 depth) const { return c.pages[(depth >> kPageShift) - (c.base >> kPageShift)] * kPageBlocks + (depth & (kPageBlocks - 1)); }
+    u32 ref(Pos p) const { return ref(chains_[p.chain], p.depth); }
+    Pos pos(u32 ref) const {
+        const PageHome& h = homes_[ref >> kPageShift];
+        return {h.chain, h.index * kPageBlocks + (ref & (kPageBlocks - 1))};
+    }
+    u64& name(u32 ref) { return pages_[ref >> kPageShift].name[ref & (kPageBlocks - 1)]; }
+    u64 name(u32 ref) const { return pages_[ref >> kPageShift].name[ref & (kPageBlocks - 1)]; }
+    u64 prefix(u32 ref) const { return pages_[ref >> kPageShift].prefix[ref & (kPageBlocks - 1)]; }
+    u64 prefix(Pos p) const { return prefix(ref(p)); }
+    u64 head(u32 c) const { return prefix(ref(chains_[c], chains_[c].base)); }
+    // The part of a page that belongs to the chain from `depth` on: a pointer to its prefix hashes, and how many there are.
+    const Page& page(const Chain& c, u32 depth) const { return pages_[c.pages[(depth >> kPageShift) - (c.base >> kPageShift)]]; }
+
+    u32 create(u32 space, u32 parent, u32 base) {
+        const u32 id = chains_.take();
+        Chain& c = chains_[id];
+        c.space = space;
+        c.parent = parent;
+        c.base = base;
+        if (parent != kNone) link(id);
+        return id;
+    }
+    // Adds nameless blocks held by `set` at the end.
+    void append(u32 id, const u64* prefix, u32 n, u32 set) {
+        Chain& c = chains_[id];
+        const u32 first = c.end(), last = first + n;
+        const u32 need = ((last - 1) >> kPageShift) - (c.base >> kPageShift) + 1;
+        c.pages.reserve(m_, need);
+        while (c.pages.size() < need) {
+            const u32 p = pages_.take();
+            if (const u32 h = homes_.take(); h != p) __builtin_trap();  // both pools give the same ids for the same calls
+            homes_[p] = {id, (c.base >> kPageShift) + c.pages.size()};
+            c.pages.push(m_, p);
+        }
+        for (u32 d = first; d < last;) {
+            Page& page = pages_[c.pages[(d >> kPageShift) - (c.base >> kPageShift)]];
+            for (u32 s = d & (kPageBlocks - 1); s < kPageBlocks && d < last; ++s, ++d) {
+                page.prefix[s] = *prefix++;
+                page.name[s] = kNoName;
+            }
+        }
+        if (c.runs.empty() || c.runs.back().set != set) {
+            c.runs.push(m_, {first, set});
+            sets_.ref(set);
+        }
+        c.len += n;
+        blocks_ += n;
+    }
+    // Forgets the blocks from depth `end` on; the caller has seen to their names.
+    void cut(u32 id, u32 end) {
+        Chain& c = chains_[id];
+        blocks_ -= c.end() - end;
+        const u32 keep = end == c.base ? 0 : ((end - 1) >> kPageShift) - (c.base >> kPageShift) + 1;
+        while (c.pages.size() > keep) {
+            pages_.give(c.pages.back());
+            homes_.give(c.pages.back());
+            c.pages.pop();
+        }
+        while (!c.runs.empty() && c.runs.back().start >= end) {
+            sets_.unref(c.runs.back().set);
+            c.runs.pop();
+        }
+        c.len = end - c.base;
+        c.pages.trim(m_);
+        c.runs.trim(m_);
+    }
+    void destroy(u32 id) {
+        Chain& c = chains_[id];
+        if (c.len) cut(id, c.base);
+        if (c.parent != kNone) unlink(id);
+        release(c);
+        chains_.give(id);
+    }
+
+    u32 run_at(const Chain& c, u32 depth) const {
+        u32 lo = 0, hi = c.runs.size();
+        while (hi - lo > 1) {
+            const u32 mid = (lo + hi) / 2;
+            if (c.runs[mid].start <= depth) {
+                lo = mid;
+            } else {
+                hi = mid;
+            }
+        }
+        return lo;
+    }
+    u32 set_at(const Chain& c, u32 depth) const { return c.runs[run_at(c, depth)].set; }
+    u32 run_end(const Chain& c, u32 run) const { return run + 1 < c.runs.size() ? c.runs[run + 1].start : c.end(); }
+
+    // Replaces the set of every block in [from, to) by f(set, blocks), and joins runs that became equal.
+    template <class F>
+    void change(u32 id, u32 from, u32 to, F&& f) {
+        Chain& c = chains_[id];
+        const u32 lo = run_at(c, from);
+        u32 hi = lo;
+        fresh_.truncate(0);
+        auto put = [&](u32 start, u32 set) {
+            if (fresh_.empty() ? lo > 0 && c.runs[lo - 1].set == set : fresh_.back().set == set) return;
+            fresh_.push(m_, {start, set});
+            sets_.ref(set);
+        };
+        if (c.runs[lo].start < from) put(c.runs[lo].start, c.runs[lo].set);
+        for (;; ++hi) {
+            const u32 a = c.runs[hi].start > from ? c.runs[hi].start : from;
+            const u32 end = run_end(c, hi);
+            put(a, f(c.runs[hi].set, (end < to ? end : to) - a));
+            if (end >= to) {
+                if (end > to) put(to, c.runs[hi].set);
+                break;
+            }
+        }
+        u32 stop = hi + 1;
+        const u32 last = fresh_.empty() ? (lo ? c.runs[lo - 1].set : kNone) : fresh_.back().set;
+        if (stop < c.runs.size() && c.runs[stop].set == last) ++stop;
+        for (u32 i = lo; i < stop; ++i) sets_.unref(c.runs[i].set);
+        c.runs.splice(m_, lo, stop - lo, fresh_.size());
+        if (!fresh_.empty()) std::memcpy(c.runs.data() + lo, fresh_.data(), sizeof(Run) * fresh_.size());
+        if (stop - lo > fresh_.size()) c.runs.trim(m_);
+    }
+
+    // Moves all of `kid`, which starts where `id` ends, to the end of `id`. moved(from_ref, to_ref) is told of every block whose
+    // reference changes: at most those of one page. Names, kids and own names have been seen to by the caller.
+    template <class F>
+    void join(u32 id, u32 kid, F&& moved) {
+        Chain& c = chains_[id];
+        Chain& k = chains_[kid];
+        u32 i = 0;
+        if (k.base & (kPageBlocks - 1)) {
+            const u32 from = k.pages[0], to = c.pages.back();
+            const u32 stop = k.end() < ((k.base | (kPageBlocks - 1)) + 1) ? ((k.end() - 1) & (kPageBlocks - 1)) + 1 : kPageBlocks;
+            for (u32 s = k.base & (kPageBlocks - 1); s < stop; ++s) {
+                pages_[to].prefix[s] = pages_[from].prefix[s];
+                pages_[to].name[s] = pages_[from].name[s];
+                moved(from * kPageBlocks + s, to * kPageBlocks + s);
+            }
+            pages_.give(from);
+            homes_.give(from);
+            i = 1;
+        }
+        for (; i < k.pages.size(); ++i) {
+            homes_[k.pages[i]].chain = id;
+            c.pages.push(m_, k.pages[i]);
+        }
+        u32 r = 0;
+        if (c.runs.back().set == k.runs[0].set) {
+            sets_.unref(k.runs[0].set);
+            r = 1;
+        }
+        for (; r < k.runs.size(); ++r) c.runs.push(m_, k.runs[r]);
+        c.len += k.len;
+        k.pages.truncate(0);
+        k.runs.truncate(0);
+        k.len = 0;
+    }
+    void link(u32 id) {
+        Chain& c = chains_[id];
+        Chain& p = chains_[c.parent];
+        c.kid_before = kNone;
+        c.kid_after = p.first_kid;
+        if (p.first_kid != kNone) chains_[p.first_kid].kid_before = id;
+        p.first_kid = id;
+        ++p.kids;
+    }
+    void unlink(u32 id) {
+        Chain& c = chains_[id];
+        Chain& p = chains_[c.parent];
+        if (c.kid_before != kNone) {
+            chains_[c.kid_before].kid_after = c.kid_after;
+        } else {
+            p.first_kid = c.kid_after;
+        }
+        if (c.kid_after != kNone) chains_[c.kid_after].kid_before = c.kid_before;
+        --p.kids;
+    }
+
+    // Own names. Returns kNoName where the worker uses the page's name.
+    u64 own_name(const Chain& c, u32 worker, u32 depth) const {
+        if (c.own.empty()) return kNoName;
+        const u32 i = own_at(c, worker);
+        if (i == c.own.size() || c.own[i].worker != worker) return kNoName;
+        const OwnNames& o = c.own[i];
+        return depth >= o.start && depth - o.start < o.ids.size() ? o.ids[depth - o.start] : kNoName;
+    }
+    void set_own_name(u32 id, u32 worker, u32 depth, u64 value) {
+        Chain& c = chains_[id];
+        u32 i = own_at(c, worker);
+        if (i == c.own.size() || c.own[i].worker != worker) {
+            if (value == kNoName) return;
+            c.own.splice(m_, i, 0, 1);
+            c.own[i] = OwnNames{worker, depth, 0, {}};
+        }
+        OwnNames& o = c.own[i];
+        if (depth < o.start) {
+            const u32 more = o.start - depth;
+            o.ids.splice(m_, 0, 0, more);
+            for (u32 j = 0; j < more; ++j) o.ids[j] = kNoName;
+            o.start = depth;
+        }
+        while (depth - o.start >= o.ids.size()) o.ids.push(m_, kNoName);
+        u64& slot = o.ids[depth - o.start];
+        if (slot == kNoName) ++o.used;
+        slot = value;
+        if (value != kNoName) return;
+        if (--o.used == 0) {
+            o.ids.release(m_);
+            c.own.splice(m_, i, 1, 0);
+            c.own.trim(m_);
+            return;
+        }
+        while (o.ids.back() == kNoName) o.ids.pop();
+        o.ids.trim(m_);
+    }
+    // Own names of `kid`, which is about to become the end of `id`.
+    void move_own(u32 id, u32 kid) {
+        Chain& c = chains_[id];
+        Chain& k = chains_[kid];
+        for (OwnNames& o : k.own) {
+            const u32 i = own_at(c, o.worker);
+            if (i == c.own.size() || c.own[i].worker != o.worker) {
+                c.own.splice(m_, i, 0, 1);
+                c.own[i] = o;
+                continue;
+            }
+            OwnNames& to = c.own[i];
+            while (to.start + to.ids.size() < o.start) to.ids.push(m_, kNoName);
+            const u32 at = to.ids.size();
+            to.ids.resize(m_, at + o.ids.size());
+            std::memcpy(to.ids.data() + at, o.ids.data(), sizeof(u64) * o.ids.size());
+            to.used += o.used;
+            o.ids.release(m_);
+        }
+        k.own.truncate(0);
+    }
+    void drop_own(u32 id, u32 worker) {
+        Chain& c = chains_[id];
+        const u32 i = own_at(c, worker);
+        if (i == c.own.size() || c.own[i].worker != worker) return;
+        c.own[i].ids.release(m_);
+        c.own.splice(m_, i, 1, 0);
+        c.own.trim(m_);
+    }
+
+private:
+    static u32 own_at(const Chain& c, u32 worker) {
+        u32 lo = 0, hi = c.own.size();
+        while (lo < hi) {
+            const u32 mid = (lo + hi) / 2;
+            if (c.own[mid].worker < worker) {
+                lo = mid + 1;
+            } else {
+                hi = mid;
+            }
+        }
+        return lo;
+    }
+    void release(Chain& c) {
+        for (OwnNames& o : c.own) o.ids.release(m_);
+        c.own.release(m_);
+        c.pages.release(m_);
+        c.runs.release(m_);
+    }
+
+    Memory& m_;
+    SetPool& sets_;
+    Pool<Chain> chains_;
+    Pool<Page> pages_;
+    Pool<PageHome> homes_;
+    Buf<Run> fresh_;
+    u64 blocks_ = 0;
+};
+
+}  // namespace kvindex

@@ -1,0 +1,184 @@
+// Every invariant of the structure, verified from scratch. Tests call it after each step.
+#pragma once
+
+#include <set>
+#include <sstream>
+
+#include "index.hpp"
+
+namespace kvindex {
+
+inline std::string Index::check() const {
+    std::ostringstream bad;
+    const auto fail = [&](const char* what, u64 a, u64 b) {
+        bad << what << " (" << a << ", " << b << ")";
+        return bad.str();
+    };
+    u64 blocks = 0;
+    std::vector<u64> refs(1, 0), held(holders_.size(), 0), own(workers_.size(), 0), names(spaces_.size(), 0), heads(spaces_.size(), 0);
+    std::vector<std::unordered_map<u64, u32>> kids(workers_.size()), chains(workers_.size());
+    std::unordered_map<u32, u32> set_refs;
+    std::string error;
+    chains_.each([&](u32 id) {
+        if (!error.empty()) return;
+        const Chain& c = chains_[id];
+        if (!c.len || c.runs.empty()) return void(error = fail("empty chain", id, c.len));
+        blocks += c.len;
+        ++heads[c.space];
+        if (spaces_[c.space].heads.find(chains_.head(id), [&](u32 k) { return k == id; }) != id) return void(error = fail("chain without head entry", id, c.base));
+        if (c.parent != kNone) {
+            if (!chains_.alive(c.parent)) return void(error = fail("parent chain is gone", id, c.parent));
+            const Chain& p = chains_[c.parent];
+            if (c.base <= p.base || c.base > p.end() || p.space != c.space) return void(error = fail("chain hangs outside its parent", id, c.parent));
+        } else if (c.base) {
+            return void(error = fail("root chain does not start at 0", id, c.base));
+        }
+        u32 n = 0;
+        for (u32 k = c.first_kid, last = kNone; k != kNone; last = k, k = chains_[k].kid_after, ++n)
+            if (!chains_.alive(k) || chains_[k].parent != id || chains_[k].kid_before != last) return void(error = fail("broken list of children", id, k));
+        if (n != c.kids) return void(error = fail("wrong number of children", id, n));
+        if (c.pages.size() != ((c.end() - 1) >> kPageShift) - (c.base >> kPageShift) + 1) return void(error = fail("wrong number of pages", id, c.pages.size()));
+        for (u32 r = 0; r < c.runs.size(); ++r) {
+            const Run& run = c.runs[r];
+            ++set_refs[run.set];
+            if (r == 0 ? run.start != c.base : run.start <= c.runs[r - 1].start) return void(error = fail("runs out of order", id, r));
+            if (r && run.set == c.runs[r - 1].set) return void(error = fail("equal runs not joined", id, r));
+            if (run.start >= c.end()) return void(error = fail("run beyond the chain", id, r));
+            if (run.set == kEmptySet) return void(error = fail("blocks that nobody knows", id, run.start));
+            sets_.each(run.set, [&](u32 h) {
+                if (h >= holders_.size() || holders_[h].worker == kNone) {
+                    error = fail("set of a dead holder", id, h);
+                } else {
+                    held[h] += chains_.run_end(c, r) - run.start;
+                }
+            });
+            if (!error.empty()) return;
+        }
+        for (u32 d = c.base; d < c.end(); ++d) {
+            const u32 ref = chains_.ref(c, d);
+            if (chains_.pos(ref) != Pos{id, d}) return void(error = fail("reference does not lead back", id, d));
+            const u64 name = chains_.name(ref);
+            if (name == kNoName) continue;
+            ++names[c.space];
+            if (!spaces_[c.space].names.contains(name, ref)) return void(error = fail("name is not in the table", id, d));
+        }
+        for (u32 i = 0; i < c.own.size(); ++i) {
+            const OwnNames& o = c.own[i];
+            if (i && o.worker <= c.own[i - 1].worker) return void(error = fail("own names out of order", id, o.worker));
+            if (o.worker >= workers_.size() || !workers_[o.worker]) return void(error = fail("own names of a dead worker", id, o.worker));
+            u32 used = 0;
+            for (u32 k = 0; k < o.ids.size(); ++k) {
+                if (o.ids[k] == kNoName) continue;
+                ++used;
+                const u32 d = o.start + k;
+                if (d < c.base || d >= c.end() || !knows(*workers_[o.worker], chains_.set_at(c, d))) return void(error = fail("own name of an unknown block", id, d));
+                if (o.ids[k] == kNameless) continue;
+                ++own[o.worker];
+                if (!workers_[o.worker]->own.contains(o.ids[k], chains_.ref(c, d))) return void(error = fail("own name is not in the table", id, d));
+            }
+            if (used != o.used || !used) return void(error = fail("own names miscounted", id, o.worker));
+        }
+    });
+    if (!error.empty()) return error;
+    if (blocks != chains_.blocks()) return fail("blocks miscounted", blocks, chains_.blocks());
+    for (std::size_t s = 0; s < spaces_.size(); ++s) {
+        if (names[s] != spaces_[s].names.size()) return fail("names miscounted", names[s], spaces_[s].names.size());
+        if (heads[s] != spaces_[s].heads.size()) return fail("heads miscounted", heads[s], spaces_[s].heads.size());
+    }
+    sets_.each_live([&](u32 set, u32 n) {
+        if (set != kEmptySet && (n != set_refs[set] || !sets_.interned(set))) error = fail("set miscounted or not interned", set, n);
+    });
+    if (!error.empty()) return error;
+    for (const auto& s : set_refs)
+        if (sets_.refs(s.first) < s.second) return fail("set in use is dead", s.first, s.second);
+
+    u64 parked = 0;
+    for (u32 id = 0; id < workers_.size(); ++id) {
+        if (!workers_[id]) continue;
+        const Worker& w = *workers_[id];
+        if (own[id] != w.own.size()) return fail("own names miscounted", own[id], w.own.size());
+        for (u32 h : w.holders)
+            if (holders_[h].worker != id || held[h] != holders_[h].blocks) return fail("holder miscounted", h, held[h]);
+        if (w.ghost != kNone && held[w.ghost] != holders_[w.ghost].blocks) return fail("remembered blocks miscounted", w.ghost, held[w.ghost]);
+        if (w.guess != kNone && held[w.guess] != holders_[w.guess].blocks) return fail("guessed blocks miscounted", w.guess, held[w.guess]);
+        std::vector<u64> mask;
+        for (u32 h : w.holders) set_bit(mask, h, true);
+        if (w.ghost != kNone) set_bit(mask, w.ghost, true);
+        for (u32 i = 0; i < std::max(mask.size(), w.mask.size()); ++i)
+            if ((i < mask.size() ? mask[i] : 0) != (i < w.mask.size() ? w.mask[i] : 0)) return fail("mask is wrong", id, i);
+        const bool simple = w.holders.size() == 1 && w.groups.size() == 1 && w.groups[0].kind == Attention::full && w.guess == kNone;
+        if (simple != w.simple) return fail("worker sorted wrongly", id, simple);
+        const std::vector<u32>& hybrids = spaces_[w.space].hybrids;
+        const bool listed = w.in_hybrid_list != kNone;
+        if (listed != (!simple && (!w.holders.empty() || w.guess != kNone)) || (listed && hybrids[w.in_hybrid_list] != id)) return fail("list of hybrids is wrong", id, listed);
+
+        std::map<u64, u32> known_chains, known_kids;
+        chains_.each([&](u32 chain) {
+            const Chain& c = chains_[chain];
+            if (!error.empty() || c.space != w.space) return;
+            bool inside = true;
+            for (u32 r = 0; r < c.runs.size(); ++r) {
+                const bool k = knows(w, c.runs[r].set);
+                if (k && !inside) return void(error = fail("knows a block but not its parent", chain, c.runs[r].start));
+                inside = k;
+            }
+            if (!knows(w, c.runs[0].set)) return;
+            ++known_chains[chain];
+            if (c.parent == kNone) return;
+            ++known_kids[kid_key(c.parent, c.base - 1)];
+            if (!knows(w, set_at({c.parent, c.base - 1}))) error = fail("knows a chain but not its parent", chain, c.parent);
+        });
+        if (!error.empty()) return error;
+        std::map<u64, u32> got;
+        w.chains.each([&](u64 k, u32 n) { got[k] = n; });
+        if (got != known_chains) return fail("list of known chains is wrong", id, got.size());
+        got.clear();
+        w.kids.each([&](u64 k, u32 n) { got[k] = n; });
+        if (got != known_kids) return fail("list of known children is wrong", id, got.size());
+        for (const auto& entry : known_chains) {
+            const u32 chain = static_cast<u32>(entry.first);
+            const Chain& c = chains_[chain];
+            for (u32 d = c.base; d < c.end() && knows(w, chains_.set_at(c, d)); ++d) {
+                const Pos p{chain, d};
+                const u32 set = set_at(p), ref = chains_.ref(p);
+                if (w.ghost != kNone && sets_.has(set, w.ghost)) {
+                    if (knows_besides(w, set, w.ghost)) return fail("held and only remembered at once", chain, d);
+                    if (!knows_child(w, p)) return fail("remembered for nothing", chain, d);
+                }
+                u64 first = 0;
+                const bool named = first_name(id, p, ref, first);
+                if (named && find(id, first) != ref) return fail("name does not lead to its block", chain, d);
+                const auto list = w.copies.find(ref);
+                for (u32 h : w.holders) {
+                    if ((d + 1) % holders_[h].factor) continue;
+                    const bool bit = sets_.has(set, h);
+                    if (list == w.copies.end()) {
+                        if (bit && !named) return fail("held without a name", chain, d);
+                        continue;
+                    }
+                    bool any = false;
+                    for (const Copy& x : list->second) any |= x.holder == h && x.count;
+                    if (any != bit) return fail("copies and bits disagree", chain, d);
+                }
+            }
+        }
+        for (const auto& list : w.copies) {
+            if (!chains_.alive(chains_.pos(list.first).chain)) return fail("copies of a dead block", id, list.first);
+            for (const Copy& x : list.second)
+                if (x.holder == kNone && (!w.second.count(x.id) || w.second.at(x.id) != list.first)) return fail("second name is lost", id, x.id);
+        }
+        for (const auto& s : w.second)
+            if (!w.copies.count(s.second)) return fail("second name without copies", id, s.first);
+        if (w.lot) {
+            u32 n = 0;
+            for (const auto& rec : w.lot->records)
+                for (u8 x : rec.second.live) n += x;
+            if (n != w.lot->hashes || w.lot->records.empty()) return fail("parked blocks miscounted", id, n);
+            parked += n;
+        }
+    }
+    if (parked != parked_) return fail("parked blocks miscounted", parked, parked_);
+    return std::string();
+}
+
+}  // namespace kvindex

@@ -1,0 +1,84 @@
+// One writer or many readers, in turns: a waiting writer lets no new reader in, and a writer that leaves lets every waiting reader in
+// before the next writer. Neither side can starve the other, however busy it is.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+
+namespace kvindex {
+
+class TurnLock {
+public:
+    // One atomic operation when nobody writes or waits to.
+    bool try_lock_shared() {
+        unsigned s = state_.load(std::memory_order_relaxed);
+        while (!(s & (kWriter | kQueued)))
+            if (state_.compare_exchange_weak(s, s + kReader, std::memory_order_acquire, std::memory_order_relaxed)) return true;
+        return false;
+    }
+    void lock_shared() {
+        if (try_lock_shared()) return;
+        std::unique_lock<std::mutex> g(m_);
+        for (;;) {
+            unsigned s = state_.load(std::memory_order_relaxed);
+            if (!(s & (kWriter | kQueued))) {
+                if (state_.compare_exchange_weak(s, s + kReader, std::memory_order_acquire, std::memory_order_relaxed)) return;
+                continue;
+            }
+            const unsigned turn = turn_;
+            ++readers_waiting_;
+            readers_.wait(g, [&] { return turn_ != turn; });
+            // Whoever woke us has counted us in already.
+            return;
+        }
+    }
+    void unlock_shared() {
+        const unsigned s = state_.fetch_sub(kReader, std::memory_order_release) - kReader;
+        if ((s & kQueued) && s / kReader == 0) {
+            std::lock_guard<std::mutex> g(m_);
+            writers_.notify_one();
+        }
+    }
+    void lock() {
+        std::unique_lock<std::mutex> g(m_);
+        ++writers_waiting_;
+        for (;;) {
+            unsigned s = state_.load(std::memory_order_relaxed);
+            if (!(s & kWriter) && s / kReader == 0) {
+                const unsigned rest = writers_waiting_ > 1 ? kQueued : 0;
+                if (state_.compare_exchange_weak(s, kWriter | rest, std::memory_order_acquire, std::memory_order_relaxed)) break;
+                continue;
+            }
+            if (!(s & kQueued)) {
+                if (!state_.compare_exchange_weak(s, s | kQueued, std::memory_order_relaxed)) continue;
+                continue;
+            }
+            writers_.wait(g);
+        }
+        --writers_waiting_;
+    }
+    void unlock() {
+        std::lock_guard<std::mutex> g(m_);
+        unsigned next = writers_waiting_ ? kQueued : 0;
+        if (readers_waiting_) {
+            next += readers_waiting_ * kReader;
+            readers_waiting_ = 0;
+            ++turn_;
+            state_.store(next, std::memory_order_release);
+            readers_.notify_all();
+        } else {
+            state_.store(next, std::memory_order_release);
+            if (writers_waiting_) writers_.notify_one();
+        }
+    }
+
+private:
+    static constexpr unsigned kWriter = 1, kQueued = 2, kReader = 4;
+    std::atomic<unsigned> state_{0};
+    std::mutex m_;
+    std::condition_variable readers_, writers_;
+    unsigned readers_waiting_ = 0, writers_waiting_ = 0, turn_ = 0;
+};
+
+}  // namespace kvindex

@@ -1,0 +1,340 @@
+// The question: how many leading blocks of this prompt does each worker hold?
+//
+// A prompt is walked along the chains it shares content with. Work is done per run of equal holder sets, not per block or per pod, and
+// blocks are hashed only as far as somebody still holds them. A reader writes nothing.
+#pragma once
+
+#include "index.hpp"
+
+namespace kvindex {
+
+// One worker's answer; medium kNone: all media together.
+struct Hit {
+    u64 pod;  // Pod::uid
+    i64 rank;
+    u32 medium;
+    u32 blocks;
+    Verdict verdict;
+};
+
+// Which pods may be named in the answer, as bits for one state of the index's pods and holders.
+struct Filter {
+    std::vector<u64> pods;
+    std::vector<u64> holders;
+    u64 pods_version = 0, holders_version = 0;
+
+    Filter(const Index& ix, const std::vector<std::string>& names) : pods_version(ix.pods_version()), holders_version(ix.holders_version()) {
+        pods.assign(ix.pod_slots() / 64 + 1, 0);
+        holders.assign(ix.holder_slots() / 64 + 1, 0);
+        for (const std::string& name : names)
+            if (const u32 id = ix.find_pod(name); id != kNone) pods[id >> 6] |= 1ull << (id & 63);
+        for (u32 h = 0; h < ix.holder_slots(); ++h)
+            if (const u32 w = ix.holder(h).worker; w != kNone && pod(ix.worker_at(w).pod)) holders[h >> 6] |= 1ull << (h & 63);
+    }
+    bool pod(u32 id) const { return (id >> 6) < pods.size() && (pods[id >> 6] >> (id & 63) & 1); }
+    bool current(const Index& ix) const { return pods_version == ix.pods_version() && holders_version == ix.holders_version(); }
+};
+
+struct MatchResult {
+    std::vector<Hit> hits;
+    u32 best = kNone;        // index of the best hit
+    u64 compared = 0;        // blocks compared with a chain
+    void clear() {
+        hits.clear();
+        best = kNone;
+        compared = 0;
+    }
+};
+
+// A prompt as tokens. BT: tokens of a block if known when compiling, else 0.
+template <unsigned BT>
+struct TokenPath {
+    const BlockHasher& roll;
+    const BlockHasher& local;
+    const u32* tokens;
+    const ExtraDigests* extra;  // nullptr: none
+    const Index& ix;
+    u32 n;
+
+    u64 hash(u32 i, u64 prev) const {
+        const std::size_t step = BT ? BT : local.block_tokens();
+        u64 h = local.template local_fixed<BT>(tokens + step * i);
+        if (extra && i < extra->has.size() && extra->has[i]) h = mix_extra(h, extra->digest[i], ix.seed());
+        return i ? roll.roll(prev, h) : h;
+    }
+    // How many of the blocks i, i+1, ... have the prefix hashes `expect`. Each step takes its predecessor from `expect`, not from the
+    // step before: once that one agreed they are the same number, and so the steps do not wait for one another.
+    u32 agree(const u64* expect, u32 i, u32 count, u64 prev) const {
+        const std::size_t step = BT ? BT : local.block_tokens();
+        u32 k = 0;
+        if (i == 0 || extra) {
+            for (; k < count; ++k) {
+                if (hash(i + k, prev) != expect[k]) return k;
+                prev = expect[k];
+                if (!extra && ++k) break;
+            }
+        }
+        for (; k < count; ++k) {
+            if (roll.roll(prev, local.template local_fixed<BT>(tokens + step * (i + k))) != expect[k]) return k;
+            prev = expect[k];
+        }
+        return count;
+    }
+};
+
+// A prompt as the prefix hashes of its blocks.
+struct HashPath {
+    const u64* prefixes;
+    u32 n;
+
+    u64 hash(u32 i, u64) const { return prefixes[i]; }
+    u32 agree(const u64* expect, u32 i, u32 count, u64) const {
+        u32 k = 0;
+        while (k < count && expect[k] == prefixes[i + k]) ++k;
+        return k;
+    }
+};
+
+class Matcher {
+public:
+    template <class Path>
+    void match(const Index& ix, u32 space, const Path& path, const Filter* filter, bool only_exact, MatchResult& out) {
+        out.clear();
+        if (space == kNone || path.n == 0) return;
+        const u32 end = walk(ix, space, path, filter, out);
+        const u32 words = static_cast<u32>(alive_.size());
+        for (u32 i = 0; i < words; ++i)
+            for (u64 bits = alive_[i]; bits; bits &= bits - 1) ended_.push_back({i * 64 + static_cast<u32>(__builtin_ctzll(bits)), end});
+        for (const Ended& e : ended_) {
+            const Holder& h = ix.holder(e.holder);
+            const Worker& w = ix.worker_at(h.worker);
+            const u32 blocks = h.factor == 1 ? e.blocks : e.blocks - e.blocks % h.factor;
+            emit(ix, w, kNone, blocks, only_exact, out);
+            emit(ix, w, h.medium, blocks, only_exact, out);
+        }
+        for (u32 id : hybrids_) answer_hybrid(ix, ix.worker_at(id), end, only_exact, out);
+    }
+
+private:
+    struct Ended {
+        u32 holder;
+        u32 blocks;
+    };
+    struct Piece {
+        u32 start;  // in blocks of the prompt; ends where the next one starts
+        u32 set;
+    };
+
+    void emit(const Index& ix, const Worker& w, u32 medium, u32 blocks, bool only_exact, MatchResult& out) const {
+        if (blocks == 0) return;
+        const Verdict v = ix.pod_at(w.pod).verdict;
+        if (only_exact && v != Verdict::exact) return;
+        if (medium == kNone) {
+            const u32 n = static_cast<u32>(out.hits.size());
+            if (out.best == kNone || blocks > out.hits[out.best].blocks || (blocks == out.hits[out.best].blocks && ix.pod_at(w.pod).uid < out.hits[out.best].pod)) out.best = n;
+        }
+        out.hits.push_back({ix.pod_at(w.pod).uid, w.rank, medium, blocks, v});
+    }
+
+    // Walks the prompt as far as content goes and somebody holds it; fills pieces_, ended_, alive_ and hybrids_.
+    template <class Path>
+    u32 walk(const Index& ix, u32 space, const Path& path, const Filter* filter, MatchResult& out) {
+        const Chains& chains = ix.chains();
+        pieces_.clear();
+        ended_.clear();
+        alive_.clear();
+        hybrids_.clear();
+        u32 i = 0, last_set = kNone;
+        u64 prev = 0;
+        bool hybrid_alive = false;
+        u32 chain = ix.child(space, {kNone, kNone}, path.hash(0, 0));
+        if (chain == kNone) return 0;
+        for (u32 id : ix.space_at(space).hybrids) {
+            if (filter && !filter->pod(ix.worker_at(id).pod)) continue;
+            hybrids_.push_back(id);
+            hybrid_alive = true;
+        }
+        living_ = hybrids_;
+        for (;;) {
+            const Chain& c = chains[chain];
+            const u32 first = i, stop = std::min(c.end(), c.base + (path.n - i));
+            u32 depth = c.base;
+            for (u32 r = 0; depth < stop; ++r) {
+                const u32 set = c.runs[r].set;
+                if (set != last_set) {
+                    const bool some = narrow(ix, set, i, last_set == kNone, filter);
+                    if (hybrid_alive) hybrid_alive = narrow_hybrids(ix, set);
+                    if (!some && !hybrid_alive) return i;
+                    pieces_.push_back({i, set});
+                    last_set = set;
+                }
+                const u32 run_stop = std::min(stop, chains.run_end(c, r));
+                while (depth < run_stop) {
+                    const u32 slot = depth & (kPageBlocks - 1);
+                    const u32 count = std::min(kPageBlocks - slot, run_stop - depth);
+                    const u64* expect = chains.page(c, depth).prefix + slot;
+                    const u32 k = path.agree(expect, i, count, prev);
+                    out.compared += k;
+                    i += k;
+                    depth += k;
+                    if (k) prev = expect[k - 1];
+                    if (k < count) goto fork;
+                }
+            }
+        fork:
+            if (i == path.n || c.kids == 0 || i == first) return i;
+            chain = ix.child(space, {chain, depth - 1}, path.hash(i, prev));
+            if (chain == kNone) return i;
+        }
+    }
+    // Takes out of alive_ what the set lacks. Returns whether anybody is left.
+    bool narrow(const Index& ix, u32 set, u32 at, bool first, const Filter* filter) {
+        const SetPool& sets = ix.sets();
+        const u64* words = sets.data(set);
+        const u32 n = sets.words(set);
+        u64 any = 0;
+        if (first) {
+            const std::vector<u64>& simple = ix.simple();
+            const u32 m = std::min<u32>(n, static_cast<u32>(simple.size()));
+            alive_.resize(m);
+            for (u32 i = 0; i < m; ++i) {
+                alive_[i] = words[i] & simple[i];
+                if (filter) alive_[i] &= i < filter->holders.size() ? filter->holders[i] : 0;
+                any |= alive_[i];
+            }
+            return any != 0;
+        }
+        for (u32 i = 0; i < alive_.size(); ++i) {
+            const u64 now = i < n ? words[i] : 0;
+            for (u64 gone = alive_[i] & ~now; gone; gone &= gone - 1) ended_.push_back({i * 64 + static_cast<u32>(__builtin_ctzll(gone)), at});
+            alive_[i] &= now;
+            any |= alive_[i];
+        }
+        return any != 0;
+    }
+    // A worker with a full-attention group is done where neither medium holds the block; others may go on after a hole.
+    bool narrow_hybrids(const Index& ix, u32 set) {
+        std::size_t keep = 0;
+        for (u32 id : living_) {
+            const Worker& w = ix.worker_at(id);
+            bool on = w.guess != kNone && ix.sets().has(set, w.guess), full = w.groups.empty();
+            for (const Group& g : w.groups) full |= g.kind == Attention::full;
+            if (!full) on = true;
+            for (std::size_t k = 0; k < w.holders.size() && !on; ++k) {
+                const Holder& h = ix.holder(w.holders[k]);
+                on = w.groups[h.group].kind == Attention::full && ix.sets().has(set, w.holders[k]);
+            }
+            if (on) living_[keep++] = id;
+        }
+        living_.resize(keep);
+        return keep != 0;
+    }
+
+    // Several groups, media or kinds of attention: the rule of semantics.md, group by group, until none objects.
+    void answer_hybrid(const Index& ix, const Worker& w, u32 end, bool only_exact, MatchResult& out) {
+        emit(ix, w, kNone, agreed(ix, w, end, kNone), only_exact, out);
+        media_.clear();
+        if (w.guess != kNone) media_.push_back(0);
+        for (u32 h : w.holders) {
+            const u32 m = ix.holder(h).medium;
+            if (std::find(media_.begin(), media_.end(), m) == media_.end()) media_.push_back(m);
+        }
+        for (u32 m : media_) emit(ix, w, m, agreed(ix, w, end, m), only_exact, out);
+    }
+    u32 agreed(const Index& ix, const Worker& w, u32 length, u32 medium) {
+        const u32 groups = std::max<u32>(1, static_cast<u32>(w.groups.size()));
+        // A guess says "GPU" and nothing of groups: where it stands alone, any group's rule will do.
+        const bool only_guess = std::none_of(w.holders.begin(), w.holders.end(), [&](u32 h) { return medium == kNone || ix.holder(h).medium == medium; });
+        for (bool changed = true; changed && length;) {
+            changed = false;
+            for (u32 g = 0; g < groups; ++g) {
+                bool seen = medium == kNone || only_guess;
+                for (u32 h : w.holders) seen |= ix.holder(h).medium == medium && ix.holder(h).group == g;
+                if (!seen) continue;
+                const u32 now = fit(ix, w, g, medium, length);
+                changed |= now != length;
+                length = now;
+            }
+        }
+        return length;
+    }
+    bool holds(const Index& ix, const Worker& w, u32 group, u32 medium, u32 set) const {
+        if (w.guess != kNone && (medium == kNone || medium == 0) && ix.sets().has(set, w.guess)) return true;
+        for (u32 h : w.holders) {
+            const Holder& holder = ix.holder(h);
+            if (holder.group == group && (medium == kNone || holder.medium == medium) && ix.sets().has(set, h)) return true;
+        }
+        return false;
+    }
+    // The longest prefix of at most `length` blocks that this group can use.
+    u32 fit(const Index& ix, const Worker& w, u32 g, u32 medium, u32 length) {
+        const Group plain;
+        const Group& group = g < w.groups.size() ? w.groups[g] : plain;
+        held_.resize(pieces_.size());
+        for (std::size_t i = 0; i < pieces_.size(); ++i) held_[i] = holds(ix, w, g, medium, pieces_[i].set);
+        for (;;) {
+            length -= length % group.factor;
+            if (length == 0) return 0;
+            const u32 now = longest(ix, w, group, length);
+            if (now == length) return length;
+            length = now;
+        }
+    }
+    u32 longest(const Index& ix, const Worker& w, const Group& group, u32 length) const {
+        const u64 block = ix.block_size();
+        const u32 chunk = ix.pod_at(w.pod).chunk_tokens;
+        u64 from = 0;
+        switch (group.kind) {
+            case Attention::mamba: return back_to_held(length);
+            case Attention::sliding: {
+                if (group.window == 0) break;
+                const u64 own = block * group.factor;
+                const u64 need = (group.window - 1 + own - 1) / own * group.factor;
+                if (need == 0) return length;
+                for (;;) {
+                    length = back_to_held(length);
+                    const u32 start = run_start(length);
+                    if (length == 0 || start == 0 || length - start >= need) return length;
+                    length = start;
+                }
+            }
+            case Attention::chunked:
+                if (chunk) from = length * block / chunk * chunk / block;
+                break;
+            case Attention::full: break;
+        }
+        return first_hole(static_cast<u32>(from), length);
+    }
+    u32 piece_of(u32 b) const {
+        u32 i = static_cast<u32>(pieces_.size()) - 1;
+        while (pieces_[i].start > b) --i;
+        return i;
+    }
+    u32 first_hole(u32 from, u32 length) const {
+        for (u32 i = 0; i < pieces_.size() && pieces_[i].start < length; ++i) {
+            const u32 end = i + 1 < pieces_.size() ? std::min(length, pieces_[i + 1].start) : length;
+            if (end > from && !held_[i]) return std::max(from, pieces_[i].start);
+        }
+        return length;
+    }
+    // The largest length up to `length` whose last block is held, or 0.
+    u32 back_to_held(u32 length) const {
+        while (length && !held_[piece_of(length - 1)]) length = pieces_[piece_of(length - 1)].start;
+        return length;
+    }
+    // Where the held run that ends at `length` starts.
+    u32 run_start(u32 length) const {
+        if (!length) return 0;
+        u32 i = piece_of(length - 1);
+        while (i > 0 && held_[i - 1]) --i;
+        return pieces_[i].start;
+    }
+
+    std::vector<u64> alive_;
+    std::vector<Ended> ended_;
+    std::vector<Piece> pieces_;
+    std::vector<u32> hybrids_, living_, media_;
+    std::vector<u8> held_;
+};
+
+}  // namespace kvindex

@@ -1,0 +1,268 @@
+// The index as threads share it: what is locked, for how long, and what each thread keeps to itself.
+#pragma once
+
+#include <limits>
+
+#include "check.hpp"
+#include "lock.hpp"
+#include "match.hpp"
+
+namespace kvindex {
+
+// Names of pods, compiled into bits when a match needs them and kept for as long as they are right.
+class PodNames {
+public:
+    explicit PodNames(std::vector<std::string> names) : names_(std::move(names)) {}
+    std::shared_ptr<const Filter> compile(const Index& ix) {
+        std::lock_guard<std::mutex> g(m_);
+        if (!filter_ || !filter_->current(ix)) filter_ = std::make_shared<const Filter>(ix, names_);
+        return filter_;
+    }
+
+private:
+    std::mutex m_;
+    std::vector<std::string> names_;
+    std::shared_ptr<const Filter> filter_;
+};
+
+// How a prompt is hashed: its adapter, its extra keys.
+struct Prompt {
+    const u32* tokens = nullptr;
+    u64 n_tokens = 0;
+    bool adapted = false;
+    std::string adapter;
+    bool keyed = false;
+    ExtraDigests extra;
+};
+
+struct PodFigures {
+    i64 rank;
+    u64 blocks, parked, holders;
+    Verdict verdict;
+};
+
+struct Totals {
+    Report report;
+    u64 batches = 0, bad_payloads = 0, events_stored = 0, events_removed = 0, events_cleared = 0;
+};
+
+class SharedIndex {
+public:
+    SharedIndex(u32 block_size, u64 seed, bool set_presence, u32 max_parked) : ix_(block_size, seed, set_presence, max_parked) {}
+
+    u64 open_pod(const std::string& name) {
+        Writing w(*this);
+        return ix_.pod_at(ix_.pod(name)).uid;
+    }
+    bool remove_pod(u64 uid) {
+        Writing w(*this);
+        const u32 pod = ix_.slot(uid);
+        if (pod != kNone) ix_.remove_pod(pod);
+        note_expiry();
+        return pod != kNone;
+    }
+    void configure(u64 uid, int set_presence, bool has_media, const std::vector<std::string>& media, i64 chunk) {
+        Writing w(*this);
+        const u32 pod = ix_.slot(uid);
+        if (pod == kNone) return;
+        Pod& p = ix_.pod_at(pod);
+        if (set_presence >= 0) p.set_presence = set_presence != 0;
+        if (has_media) {
+            p.has_clear_media = true;
+            p.clear_media.clear();
+            for (const std::string& m : media) p.clear_media.push_back(ix_.media().id(m.data(), m.size()));
+        }
+        if (chunk >= 0) ix_.set_chunk(pod, static_cast<u32>(chunk));
+    }
+    void mark(u64 uid, i64 rank, int verdict) {
+        Writing w(*this);
+        if (const u32 pod = ix_.slot(uid); pod != kNone) ix_.mark(pod, rank, static_cast<Verdict>(verdict));
+    }
+    void clear_worker(u64 uid, i64 rank) {
+        Writing w(*this);
+        if (const u32 pod = ix_.slot(uid); pod != kNone) ix_.clear_worker(pod, rank);
+        note_expiry();
+    }
+
+    // The whole payload is decoded before the lock is taken, and nothing is applied if it is no batch. rank -1: the batch's own.
+    bool ingest(u64 uid, const u8* payload, u64 bytes, const std::string& model, i64 rank, Report& r, double& ts, i64& dp_rank, DecodeFault& fault) {
+        static thread_local Batch batch;
+        if (!decode_batch(payload, bytes, batch, fault)) {
+            Writing w(*this);
+            ++totals_.bad_payloads;
+            if (const u32 pod = ix_.slot(uid); pod != kNone) ix_.lost_payload(pod, rank < 0 ? 0 : rank);
+            return false;
+        }
+        ts = batch.ts;
+        dp_rank = rank >= 0 ? rank : batch.dp_rank >= 0 ? batch.dp_rank : 0;
+        apply(uid, dp_rank, model, batch, r);
+        // One monster batch must not pin its memory for as long as the thread lives.
+        if (batch.tokens.capacity() > (1u << 22)) batch = Batch();
+        return true;
+    }
+    void apply(u64 uid, i64 rank, const std::string& model, const Batch& batch, Report& r) {
+        // The lock is given up between events, so that a reader waits for about this many blocks at most (some microseconds);
+        // taking it for each one-block event would double their cost.
+        constexpr u64 kTurn = 128;
+        std::size_t i = 0;
+        do {
+            Writing w(*this);
+            const u32 pod = ix_.slot(uid);
+            if (pod == kNone) {
+                // Removed while this was on its way: never resurrected.
+                for (; i < batch.events.size(); ++i) ++r.skipped;
+                return;
+            }
+            for (u64 work = 0; i < batch.events.size() && work < kTurn; ++i) {
+                const Event& e = batch.events[i];
+                work += 1 + e.n_hashes;
+                totals_.events_stored += e.kind == EventKind::stored;
+                totals_.events_removed += e.kind == EventKind::removed;
+                totals_.events_cleared += e.kind == EventKind::cleared;
+                ix_.apply(pod, rank, model, batch, e, r);
+            }
+            if (i == batch.events.size()) {
+                ++totals_.batches;
+                totals_.report.add(r);
+                note_expiry();
+            }
+        } while (i < batch.events.size());
+    }
+
+    // `wait` false: gives up (and returns false) rather than wait for a writer, so that a caller may try with the interpreter locked.
+    bool match(const Prompt& prompt, const std::string& model, PodNames* names, bool only_exact, bool wait, MatchResult& out) const {
+        Reading g(*this, wait);
+        if (!g.on) return false;
+        const std::shared_ptr<const Filter> filter = names ? names->compile(ix_) : nullptr;
+        const u32 space = ix_.find_space(model);
+        const u32 n = static_cast<u32>(prompt.n_tokens / ix_.block_size());
+        const BlockHasher& roll = ix_.hasher();
+        const ExtraDigests* extra = prompt.keyed ? &prompt.extra : nullptr;
+        const auto run = [&](const BlockHasher& local) {
+            roll.visit([&](auto bt) {
+                const TokenPath<decltype(bt)::value> path{roll, local, prompt.tokens, extra, ix_, n};
+                matcher().match(ix_, space, path, filter.get(), only_exact, out);
+            });
+        };
+        if (prompt.adapted) {
+            run(BlockHasher(ix_.seed(), ix_.block_size(), xxh3_64(prompt.adapter.data(), prompt.adapter.size(), 0)));
+        } else {
+            run(roll);
+        }
+        return true;
+    }
+    bool match_hashes(const u64* prefixes, u64 n, const std::string& model, PodNames* names, bool only_exact, bool wait, MatchResult& out) const {
+        Reading g(*this, wait);
+        if (!g.on) return false;
+        const std::shared_ptr<const Filter> filter = names ? names->compile(ix_) : nullptr;
+        matcher().match(ix_, ix_.find_space(model), HashPath{prefixes, static_cast<u32>(n)}, filter.get(), only_exact, out);
+        return true;
+    }
+
+    void guess(u64 uid, i64 rank, const std::string& model, const std::vector<u64>& prefixes, double until) {
+        Writing w(*this);
+        if (const u32 pod = ix_.slot(uid); pod != kNone) ix_.guess(pod, rank, model, prefixes.data(), static_cast<u32>(prefixes.size()), until);
+        note_expiry();
+    }
+    double next_expiry() const { return expiry_.load(std::memory_order_relaxed); }
+    void expire(double now) {
+        Writing w(*this);
+        ix_.expire(now);
+        note_expiry();
+    }
+
+    int verdict(u64 uid) const {
+        Reading g(*this, true);
+        const u32 pod = ix_.slot(uid);
+        return pod == kNone ? -1 : static_cast<int>(ix_.pod_at(pod).verdict);
+    }
+    std::vector<PodFigures> pod_figures(u64 uid) const {
+        Reading g(*this, true);
+        std::vector<PodFigures> out;
+        const u32 pod = ix_.slot(uid);
+        if (pod == kNone) return out;
+        const Pod& p = ix_.pod_at(pod);
+        for (const auto& s : p.streams) out.push_back({s.first, 0, 0, 0, s.second});
+        for (u32 id : p.workers) {
+            const Worker& w = ix_.worker_at(id);
+            auto it = std::find_if(out.begin(), out.end(), [&](const PodFigures& f) { return f.rank == w.rank; });
+            if (it == out.end()) it = out.insert(out.end(), PodFigures{w.rank, 0, 0, 0, Verdict::exact});
+            it->blocks += ix_.held(w);
+            it->parked += w.parked();
+            it->holders += w.holders.size();
+            it->verdict = std::max(it->verdict, ix_.own_verdict(w));
+        }
+        return out;
+    }
+    Index::Figures figures() const {
+        Reading g(*this, true);
+        return ix_.figures();
+    }
+    Totals totals() const {
+        Reading g(*this, true);
+        return totals_;
+    }
+    std::vector<std::string> media() const {
+        Reading g(*this, true);
+        std::vector<std::string> out;
+        for (u32 i = 0; i < ix_.media().size(); ++i) out.push_back(ix_.media().name(i));
+        return out;
+    }
+    std::string check() {
+        Writing w(*this);
+        return ix_.check();
+    }
+    const BlockHasher& hasher() const { return ix_.hasher(); }
+
+private:
+    struct Writing {
+        explicit Writing(SharedIndex& s) : s_(s) { s_.lock_.lock(); }
+        ~Writing() { s_.lock_.unlock(); }
+        SharedIndex& s_;
+    };
+    struct Reading {
+        Reading(const SharedIndex& s, bool wait) : s_(s), on(wait || s.lock_.try_lock_shared()) {
+            if (wait) s.lock_.lock_shared();
+        }
+        ~Reading() {
+            if (on) s_.lock_.unlock_shared();
+        }
+        const SharedIndex& s_;
+        bool on;
+    };
+    static Matcher& matcher() {
+        static thread_local Matcher m;
+        return m;
+    }
+    void note_expiry() { expiry_.store(ix_.next_expiry(), std::memory_order_relaxed); }
+
+    Index ix_;
+    mutable TurnLock lock_;
+    Totals totals_;
+    std::atomic<double> expiry_{1e300};
+};
+
+// Extra keys as a prompt gives them, packed by msgpack; false if they are malformed.
+inline bool read_extra(const u8* packed, u64 bytes, const std::string* salt, u64 seed, u64 blocks, Prompt& p) {
+    StrRef s;
+    if (salt) {
+        s.p = salt->data();
+        s.n = static_cast<u32>(salt->size());
+    }
+    if (!extra_key_digests(packed, bytes, StrRef(), s, true, seed, blocks, p.extra)) return false;
+    p.keyed = p.extra.any;
+    return true;
+}
+
+// Local (or, `rolled`, prefix) hashes of a prompt's complete blocks.
+inline void hash_prompt(const Prompt& p, u32 block_size, u64 seed, bool rolled, u64* out) {
+    const u64 n = p.n_tokens / block_size;
+    const BlockHasher h(seed, block_size, p.adapted ? xxh3_64(p.adapter.data(), p.adapter.size(), 0) : 0);
+    h.locals(p.tokens, n, out);
+    if (p.keyed)
+        for (u64 i = 0; i < n && i < p.extra.has.size(); ++i)
+            if (p.extra.has[i]) out[i] = mix_extra(out[i], p.extra.digest[i], seed);
+    if (rolled) h.chain(out, n, nullptr, out);
+}
+
+}  // namespace kvindex

@@ -1,0 +1,157 @@
+// Who holds: pods, their workers, the workers' holders, and what a worker knows that fits no chain (yet).
+#pragma once
+
+#include <cctype>
+#include <map>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "chains.hpp"
+#include "events.hpp"
+
+namespace kvindex {
+
+enum class Verdict : u8 { exact, degraded, stale };
+
+enum class Attention : u8 { full, sliding, mamba, chunked };
+
+// A group of a hybrid model, as the worker's own stored events described it.
+struct Group {
+    i64 id = 0;
+    Attention kind = Attention::full;
+    bool told_kind = false;
+    u32 window = 0;  // tokens; sliding only
+    u32 factor = 1;  // the group's block size in index blocks: the largest seen
+};
+
+// A dense id in the holder sets: one worker's copies in one medium and group, of one block size.
+struct Holder {
+    u32 worker = kNone;
+    u32 medium = 0;
+    u32 group = 0;  // index into Worker::groups
+    u32 factor = 1;
+    u64 blocks = 0;  // index blocks whose set has this holder
+};
+
+// Copies of one block that "the bit is set, so there is one copy under the block's first name" does not describe.
+struct Copy {
+    u64 id;
+    u32 holder;  // kNone: the entry only keeps a second name known
+    u32 count;
+};
+
+// Stored blocks that cannot be placed yet. An orphan event waits for its parent, anything else for its own hash.
+struct Parked {
+    u64 waits_for = 0;
+    bool orphan = false;
+    u32 holder = 0;
+    std::vector<u64> ids;
+    std::vector<u64> locals;  // orphans: ids.size() * factor local hashes
+    std::vector<u8> live;     // 0: its copy has been removed since, the position still counts
+};
+
+struct ParkingLot {
+    u64 next = 0;
+    u32 hashes = 0;  // live entries
+    std::map<u64, Parked> records;
+    std::unordered_multimap<u64, u64> waiting;  // hash -> record
+    std::unordered_multimap<u64, u64> by_id;    // parked hash -> record
+};
+
+struct Worker {
+    u32 pod = 0;
+    i64 rank = 0;
+    u32 space = 0;
+    std::vector<u32> holders;  // real ones; without those of forgotten groups
+    u32 ghost = kNone;         // holds what the worker has no copy of, but whose position it must remember
+    u32 guess = kNone;         // holds what add_prefix announced
+    std::vector<u64> mask;     // bits of holders and ghost
+    std::vector<Group> groups;
+    RefTable own;                                      // own names -> block
+    std::unordered_map<u64, u32> second;               // further names of a block -> block
+    std::unordered_map<u32, std::vector<Copy>> copies;  // block -> copies, where bits do not suffice
+    CountTable chains;                                 // chains in which this worker knows a block
+    CountTable kids;                                   // (chain, depth) -> child chains there in which it knows a block
+    std::unique_ptr<ParkingLot> lot;
+    bool placed_full = false;   // has placed a block of a size that fits
+    bool small_blocks = false;  // has only sent single blocks that are too small: partial ones or a wrong size?
+    bool sticky = false;        // something could not be placed, for good
+    bool simple = false;        // one holder, full attention: a match needs no more than its bit
+    u32 in_hybrid_list = kNone;
+
+    u32 parked() const { return lot ? lot->hashes : 0; }
+};
+
+// Entries of add_prefix: the whole path, so that it is found again whatever became of the chains.
+struct Guess {
+    u32 worker;
+    double until;
+    std::vector<u64> prefixes;
+};
+
+struct Pod {
+    u64 uid = 0;  // slot and a count of all pods ever opened: a removed pod's number never means another pod
+    std::string name;
+    std::vector<u32> workers;
+    std::map<i64, Verdict> streams;  // per rank, from the stream layer
+    bool set_presence = false;
+    bool has_clear_media = false;
+    std::vector<u32> clear_media;
+    u32 chunk_tokens = 0;
+    Verdict verdict = Verdict::exact;  // the worst of all
+};
+
+struct Space {
+    std::string model;
+    RefTable heads;  // prefix hash of a chain's first block -> chain
+    RefTable names;  // engine hash in a page -> block
+    std::vector<u32> hybrids;  // workers that are not simple
+};
+
+// Media are compared without case; the known ones are shown in upper case, others as first seen.
+inline std::string lower(const char* p, std::size_t n) {
+    std::string s(p, n);
+    for (char& c : s)
+        if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
+    return s;
+}
+
+class Media {
+public:
+    Media() { id("gpu", 3); }
+    u32 id(const char* p, std::size_t n) {
+        if (n == 0) return 0;
+        for (u32 i = 0; i < shown_.size(); ++i)
+            if (shown_[i].size() == n && std::memcmp(shown_[i].data(), p, n) == 0) return i;
+        const std::string key = lower(p, n);
+        const auto found = ids_.find(key);
+        if (found != ids_.end()) return found->second;
+        static const char* const known[] = {"GPU", "CPU", "CPU_PINNED", "DISK", "STORAGE", "EXTERNAL", "CPU_TIER1", "CPU_TIER2"};
+        std::string show(p, n);
+        for (const char* k : known)
+            if (lower(k, std::strlen(k)) == key) show = k;
+        const u32 id = static_cast<u32>(shown_.size());
+        shown_.push_back(show);
+        ids_[key] = id;
+        return id;
+    }
+    const std::string& name(u32 id) const { return shown_[id]; }
+    std::size_t size() const { return shown_.size(); }
+
+private:
+    std::vector<std::string> shown_;
+    std::unordered_map<std::string, u32> ids_;
+};
+
+inline Attention attention_of(const char* p, std::size_t n) {
+    const std::string s = lower(p, n);
+    const auto has = [&](const char* part) { return s.find(part) != std::string::npos; };
+    if (has("sliding_window")) return Attention::sliding;
+    if (has("mamba") || has("linear")) return Attention::mamba;
+    if (has("chunked_local")) return Attention::chunked;
+    return Attention::full;
+}
+
+}  // namespace kvindex
