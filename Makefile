@@ -11,7 +11,7 @@ JOBS ?= $(shell nproc)
 SECONDS ?= 60
 
 BIN := .venv/bin
-CORE := $(wildcard src/kvindex/*.pyx src/kvindex/*.pxd src/kvindex/*.hpp src/kvindex/_native/*.hpp)
+CORE := $(wildcard $(foreach kind,pyx pxd pxi hpp,src/kvindex/*.$(kind)) src/kvindex/_native/*.hpp)
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 
 # $(call need,test,packages): install the Debian packages when the test fails, and say what is missing where there is no apt-get.

@@ -1,0 +1,50 @@
+"""What the commands share: the console, and numbers as people read them.
+
+rich and matplotlib are only needed here, so they are imported when a command runs: a router that imports kvindex does
+not have them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import KVIndexError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["CommandError", "console", "missing", "percentiles"]
+
+
+class CommandError(KVIndexError):
+    """The command line asks for something that can not be done."""
+
+
+def missing(package: str) -> CommandError:
+    """The error for an absent package of the ``cli`` extra."""
+    return CommandError(f'this needs {package}, which is not installed: pip install "kvindex[cli]"')
+
+
+def console() -> Console:
+    """A console on standard output."""
+    try:
+        from rich.console import Console
+    except ImportError:
+        raise missing("rich") from None
+    made = Console(highlight=False)
+    # What is piped into a file or a log has no width; rich would fold every table at 80.
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = 140
+    return made
+
+
+def percentiles(seconds: Sequence[float]) -> tuple[str, str, str]:
+    """p50, p99 and maximum in microseconds, as text; dashes where nothing was measured."""
+    if not seconds:
+        return "-", "-", "-"
+    p50, p99, top = np.percentile(np.asarray(seconds) * 1e6, (50, 99, 100))
+    return f"{p50:.1f}", f"{p99:.1f}", f"{top:.1f}"

@@ -1,0 +1,62 @@
+"""An index between a simulated fleet and its router that notes what it is told and asked, and how long that took."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from .. import PrefixIndex, PrefixMatch, UnknownPodError
+from ..sim.engine import Prompt
+from ..sim.fleet import Fleet
+
+__all__ = ["TimedIndex"]
+
+SHOWN_DIFFERENCES = 10
+
+
+class TimedIndex:
+    """A :class:`PrefixIndex` with a clock: ``publish`` takes a fleet's events, ``match_prefix`` a router's questions.
+
+    ``check`` compares the index's answers about one prompt with the engines' own. ``wrong`` describes the first that
+    differ, ``differences`` counts them all.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self.index = PrefixIndex(block_size=block_size)
+        self.batches = 0
+        self.hashes = 0
+        self.ingest_seconds = 0.0
+        self.match_seconds: list[float] = []
+        self.prompts = 0
+        self.answers = 0
+        self.differences = 0
+        self.wrong: list[str] = []
+
+    def publish(self, pod: str, rank: int, payload: bytes) -> None:
+        start = time.perf_counter()
+        report = self.index.ingest(pod, payload)
+        self.ingest_seconds += time.perf_counter() - start
+        self.batches += 1
+        self.hashes += report.stored + report.removed + report.parked
+
+    def match_prefix(self, tokens: Any, **asked: Any) -> PrefixMatch:
+        start = time.perf_counter()
+        match = self.index.match_prefix(tokens, **asked)
+        self.match_seconds.append(time.perf_counter() - start)
+        return match
+
+    def check(self, fleet: Fleet, prompt: Prompt) -> None:
+        # Not through the clock: a router asks once, and these are the same prompts again.
+        compared = fleet.compare(self.index, prompt)
+        self.prompts += 1
+        self.answers += compared.answers
+        self.differences += len(compared.differences)
+        for pod, got, expected in compared.differences[: SHOWN_DIFFERENCES - len(self.wrong)]:
+            self.wrong.append(f"prompt {self.prompts}, pod {pod}: expected {expected} tokens, got {got}")
+
+    def held(self, pod: str) -> int:
+        """Blocks that the index knows this pod to hold, over all ranks; 0 for a pod that never said anything."""
+        try:
+            return sum(worker["blocks"] for worker in self.index.worker_stats(pod).values())
+        except UnknownPodError:
+            return 0
