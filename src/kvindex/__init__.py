@@ -1,5 +1,12 @@
 """An exact index of which pod holds which prefix in its KV cache, kept from the engines' own event streams."""
 
+try:
+    from ._core import IngestReport, PodSet, PrefixIndex, PrefixMatch, local_hashes, prefix_hashes
+except ModuleNotFoundError as error:
+    if error.name != "kvindex._core":
+        raise
+    raise ImportError("kvindex's compiled core is not built; in a checkout: pip install --editable .") from error
+from .answers import PodMatch
 from .errors import (
     CapacityError,
     CaptureError,
@@ -18,10 +25,17 @@ __all__ = [
     "CapacityError",
     "CaptureError",
     "EventDecodeError",
+    "IngestReport",
     "InvalidTypeError",
     "InvalidValueError",
     "KVIndexError",
+    "PodMatch",
+    "PodSet",
+    "PrefixIndex",
+    "PrefixMatch",
     "SnapshotError",
     "StreamError",
     "UnknownPodError",
+    "local_hashes",
+    "prefix_hashes",
 ]
