@@ -319,6 +319,8 @@ class BatchDecoder {
         MsgValue tag;
         if (!r_.next(tag)) return false;
         if (!set_kind(tag)) return r_.skip(tag.children() + n - 1);
+        // Up to block_size every release writes every element, so a shorter array was cut by something.
+        if (e_->kind == EventKind::stored && n < 5) e_->bad = Reason::bad_event;
         const Field* fields = stored_fields;
         size_t known = 1;
         if (e_->kind == EventKind::stored) known = sizeof stored_fields / sizeof *stored_fields;
@@ -363,33 +365,27 @@ class BatchDecoder {
     }
 
     bool set_kind(const MsgValue& tag) {
-        e_->kind = EventKind::other;
-        e_->bad = Reason::bad_event;
-        if (tag.type != MsgType::str) return false;
-        e_->kind = kind_of(tag.data, tag.n);
+        const bool text = tag.type == MsgType::str;
+        e_->kind = text ? kind_of(tag.data, tag.n) : EventKind::other;
         e_->bad = e_->kind == EventKind::other ? Reason::unknown_event : Reason::none;
-        return true;
+        return text;
     }
 
     // Keeps of an event what it may keep, now that its type and all its fields are known.
     void judge() {
         Event& e = *e_;
         if (e.bad == Reason::none) {
+            const bool hashes = (seen_ & bit(f_hashes)) != 0;
             if (e.kind == EventKind::stored) {
-                const uint32_t needed = bit(f_hashes) | bit(f_tokens);
-                if (bad_ != 0 || (seen_ & needed) != needed) {
-                    e.bad = Reason::bad_event;
-                } else if (bad_token_) {
-                    e.bad = Reason::bad_token;
-                }
+                if (bad_token_) e.bad = Reason::bad_token;
+                if (bad_ != 0 || !hashes) e.bad = Reason::bad_event;
             } else if (e.kind == EventKind::removed) {
-                if ((bad_ & removed_mask) != 0 || (seen_ & bit(f_hashes)) == 0) e.bad = Reason::bad_event;
+                if ((bad_ & removed_mask) != 0 || !hashes) e.bad = Reason::bad_event;
             }
         }
-        const bool hashes = e.bad == Reason::none && e.kind != EventKind::cleared;
-        const bool tokens = e.bad == Reason::none && e.kind == EventKind::stored;
-        if (!hashes) out_.hashes.resize(e.hash_at);
-        if (!tokens) out_.tokens.resize(e.token_at);
+        const bool sound = e.bad == Reason::none;
+        if (!sound || e.kind == EventKind::cleared) out_.hashes.resize(e.hash_at);
+        if (!sound || e.kind != EventKind::stored) out_.tokens.resize(e.token_at);
         e.n_hashes = static_cast<uint32_t>(out_.hashes.size()) - e.hash_at;
         e.n_tokens = static_cast<uint32_t>(out_.tokens.size()) - e.token_at;
     }
