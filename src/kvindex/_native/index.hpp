@@ -1367,10 +1367,15 @@ private:
         drop_guesses(id);
         const std::vector<u32> list = own_chains(w);
         const u32 words = static_cast<u32>(w.mask.size());
+        // Chain by chain, children first: a parent must not lose its last holder while a child hangs on it, and joining on the way may
+        // have made a child part of its parent, which then comes later.
         for (u32 chain : list) {
+            if (!chains_.alive(chain)) continue;
             Chain& c = chains_[chain];
             chains_.change(chain, c.base, c.end(), [&](u32 set, u32) { return sets_.minus(set, w.mask.data(), words); });
             chains_.drop_own(chain, id);
+            lose_chain(w, chain);
+            trim(chain);
         }
         w.own.release(mem_);
         w.chains.release(mem_);
@@ -1391,8 +1396,6 @@ private:
         w.groups.clear();
         w.placed_full = w.small_blocks = w.sticky = false;
         refresh(id);
-        for (u32 chain : list)
-            if (chains_.alive(chain)) trim(chain);
         judge(w.pod);
     }
     void drop_lot(Worker& w) {
@@ -1442,15 +1445,15 @@ private:
         std::vector<u32> refs;
         for (const auto& rec : w.copies) refs.push_back(rec.first);
         for (u32 ref : refs) tidy_copies(id, chains_.pos(ref), ref);
-        // Children first: a chain's last known block decides whether anything of it must be remembered.
+        // Children first, as in clear_all: a chain's last known block decides whether anything of it must be remembered.
         for (u32 chain : list) {
+            if (!chains_.alive(chain)) continue;
             Chain& c = chains_[chain];
             u32 last = kNone;
             for (u32 r = 0; r < c.runs.size() && knows(w, c.runs[r].set); ++r) last = chains_.run_end(c, r) - 1;
             if (last != kNone) climb(id, {chain, last});
+            trim(chain);
         }
-        for (u32 chain : list)
-            if (chains_.alive(chain)) trim(chain);
         judge(w.pod);
     }
 
