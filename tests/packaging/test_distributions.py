@@ -27,7 +27,18 @@ def run(*command, **options):
 def dist(tmp_path_factory):
     """A directory with an sdist and the wheel made from that sdist, built from a copy without anything generated."""
     work = tmp_path_factory.mktemp("packaging")
-    generated = (".git", ".venv", ".build", "build", "dist", "*.egg-info", "*.so", "_core.cpp", "__pycache__", ".*_cache")
+    generated = (
+        ".git",
+        ".venv",
+        ".build",
+        "build",
+        "dist",
+        "*.egg-info",
+        "*.so",
+        "_core.cpp",
+        "__pycache__",
+        ".*_cache",
+    )
     shutil.copytree(ROOT, work / "tree", ignore=shutil.ignore_patterns(*generated, ".hypothesis"))
     # What is asked here does not depend on how well the core is optimised, and -O0 compiles several times as fast.
     environment = {**os.environ, "CXXFLAGS": "-O0 -g0"}
