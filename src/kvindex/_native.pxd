@@ -73,22 +73,22 @@ cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
         cbool adapted, keyed
         string adapter
 
-    cbool read_extra(const uint8_t*, uint64_t, const string*, uint64_t seed, uint64_t blocks, Prompt&)
+    cbool read_extra(const uint8_t*, uint64_t, const string& salt, uint64_t seed, uint64_t blocks, Prompt&)
     void hash_prompt(const Prompt&, uint32_t block_size, uint64_t seed, cbool rolled, uint64_t* out)
 
     cppclass PodNames:
         PodNames(vector[string])
 
-    cppclass PodFigures:
+    struct PodFigures:
         int64_t rank
-        uint64_t blocks, parked, holders
-        Verdict verdict
+        uint64_t blocks, parked
+        int state
 
     cppclass Totals:
         Report report
         uint64_t batches, bad_payloads, events_stored, events_removed, events_cleared
 
-    cppclass Figures "kvindex::Index::Figures":
+    struct Figures "kvindex::Index::Figures":
         uint64_t blocks, chains, sets, holders, pods, workers, parked, guesses, bytes
 
     cppclass SharedIndex:
@@ -110,7 +110,7 @@ cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
         vector[PodFigures] pod_figures(uint64_t) except +
         Figures figures() except +
         Totals totals() except +
-        vector[string] media() except +
+        string medium(uint32_t) except +
         string check() except +
 
 cdef extern from "_native/xxh3.hpp" namespace "kvindex" nogil:

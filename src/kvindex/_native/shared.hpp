@@ -37,8 +37,8 @@ struct Prompt {
 
 struct PodFigures {
     i64 rank;
-    u64 blocks, parked, holders;
-    Verdict verdict;
+    u64 blocks, parked;
+    int state;
 };
 
 struct Totals {
@@ -182,15 +182,14 @@ public:
         const u32 pod = ix_.slot(uid);
         if (pod == kNone) return out;
         const Pod& p = ix_.pod_at(pod);
-        for (const auto& s : p.streams) out.push_back({s.first, 0, 0, 0, s.second});
+        for (const auto& s : p.streams) out.push_back({s.first, 0, 0, static_cast<int>(s.second)});
         for (u32 id : p.workers) {
             const Worker& w = ix_.worker_at(id);
             auto it = std::find_if(out.begin(), out.end(), [&](const PodFigures& f) { return f.rank == w.rank; });
-            if (it == out.end()) it = out.insert(out.end(), PodFigures{w.rank, 0, 0, 0, Verdict::exact});
+            if (it == out.end()) it = out.insert(out.end(), PodFigures{w.rank, 0, 0, 0});
             it->blocks += ix_.held(w);
             it->parked += w.parked();
-            it->holders += w.holders.size();
-            it->verdict = std::max(it->verdict, ix_.own_verdict(w));
+            it->state = std::max(it->state, static_cast<int>(ix_.own_verdict(w)));
         }
         return out;
     }
@@ -202,11 +201,9 @@ public:
         Reading g(*this, true);
         return totals_;
     }
-    std::vector<std::string> media() const {
+    std::string medium(u32 id) const {
         Reading g(*this, true);
-        std::vector<std::string> out;
-        for (u32 i = 0; i < ix_.media().size(); ++i) out.push_back(ix_.media().name(i));
-        return out;
+        return ix_.media().name(id);
     }
     std::string check() {
         Writing w(*this);
@@ -243,13 +240,11 @@ private:
 };
 
 // Extra keys as a prompt gives them, packed by msgpack; false if they are malformed.
-inline bool read_extra(const u8* packed, u64 bytes, const std::string* salt, u64 seed, u64 blocks, Prompt& p) {
+inline bool read_extra(const u8* packed, u64 bytes, const std::string& salt, u64 seed, u64 blocks, Prompt& p) {
     StrRef s;
-    if (salt) {
-        s.p = salt->data();
-        s.n = static_cast<u32>(salt->size());
-    }
-    if (!extra_key_digests(packed, bytes, StrRef(), s, true, seed, blocks, p.extra)) return false;
+    s.p = salt.data();
+    s.n = static_cast<u32>(salt.size());
+    if (!extra_key_digests(bytes ? packed : nullptr, bytes, StrRef(), s, true, seed, blocks, p.extra)) return false;
     p.keyed = p.extra.any;
     return true;
 }

@@ -1,0 +1,110 @@
+"""What is done with arguments before they reach the core, where speed does not matter: checks, and errors that say what would be right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import msgpack
+import numpy as np
+import numpy.typing as npt
+
+from .errors import InvalidTypeError, InvalidValueError
+
+__all__: list[str] = []
+
+TOKENS_ARE = "tokens are a uint32, int32, int64 or uint64 array, or a sequence of ints"
+
+
+def whole(value: Any, what: str, low: int, high: int) -> int:
+    try:
+        n = int(value.__index__())
+    except (AttributeError, TypeError):
+        raise InvalidTypeError(f"{what} is {value!r}; it must be an int") from None
+    if not low <= n <= high:
+        raise InvalidValueError(f"{what} is {n}; it must be {low} to {high}")
+    return n
+
+
+def rank(value: Any) -> int:
+    return 0 if value is None else whole(value, "dp_rank", 0, 1 << 31)
+
+
+def choice(value: Any, what: str, choices: tuple[str, ...]) -> int:
+    if value not in choices:
+        raise InvalidValueError(f"{what} is {value!r}; it must be one of {', '.join(choices)}")
+    return choices.index(value)
+
+
+def seconds(value: Any, what: str) -> float:
+    try:
+        s = float(value)
+    except (TypeError, ValueError):
+        raise InvalidTypeError(f"{what} is {value!r}; it must be a number of seconds") from None
+    if not 0 <= s < 1e18:
+        raise InvalidValueError(f"{what} is {value!r}; it must be 0 or more seconds, and finite")
+    return s
+
+
+def utf8(value: Any, what: str) -> bytes:
+    if not isinstance(value, str):
+        raise InvalidTypeError(f"{what} is {value!r}; it must be a str")
+    try:
+        # Names that came out of a payload may hold bytes that are no UTF-8; they go back as they came.
+        return value.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise InvalidValueError(f"{what} is {value!r}, which has no UTF-8 form") from None
+
+
+def names(values: Any, what: str) -> list[bytes]:
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise InvalidTypeError(f"{what} is {values!r}; it must be an iterable of str")
+    return [utf8(value, f"each of {what}") for value in values]
+
+
+def token(value: Any, what: str, at: int) -> int:
+    try:
+        n = int(value.__index__())
+    except (AttributeError, TypeError):
+        raise InvalidTypeError(f"{what}[{at}] is {value!r} of type {type(value).__name__}; {TOKENS_ARE}") from None
+    if not 0 <= n <= 0xFFFFFFFF:
+        raise InvalidValueError(f"{what}[{at}] is {n}; token ids are 0 to 4294967295")
+    return n
+
+
+def fold(value: Any, what: str) -> int:
+    """An engine hash as u64: ints as they are (signed ones wrap), bytes by their last eight, big-endian, as vLLM makes its integers."""
+    if isinstance(value, (bytes, bytearray)):
+        if not value:
+            raise InvalidValueError(f"{what} is empty bytes; an engine hash has at least one")
+        return int.from_bytes(value[-8:], "big")
+    try:
+        n = int(value.__index__())
+    except (AttributeError, TypeError):
+        raise InvalidTypeError(f"{what} is {value!r}; an engine hash is an int or bytes") from None
+    if not -(1 << 63) <= n < 1 << 64:
+        raise InvalidValueError(f"{what} is {n}; an engine hash has 64 bits")
+    return n & 0xFFFFFFFFFFFFFFFF
+
+
+def hash_array(values: Any, what: str) -> npt.NDArray[np.uint64]:
+    if isinstance(values, np.ndarray) and values.dtype in (np.uint64, np.int64) and values.ndim == 1:
+        return np.ascontiguousarray(values).view(np.uint64)
+    if isinstance(values, (str, bytes, bytearray)) or not isinstance(values, Iterable):
+        raise InvalidTypeError(f"{what} is {values!r}; it must be a sequence of hashes")
+    return np.array([fold(value, f"{what}[{i}]") for i, value in enumerate(values)], dtype=np.uint64)
+
+
+def packed_keys(extra_keys: Any) -> bytes:
+    """extra_keys in the form that events have them, so that one native reader serves both."""
+    if extra_keys is None:
+        return b""
+    if isinstance(extra_keys, (str, bytes)) or not hasattr(extra_keys, "__len__"):
+        raise InvalidTypeError(f"extra_keys is {extra_keys!r}; it has one entry per block: None or a list of keys")
+    for i, entry in enumerate(extra_keys):
+        if entry is not None and not isinstance(entry, (list, tuple)):
+            raise InvalidTypeError(f"extra_keys[{i}] is {entry!r}; an entry is None or a list of keys")
+    try:
+        return bytes(msgpack.packb(list(extra_keys), unicode_errors="surrogateescape"))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidValueError(f"extra_keys cannot be read ({error}); keys are str, int, bytes or (id, offset) pairs") from None
