@@ -18,12 +18,17 @@ from .errors import (
     StreamError,
     UnknownPodError,
 )
+from .events import AllBlocksCleared, BlockRemoved, BlockStored, EventBatch, decode_batch
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AllBlocksCleared",
+    "BlockRemoved",
+    "BlockStored",
     "CapacityError",
     "CaptureError",
+    "EventBatch",
     "EventDecodeError",
     "IngestReport",
     "InvalidTypeError",
@@ -36,6 +41,7 @@ __all__ = [
     "SnapshotError",
     "StreamError",
     "UnknownPodError",
+    "decode_batch",
     "local_hashes",
     "prefix_hashes",
 ]
