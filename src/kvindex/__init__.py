@@ -19,6 +19,7 @@ from .errors import (
     UnknownPodError,
 )
 from .events import AllBlocksCleared, BlockRemoved, BlockStored, EventBatch, decode_batch
+from .tokens import tokens_from_bytes, tokens_to_bytes
 
 __version__ = "0.1.0"
 
@@ -44,4 +45,6 @@ __all__ = [
     "decode_batch",
     "local_hashes",
     "prefix_hashes",
+    "tokens_from_bytes",
+    "tokens_to_bytes",
 ]
