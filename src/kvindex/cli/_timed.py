@@ -60,3 +60,10 @@ class TimedIndex:
             return sum(worker["blocks"] for worker in self.index.worker_stats(pod).values())
         except UnknownPodError:
             return 0
+
+    def state(self, pod: str) -> str:
+        """The pod's verdict, or nothing for a pod that never said anything."""
+        try:
+            return self.index.pod_state(pod)
+        except UnknownPodError:
+            return ""

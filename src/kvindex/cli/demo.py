@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UnknownPodError
 from ..sim.engine import Engine
 from ..sim.fleet import Fleet, Pod, PrefixAware, RoundRobin
 from ..sim.wire import WireForm, wire_form
@@ -161,10 +160,7 @@ def table(demo: Demo) -> Table:
     requests = Counter(served.pod for served in demo.routed.served)
     routed, plain = rates(demo.routed), rates(demo.plain)
     for pod in demo.routed.pods:
-        try:
-            state = demo.index.index.pod_state(pod.name)
-        except UnknownPodError:
-            state = ""
+        state = demo.index.state(pod.name)
         blocks = f"{demo.index.held(pod.name):,}"
         hit, other = f"{routed[pod.name]:.1%}", f"{plain[pod.name]:.1%}"
         shown.add_row(pod.name, pod.form.name, pod.form.hashes, state, f"{requests[pod.name]:,}", blocks, hit, other)

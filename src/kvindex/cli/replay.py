@@ -187,7 +187,12 @@ def ask(index: PrefixIndex, model: str, query: Query, length: int, name: str, do
     lora = query.lora_name
     if lora is None and query.lora_id:
         lora = str(query.lora_id)
-    asked = {"model": model, "lora_name": lora, "cache_salt": query.cache_salt, "extra_keys": query.extra_keys}
+    asked: dict[str, Any] = {
+        "model": model,
+        "lora_name": lora,
+        "cache_salt": query.cache_salt,
+        "extra_keys": query.extra_keys,
+    }
     start = time.perf_counter()
     match = index.match_prefix(tokens, **asked)
     done.match_seconds.append(time.perf_counter() - start)
