@@ -1,4 +1,4 @@
-"""Not run: mypy reads it. assert_type says what each public name is, and an ignored error that is none is one itself."""
+"""Not run: mypy reads it. assert_type says what a public name is, and an ignored error that is none is one itself."""
 
 from array import array
 from typing import Any, assert_type
