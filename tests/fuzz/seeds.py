@@ -1,7 +1,4 @@
-"""Fill the fuzzer's corpus: one file per payload, from the recorded vectors where they are there and from the simulation.
-
-    python seeds.py DIRECTORY
-"""
+"""Fill the fuzzer's corpus (the argument), one file a payload: recorded vectors where they are there, and simulations."""
 
 import hashlib
 import json

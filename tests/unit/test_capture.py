@@ -137,23 +137,27 @@ def test_a_record_that_ends_too_early_inside_a_good_gzip_stream():
     assert error.offset == len(raw) - 1
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"", "cut off at byte 0"),
-        (b"not gzip at all", "is no gzip file"),
-        (gzip.compress(b""), "cut off at byte 0"),
-        (packed([1, 2]), "starts with a header map"),
-        (packed({"engine": "vllm"}), "starts with a header map"),
-        (packed({"format": "kvindex-capture/9", "block_size": 16}), "this version reads 'kvindex-capture/1'"),
-        (packed({"format": FORMAT}), "block_size must be a positive number"),
-        (packed({"format": FORMAT, "block_size": 0}), "block_size must be a positive number"),
-        (packed({"format": FORMAT, "block_size": "16"}), "block_size must be a positive number"),
-        (gzip.compress(b"\xc1"), "no msgpack object"),
-        (gzip.compress(b"\xa2\xff\xff"), "no msgpack object"),
-    ],
-)
-def test_a_file_that_is_no_capture(data, message):
+NO_CAPTURES = {
+    "empty": (b"", "cut off at byte 0"),
+    "no-gzip": (b"not gzip at all", "is no gzip file"),
+    "empty-gzip": (gzip.compress(b""), "cut off at byte 0"),
+    "no-header": (packed([1, 2]), "starts with a header map"),
+    "no-format": (packed({"engine": "vllm"}), "starts with a header map"),
+    "other-format": (
+        packed({"format": "kvindex-capture/9", "block_size": 16}),
+        "this version reads 'kvindex-capture/1'",
+    ),
+    "no-block-size": (packed({"format": FORMAT}), "block_size must be a positive number"),
+    "block-size-0": (packed({"format": FORMAT, "block_size": 0}), "block_size must be a positive number"),
+    "block-size-text": (packed({"format": FORMAT, "block_size": "16"}), "block_size must be a positive number"),
+    "no-msgpack": (gzip.compress(b"\xc1"), "no msgpack object"),
+    "no-utf8": (gzip.compress(b"\xa2\xff\xff"), "no msgpack object"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_CAPTURES)
+def test_a_file_that_is_no_capture(kind):
+    data, message = NO_CAPTURES[kind]
     got, error = read_until_error(data)
     assert got == []
     assert message in str(error)

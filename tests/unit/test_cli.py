@@ -169,6 +169,7 @@ def test_a_batch_that_is_none_is_counted_and_the_replay_goes_on(command, sample,
 @pytest.mark.parametrize(
     ("content", "message"),
     [(b"", "cut off at byte 0"), (b"hello", "is no gzip file"), (gzip.compress(b"\x01"), "starts with a header map")],
+    ids=["empty", "text", "number"],
 )
 def test_what_is_no_capture_is_refused_with_2(command, tmp_path, content, message):
     path = tmp_path / "x"
