@@ -83,9 +83,11 @@ cdef _Ints _tokens(object tokens, str what="tokens"):
         v.take(tokens, what, PyBUF_STRIDED_RO | PyBUF_FORMAT)
         n = v.n
         width = v.width(&is_signed)
-        if width == 0:
+        if width == 0 and n:
             raise InvalidTypeError(f"{what} has items of format {v.view.format.decode()!r}; {arguments.TOKENS_ARE}")
-        if width == 4 and v.view.strides[0] == 4 and (<size_t>v.view.buf & 3) == 0:
+        if n == 0:
+            pass
+        elif width == 4 and v.view.strides[0] == 4 and (<size_t>v.view.buf & 3) == 0:
             at = first_negative(<const int*>v.view.buf, n) if is_signed else n
         else:
             out = v.room(n)

@@ -289,8 +289,8 @@ private:
             case Attention::sliding: {
                 if (group.window == 0) break;
                 const u64 own = block * group.factor;
-                const u64 need = (group.window - 1 + own - 1) / own * group.factor;
-                if (need == 0) return length;
+                // vLLM looks for cached blocks from the right and counts them, so a window of one token still asks for one block.
+                const u64 need = std::max<u64>(1, (group.window - 1 + own - 1) / own) * group.factor;
                 for (;;) {
                     length = back_to_held(length);
                     const u32 start = run_start(length);
