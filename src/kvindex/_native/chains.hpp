@@ -163,6 +163,7 @@ public:
     Chains(Memory& m, SetPool& sets) : m_(m), sets_(sets), chains_(m), pages_(m), homes_(m) {}
     ~Chains() {
         chains_.each([&](u32 c) { release(chains_[c]); });
+        fresh_.release(m_);
     }
     Chains(const Chains&) = delete;
     Chains& operator=(const Chains&) = delete;
@@ -420,6 +421,9 @@ public:
         c.own.splice(m_, i, 1, 0);
         c.own.trim(m_);
     }
+
+    // Gives back what was only needed while changing.
+    void shrink() { fresh_.release(m_); }
 
 private:
     static u32 own_at(const Chain& c, u32 worker) {

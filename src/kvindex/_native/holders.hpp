@@ -77,10 +77,12 @@ public:
         // The memo speaks of sets that are gone, and generations start over.
         std::free(memo_);
         memo_ = nullptr;
-        recs_.truncate(1);
-        recs_.trim(m_);
+        const Rec empty = recs_[0];
+        recs_.release(m_);
+        recs_.push(m_, empty);
         free_.release(m_);
         table_.release(m_);
+        scratch_.release(m_);
     }
 
 private:

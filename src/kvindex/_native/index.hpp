@@ -126,6 +126,7 @@ public:
         ++pods_version_;
         if (pod_ids_.empty()) {
             sets_.shrink();
+            chains_.shrink();
             pods_.clear();
             pods_.shrink_to_fit();
             free_pods_.clear();
