@@ -98,7 +98,7 @@ $(FUZZ)/fuzz_ingest: tests/fuzz/fuzz_ingest.cpp $(wildcard src/kvindex/_native/*
 
 comma := ,
 
-fuzz: .venv/.test-tools $(FUZZ)/fuzz_ingest
+fuzz: .venv/.installed $(FUZZ)/fuzz_ingest
 	$(BIN)/python tests/fuzz/seeds.py $(FUZZ)/corpus
 	$(FUZZ)/fuzz_ingest -max_total_time=$(SECONDS) -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 \
 		-artifact_prefix=$(FUZZ)/ $(FUZZ)/corpus
