@@ -19,6 +19,7 @@ STORED_FIELDS = (
 )
 REMOVED_FIELDS = ("block_hashes", "medium", "group_idx")
 STATES = ("exact", "degraded", "stale")
+KNOWN_MEDIA = ("GPU", "CPU", "CPU_PINNED", "DISK", "STORAGE", "EXTERNAL")
 
 
 class NotABatch(ValueError):
@@ -45,10 +46,10 @@ class Report:
     ts: float | None = None
     dp_rank: int = 0
 
-    def skip(self, reason: str) -> None:
-        self.skipped += 1
-        self.errors += reason in ("bad_event", "bad_token")
-        self.reasons[reason] += 1
+    def skip(self, reason: str, n: int = 1) -> None:
+        self.skipped += n
+        self.errors += n * (reason in ("bad_event", "bad_token"))
+        self.reasons[reason] += n
 
 
 class Position:
@@ -75,9 +76,16 @@ class Position:
 
 @dataclass
 class Group:
-    kind: str = ""
+    kind: str | None = None
     window: int | None = None
     k: int = 1
+
+    @property
+    def rule(self) -> str:
+        if self.kind is None:
+            return "sliding" if self.window else "full"
+        names = {"sliding_window": "sliding", "mamba": "mamba", "linear": "mamba", "chunked_local": "chunked"}
+        return next((rule for part, rule in names.items() if part in self.kind), "full")
 
 
 @dataclass(eq=False)
@@ -100,6 +108,7 @@ class Worker:
     parked: list[Parked] = field(default_factory=list)  # in order of arrival
     groups: dict[int, Group] = field(default_factory=dict)
     seen: set[tuple[str, int]] = field(default_factory=set)  # (medium, group)
+    added: list[tuple[Position, float]] = field(default_factory=list)  # end of a prefix, when it expires
     damaged: bool = False  # what only a full clear heals
     partial_first: bool = False  # a smaller block came before any full one: heals with the first full one
     placed: bool = False
@@ -108,9 +117,14 @@ class Worker:
     def parked_copies(self) -> int:
         return sum(sum(p.live) for p in self.parked)
 
-    @property
-    def state(self) -> str:
-        return STATES[self.damaged or self.partial_first or self.parked_copies > 0]
+    def parked_of(self, medium: str, group: int, h: int) -> list[tuple[Parked, int]]:
+        return [
+            (p, i)
+            for p in self.parked
+            if (p.medium, p.group) == (medium, group)
+            for i in range(len(p.hashes))
+            if p.hashes[i] == h and p.live[i]
+        ]
 
     def forget(self) -> None:
         """Drop every name whose position nobody needs: no copy, no known child, nothing parked that waits for it."""
@@ -134,14 +148,17 @@ class Worker:
             kept += more
         self.parked = [p for p in self.parked if p in kept]
 
-    def held(self, group: int, medium: str | None = None) -> set[Position]:
-        return {
+    def held(self, group: int | None, medium: str | None) -> set[Position]:
+        """What the group holds, in one medium or in any; what was added counts for every group, on the GPU."""
+        copies = {
             at
             for (m, g, h), ks in self.copies.items()
             if g == group and medium in (None, m)
             for k in ks
             for at in self.names[h].last(k)
         }
+        added = {at for end, _ in self.added for at in end.last(end.depth)}
+        return copies | added if medium in (None, "GPU") else copies
 
 
 @dataclass
@@ -151,7 +168,10 @@ class Pod:
     chunk_size: int | None = None
     workers: dict[tuple[int, str], Worker] = field(default_factory=dict)  # (rank, model)
     verdicts: dict[int, str] = field(default_factory=dict)  # the stream's, by rank
-    added: list[tuple[int, str, Position, float]] = field(default_factory=list)  # rank, model, end of prefix, expiry
+
+    def state(self, worker: Worker) -> str:
+        unruled = self.chunk_size is None and any(g.rule == "chunked" for g in worker.groups.values())
+        return STATES[worker.damaged or worker.partial_first or worker.parked_copies > 0 or unruled]
 
 
 # ---------------------------------------------------------------------------------------------- values off the wire
@@ -167,10 +187,6 @@ def fold(value: Any) -> int:
     if isinstance(value, bytes) and value:
         return int.from_bytes(value[-8:], "big")
     raise BadEvent("bad_event")
-
-
-def upper(medium: str | None) -> str:
-    return "GPU" if medium is None else medium.upper()
 
 
 def tag(key: Any) -> tuple:
@@ -226,6 +242,7 @@ class Model:
         self.max_parked = max_parked
         self.pods: dict[str, Pod] = {}
         self.roots: dict[str, Position] = {}
+        self.media = {name.lower(): name for name in KNOWN_MEDIA}
 
     # -------------------------------------------------------------------------------------------------- the events
 
@@ -233,13 +250,12 @@ class Model:
         try:
             ts, events, rank = read_batch(payload)
         except NotABatch:
-            existing = self.pods[pod].workers.get((dp_rank or 0, model)) if pod in self.pods else None
-            if existing is not None:
-                existing.damaged = True
+            for (r, _), worker in self.pods[pod].workers.items() if pod in self.pods else ():
+                worker.damaged |= r == (dp_rank or 0)
             raise
         rank = dp_rank if dp_rank is not None else rank if rank is not None else 0
         report = Report(ts=ts, dp_rank=rank)
-        self._worker(pod, rank, model)
+        self._pod(pod)
         for event in events:
             self._apply(pod, rank, model, event, report)
         return report
@@ -272,7 +288,10 @@ class Model:
             self._clear(pod, rank)
             report.cleared += 1
             return
-        worker = self._worker(pod, rank, model)
+        # Only what is stored makes a worker; a removal that comes first has nothing to remove.
+        worker = self._pod(pod).workers.get((rank, model), Worker())
+        if name == "BlockStored":
+            self.pods[pod].workers[rank, model] = worker
         try:
             (self._stored if name == "BlockStored" else self._removed)(self.pods[pod], worker, model, fields, report)
         except BadEvent as bad:
@@ -285,7 +304,8 @@ class Model:
         parent = None if parent is None else fold(parent)
         tokens = read_tokens(event)
         size = event.get("block_size") or 0
-        lora, medium, group = read_lora(event), upper(read(event, "medium", str)), read(event, "group_idx", int) or 0
+        medium, group = self._medium(read(event, "medium", str)), read(event, "group_idx", int) or 0
+        lora = read_lora(event)
         kind, window = read(event, "kv_cache_spec_kind", str), read(event, "kv_cache_spec_sliding_window", int)
         entries, salt = read(event, "extra_keys", list), read(event, "cache_salt", str)
         for entry in entries or ():
@@ -296,7 +316,7 @@ class Model:
             raise BadEvent("bad_event")
 
         if size % self.block_size or (tokens and not size):
-            if len(hashes) == 1 and size < self.block_size:
+            if len(hashes) == 1 and 0 < size < self.block_size:
                 if worker.placed:
                     raise BadEvent("partial_block")
                 worker.partial_first = True
@@ -306,60 +326,61 @@ class Model:
 
         learned = worker.groups.setdefault(group, Group())
         worker.seen.add((medium, group))
-        learned.kind = kind or learned.kind
+        learned.kind = kind if kind is not None else learned.kind
         learned.window = window or learned.window
-        learned.k = size // self.block_size or learned.k
-        worker.damaged |= learned.kind.startswith("chunked_local") and pod.chunk_size is None
+        learned.k = max(learned.k, size // self.block_size)
 
-        n, k = len(hashes), learned.k
+        n, k = len(hashes), size // self.block_size or learned.k
         whole = bool(tokens) and len(tokens) == n * size
         distinct = list(dict.fromkeys(hashes))
         if len(distinct) < n:
             distinct = hashes[: next(i for i in range(n) if hashes[i] in hashes[:i])]
-            report.skip("duplicate_hash")
+            report.skip("duplicate_hash", n - len(distinct))
+            worker.damaged = True
 
         if whole:
             blocks = contents(tokens, self.block_size, len(distinct), k, lora, entries, salt, parent is None)
             things = [Parked(parent, medium, group, k, distinct, [True] * len(distinct), blocks)]
+            worker.placed, worker.partial_first = True, False
         else:
             things = [Parked(h, medium, group, k, [h], [True]) for h in distinct]
         for thing in things:
             try:
                 if self._place(pod, worker, model, thing):
                     report.stored += len(thing.hashes)
-                elif sum(len(p.hashes) for p in worker.parked) + len(thing.hashes) <= self.max_parked:
-                    worker.parked.append(thing)
+                    self._attach(pod, worker, model, thing.hashes)
+                elif worker.parked_copies + len(thing.hashes) <= self.max_parked:
                     report.parked += len(thing.hashes)
+                    if pod.presence == "set":
+                        thing.live = [not worker.parked_of(medium, group, h) for h in thing.hashes]
+                    worker.parked.append(thing)
                 else:
                     worker.damaged = True
-                    report.skip("parked_full")
+                    report.skip("parked_full", len(thing.hashes))
             except BadEvent as bad:
                 worker.damaged = True
                 report.skip(bad.reason)
-        self._attach(pod, worker, model)
 
     def _place(self, pod: Pod, worker: Worker, model: str, thing: Parked) -> bool:
         """Put it where it belongs; False where that is not known."""
-        worker.forget()
-        targets = self._targets(worker, model, thing)
-        if targets and thing.blocks is not None and not targets[0].depth % thing.k:
-            # The last announcement of a hash wins, even over the copies that its old place had.
-            moved = {h for h, at in zip(thing.hashes, targets) if worker.names.get(h, at) is not at}
-            worker.names = {h: at for h, at in worker.names.items() if h not in moved}
-            worker.copies = {key: ks for key, ks in worker.copies.items() if key[2] not in moved}
-            worker.forget()
+        while True:
             targets = self._targets(worker, model, thing)
-        if targets is None:
-            return False
-        if any(at.depth % thing.k for at in targets):
-            raise BadEvent("misaligned")
+            if targets is None:
+                return False
+            if any(at.depth % thing.k for at in targets):
+                raise BadEvent("misaligned")
+            moved = [h for h, at in zip(thing.hashes, targets) if worker.names.get(h, at) is not at]
+            if not moved:
+                break
+            # The last announcement of a hash wins, over all copies that its old place had. The parent may go with it.
+            del worker.names[moved[0]]
+            worker.copies = {key: ks for key, ks in worker.copies.items() if key[2] != moved[0]}
+            worker.forget()
         for h, at, live in zip(thing.hashes, targets, thing.live):
             worker.names[h] = at
             copies = worker.copies.setdefault((thing.medium, thing.group, h), [])
             if live and not (copies and pod.presence == "set"):
                 copies.append(thing.k)
-        worker.placed |= bool(targets)
-        worker.partial_first &= not targets
         return True
 
     def _targets(self, worker: Worker, model: str, thing: Parked) -> list[Position] | None:
@@ -378,46 +399,42 @@ class Model:
             targets.append(at)
         return targets
 
-    def _attach(self, pod: Pod, worker: Worker, model: str) -> None:
-        """Place what is parked and can be, the oldest first, until nothing moves."""
-        while ready := next((p for p in worker.parked if p.waits_for in worker.names), None):
-            try:
-                if not self._place(pod, worker, model, ready):
-                    continue
-            except BadEvent:
-                worker.damaged = True
-            worker.parked.remove(ready)
+    def _attach(self, pod: Pod, worker: Worker, model: str, hashes: list[int]) -> None:
+        """Place what waited for these hashes, in order of arrival, and what waited for those."""
+        fresh = list(hashes)
+        while fresh:
+            name = fresh.pop()
+            for thing in [p for p in worker.parked if p.waits_for == name]:
+                try:
+                    if not self._place(pod, worker, model, thing):
+                        break
+                    if thing.blocks is not None:
+                        fresh += thing.hashes
+                except BadEvent:
+                    worker.damaged = True
+                worker.parked.remove(thing)
         worker.forget()
 
     def _removed(self, pod: Pod, worker: Worker, model: str, event: dict, report: Report) -> None:
         hashes = read_hashes(event)
-        medium, group = upper(read(event, "medium", str)), read(event, "group_idx", int) or 0
+        medium, group = self._medium(read(event, "medium", str)), read(event, "group_idx", int) or 0
         for h in hashes:
-            copies = worker.copies.get((medium, group, h))
-            parked = [
-                (p, i)
-                for p in reversed(worker.parked)
-                if (p.medium, p.group) == (medium, group)
-                for i in range(len(p.hashes))
-                if p.hashes[i] == h and p.live[i]
-            ]
+            copies, parked = worker.copies.get((medium, group, h)), worker.parked_of(medium, group, h)
             if not copies and not parked:
                 report.skip("unknown_hash")
                 continue
             report.removed += 1
-            # A declared set holds a block once, however often it was announced, placed or not.
-            cancelled = parked if pod.presence == "set" else [] if copies else parked[:1]
-            for p, i in cancelled:
-                p.live[i] = False
             if copies:
                 copies.pop()
+            else:
+                thing, i = parked[-1]
+                thing.live[i] = False
         worker.forget_parked()
         worker.forget()
 
     def _clear(self, name: str, rank: int, *, everything: bool = False) -> None:
         pod = self._pod(name)
         media = None if everything else pod.clear_media
-        pod.added = [a for a in pod.added if a[0] != rank or (media is not None and "GPU" not in media)]
         for (r, model), worker in pod.workers.items():
             if r != rank:
                 continue
@@ -425,6 +442,7 @@ class Model:
                 pod.workers[r, model] = Worker()
                 continue
             worker.copies = {key: ks for key, ks in worker.copies.items() if key[0] not in media}
+            worker.added = [] if "GPU" in media else worker.added
             for p in worker.parked:
                 if p.medium in media:
                     p.live = [False] * len(p.live)
@@ -438,11 +456,12 @@ class Model:
         at = self.roots.setdefault(model, Position())
         for content in self._query(tokens, lora_name, cache_salt, extra_keys):
             at = at.child(content)
-        self._pod(pod).added.append((dp_rank, model, at, now + ttl))
+        self._pod(pod).workers.setdefault((dp_rank, model), Worker()).added.append((at, now + ttl))
 
     def expire(self, now: float) -> None:
         for pod in self.pods.values():
-            pod.added = [a for a in pod.added if a[3] > now]
+            for worker in pod.workers.values():
+                worker.added = [(end, expiry) for end, expiry in worker.added if expiry > now]
 
     def remove_pod(self, pod: str) -> None:
         del self.pods[pod]
@@ -453,7 +472,7 @@ class Model:
     def configure_pod(self, pod: str, *, presence=None, clear_media=None, chunk_size=None) -> None:
         it = self._pod(pod)
         it.presence = presence or it.presence
-        it.clear_media = frozenset(map(upper, clear_media)) if clear_media is not None else it.clear_media
+        it.clear_media = frozenset(map(self._medium, clear_media)) if clear_media is not None else it.clear_media
         it.chunk_size = chunk_size or it.chunk_size
 
     def mark_worker(self, pod: str, dp_rank: int, verdict: str) -> None:
@@ -461,13 +480,14 @@ class Model:
 
     def pod_state(self, pod: str) -> str:
         it = self.pods[pod]
-        return max([*(w.state for w in it.workers.values()), *it.verdicts.values(), "exact"], key=STATES.index)
+        return max([*map(it.state, it.workers.values()), *it.verdicts.values(), "exact"], key=STATES.index)
+
+    def _medium(self, name: str | None) -> str:
+        """Names differ by more than case; one that is not known is shown as it was first written."""
+        return "GPU" if name is None else self.media.setdefault(name.lower(), name)
 
     def _pod(self, pod: str) -> Pod:
         return self.pods.setdefault(pod, Pod(self.presence))
-
-    def _worker(self, pod: str, rank: int, model: str) -> Worker:
-        return self._pod(pod).workers.setdefault((rank, model), Worker())
 
     # ------------------------------------------------------------------------------------------------ the question
 
@@ -484,16 +504,12 @@ class Model:
             media: Counter = Counter()
             for (rank, m), worker in pod.workers.items():
                 if m == model:
-                    ranks[rank] = self._hit(pod, worker, path, set(worker.groups), None)
-                    for medium in {medium for medium, _ in worker.seen}:
-                        groups = {g for seen, g in worker.seen if seen == medium}
-                        media[medium] = max(media[medium], self._hit(pod, worker, path, groups, medium))
-            for rank, m, end, _ in pod.added:
-                if m == model:
-                    prefix = set(end.last(end.depth))
-                    length = next((i for i, at in enumerate(path) if at not in prefix), len(path)) * self.block_size
-                    ranks[rank] = max(ranks[rank], length)
-                    media["GPU"] = max(media["GPU"], length)
+                    ranks[rank] = whole = self._hit(pod, worker, path, set(worker.groups), None)
+                    for medium in {medium for medium, _ in worker.seen} | ({"GPU"} if worker.added else set()):
+                        groups = {g for seen, g in worker.seen if seen == medium} or set(worker.groups)
+                        # No medium alone gives more than all together.
+                        alone = self._hit(pod, worker, path[: whole // self.block_size], groups, medium)
+                        media[medium] = max(media[medium], alone)
             if any(ranks.values()):
                 answers[name] = {"tokens": max(ranks.values()), "ranks": dict(+ranks), "media": dict(+media)}
         return answers
@@ -503,12 +519,11 @@ class Model:
         return [b[0] for b in contents(tokens, self.block_size, n, 1, lora, extra_keys, salt, True)]
 
     def _hit(self, pod: Pod, worker: Worker, path: list, groups: set[int], medium: str | None) -> int:
-        if not groups:
-            return 0
-        rows = [(worker.groups[g], worker.held(g, medium)) for g in groups]
+        rows = [(worker.groups.get(g, Group()), worker.held(g, medium)) for g in groups or {None}]
         flags = [(group, [at in held for at in path]) for group, held in rows]
         return next(length * self.block_size for length in range(len(path), -1, -1)
-                    if all(self._agrees(pod, group, held, length) for group, held in flags))
+                    if (length == 0 or any(held[length - 1] for _, held in flags))
+                    and all(self._agrees(pod, group, held, length) for group, held in flags))
 
     def _agrees(self, pod: Pod, group: Group, held: list[bool], length: int) -> bool:
         """Whether this group lets the worker reuse `length` blocks."""
@@ -516,11 +531,12 @@ class Model:
         if length % group.k:
             return False
         start = 0
-        if "sliding_window" in group.kind and group.window:
-            start = length - -(-(group.window - 1) // size) * group.k
-        elif "mamba" in group.kind or "linear" in group.kind:
+        if group.rule == "sliding" and group.window:
+            # However small the window, vLLM looks for one block at least.
+            start = length - max(1, -(-(group.window - 1) // size)) * group.k
+        elif group.rule == "mamba":
             start = length - group.k
-        elif group.kind.startswith("chunked_local") and pod.chunk_size:
+        elif group.rule == "chunked" and pod.chunk_size:
             start = length * self.block_size // pod.chunk_size * pod.chunk_size // size * group.k
         return all(held[max(start, 0) : length])
 

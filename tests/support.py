@@ -1,0 +1,64 @@
+"""What several test modules need to talk to an index and to the model in the same words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+
+STORED = (
+    "block_hashes", "parent_block_hash", "token_ids", "block_size", "lora_id", "medium", "lora_name", "extra_keys",
+    "group_idx", "kv_cache_spec_kind", "kv_cache_spec_sliding_window",
+)
+REMOVED = ("block_hashes", "medium", "group_idx")
+COUNTS = ("stored", "removed", "cleared", "parked", "skipped", "errors")
+
+
+def stored(hashes, tokens, *, parent=None, size=4, **more: Any) -> dict:
+    """A BlockStored event as a map, the way the newer engines write it."""
+    return {"type": "BlockStored", "block_hashes": list(hashes), "parent_block_hash": parent,
+            "token_ids": list(tokens), "block_size": size, **more}
+
+
+def removed(*hashes, **more: Any) -> dict:
+    return {"type": "BlockRemoved", "block_hashes": list(hashes), **more}
+
+
+def cleared() -> dict:
+    return {"type": "AllBlocksCleared"}
+
+
+def as_array(event: dict) -> list:
+    """The same event the way the older engines write it: a tag and its fields by place."""
+    if event["type"] == "AllBlocksCleared":
+        return ["AllBlocksCleared"]
+    fields = REMOVED if event["type"] == "BlockRemoved" else STORED
+    values = [event.get(name) for name in fields]
+    if event.get("cache_salt") is not None:
+        values[6] = {"cache_salt": event["cache_salt"]}
+    need = 1 if event["type"] == "BlockRemoved" else 5
+    while len(values) > need and values[-1] is None:
+        values.pop()
+    return [event["type"], *values]
+
+
+def payload(*events: Any, ts: float = 1.5, rank: int | None = None) -> bytes:
+    return msgpack.packb([ts, list(events), rank])
+
+
+def report_of(report: Any) -> dict:
+    """A report, of the index or of the model, as a plain dict."""
+    return {
+        **{name: getattr(report, name) for name in COUNTS},
+        "reasons": {name: n for name, n in dict(report.reasons).items() if n},
+        "ts": report.ts,
+        "dp_rank": report.dp_rank,
+    }
+
+
+def answer_of(match: Any) -> dict[str, dict]:
+    """A PrefixMatch in the model's words."""
+    return {
+        pod: {"tokens": tokens, "ranks": dict(match[pod].ranks), "media": dict(match[pod].media)}
+        for pod, tokens in match.tokens.items()
+    }

@@ -1,0 +1,589 @@
+"""A fleet of odd engines, for tests that do the same to the index and to the model and compare everything.
+
+Contents come from a handful of blocks, so that prompts fork and meet all the time. Hashes are named per pod: alike on
+all pods that agree, own ones, or small numbers that mean something else on every worker. A step is data and is given
+its meaning by the state that it meets, so any part of a list of steps is a list of steps: that makes it easy to shrink.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+from model import Model, NotABatch
+from support import answer_of, as_array, cleared, payload, removed, report_of, stored
+
+import kvindex
+
+PODS = ("a", "b", "c")
+RANKS = (0,) * 6 + (1,)
+MODELS = ("",) * 9 + ("m",)
+MEDIA = (None, None, "GPU", "gpu", "cpu", "CPU", "Tape")
+CONTEXTS = ((None, None),) * 6 + (("L", None), (None, "s"), ("L", "s"))  # (lora_name, cache_salt)
+
+# Block types: 0, 1 and 2 are other tokens; 3 to 5 differ from 0 by their extra keys only.
+EXTRA = {3: ["mm"], 4: [("mm", 1)], 5: [b"\x07" * 3, 2**64 - 1, b"\x01"]}
+TYPES = (0, 0, 0, 0, 1, 1, 1, 2, 2, 3, 4, 5)
+
+
+def draw_path(rng: Random, most: int = 4) -> tuple[int, ...]:
+    return even(tuple(rng.choice(TYPES) for _ in range(rng.randint(1, most))))
+
+
+def even(path: Iterable[int]) -> tuple[int, ...]:
+    """Extra keys stand on the first index block of a larger engine block, so here on every second block only."""
+    return tuple(0 if b in EXTRA and i % 2 else b for i, b in enumerate(path))
+
+
+# ------------------------------------------------------------------------------------------------- what engines are
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What one pod is like."""
+
+    naming: str
+    groups: tuple[tuple[int | None, str | None, int | None, int], ...]  # id, kind, window in tokens, k
+    presence: str | None
+    clear_media: tuple[str, ...] | None
+    chunk_size: int | None
+    one_medium: bool
+
+
+@dataclass(frozen=True)
+class Setup:
+    size: int
+    presence: str
+    max_parked: int
+    pods: tuple[Layout, ...]
+
+
+GROUPS = {
+    "full": ("full_attention", "mla_attention", None),
+    "sliding": ("sliding_window", "sliding_window_mla"),
+    "mamba": ("mamba", "linear_attention"),
+    "chunked": ("chunked_local_attention",),
+}
+MIXES = (
+    ("full",), ("full",), ("full",), ("full", "sliding"), ("full", "sliding"), ("full", "mamba"), ("sliding",),
+    ("full", "chunked"), ("full", "sliding", "mamba"), ("full", "full"),
+)
+
+
+def draw_layout(rng: Random, size: int) -> Layout:
+    mix = rng.choice(MIXES)
+    groups = tuple(
+        (
+            i if len(mix) > 1 else rng.choice((None, 0, 1)),
+            rng.choice(GROUPS[kind]),
+            rng.randint(1, 4 * size + 1) if kind == "sliding" else None,
+            rng.choice((1, 1, 1, 2)),
+        )
+        for i, kind in enumerate(mix)
+    )
+    return Layout(
+        naming=rng.choice(("shared", "shared", "own", "small")),
+        groups=groups,
+        presence=rng.choice((None, None, None, "set")),
+        clear_media=rng.choice((None, None, None, ("gpu",), ("CPU", "tape"))),
+        chunk_size=rng.choice((None, 2 * size, 3 * size)),
+        one_medium=rng.random() < 0.5,
+    )
+
+
+def draw_setup(rng: Random) -> Setup:
+    size = rng.choice((1, 2, 4))
+    return Setup(
+        size=size,
+        presence=rng.choice(("count", "count", "count", "set")),
+        max_parked=rng.choice((65536, 65536, 5)),
+        pods=tuple(draw_layout(rng, size) for _ in PODS),
+    )
+
+
+@dataclass
+class Book:
+    """The engine hashes of one naming domain, handed out in order of first use."""
+
+    start: int
+    of: dict[Any, int] = field(default_factory=dict)
+    back: dict[int, Any] = field(default_factory=dict)
+
+    def name(self, context: tuple, path: tuple, alias: int = 0) -> int:
+        key = (context, path, alias)
+        if key not in self.of:
+            # The first hash of the shared and of the small names is 0; later ones need all 64 bits.
+            h = (self.start + len(self.of) * 0x9E3779B97F4A7C15) % 2**64
+            self.of[key] = h
+            self.back[h] = key
+        return self.of[key]
+
+
+# -------------------------------------------------------------------------------------------------- what engines do
+
+
+@dataclass(frozen=True)
+class Op:
+    """One event to be. What `pick` and `n` mean depends on the kind and on the state."""
+
+    kind: str
+    context: tuple
+    path: tuple
+    cut: int
+    group: int
+    medium: str | None
+    pick: int
+    n: int
+    twist: str | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call: a batch of events for one worker, or something else that is done to a pod."""
+
+    kind: str
+    pod: str
+    rank: int
+    model: str
+    ops: tuple[Op, ...]
+    form: str = "map"
+    hashes: str = "unsigned"
+    n: int = 0
+
+
+TWISTS = (None,) * 14 + ("alias", "alias", "repeat", "moved", "moved", "parent-alias", "self", "odd", "random")
+EVENTS = {"store": 30, "extend": 20, "again": 9, "parent": 9, "mask": 7, "remove": 22, "remove-any": 8, "bad": 2,
+          "clear": 1}
+STEPS = {"batch": 90, "evict": 9, "add_prefix": 4, "expire": 2, "clear_worker": 1, "mark_worker": 1, "remove_pod": 1,
+         "no_batch": 1}
+BADS = ("tag", "token", "pair", "hash", "hash-removed", "size", "partial", "partial", "short", "no-event", "no-size")
+
+
+def draw_op(rng: Random, kind: str | None = None) -> Op:
+    kind = kind or rng.choices(list(EVENTS), list(EVENTS.values()))[0]
+    return Op(kind, rng.choice(CONTEXTS), draw_path(rng), rng.choice((0, 0, 0, 1, 1, 2, 3)), rng.randrange(6),
+              rng.choice(MEDIA), rng.randrange(2**16), rng.randrange(2**16), rng.choice(TWISTS))
+
+
+def draw_step(rng: Random, kind: str | None = None, event: str | None = None) -> Step:
+    kind = kind or rng.choices(list(STEPS), list(STEPS.values()))[0]
+    count = rng.choice((1, 1, 1, 2, 3)) if kind == "batch" else 1
+    return Step(kind, rng.choice((*PODS, "a", "a", "b")), rng.choice(RANKS), rng.choice(MODELS),
+                tuple(draw_op(rng, event) for _ in range(count)), rng.choice(("map", "map", "array", "objects")),
+                rng.choice(("unsigned", "signed", "bytes")), rng.randrange(2**16))
+
+
+def same(what: Any, got: Any, want: Any) -> None:
+    assert got == want, f"{what}: the index says {got}, the model {want}"
+
+
+class World:
+    """The index and the model side by side."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.size = setup.size
+        self.index = kvindex.PrefixIndex(setup.size, presence=setup.presence, max_parked=setup.max_parked)
+        self.model = Model(setup.size, presence=setup.presence, max_parked=setup.max_parked)
+        self.layouts = dict(zip(PODS, setup.pods, strict=True))
+        self.books: dict[Any, Book] = {}
+        self.asked: dict[tuple, None] = {}
+        self.turn = 0
+        # The index looks at the clock on its own too: what is added lives long, and ends when a step says so.
+        self.now = time.monotonic()
+        for pod, layout in self.layouts.items():
+            self.both("configure_pod", pod, presence=layout.presence, clear_media=layout.clear_media,
+                      chunk_size=layout.chunk_size)
+
+    def both(self, call: str, *args: Any, **kwargs: Any) -> None:
+        getattr(self.index, call)(*args, **kwargs)
+        getattr(self.model, call)(*args, **kwargs)
+
+    # ------------------------------------------------------------------------------------------------ names, content
+
+    def tokens(self, path: tuple) -> list[int]:
+        patterns = {1: [7] * (self.size - 1) + [8], 2: [9] * self.size}
+        return [token for b in path for token in patterns.get(b, [7] * self.size)]
+
+    def book(self, pod: str, rank: int, model: str) -> Book:
+        naming = self.layouts[pod].naming
+        if naming == "shared":
+            return self.books.setdefault(naming, Book(0))
+        return self.books.setdefault((pod, rank, model), Book(0 if naming == "small" else 1000 * (2 + len(self.books))))
+
+    def worker(self, pod: str, rank: int, model: str) -> Any:
+        return self.model.pods[pod].workers.get((rank, model)) if pod in self.model.pods else None
+
+    # --------------------------------------------------------------------------------------------------- the events
+
+    def event(self, pod: str, rank: int, model: str, op: Op) -> Any:
+        """The event that `op` means now, or None."""
+        layout, worker, book = self.layouts[pod], self.worker(pod, rank, model), self.book(pod, rank, model)
+        copies = [key for key, ks in worker.copies.items() for _ in ks] if worker else []
+        known = [h for h in worker.names if h in book.back] if worker else []
+        if op.kind == "clear":
+            return cleared()
+        if op.kind == "bad":
+            return self.bad(BADS[op.n % len(BADS)], op, book)
+        if op.kind == "remove":
+            # The head of a chain first, its tail first, or from anywhere; up to seven, and then everything after.
+            if not copies:
+                return None
+            medium, group, _ = copies[op.pick % len(copies)]
+            same = [h for m, g, h in copies if (m, g) == (medium, group)]
+            order = op.n % 3
+            same = same if order == 0 else same[::-1] if order == 1 else same[op.pick % len(same):]
+            return removed(*same[: 1 + op.n // 3 % 7], medium=medium, group_idx=group)
+
+        group, kind, window, k = layout.groups[op.group % len(layout.groups)]
+        where: dict[str, Any] = {"medium": None if layout.one_medium else op.medium, "group_idx": group}
+        if op.kind == "remove-any":
+            parked = [h for p in worker.parked for h in p.hashes] if worker else []
+            choice = [*parked, *parked, *book.back] or [1]
+            return removed(*(choice[(op.pick + i * op.n) % len(choice)] for i in range(1 + op.n % 3)), **where)
+        if kind is not None and op.n % 5:
+            where["kv_cache_spec_kind"] = kind
+        if window is not None:
+            where["kv_cache_spec_sliding_window"] = window
+
+        if op.kind == "again" and copies:
+            medium, number, h = copies[op.pick % len(copies)]
+            if h in book.back:
+                context, path, _ = book.back[h]
+                if op.n % 2:
+                    where, k = {"medium": medium, "group_idx": number}, worker.copies[medium, number, h][-1]
+                if len(path) >= k:
+                    return self.stored(book, context, path, len(path) - k, k, where, op, hashes=[h])
+        if op.kind == "extend" and known:
+            h = known[op.pick % len(known)]
+            context, path, _ = book.back[h]
+            return self.stored(book, context, even(path + op.path), len(path), k, where, op, parent=h)
+        if op.kind == "parent":
+            # What something parked waits for: from the beginning, or only its last block.
+            waited = [p.waits_for for p in worker.parked if p.waits_for in book.back] if worker else []
+            if not waited:
+                return None
+            context, path, _ = book.back[waited[op.pick % len(waited)]]
+            return self.stored(book, context, path, 0 if op.n % 3 else len(path) - k, k, where, op)
+        context, path, cut = op.context, op.path, op.cut
+        if known and op.pick % 3:
+            # Along a prompt that is there, then off it.
+            context, path, _ = book.back[known[op.pick % len(known)]]
+            path = even(path[: len(path) - op.n % 3] + op.path)
+        if op.kind == "mask":
+            return self.masked(book, context, path, k, where, op)
+        return self.stored(book, context, path, cut, k, where, op)
+
+    def stored(self, book: Book, context: tuple, path: tuple, cut: int, k: int, where: dict, op: Op, *,
+               parent: int | None = None, hashes: list[int] | None = None) -> Any:
+        """The blocks of `path` from `cut` on, below the name of what is before them."""
+        if parent is None and hashes is None:
+            cut = max(0, min(cut, len(path) - 1))
+            if op.twist != "odd":
+                cut -= cut % k
+        path = path[: cut + (len(path) - cut) // k * k]
+        ends = range(cut + k, len(path) + 1, k)
+        alias = int(op.twist == "alias")
+        hashes = hashes or [book.name(context, path[:end], alias) for end in ends]
+        if not hashes:
+            return None
+        if cut and parent is None:
+            parent = book.name(context, path[:cut], int(op.twist == "parent-alias"))
+        names = list(book.back)
+        if op.twist == "repeat":
+            hashes[op.n % len(hashes)] = hashes[op.pick % len(hashes)]
+        elif op.twist == "self":
+            parent = hashes[op.n % len(hashes)]
+        elif op.twist in ("moved", "random"):
+            # A hash that stands for something else in the book, and perhaps below something else too.
+            hashes[op.n % len(hashes)] = names[op.pick % len(names)]
+            if op.twist == "random":
+                parent = names[op.n % len(names)]
+        return stored(hashes, self.tokens(path[cut:]), parent=parent, size=k * self.size,
+                      **where, **self.keys(context, path[cut::k], cut == 0, op.n))
+
+    def keys(self, context: tuple, blocks: tuple, first: bool, n: int) -> dict[str, Any]:
+        """LoRA, salt and extra keys: as fields, or the way vLLM writes them among the extra keys."""
+        lora, salt = context
+        entries = [list(EXTRA.get(b, ())) for b in blocks]
+        fields: dict[str, Any] = {}
+        if salt is not None and (lora is not None or n % 2):
+            if first:
+                digests = 1 if entries[0] and isinstance(entries[0][-1], bytes) else 0
+                entries[0].insert(len(entries[0]) - digests, salt)
+        elif salt is not None:
+            fields["cache_salt"] = salt
+        if lora is not None:
+            fields["lora_name"] = lora
+            if n % 3:
+                entries = [[lora, *keys] for keys in entries]
+        if any(entries):
+            fields["extra_keys"] = [keys or None for keys in entries]
+        return fields
+
+    def masked(self, book: Book, context: tuple, path: tuple, k: int, where: dict, op: Op) -> Any:
+        """Some hashes of a path with the tokens of all of it, or (a placeholder) with none."""
+        path = path[: len(path) // k * k]
+        ends = list(range(k, len(path) + 1, k))
+        hashes = [book.name(context, path[:end]) for i, end in enumerate(ends) if op.n >> i & 1]
+        if op.pick % 2:
+            return stored(hashes, (), size=(0, None, k * self.size)[op.n % 3], **where)
+        return stored(hashes if len(hashes) < len(ends) else hashes[1:], self.tokens(path), size=k * self.size, **where)
+
+    def bad(self, what: str, op: Op, book: Book) -> Any:
+        path = op.path
+        hashes = [book.name((None, None), path[: i + 1]) for i in range(len(path))]
+        event = stored(hashes, self.tokens(path), size=self.size)
+        wrong = op.pick % 4
+        if what == "tag":
+            event["type"] = "BlockMoved"
+        elif what == "token":
+            event["token_ids"][-1] = (-1, 2**32, 1.0, "7")[wrong]
+        elif what == "pair":
+            event["token_ids"][0] = [1, 2]
+        elif what == "hash":
+            event["block_hashes"][-1] = (b"", "x", None, 1.5)[wrong]
+        elif what == "hash-removed":
+            return removed(*hashes[:-1], b"")
+        elif what == "size":
+            size = 3 * self.size + 1 if self.size > 1 else 0
+            event.update(block_size=size, token_ids=[7] * max(1, size) * len(hashes))
+        elif what == "no-size":
+            event["block_size"] = None
+        elif what == "partial":
+            return stored(hashes[:1], [7] * (self.size - 1), size=self.size - 1) if self.size > 1 else None
+        elif what == "short":
+            return ["BlockStored", hashes, None]
+        elif what == "no-event":
+            return 5
+        return event
+
+    # ---------------------------------------------------------------------------------------------------- the steps
+
+    def do(self, step: Step) -> None:
+        getattr(self, "do_" + step.kind)(step)
+        self.compare()
+
+    def do_batch(self, step: Step) -> None:
+        pod, rank, model = step.pod, step.rank, step.model
+        events = []
+        for op in step.ops:
+            if step.form == "objects":
+                self.by_object(pod, rank, model, self.event(pod, rank, model, op))
+            elif (event := self.event(pod, rank, model, op)) is not None:
+                self.remember(pod, rank, model, event)
+                event = in_form(event, step.hashes)
+                known = isinstance(event, dict) and event["type"] != "BlockMoved"
+                events.append(as_array(event) if known and step.form == "array" else event)
+        if step.form != "objects":
+            # The call's rank counts before the batch's; without either it is 0.
+            wire, call = ((rank, None), (rank + 5, rank), (rank or None, None))[step.n % 3]
+            self.ingest(pod, payload(*events, ts=step.n / 4, rank=wire), model=model, dp_rank=call)
+
+    def ingest(self, pod: str, data: bytes, **where: Any) -> None:
+        got, want = self.index.ingest(pod, data, **where), self.model.ingest(pod, data, **where)
+        same("report", report_of(got), report_of(want))
+
+    def by_object(self, pod: str, rank: int, model: str, event: Any) -> None:
+        if not isinstance(event, dict) or not sound(event):
+            return
+        self.remember(pod, rank, model, event)
+        fields = {name: value for name, value in event.items() if name != "type"}
+        dp_rank = rank or None
+        if event["type"] == "AllBlocksCleared":
+            thing, call = kvindex.AllBlocksCleared(pod=pod, dp_rank=dp_rank), "process_all_blocks_cleared"
+        elif event["type"] == "BlockRemoved":
+            thing, call = kvindex.BlockRemoved(pod=pod, model=model, dp_rank=dp_rank, **fields), "process_block_removed"
+        else:
+            if len(fields["block_hashes"]) % 2:
+                fields["token_ids"] = np.asarray(fields["token_ids"], dtype=np.uint32)
+            thing, call = kvindex.BlockStored(pod=pod, model=model, dp_rank=dp_rank, **fields), "process_block_stored"
+        got, want = getattr(self.index, call)(thing), getattr(self.model, call)(thing)
+        same("report", report_of(got), report_of(want))
+
+    def remember(self, pod: str, rank: int, model: str, event: Any) -> None:
+        """What an event is about is what will be asked for."""
+        book = self.book(pod, rank, model)
+        for h in event.get("block_hashes", ())[-1:] if isinstance(event, dict) else ():
+            if isinstance(h, int) and h in book.back:
+                context, path, _ = book.back[h]
+                self.asked.pop((context, path, model), None)
+                self.asked[context, path, model] = None
+
+    def do_evict(self, step: Step) -> None:
+        """Most of a worker goes, one event a block: that leaves ghosts behind, and takes them away again."""
+        worker = self.worker(step.pod, step.rank, step.model)
+        live = [key for key, ks in worker.copies.items() for _ in ks] if worker else []
+        live = live if step.n % 2 else live[::-1]
+        live = live[: max(0, len(live) - step.n // 2 % 4)]
+        self.ingest(step.pod, payload(*(removed(h, medium=m, group_idx=g) for m, g, h in live), rank=step.rank),
+                    model=step.model)
+
+    def do_add_prefix(self, step: Step) -> None:
+        op = step.ops[0]
+        lora, salt = op.context
+        self.both("add_prefix", step.pod, self.tokens(op.path), ttl=1000.0 * (1 + step.n % 5), now=self.now,
+                  model=step.model, lora_name=lora, cache_salt=salt, extra_keys=[EXTRA.get(b) for b in op.path],
+                  dp_rank=step.rank)
+        self.asked[op.context, op.path, step.model] = None
+
+    def do_expire(self, step: Step) -> None:
+        self.now += 1000.0 * (1 + step.n % 4)
+        self.index._expire(self.now)
+        self.model.expire(self.now)
+
+    def do_clear_worker(self, step: Step) -> None:
+        if step.pod in self.model.pods:
+            self.both("clear_worker", step.pod, step.rank)
+
+    def do_mark_worker(self, step: Step) -> None:
+        if step.pod in self.model.pods:
+            self.both("mark_worker", step.pod, step.rank, ("exact", "degraded", "stale")[step.n % 3])
+
+    def do_remove_pod(self, step: Step) -> None:
+        if step.pod in self.model.pods:
+            self.both("remove_pod", step.pod)
+        for question in (self.index.pod_state, self.index.remove_pod):
+            with pytest.raises(kvindex.UnknownPodError, match=step.pod):
+                question(step.pod)
+
+    def do_no_batch(self, step: Step) -> None:
+        data = (b"", b"\xc1", b"\x2a", b"\x92\x01", b"\x93\x01\x80\x00")[step.n % 5]
+        for it, error in ((self.index, kvindex.EventDecodeError), (self.model, NotABatch)):
+            with pytest.raises(error):
+                it.ingest(step.pod, data, model=step.model, dp_rank=step.rank or None)
+
+    # --------------------------------------------------------------------------------------------------- comparison
+
+    def compare(self) -> None:
+        self.index._check()
+        for pod in self.model.pods:
+            same(f"state of {pod}", self.index.pod_state(pod), self.model.pod_state(pod))
+            waiting = {rank: stats["parked"] for rank, stats in self.index.worker_stats(pod).items() if stats["parked"]}
+            parked: Counter = Counter()
+            for (rank, _), worker in self.model.pods[pod].workers.items():
+                parked[rank] += worker.parked_copies
+            same(f"parked of {pod}", waiting, dict(+parked))
+        self.turn += 1
+        asked = list(self.asked)
+        for context, path, model in dict.fromkeys(asked[-2:] + asked[self.turn % max(1, len(asked)):][:2]):
+            self.question(context, (*path, self.turn % 3), model)
+            self.question(context, (*path[:-1], (path[-1] + 1) % 3, *path[-1:]), model)
+        self.question((None, None), (2, 1, 0), "")
+
+    def question(self, context: tuple, path: tuple, model: str) -> None:
+        path = even(path)
+        keys = [EXTRA.get(b) for b in path]
+        given = {"lora_name": context[0], "cache_salt": context[1], "extra_keys": keys if any(keys) else None}
+        tokens = self.tokens(path) + [7] * (self.turn % self.size)
+        want = self.model.match(tokens, model=model, **given)
+        states = {pod: self.model.pod_state(pod) for pod in want}
+        match = self.index.match_prefix(tokens, model=model, **given)
+        asked = f"{tokens} of model {model!r} with {given}"
+        same(asked, answer_of(match), want)
+        same("blocks", match.blocks, len(path))
+        same("percent", match.percent, {p: 100 * a["tokens"] // (len(path) * self.size) for p, a in want.items()})
+        same("states", {pod: match[pod].state for pod in want}, states)
+        same("blocks per pod", {p: match[p].blocks * self.size for p in want}, {p: a["tokens"] for p, a in want.items()})
+        same("tokens per pod", {pod: match[pod].tokens for pod in want}, {p: a["tokens"] for p, a in want.items()})
+        best = match.best()
+        if want:
+            assert best is not None
+            same("best", best[1], max(answer["tokens"] for answer in want.values()))
+            same("best's tokens", best[1], want[best[0]]["tokens"])
+        else:
+            assert best is None
+        hashes = kvindex.prefix_hashes(tokens, block_size=self.size, **given)
+        same("hashes", match.hashes.tolist(), hashes.tolist())
+        same("by hashes: " + asked, answer_of(self.index.match_hashes(hashes, model=model)), want)
+        only = self.index.match_prefix(tokens, model=model, only_exact=True, **given)
+        same("only exact: " + asked, answer_of(only), {pod: a for pod, a in want.items() if states[pod] == "exact"})
+        some = self.index.match_prefix(tokens, model=model, ready_pods=("a", "c", "nobody"), **given)
+        same("of a and c: " + asked, answer_of(some), {pod: a for pod, a in want.items() if pod in "ac"})
+
+    def finish(self) -> None:
+        """Everything goes, block by block where that is possible, and nothing may be left."""
+        for context, path, model in self.asked:
+            self.question(context, path, model)
+        for name, pod in list(self.model.pods.items()):
+            for (rank, model), worker in list(pod.workers.items()):
+                if worker.parked:
+                    self.both("clear_worker", name, rank)
+                live = [key for key, ks in self.worker(name, rank, model).copies.items() for _ in ks]
+                Random(len(live)).shuffle(live)
+                self.ingest(name, payload(*(removed(h, medium=m, group_idx=g) for m, g, h in live), rank=rank),
+                            model=model)
+        self.now += 1e6
+        self.index._expire(self.now)
+        self.model.expire(self.now)
+        self.index._check()
+        same("blocks at the end", self.index.stats()["blocks"], 0)
+        for context, path, model in self.asked:
+            self.question(context, path, model)
+        for pod in list(self.model.pods):
+            self.both("remove_pod", pod)
+        self.index._check()
+
+
+def in_form(event: Any, how: str) -> Any:
+    """The event with its hashes written in one of the three ways that engines use."""
+    def form(h: Any) -> Any:
+        if isinstance(h, bool) or not isinstance(h, int):
+            return h
+        return h - 2**64 * (h >= 2**63) if how == "signed" else b"\xee" * 24 + h.to_bytes(8, "big")
+
+    if not isinstance(event, dict) or how == "unsigned":
+        return event
+    event = dict(event)
+    if "block_hashes" in event:
+        event["block_hashes"] = [form(h) for h in event["block_hashes"]]
+    if event.get("parent_block_hash") is not None:
+        event["parent_block_hash"] = form(event["parent_block_hash"])
+    return event
+
+
+def sound(event: dict) -> bool:
+    """Whether an event's values are such that an object of it is taken."""
+    return event["type"] != "BlockMoved" and all(isinstance(h, int) for h in event.get("block_hashes", ())) and all(
+        isinstance(t, int) and 0 <= t < 2**32 for t in event.get("token_ids", ()))
+
+
+def run(setup: Setup, steps: Iterable[Step]) -> None:
+    world = World(setup)
+    for step in steps:
+        world.do(step)
+    world.finish()
+
+
+def fails(setup: Setup, steps: list[Step]) -> Exception | None:
+    try:
+        run(setup, steps)
+    except Exception as error:
+        return error
+    return None
+
+
+def minimise(setup: Setup, steps: list[Step]) -> list[Step]:
+    """The steps, and the events in them, without which a failing run does not fail."""
+    size = max(1, len(steps) // 2)
+    while size:
+        at = 0
+        while at < len(steps):
+            fewer = steps[:at] + steps[at + size :]
+            if fails(setup, fewer) is not None:
+                steps = fewer
+            else:
+                at += size
+        size //= 2
+    for i, step in enumerate(steps):
+        for op in step.ops if len(step.ops) > 1 else ():
+            fewer = [*steps[:i], replace(steps[i], ops=tuple(o for o in steps[i].ops if o is not op)), *steps[i + 1 :]]
+            if fails(setup, fewer) is not None:
+                steps = fewer
+    return steps
