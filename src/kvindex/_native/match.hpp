@@ -162,6 +162,8 @@ private:
             for (u32 r = 0; depth < stop; ++r) {
                 const u32 set = c.runs[r].set;
                 if (set != last_set) {
+                    // The set says something about the prompt only if its block is the prompt's: the path may leave the chain just here.
+                    if (!path.agree(chains.page(c, depth).prefix + (depth & (kPageBlocks - 1)), i, 1, prev)) goto fork;
                     const bool some = narrow(ix, set, i, last_set == kNone, filter);
                     if (hybrid_alive) hybrid_alive = narrow_hybrids(ix, set);
                     if (!some && !hybrid_alive) return i;
