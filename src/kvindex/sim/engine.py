@@ -216,6 +216,11 @@ class Engine:
         """Physical blocks that a query could find."""
         return sum(len(blocks) for cached in self._cached for blocks in cached.values())
 
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        """Tokens per block of every group."""
+        return tuple(group.block_size for group in self._groups)
+
     def query_tokens(self, tokens: Tokens) -> Tokens:
         """The part of a prompt that this engine looks up: vLLM always computes the last token itself."""
         return tokens[:-1] if self.flavor == "vllm" else tokens
@@ -232,8 +237,10 @@ class Engine:
         return self.hit_prompt(Prompt(tokens, lora_name=lora_name, cache_salt=cache_salt, extra_keys=extra_keys))
 
     def hit_prompt(self, prompt: Prompt, medium: str | None = None) -> int:
-        """As :meth:`hit`; with ``medium``, what this tier alone holds, in the groups it was given since a reset."""
-        return self._reach(self._chain(prompt), len(self.query_tokens(prompt.tokens)), medium)
+        """As :meth:`hit`; with ``medium``, how much of it this tier alone holds, in the groups it was given."""
+        chain = self._chain(prompt)
+        reach = self._reach(chain, len(self.query_tokens(prompt.tokens)))
+        return reach if medium is None else self._reach(chain, reach, medium)
 
     def _chain(self, prompt: Prompt) -> list[bytes]:
         return prompt.chain(self.hash_seed, self.block_size)

@@ -130,7 +130,7 @@ class PrefixAware:
     the one that has served least takes it: without that, one pod would collect every conversation that starts alike.
     """
 
-    def __init__(self, index: Index, *, model: str = "", balance: float = 0.1, slack: float = 0.1) -> None:
+    def __init__(self, index: Index, *, model: str = "", balance: float = 0.05, slack: float = 0.1) -> None:
         self._index = index
         self._model = model
         self._balance = balance

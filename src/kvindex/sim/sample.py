@@ -34,6 +34,7 @@ class _Kind:
     resets: bool = False
 
 
+_HOST_TIER = {"offload_blocks": 150, "offload_medium": "CPU_PINNED", "offload_tokens": True}
 _NAMES = {"adapters": (None, "adapter-a", "adapter-b"), "salts": (None, "tenant-a")}
 
 _KINDS = {
@@ -44,7 +45,7 @@ _KINDS = {
     "hybrid": _Kind(
         "a sliding window with blocks left out, copies, clears, data-parallel ranks",
         "vllm-0.33.0",
-        engine={"num_blocks": 220, "window": 100, "window_interval": 64},
+        engine={"num_blocks": 220, "window": 40, "window_interval": 96},
         ranks=2,
         resets=True,
     ),
@@ -67,7 +68,7 @@ _KINDS = {
         own_seeds=True,
     ),
     "sglang": _Kind("signed hashes, coalesced pages, salts, clears", "sglang-0.5.22", chat=_NAMES, resets=True),
-    "sglang-pages": _Kind("one event a page, and a host tier", "sglang-0.5.9", engine={"offload_blocks": 150}),
+    "sglang-pages": _Kind("one event a page, and a host tier", "sglang-0.5.9", engine=_HOST_TIER),
 }
 
 #: What there is to write, and what is special about each.

@@ -66,6 +66,7 @@ def chat(
         return rng.integers(0, vocabulary, length, dtype=np.uint32)
 
     systems = [rng.integers(0, vocabulary, system_tokens, dtype=np.uint32) for _ in range(system_prompts)]
+    numbers = {name: place for place, name in enumerate(filter(None, adapters), 1)}
     arrivals = []
     start = 0.0
     for number in range(conversations):
@@ -78,7 +79,7 @@ def chat(
             prompt = Prompt(
                 np.concatenate([history, text(user_tokens)]),
                 lora_name=adapter,
-                lora_id=None if adapter is None else 1 + list(adapters).index(adapter),
+                lora_id=None if adapter is None else numbers[adapter],
                 cache_salt=salt,
             )
             if rng.random() < regenerate:
@@ -155,15 +156,14 @@ def _tokens_of(ids: npt.NDArray[np.uint64], vocabulary: int, seed: int, each: in
 
 
 def endless_hit_rate(arrivals: Iterable[Arrival], block_size: int = 16) -> float:
-    """The share of prompt tokens that one cache which never forgets would reuse: no routing can do better.
-
-    Answers count as little as in a trace: only prompts are remembered.
-    """
+    """The share of prompt tokens, 0 to 1, that one cache which never forgets would reuse: no routing can do better."""
     known: set[bytes] = set()
     hits = total = 0
     for arrival in arrivals:
         chain = arrival.prompt.chain(b"", block_size)
         total += len(arrival.prompt)
         hits += block_size * next((i for i, digest in enumerate(chain) if digest not in known), len(chain))
-        known.update(chain)
+        whole = list(chain)
+        arrival.prompt.extend_chain(whole, b"", np.concatenate([arrival.prompt.tokens, arrival.output]), block_size)
+        known.update(whole)
     return hits / total if total else 0.0
