@@ -405,14 +405,17 @@ class Model:
         while fresh:
             name = fresh.pop()
             for thing in [p for p in worker.parked if p.waits_for == name]:
+                if name not in worker.names:
+                    break
                 try:
-                    if not self._place(pod, worker, model, thing):
-                        break
-                    if thing.blocks is not None:
-                        fresh += thing.hashes
+                    placed = self._place(pod, worker, model, thing)
                 except BadEvent:
-                    worker.damaged = True
+                    placed, worker.damaged = True, True
+                else:
+                    fresh += thing.hashes if placed and thing.blocks is not None else []
                 worker.parked.remove(thing)
+                if not placed:
+                    worker.parked.append(thing)
         worker.forget()
 
     def _removed(self, pod: Pod, worker: Worker, model: str, event: dict, report: Report) -> None:
