@@ -324,7 +324,7 @@ cdef class PrefixIndex:
         cdef IngestReport report = IngestReport.__new__(IngestReport)
         cdef string name = arguments.utf8(model, "model")
         cdef int64_t rank = -1 if dp_rank is None else arguments.rank(dp_rank)
-        cdef uint64_t uid = self.uid(pod)
+        cdef uint64_t uid = self.uids.get(pod, 0) if isinstance(pod, str) else self.uid(pod)
         cdef double ts = 0
         cdef DecodeFault fault
         cdef cbool ok
@@ -332,6 +332,10 @@ cdef class PrefixIndex:
             ok = self.ix.ingest(uid, <const uint8_t*>b.data, b.n, name, rank, report.r, ts, report.dp_rank, fault)
         if not ok:
             raise _no_batch(b, fault)
+        if uid == 0:
+            # A pod that nobody has heard of begins with its first batch, not with garbage in its name.
+            self.uid(pod)
+            return self.ingest(pod, payload, model=model, dp_rank=dp_rank)
         report.ts = ts
         return report
 

@@ -150,8 +150,11 @@ inline std::string Index::check() const {
                 if (named && find(id, first) != ref) return fail("name does not lead to its block", chain, d);
                 const auto list = w.copies.find(ref);
                 for (u32 h : w.holders) {
-                    if ((d + 1) % holders_[h].factor) continue;
                     const bool bit = sets_.has(set, h);
+                    if ((d + 1) % holders_[h].factor) {
+                        if (bit != child_has(w, p, h)) return fail("part of an engine block disagrees with its end", chain, d);
+                        continue;
+                    }
                     if (list == w.copies.end()) {
                         if (bit && !named) return fail("held without a name", chain, d);
                         continue;

@@ -106,7 +106,7 @@ public:
     // The pod that had this number when it was opened, or kNone if it has been removed since.
     u32 slot(u64 uid) const {
         const u32 id = static_cast<u32>(uid);
-        return id < pods_.size() && pods_[id].uid == uid ? id : kNone;
+        return uid && id < pods_.size() && pods_[id].uid == uid ? id : kNone;
     }
     Pod& pod_at(u32 id) { return pods_[id]; }
     Media& media() { return media_; }
@@ -465,6 +465,14 @@ private:
         if (p.depth + 1 < c.end() && knows(w, chains_.set_at(c, p.depth + 1))) return true;
         return c.kids && w.kids.get(kid_key(p.chain, p.depth)) != 0;
     }
+    bool child_has(const Worker& w, Pos p, u32 holder) const {
+        const Chain& c = chains_[p.chain];
+        if (p.depth + 1 < c.end() && sets_.has(chains_.set_at(c, p.depth + 1), holder)) return true;
+        if (!c.kids || !w.kids.get(kid_key(p.chain, p.depth))) return false;
+        for (u32 k = c.first_kid; k != kNone; k = chains_[k].kid_after)
+            if (chains_[k].base == p.depth + 1 && sets_.has(chains_.set_at(chains_[k], p.depth + 1), holder)) return true;
+        return false;
+    }
     Pos before(Pos p) const {
         const Chain& c = chains_[p.chain];
         if (p.depth > c.base) return {p.chain, p.depth - 1};
@@ -672,6 +680,8 @@ private:
         const u32 bottom = p.chain;
         const u32 factor = holders_[h].factor;
         for (u32 s = 0; s < factor; ++s) {
+            // Content may fork inside an engine block; another one that shares this part of it holds it too.
+            if (s != 0 && child_has(w, p, h)) break;
             const Pos up = before(p);
             const u32 set = set_at(p);
             if (knows_besides(w, set, h)) {
@@ -923,7 +933,6 @@ private:
             for (u32 i = 0; i < s.n; ++i) path_[blocks - 1 - (s.at + i)] = {s.chain, s.depth + i};
         // From the root down, so that what the worker knows is closed towards the root at every step.
         for (u32 j = 0; j < a.n; ++j) add_copy(a.worker, a.holder, path_.data() + (blocks - (j + 1) * factor), a.ids[j], !a.live || a.live[j]);
-        if (a.live) settle(a.worker, path_[0]);
     }
     // Blocks of size 1 that exist already: whole runs at a time where the worker's state is the same.
     void hold_old(const Placing& a, const Segment& s) {
@@ -1026,15 +1035,15 @@ private:
             r.skip(Reason::duplicate_hash, e.n_hashes - n);
             spoil(id);
         }
-        if (n == 0) return;
         const u32 g = group(w, e, factor);
         if (bare && (e.block_size == 0)) factor = w.groups[g].factor;
         const u32 medium = media_.id(e.medium.p, e.medium.n);
         const u32 h = holder_for(id, medium, g, factor);
         refresh(id);
+        // All its blocks masked: that the group exists is all there is to learn, and it limits what the worker can reuse.
+        if (n == 0) return;
         if (bare || e.n_tokens != static_cast<u64>(e.n_hashes) * e.block_size) {
             for (u32 i = 0; i < n; ++i) place_known(id, h, ids_[i], r);
-            work_off(id, r);
             return;
         }
         const u32 blocks = n * factor;
@@ -1055,7 +1064,7 @@ private:
                 r.stored += n;
                 if (w.lot) {
                     fresh_.assign(ids_.begin(), ids_.begin() + n);
-                    work_off(id, r);
+                    work_off(id);
                 }
                 break;
             case Placed::orphan: park_orphan(a, r); break;
@@ -1279,9 +1288,9 @@ private:
         }
     }
     // Attaches what waited for the names in fresh_, and what waited for those, until nothing moves.
-    void work_off(u32 id, Report& r) {
+    void work_off(u32 id) {
         Worker& w = *workers_[id];
-        (void)r;
+        std::vector<u64> ends;
         while (w.lot && !fresh_.empty()) {
             const u64 name = fresh_.back();
             fresh_.pop_back();
@@ -1300,7 +1309,10 @@ private:
                 }
                 const Placing a{id, p.holder, true, p.waits_for, p.ids.data(), static_cast<u32>(p.ids.size()), p.locals.data(), p.live.data()};
                 switch (place(a)) {
-                    case Placed::yes: fresh_.insert(fresh_.end(), p.ids.begin(), p.ids.end()); break;
+                    case Placed::yes:
+                        fresh_.insert(fresh_.end(), p.ids.begin(), p.ids.end());
+                        ends.push_back(p.ids.back());
+                        break;
                     case Placed::orphan: {
                         Report ignored;
                         park_orphan(a, ignored);
@@ -1311,6 +1323,9 @@ private:
             }
         }
         fresh_.clear();
+        // Cancelled blocks at a record's end were placed for what waits for them; without that they go again. Only now.
+        for (u64 name : ends)
+            if (const u32 ref = find(id, name); ref != kNone) settle(id, chains_.pos(ref));
         if (w.lot && w.lot->records.empty()) w.lot.reset();
         judge(w.pod);
     }
@@ -1406,6 +1421,7 @@ private:
     }
     void clear_some(u32 id, const std::vector<u32>& media) {
         Worker& w = *workers_[id];
+        if (std::find(media.begin(), media.end(), 0u) != media.end()) drop_guesses(id);
         std::vector<u64> mask;
         for (u32 h : w.holders)
             if (std::find(media.begin(), media.end(), holders_[h].medium) != media.end()) set_bit(mask, h, true);

@@ -234,14 +234,16 @@ private:
 
     // Several groups, media or kinds of attention: the rule of semantics.md, group by group, until none objects.
     void answer_hybrid(const Index& ix, const Worker& w, u32 end, bool only_exact, MatchResult& out) {
-        emit(ix, w, kNone, agreed(ix, w, end, kNone), only_exact, out);
+        const u32 all = agreed(ix, w, end, kNone);
+        emit(ix, w, kNone, all, only_exact, out);
         media_.clear();
         if (w.guess != kNone) media_.push_back(0);
         for (u32 h : w.holders) {
             const u32 m = ix.holder(h).medium;
             if (std::find(media_.begin(), media_.end(), m) == media_.end()) media_.push_back(m);
         }
-        for (u32 m : media_) emit(ix, w, m, agreed(ix, w, end, m), only_exact, out);
+        // No medium alone gives more than all of them together.
+        for (u32 m : media_) emit(ix, w, m, agreed(ix, w, all, m), only_exact, out);
     }
     u32 agreed(const Index& ix, const Worker& w, u32 length, u32 medium) {
         const u32 groups = std::max<u32>(1, static_cast<u32>(w.groups.size()));
@@ -257,14 +259,27 @@ private:
                 changed |= now != length;
                 length = now;
             }
+            // Rules that ask for no block at all (chunked attention at the end of a chunk) must not promise what other pods hold.
+            const u32 now = back_to_some(ix, w, medium, length);
+            changed |= now != length;
+            length = now;
         }
         return length;
     }
+    // The largest length up to `length` whose last block the worker holds in any of its groups.
+    u32 back_to_some(const Index& ix, const Worker& w, u32 medium, u32 length) {
+        held_.resize(pieces_.size());
+        for (std::size_t i = 0; i < pieces_.size(); ++i) {
+            held_[i] = holds(ix, w, kNone, medium, pieces_[i].set);
+        }
+        return back_to_held(length);
+    }
+    // group kNone: any.
     bool holds(const Index& ix, const Worker& w, u32 group, u32 medium, u32 set) const {
         if (w.guess != kNone && (medium == kNone || medium == 0) && ix.sets().has(set, w.guess)) return true;
         for (u32 h : w.holders) {
             const Holder& holder = ix.holder(h);
-            if (holder.group == group && (medium == kNone || holder.medium == medium) && ix.sets().has(set, h)) return true;
+            if ((group == kNone || holder.group == group) && (medium == kNone || holder.medium == medium) && ix.sets().has(set, h)) return true;
         }
         return false;
     }
