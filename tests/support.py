@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import msgpack
+from model import Model
+
+import kvindex
 
 STORED = (
     "block_hashes", "parent_block_hash", "token_ids", "block_size", "lora_id", "medium", "lora_name", "extra_keys",
@@ -62,3 +65,40 @@ def answer_of(match: Any) -> dict[str, dict]:
         pod: {"tokens": tokens, "ranks": dict(match[pod].ranks), "media": dict(match[pod].media)}
         for pod, tokens in match.tokens.items()
     }
+
+
+class Pair:
+    """The index and the model: everything is done to both, and every answer must be the same from both."""
+
+    def __init__(self, block_size: int = 4, **options: Any) -> None:
+        self.index = kvindex.PrefixIndex(block_size, **options)
+        self.model = Model(block_size, **options)
+
+    def ingest(self, pod: str, *events: Any, rank: int | None = None, **where: Any) -> dict:
+        """Applies one batch and returns its report."""
+        data = payload(*events, rank=rank)
+        got, want = report_of(self.index.ingest(pod, data, **where)), report_of(self.model.ingest(pod, data, **where))
+        assert got == want
+        self.index._check()
+        assert self.state(pod) == self.model.pod_state(pod)
+        return got
+
+    def ask(self, tokens: Any, **query: Any) -> dict[str, dict]:
+        """The full answer: {pod: {"tokens", "ranks", "media"}}."""
+        answer = answer_of(self.index.match_prefix(tokens, **query))
+        assert answer == self.model.match(tokens, **query)
+        return answer
+
+    def tokens(self, tokens: Any, **query: Any) -> dict[str, int]:
+        return {pod: answer["tokens"] for pod, answer in self.ask(tokens, **query).items()}
+
+    def state(self, pod: str) -> str:
+        return self.index.pod_state(pod)
+
+    def parked(self, pod: str, rank: int = 0) -> int:
+        return self.index.worker_stats(pod)[rank]["parked"]
+
+    def do(self, call: str, *args: Any, **kwargs: Any) -> None:
+        getattr(self.index, call)(*args, **kwargs)
+        getattr(self.model, call)(*args, **kwargs)
+        self.index._check()
