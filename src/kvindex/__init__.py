@@ -1,7 +1,7 @@
 """An exact index of which pod holds which prefix in its KV cache, kept from the engines' own event streams."""
 
 try:
-    from ._core import IngestReport, PodSet, PrefixIndex, PrefixMatch, local_hashes, prefix_hashes
+    from ._core import IngestReport, PodSet, PrefixIndex, PrefixMatch
 except ModuleNotFoundError as error:
     if error.name != "kvindex._core":
         raise
@@ -19,6 +19,7 @@ from .errors import (
     UnknownPodError,
 )
 from .events import AllBlocksCleared, BlockRemoved, BlockStored, EventBatch, decode_batch
+from .hashing import local_hashes, prefix_hashes
 from .tokens import tokens_from_bytes, tokens_to_bytes
 
 __version__ = "0.1.0"

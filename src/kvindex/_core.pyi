@@ -39,7 +39,6 @@ class PodSet:
     def __new__(cls, pods: Iterable[str]) -> PodSet: ...
     @property
     def pods(self) -> frozenset[str]: ...
-    def __len__(self) -> int: ...
 
 @final
 class PrefixMatch:
@@ -123,17 +122,14 @@ class PrefixIndex:
     def _expire(self, now: float) -> None: ...
     def _check(self) -> None: ...
 
-def local_hashes(
-    tokens: _Tokens, *, block_size: int = 16, hash_seed: int = 1337, lora_name: str | None = None
-) -> npt.NDArray[np.uint64]: ...
-def prefix_hashes(
+def hash_tokens(
     tokens: _Tokens,
-    *,
-    block_size: int = 16,
-    hash_seed: int = 1337,
-    lora_name: str | None = None,
-    cache_salt: str | None = None,
-    extra_keys: _ExtraKeys | None = None,
+    block_size: int,
+    hash_seed: int,
+    lora_name: str | None,
+    cache_salt: str | None,
+    extra_keys: _ExtraKeys | None,
+    rolled: bool,
 ) -> npt.NDArray[np.uint64]: ...
 def scan_batch(payload: Buffer) -> tuple[float, int | None, list[tuple[str, str | None, int, int]]]: ...
 def _isas() -> tuple[str, ...]: ...

@@ -15,17 +15,14 @@ from libcpp.vector cimport vector
 
 from kvindex._native cimport *
 
-from . import arguments
-from .answers import PodMatch
+from . import answers, arguments
+from .answers import VERDICTS, PodMatch
 from .errors import CapacityError, EventDecodeError, InvalidTypeError, InvalidValueError, KVIndexError, UnknownPodError
 
-_VERDICTS = ("exact", "degraded", "stale")
 _ISAS = ("portable", "sse2", "avx2")
 # Below this a match is shorter than giving up the interpreter lock and taking it again (140 ns, and a queue of other threads).
 cdef Py_ssize_t RELEASE_FROM = 1024
 
-
-# ---- arguments ----------------------------------------------------------------------------------------------------------------------
 
 cdef class _Ints:
     """One-dimensional integers as native memory: borrowed from a buffer where its type allows, copied otherwise."""
@@ -147,8 +144,6 @@ cdef uint64_t _seed(object seed) except? 0:
     return arguments.whole(seed, "hash_seed", 0, 0xFFFFFFFFFFFFFFFF)
 
 
-# ---- answers ------------------------------------------------------------------------------------------------------------------------
-
 cdef class IngestReport:
     """What became of a batch or an event. Counts of engine hashes (stored, removed, parked), of clear events (cleared), of events and
     removed hashes that were not applied (skipped), of those that were malformed (errors); ``reasons`` counts why by name. ``ts`` is the
@@ -156,15 +151,14 @@ cdef class IngestReport:
     """
 
     cdef Report r
+    cdef readonly uint64_t stored, removed, cleared, parked, skipped, errors
     cdef readonly object ts
     cdef readonly int64_t dp_rank
 
-    stored = property(lambda self: (<IngestReport>self).r.stored)
-    removed = property(lambda self: (<IngestReport>self).r.removed)
-    cleared = property(lambda self: (<IngestReport>self).r.cleared)
-    parked = property(lambda self: (<IngestReport>self).r.parked)
-    skipped = property(lambda self: (<IngestReport>self).r.skipped)
-    errors = property(lambda self: (<IngestReport>self).r.errors)
+    cdef IngestReport done(self):
+        self.stored, self.removed, self.cleared = self.r.stored, self.r.removed, self.r.cleared
+        self.parked, self.skipped, self.errors = self.r.parked, self.r.skipped, self.r.errors
+        return self
 
     @property
     def reasons(self):
@@ -193,9 +187,6 @@ cdef class PodSet:
     def __dealloc__(self):
         del self.names
 
-    def __len__(self):
-        return len(self.pods)
-
     def __repr__(self):
         return f"PodSet({sorted(self.pods)})"
 
@@ -213,30 +204,27 @@ cdef class PrefixMatch:
         # A pod that was opened while the match ran is in the newer of the two; one that was removed since, in the older.
         return self.names.get(uid) or self.index.names.get(uid)
 
-    cdef dict best_blocks(self):
+    cdef list rows(self):
         cdef Hit h
-        cdef dict out = {}
-        for h in self.r.hits:
-            if h.medium == NO_MEDIUM and (name := self.pod_name(h.pod)) is not None:
-                out[name] = max(out.get(name, 0), h.blocks)
-        return out
+        return [(self.pod_name(h.pod), h.rank, None if h.medium == NO_MEDIUM else self.index.ix.medium(h.medium), h.blocks, <int>h.verdict)
+                for h in self.r.hits]
 
     @property
     def tokens(self):
         """``{pod: tokens}`` held by the pod's best rank in any medium. Pods that hold nothing are left out."""
-        return {pod: n * self.index.block_size for pod, n in self.best_blocks().items()}
+        return answers.best_ranks(self.rows(), self.index.block_size, 1)
 
     @property
     def percent(self):
         """``{pod: percent}`` of the prompt's complete blocks, floored (what AIBrix's MatchPrefix returns)."""
-        return {pod: 100 * n // self.blocks for pod, n in self.best_blocks().items()}
+        return answers.best_ranks(self.rows(), 100, self.blocks)
 
     @property
     def hashes(self):
         """uint64[blocks]: the prompt's prefix hashes, computed when first asked for, from the tokens as they are then (not copied)."""
         if self.prefixes is None:
             tokens, lora_name, salt, keys = self.prompt
-            self.prefixes = _hash_array(tokens, self.index.block_size, self.index.hash_seed, lora_name, salt, keys, True)
+            self.prefixes = hash_tokens(tokens, self.index.block_size, self.index.hash_seed, lora_name, salt, keys, True)
         return self.prefixes
 
     def best(self):
@@ -247,27 +235,11 @@ cdef class PrefixMatch:
 
     def __getitem__(self, pod):
         """The pod's :class:`PodMatch`, zeros if it holds nothing. Raises :class:`UnknownPodError` for a pod the index never heard of."""
-        cdef Hit h
-        cdef uint32_t size = self.index.block_size
-        cdef dict media = {}, ranks = {}
-        state = None
-        for h in self.r.hits:
-            if self.pod_name(h.pod) != pod:
-                continue
-            state = _VERDICTS[<int>h.verdict]
-            key = h.rank if h.medium == NO_MEDIUM else self.index.ix.medium(h.medium).decode("utf-8", "surrogateescape")
-            found = ranks if h.medium == NO_MEDIUM else media
-            found[key] = max(found.get(key, 0), h.blocks * size)
-        if state is None:
-            return PodMatch(0, 0, {}, {}, self.index.pod_state(pod))
-        tokens = max(ranks.values())
-        return PodMatch(tokens, tokens // size, media, ranks, state)
+        return answers.pod_match(self.rows(), pod, self.index.block_size) or PodMatch(0, 0, {}, {}, self.index.pod_state(pod))
 
     def __repr__(self):
         return f"PrefixMatch({self.tokens})"
 
-
-# ---- the index ----------------------------------------------------------------------------------------------------------------------
 
 cdef class PrefixIndex:
     """Which pod holds which prefix, kept from the engines' events.
@@ -337,7 +309,7 @@ cdef class PrefixIndex:
             self.uid(pod)
             return self.ingest(pod, payload, model=model, dp_rank=dp_rank)
         report.ts = ts
-        return report
+        return report.done()
 
     def process_block_stored(self, event):
         """Applies a :class:`BlockStored`. O(blocks). Raises InvalidTypeError or InvalidValueError naming the field, with nothing applied."""
@@ -396,7 +368,7 @@ cdef class PrefixIndex:
         with nogil:
             self.ix.apply(uid, rank, name, batch, report.r)
         report.dp_rank = rank
-        return report
+        return report.done()
 
     def match_prefix(self, tokens, *, model="", lora_name=None, cache_salt=None, extra_keys=None, ready_pods=None, only_exact=False):
         """How many leading tokens of the prompt each pod holds now.
@@ -512,15 +484,15 @@ cdef class PrefixIndex:
 
     def mark_worker(self, pod, dp_rank, verdict):
         """The stream's verdict on a worker: "exact", "degraded" or "stale". The pod's state is the worst of all it is told and knows."""
-        self.ix.mark(self.uid(pod), arguments.rank(dp_rank), arguments.choice(verdict, "verdict", _VERDICTS))
+        self.ix.mark(self.uid(pod), arguments.rank(dp_rank), arguments.choice(verdict, "verdict", VERDICTS))
 
     def pod_state(self, pod):
         """"exact", "degraded" (a hole was accepted, or blocks could not be placed) or "stale"; the worst of its ranks. O(1)."""
-        return _VERDICTS[max(0, self.ix.verdict(self.known(pod)))]
+        return VERDICTS[max(0, self.ix.verdict(self.known(pod)))]
 
     def worker_stats(self, pod):
         """``{rank: {"blocks", "parked", "state"}}``: index blocks held (in every medium and group), stored hashes that wait. O(ranks)."""
-        return {f.rank: {"blocks": f.blocks, "parked": f.parked, "state": _VERDICTS[f.state]} for f in self.ix.pod_figures(self.known(pod))}
+        return {f.rank: {"blocks": f.blocks, "parked": f.parked, "state": VERDICTS[f.state]} for f in self.ix.pod_figures(self.known(pod))}
 
     def stats(self):
         """Figures of the whole index, O(1): blocks (distinct content), chains, sets, holders, pods, workers, parked, guesses, bytes (native
@@ -539,30 +511,20 @@ cdef class PrefixIndex:
             raise KVIndexError(f"broken invariant: {broken.decode()}")
 
 
-cdef object _hash_array(object tokens, object block_size, object hash_seed, object lora_name, object cache_salt, object extra_keys, bint rolled):
+def hash_tokens(tokens, block_size, hash_seed, lora_name, cache_salt, extra_keys, bint rolled):
+    """Local or, rolled, prefix hashes: see hashing.py."""
     cdef _Ints t = _tokens(tokens)
     cdef uint32_t size = arguments.whole(block_size, "block_size", 1, 65536)
     cdef uint64_t seed = _seed(hash_seed)
+    cdef uint64_t[::1] view
     cdef Prompt p
     _prompt(t, lora_name, cache_salt, extra_keys, size, seed, p)
     out = np.empty(t.n // size, dtype=np.uint64)
-    cdef uint64_t[::1] view = out
-    if len(out):
+    view = out
+    if len(view):
         with nogil:
             hash_prompt(p, size, seed, rolled, &view[0])
     return out
-
-
-def local_hashes(tokens, *, block_size=16, hash_seed=1337, lora_name=None):
-    """uint64[len(tokens) // block_size]: the hash of each complete block's content, XXH3-64 of its tokens as little-endian u32
-    (Dynamo's scheme, seed 1337; Mooncake RFC #1527). Any thread; releases the interpreter lock."""
-    return _hash_array(tokens, block_size, hash_seed, lora_name, None, None, False)
-
-
-def prefix_hashes(tokens, *, block_size=16, hash_seed=1337, lora_name=None, cache_salt=None, extra_keys=None):
-    """uint64[len(tokens) // block_size]: the rolling hash of the whole prefix up to each complete block. Any thread; releases the
-    interpreter lock."""
-    return _hash_array(tokens, block_size, hash_seed, lora_name, cache_salt, extra_keys, True)
 
 
 def scan_batch(payload):

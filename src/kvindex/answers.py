@@ -1,18 +1,24 @@
-"""What a match says about one pod."""
+"""What a match says about pods, made from its native rows when it is asked for."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, TypeAlias
 
 __all__ = ["PodMatch"]
+
+VERDICTS = ("exact", "degraded", "stale")
+
+# Pod (None if it is gone), rank, medium (None: all together), blocks, index into VERDICTS.
+Row: TypeAlias = "tuple[str | None, int, bytes | None, int, int]"
 
 
 class PodMatch(NamedTuple):
     """How much of one prompt a pod holds, by its best rank.
 
-    ``tokens`` counts over all media together, ``blocks`` is the same in index blocks. ``media`` is what each medium alone holds, by the
-    best rank for that medium; ``ranks`` is what each rank holds; both leave out zeros. ``state`` is the pod's verdict when the
-    question was answered: ``"exact"``, ``"degraded"`` or ``"stale"``.
+    ``tokens`` counts over all media together, ``blocks`` is the same in index blocks. ``media`` is what each medium
+    alone holds, by the best rank for that medium; ``ranks`` is what each rank holds; both leave out zeros. ``state`` is
+    the pod's verdict when the question was answered: ``"exact"``, ``"degraded"`` or ``"stale"``.
     """
 
     tokens: int
@@ -20,3 +26,33 @@ class PodMatch(NamedTuple):
     media: dict[str, int]
     ranks: dict[int, int]
     state: str
+
+
+def best_ranks(rows: Iterable[Row], times: int, over: int) -> dict[str, int]:
+    """``{pod: blocks of its best rank * times // over}``."""
+    best: dict[str, int] = {}
+    for pod, _, medium, blocks, _ in rows:
+        if medium is None and pod is not None:
+            best[pod] = max(best.get(pod, 0), blocks * times // over)
+    return best
+
+
+def pod_match(rows: Iterable[Row], wanted: str, block_size: int) -> PodMatch | None:
+    """The rows of one pod put together; None if there are none."""
+    media: dict[str, int] = {}
+    ranks: dict[int, int] = {}
+    state = 0
+    for pod, rank, medium, blocks, verdict in rows:
+        if pod != wanted:
+            continue
+        state = verdict
+        if medium is None:
+            ranks[rank] = max(ranks.get(rank, 0), blocks * block_size)
+        else:
+            # Names of media come from the wire and may be no UTF-8.
+            name = medium.decode("utf-8", "surrogateescape")
+            media[name] = max(media.get(name, 0), blocks * block_size)
+    if not ranks:
+        return None
+    tokens = max(ranks.values())
+    return PodMatch(tokens, tokens // block_size, media, ranks, VERDICTS[state])

@@ -1314,8 +1314,9 @@ private:
                         ends.push_back(p.ids.back());
                         break;
                     case Placed::orphan: {
-                        Report ignored;
-                        park_orphan(a, ignored);
+                        // Still in its place under the bound, which it passed when it came.
+                        Report seen;
+                        park(id, std::move(p), seen);
                         break;
                     }
                     case Placed::misaligned: spoil(id); break;

@@ -1,0 +1,46 @@
+"""The interoperable hashes: XXH3-64 of a block's tokens, and rolled over a prefix (Dynamo's scheme, Mooncake RFC #1527)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ._core import hash_tokens
+
+if TYPE_CHECKING:
+    from ._core import _ExtraKeys, _Tokens
+
+__all__ = ["local_hashes", "prefix_hashes"]
+
+
+def local_hashes(
+    tokens: _Tokens, *, block_size: int = 16, hash_seed: int = 1337, lora_name: str | None = None
+) -> npt.NDArray[np.uint64]:
+    """uint64[len(tokens) // block_size]: the hash of each complete block's content, whatever stands before it.
+
+    XXH3-64 of the block's tokens as little-endian u32; an adapter's name changes the seed. An incomplete tail is left
+    out. O(tokens). Any thread; releases the interpreter lock. Raises InvalidTypeError or InvalidValueError, which names
+    the position.
+    """
+    return hash_tokens(tokens, block_size, hash_seed, lora_name, None, None, False)
+
+
+def prefix_hashes(
+    tokens: _Tokens,
+    *,
+    block_size: int = 16,
+    hash_seed: int = 1337,
+    lora_name: str | None = None,
+    cache_salt: str | None = None,
+    extra_keys: _ExtraKeys | Sequence[Any] | None = None,
+) -> npt.NDArray[np.uint64]:
+    """uint64[len(tokens) // block_size]: the rolling hash of the whole prefix up to and including each complete block.
+
+    What :meth:`PrefixIndex.match_hashes` takes. ``cache_salt`` and ``extra_keys`` (one entry per block) change their
+    block's hash, and so every later one. O(tokens). Any thread; releases the interpreter lock. Raises InvalidTypeError
+    or InvalidValueError, which names the position.
+    """
+    return hash_tokens(tokens, block_size, hash_seed, lora_name, cache_salt, extra_keys, True)
