@@ -354,6 +354,7 @@ class Model:
                     if pod.presence == "set":
                         thing.live = [not worker.parked_of(medium, group, h) for h in thing.hashes]
                     worker.parked.append(thing)
+                    worker.forget_parked()
                 else:
                     worker.damaged = True
                     report.skip("parked_full", len(thing.hashes))

@@ -277,7 +277,7 @@ class World:
             context, path, _ = book.back[known[op.pick % len(known)]]
             path = even(path[: len(path) - op.n % 3] + op.path)
         if op.kind == "mask":
-            return self.masked(book, context, path, k, where, op)
+            return self.masked(worker, book, context, path, k, where, op)
         return self.stored(book, context, path, cut, k, where, op)
 
     def stored(self, book: Book, context: tuple, path: tuple, cut: int, k: int, where: dict, op: Op, *,
@@ -327,13 +327,16 @@ class World:
             fields["extra_keys"] = [keys or None for keys in entries]
         return fields
 
-    def masked(self, book: Book, context: tuple, path: tuple, k: int, where: dict, op: Op) -> Any:
+    def masked(self, worker: Any, book: Book, context: tuple, path: tuple, k: int, where: dict, op: Op) -> Any:
         """Some hashes of a path with the tokens of all of it, or (a placeholder) with none."""
         path = path[: len(path) // k * k]
+        number = where["group_idx"] or 0
         ends = list(range(k, len(path) + 1, k))
         hashes = [book.name(context, path[:end]) for i, end in enumerate(ends) if op.n >> i & 1]
         if op.pick % 2:
-            return stored(hashes, (), size=(0, None, k * self.size)[op.n % 3], **where)
+            # Before a group's block size is known, a placeholder must say it.
+            sizes = (0, None, k * self.size) if k == 1 or (worker and number in worker.groups) else (k * self.size,)
+            return stored(hashes, (), size=sizes[op.n % len(sizes)], **where)
         return stored(hashes if len(hashes) < len(ends) else hashes[1:], self.tokens(path), size=k * self.size, **where)
 
     def bad(self, what: str, op: Op, book: Book) -> Any:
