@@ -349,10 +349,13 @@ class Model:
                 if self._place(pod, worker, model, thing):
                     report.stored += len(thing.hashes)
                     self._attach(pod, worker, model, thing.hashes)
-                elif worker.parked_copies + len(thing.hashes) <= self.max_parked:
+                    continue
+                # Where copies are not counted, the last announcement replaces the one before.
+                old = [it for h in thing.hashes for it in worker.parked_of(medium, group, h) if pod.presence == "set"]
+                if worker.parked_copies - len(old) + len(thing.hashes) <= self.max_parked:
                     report.parked += len(thing.hashes)
-                    if pod.presence == "set":
-                        thing.live = [not worker.parked_of(medium, group, h) for h in thing.hashes]
+                    for before, i in old:
+                        before.live[i] = False
                     worker.parked.append(thing)
                     worker.forget_parked()
                 else:
