@@ -563,7 +563,8 @@ def read_batch(payload: bytes) -> tuple[float, list, int | None]:
     ts, events, rank = (*batch, None)[:3]
     if isinstance(ts, bool) or not isinstance(ts, (int, float)):
         raise NotABatch("no timestamp")
-    return (ts / 1000 if isinstance(ts, int) else ts), events, rank
+    # Integers beyond 1e11 are milliseconds: as seconds they would lie beyond the year 5000.
+    return (ts / 1000 if isinstance(ts, int) and ts > 10**11 else float(ts)), events, rank
 
 
 def read_event(event: Any) -> tuple[str, dict]:
