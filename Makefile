@@ -60,8 +60,9 @@ build: .venv/.installed
 demo: .venv/.installed
 	$(BIN)/kvindex demo
 
+# A file's tests stay together: two of them share builds that take long.
 test: .venv/.test-tools
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 # The sanitized core lies in a tree of its own, before the checkout on the path; everything else comes from .venv.
 # -UNDEBUG because Python's own flags switch the core's assertions off; -O1 keeps the stack traces readable.
@@ -84,7 +85,7 @@ SANITIZE_RUN = env LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print
 
 sanitize: .venv/.test-tools $(SANITIZED)/.built
 	$(SANITIZE_RUN) $(BIN)/python -c 'import kvindex._core as c; assert "$(SANITIZED)" in c.__file__, c.__file__'
-	$(SANITIZE_RUN) $(BIN)/python -m pytest -q -n $(JOBS) -k 'not plot' --ignore tests/packaging --ignore tests/typing
+	$(SANITIZE_RUN) $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -k 'not plot' --ignore tests/packaging --ignore tests/typing
 
 FUZZ := .build/fuzz
 CLANG := $$(command -v clang++ || command -v clang++-14)

@@ -13,9 +13,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# One worker builds for all the tests of this file.
-pytestmark = pytest.mark.xdist_group("packaging")
-
 
 def run(*command, **options):
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, **options)

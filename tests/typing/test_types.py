@@ -4,13 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-
-# One worker of xdist runs mypy, with one cache.
-pytestmark = pytest.mark.xdist_group("typing")
 
 
 def run(*arguments):
