@@ -141,8 +141,12 @@ def test_answers_are_cut_short_where_room_ends():
 
 def test_a_prompt_that_never_fits_is_refused_by_name():
     fleet = Fleet(pods(1, blocks=10), lambda *_: None)
-    with pytest.raises(InvalidValueError, match="161 tokens has no room in 160"):
+    fleet.serve(arrival(0, 160), RoundRobin())
+    with pytest.raises(InvalidValueError, match="161 tokens needs 11 blocks, pod-0 has 10"):
         fleet.serve(arrival(0, 161), RoundRobin())
+    fleet.finish()
+    assert len(fleet.served) == 1
+    assert Engine(10, window=20).blocks_for(33) == 6
 
 
 def test_a_reset_is_published():

@@ -221,6 +221,10 @@ class Engine:
         """Tokens per block of every group."""
         return tuple(group.block_size for group in self._groups)
 
+    def blocks_for(self, tokens: int) -> int:
+        """Physical blocks that a prompt of so many tokens needs when nothing of it is there."""
+        return sum(-(-tokens // group.block_size) for group in self._groups)
+
     def query_tokens(self, tokens: Tokens) -> Tokens:
         """The part of a prompt that this engine looks up: vLLM always computes the last token itself."""
         return tokens[:-1] if self.flavor == "vllm" else tokens

@@ -229,6 +229,10 @@ class Fleet:
         self.advance(arrival.at)
         pod = route(arrival.prompt, self.pods)
         rank = pod._least_loaded()
+        needed, there = pod.ranks[rank].blocks_for(len(arrival.prompt)), pod.ranks[rank].num_blocks
+        if needed > there:
+            tokens = len(arrival.prompt)
+            raise InvalidValueError(f"a prompt of {tokens} tokens needs {needed} blocks, {pod.name} has {there}")
         pod.served += len(arrival.prompt)
         pod._loads[rank] += len(arrival.prompt) + len(arrival.output)
         queue = self._waiting[pod.name, rank]
@@ -260,10 +264,6 @@ class Fleet:
             arrival = queue[0]
             request = engine.start(arrival.prompt)
             if request is None:
-                if engine.free_blocks == engine.num_blocks:
-                    queue.popleft()
-                    tokens = engine.num_blocks * engine.block_size
-                    raise InvalidValueError(f"a prompt of {len(arrival.prompt)} tokens has no room in {tokens}")
                 return
             queue.popleft()
             self.served.append(Served(self.now, pod.name, rank, len(arrival.prompt), request.hit))
