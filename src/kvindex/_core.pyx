@@ -5,13 +5,9 @@ import time
 
 import numpy as np
 
-from cpython.buffer cimport PyBUF_FORMAT, PyBUF_SIMPLE, PyBUF_STRIDED_RO, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer
+from cpython.buffer cimport *
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.sequence cimport PySequence_Fast, PySequence_Fast_GET_SIZE, PySequence_Fast_ITEMS
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libcpp cimport bool as cbool
-from libcpp.string cimport string
-from libcpp.vector cimport vector
 
 from kvindex._native cimport *
 
@@ -19,7 +15,7 @@ from . import answers, arguments
 from .answers import VERDICTS, PodMatch
 from .errors import CapacityError, EventDecodeError, InvalidTypeError, InvalidValueError, KVIndexError, UnknownPodError
 
-_ISAS = ("portable", "sse2", "avx2")
+_ISAS, _KINDS = ("portable", "sse2", "avx2"), ("stored", "removed", "cleared", "other")
 # Below this a match is shorter than giving up the interpreter lock and taking it again (140 ns, and a queue of other threads).
 cdef Py_ssize_t RELEASE_FROM = 1024
 
@@ -51,8 +47,8 @@ cdef class _Ints:
             raise InvalidTypeError(f"{what} is {type(data).__name__}; tokens_from_bytes says how to read bytes as tokens")
         try:
             PyObject_GetBuffer(data, &self.view, flags)
-        except (BufferError, ValueError) as error:
-            raise InvalidTypeError(f"{what} cannot be read as a buffer: {error}") from None
+        except (BufferError, TypeError, ValueError) as error:
+            raise InvalidTypeError(f"{what} is {type(data).__name__} and cannot be read as bytes-like: {error}") from None
         self.viewed = True
         self.data = self.view.buf
         self.n = self.view.len
@@ -80,11 +76,11 @@ cdef _Ints _tokens(object tokens, str what="tokens"):
         v.take(tokens, what, PyBUF_STRIDED_RO | PyBUF_FORMAT)
         n = v.n
         width = v.width(&is_signed)
-        if width == 0 and n:
-            raise InvalidTypeError(f"{what} has items of format {v.view.format.decode()!r}; {arguments.TOKENS_ARE}")
         if n == 0:
-            pass
-        elif width == 4 and v.view.strides[0] == 4 and (<size_t>v.view.buf & 3) == 0:
+            return v
+        if width == 0:
+            raise InvalidTypeError(f"{what} has items of format {v.view.format.decode()!r}; {arguments.TOKENS_ARE}")
+        if width == 4 and v.view.strides[0] == 4 and (<size_t>v.view.buf & 3) == 0:
             at = first_negative(<const int*>v.view.buf, n) if is_signed else n
         else:
             out = v.room(n)
@@ -108,8 +104,6 @@ cdef _Ints _tokens(object tokens, str what="tokens"):
 
 cdef _Ints _payload(object payload):
     cdef _Ints v = _Ints()
-    if not PyObject_CheckBuffer(payload):
-        raise InvalidTypeError(f"payload is {type(payload).__name__}; it must be bytes-like")
     v.take(payload, "payload", PyBUF_SIMPLE)
     return v
 
@@ -131,17 +125,9 @@ cdef int _prompt(_Ints tokens, object lora_name, object cache_salt, object extra
     return 0
 
 
-cdef int _ref(object text, str what, list alive, StrRef& out) except -1:
+cdef void _refer(bytes text, StrRef* out):
     if text is not None:
-        b = arguments.utf8(text, what)
-        alive.append(b)
-        out.p = <const char*><bytes>b
-        out.n = <uint32_t>len(b)
-    return 0
-
-
-cdef uint64_t _seed(object seed) except? 0:
-    return arguments.whole(seed, "hash_seed", 0, 0xFFFFFFFFFFFFFFFF)
+        out.p, out.n = <const char*>text, <uint32_t>len(text)
 
 
 cdef class IngestReport:
@@ -165,8 +151,7 @@ cdef class IngestReport:
         return _reasons(self.r)
 
     def __repr__(self):
-        return (f"IngestReport(stored={self.stored}, removed={self.removed}, cleared={self.cleared}, parked={self.parked}, "
-                f"skipped={self.skipped}, errors={self.errors}, reasons={self.reasons})")
+        return f"IngestReport({', '.join(f'{k}={getattr(self, k)!r}' for k in answers.REPORT)})"
 
 
 cdef dict _reasons(Report& r):
@@ -201,7 +186,7 @@ cdef class PrefixMatch:
     cdef object prompt, prefixes
 
     cdef str pod_name(self, uint64_t uid):
-        # A pod that was opened while the match ran is in the newer of the two; one that was removed since, in the older.
+        # Opened while the match ran: in the newer dict. Removed since: in the older.
         return self.names.get(uid) or self.index.names.get(uid)
 
     cdef list rows(self):
@@ -229,9 +214,10 @@ cdef class PrefixMatch:
 
     def best(self):
         """``(pod, tokens)`` of the pod that holds most, the one known first among equals; None if nobody holds a block."""
-        if self.r.best == NO_MEDIUM:
-            return None
-        return self.pod_name(self.r.hits[self.r.best].pod), self.r.hits[self.r.best].blocks * self.index.block_size
+        cdef Hit h
+        if self.r.best != NO_MEDIUM:
+            h = self.r.hits[self.r.best]
+            return self.pod_name(h.pod), h.blocks * self.index.block_size
 
     def __getitem__(self, pod):
         """The pod's :class:`PodMatch`, zeros if it holds nothing. Raises :class:`UnknownPodError` for a pod the index never heard of."""
@@ -242,14 +228,13 @@ cdef class PrefixMatch:
 
 
 cdef class PrefixIndex:
-    """Which pod holds which prefix, kept from the engines' events.
+    """Which pod holds which prefix, kept from the engines' events. Any thread may call any method; a match sees whole events only.
 
     block_size: tokens per index block, the granularity of every answer; an engine's own block size must be a multiple of it.
     hash_seed: seed of the interoperable hashes. presence: "count" (copies are counted, as vLLM announces them) or "set" (for engines
     that re-announce blocks without a new copy). max_parked: stored hashes per worker that may wait for their parent.
     clock: seconds that never go back, for the time to live of :meth:`add_prefix`.
 
-    Any thread may call any method at any time; a match sees whole events only.
     Events: :meth:`ingest`, :meth:`process_block_stored`, :meth:`process_block_removed`, :meth:`process_all_blocks_cleared`.
     Questions: :meth:`match_prefix`, :meth:`match_hashes`, :meth:`pod_set`. Pods: :meth:`add_prefix`, :meth:`remove_pod`,
     :meth:`pod_state`, :meth:`configure_pod`, :meth:`clear_worker`, :meth:`mark_worker`. Figures: :meth:`stats`, :meth:`worker_stats`.
@@ -263,7 +248,7 @@ cdef class PrefixIndex:
 
     def __cinit__(self, block_size=16, *, hash_seed=1337, presence="count", max_parked=65536, clock=time.monotonic):
         self.block_size = arguments.whole(block_size, "block_size", 1, 65536)
-        self.hash_seed = _seed(hash_seed)
+        self.hash_seed = arguments.seed(hash_seed)
         self.ix = new SharedIndex(self.block_size, self.hash_seed, arguments.choice(presence, "presence", ("count", "set")),
                                   arguments.whole(max_parked, "max_parked", 0, 0x7FFFFFFF))
         self.uids, self.names, self.clock = {}, {}, clock
@@ -286,11 +271,10 @@ cdef class PrefixIndex:
         return found
 
     def ingest(self, pod, payload, *, model="", dp_rank=None):
-        """Applies one batch as its engine wrote it (msgpack, every form since vLLM 0.9 and SGLang 0.4.6). O(blocks in it).
+        """Applies one batch as its engine wrote it (msgpack, every form since vLLM 0.9 and SGLang 0.4.6), without the interpreter lock.
 
-        pod: name; payload: bytes-like; model: namespace of the blocks; dp_rank: the stream's rank, None for the batch's own (or 0).
-        Returns an :class:`IngestReport`. Raises :class:`EventDecodeError` if the payload is no batch: nothing of it is applied then.
-        Decodes and applies without the interpreter lock.
+        payload: bytes-like; model: namespace of the blocks; dp_rank: the stream's rank, None for the batch's own (or 0). O(its blocks).
+        Returns an :class:`IngestReport`. Raises :class:`EventDecodeError` if the payload is no batch; nothing of it is applied then.
         """
         cdef _Ints b = _payload(payload)
         cdef IngestReport report = IngestReport.__new__(IngestReport)
@@ -316,53 +300,44 @@ cdef class PrefixIndex:
         cdef _Ints tokens = _tokens(event.token_ids if event.token_ids is not None else (), "token_ids")
         cdef Batch batch
         cdef Event e
-        cdef list alive = [arguments.packed_keys(event.extra_keys)]
-        e.kind = STORED
+        cdef StrRef* texts[4]
+        e.n_tokens = <uint32_t>tokens.n
         e.has_parent = event.parent_block_hash is not None
         e.parent = arguments.fold(event.parent_block_hash, "parent_block_hash") if e.has_parent else 0
-        e.n_tokens = <uint32_t>tokens.n
-        e.block_size = arguments.whole(event.block_size or 0, "block_size", 0, 1 << 40)
-        e.window = arguments.whole(event.kv_cache_spec_sliding_window or 0, "kv_cache_spec_sliding_window", 0, 1 << 40)
-        if isinstance(event.lora_id, str):
-            _ref(event.lora_id, "lora_id", alive, e.lora_id_name)
-        else:
-            e.lora_id = arguments.whole(event.lora_id or 0, "lora_id", -(1 << 62), 1 << 62)
-        _ref(event.lora_name, "lora_name", alive, e.lora_name)
-        _ref(event.kv_cache_spec_kind, "kv_cache_spec_kind", alive, e.spec_kind)
-        _ref(event.cache_salt, "cache_salt", alive, e.cache_salt)
+        e.block_size, e.window, e.lora_id, alive = arguments.stored_fields(event)
+        texts[:] = [&e.lora_id_name, &e.lora_name, &e.spec_kind, &e.cache_salt]
+        for i in range(4):
+            _refer(alive[i], texts[i])
         if event.extra_keys is not None:
-            e.extra_keys = <const uint8_t*><const char*><bytes>alive[0]
-            e.extra_keys_bytes = <uint32_t>len(alive[0])
+            e.extra_keys, e.extra_keys_bytes = <const uint8_t*><const char*><bytes>alive[4], <uint32_t>len(alive[4])
         batch.tokens.assign(<const uint32_t*>tokens.data, <const uint32_t*>tokens.data + tokens.n)
-        return self.apply(event, event.model, batch, e, alive)
+        return self.apply(event, event.model, STORED, batch, e)
 
     def process_block_removed(self, event):
         """Applies a :class:`BlockRemoved`. O(hashes). Hashes without a counted copy are skipped and counted."""
         cdef Batch batch
-        cdef Event e
-        e.kind = REMOVED
-        return self.apply(event, event.model, batch, e, [])
+        return self.apply(event, event.model, REMOVED, batch, Event())
 
     def process_all_blocks_cleared(self, event):
         """Applies an :class:`AllBlocksCleared`: all that (pod, rank) holds, or what of it lies in its ``clear_media``. O(its blocks)."""
         cdef Batch batch
-        cdef Event e
-        e.kind = CLEARED
-        return self.apply(event, "", batch, e, [])
+        return self.apply(event, "", CLEARED, batch, Event())
 
-    cdef IngestReport apply(self, object event, object model, Batch& batch, Event& e, list alive):
+    cdef IngestReport apply(self, object event, object model, EventKind kind, Batch& batch, Event e):
         cdef IngestReport report = IngestReport.__new__(IngestReport)
         cdef string name = arguments.utf8(model, "model")
         cdef int64_t rank = arguments.rank(event.dp_rank)
         cdef const uint64_t[::1] hashes
         cdef uint64_t uid
-        if e.kind != CLEARED:
+        e.kind = kind
+        if kind != CLEARED:
             hashes = arguments.hash_array(event.block_hashes, "block_hashes")
             e.n_hashes = <uint32_t>len(hashes)
             if e.n_hashes:
                 batch.hashes.assign(&hashes[0], &hashes[0] + e.n_hashes)
             e.group = -1 if event.group_idx is None else arguments.whole(event.group_idx, "group_idx", 0, 1 << 31)
-            _ref(event.medium, "medium", alive, e.medium)
+            medium = arguments.text(event.medium, "medium")
+            _refer(medium, &e.medium)
         batch.events.push_back(e)
         uid = self.uid(event.pod)
         with nogil:
@@ -371,80 +346,64 @@ cdef class PrefixIndex:
         return report.done()
 
     def match_prefix(self, tokens, *, model="", lora_name=None, cache_salt=None, extra_keys=None, ready_pods=None, only_exact=False):
-        """How many leading tokens of the prompt each pod holds now.
+        """How many leading tokens of the prompt each pod holds now. O(matched blocks), then work per change of holders, never per pod and block.
 
         tokens: uint32, int32, int64 or uint64 array of one dimension (uint32 and int32 are not copied), or a sequence of ints.
         extra_keys: one entry per block, as events carry them, without LoRA name and salt. ready_pods: a :class:`PodSet` or an iterable of
         names that the answer is limited to. only_exact: leaves out pods that are degraded or stale.
-        O(matched blocks) hashing, then work per change of the holders; never per pod and block.
         Raises InvalidTypeError, InvalidValueError naming the position.
         """
         cdef _Ints t = _tokens(tokens)
-        cdef PrefixMatch m = self.answer(t.n // self.block_size)
         cdef Prompt p
-        cdef PodSet pods = self.pods(ready_pods)
-        cdef PodNames* names = pods.names if pods is not None else NULL
-        cdef string space = arguments.utf8(model, "model")
-        cdef cbool exact = only_exact, done = False
         _prompt(t, lora_name, cache_salt, extra_keys, self.block_size, self.hash_seed, p)
+        cdef PrefixMatch m = self.ask(p, t.n, t.n // self.block_size, model, ready_pods, only_exact)
         m.prompt = (tokens, lora_name, cache_salt, extra_keys)
-        if t.n < RELEASE_FROM:
-            done = self.ix.match(p, space, names, exact, False, m.r)
-        if not done:
-            with nogil:
-                self.ix.match(p, space, names, exact, True, m.r)
         return m
 
     def match_hashes(self, hashes, *, model="", ready_pods=None, only_exact=False):
         """The same answer from the prompt's prefix hashes (uint64, one per complete block, see :func:`prefix_hashes`)."""
         cdef _Ints h = _Ints()
         cdef bint is_signed
-        cdef PodSet pods = self.pods(ready_pods)
-        cdef PodNames* names = pods.names if pods is not None else NULL
-        cdef string space = arguments.utf8(model, "model")
-        cdef cbool exact = only_exact, done = False
+        cdef Prompt p
         if PyObject_CheckBuffer(hashes):
             h.take(hashes, "hashes", PyBUF_STRIDED_RO | PyBUF_FORMAT)
         if not h.viewed or h.width(&is_signed) != 8 or is_signed or h.view.strides[0] != 8 or <size_t>h.data & 7:
             hashes = arguments.hash_array(hashes, "hashes")
             h = _Ints()
             h.take(hashes, "hashes", PyBUF_STRIDED_RO | PyBUF_FORMAT)
-        cdef PrefixMatch m = self.answer(h.n)
+        p.prefixes = <const uint64_t*>h.data
+        p.n_prefixes = h.n
+        cdef PrefixMatch m = self.ask(p, h.n, h.n, model, ready_pods, only_exact)
         m.prefixes = hashes
-        if h.n < RELEASE_FROM:
-            done = self.ix.match_hashes(<const uint64_t*>h.data, h.n, space, names, exact, False, m.r)
-        if not done:
-            with nogil:
-                self.ix.match_hashes(<const uint64_t*>h.data, h.n, space, names, exact, True, m.r)
         return m
 
-    cdef PrefixMatch answer(self, Py_ssize_t blocks):
+    cdef PrefixMatch ask(self, Prompt& p, Py_ssize_t size, Py_ssize_t blocks, object model, object ready, cbool only_exact):
         cdef PrefixMatch m = PrefixMatch.__new__(PrefixMatch)
-        if self.ix.next_expiry() < 1e300:
+        cdef PodSet pods = ready if ready is None or isinstance(ready, PodSet) else PodSet(ready)
+        cdef PodNames* names = pods.names if pods is not None else NULL
+        cdef string space = arguments.utf8(model, "model")
+        if self.ix.next_expiry() < NEVER:
             self._expire(self.clock())
         m.index, m.names, m.blocks = self, self.names, blocks
+        if size >= RELEASE_FROM or not self.ix.match(p, space, names, only_exact, False, m.r):
+            with nogil:
+                self.ix.match(p, space, names, only_exact, True, m.r)
         return m
-
-    cdef PodSet pods(self, object ready):
-        return ready if ready is None or isinstance(ready, PodSet) else PodSet(ready)
 
     def pod_set(self, pods):
         """Compiles pod names into a filter that costs nothing per match. Names need not be known yet."""
         return PodSet(pods)
 
     def add_prefix(self, pod, tokens, *, ttl, model="", lora_name=None, cache_salt=None, extra_keys=None, dp_rank=0, now=None):
-        """Counts the prompt's complete blocks as held by (pod, rank) on the GPU for ttl seconds: a routing decision that its events have
-        not confirmed yet. Never touches what events said; a clear of the worker ends it.
-        """
+        """Counts the prompt's blocks as held by (pod, rank) on the GPU for ttl seconds, or until a clear: a decision not confirmed yet."""
         cdef _Ints t = _tokens(tokens)
         cdef Prompt p
         cdef vector[uint64_t] prefixes
         cdef double until = arguments.seconds(ttl, "ttl") + (self.clock() if now is None else now)
         cdef string space = arguments.utf8(model, "model")
         cdef int64_t rank = arguments.rank(dp_rank)
-        cdef uint64_t uid
         _prompt(t, lora_name, cache_salt, extra_keys, self.block_size, self.hash_seed, p)
-        uid = self.uid(pod)
+        cdef uint64_t uid = self.uid(pod)
         prefixes.resize(t.n // self.block_size)
         with nogil:
             hash_prompt(p, self.block_size, self.hash_seed, True, prefixes.data())
@@ -456,9 +415,8 @@ cdef class PrefixIndex:
                 self.ix.expire(now)
 
     def configure_pod(self, pod, *, presence=None, clear_media=None, chunk_size=None):
-        """Options of one source; None leaves one as it is. presence: "count" or "set". clear_media: media that AllBlocksCleared clears
-        (it carries none). chunk_size: tokens per chunk of chunked-local attention, which events do not carry.
-        """
+        """What events do not say of a pod; None leaves it as it is. presence: "count" or "set"; clear_media: the media that its clears
+        clear; chunk_size: tokens per chunk of chunked-local attention."""
         cdef int counted = -1 if presence is None else arguments.choice(presence, "presence", ("count", "set"))
         cdef vector[string] media = arguments.names(clear_media or (), "clear_media")
         cdef int64_t chunk = -1 if chunk_size is None else arguments.whole(chunk_size, "chunk_size", 1, 0x7FFFFFFF)
@@ -467,11 +425,9 @@ cdef class PrefixIndex:
     def remove_pod(self, pod):
         """Forgets the pod and all it holds; what is on its way to it is dropped. O(its blocks). UnknownPodError if there is none."""
         cdef uint64_t uid = self.known(pod)
-        names = self.names.copy()
-        del names[uid]
         del self.uids[pod]
         # Matches that run, and answers not looked at yet, keep the older dict.
-        self.names = names
+        self.names = {u: name for u, name in self.names.items() if u != uid}
         with nogil:
             self.ix.remove_pod(uid)
 
@@ -498,24 +454,20 @@ cdef class PrefixIndex:
         """Figures of the whole index, O(1): blocks (distinct content), chains, sets, holders, pods, workers, parked, guesses, bytes (native
         memory), and since the start: batches, bad_payloads, events_* by type, blocks_* by fate, skipped, errors, skipped_reasons.
         """
-        cdef Totals t = self.ix.totals()
-        return {**self.ix.figures(), "batches": t.batches, "bad_payloads": t.bad_payloads, "events_stored": t.events_stored,
-                "events_removed": t.events_removed, "events_cleared": t.events_cleared, "blocks_stored": t.report.stored,
-                "blocks_removed": t.report.removed, "blocks_parked": t.report.parked, "skipped": t.report.skipped,
-                "errors": t.report.errors, "skipped_reasons": _reasons(t.report)}
+        cdef Report r = self.ix.report()
+        return {**self.ix.figures(), **self.ix.totals(), "skipped_reasons": _reasons(r)}
 
     def _check(self):
         """Verifies every invariant of the native structure; raises KVIndexError naming the first that is broken. O(size of the index)."""
-        cdef string broken = self.ix.check()
-        if not broken.empty():
+        cdef bytes broken = self.ix.check()
+        if broken:
             raise KVIndexError(f"broken invariant: {broken.decode()}")
 
 
 def hash_tokens(tokens, block_size, hash_seed, lora_name, cache_salt, extra_keys, bint rolled):
-    """Local or, rolled, prefix hashes: see hashing.py."""
     cdef _Ints t = _tokens(tokens)
     cdef uint32_t size = arguments.whole(block_size, "block_size", 1, 65536)
-    cdef uint64_t seed = _seed(hash_seed)
+    cdef uint64_t seed = arguments.seed(hash_seed)
     cdef uint64_t[::1] view
     cdef Prompt p
     _prompt(t, lora_name, cache_salt, extra_keys, size, seed, p)
@@ -528,16 +480,14 @@ def hash_tokens(tokens, block_size, hash_seed, lora_name, cache_salt, extra_keys
 
 
 def scan_batch(payload):
-    """``(ts, dp_rank, [(kind, reason, offset, bytes), ...])`` of a payload: where its events lie and which cannot be applied, and why.
-    Raises EventDecodeError if the payload is no batch."""
+    """``(ts, dp_rank, [(kind, reason, offset, bytes), ...])``: where a payload's events lie, and why some cannot be applied."""
     cdef _Ints b = _payload(payload)
     cdef Batch batch
     cdef DecodeFault fault
     if not decode_batch(<const uint8_t*>b.data, b.n, batch, fault):
         raise _no_batch(b, fault)
-    kinds = ("stored", "removed", "cleared", "other")
     return (batch.ts, None if batch.dp_rank < 0 else batch.dp_rank,
-            [(kinds[<int>e.kind], reason_name(e.bad).decode() if <int>e.bad else None, e.offset, e.bytes) for e in batch.events])
+            [(_KINDS[<int>e.kind], reason_name(e.bad).decode() if <int>e.bad else None, e.offset, e.bytes) for e in batch.events])
 
 
 cdef object _no_batch(_Ints payload, DecodeFault& fault):
@@ -549,7 +499,4 @@ def _isas():
 
 
 def _xxh3_64(bytes data, seed, isa=None):
-    cdef uint64_t s = _seed(seed)
-    if isa is None:
-        return xxh3_64(<const char*>data, len(data), s)
-    return xxh3_64_with(<const char*>data, len(data), s, <Isa><int>_ISAS.index(isa))
+    return xxh3_64(<const char*>data, len(data), arguments.seed(seed), best_isa() if isa is None else <Isa><int>_ISAS.index(isa))

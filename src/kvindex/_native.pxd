@@ -23,12 +23,14 @@ cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
     const char* reason_name(Reason)
     const uint32_t REASONS "kvindex::kReasons"
     const uint32_t NO_MEDIUM "kvindex::kNone"
+    const double NEVER "kvindex::kNever"
 
     cppclass StrRef:
         const char* p
         uint32_t n
 
     cppclass Event:
+        Event()
         EventKind kind
         Reason bad
         cbool has_parent
@@ -72,6 +74,8 @@ cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
         uint64_t n_tokens
         cbool adapted, keyed
         string adapter
+        const uint64_t* prefixes
+        uint64_t n_prefixes
 
     cbool read_extra(const uint8_t*, uint64_t, const string& salt, uint64_t seed, uint64_t blocks, Prompt&)
     void hash_prompt(const Prompt&, uint32_t block_size, uint64_t seed, cbool rolled, uint64_t* out)
@@ -84,9 +88,9 @@ cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
         uint64_t blocks, parked
         int state
 
-    cppclass Totals:
-        Report report
+    struct Totals:
         uint64_t batches, bad_payloads, events_stored, events_removed, events_cleared
+        uint64_t blocks_stored, blocks_removed, blocks_parked, skipped, errors
 
     struct Figures "kvindex::Index::Figures":
         uint64_t blocks, chains, sets, holders, pods, workers, parked, guesses, bytes
@@ -102,7 +106,6 @@ cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
                      DecodeFault&) except +
         void apply(uint64_t, int64_t rank, const string& model, const Batch&, Report&) except +
         cbool match(const Prompt&, const string& model, PodNames*, cbool only_exact, cbool wait, MatchResult&) except +
-        cbool match_hashes(const uint64_t*, uint64_t n, const string& model, PodNames*, cbool only_exact, cbool wait, MatchResult&) except +
         void guess(uint64_t, int64_t rank, const string& model, const vector[uint64_t]&, double until) except +
         double next_expiry()
         void expire(double now) except +
@@ -110,6 +113,7 @@ cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
         vector[PodFigures] pod_figures(uint64_t) except +
         Figures figures() except +
         Totals totals() except +
+        Report report() except +
         string medium(uint32_t) except +
         string check() except +
 
@@ -117,5 +121,4 @@ cdef extern from "_native/xxh3.hpp" namespace "kvindex" nogil:
     ctypedef enum Isa "kvindex::Isa":
         pass
     Isa best_isa()
-    uint64_t xxh3_64(const void*, size_t, uint64_t)
-    uint64_t xxh3_64_with "kvindex::xxh3_64"(const void*, size_t, uint64_t, Isa)
+    uint64_t xxh3_64(const void*, size_t, uint64_t, Isa)

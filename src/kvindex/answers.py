@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeAlias
 __all__ = ["PodMatch"]
 
 VERDICTS = ("exact", "degraded", "stale")
+REPORT = ("stored", "removed", "cleared", "parked", "skipped", "errors", "reasons")
 
 # Pod (None if it is gone), rank, medium (None: all together), blocks, index into VERDICTS.
 Row: TypeAlias = "tuple[str | None, int, bytes | None, int, int]"

@@ -26,6 +26,10 @@ def whole(value: Any, what: str, low: int, high: int) -> int:
     return n
 
 
+def seed(value: Any) -> int:
+    return whole(value, "hash_seed", 0, 0xFFFFFFFFFFFFFFFF)
+
+
 def rank(value: Any) -> int:
     return 0 if value is None else whole(value, "dp_rank", 0, 1 << 31)
 
@@ -54,6 +58,27 @@ def utf8(value: Any, what: str) -> bytes:
         return value.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
         raise InvalidValueError(f"{what} is {value!r}, which has no UTF-8 form") from None
+
+
+def text(value: Any, what: str) -> bytes | None:
+    return None if value is None else utf8(value, what)
+
+
+def stored_fields(event: Any) -> tuple[int, int, int, list[bytes | None]]:
+    """What a BlockStored says besides hashes and tokens: block size, window, adapter's number; and its texts and packed keys."""
+    named = isinstance(event.lora_id, str)
+    return (
+        whole(event.block_size or 0, "block_size", 0, 1 << 40),
+        whole(event.kv_cache_spec_sliding_window or 0, "kv_cache_spec_sliding_window", 0, 1 << 40),
+        0 if named else whole(event.lora_id or 0, "lora_id", -(1 << 62), 1 << 62),
+        [
+            text(event.lora_id, "lora_id") if named else None,
+            text(event.lora_name, "lora_name"),
+            text(event.kv_cache_spec_kind, "kv_cache_spec_kind"),
+            text(event.cache_salt, "cache_salt"),
+            packed_keys(event.extra_keys),
+        ],
+    )
 
 
 def names(values: Any, what: str) -> list[bytes]:

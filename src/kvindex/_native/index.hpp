@@ -22,6 +22,9 @@ inline u64 mix_extra(u64 local, u64 digest, u64 seed) {
     return xxh3_64(both, sizeof both, seed ^ 0x9E3779B97F4A7C15ull);
 }
 
+// No guess is waiting to expire.
+inline constexpr double kNever = 1e300;
+
 inline constexpr u32 kReasons = static_cast<u32>(Reason::COUNT);
 
 struct Report {
@@ -295,8 +298,6 @@ public:
     std::string check() const;
 
 private:
-    static constexpr double kNever = 1e300;
-
     static u64 kid_key(u32 chain, u32 depth) { return (static_cast<u64>(chain) << 32) | depth; }
     // The two marks of pages are not available as names; 2^-63 by chance, and then a neighbour's name.
     static u64 name_of(u64 id) { return id == kNoName || id == kNameless ? id + 1 : id; }
@@ -1261,31 +1262,41 @@ private:
         p.live[at] = 0;
         --l.hashes;
         --parked_;
-        if (std::none_of(p.live.begin(), p.live.end(), [](u8 x) { return x != 0; })) drop_dead(l, best);
+        if (!alive(p)) drop_dead(l, best);
         if (l.records.empty()) w.lot.reset();
         judge(w.pod);
         return true;
     }
-    // A record without live copies is only kept while another one waits for one of its blocks.
+    // A record without live copies is only kept while a live one hangs below it, directly or through other dead ones.
     void drop_dead(ParkingLot& l, u64 serial) {
         std::vector<u64> todo(1, serial);
         while (!todo.empty()) {
-            const u64 s = todo.back();
+            const auto it = l.records.find(todo.back());
             todo.pop_back();
-            const auto it = l.records.find(s);
-            if (it == l.records.end()) continue;
+            if (it == l.records.end() || alive(it->second)) continue;
+            const u64 above = it->second.waits_for;
+            std::vector<u64> below(1, it->first);
             bool needed = false;
-            for (std::size_t i = 0; i < it->second.ids.size() && !needed; ++i) {
-                if (it->second.live[i]) needed = true;
-                const auto range = l.waiting.equal_range(it->second.ids[i]);
-                for (auto k = range.first; k != range.second && !needed; ++k) needed = k->second != s;
+            for (std::size_t i = 0; i < below.size() && !needed; ++i) {
+                const Parked& p = l.records.at(below[i]);
+                if (!p.orphan) continue;
+                for (u64 name : p.ids) {
+                    const auto range = l.waiting.equal_range(name);
+                    for (auto k = range.first; k != range.second && !needed; ++k) {
+                        if (std::find(below.begin(), below.end(), k->second) != below.end()) continue;
+                        needed = alive(l.records.at(k->second));
+                        below.push_back(k->second);
+                    }
+                }
             }
             if (needed) continue;
-            const u64 above = it->second.waits_for;
-            unpark(l, s);
+            for (u64 s : below) unpark(l, s);
             const auto range = l.by_id.equal_range(above);
             for (auto k = range.first; k != range.second; ++k) todo.push_back(k->second);
         }
+    }
+    static bool alive(const Parked& p) {
+        return std::any_of(p.live.begin(), p.live.end(), [](u8 x) { return x != 0; });
     }
     // Attaches what waited for the names in fresh_, and what waited for those, until nothing moves.
     void work_off(u32 id) {

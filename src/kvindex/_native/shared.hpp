@@ -25,8 +25,10 @@ private:
     std::shared_ptr<const Filter> filter_;
 };
 
-// How a prompt is hashed: its adapter, its extra keys.
+// A prompt: its tokens, its adapter, its extra keys; or its prefix hashes.
 struct Prompt {
+    const u64* prefixes = nullptr;
+    u64 n_prefixes = 0;
     const u32* tokens = nullptr;
     u64 n_tokens = 0;
     bool adapted = false;
@@ -42,8 +44,8 @@ struct PodFigures {
 };
 
 struct Totals {
-    Report report;
-    u64 batches = 0, bad_payloads = 0, events_stored = 0, events_removed = 0, events_cleared = 0;
+    u64 batches, bad_payloads, events_stored, events_removed, events_cleared;
+    u64 blocks_stored, blocks_removed, blocks_parked, skipped, errors;
 };
 
 class SharedIndex {
@@ -123,7 +125,7 @@ public:
             }
             if (i == batch.events.size()) {
                 ++totals_.batches;
-                totals_.report.add(r);
+                report_.add(r);
                 note_expiry();
             }
         } while (i < batch.events.size());
@@ -135,6 +137,10 @@ public:
         if (!g.on) return false;
         const std::shared_ptr<const Filter> filter = names ? names->compile(ix_) : nullptr;
         const u32 space = ix_.find_space(model);
+        if (prompt.prefixes) {
+            matcher().match(ix_, space, HashPath{prompt.prefixes, static_cast<u32>(prompt.n_prefixes)}, filter.get(), only_exact, out);
+            return true;
+        }
         const u32 n = static_cast<u32>(prompt.n_tokens / ix_.block_size());
         const BlockHasher& roll = ix_.hasher();
         const ExtraDigests* extra = prompt.keyed ? &prompt.extra : nullptr;
@@ -151,14 +157,6 @@ public:
         }
         return true;
     }
-    bool match_hashes(const u64* prefixes, u64 n, const std::string& model, PodNames* names, bool only_exact, bool wait, MatchResult& out) const {
-        Reading g(*this, wait);
-        if (!g.on) return false;
-        const std::shared_ptr<const Filter> filter = names ? names->compile(ix_) : nullptr;
-        matcher().match(ix_, ix_.find_space(model), HashPath{prefixes, static_cast<u32>(n)}, filter.get(), only_exact, out);
-        return true;
-    }
-
     void guess(u64 uid, i64 rank, const std::string& model, const std::vector<u64>& prefixes, double until) {
         Writing w(*this);
         if (const u32 pod = ix_.slot(uid); pod != kNone) ix_.guess(pod, rank, model, prefixes.data(), static_cast<u32>(prefixes.size()), until);
@@ -199,7 +197,17 @@ public:
     }
     Totals totals() const {
         Reading g(*this, true);
-        return totals_;
+        Totals t = totals_;
+        t.blocks_stored = report_.stored;
+        t.blocks_removed = report_.removed;
+        t.blocks_parked = report_.parked;
+        t.skipped = report_.skipped;
+        t.errors = report_.errors;
+        return t;
+    }
+    Report report() const {
+        Reading g(*this, true);
+        return report_;
     }
     std::string medium(u32 id) const {
         Reading g(*this, true);
@@ -235,7 +243,8 @@ private:
 
     Index ix_;
     mutable TurnLock lock_;
-    Totals totals_;
+    Totals totals_ = {};
+    Report report_;
     std::atomic<double> expiry_{1e300};
 };
 
