@@ -13,6 +13,7 @@ HERE = Path(__file__).resolve().parent
 
 # Tests are imported by path (--import-mode=importlib), which leaves what they share without a way in.
 sys.path.insert(0, str(HERE))
+pytest.register_assert_rewrite("support", "world")
 
 # Two cores shared with a build cannot promise a time per example, so no deadline: what is bounded is the count.
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}

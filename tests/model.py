@@ -315,7 +315,7 @@ class Model:
         if not is_int(size) or size < 0:
             raise BadEvent("bad_event")
 
-        if size % self.block_size or (tokens and not size):
+        if size % self.block_size or (tokens and not size) or size > 65535 * self.block_size:
             if len(hashes) == 1 and 0 < size < self.block_size:
                 if worker.placed:
                     raise BadEvent("partial_block")

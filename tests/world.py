@@ -195,6 +195,7 @@ class World:
         self.books: dict[Any, Book] = {}
         self.asked: dict[tuple, None] = {}
         self.turn = 0
+        self.log: list[tuple[str, bytes, dict]] = []
         # The index looks at the clock on its own too: what is added lives long, and ends when a step says so.
         self.now = time.monotonic()
         for pod, layout in self.layouts.items():
@@ -390,6 +391,7 @@ class World:
             self.ingest(pod, payload(*events, ts=step.n / 4, rank=wire), model=model, dp_rank=call)
 
     def ingest(self, pod: str, data: bytes, **where: Any) -> None:
+        self.log.append((pod, data, where))
         got, want = self.index.ingest(pod, data, **where), self.model.ingest(pod, data, **where)
         same("report", report_of(got), report_of(want))
 

@@ -1,0 +1,85 @@
+"""Recorded streams of real engines: every number that the engine itself would have reused must come out."""
+
+from __future__ import annotations
+
+import pytest
+from model import Model
+from support import answer_of, report_of
+
+from kvindex import PrefixIndex
+from kvindex.capture import Message, read_capture
+
+NAMES = (
+    "sglang-0.5.23-salt",
+    "vllm-0.33-full-attention",
+    "vllm-0.33-hybrid-sliding-window",
+    "vllm-0.33-lora-salt-bytes-hashes",
+)
+
+
+@pytest.fixture(params=NAMES)
+def records(shared, request):
+    """The header, and the records in order."""
+    reader = read_capture(shared / "captures" / f"{request.param}.msgpack.gz")
+    return next(reader), reader
+
+
+def question(header, query):
+    """What to ask for the engine's own number: vLLM always computes the last token again."""
+    tokens = query.tokens[:-1] if header["engine"] == "vllm" else query.tokens
+    return tokens, {"lora_name": query.lora_name, "cache_salt": query.cache_salt, "extra_keys": query.extra_keys}
+
+
+def test_every_capture_there_is_is_replayed(shared):
+    found = {path.name.removesuffix(".msgpack.gz") for path in (shared / "captures").glob("*.gz")}
+    assert found == set(NAMES)
+
+
+def test_every_answer_is_the_engines_own(records):
+    header, reader = records
+    index = PrefixIndex(header["block_size"])
+    answers = 0
+    for record in reader:
+        if isinstance(record, Message):
+            report = index.ingest(record.pod, record.payload)
+            assert (report.skipped, report.parked) == (0, 0)
+            continue
+        tokens, context = question(header, record)
+        match = index.match_prefix(tokens, **context)
+        assert {pod: match.tokens.get(pod, 0) for pod in record.hits} == record.hits
+        assert set(match.tokens) <= set(record.hits)
+        assert index.match_hashes(match.hashes).tokens == match.tokens
+        answers += len(record.hits)
+    index._check()
+    assert answers == {"sglang": 80 * 3}.get(header["engine"], 50 * 4 if header.get("sliding_window") else 60 * 4)
+    assert {index.pod_state(pod) for pod in header["pods"]} == {"exact"}
+
+
+def test_the_slow_model_gives_the_engines_answers_too_and_the_index_all_of_its(records):
+    header, reader = records
+    index, model = PrefixIndex(header["block_size"]), Model(header["block_size"])
+    for record in reader:
+        if isinstance(record, Message):
+            got, want = index.ingest(record.pod, record.payload), model.ingest(record.pod, record.payload)
+            assert report_of(got) == report_of(want)
+            continue
+        tokens, context = question(header, record)
+        found = model.match(tokens.tolist(), **context)
+        assert {pod: found.get(pod, {"tokens": 0})["tokens"] for pod in record.hits} == record.hits
+        assert answer_of(index.match_prefix(tokens, **context)) == found
+    assert {model.pod_state(pod) for pod in header["pods"]} == {"exact"}
+
+
+def test_the_recorded_blocks_all_go_again(records):
+    header, reader = records
+    index = PrefixIndex(header["block_size"])
+    start = index.stats()["bytes"]
+    for record in reader:
+        if isinstance(record, Message):
+            index.ingest(record.pod, record.payload)
+    assert index.stats()["blocks"] > 1000
+    for pod in header["pods"]:
+        index.remove_pod(pod)
+    index._check()
+    assert index.stats()["blocks"] == 0
+    assert index.stats()["bytes"] == start
