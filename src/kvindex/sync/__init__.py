@@ -1,0 +1,1 @@
+"""Live streams: order, gaps, restarts and the verdict, from sockets to ``index.ingest``."""

@@ -1,0 +1,188 @@
+"""The stream machine behind a channel that does everything wrong, against the publisher's own truth."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from sync_support import GARBAGE, World
+
+from kvindex.sync.stream import Policy
+
+few = st.integers(1, 4)
+
+
+class FaultyChannel(RuleBasedStateMachine):
+    """Drops, duplicates, reorders, damages, restarts; replays that are cut, late, endless or never come."""
+
+    world: World
+
+    @initialize(
+        replay=st.booleans(),
+        buffer_steps=st.sampled_from([3, 10_000]),
+        memory=st.sampled_from([2, 1024]),
+        max_pending=st.sampled_from([2, 10_000]),
+        confirm=st.sampled_from([2, 256]),
+        before=st.integers(0, 6),
+        since=st.integers(0, 3),
+    )
+    def start(
+        self, replay: bool, buffer_steps: int, memory: int, max_pending: int, confirm: int, before: int, since: int
+    ) -> None:
+        # With nobody to ask, a copy that comes later than the memory reaches can not be told from a restart.
+        memory = memory if replay else 1024
+        policy = Policy(memory=memory, max_pending=max_pending, replay_confirm=confirm)
+        self.world = World(replay=replay, policy=policy, buffer_steps=buffer_steps)
+        self.replay = replay
+        # Most of what can go wrong goes wrong with a stream that was well.
+        self.world.publish(before)
+        self.world.connect()
+        self.world.publish(since)
+        if since:
+            self.world.up()
+
+    @rule(count=few)
+    def publish(self, count: int) -> None:
+        self.world.publish(count)
+
+    @rule()
+    def engine_clears(self) -> None:
+        self.world.publish(clear=True)
+
+    @rule(encodable=st.booleans())
+    def engine_fails(self, encodable: bool) -> None:
+        self.world.publish(encodable=encodable, readable=False)
+
+    @rule(count=st.integers(1, 6))
+    def deliver(self, count: int) -> None:
+        self.world.deliver(count)
+
+    @precondition(lambda self: self.world.channel)
+    @rule(data=st.data())
+    def drop(self, data: st.DataObject) -> None:
+        del self.world.channel[data.draw(st.integers(0, len(self.world.channel) - 1))]
+
+    @precondition(lambda self: self.world.channel)
+    @rule(data=st.data())
+    def duplicate(self, data: st.DataObject) -> None:
+        channel = self.world.channel
+        item = channel[data.draw(st.integers(0, len(channel) - 1))]
+        channel.insert(data.draw(st.integers(0, len(channel))), item)
+
+    @precondition(lambda self: len(self.world.channel) > 1)
+    @rule(data=st.data())
+    def reorder(self, data: st.DataObject) -> None:
+        channel = self.world.channel
+        first, second = (data.draw(st.integers(0, len(channel) - 1)) for _ in range(2))
+        channel[first], channel[second] = channel[second], channel[first]
+
+    @precondition(lambda self: self.world.channel)
+    @rule(data=st.data())
+    def damage(self, data: st.DataObject) -> None:
+        place = data.draw(st.integers(0, len(self.world.channel) - 1))
+        self.world.channel[place] = (self.world.channel[place][0], GARBAGE)
+
+    @precondition(lambda self: not self.world.connection_open)
+    @rule()
+    def connect(self) -> None:
+        self.world.connect()
+
+    @precondition(lambda self: not self.world.connection_open)
+    @rule()
+    def refuse(self) -> None:
+        self.world.do(self.world.stream.disconnected(self.world.now, "refused"))
+
+    @precondition(lambda self: self.world.connection_open)
+    @rule(delivered=st.integers(0, 3))
+    def disconnect(self, delivered: int) -> None:
+        self.world.deliver(delivered)
+        self.world.disconnect()
+
+    @rule(published=st.integers(0, 8), away=st.sampled_from([0.0, 0.001, 2.0]), back=st.booleans(), up=st.booleans())
+    def restart(self, published: int, away: float, back: bool, up: bool) -> None:
+        """The new process is often where the old one was, and sometimes under a clock that was set back."""
+        self.world.restart()
+        self.world.now += away
+        self.world.clock += -50.0 if back else away
+        self.world.publish(published)
+        self.world.connect()
+        if up:
+            self.world.publish()
+            self.world.up()
+
+    @precondition(lambda self: self.world.connection_open)
+    @rule(missed=st.integers(0, 3), up=st.booleans())
+    def blip(self, missed: int, up: bool) -> None:
+        """The connection is lost and made again; the process stays."""
+        self.world.disconnect()
+        self.world.publish(missed)
+        self.world.connect()
+        if up:
+            self.world.publish()
+            self.world.up()
+
+    @precondition(lambda self: self.world.connection_open)
+    @rule(count=few, then=st.integers(0, 4), deaf=st.booleans())
+    def lose(self, count: int, then: int, deaf: bool) -> None:
+        """Some are lost on the way, and the publisher answers at once or for a long time not at all."""
+        self.world.deliver()
+        self.world.publish(count)
+        self.world.channel.clear()
+        self.world.publish(then)
+        self.world.deliver()
+        if deaf:
+            self.world.wait(15.0, serve=False, step=1.0)
+        else:
+            self.world.serve()
+            self.world.receive()
+
+    @rule(upto=st.none() | st.integers(0, 6), end=st.booleans())
+    def serve(self, upto: int | None, end: bool) -> None:
+        self.world.serve(upto=upto, end=end)
+
+    @rule(count=st.none() | st.integers(1, 4))
+    def receive(self, count: int | None) -> None:
+        self.world.receive(count)
+
+    @precondition(lambda self: len(self.world.answer) > 1)
+    @rule(data=st.data())
+    def replay_loses_one(self, data: st.DataObject) -> None:
+        del self.world.answer[data.draw(st.integers(0, len(self.world.answer) - 2))]
+
+    @rule(seconds=st.sampled_from([0.01, 0.2, 0.6, 2.1, 9.0]), serve=st.booleans())
+    def wait(self, seconds: float, serve: bool) -> None:
+        self.world.wait(seconds, serve=serve)
+
+    @rule()
+    def suspect(self) -> None:
+        self.world.do(self.world.stream.suspect(self.world.now))
+
+    @invariant()
+    def exact_means_equal(self) -> None:
+        self.world.check()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "world"):
+            return
+        world = self.world
+        if not world.connection_open:
+            world.connect()
+        world.deliver()
+        world.wait(120.0)
+        world.check()
+        process = world.process
+        if self.replay:
+            assert world.verdict != "stale", world.stream.reason
+            assert world.applied_upto() == len(process.published) or process.published[-1] is None
+            if process.truth(len(process.published)) is not None and len(process.buffer) == len(process.published):
+                # Its whole history can still be had, so there is no excuse.
+                assert world.verdict == "exact", world.stream.reason
+        # Left alone it comes to rest: it does not clear and rebuild for ever.
+        clears = world.clears
+        world.wait(60.0)
+        assert world.clears == clears
+        world.check()
+
+
+FaultyChannel.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
+TestSyncMachine = FaultyChannel.TestCase

@@ -1,0 +1,226 @@
+"""A publisher, its channel and an index, all imaginary, around the pure stream machine.
+
+The truth is kept by the publisher: which batches it has published. The index is a list of the payloads that were applied.
+Nothing here reads the machine's own counters, so it can say whether what the machine claims is so.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import msgpack
+
+from kvindex.sync.stream import (
+    CancelReplay,
+    Clear,
+    Incident,
+    Ingest,
+    Mark,
+    Policy,
+    Reconnect,
+    RequestReplay,
+    WorkerStream,
+)
+
+GARBAGE = b"\xc1 damaged on the way"
+
+
+def batch(ts: float, name: object, *, clear: bool = False, rank: int = 0) -> bytes:
+    """A payload of the right form that says what it is."""
+    return msgpack.packb([ts, [["AllBlocksCleared"] if clear else ["BlockStored", name]], rank])
+
+
+@dataclass
+class Process:
+    """One life of an engine's publisher."""
+
+    buffer_steps: int = 10_000
+    published: list[bytes | None] = field(default_factory=list)  # None: the engine could not encode it
+    buffer: deque[tuple[int, bytes]] = field(default_factory=deque)
+    last_sent: int = -1
+
+    def publish(self, payload: bytes | None) -> tuple[int, bytes] | None:
+        seq = len(self.published)
+        self.published.append(payload if payload != GARBAGE else None)
+        if payload is None:
+            return None
+        self.last_sent = seq
+        self.buffer.append((seq, payload))
+        while len(self.buffer) > self.buffer_steps:
+            self.buffer.popleft()
+        return seq, payload
+
+    def replay(self, start: int) -> list[tuple[int, bytes]]:
+        return [(seq, payload) for seq, payload in self.buffer if seq >= start]
+
+    def truth(self, upto: int) -> list[bytes] | None:
+        """What an index holds that applied all batches before ``upto``; None when one that matters never left."""
+        held: list[bytes] | None = []
+        for payload in self.published[:upto]:
+            if payload is None:
+                held = None
+            elif is_clear(payload):
+                held = [payload]
+            elif held is not None:
+                held.append(payload)
+        return held
+
+
+def is_clear(payload: bytes) -> bool:
+    return b"AllBlocksCleared" in payload
+
+
+class World:
+    """A stream machine, what it is fed and what it did."""
+
+    def __init__(self, *, replay: bool = True, policy: Policy | None = None, buffer_steps: int = 10_000) -> None:
+        self.now = 1000.0
+        self.clock = 1.7e9  # the engines' wall clock
+        self.stream = WorkerStream(replay=replay, policy=policy, uniform=lambda: 0.5)
+        self.buffer_steps = buffer_steps
+        self.process = Process(buffer_steps)
+        self.connection_open = False
+        self.channel: deque[tuple[int, bytes]] = deque()
+        self.request: int | None = None
+        self.answer: deque[tuple[int, bytes] | None] = deque()
+        self.answering = False
+        self.held: list[bytes] = []
+        self.verdict: str | None = None
+        self.incidents: list[Incident] = []
+        self.requests: list[int] = []
+        self.clears = 0
+        self.reconnect_in: float | None = None
+        self.names = 0
+        self.owed = -1  # the last batch that an exact answer must include
+        self.do(self.stream.tick(self.now))
+
+    def do(self, actions: list) -> None:
+        todo = deque(actions)
+        while todo:
+            match todo.popleft():
+                case Ingest(seq, payload):
+                    if payload == GARBAGE:
+                        todo.extend(self.stream.rejected(seq, payload, self.now, "no batch"))
+                    elif is_clear(payload):
+                        self.held = [payload]
+                        todo.extend(self.stream.cleared(seq, self.now))
+                    else:
+                        self.held.append(payload)
+                case Clear():
+                    assert self.verdict == "stale", "an exact answer could be read while the worker is cleared"
+                    self.held = []
+                    self.clears += 1
+                case Mark(verdict):
+                    self.verdict = verdict
+                case RequestReplay(start):
+                    self.requests.append(start)
+                    self.request = start
+                    self.answer.clear()
+                    self.answering = False
+                    self.stream.replay_sent(self.now)
+                case CancelReplay():
+                    self.request = None
+                    self.answer.clear()
+                    self.answering = False
+                case Reconnect(delay):
+                    self.reconnect_in = delay
+                case Incident() as incident:
+                    self.incidents.append(incident)
+
+    # What happens in the world
+
+    def connect(self) -> None:
+        self.connection_open = True
+        self.channel.clear()
+        self.owed = self.process.last_sent
+        self.do(self.stream.connected(self.now))
+
+    def disconnect(self) -> None:
+        self.connection_open = False
+        self.do(self.stream.disconnected(self.now))
+        self.channel.clear()
+
+    def restart(self) -> None:
+        """The engine's process ends and another one takes its place; the connection goes with it."""
+        if self.connection_open:
+            self.disconnect()
+        self.process = Process(self.buffer_steps)
+        self.owed = -1
+
+    def publish(
+        self, count: int = 1, *, encodable: bool = True, readable: bool = True, clear: bool = False, clock: float = 0.01
+    ) -> None:
+        for _ in range(count):
+            self.clock += clock
+            self.names += 1
+            payload = batch(self.clock, self.names, clear=clear) if readable else GARBAGE
+            message = self.process.publish(payload if encodable else None)
+            if message is not None and self.connection_open:
+                self.channel.append(message)
+
+    def deliver(self, count: int | None = None) -> None:
+        for _ in range(len(self.channel) if count is None else min(count, len(self.channel))):
+            seq, payload = self.channel.popleft()
+            self.owed = max(self.owed, seq)
+            self.do(self.stream.live(seq, payload, self.now))
+
+    def serve(self, *, upto: int | None = None, end: bool = True) -> None:
+        """The publisher answers the request that waits; ``upto`` batches of the answer leave its queue."""
+        if self.request is None or self.answering:
+            return
+        found = self.process.replay(self.request)
+        self.answer = deque(found if upto is None else found[:upto])
+        self.answering = True
+        # An end marker behind a cut answer: the queue was full for a while, which takes a long answer.
+        if end and (len(self.answer) == len(found) or len(self.answer) >= self.stream.policy.replay_confirm):
+            self.answer.append(None)
+
+    def receive(self, count: int | None = None) -> None:
+        """``count`` replies of the answer arrive."""
+        while self.answer and (count is None or count > 0):
+            item = self.answer.popleft()
+            if item is None:
+                self.request = None
+                self.answering = False
+                self.do(self.stream.replay_ended(self.now))
+            else:
+                self.do(self.stream.replayed(*item, self.now))
+            count = None if count is None else count - 1
+
+    def wait(self, seconds: float, *, serve: bool = True, step: float = 0.05) -> None:
+        """Time goes by; with ``serve`` the publisher answers every request in full."""
+        until = self.now + seconds
+        while self.now < until:
+            due = self.stream.deadline()
+            self.now = min(until, max(self.now + 1e-6, due) if due is not None else self.now + step)
+            self.do(self.stream.tick(self.now))
+            for _ in range(100):
+                if not serve or self.request is None:
+                    break
+                self.serve()
+                self.receive()
+
+    def up(self) -> None:
+        """Connected, everything answered and delivered."""
+        if not self.connection_open:
+            self.connect()
+        self.serve()
+        self.receive()
+        self.deliver()
+        self.wait(0.3)
+
+    # What must be so
+
+    def applied_upto(self) -> int:
+        return (self.stream.last_seq if self.stream.last_seq is not None else -1) + 1
+
+    def check(self) -> None:
+        """``exact`` means equal to the publisher's truth up to the last batch that was applied."""
+        if self.verdict == "exact":
+            assert self.connection_open, "exact without a connection"
+            assert self.applied_upto() > self.owed, "exact, though something is known to be missing"
+            truth = self.process.truth(self.applied_upto())
+            assert truth is not None, "exact, though a batch never left the engine"
+            assert self.held == truth
+        assert self.verdict == self.stream.verdict
