@@ -1338,6 +1338,13 @@ private:
         // Cancelled blocks at a record's end were placed for what waits for them; without that they go again. Only now.
         for (u64 name : ends)
             if (const u32 ref = find(id, name); ref != kNone) settle(id, chains_.pos(ref));
+        if (w.lot && w.lot->hashes < w.lot->by_id.size()) {
+            // Some are cancelled; those that were kept for one that has its place now need not wait on.
+            std::vector<u64> dead;
+            for (const auto& rec : w.lot->records)
+                if (!alive(rec.second)) dead.push_back(rec.first);
+            for (u64 serial : dead) drop_dead(*w.lot, serial);
+        }
         if (w.lot && w.lot->records.empty()) w.lot.reset();
         judge(w.pod);
     }
