@@ -13,7 +13,7 @@ from kvindex._native cimport *
 
 from . import answers, arguments
 from .answers import VERDICTS, PodMatch
-from .errors import CapacityError, EventDecodeError, InvalidTypeError, InvalidValueError, KVIndexError, UnknownPodError
+from .errors import CapacityError, EventDecodeError, InvalidTypeError, InvalidValueError, UnknownPodError
 
 _ISAS, _KINDS = ("portable", "sse2", "avx2"), ("stored", "removed", "cleared", "other")
 # Below this a match is shorter than giving up the interpreter lock and taking it again (140 ns, and a queue of other threads).
@@ -459,9 +459,7 @@ cdef class PrefixIndex:
 
     def _check(self):
         """Verifies every invariant of the native structure; raises KVIndexError naming the first that is broken. O(size of the index)."""
-        cdef bytes broken = self.ix.check()
-        if broken:
-            raise KVIndexError(f"broken invariant: {broken.decode()}")
+        arguments.unbroken(self.ix.check())
 
 
 def hash_tokens(tokens, block_size, hash_seed, lora_name, cache_salt, extra_keys, bint rolled):

@@ -9,7 +9,7 @@ import msgpack
 import numpy as np
 import numpy.typing as npt
 
-from .errors import InvalidTypeError, InvalidValueError
+from .errors import InvalidTypeError, InvalidValueError, KVIndexError
 
 __all__: list[str] = []
 
@@ -133,3 +133,8 @@ def packed_keys(extra_keys: Any) -> bytes:
         return bytes(msgpack.packb(list(extra_keys), unicode_errors="surrogateescape"))
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidValueError(f"extra_keys cannot be read ({error}); keys are str, int, bytes or (id, offset) pairs") from None
+
+
+def unbroken(report: bytes) -> None:
+    if report:
+        raise KVIndexError(f"broken invariant: {report.decode()}")
