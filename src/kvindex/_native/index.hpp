@@ -1002,7 +1002,7 @@ private:
         Worker& w = *workers_[id];
         const bool bare = e.n_tokens == 0;
         u32 factor = 1;
-        if (e.block_size != 0 && !(bare && e.block_size % block_size_)) {
+        if (e.block_size != 0) {
             if (e.block_size % block_size_) {
                 if (e.n_hashes == 1 && e.block_size < block_size_ && w.placed_full) {
                     r.skip(Reason::partial_block);
@@ -1147,27 +1147,14 @@ private:
     }
     static std::size_t weight(const Parked& p) { return sizeof(Parked) + 160 + p.ids.size() * (sizeof(u64) + 1 + 48) + p.locals.size() * sizeof(u64); }
 
-    bool parked_copy(const ParkingLot& l, u32 h, u64 name) const {
-        const auto range = l.by_id.equal_range(name);
-        for (auto it = range.first; it != range.second; ++it) {
-            const Parked& p = l.records.at(it->second);
-            if (!same_tier(p.holder, h)) continue;
-            for (std::size_t i = 0; i < p.ids.size(); ++i)
-                if (p.ids[i] == name && p.live[i]) return true;
-        }
-        return false;
-    }
-    bool same_tier(u32 a, u32 b) const { return holders_[a].medium == holders_[b].medium && holders_[a].group == holders_[b].group; }
-
     void park(u32 id, Parked&& p, Report& r) {
+        // Where copies do not count, a second announcement takes the place of the first.
+        if (pods_[workers_[id]->pod].set_presence)
+            for (u64 name : p.ids) cancel(id, holders_[p.holder], name);
         ParkingLot& l = lot(id);
-        const bool once = pods_[workers_[id]->pod].set_presence;
         const u64 serial = l.next++;
         u32 live = 0;
-        for (std::size_t i = 0; i < p.ids.size(); ++i) {
-            if (once && parked_copy(l, p.holder, p.ids[i])) p.live[i] = 0;
-            live += p.live[i];
-        }
+        for (u8 x : p.live) live += x;
         for (u64 name : p.ids) l.by_id.emplace(name, serial);
         l.waiting.emplace(p.waits_for, serial);
         l.hashes += live;
@@ -1178,8 +1165,7 @@ private:
         judge(workers_[id]->pod);
     }
     void park_orphan(const Placing& a, Report& r) {
-        const u32 free = room(a.worker);
-        if (a.n > free) {
+        if (!room(a.worker, a.holder, a.ids, a.n)) {
             r.skip(Reason::parked_full, a.n);
             spoil(a.worker);
             return;
@@ -1199,7 +1185,7 @@ private:
         park(a.worker, std::move(p), r);
     }
     void park_bare(u32 id, u32 h, u64 name, Report& r) {
-        if (room(id) == 0) {
+        if (!room(id, h, &name, 1)) {
             r.skip(Reason::parked_full);
             spoil(id);
             return;
@@ -1211,9 +1197,13 @@ private:
         p.live.assign(1, 1);
         park(id, std::move(p), r);
     }
-    u32 room(u32 id) const {
-        const u32 used = workers_[id]->parked();
-        return used < max_parked_ ? max_parked_ - used : 0;
+    bool room(u32 id, u32 h, const u64* ids, u32 n) const {
+        const Worker& w = *workers_[id];
+        u64 after = static_cast<u64>(w.parked()) + n;
+        if (after <= max_parked_) return true;
+        if (!w.lot || !pods_[w.pod].set_presence) return false;
+        for (u32 i = 0; i < n; ++i) after -= find_parked(*w.lot, holders_[h], ids[i]).record != nullptr;
+        return after <= max_parked_;
     }
     Parked unpark(ParkingLot& l, u64 serial) {
         const auto it = l.records.find(serial);
@@ -1237,32 +1227,35 @@ private:
             }
         }
     }
-    // A removal that found no counted copy takes back the latest parked one. Its position stays for the sake of what follows it.
-    bool cancel(u32 id, u32 medium, i64 group, u64 name) {
-        Worker& w = *workers_[id];
-        if (!w.lot) return false;
-        ParkingLot& l = *w.lot;
-        u64 best = 0;
+    struct ParkedCopy {
+        const Parked* record = nullptr;
+        u64 serial = 0;
         std::size_t at = 0;
-        bool found = false;
+    };
+    // The latest live parked copy of a name in a medium and group.
+    ParkedCopy find_parked(const ParkingLot& l, const Holder& tier, u64 name) const {
+        ParkedCopy best;
         const auto range = l.by_id.equal_range(name);
         for (auto it = range.first; it != range.second; ++it) {
             const Parked& p = l.records.at(it->second);
             const Holder& h = holders_[p.holder];
-            if (h.medium != medium || w.groups[h.group].id != group || (found && it->second < best)) continue;
-            for (std::size_t i = 0; i < p.ids.size(); ++i) {
-                if (p.ids[i] != name || !p.live[i]) continue;
-                best = it->second;
-                at = i;
-                found = true;
-            }
+            if (h.medium != tier.medium || h.group != tier.group || (best.record && it->second < best.serial)) continue;
+            for (std::size_t i = 0; i < p.ids.size(); ++i)
+                if (p.ids[i] == name && p.live[i]) best = {&p, it->second, i};
         }
-        if (!found) return false;
-        Parked& p = l.records.at(best);
-        p.live[at] = 0;
+        return best;
+    }
+    // A removal that found no counted copy takes back the latest parked one. Its position stays for the sake of what follows it.
+    bool cancel(u32 id, const Holder& tier, u64 name) {
+        Worker& w = *workers_[id];
+        if (!w.lot) return false;
+        ParkingLot& l = *w.lot;
+        const ParkedCopy copy = find_parked(l, tier, name);
+        if (!copy.record) return false;
+        l.records.at(copy.serial).live[copy.at] = 0;
         --l.hashes;
         --parked_;
-        if (!alive(p)) drop_dead(l, best);
+        if (!alive(*copy.record)) drop_dead(l, copy.serial);
         if (l.records.empty()) w.lot.reset();
         judge(w.pod);
         return true;
@@ -1352,18 +1345,20 @@ private:
     // ---- removed, cleared -------------------------------------------------------------------------------------------------------
 
     void removed(u32 id, const Event& e, const u64* ids, Report& r) {
-        const u32 medium = media_.id(e.medium.p, e.medium.n);
-        const i64 group = e.group < 0 ? 0 : e.group;
+        const Worker& w = *workers_[id];
+        Holder tier;
+        tier.medium = media_.id(e.medium.p, e.medium.n);
+        while (tier.group < w.groups.size() && w.groups[tier.group].id != std::max<i64>(e.group, 0)) ++tier.group;
         for (u32 i = 0; i < e.n_hashes; ++i) {
             const u64 name = name_of(ids[i]);
-            if (remove_copy(id, medium, group, name) || cancel(id, medium, group, name)) {
+            if (remove_copy(id, tier, name) || cancel(id, tier, name)) {
                 ++r.removed;
             } else {
                 r.skip(Reason::unknown_hash);
             }
         }
     }
-    bool remove_copy(u32 id, u32 medium, i64 group, u64 name) {
+    bool remove_copy(u32 id, const Holder& tier, u64 name) {
         Worker& w = *workers_[id];
         const u32 ref = find(id, name);
         if (ref == kNone) return false;
@@ -1371,7 +1366,7 @@ private:
         const u32 set = set_at(p);
         for (u32 h : w.holders) {
             const Holder& holder = holders_[h];
-            if (holder.medium != medium || w.groups[holder.group].id != group || (p.depth + 1) % holder.factor) continue;
+            if (holder.medium != tier.medium || holder.group != tier.group || (p.depth + 1) % holder.factor) continue;
             const auto it = w.copies.empty() ? w.copies.end() : w.copies.find(ref);
             if (it == w.copies.end()) {
                 u64 first;

@@ -253,7 +253,11 @@ inline bool read_extra(const u8* packed, u64 bytes, const std::string& salt, u64
     StrRef s;
     s.p = salt.data();
     s.n = static_cast<u32>(salt.size());
-    if (!extra_key_digests(bytes ? packed : nullptr, bytes, StrRef(), s, true, seed, blocks, p.extra)) return false;
+    // Events may name the adapter first among the keys, and who hands those on as a prompt's means the same.
+    StrRef adapter;
+    adapter.p = p.adapted ? p.adapter.data() : nullptr;
+    adapter.n = static_cast<u32>(p.adapter.size());
+    if (!extra_key_digests(bytes ? packed : nullptr, bytes, adapter, s, true, seed, blocks, p.extra)) return false;
     p.keyed = p.extra.any;
     return true;
 }
