@@ -217,7 +217,7 @@ private:
     void describe(Event& e, const u8* r) const {
         const u32 group = r[5] & 3;
         if (head_[4] & 1) {  // groups at all
-            e.group = group == 0 && (r[6] & 1) ? -1 : group;
+            e.group = group == 0 && (r[6] & 1) ? -1 : static_cast<i64>(group);
             const u32 kind = group == 0 ? (head_[4] >> 1 & 3) * (head_[4] >> 3 & 1) : (group + (head_[4] >> 4)) & 3;
             if (r[6] & 6) ref(e.spec_kind, kKinds[kind]);
             if (kind == 1) e.window = 1 + head_[5] % (4 * size_ + 2);
