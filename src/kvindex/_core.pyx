@@ -172,9 +172,6 @@ cdef class PodSet:
     def __dealloc__(self):
         del self.names
 
-    def __repr__(self):
-        return f"PodSet({sorted(self.pods)})"
-
 
 cdef class PrefixMatch:
     """The answer to one prompt of ``blocks`` complete blocks. Dicts are built when asked for, O(pods). Any thread may read it."""
@@ -297,7 +294,7 @@ cdef class PrefixIndex:
 
     def process_block_stored(self, event):
         """Applies a :class:`BlockStored`. O(blocks). Raises InvalidTypeError or InvalidValueError naming the field, with nothing applied."""
-        cdef _Ints tokens = _tokens(event.token_ids if event.token_ids is not None else (), "token_ids")
+        cdef _Ints tokens = _tokens(arguments.stored_tokens(event), "token_ids")
         cdef Batch batch
         cdef Event e
         cdef StrRef* texts[4]
@@ -311,27 +308,27 @@ cdef class PrefixIndex:
         if event.extra_keys is not None:
             e.extra_keys, e.extra_keys_bytes = <const uint8_t*><const char*><bytes>alive[4], <uint32_t>len(alive[4])
         batch.tokens.assign(<const uint32_t*>tokens.data, <const uint32_t*>tokens.data + tokens.n)
-        return self.apply(event, event.model, STORED, batch, e)
+        return self.apply(event, STORED, batch, e)
 
     def process_block_removed(self, event):
         """Applies a :class:`BlockRemoved`. O(hashes). Hashes without a counted copy are skipped and counted."""
         cdef Batch batch
-        return self.apply(event, event.model, REMOVED, batch, Event())
+        return self.apply(event, REMOVED, batch, Event())
 
     def process_all_blocks_cleared(self, event):
         """Applies an :class:`AllBlocksCleared`: all that (pod, rank) holds, or what of it lies in its ``clear_media``. O(its blocks)."""
         cdef Batch batch
-        return self.apply(event, "", CLEARED, batch, Event())
+        return self.apply(event, CLEARED, batch, Event())
 
-    cdef IngestReport apply(self, object event, object model, EventKind kind, Batch& batch, Event e):
+    cdef IngestReport apply(self, object event, EventKind kind, Batch& batch, Event e):
         cdef IngestReport report = IngestReport.__new__(IngestReport)
-        cdef string name = arguments.utf8(model, "model")
-        cdef int64_t rank = arguments.rank(event.dp_rank)
+        cdef int64_t rank = arguments.rank(arguments.field(event, "dp_rank"))
+        cdef string name = arguments.utf8(arguments.field(event, "model") if kind != CLEARED else "", "model")
         cdef const uint64_t[::1] hashes
         cdef uint64_t uid
         e.kind = kind
         if kind != CLEARED:
-            hashes = arguments.hash_array(event.block_hashes, "block_hashes")
+            hashes = arguments.hash_array(arguments.field(event, "block_hashes"), "block_hashes")
             e.n_hashes = <uint32_t>len(hashes)
             if e.n_hashes:
                 batch.hashes.assign(&hashes[0], &hashes[0] + e.n_hashes)
@@ -433,14 +430,16 @@ cdef class PrefixIndex:
 
     def clear_worker(self, pod, dp_rank=0):
         """An engine restarted: everything of that worker goes, whatever its medium, and its index-level degradation. O(its blocks)."""
-        cdef uint64_t uid = self.uid(pod)
         cdef int64_t rank = arguments.rank(dp_rank)
+        cdef uint64_t uid = self.uid(pod)
         with nogil:
             self.ix.clear_worker(uid, rank)
 
     def mark_worker(self, pod, dp_rank, verdict):
         """The stream's verdict on a worker: "exact", "degraded" or "stale". The pod's state is the worst of all it is told and knows."""
-        self.ix.mark(self.uid(pod), arguments.rank(dp_rank), arguments.choice(verdict, "verdict", VERDICTS))
+        cdef int told = arguments.choice(verdict, "verdict", VERDICTS)
+        cdef int64_t rank = arguments.rank(dp_rank)
+        self.ix.mark(self.uid(pod), rank, told)
 
     def pod_state(self, pod):
         """"exact", "degraded" (a hole was accepted, or blocks could not be placed) or "stale"; the worst of its ranks. O(1)."""

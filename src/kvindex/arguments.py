@@ -42,9 +42,11 @@ def choice(value: Any, what: str, choices: tuple[str, ...]) -> int:
 
 def seconds(value: Any, what: str) -> float:
     try:
-        s = float(value)
+        s = float(value) if not isinstance(value, (str, bytes)) else None
     except (TypeError, ValueError):
-        raise InvalidTypeError(f"{what} is {value!r}; it must be a number of seconds") from None
+        s = None
+    if s is None:
+        raise InvalidTypeError(f"{what} is {value!r}; it must be a number of seconds")
     if not 0 <= s < 1e18:
         raise InvalidValueError(f"{what} is {value!r}; it must be 0 or more seconds, and finite")
     return s
@@ -62,6 +64,20 @@ def utf8(value: Any, what: str) -> bytes:
 
 def text(value: Any, what: str) -> bytes | None:
     return None if value is None else utf8(value, what)
+
+
+def field(event: Any, name: str) -> Any:
+    try:
+        return getattr(event, name)
+    except AttributeError:
+        raise InvalidTypeError(
+            f"event is {event!r}, which has no {name}; it must be a BlockStored, BlockRemoved or AllBlocksCleared"
+        ) from None
+
+
+def stored_tokens(event: Any) -> Any:
+    tokens = field(event, "token_ids")
+    return () if tokens is None else tokens
 
 
 def stored_fields(event: Any) -> tuple[int, int, int, list[bytes | None]]:
@@ -129,6 +145,9 @@ def packed_keys(extra_keys: Any) -> bytes:
     for i, entry in enumerate(extra_keys):
         if entry is not None and not isinstance(entry, (list, tuple)):
             raise InvalidTypeError(f"extra_keys[{i}] is {entry!r}; an entry is None or a list of keys")
+        for key in entry or ():
+            if not isinstance(key, (str, int, bytes, list, tuple)):
+                raise InvalidTypeError(f"extra_keys[{i}] has {key!r}; keys are str, int, bytes or (id, offset) pairs")
     try:
         return bytes(msgpack.packb(list(extra_keys), unicode_errors="surrogateescape"))
     except (TypeError, ValueError, OverflowError) as error:
