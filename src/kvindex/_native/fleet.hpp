@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Pods, workers, holders and models: who is there, and what is thought of them. Blocks are not known here.
+#pragma once
+
+#include <algorithm>
+
+#include "workers.hpp"
+
+namespace kvindex {
+
+class Fleet {
+public:
+    explicit Fleet(bool set_presence) : set_presence_(set_presence) {}
+    ~Fleet() {
+        for (auto& w : workers_)
+            if (w) release(*w);
+        for (Space& s : spaces_) {
+            s.heads.release(mem_);
+            s.names.release(mem_);
+        }
+    }
+    Fleet(const Fleet&) = delete;
+    Fleet& operator=(const Fleet&) = delete;
+
+    u32 find_pod(const std::string& name) const {
+        const auto it = pod_ids_.find(name);
+        return it == pod_ids_.end() ? kNone : it->second;
+    }
+    u32 pod(const std::string& name) {
+        const auto it = pod_ids_.find(name);
+        if (it != pod_ids_.end()) return it->second;
+        u32 id;
+        if (!free_pods_.empty()) {
+            id = free_pods_.back();
+            free_pods_.pop_back();
+        } else {
+            id = static_cast<u32>(pods_.size());
+            pods_.emplace_back();
+        }
+        pods_[id] = Pod();
+        pods_[id].uid = (++pods_made_ << 32) | id;
+        pods_[id].name = name;
+        pods_[id].set_presence = set_presence_;
+        pod_ids_[name] = id;
+        ++pods_version_;
+        return id;
+    }
+    u32 find_space(const std::string& model) const {
+        const auto it = space_ids_.find(model);
+        return it == space_ids_.end() ? kNone : it->second;
+    }
+    u64 pods_version() const { return pods_version_; }
+    u32 pod_slots() const { return static_cast<u32>(pods_.size()); }
+    const Pod& pod_at(u32 id) const { return pods_[id]; }
+    // The pod that had this number when it was opened, or kNone if it has been removed since.
+    u32 slot(u64 uid) const {
+        const u32 id = static_cast<u32>(uid);
+        return uid && id < pods_.size() && pods_[id].uid == uid ? id : kNone;
+    }
+    Pod& pod_at(u32 id) { return pods_[id]; }
+    Media& media() { return media_; }
+    const Media& media() const { return media_; }
+
+    void mark(u32 pod, i64 rank, Verdict v) {
+        pods_[pod].streams[rank] = v;
+        judge(pod);
+    }
+    void set_chunk(u32 pod, u32 tokens) {
+        pods_[pod].chunk_tokens = tokens;
+        judge(pod);
+    }
+    // The worst of what the streams say and of what could not be placed.
+    void judge(u32 pod) {
+        Pod& p = pods_[pod];
+        Verdict v = Verdict::exact;
+        for (const auto& s : p.streams) v = std::max(v, s.second);
+        for (u32 w : p.workers) v = std::max(v, own_verdict(*workers_[w]));
+        p.verdict = v;
+    }
+    Verdict own_verdict(const Worker& w) const {
+        bool degraded = w.sticky || w.small_blocks || w.parked() != 0;
+        if (!pods_[w.pod].chunk_tokens)
+            for (const Group& g : w.groups) degraded |= g.kind == Attention::chunked;
+        return degraded ? Verdict::degraded : Verdict::exact;
+    }
+    const Space& space_at(u32 id) const { return spaces_[id]; }
+    const Worker& worker_at(u32 id) const { return *workers_[id]; }
+    const Holder& holder(u32 id) const { return holders_[id]; }
+    u32 holder_slots() const { return static_cast<u32>(holders_.size()); }
+    const std::vector<u64>& simple() const { return simple_; }
+    u64 holders_version() const { return holders_version_; }
+    u64 held(const Worker& w) const {
+        u64 n = 0;
+        for (u32 h : w.holders) n += holders_[h].blocks;
+        return n;
+    }
+
+protected:
+    u32 space(const std::string& model) {
+        const auto it = space_ids_.find(model);
+        if (it != space_ids_.end()) return it->second;
+        const u32 id = static_cast<u32>(spaces_.size());
+        spaces_.emplace_back();
+        spaces_[id].model = model;
+        space_ids_[model] = id;
+        return id;
+    }
+    u32 find_worker(u32 pod, i64 rank, u32 space) const {
+        for (u32 w : pods_[pod].workers)
+            if (workers_[w]->rank == rank && workers_[w]->space == space) return w;
+        return kNone;
+    }
+    u32 worker(u32 pod, i64 rank, u32 space) {
+        const u32 found = find_worker(pod, rank, space);
+        if (found != kNone) return found;
+        u32 id;
+        if (!free_workers_.empty()) {
+            id = free_workers_.back();
+            free_workers_.pop_back();
+        } else {
+            id = static_cast<u32>(workers_.size());
+            workers_.emplace_back();
+        }
+        workers_[id].reset(new Worker());
+        mem_.add(sizeof(Worker));
+        Worker& w = *workers_[id];
+        w.pod = pod;
+        w.rank = rank;
+        w.space = space;
+        pods_[pod].workers.push_back(id);
+        return id;
+    }
+    u32 new_holder(u32 worker, u32 medium, u32 group, u32 factor) {
+        u32 id;
+        if (!free_holders_.empty()) {
+            id = free_holders_.back();
+            free_holders_.pop_back();
+        } else {
+            id = static_cast<u32>(holders_.size());
+            holders_.emplace_back();
+        }
+        holders_[id] = Holder{worker, medium, group, factor, 0};
+        ++holders_version_;
+        return id;
+    }
+    void free_holder(u32 id) {
+        holders_[id] = Holder();
+        free_holders_.push_back(id);
+        ++holders_version_;
+    }
+    static void set_bit(std::vector<u64>& mask, u32 bit, bool on) {
+        if (on && mask.size() <= bit >> 6) mask.resize((bit >> 6) + 1);
+        if ((bit >> 6) < mask.size()) {
+            if (on) {
+                mask[bit >> 6] |= 1ull << (bit & 63);
+            } else {
+                mask[bit >> 6] &= ~(1ull << (bit & 63));
+            }
+        }
+    }
+    u32 ghost(u32 id) {
+        Worker& w = *workers_[id];
+        if (w.ghost == kNone) {
+            w.ghost = new_holder(id, 0, 0, 1);
+            set_bit(w.mask, w.ghost, true);
+        }
+        return w.ghost;
+    }
+    u32 group(Worker& w, const Event& e, u32 factor) {
+        const i64 id = e.group < 0 ? 0 : e.group;
+        u32 g = 0;
+        while (g < w.groups.size() && w.groups[g].id != id) ++g;
+        if (g == w.groups.size()) {
+            w.groups.emplace_back();
+            w.groups[g].id = id;
+        }
+        Group& to = w.groups[g];
+        const Group before = to;
+        to.factor = std::max(to.factor, factor);
+        if (e.spec_kind.set()) {
+            to.kind = attention_of(e.spec_kind.p, e.spec_kind.n);
+            to.told_kind = true;
+        }
+        if (e.window > 0) {
+            to.window = static_cast<u32>(std::min<i64>(e.window, 0x7FFFFFFF));
+            if (!to.told_kind) to.kind = Attention::sliding;
+        }
+        if (before.kind != to.kind) judge(w.pod);
+        return g;
+    }
+    u32 holder_for(u32 id, u32 medium, u32 group, u32 factor) {
+        Worker& w = *workers_[id];
+        for (u32 h : w.holders)
+            if (holders_[h].medium == medium && holders_[h].group == group && holders_[h].factor == factor) return h;
+        const u32 h = new_holder(id, medium, group, factor);
+        w.holders.push_back(h);
+        set_bit(w.mask, h, true);
+        refresh(id);
+        return h;
+    }
+    // Sorts the worker into "a bit says all" or "its groups and media must be looked at".
+    void refresh(u32 id) {
+        Worker& w = *workers_[id];
+        for (u32 h : w.holders) set_bit(simple_, h, false);
+        w.simple = w.holders.size() == 1 && w.groups.size() == 1 && w.groups[0].kind == Attention::full && w.guess == kNone;
+        if (w.simple) set_bit(simple_, w.holders[0], true);
+        const bool listed = !w.simple && (!w.holders.empty() || w.guess != kNone);
+        std::vector<u32>& list = spaces_[w.space].hybrids;
+        if (listed && w.in_hybrid_list == kNone) {
+            w.in_hybrid_list = static_cast<u32>(list.size());
+            list.push_back(id);
+        } else if (!listed && w.in_hybrid_list != kNone) {
+            list[w.in_hybrid_list] = list.back();
+            workers_[list.back()]->in_hybrid_list = w.in_hybrid_list;
+            list.pop_back();
+            w.in_hybrid_list = kNone;
+        }
+    }
+    void spoil(u32 id) {
+        workers_[id]->sticky = true;
+        judge(workers_[id]->pod);
+    }
+    void release(Worker& w) {
+        w.own.release(mem_);
+        w.chains.release(mem_);
+        w.kids.release(mem_);
+    }
+    void drop_worker(u32 id) {
+        Worker& w = *workers_[id];
+        if (w.ghost != kNone) free_holder(w.ghost);
+        release(w);
+        mem_.sub(sizeof(Worker));
+        workers_[id].reset();
+        free_workers_.push_back(id);
+    }
+
+    Memory mem_;
+    bool set_presence_;
+    Media media_;
+    std::vector<Pod> pods_;
+    std::unordered_map<std::string, u32> pod_ids_;
+    std::vector<u32> free_pods_;
+    std::vector<std::unique_ptr<Worker>> workers_;
+    std::vector<u32> free_workers_;
+    std::vector<Holder> holders_;
+    std::vector<u32> free_holders_;
+    std::vector<u64> simple_;
+    std::vector<Space> spaces_;
+    std::unordered_map<std::string, u32> space_ids_;
+    u64 pods_version_ = 1;
+    u64 pods_made_ = 0;
+    u64 holders_version_ = 1;
+};
+
+}  // namespace kvindex

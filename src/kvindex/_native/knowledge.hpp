@@ -1,0 +1,404 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What each worker knows: which blocks, by which names, in how many copies.
+//
+// It is a tree closed towards the root: a block is only ever attached below a block that its worker knows by name, and a position
+// stays known while anything below it is. Most questions become local through that: "does this worker have something below this
+// block" is "does it know a child", in a chain its blocks are a prefix of the chain, and a block that nobody knows is the last one of
+// its chain and has no children.
+#pragma once
+
+#include "fleet.hpp"
+
+namespace kvindex {
+
+class Knowledge : public Fleet {
+public:
+    explicit Knowledge(bool set_presence) : Fleet(set_presence), sets_(mem_), chains_(mem_, sets_) {}
+
+    const SetPool& sets() const { return sets_; }
+    const Chains& chains() const { return chains_; }
+    u32 child(u32 space, Pos parent, u64 prefix) const {
+        const u32 c = spaces_[space].heads.find(prefix, [&](u32 k) { return chains_.head(k) == prefix; });
+        if (c == kNone) return kNone;
+        const Chain& k = chains_[c];
+        // A different place for the same 64-bit prefix hash would be a collision; never follow it.
+        return k.parent == parent.chain && k.base == parent.depth + 1 ? c : kNone;
+    }
+
+protected:
+    static u64 kid_key(u32 chain, u32 depth) { return (static_cast<u64>(chain) << 32) | depth; }
+
+    bool knows(const Worker& w, u32 set) const {
+        const u32 n = std::min<u32>(static_cast<u32>(w.mask.size()), sets_.words(set));
+        const u64* words = sets_.data(set);
+        for (u32 i = 0; i < n; ++i)
+            if (words[i] & w.mask[i]) return true;
+        return false;
+    }
+    // Whether the worker knows a block with this set by anything but `holder`.
+    bool knows_besides(const Worker& w, u32 set, u32 holder) const {
+        const u32 n = std::min<u32>(static_cast<u32>(w.mask.size()), sets_.words(set));
+        const u64* words = sets_.data(set);
+        for (u32 i = 0; i < n; ++i) {
+            u64 bits = words[i] & w.mask[i];
+            if (holder >> 6 == i) bits &= ~(1ull << (holder & 63));
+            if (bits) return true;
+        }
+        return false;
+    }
+    u32 set_at(Pos p) const { return chains_.set_at(chains_[p.chain], p.depth); }
+    bool knows_child(const Worker& w, Pos p) const {
+        const Chain& c = chains_[p.chain];
+        if (p.depth + 1 < c.end() && knows(w, chains_.set_at(c, p.depth + 1))) return true;
+        return c.kids && w.kids.get(kid_key(p.chain, p.depth)) != 0;
+    }
+    bool child_has(const Worker& w, Pos p, u32 holder) const {
+        const Chain& c = chains_[p.chain];
+        if (p.depth + 1 < c.end() && sets_.has(chains_.set_at(c, p.depth + 1), holder)) return true;
+        if (!c.kids || !w.kids.get(kid_key(p.chain, p.depth))) return false;
+        for (u32 k = c.first_kid; k != kNone; k = chains_[k].kid_after)
+            if (chains_[k].base == p.depth + 1 && sets_.has(chains_.set_at(chains_[k], p.depth + 1), holder)) return true;
+        return false;
+    }
+    Pos before(Pos p) const {
+        const Chain& c = chains_[p.chain];
+        if (p.depth > c.base) return {p.chain, p.depth - 1};
+        return {c.parent, c.base - 1};
+    }
+    void gain_chain(Worker& w, u32 chain) {
+        const Chain& c = chains_[chain];
+        w.chains.add(mem_, chain);
+        if (c.parent != kNone) w.kids.add(mem_, kid_key(c.parent, c.base - 1));
+    }
+    void lose_chain(Worker& w, u32 chain) {
+        const Chain& c = chains_[chain];
+        w.chains.sub(mem_, chain);
+        if (c.parent != kNone) w.kids.sub(mem_, kid_key(c.parent, c.base - 1));
+    }
+    u32 with(u32 set, u32 holder, u32 blocks, u32 less = kNone) {
+        if (!sets_.has(set, holder)) holders_[holder].blocks += blocks;
+        if (less != kNone && sets_.has(set, less)) holders_[less].blocks -= blocks;
+        return sets_.change(set, less, holder);
+    }
+    u32 without(u32 set, u32 holder, u32 blocks) {
+        if (sets_.has(set, holder)) holders_[holder].blocks -= blocks;
+        return sets_.change(set, holder, kNone);
+    }
+
+    // ---- names ------------------------------------------------------------------------------------------------------------------
+
+    u64 own_name(u32 worker, Pos p) const { return chains_.own_name(chains_[p.chain], worker, p.depth); }
+
+    // The block that this worker knows under this name, or kNone.
+    u32 find(u32 id, u64 name) const {
+        const Worker& w = *workers_[id];
+        if (w.own.size()) {
+            const u32 r = w.own.find(name, [&](u32 ref) { return own_name(id, chains_.pos(ref)) == name; });
+            if (r != kNone) return r;
+        }
+        const u32 r = spaces_[w.space].names.find(name, [&](u32 ref) { return chains_.name(ref) == name; });
+        if (r != kNone) {
+            const Pos p = chains_.pos(r);
+            if (knows(w, set_at(p)) && own_name(id, p) == kNoName) return r;
+        }
+        if (!w.second.empty()) {
+            const auto it = w.second.find(name);
+            if (it != w.second.end()) return it->second;
+        }
+        return kNone;
+    }
+    // The name that the worker's copies have where bits alone count them; false if it has none.
+    bool first_name(u32 id, Pos p, u32 ref, u64& out) const {
+        const u64 own = own_name(id, p);
+        if (own == kNameless) return false;
+        out = own == kNoName ? chains_.name(ref) : own;
+        return out != kNoName;
+    }
+    // Gives a block its first name in this worker, which knows none for it.
+    void give_name(u32 id, Pos p, u32 ref, u64 name) {
+        Worker& w = *workers_[id];
+        RefTable& names = spaces_[w.space].names;
+        const u64 own = own_name(id, p), shared = chains_.name(ref);
+        if (shared == kNoName && names.find(name, [&](u32 r) { return chains_.name(r) == name; }) == kNone) {
+            chains_.name(ref) = name;
+            names.insert(mem_, name, ref);
+        } else if (shared != name) {
+            chains_.set_own_name(p.chain, id, p.depth, name);
+            w.own.insert(mem_, name, ref);
+            return;
+        }
+        if (own != kNoName) chains_.set_own_name(p.chain, id, p.depth, kNoName);
+    }
+    void drop_names(u32 id, Pos p, u32 ref) {
+        Worker& w = *workers_[id];
+        const u64 own = own_name(id, p);
+        if (own != kNoName) {
+            if (own != kNameless) w.own.erase(mem_, own, ref);
+            chains_.set_own_name(p.chain, id, p.depth, kNoName);
+        }
+        if (w.copies.empty()) return;
+        const auto it = w.copies.find(ref);
+        if (it == w.copies.end()) return;
+        for (const Copy& c : it->second)
+            if (c.holder == kNone) w.second.erase(c.id);
+        w.copies.erase(it);
+    }
+    // The explicit list of a block's copies, made from the bits when it is first needed.
+    std::vector<Copy>& list_copies(u32 id, Pos p, u32 ref) {
+        Worker& w = *workers_[id];
+        const auto it = w.copies.find(ref);
+        if (it != w.copies.end()) return it->second;
+        std::vector<Copy>& list = w.copies[ref];
+        u64 name;
+        if (!first_name(id, p, ref, name)) return list;
+        const u32 set = set_at(p);
+        for (u32 h : w.holders)
+            if (sets_.has(set, h) && (p.depth + 1) % holders_[h].factor == 0) list.push_back({name, h, 1});
+        return list;
+    }
+    // Back to bits when they say the same.
+    void tidy_copies(u32 id, Pos p, u32 ref) {
+        Worker& w = *workers_[id];
+        const auto it = w.copies.find(ref);
+        if (it == w.copies.end()) return;
+        std::vector<Copy>& list = it->second;
+        list.erase(std::remove_if(list.begin(), list.end(), [](const Copy& c) { return c.holder != kNone && c.count == 0; }), list.end());
+        u64 name = 0;
+        const bool named = first_name(id, p, ref, name);
+        for (const Copy& c : list)
+            if (c.holder == kNone || c.count > 1 || !named || c.id != name) return;
+        w.copies.erase(it);
+    }
+    // The worker announces this name for something else: the name and its copies go.
+    void forget_name(u32 id, u64 name) {
+        Worker& w = *workers_[id];
+        const u32 ref = find(id, name);
+        if (ref == kNone) return;
+        const Pos p = chains_.pos(ref);
+        std::vector<Copy>& list = list_copies(id, p, ref);
+        std::vector<u32> gone;
+        for (Copy& c : list) {
+            if (c.id != name || c.holder == kNone) continue;
+            c.count = 0;
+            const u32 h = c.holder;
+            if (std::none_of(list.begin(), list.end(), [&](const Copy& o) { return o.holder == h && o.count; })) gone.push_back(h);
+        }
+        u64 first = 0;
+        const bool second = !(first_name(id, p, ref, first) && first == name);
+        if (second) {
+            list.erase(std::remove_if(list.begin(), list.end(), [&](const Copy& c) { return c.id == name; }), list.end());
+            w.second.erase(name);
+        } else {
+            if (own_name(id, p) != kNoName) w.own.erase(mem_, name, ref);
+            chains_.set_own_name(p.chain, id, p.depth, kNameless);
+        }
+        tidy_copies(id, p, ref);
+        // Last, since the block itself may go now.
+        for (u32 h : gone) take_copy(id, h, p);
+        if (gone.empty()) settle(id, p);
+    }
+
+    // ---- copies -----------------------------------------------------------------------------------------------------------------
+
+    // Sets or clears no counts: makes the worker hold (or, `live` false, only know) one engine block that ends at `path[0]`, whose
+    // index blocks are path[0], path[1], ... towards the root.
+    void hold(u32 id, u32 h, const Pos* path, u32 factor, bool live) {
+        Worker& w = *workers_[id];
+        for (u32 s = factor; s-- > 0;) {
+            const Pos p = path[s];
+            const u32 set = set_at(p);
+            const bool knew = knows(w, set);
+            if (!knew) {
+                if (s != 0) chains_.set_own_name(p.chain, id, p.depth, kNameless);
+                if (p.depth == chains_[p.chain].base) gain_chain(w, p.chain);
+            }
+            if (live) {
+                chains_.change(p.chain, p.depth, p.depth + 1, [&](u32 x, u32 k) { return with(x, h, k, w.ghost); });
+            } else if (!knew) {
+                const u32 g = ghost(id);
+                chains_.change(p.chain, p.depth, p.depth + 1, [&](u32 x, u32 k) { return with(x, g, k); });
+            }
+        }
+    }
+    // Counts one copy of a block under a name. The block may be new to the worker.
+    void add_copy(u32 id, u32 h, const Pos* path, u64 name, bool live) {
+        Worker& w = *workers_[id];
+        const u32 factor = holders_[h].factor;
+        const Pos p = path[0];
+        const u32 ref = chains_.ref(p);
+        const u32 set = set_at(p);
+        const bool knew = knows(w, set);
+        u64 first;
+        if (!knew) {
+            give_name(id, p, ref, name);
+        } else if (const bool named = first_name(id, p, ref, first); !named && !w.copies.count(ref)) {
+            give_name(id, p, ref, name);
+        } else if ((!named || first != name) && !w.second.count(name)) {
+            list_copies(id, p, ref).push_back({name, kNone, 0});
+            w.second[name] = ref;
+        }
+        if (!live) {
+            hold(id, h, path, factor, false);
+            return;
+        }
+        const bool held = sets_.has(set, h);
+        if (knew && (held || w.copies.count(ref))) {
+            std::vector<Copy>& list = list_copies(id, p, ref);
+            auto it = std::find_if(list.begin(), list.end(), [&](const Copy& c) { return c.id == name && c.holder == h; });
+            if (it == list.end()) {
+                list.push_back({name, h, 1});
+            } else if (it->count == 0 || (!pods_[w.pod].set_presence && it->count != 0xFFFFFFFFu)) {
+                ++it->count;
+            }
+            tidy_copies(id, p, ref);
+        }
+        if (!held) hold(id, h, path, factor, true);
+    }
+    // Removes one block from what the worker knows.
+    void forget_block(u32 id, Pos p, u32 less) {
+        Worker& w = *workers_[id];
+        drop_names(id, p, chains_.ref(p));
+        chains_.change(p.chain, p.depth, p.depth + 1, [&](u32 x, u32 k) { return without(x, less, k); });
+        if (p.depth == chains_[p.chain].base) lose_chain(w, p.chain);
+    }
+    // The last counted copy of an engine block ending at `p` in this holder is gone.
+    void take_copy(u32 id, u32 h, Pos p) {
+        Worker& w = *workers_[id];
+        const u32 bottom = p.chain;
+        const u32 factor = holders_[h].factor;
+        for (u32 s = 0; s < factor; ++s) {
+            // Content may fork inside an engine block; another one that shares this part of it holds it too.
+            if (s != 0 && child_has(w, p, h)) break;
+            const Pos up = before(p);
+            const u32 set = set_at(p);
+            if (knows_besides(w, set, h)) {
+                chains_.change(p.chain, p.depth, p.depth + 1, [&](u32 x, u32 k) { return without(x, h, k); });
+            } else if (knows_child(w, p)) {
+                const u32 g = ghost(id);
+                chains_.change(p.chain, p.depth, p.depth + 1, [&](u32 x, u32 k) { return with(x, g, k, h); });
+            } else {
+                forget_block(id, p, h);
+            }
+            p = up;
+        }
+        climb(id, p);
+        trim(bottom);
+    }
+    // From `p` towards the root: forgets what was only remembered for the sake of something below.
+    void climb(u32 id, Pos p) {
+        const Worker& w = *workers_[id];
+        if (w.ghost == kNone) return;
+        while (p.chain != kNone) {
+            const u32 set = set_at(p);
+            if (!sets_.has(set, w.ghost) || knows_child(w, p)) return;
+            const Pos up = before(p);
+            forget_block(id, p, w.ghost);
+            p = up;
+        }
+    }
+    void settle(u32 id, Pos p) {
+        climb(id, p);
+        trim(p.chain);
+    }
+    // Drops the blocks at the chain's end that nobody holds or remembers, then the chain, then looks at its parent.
+    void trim(u32 chain) {
+        while (chain != kNone) {
+            Chain& c = chains_[chain];
+            if (c.len && c.runs.back().set == kEmptySet) {
+                const u32 from = c.runs.back().start;
+                Space& s = spaces_[c.space];
+                for (u32 d = from; d < c.end(); ++d) {
+                    const u32 ref = chains_.ref(c, d);
+                    if (chains_.name(ref) != kNoName) s.names.erase(mem_, chains_.name(ref), ref);
+                }
+                if (from == c.base) s.heads.erase(mem_, chains_.head(chain), chain);
+                chains_.cut(chain, from);
+            }
+            if (c.len) {
+                join_tail(chain);
+                return;
+            }
+            const u32 parent = c.parent;
+            chains_.destroy(chain);
+            chain = parent;
+        }
+    }
+    // A chain whose only child at its end goes on where it ends is one chain with it: forks that have gone leave no trace.
+    // Chains with very many children are left alone; joining costs time in their number, and gains one lookup per match.
+    void join_tail(u32 chain) {
+        Chain& c = chains_[chain];
+        if (c.kids == 0 || c.kids > 16) return;
+        u32 kid = kNone;
+        for (u32 k = c.first_kid; k != kNone; k = chains_[k].kid_after) {
+            if (chains_[k].base != c.end()) continue;
+            if (kid != kNone) return;
+            kid = k;
+        }
+        if (kid == kNone || chains_[kid].kids > 64) return;
+        Space& space = spaces_[c.space];
+        Chain& k = chains_[kid];
+        each_knower(chains_.set_at(k, k.base), [&](u32, Worker& w) {
+            w.chains.sub(mem_, kid);
+            w.kids.sub(mem_, kid_key(chain, k.base - 1));
+        });
+        space.heads.erase(mem_, chains_.head(kid), kid);
+        chains_.unlink(kid);
+        while (k.first_kid != kNone) {
+            const u32 g = k.first_kid;
+            const u32 depth = chains_[g].base - 1;
+            each_knower(chains_.set_at(chains_[g], depth + 1), [&](u32, Worker& w) {
+                w.kids.sub(mem_, kid_key(kid, depth));
+                w.kids.add(mem_, kid_key(chain, depth));
+            });
+            chains_.unlink(g);
+            chains_[g].parent = chain;
+            chains_.link(g);
+        }
+        chains_.move_own(chain, kid);
+        u32 moved[kPageBlocks][2], n = 0;
+        chains_.join(chain, kid, [&](u32 from, u32 to) {
+            moved[n][0] = from;
+            moved[n++][1] = to;
+        });
+        for (u32 i = 0; i < n; ++i) rename(space, moved[i][0], moved[i][1]);
+        k.parent = kNone;
+        chains_.destroy(kid);
+    }
+    // A block has a new reference: every table that had the old one follows.
+    void rename(Space& space, u32 from, u32 to) {
+        const u64 name = chains_.name(to);
+        if (name != kNoName) space.names.move(name, from, to);
+        const Pos p = chains_.pos(to);
+        each_knower(set_at(p), [&](u32 id, Worker& w) {
+            const u64 own = own_name(id, p);
+            if (own != kNoName && own != kNameless) w.own.move(own, from, to);
+            const auto it = w.copies.find(from);
+            if (it == w.copies.end()) return;
+            std::vector<Copy> list = std::move(it->second);
+            w.copies.erase(it);
+            for (const Copy& c : list)
+                if (c.holder == kNone) w.second[c.id] = to;
+            w.copies[to] = std::move(list);
+        });
+    }
+    // Every worker that knows a block with this set, once.
+    template <class F>
+    void each_knower(u32 set, F&& f) {
+        scratch_ids_.clear();
+        sets_.each(set, [&](u32 h) {
+            const u32 id = holders_[h].worker;
+            if (workers_[id]->guess == h) return;
+            if (std::find(scratch_ids_.begin(), scratch_ids_.end(), id) == scratch_ids_.end()) scratch_ids_.push_back(id);
+        });
+        for (u32 id : scratch_ids_) f(id, *workers_[id]);
+    }
+
+    SetPool sets_;
+    Chains chains_;
+
+private:
+    std::vector<u32> scratch_ids_;
+};
+
+}  // namespace kvindex

@@ -1,0 +1,248 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Stored blocks that cannot be placed yet: orphans wait for their parent, copies without content for their own name.
+#pragma once
+
+#include "placing.hpp"
+#include "report.hpp"
+
+namespace kvindex {
+
+class Parker : public Placer {
+public:
+    Parker(u32 block_size, u64 seed, bool set_presence, u32 max_parked) : Placer(block_size, seed, set_presence), max_parked_(max_parked) {}
+
+protected:
+    // A block without content of its own: one more copy of what the worker knows by this name.
+    void place_known(u32 id, u32 h, u64 name, Report& r) {
+        const u32 ref = find(id, name);
+        if (ref == kNone) {
+            park_bare(id, h, name, r);
+        } else if (add_known(id, h, name, ref)) {
+            ++r.stored;
+        } else {
+            r.skip(Reason::misaligned);
+            spoil(id);
+        }
+    }
+    bool add_known(u32 id, u32 h, u64 name, u32 ref) {
+        const u32 factor = holders_[h].factor;
+        Pos p = chains_.pos(ref);
+        if ((p.depth + 1) % factor) return false;
+        path_.clear();
+        for (u32 s = 0; s < factor; ++s, p = before(p)) path_.push_back(p);
+        add_copy(id, h, path_.data(), name, true);
+        return true;
+    }
+
+    ParkingLot& lot(u32 id) {
+        Worker& w = *workers_[id];
+        if (!w.lot) w.lot.reset(new ParkingLot());
+        return *w.lot;
+    }
+    static std::size_t weight(const Parked& p) { return sizeof(Parked) + 160 + p.ids.size() * (sizeof(u64) + 1 + 48) + p.locals.size() * sizeof(u64); }
+
+    void park(u32 id, Parked&& p, Report& r) {
+        // Where copies do not count, a second announcement takes the place of the first.
+        if (pods_[workers_[id]->pod].set_presence)
+            for (u64 name : p.ids) cancel(id, holders_[p.holder], name);
+        ParkingLot& l = lot(id);
+        const u64 serial = l.next++;
+        u32 live = 0;
+        for (u8 x : p.live) live += x;
+        for (u64 name : p.ids) l.by_id.emplace(name, serial);
+        l.waiting.emplace(p.waits_for, serial);
+        l.hashes += live;
+        parked_ += live;
+        r.parked += p.ids.size();
+        mem_.add(weight(p));
+        l.records.emplace(serial, std::move(p));
+        judge(workers_[id]->pod);
+    }
+    void park_orphan(const Placing& a, Report& r) {
+        if (!room(a.worker, a.holder, a.ids, a.n)) {
+            r.skip(Reason::parked_full, a.n);
+            spoil(a.worker);
+            return;
+        }
+        const u32 factor = holders_[a.holder].factor;
+        Parked p;
+        p.waits_for = a.parent;
+        p.orphan = true;
+        p.holder = a.holder;
+        p.ids.assign(a.ids, a.ids + a.n);
+        p.locals.assign(a.locals, a.locals + static_cast<std::size_t>(a.n) * factor);
+        if (a.live) {
+            p.live.assign(a.live, a.live + a.n);
+        } else {
+            p.live.assign(a.n, 1);
+        }
+        park(a.worker, std::move(p), r);
+    }
+    void park_bare(u32 id, u32 h, u64 name, Report& r) {
+        if (!room(id, h, &name, 1)) {
+            r.skip(Reason::parked_full);
+            spoil(id);
+            return;
+        }
+        Parked p;
+        p.waits_for = name;
+        p.holder = h;
+        p.ids.assign(1, name);
+        p.live.assign(1, 1);
+        park(id, std::move(p), r);
+    }
+    bool room(u32 id, u32 h, const u64* ids, u32 n) const {
+        const Worker& w = *workers_[id];
+        u64 after = static_cast<u64>(w.parked()) + n;
+        if (after <= max_parked_) return true;
+        if (!w.lot || !pods_[w.pod].set_presence) return false;
+        for (u32 i = 0; i < n; ++i) after -= find_parked(*w.lot, holders_[h], ids[i]).record != nullptr;
+        return after <= max_parked_;
+    }
+    Parked unpark(ParkingLot& l, u64 serial) {
+        const auto it = l.records.find(serial);
+        Parked p = std::move(it->second);
+        mem_.sub(weight(p));
+        l.records.erase(it);
+        erase_pair(l.waiting, p.waits_for, serial);
+        for (u64 name : p.ids) erase_pair(l.by_id, name, serial);
+        for (u8 alive : p.live) {
+            l.hashes -= alive;
+            parked_ -= alive;
+        }
+        return p;
+    }
+    static void erase_pair(std::unordered_multimap<u64, u64>& m, u64 key, u64 value) {
+        const auto range = m.equal_range(key);
+        for (auto it = range.first; it != range.second; ++it) {
+            if (it->second == value) {
+                m.erase(it);
+                return;
+            }
+        }
+    }
+    struct ParkedCopy {
+        const Parked* record = nullptr;
+        u64 serial = 0;
+        std::size_t at = 0;
+    };
+    // The latest live parked copy of a name in a medium and group.
+    ParkedCopy find_parked(const ParkingLot& l, const Holder& tier, u64 name) const {
+        ParkedCopy best;
+        const auto range = l.by_id.equal_range(name);
+        for (auto it = range.first; it != range.second; ++it) {
+            const Parked& p = l.records.at(it->second);
+            const Holder& h = holders_[p.holder];
+            if (h.medium != tier.medium || h.group != tier.group || (best.record && it->second < best.serial)) continue;
+            for (std::size_t i = 0; i < p.ids.size(); ++i)
+                if (p.ids[i] == name && p.live[i]) best = {&p, it->second, i};
+        }
+        return best;
+    }
+    // A removal that found no counted copy takes back the latest parked one. Its position stays for the sake of what follows it.
+    bool cancel(u32 id, const Holder& tier, u64 name) {
+        Worker& w = *workers_[id];
+        if (!w.lot) return false;
+        ParkingLot& l = *w.lot;
+        const ParkedCopy copy = find_parked(l, tier, name);
+        if (!copy.record) return false;
+        l.records.at(copy.serial).live[copy.at] = 0;
+        --l.hashes;
+        --parked_;
+        if (!alive(*copy.record)) drop_dead(l, copy.serial);
+        if (l.records.empty()) w.lot.reset();
+        judge(w.pod);
+        return true;
+    }
+    // A record without live copies is only kept while a live one hangs below it, directly or through other dead ones.
+    void drop_dead(ParkingLot& l, u64 serial) {
+        std::vector<u64> todo(1, serial);
+        while (!todo.empty()) {
+            const auto it = l.records.find(todo.back());
+            todo.pop_back();
+            if (it == l.records.end() || alive(it->second)) continue;
+            const u64 above = it->second.waits_for;
+            std::vector<u64> below(1, it->first);
+            bool needed = false;
+            for (std::size_t i = 0; i < below.size() && !needed; ++i) {
+                const Parked& p = l.records.at(below[i]);
+                if (!p.orphan) continue;
+                for (u64 name : p.ids) {
+                    const auto range = l.waiting.equal_range(name);
+                    for (auto k = range.first; k != range.second && !needed; ++k) {
+                        if (std::find(below.begin(), below.end(), k->second) != below.end()) continue;
+                        needed = alive(l.records.at(k->second));
+                        below.push_back(k->second);
+                    }
+                }
+            }
+            if (needed) continue;
+            for (u64 s : below) unpark(l, s);
+            const auto range = l.by_id.equal_range(above);
+            for (auto k = range.first; k != range.second; ++k) todo.push_back(k->second);
+        }
+    }
+    static bool alive(const Parked& p) {
+        return std::any_of(p.live.begin(), p.live.end(), [](u8 x) { return x != 0; });
+    }
+    // Attaches what waited for the names in fresh_, and what waited for those, until nothing moves.
+    void work_off(u32 id) {
+        Worker& w = *workers_[id];
+        std::vector<u64> ends;
+        while (w.lot && !fresh_.empty()) {
+            const u64 name = fresh_.back();
+            fresh_.pop_back();
+            std::vector<u64> serials;
+            const auto range = w.lot->waiting.equal_range(name);
+            for (auto it = range.first; it != range.second; ++it) serials.push_back(it->second);
+            std::sort(serials.begin(), serials.end());
+            for (u64 serial : serials) {
+                if (!w.lot || !w.lot->records.count(serial)) continue;
+                const u32 ref = find(id, name);
+                if (ref == kNone) break;
+                Parked p = unpark(*w.lot, serial);
+                if (!p.orphan) {
+                    if (p.live[0] && !add_known(id, p.holder, name, ref)) spoil(id);
+                    continue;
+                }
+                const Placing a{id, p.holder, true, p.waits_for, p.ids.data(), static_cast<u32>(p.ids.size()), p.locals.data(), p.live.data()};
+                switch (place(a)) {
+                    case Placed::yes:
+                        fresh_.insert(fresh_.end(), p.ids.begin(), p.ids.end());
+                        ends.push_back(p.ids.back());
+                        break;
+                    case Placed::orphan: {
+                        // Still in its place under the bound, which it passed when it came.
+                        Report seen;
+                        park(id, std::move(p), seen);
+                        break;
+                    }
+                    case Placed::misaligned: spoil(id); break;
+                }
+            }
+        }
+        fresh_.clear();
+        // Cancelled blocks at a record's end were placed for what waits for them; without that they go again. Only now.
+        for (u64 name : ends)
+            if (const u32 ref = find(id, name); ref != kNone) settle(id, chains_.pos(ref));
+        if (w.lot && w.lot->hashes < w.lot->by_id.size()) {
+            // Some are cancelled; those that were kept for one that has its place now need not wait on.
+            std::vector<u64> dead;
+            for (const auto& rec : w.lot->records)
+                if (!alive(rec.second)) dead.push_back(rec.first);
+            for (u64 serial : dead) drop_dead(*w.lot, serial);
+        }
+        if (w.lot && w.lot->records.empty()) w.lot.reset();
+        judge(w.pod);
+    }
+
+    u64 parked_ = 0;
+    // Names that became known by the event at hand.
+    std::vector<u64> fresh_;
+
+private:
+    u32 max_parked_;
+};
+
+}  // namespace kvindex

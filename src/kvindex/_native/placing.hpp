@@ -1,0 +1,310 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Puts blocks where they belong: below their parent, on content that exists already or on new content.
+#pragma once
+
+#include "knowledge.hpp"
+#include "xxh3.hpp"
+
+namespace kvindex {
+
+// Consecutive blocks of a path that lie in one chain.
+struct Segment {
+    u32 chain;
+    u32 depth;
+    u32 at;  // which block of the path is the first
+    u32 n;
+};
+
+// No guess is waiting to expire.
+inline constexpr double kNever = 1e300;
+
+class Placer : public Knowledge {
+public:
+    Placer(u32 block_size, u64 seed, bool set_presence) : Knowledge(set_presence), hasher_(seed, block_size) {}
+
+    const BlockHasher& hasher() const { return hasher_; }
+
+    // ---- entries that no event announced ----------------------------------------------------------------------------------------
+
+    void guess(u32 pod, i64 rank, const std::string& model, const u64* prefixes, u32 n, double until) {
+        const u32 id = worker(pod, rank, space(model));
+        Worker& w = *workers_[id];
+        if (n == 0) return;
+        if (w.guess == kNone) {
+            w.guess = new_holder(id, 0, 0, 1);
+            refresh(id);
+        }
+        locate(w.space, {kNone, kNone}, prefixes, n);
+        u32 done = 0;
+        Pos tail{kNone, kNone};
+        for (const Segment& s : segs_) {
+            chains_.change(s.chain, s.depth, s.depth + s.n, [&](u32 set, u32 k) { return with(set, w.guess, k); });
+            done += s.n;
+            tail = {s.chain, s.depth + s.n - 1};
+        }
+        if (done < n) {
+            const u32 set = sets_.change(kEmptySet, kNone, w.guess);
+            extend(w.space, tail, prefixes + done, n - done, set);
+            holders_[w.guess].blocks += n - done;
+        }
+        guesses_.push_back(Guess{id, until, std::vector<u64>(prefixes, prefixes + n)});
+        mem_.add(sizeof(Guess) + n * sizeof(u64));
+        next_expiry_ = std::min(next_expiry_, until);
+    }
+    double next_expiry() const { return next_expiry_; }
+    void expire(double now) {
+        for (std::size_t i = 0; i < guesses_.size();) {
+            if (guesses_[i].until <= now) {
+                drop_guess(i);
+            } else {
+                ++i;
+            }
+        }
+        next_expiry_ = kNever;
+        for (const Guess& g : guesses_) next_expiry_ = std::min(next_expiry_, g.until);
+    }
+
+protected:
+    // Fills segs_ with the part of a path that exists as content already.
+    void locate(u32 space, Pos at, const u64* prefixes, u32 n) {
+        segs_.clear();
+        u32 i = 0;
+        while (i < n) {
+            u32 chain, depth;
+            if (at.chain != kNone && at.depth + 1 < chains_[at.chain].end() && chains_.prefix({at.chain, at.depth + 1}) == prefixes[i]) {
+                chain = at.chain;
+                depth = at.depth + 1;
+            } else {
+                chain = child(space, at, prefixes[i]);
+                if (chain == kNone) return;
+                depth = chains_[chain].base;
+            }
+            const Chain& c = chains_[chain];
+            const u32 most = std::min(n - i, c.end() - depth);
+            u32 k = 0;
+            while (k < most) {
+                const u64* page = chains_.page(c, depth + k).prefix;
+                u32 s = (depth + k) & (kPageBlocks - 1);
+                while (s < kPageBlocks && k < most && page[s] == prefixes[i + k]) ++s, ++k;
+                if (s < kPageBlocks) break;
+            }
+            segs_.push_back({chain, depth, i, k});
+            i += k;
+            at = {chain, depth + k - 1};
+        }
+    }
+    // Adds new content below `at` and returns the position of its first block.
+    Pos extend(u32 space, Pos at, const u64* prefixes, u32 n, u32 set) {
+        u32 chain = at.chain;
+        u32 depth = 0;
+        if (chain != kNone && at.depth + 1 == chains_[chain].end()) {
+            depth = at.depth + 1;
+        } else {
+            depth = chain == kNone ? 0 : at.depth + 1;
+            chain = chains_.create(space, at.chain, depth);
+            spaces_[space].heads.insert(mem_, prefixes[0], chain);
+        }
+        chains_.append(chain, prefixes, n, set);
+        return {chain, depth};
+    }
+
+    struct Placing {
+        u32 worker, holder;
+        bool has_parent;
+        u64 parent;
+        const u64* ids;
+        u32 n;  // engine blocks
+        const u64* locals;
+        const u8* live;  // nullptr: all
+    };
+    enum class Placed : u8 { yes, orphan, misaligned };
+
+    // Puts consecutive engine blocks below their parent.
+    Placed place(const Placing& a) {
+        Worker& w = *workers_[a.worker];
+        const u32 factor = holders_[a.holder].factor;
+        const u32 blocks = a.n * factor;
+        for (;;) {
+            Pos at{kNone, kNone};
+            const u64* prev = nullptr;
+            u64 parent_prefix = 0;
+            const u32 parent = a.has_parent ? find(a.worker, a.parent) : kNone;
+            if (a.has_parent && parent != kNone) {
+                at = chains_.pos(parent);
+                parent_prefix = chains_.prefix(parent);
+                prev = &parent_prefix;
+            }
+            if (a.has_parent && parent == kNone) return Placed::orphan;
+            if ((at.depth + 1) % factor) return Placed::misaligned;
+            prefixes_.resize(blocks);
+            hasher_.chain(a.locals, blocks, prev, prefixes_.data());
+            locate(w.space, at, prefixes_.data(), blocks);
+            if (const u64* other = conflict(a, factor)) {
+                // From the start again: the name may have been the parent's, and blocks may have gone with it.
+                forget_name(a.worker, *other);
+                continue;
+            }
+            commit(a, factor, blocks, at);
+            return Placed::yes;
+        }
+    }
+    // The first of the names that this worker already knows for another block, or nullptr.
+    const u64* conflict(const Placing& a, u32 factor) const {
+        const Worker& w = *workers_[a.worker];
+        const RefTable& names = spaces_[w.space].names;
+        u32 j = 0;
+        const bool plain = factor == 1 && !w.own.size() && w.second.empty();
+        for (const Segment& s : segs_) {
+            const Chain& c = chains_[s.chain];
+            for (; j < a.n && (j + 1) * factor - 1 < s.at + s.n; ++j) {
+                const u32 ref = chains_.ref(c, s.depth + (j + 1) * factor - 1 - s.at);
+                if (plain && chains_.name(ref) == a.ids[j]) continue;
+                const u32 at = find(a.worker, a.ids[j]);
+                if (at != kNone && at != ref) return a.ids + j;
+            }
+        }
+        for (u32 k = j; k < a.n; ++k) names.prefetch(a.ids[k]);
+        for (; j < a.n; ++j)
+            if (find(a.worker, a.ids[j]) != kNone) return a.ids + j;
+        return nullptr;
+    }
+    void commit(const Placing& a, u32 factor, u32 blocks, Pos at) {
+        Worker& w = *workers_[a.worker];
+        const u32 old = segs_.empty() ? 0 : segs_.back().at + segs_.back().n;
+        const bool plain = factor == 1 && !a.live;
+        const Pos tail = segs_.empty() ? at : Pos{segs_.back().chain, segs_.back().depth + segs_.back().n - 1};
+        if (old < blocks) {
+            // New content is appended before anything else changes, so that the references of all blocks are settled.
+            const u32 set = plain ? sets_.change(kEmptySet, kNone, a.holder) : kEmptySet;
+            const Pos first = extend(w.space, tail, prefixes_.data() + old, blocks - old, set);
+            segs_.push_back({first.chain, first.depth, old, blocks - old});
+        }
+        if (plain) {
+            const u32 fresh = old < blocks ? static_cast<u32>(segs_.size()) - 1 : static_cast<u32>(segs_.size());
+            for (u32 i = 0; i < fresh; ++i) hold_old(a, segs_[i]);
+            if (fresh < segs_.size()) name_new(a, segs_[fresh]);
+            return;
+        }
+        path_.resize(blocks);
+        for (const Segment& s : segs_)
+            for (u32 i = 0; i < s.n; ++i) path_[blocks - 1 - (s.at + i)] = {s.chain, s.depth + i};
+        // From the root down, so that what the worker knows is closed towards the root at every step.
+        for (u32 j = 0; j < a.n; ++j) add_copy(a.worker, a.holder, path_.data() + (blocks - (j + 1) * factor), a.ids[j], !a.live || a.live[j]);
+    }
+    // Blocks of size 1 that exist already: whole runs at a time where the worker's state is the same.
+    void hold_old(const Placing& a, const Segment& s) {
+        Worker& w = *workers_[a.worker];
+        pieces_.clear();
+        {
+            const Chain& c = chains_[s.chain];
+            const u32 end = s.depth + s.n;
+            for (u32 d = s.depth, r = chains_.run_at(c, d); d < end; ++r) {
+                const u32 stop = std::min(end, chains_.run_end(c, r));
+                pieces_.push_back({c.runs[r].set, d, stop, 0});
+                d = stop;
+            }
+        }
+        for (const Segment& piece : pieces_) {
+            const u32 set = piece.chain, from = piece.depth, to = piece.at;
+            const u64* ids = a.ids + s.at + (from - s.depth);
+            const bool knew = knows(w, set);
+            bool bits = !sets_.has(set, a.holder);
+            if (!knew) {
+                const Chain& c = chains_[s.chain];
+                for (u32 d = from; d < to; ++d) {
+                    const u32 ref = chains_.ref(c, d);
+                    if (chains_.name(ref) != ids[d - from]) give_name(a.worker, {s.chain, d}, ref, ids[d - from]);
+                }
+                if (from == c.base) gain_chain(w, s.chain);
+            } else if (bits) {
+                for (u32 d = from; d < to && bits; ++d) {
+                    const u32 ref = chains_.ref(chains_[s.chain], d);
+                    u64 first;
+                    bits = first_name(a.worker, {s.chain, d}, ref, first) && first == ids[d - from] && (w.copies.empty() || !w.copies.count(ref));
+                }
+            }
+            if (bits) {
+                chains_.change(s.chain, from, to, [&](u32 x, u32 k) { return with(x, a.holder, k, w.ghost); });
+            } else {
+                for (u32 d = from; d < to; ++d) {
+                    const Pos p{s.chain, d};
+                    add_copy(a.worker, a.holder, &p, ids[d - from], true);
+                }
+            }
+        }
+    }
+    void name_new(const Placing& a, const Segment& s) {
+        Worker& w = *workers_[a.worker];
+        RefTable& names = spaces_[w.space].names;
+        const u64* ids = a.ids + s.at;
+        const Chain& c = chains_[s.chain];
+        for (u32 i = 0; i < s.n; ++i) {
+            const u32 ref = chains_.ref(c, s.depth + i);
+            if (names.find(ids[i], [&](u32 r) { return chains_.name(r) == ids[i]; }) == kNone) {
+                chains_.name(ref) = ids[i];
+                names.insert(mem_, ids[i], ref);
+            } else {
+                chains_.set_own_name(s.chain, a.worker, s.depth + i, ids[i]);
+                w.own.insert(mem_, ids[i], ref);
+            }
+        }
+        holders_[a.holder].blocks += s.n;
+        if (s.depth == c.base) gain_chain(w, s.chain);
+    }
+
+    // ---- guesses ----------------------------------------------------------------------------------------------------------------
+
+    void drop_guess(std::size_t i) {
+        const Guess g = std::move(guesses_[i]);
+        guesses_[i] = std::move(guesses_.back());
+        guesses_.pop_back();
+        mem_.sub(sizeof(Guess) + g.prefixes.size() * sizeof(u64));
+        Worker& w = *workers_[g.worker];
+        // What another live guess of the worker covers stays.
+        std::size_t keep = 0;
+        bool last = true;
+        for (const Guess& o : guesses_) {
+            if (o.worker != g.worker) continue;
+            last = false;
+            const std::size_t most = std::min(o.prefixes.size(), g.prefixes.size());
+            std::size_t k = 0;
+            while (k < most && o.prefixes[k] == g.prefixes[k]) ++k;
+            keep = std::max(keep, k);
+        }
+        locate(w.space, {kNone, kNone}, g.prefixes.data(), static_cast<u32>(g.prefixes.size()));
+        u32 bottom = kNone;
+        for (const Segment& s : segs_) {
+            if (s.at + s.n <= keep) continue;
+            const u32 from = s.at < keep ? s.depth + static_cast<u32>(keep) - s.at : s.depth;
+            chains_.change(s.chain, from, s.depth + s.n, [&](u32 set, u32 k) { return without(set, w.guess, k); });
+            bottom = s.chain;
+        }
+        if (bottom != kNone) trim(bottom);
+        if (last) {
+            free_holder(w.guess);
+            w.guess = kNone;
+            refresh(g.worker);
+        }
+    }
+    void drop_guesses(u32 id) {
+        for (std::size_t i = 0; i < guesses_.size();) {
+            if (guesses_[i].worker == id) {
+                drop_guess(i);
+            } else {
+                ++i;
+            }
+        }
+    }
+
+    BlockHasher hasher_;
+    std::vector<Guess> guesses_;
+    double next_expiry_ = kNever;
+
+    // Scratch of the one writer.
+    std::vector<u64> prefixes_;
+    std::vector<Segment> segs_, pieces_;
+    std::vector<Pos> path_;
+};
+
+}  // namespace kvindex
