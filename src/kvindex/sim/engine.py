@@ -154,7 +154,9 @@ class Engine:
     Serving: :meth:`start` (prefill), :meth:`decode`, :meth:`finish`; after each, :meth:`take_events` hands out what
     happened. One engine belongs to one thread.
 
-    Source: vLLM's BlockPool, SlidingWindowManager and OffloadingConnector, SGLang's RadixCache.
+    Source: vLLM's BlockPool and SlidingWindowManager (given the requests of recorded vLLM 0.33 streams, this engine evicts
+    the same blocks in the same order), its OffloadingConnector, and SGLang's RadixCache (evicted here by the page, not by
+    the node).
     """
 
     def __init__(
@@ -348,7 +350,8 @@ class Engine:
             self._cache(request)
         if self._offload_blocks:
             self._offload(request)
-        self._release([block for table in request.tables for block in table if block != _LEFT][::-1])
+        for table in request.tables:
+            self._release([block for block in reversed(table) if block != _LEFT])
         request.tables = []
 
     def reset(self, *, offloaded: bool = True) -> bool:
@@ -434,6 +437,10 @@ class Engine:
         for table, count in zip(request.tables, wanted, strict=True):
             table.extend(self._take(count))
         decoding = computed > len(request.prompt)
+        if decoding:
+            # Up to a block of single tokens at once; before the last of them the window may have moved again.
+            for group, table in zip(self._groups, request.tables, strict=True):
+                self._leave(table, group.first_needed(computed - 1))
         request.computed = computed
         # SGLang puts an answer into its tree only when it is finished.
         if self.flavor == "vllm" or not decoding:
