@@ -154,9 +154,9 @@ class Engine:
     Serving: :meth:`start` (prefill), :meth:`decode`, :meth:`finish`; after each, :meth:`take_events` hands out what
     happened. One engine belongs to one thread.
 
-    Source: vLLM's BlockPool and SlidingWindowManager (given the requests of recorded vLLM 0.33 streams, this engine evicts
-    the same blocks in the same order), its OffloadingConnector, and SGLang's RadixCache (evicted here by the page, not by
-    the node).
+    Source: vLLM's BlockPool and SlidingWindowManager (given the requests of recorded vLLM 0.33 streams, this engine
+    evicts the same blocks in the same order), its OffloadingConnector, and SGLang's RadixCache (evicted here by the
+    page, not by the node).
     """
 
     def __init__(
