@@ -91,6 +91,7 @@ inline std::string Index::check() const {
     if (!error.empty()) return error;
     for (const auto& s : set_refs)
         if (sets_.refs(s.first) < s.second) return fail("set in use is dead", s.first, s.second);
+    if (sets_.live() != set_refs.size() + 1) return fail("set that nothing uses", sets_.live(), set_refs.size());
 
     u64 parked = 0;
     for (u32 id = 0; id < workers_.size(); ++id) {

@@ -373,10 +373,9 @@ private:
                 if (!knows(w, set)) return set;
                 for (u32 h : w.holders)
                     if (hit(h) && sets_.has(set, h)) holders_[h].blocks -= k;
-                const u32 rest = sets_.minus(set, mask.data(), static_cast<u32>(mask.size()));
-                if (knows(w, rest)) return rest;
-                holders_[g].blocks += k;
-                return sets_.change(rest, kNone, g);
+                const bool rest = knows_without(w, set, mask);
+                if (!rest) holders_[g].blocks += k;
+                return sets_.minus(set, mask.data(), static_cast<u32>(mask.size()), rest ? kNone : g);
             });
         }
         std::vector<u32> refs;

@@ -47,6 +47,13 @@ protected:
         }
         return false;
     }
+    bool knows_without(const Worker& w, u32 set, const std::vector<u64>& mask) const {
+        const u32 n = std::min<u32>(static_cast<u32>(w.mask.size()), sets_.words(set));
+        const u64* words = sets_.data(set);
+        for (u32 i = 0; i < n; ++i)
+            if (words[i] & w.mask[i] & ~(i < mask.size() ? mask[i] : 0)) return true;
+        return false;
+    }
     u32 set_at(Pos p) const { return chains_.set_at(chains_[p.chain], p.depth); }
     bool knows_child(const Worker& w, Pos p) const {
         const Chain& c = chains_[p.chain];
