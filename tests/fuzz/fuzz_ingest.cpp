@@ -140,7 +140,10 @@ public:
             if (const std::string bad = all_->check(); !bad.empty()) die("after remove_pod: " + bad);
         }
         const Index::Figures f = all_->figures();
-        if (f.blocks || f.chains || f.holders || f.workers || f.parked || f.guesses || f.sets != 1) die("something is left when all pods are gone");
+        const u64 left[] = {f.blocks, f.chains, f.sets - 1, f.holders, f.workers, f.parked, f.guesses};
+        const char* const names[] = {"blocks", "chains", "sets", "holders", "workers", "parked", "guesses"};
+        for (u32 i = 0; i < 7; ++i)
+            if (left[i]) die(std::string(names[i]) + " are left when all pods are gone: " + std::to_string(left[i]));
         if (f.bytes != bytes_at_start_) die(std::to_string(f.bytes) + " bytes when all pods are gone, " + std::to_string(bytes_at_start_) + " at the start");
     }
 
