@@ -42,10 +42,20 @@ protected:
     }
     static std::size_t weight(const Parked& p) { return sizeof(Parked) + 160 + p.ids.size() * (sizeof(u64) + 1 + 48) + p.locals.size() * sizeof(u64); }
 
+    // Parks something newly announced. Where copies do not count, it takes the place of what was announced before.
+    void park_new(u32 id, Parked&& p, Report& r) {
+        Worker& w = *workers_[id];
+        std::vector<u64> replaced;
+        if (w.lot && pods_[w.pod].set_presence)
+            for (u64 name : p.ids)
+                if (const ParkedCopy old = find_parked(*w.lot, holders_[p.holder], name); old.record) {
+                    take_back(*w.lot, old);
+                    replaced.push_back(old.serial);
+                }
+        park(id, std::move(p), r);
+        for (u64 serial : replaced) drop_dead(*w.lot, serial);
+    }
     void park(u32 id, Parked&& p, Report& r) {
-        // Where copies do not count, a second announcement takes the place of the first.
-        if (pods_[workers_[id]->pod].set_presence)
-            for (u64 name : p.ids) cancel(id, holders_[p.holder], name);
         ParkingLot& l = lot(id);
         const u64 serial = l.next++;
         u32 live = 0;
@@ -77,7 +87,7 @@ protected:
         } else {
             p.live.assign(a.n, 1);
         }
-        park(a.worker, std::move(p), r);
+        park_new(a.worker, std::move(p), r);
     }
     void park_bare(u32 id, u32 h, u64 name, Report& r) {
         if (!room(id, h, &name, 1)) {
@@ -90,7 +100,7 @@ protected:
         p.holder = h;
         p.ids.assign(1, name);
         p.live.assign(1, 1);
-        park(id, std::move(p), r);
+        park_new(id, std::move(p), r);
     }
     bool room(u32 id, u32 h, const u64* ids, u32 n) const {
         const Worker& w = *workers_[id];
@@ -140,6 +150,11 @@ protected:
         }
         return best;
     }
+    void take_back(ParkingLot& l, const ParkedCopy& copy) {
+        l.records.at(copy.serial).live[copy.at] = 0;
+        --l.hashes;
+        --parked_;
+    }
     // A removal that found no counted copy takes back the latest parked one. Its position stays for the sake of what follows it.
     bool cancel(u32 id, const Holder& tier, u64 name) {
         Worker& w = *workers_[id];
@@ -147,9 +162,7 @@ protected:
         ParkingLot& l = *w.lot;
         const ParkedCopy copy = find_parked(l, tier, name);
         if (!copy.record) return false;
-        l.records.at(copy.serial).live[copy.at] = 0;
-        --l.hashes;
-        --parked_;
+        take_back(l, copy);
         if (!alive(*copy.record)) drop_dead(l, copy.serial);
         if (l.records.empty()) w.lot.reset();
         judge(w.pod);
