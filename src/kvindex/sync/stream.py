@@ -678,7 +678,7 @@ class WorkerStream:
             self._waiting = {}
             self._restarted(why, keep_replay=True)
             self._waiting, self._waiting_bytes, self._seen = waiting, size, seen
-            replay.purpose = _Purpose.START
+            replay.purpose, replay.expect = _Purpose.START, -1
             self._take(replay, seq, payload, now)
         else:
             self._restarted(why)

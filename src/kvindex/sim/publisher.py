@@ -1,0 +1,232 @@
+"""How an engine's events get onto the wire: PUB and ROUTER with a replay buffer, and every fault that they are known for.
+
+Frames are those of the real publishers, as recorded from six releases: live ``[topic, seq, payload]``; a replay is asked
+for by ``["", start]`` and answered by ``["", topic, seq, payload]`` or, by older releases, without the topic; the end has
+seq -1 and an empty payload.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, Final
+
+import zmq
+
+from ..errors import InvalidValueError
+
+__all__ = ["Faults", "Publisher", "offset_port", "topic_in_replay"]
+
+_U64 = struct.Struct(">Q")
+_END: Final = b"\xff" * 8
+
+
+def topic_in_replay(form: str) -> bool:
+    """Whether the releases that write this wire form (a name like ``vllm-0.33.0``) have the topic in their replays."""
+    engine, _, version = form.partition("-")
+    numbers = tuple(int(part) for part in version.split("."))
+    return numbers >= ((0, 26) if engine == "vllm" else (0, 5, 22))
+
+
+def offset_port(endpoint: str, rank: int) -> str:
+    """The endpoint of another rank: as many ports higher, as the engines do; wildcards stay."""
+    head, _, port = endpoint.rpartition(":")
+    return endpoint if port in ("*", "0") else f"{head}:{int(port) + rank}"
+
+
+@dataclass(slots=True)
+class Faults:
+    """What goes wrong, as long as it is set. Numbers count down as they happen."""
+
+    drop: int = 0
+    """Messages that are published into nothing; a replay still has them."""
+    duplicate: int = 0
+    """Messages that are sent twice."""
+    reorder: int = 0
+    """Messages that change places with the next one."""
+    delay: float = 0.0
+    """Seconds between a batch and its message."""
+    unencodable: int = 0
+    """Batches that get a sequence number and nothing else, as when the engine's encoder fails."""
+    damage: int = 0
+    """Messages whose payload is garbage on the way; a replay still has them as they were."""
+    mute: bool = False
+    """Nothing is published live at all; a replay still has it."""
+    bad_frames: int = 0
+    """Messages that come with a sequence number of 7 bytes; a replay still has them as they should be."""
+    replay_cut: int | None = None
+    """A replay stops after so many batches, without its end marker: what happens behind a full queue."""
+    replay_silent: bool = False
+    """Requests for a replay are not answered."""
+    replay_endless: bool = False
+    """A replay repeats its batches, and never ends."""
+    replay_no_end: bool = False
+    """The end marker is lost."""
+    replay_delay: float = 0.0
+    """Seconds until a request for a replay is answered."""
+
+
+class Publisher:
+    """The event publisher of one rank. One thread: :meth:`publish` and :meth:`serve` from the same.
+
+    ``endpoint`` is bound, or connected to where ``connect`` (for subscribers that bind); ``replay_endpoint`` is bound. A
+    wildcard port is replaced by the one that was found: see the attributes of the same names. ``buffer_steps`` batches are
+    kept for replays. ``with_topic`` is the framing of replays, see :func:`topic_in_replay`.
+    """
+
+    def __init__(
+        self, context: zmq.Context[Any], endpoint: str, replay_endpoint: str | None = None, *, topic: str = "",
+        buffer_steps: int = 10_000, with_topic: bool = True, connect: bool = False, queue: int = 100_000,
+    ) -> None:  # fmt: skip
+        if buffer_steps < 1:
+            raise InvalidValueError(f"buffer_steps must be at least 1, not {buffer_steps}")
+        self.faults = Faults()
+        self.seq = 0
+        self.endpoint = endpoint
+        self.replay_endpoint = replay_endpoint
+        self.replays = 0
+        self._context = context
+        self._topic = topic.encode()
+        self._with_topic = with_topic
+        self._connect = connect
+        self._queue = queue
+        self._buffer: deque[tuple[int, bytes]] = deque(maxlen=buffer_steps)
+        self._held: bytes | None = None
+        self._held_seq = 0
+        self._late: deque[tuple[float, list[bytes]]] = deque()
+        self._asked: deque[tuple[float, list[bytes]]] = deque()
+        self._endless: tuple[bytes, int] | None = None
+        self._open()
+
+    def _open(self) -> None:
+        self._pub: zmq.Socket[bytes] = self._context.socket(zmq.PUB)
+        self._pub.linger = 0
+        self._pub.sndhwm = self._queue
+        self._router: zmq.Socket[bytes] | None = None
+        if self._connect:
+            self._pub.connect(self.endpoint)
+        else:
+            self.endpoint = _bind(self._pub, self.endpoint)
+        if self.replay_endpoint is not None:
+            self._router = self._context.socket(zmq.ROUTER)
+            self._router.linger = 0
+            self.replay_endpoint = _bind(self._router, self.replay_endpoint)
+
+    @property
+    def router(self) -> zmq.Socket[bytes] | None:
+        """The socket that replays are asked at: :meth:`serve` when it is readable."""
+        return self._router
+
+    def publish(self, payload: bytes) -> int:
+        """Publish one batch; gives its sequence number."""
+        faults, seq = self.faults, self.seq
+        self.seq += 1
+        if faults.unencodable > 0:
+            faults.unencodable -= 1
+            return seq
+        self._buffer.append((seq, payload))
+        frames = [self._topic, _U64.pack(seq), payload]
+        if faults.mute:
+            return seq
+        if faults.drop > 0:
+            faults.drop -= 1
+            return seq
+        if faults.damage > 0:
+            faults.damage -= 1
+            frames[2] = b"\xc1" + payload[1:]
+        if faults.bad_frames > 0:
+            faults.bad_frames -= 1
+            frames[1] = frames[1][1:]
+        if faults.delay > 0.0:
+            self._late.append((time.monotonic() + faults.delay, frames))
+            return seq
+        if faults.reorder > 0 and self._held is None:
+            faults.reorder -= 1
+            self._held, self._held_seq = payload, seq
+            return seq
+        self._send(frames)
+        if self._held is not None:
+            held, self._held = self._held, None
+            self._send([self._topic, _U64.pack(self._held_seq), held])
+        return seq
+
+    def _send(self, frames: list[bytes]) -> None:
+        self._pub.send_multipart(frames)
+        if self.faults.duplicate > 0:
+            self.faults.duplicate -= 1
+            self._pub.send_multipart(frames)
+
+    def serve(self) -> float | None:
+        """Send what is late and answer every replay that was asked for. Gives the seconds until there is more to do, or
+        None when that is not known yet. Never blocks."""
+        now = time.monotonic()
+        while self._late and self._late[0][0] <= now:
+            self._send(self._late.popleft()[1])
+        while self._router is not None:
+            try:
+                request = self._router.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            # Without the empty frame the engines ignore it.
+            if len(request) == 3 and request[1] == b"":
+                self._asked.append((now + self.faults.replay_delay, request))
+        while self._asked and self._asked[0][0] <= now:
+            client, _, start = self._asked.popleft()[1]
+            self._answer(client, int.from_bytes(start, "big"))
+        if self._endless is not None and self.faults.replay_endless:
+            client, start = self._endless
+            for seq, payload in [item for item in self._buffer if item[0] >= start][:200]:
+                self._reply(client, seq, payload)
+            return 0.01
+        due = [queue[0][0] for queue in (self._late, self._asked) if queue]
+        return max(0.0, min(due) - now) if due else None
+
+    def _answer(self, client: bytes, start: int) -> None:
+        faults = self.faults
+        self.replays += 1
+        if faults.replay_silent:
+            return
+        found = [item for item in self._buffer if item[0] >= start]
+        for seq, payload in found if faults.replay_cut is None else found[: faults.replay_cut]:
+            self._reply(client, seq, payload)
+        if faults.replay_endless:
+            self._endless = (client, start)
+        elif faults.replay_cut is None and not faults.replay_no_end:
+            assert self._router is not None
+            self._router.send_multipart([client, b"", *([b""] if self._with_topic else []), _END, b""])
+
+    def _reply(self, client: bytes, seq: int, payload: bytes) -> None:
+        assert self._router is not None
+        self._router.send_multipart([client, b"", *([self._topic] if self._with_topic else []), _U64.pack(seq), payload])
+
+    def restart(self) -> None:
+        """What a new process of the same engine is: other sockets at the same place, from seq 0, with nothing to replay."""
+        self.close()
+        self.seq = 0
+        self._buffer.clear()
+        self._late.clear()
+        self._asked.clear()
+        self._held = self._endless = None
+        self._open()
+
+    def close(self) -> None:
+        """Close the sockets at once; what is not sent yet is lost. Closing twice is fine."""
+        self._pub.close(0)
+        if self._router is not None:
+            self._router.close(0)
+
+
+def _bind(sock: zmq.Socket[bytes], endpoint: str) -> str:
+    # The port of a process that was killed a moment ago may still be given back.
+    for attempt in range(50):
+        try:
+            sock.bind(endpoint)
+            break
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EADDRINUSE or attempt == 49:
+                raise
+            time.sleep(0.02)
+    found: str = sock.last_endpoint.rstrip(b"\0").decode()
+    return found.replace("tcp://0.0.0.0:", "tcp://*:")

@@ -1,0 +1,288 @@
+"""The sockets of streams: one connection to one publisher, one replay, one bound endpoint.
+
+Each is driven by the poll loop of the manager's thread: :meth:`ready` takes what has arrived, up to a budget, and says
+whether there may be more. ZMQ's file descriptors are edge-triggered: they are readable when something has *changed*, so
+whoever stops before a socket is empty has to come back without being woken.
+
+A connection is made by a socket of its own, and closed when it is lost: what one socket delivers is therefore of one TCP
+connection and so of one process, and libzmq's own reconnecting, which would hide a restart, never happens.
+"""
+
+from __future__ import annotations
+
+import random
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from .frames import replay_request
+from .source import is_address, join_tcp, split_tcp
+
+__all__ = ["Bound", "Replay", "SocketOptions", "Subscription", "resolve"]
+
+# Messages taken from one socket before the others have their turn: with 256 a flood costs its neighbours about 2 ms.
+BUDGET: Final = 256
+
+# Longer than any process lives: a lost connection is closed and made anew by us, see above.
+_NEVER_MS: Final = 24 * 3600 * 1000
+
+_MADE: Final = zmq.EVENT_HANDSHAKE_SUCCEEDED
+_LOST: Final = (
+    zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_CONNECT_RETRIED
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+
+
+class Loop(Protocol):
+    """What a socket needs of the loop that drives it."""
+
+    def watch(self, fd: int, handler: Any) -> None: ...
+
+    def unwatch(self, fd: int) -> None: ...
+
+
+class SocketOptions:
+    """What all sockets of a manager share. Seconds, messages, bytes."""
+
+    def __init__(self, *, heartbeat: float, connect_timeout: float, queue: int, max_message: int) -> None:
+        self.heartbeat = heartbeat
+        self.connect_timeout = connect_timeout
+        self.queue = queue
+        self.max_message = max_message
+
+    def apply(self, sock: zmq.Socket[bytes], *, queue: int | None = None) -> None:
+        sock.linger = 0
+        sock.rcvhwm = self.queue if queue is None else queue
+        sock.maxmsgsize = self.max_message
+        sock.setsockopt(zmq.RECONNECT_IVL, _NEVER_MS)
+        sock.setsockopt(zmq.HANDSHAKE_IVL, max(1, int(self.connect_timeout * 1000)))
+        sock.setsockopt(zmq.CONNECT_TIMEOUT, max(1, int(self.connect_timeout * 1000)))
+        if self.heartbeat > 0:
+            # Two beats may get lost or late before a silent peer counts as gone.
+            sock.setsockopt(zmq.HEARTBEAT_IVL, max(1, int(self.heartbeat * 1000)))
+            sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, max(1, int(self.heartbeat * 3000)))
+
+
+def resolve(endpoint: str, then: Callable[[str | None, str], None]) -> None:
+    """Find the address of an endpoint's host, then call ``then(endpoint or None, error)``, maybe in another thread.
+
+    libzmq would look names up in its one I/O thread, where a name server that does not answer stops every stream of the
+    process, heartbeats included. A name is looked up anew for every connection, for pods move.
+    """
+    parts = split_tcp(endpoint)
+    if parts is None or is_address(parts[0]):
+        then(endpoint, "")
+        return
+    host, port = parts
+
+    def look_up() -> None:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            then(None, f"{host} resolves to nothing: {error}")
+            return
+        # Publishers bind IPv4 wildcards by default; among several addresses each attempt takes another one.
+        addresses = [str(entry[4][0]) for entry in found if entry[0] == socket.AF_INET]
+        addresses = addresses or [str(entry[4][0]) for entry in found]
+        then(join_tcp(random.choice(addresses), port), "")
+
+    threading.Thread(target=look_up, name=f"kvindex-resolve-{host}", daemon=True).start()
+
+
+class _Watched:
+    """A socket in the loop, with or without a monitor."""
+
+    def __init__(self, loop: Loop, sock: zmq.Socket[bytes]) -> None:
+        self._loop = loop
+        self._sock = sock
+        self._monitor: zmq.Socket[bytes] | None = None
+        self._fd: int = sock.fd  # asked for once: a closed socket has none
+        self._monitor_fd = -1
+        self.closed = False
+        loop.watch(self._fd, self)
+
+    def _watch_events(self, events: int) -> None:
+        self._monitor = self._sock.get_monitor_socket(events)
+        self._monitor.linger = 0
+        self._monitor_fd = self._monitor.fd
+        self._loop.watch(self._monitor_fd, self)
+
+    def _events(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        while self._monitor is not None:
+            try:
+                found.append(dict(recv_monitor_message(self._monitor, zmq.NOBLOCK)))
+            except zmq.Again:
+                break
+        return found
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        self._loop.unwatch(self._fd)
+        if self._monitor is not None:
+            self._loop.unwatch(self._monitor_fd)
+            self._sock.disable_monitor()
+            self._monitor.close(0)
+        self._sock.close(0)
+
+    def failed(self, now: float, error: Exception) -> None:
+        """Handling what arrived has raised ``error``."""
+        self.close()
+
+
+class Subscription(_Watched):
+    """One SUB socket with one connection to one publisher.
+
+    Calls ``made(now)`` when the subscription stands, ``lost(now, why)`` once when it can not be made or is over, and
+    ``message(frames, now)`` for everything that arrives, before or after that.
+    """
+
+    def __init__(
+        self, loop: Loop, context: zmq.Context[Any], options: SocketOptions, endpoint: str, topic: bytes, *,
+        made: Callable[[float], None], lost: Callable[[float, str], None],
+        message: Callable[[list[bytes], float], None],
+    ) -> None:  # fmt: skip
+        sock: zmq.Socket[bytes] = context.socket(zmq.SUB)
+        options.apply(sock)
+        sock.ipv6 = endpoint.startswith("tcp://[")
+        sock.subscribe(topic)
+        super().__init__(loop, sock)
+        self._made = made
+        self._lost = lost
+        self._message = message
+        self._over = False
+        # No process of this kind has connections inside itself but for tests; libzmq reports no events for those.
+        self.immediate = endpoint.startswith("inproc://")
+        if not self.immediate:
+            self._watch_events(_MADE | _LOST)
+        sock.connect(endpoint)
+
+    def ready(self, now: float) -> bool:
+        for event in self._events():
+            if self._over:
+                continue
+            if event["event"] == _MADE:
+                self._made(now)
+            else:
+                self._over = True
+                self._lost(now, _why(event))
+        for _ in range(BUDGET):
+            if self.closed:
+                return False
+            try:
+                frames = self._sock.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return False
+            self._message(frames, now)
+        return True
+
+    def failed(self, now: float, error: Exception) -> None:
+        self.close()
+        if not self._over:
+            self._over = True
+            self._lost(now, f"closed here: {error!r}")
+
+
+def _why(event: dict[str, Any]) -> str:
+    kind = event["event"]
+    if kind == zmq.EVENT_DISCONNECTED:
+        return "the connection was lost"
+    if kind == zmq.EVENT_CONNECT_RETRIED:
+        return "nobody accepts connections there"
+    return "what answers there is no ZMQ publisher, or does not answer"
+
+
+class Replay(_Watched):
+    """One question of one DEALER. A new one for every question, so that no late answer is taken for another's."""
+
+    # Larger than the 10,000 batches that engines keep: what does not fit here, their ROUTER drops.
+    QUEUE: Final = 20_000
+
+    def __init__(
+        self, loop: Loop, context: zmq.Context[Any], options: SocketOptions, endpoint: str, start: int, *,
+        message: Callable[[list[bytes], float], None],
+    ) -> None:  # fmt: skip
+        sock: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+        options.apply(sock, queue=self.QUEUE)
+        sock.ipv6 = endpoint.startswith("tcp://[")
+        super().__init__(loop, sock)
+        self._message = message
+        sock.connect(endpoint)
+        sock.send_multipart(replay_request(start), zmq.NOBLOCK)
+
+    def ready(self, now: float) -> bool:
+        for _ in range(BUDGET):
+            if self.closed:
+                return False
+            try:
+                frames = self._sock.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return False
+            self._message(frames, now)
+        return True
+
+
+class Bound(_Watched):
+    """One SUB socket that many publishers connect to.
+
+    Calls ``message(frames, connection, now)`` with a number that is higher for a later connection (None when the
+    connection is already gone), and ``lost(connection, now)`` when one is over.
+    """
+
+    def __init__(
+        self, loop: Loop, context: zmq.Context[Any], options: SocketOptions, endpoint: str, *,
+        lost: Callable[[int, float], None], message: Callable[[list[bytes], int | None, float], None],
+    ) -> None:  # fmt: skip
+        sock: zmq.Socket[bytes] = context.socket(zmq.SUB)
+        options.apply(sock)
+        sock.ipv6 = endpoint.startswith("tcp://[")
+        sock.subscribe(b"")
+        try:
+            sock.bind(endpoint)
+        except zmq.ZMQError:
+            sock.close(0)
+            raise
+        super().__init__(loop, sock)
+        self.endpoint: str = sock.last_endpoint.rstrip(b"\0").decode()
+        self._lost = lost
+        self._message = message
+        self._connections: dict[int, int] = {}  # file descriptor -> number of its connection
+        self._count = 0
+        self._watch_events(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
+
+    def _note_connections(self, now: float) -> None:
+        for event in self._events():
+            fd = event["value"]
+            if event["event"] == zmq.EVENT_ACCEPTED:
+                self._count += 1
+                self._connections[fd] = self._count
+            elif (connection := self._connections.pop(fd, None)) is not None:
+                self._lost(connection, now)
+
+    def ready(self, now: float) -> bool:
+        self._note_connections(now)
+        for _ in range(BUDGET):
+            if self.closed:
+                return False
+            try:
+                frames = self._sock.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return False
+            # libzmq puts the descriptor that a message was read from among its properties; inproc has none.
+            try:
+                fd = int(frames[0].get("__fd"))
+            except (zmq.ZMQError, ValueError, TypeError):
+                fd = -1
+            if fd not in self._connections and fd != -1:
+                self._note_connections(now)
+            self._message([frame.bytes for frame in frames], self._connections.get(fd), now)
+        return True

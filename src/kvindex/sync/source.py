@@ -1,0 +1,356 @@
+"""Where a pod's events come from: :class:`PodSource`, written by hand or asked of the engine's own HTTP server."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass, fields, replace
+from typing import Any, NamedTuple, Self
+
+from ..errors import InvalidTypeError, InvalidValueError, StreamError
+
+__all__ = ["Endpoints", "PodSource", "bind_endpoint"]
+
+_TCP = re.compile(r"tcp://(?:\[(?P<v6>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^\[\]:/\s]+)):(?P<port>\d{1,5})/?")
+_WILDCARDS = ("*", "0.0.0.0", "::", "[::]", "")
+
+# Descriptions of a few ranks are a few hundred bytes; SGLang's /server_info with all its arguments is some 20 kB.
+_LONGEST_ANSWER = 4 << 20
+
+
+class Endpoints(NamedTuple):
+    """The two sockets of one rank: where it publishes, and where it answers replays (None where it does not)."""
+
+    endpoint: str | None
+    replay_endpoint: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class PodSource:
+    """One pod's event streams: where they are, and what their events do not say about themselves.
+
+    Immutable; may be shared between threads. Raises :class:`InvalidValueError` or :class:`InvalidTypeError` naming the
+    field, so that a mistake shows where it is made and not as a pod that stays silent.
+    """
+
+    name: str
+    """The pod's name in the index and in every answer."""
+    _: KW_ONLY
+    endpoint: str | None = None
+    """Where rank 0 publishes: ``tcp://host:port``, ``ipc://path`` or ``inproc://name``. None for a pod that connects to
+    :meth:`EventManager.bind` by itself."""
+    replay_endpoint: str | None = None
+    """Where rank 0 answers replays. Without it a lost batch stays lost, and what was before the first one is not known."""
+    model: str = ""
+    """The model that its blocks belong to: queries name the same."""
+    topic: str | None = None
+    """The whole topic that its messages carry; None takes the first that arrives on a connection (for a pod that connects
+    to a bound endpoint: ``kv@NAME@MODEL``)."""
+    dp_size: int = 1
+    """Data-parallel ranks. Rank r publishes at the port r higher, as vLLM and SGLang do, unless ``ranks`` says where."""
+    ranks: Mapping[int, Endpoints | tuple[str, str | None]] | None = None
+    """Endpoints by rank, for engines whose ports do not follow each other (vLLM binding port 0, several hosts)."""
+    block_size: int | None = None
+    """Tokens per block that the engine is expected to use. Adding a pod whose blocks can not be placed raises at once."""
+    presence: str | None = None
+    """``"count"`` or ``"set"``; None is the index's own. ``"set"`` for vLLM's ``kv_cache_report_mode=full``."""
+    clear_media: frozenset[str] | None = None
+    """The media that an AllBlocksCleared of this pod clears; None is all."""
+    chunk_size: int | None = None
+    """Tokens per chunk of a model with chunked-local attention, which its events do not say."""
+    lora: str | None = None
+    """The adapter that the pod is said to serve (a label): for the router's queries; blocks are placed by their events."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise InvalidTypeError(f"name must be a str, not {type(self.name).__name__}")
+        if not self.name:
+            raise InvalidValueError("name must not be empty")
+        for field in ("endpoint", "replay_endpoint", "topic", "lora"):
+            value = getattr(self, field)
+            if value is not None and not isinstance(value, str):
+                raise InvalidTypeError(f"{field} of pod {self.name!r} must be a str or None, not {type(value).__name__}")
+        if not isinstance(self.model, str):
+            raise InvalidTypeError(f"model of pod {self.name!r} must be a str, not {type(self.model).__name__}")
+        for field, lowest in (("dp_size", 1), ("block_size", 1), ("chunk_size", 1)):
+            value = getattr(self, field)
+            if value is None and field != "dp_size":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise InvalidTypeError(f"{field} of pod {self.name!r} must be an int, not {type(value).__name__}")
+            if value < lowest:
+                raise InvalidValueError(f"{field} of pod {self.name!r} must be at least {lowest}, not {value}")
+        if self.presence not in (None, "count", "set"):
+            raise InvalidValueError(f"presence of pod {self.name!r} must be 'count' or 'set', not {self.presence!r}")
+        if self.clear_media is not None:
+            if isinstance(self.clear_media, str) or not isinstance(self.clear_media, Iterable):
+                raise InvalidTypeError(f"clear_media of pod {self.name!r} must be a set of names such as {{'GPU'}}")
+            object.__setattr__(self, "clear_media", frozenset(self.clear_media))
+        if self.ranks is not None:
+            if not self.ranks:
+                raise InvalidValueError(f"ranks of pod {self.name!r} must name at least one rank")
+            table = {rank: Endpoints(*self._pair(rank, pair)) for rank, pair in self.ranks.items()}
+            object.__setattr__(self, "ranks", table)
+            object.__setattr__(self, "dp_size", len(table))
+        self.workers()
+
+    def _pair(self, rank: object, pair: object) -> tuple[str | None, str | None]:
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
+            raise InvalidValueError(f"ranks of pod {self.name!r} are numbers from 0 on, not {rank!r}")
+        if isinstance(pair, str) or not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise InvalidTypeError(f"rank {rank} of pod {self.name!r} must be (endpoint, replay endpoint or None)")
+        return pair[0], pair[1]
+
+    def workers(self) -> dict[int, Endpoints]:
+        """The endpoints of every rank. O(ranks)."""
+        if self.ranks is not None:
+            table = {rank: Endpoints(*pair) for rank, pair in self.ranks.items()}
+        else:
+            table = {
+                rank: Endpoints(self._offset(self.endpoint, rank), self._offset(self.replay_endpoint, rank))
+                for rank in range(self.dp_size)
+            }
+        seen: dict[str, str] = {}
+        for rank, pair in table.items():
+            for what, endpoint in zip(("publishes", "answers replays"), pair, strict=True):
+                if endpoint is None:
+                    continue
+                _check(endpoint, f"rank {rank} of pod {self.name!r}")
+                use = f"rank {rank} {what}"
+                if endpoint in seen:
+                    raise InvalidValueError(
+                        f"pod {self.name!r} would use {endpoint} twice: {seen[endpoint]} there and {use} there;"
+                        f" its {len(table)} ranks need ports that are apart"
+                    )
+                seen[endpoint] = use
+        return table
+
+    def _offset(self, endpoint: str | None, rank: int) -> str | None:
+        if endpoint is None or rank == 0:
+            return endpoint
+        if (found := _TCP.fullmatch(endpoint)) is not None:
+            port = int(found["port"]) + rank
+            if port > 65535:
+                raise InvalidValueError(f"rank {rank} of pod {self.name!r} would be at port {port} of {endpoint}")
+            return endpoint[: found.start("port")] + str(port)
+        if endpoint.startswith("inproc://"):
+            return f"{endpoint}_dp{rank}"
+        raise InvalidValueError(f"{endpoint} has no port to count ranks by: say where each of them is, by ranks={{...}}")
+
+    @classmethod
+    def from_mapping(cls, item: Mapping[str, Any]) -> Self:
+        """A source from what a file says; the fields' own names. Raises an error that names what is not a field."""
+        if not isinstance(item, Mapping):
+            raise InvalidTypeError(f"a pod is described by a map of its fields, not by {item!r:.60}")
+        known = {field.name for field in fields(cls)}
+        if strange := sorted(set(item) - known):
+            raise InvalidValueError(f"unknown fields {', '.join(map(str, strange))}; a pod has {', '.join(sorted(known))}")
+        if "name" not in item:
+            raise InvalidValueError(f"a pod without a name: {dict(item)!r:.80}")
+        values = dict(item)
+        if isinstance(values.get("ranks"), Mapping):
+            # Keys are strings where the file is JSON.
+            values["ranks"] = {int(rank) if str(rank).isdigit() else rank: pair for rank, pair in values["ranks"].items()}
+        return cls(**values)
+
+    @classmethod
+    def from_vllm(
+        cls, url: str, *, name: str | None = None, model: str | None = None, timeout: float = 5.0,
+        headers: Mapping[str, str] | None = None, **options: Any,
+    ) -> Self:  # fmt: skip
+        """Ask a vLLM server (``http://host:8000``) where its ranks publish: its ``GET /kv_event_sources``.
+
+        ``name`` is the URL's host and port unless given, ``model`` the first that ``/v1/models`` names; ``headers`` are
+        sent along (an API key). ``options`` are further fields. Blocks for at most ``timeout`` seconds per request. Raises
+        :class:`StreamError` when the server can not be asked or publishes nothing. Source: vLLM pull request 55844.
+        """
+        host, port = _host(url)
+        answer = _get(url, "/kv_event_sources", timeout, headers)
+        if not isinstance(answer, list):
+            raise StreamError(f"{url}/kv_event_sources gave {answer!r:.80}, which is no list of sources")
+        if not answer:
+            raise StreamError(f"{url} publishes no KV events: start vLLM with --kv-events-config")
+        ranks: dict[int, Endpoints] = {}
+        topics = set()
+        for item in answer:
+            try:
+                rank = int(item.get("data_parallel_rank") or 0)
+                ranks[rank] = Endpoints(
+                    _reachable(item["endpoint"], host), _reachable(item.get("replay_endpoint"), host)
+                )
+                topics.add(item.get("topic") or None)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise StreamError(f"{url}/kv_event_sources gave {item!r:.80}, which is no source: {error!r}") from error
+        if model is None:
+            model = _first_model(url, timeout, headers)
+        topic = topics.pop() if len(topics) == 1 else None
+        return cls(name or f"{host}:{port}", model=model, topic=topic, ranks=ranks, **options)
+
+    @classmethod
+    def from_sglang(
+        cls, url: str, *, name: str | None = None, model: str | None = None, timeout: float = 5.0,
+        headers: Mapping[str, str] | None = None, **options: Any,
+    ) -> Self:  # fmt: skip
+        """Ask an SGLang server (``http://host:30000``) where its ranks publish: its ``GET /server_info``.
+
+        Reads the ``kv_events`` block, and in releases without it the server's own ``kv_events_config`` argument, which
+        also is what names the replay endpoint. ``name``, ``model``, ``headers``, ``options``, ``timeout`` and errors as in
+        :meth:`from_vllm`. Source: SGLang pull requests 25844, 32729 and 38032.
+        """
+        host, port = _host(url)
+        try:
+            info = _get(url, "/server_info", timeout, headers)
+        except StreamError as error:
+            if "404" not in str(error):
+                raise
+            info = _get(url, "/get_server_info", timeout, headers)  # its name until 0.5.4
+        if not isinstance(info, dict):
+            raise StreamError(f"{url}/server_info gave {info!r:.80}, which is no description of a server")
+        try:
+            config = _sglang_config(info)
+            block = info.get("kv_events") or {}
+            size = block.get("dp_size") or info.get("dp_size") or 1
+            topic = block.get("topic") or config.get("topic") or None
+            endpoint = _advertised(block, "endpoint", host) or _reachable(config.get("endpoint"), host)
+            answers = _advertised(block, "replay_endpoint", host) or _reachable(config.get("replay_endpoint"), host)
+            if endpoint is None:
+                raise StreamError(f"{url} publishes no KV events: start SGLang with --kv-events-config")
+            found: dict[str, Any] = {"endpoint": endpoint, "replay_endpoint": answers, "dp_size": int(size)}
+            if block.get("publishers"):
+                base = cls("ranks", **found).workers()
+                found = {
+                    "ranks": {
+                        int(p["dp_rank"]): Endpoints(
+                            _reachable(p["endpoint"], host),
+                            p.get("replay_endpoint") or base.get(int(p["dp_rank"]), Endpoints(None, None)).replay_endpoint,
+                        )
+                        for p in block["publishers"]
+                    }
+                }
+            tokens = block.get("block_size") or info.get("page_size")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, (InvalidValueError, InvalidTypeError)):
+                raise StreamError(f"{url}/server_info describes streams that can not be: {error}") from error
+            raise StreamError(f"{url}/server_info describes its events as {info.get('kv_events')!r:.120}: {error!r}") from error
+        if model is None:
+            model = info.get("served_model_name") or info.get("model_path") or ""
+        options.setdefault("block_size", int(tokens) if tokens else None)
+        return cls(name or f"{host}:{port}", model=model, topic=topic, **found, **options)
+
+    def named(self, name: str) -> Self:
+        """The same source under another name."""
+        return replace(self, name=name)
+
+
+def _check(endpoint: str, whose: str) -> None:
+    if endpoint.startswith(("ipc://", "inproc://")) and len(endpoint.partition("://")[2]) > 0:
+        return
+    found = _TCP.fullmatch(endpoint)
+    if found is None:
+        raise InvalidValueError(f"{whose}: {endpoint!r} is no endpoint: tcp://host:port, ipc://path or inproc://name")
+    host, port = found["v6"] or found["host"], int(found["port"])
+    if host in _WILDCARDS:
+        raise InvalidValueError(f"{whose}: {endpoint} is what a publisher binds; name the host that it runs on")
+    if not 0 < port <= 65535:
+        raise InvalidValueError(f"{whose}: port {port} of {endpoint} is not in 1..65535")
+
+
+def bind_endpoint(endpoint: str) -> str:
+    """Check an endpoint to bind: as for connecting, and also with a wildcard for the host, or for the port."""
+    if not isinstance(endpoint, str):
+        raise InvalidTypeError(f"an endpoint to bind is a str, not {type(endpoint).__name__}")
+    if endpoint.startswith(("ipc://", "inproc://")) or _TCP.fullmatch(endpoint):
+        return endpoint
+    if re.fullmatch(r"tcp://[^\s/]+:(\*|\d{1,5})", endpoint):
+        return endpoint
+    raise InvalidValueError(f"{endpoint!r} is no endpoint to bind: tcp://*:port, tcp://address:port, ipc://path")
+
+
+def split_tcp(endpoint: str) -> tuple[str, int] | None:
+    """``(host, port)`` of a tcp endpoint, None of any other."""
+    found = _TCP.fullmatch(endpoint)
+    return None if found is None else (found["v6"] or found["host"], int(found["port"]))
+
+
+def join_tcp(host: str, port: int) -> str:
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return False
+    return True
+
+
+def _host(url: str) -> tuple[str, int]:
+    parts = urllib.parse.urlsplit(url) if isinstance(url, str) else None
+    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
+        raise InvalidValueError(f"{url!r} is no URL of a server: http://host:port")
+    return parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def _get(url: str, path: str, timeout: float, headers: Mapping[str, str] | None) -> Any:
+    where = url.rstrip("/") + path
+    request = urllib.request.Request(where, headers={"Accept": "application/json", **(headers or {})})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            body = response.read(_LONGEST_ANSWER + 1)
+    except urllib.error.HTTPError as error:
+        hint = ": it may be older than this; name its endpoints to PodSource" if error.code == 404 else ""
+        error.close()
+        raise StreamError(f"{where} answered {error.code} {error.reason}{hint}") from error
+    except (OSError, ValueError) as error:  # no route, no name, no answer in time, no HTTP
+        raise StreamError(f"{where} can not be asked: {getattr(error, 'reason', error)}") from error
+    except Exception as error:  # http.client has no base class below Exception for what is no HTTP
+        raise StreamError(f"{where} does not speak HTTP: {error!r}") from error
+    if len(body) > _LONGEST_ANSWER:
+        raise StreamError(f"{where} answered with more than {_LONGEST_ANSWER} bytes")
+    try:
+        return json.loads(body)
+    except ValueError as error:
+        raise StreamError(f"{where} gave no JSON: {body[:40]!r}") from error
+
+
+def _first_model(url: str, timeout: float, headers: Mapping[str, str] | None) -> str:
+    answer = _get(url, "/v1/models", timeout, headers)
+    try:
+        return str(answer["data"][0]["id"])
+    except (KeyError, IndexError, TypeError) as error:
+        raise StreamError(f"{url}/v1/models names no model: give it as model=") from error
+
+
+def _reachable(endpoint: Any, host: str) -> str | None:
+    """What a publisher says it has bound, as somebody on another machine connects to it."""
+    if not endpoint:
+        return None
+    if not isinstance(endpoint, str):
+        raise TypeError(f"an endpoint is a string, not {endpoint!r}")
+    found = re.fullmatch(r"tcp://(.*):(\d+)", endpoint)
+    if found is not None and found[1] in _WILDCARDS:
+        return join_tcp(host, int(found[2]))
+    return endpoint
+
+
+def _advertised(block: Mapping[str, Any], what: str, host: str) -> str | None:
+    port = block.get(f"{what}_port_base")
+    if not port:
+        return None
+    named = block.get(f"{what}_host") or block.get("endpoint_host") or "*"
+    return join_tcp(host if named in _WILDCARDS else named, int(port))
+
+
+def _sglang_config(info: Mapping[str, Any]) -> dict[str, Any]:
+    config = info.get("kv_events_config")
+    if isinstance(config, str) and config.strip():
+        config = json.loads(config)
+    if not isinstance(config, dict) or config.get("publisher") != "zmq":
+        return {}
+    # SGLang's own default endpoint.
+    return {"endpoint": "tcp://*:5557", **config}

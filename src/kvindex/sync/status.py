@@ -1,0 +1,123 @@
+"""What an :class:`EventManager` says about its streams."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+__all__ = ["PodStatus", "StateChange", "WorkerStatus"]
+
+WORST_FIRST = ("stale", "degraded", "exact")
+
+
+class StateChange(NamedTuple):
+    """A worker's answers have become better or worse."""
+
+    pod: str
+    rank: int
+    old: str
+    new: str
+    reason: str
+    """Why, for people; empty where the new state is ``exact``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStatus:
+    """One worker's stream at one moment. Times in seconds, counters since the pod was added."""
+
+    pod: str
+    rank: int
+    model: str
+    endpoint: str | None
+    replay_endpoint: str | None
+    state: str
+    """``exact``, ``degraded`` or ``stale``: the worse of what the stream and the index say."""
+    reason: str
+    connected: bool
+    last_seq: int | None
+    last_ts: float | None
+    """When the engine made the last applied batch, seconds since 1970."""
+    lag: float | None
+    """From the last batch's own time to its application here; clocks that disagree show in it."""
+    replaying: bool
+    waiting: int
+    """Batches that wait for a hole to be filled."""
+    batches: int
+    """Batches applied."""
+    gaps: int
+    lost_batches: int
+    replays: int
+    """Replays asked for."""
+    replays_healed: int
+    replays_failed: int
+    restarts: int
+    reconnects: int
+    duplicates: int
+    errors: Mapping[str, int]
+    """By reason: frames that are no message, payloads that are no batch, and events that could not be applied."""
+    events: Mapping[str, int]
+    """Blocks stored and removed, clears, blocks parked, events skipped."""
+    blocks: int
+    """Index blocks held at this moment, in every medium and group."""
+    parked: int
+    """Blocks that wait for their parent at this moment."""
+    counters: Mapping[str, int]
+    """Every counter of the stream by name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PodStatus:
+    """A pod at one moment: the sums, and the worst, of its workers."""
+
+    pod: str
+    model: str
+    state: str
+    reason: str
+    connected: bool
+    """Whether every rank is."""
+    last_seq: int | None
+    """The highest of its ranks, which count each for itself."""
+    lag: float | None
+    """The longest of its ranks."""
+    batches: int
+    gaps: int
+    lost_batches: int
+    replays: int
+    restarts: int
+    errors: Mapping[str, int]
+    blocks: int
+    parked: int
+    workers: Mapping[int, WorkerStatus]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same in plain dicts, for JSON."""
+        return asdict(self)
+
+
+def pod_status(pod: str, model: str, workers: Mapping[int, WorkerStatus]) -> PodStatus:
+    """Put the workers of one pod together."""
+    table = list(workers.values())
+    worst = min(table, key=lambda worker: WORST_FIRST.index(worker.state), default=None)
+    errors: dict[str, int] = {}
+    for worker in table:
+        for reason, count in worker.errors.items():
+            errors[reason] = errors.get(reason, 0) + count
+    return PodStatus(
+        pod=pod,
+        model=model,
+        state=worst.state if worst else "stale",
+        reason=worst.reason if worst else "no stream yet",
+        connected=bool(table) and all(worker.connected for worker in table),
+        last_seq=max((worker.last_seq for worker in table if worker.last_seq is not None), default=None),
+        lag=max((worker.lag for worker in table if worker.lag is not None), default=None),
+        batches=sum(worker.batches for worker in table),
+        gaps=sum(worker.gaps for worker in table),
+        lost_batches=sum(worker.lost_batches for worker in table),
+        replays=sum(worker.replays for worker in table),
+        restarts=sum(worker.restarts for worker in table),
+        errors=errors,
+        blocks=sum(worker.blocks for worker in table),
+        parked=sum(worker.parked for worker in table),
+        workers=dict(workers),
+    )
