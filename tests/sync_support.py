@@ -191,15 +191,17 @@ class World:
     def wait(self, seconds: float, *, serve: bool = True, step: float = 0.05) -> None:
         """Time goes by; with ``serve`` the publisher answers every request in full."""
         until = self.now + seconds
-        while self.now < until:
-            due = self.stream.deadline()
-            self.now = min(until, max(self.now + 1e-6, due) if due is not None else self.now + step)
-            self.do(self.stream.tick(self.now))
+        while True:
             for _ in range(100):
                 if not serve or self.request is None:
                     break
                 self.serve()
                 self.receive()
+            if self.now >= until:
+                return
+            due = self.stream.deadline()
+            self.now = min(until, max(self.now + 1e-6, due) if due is not None else self.now + step)
+            self.do(self.stream.tick(self.now))
 
     def up(self) -> None:
         """Connected, everything answered and delivered."""

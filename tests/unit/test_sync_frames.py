@@ -1,0 +1,156 @@
+"""Frames and the outside of payloads, as bytes."""
+
+from __future__ import annotations
+
+import struct
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvindex.sync.frames import (
+    END,
+    FrameFault,
+    batch_rank,
+    batch_time,
+    parse_live,
+    parse_replay,
+    parse_topic,
+    replay_request,
+)
+
+SEQ = struct.pack(">Q", 7)
+MINUS_ONE = b"\xff" * 8
+
+
+def test_a_live_message_has_topic_seq_and_payload():
+    assert parse_live([b"kv", SEQ, b"x"]) == (b"kv", 7, b"x")
+
+
+@pytest.mark.parametrize(
+    ("frames", "reason"),
+    [
+        ([], "bad_frame_count"),
+        ([b"kv", SEQ], "bad_frame_count"),
+        ([b"kv", SEQ, b"x", b"y"], "bad_frame_count"),
+        ([b"kv", SEQ[1:], b"x"], "bad_seq_size"),
+        ([b"kv", SEQ + b"\0", b"x"], "bad_seq_size"),
+        ([b"kv", b"", b"x"], "bad_seq_size"),
+        ([b"kv", MINUS_ONE, b""], "bad_seq"),
+        ([b"kv", b"\x80" + bytes(7), b"x"], "bad_seq"),
+    ],
+)
+def test_what_is_no_live_message_has_a_name(frames, reason):
+    with pytest.raises(FrameFault) as caught:
+        parse_live(frames)
+    assert caught.value.reason == reason
+
+
+def test_both_framings_of_a_replay_are_read():
+    assert parse_replay([b"", SEQ, b"x"]) == (None, 7, b"x")
+    assert parse_replay([b"", b"kv", SEQ, b"x"]) == (b"kv", 7, b"x")
+    assert parse_replay([b"", MINUS_ONE, b""]) is END
+    assert parse_replay([b"", b"", MINUS_ONE, b""]) is END
+    assert parse_replay([b"", b"kv", MINUS_ONE, b""]) is END
+
+
+@pytest.mark.parametrize(
+    ("frames", "reason"),
+    [
+        ([SEQ, b"x"], "bad_frame_count"),
+        ([b"", b"kv", SEQ, b"x", b""], "bad_frame_count"),
+        ([b"kv", SEQ, b"x"], "bad_delimiter"),
+        ([b"", SEQ[:7], b"x"], "bad_seq_size"),
+        ([b"", MINUS_ONE, b"not empty"], "bad_seq"),
+    ],
+)
+def test_what_is_no_reply_has_a_name(frames, reason):
+    with pytest.raises(FrameFault) as caught:
+        parse_replay(frames)
+    assert caught.value.reason == reason
+
+
+def test_a_replay_is_asked_for_with_an_empty_frame_and_eight_bytes():
+    assert replay_request(3) == [b"", b"\0\0\0\0\0\0\0\3"]
+
+
+@pytest.mark.parametrize(
+    ("topic", "parts"),
+    [
+        (b"kv@10.0.0.1@llama", ("10.0.0.1", "llama")),
+        (b"kv@10.0.0.1:8000@org/llama@v2", ("10.0.0.1:8000", "org/llama@v2")),
+        (b"kv@pod@", ("pod", "")),
+        (b"kv@@llama", None),
+        (b"kv@pod", None),
+        (b"KV@pod@llama", None),
+        (b"", None),
+        (b"\xff\xfe@pod@llama", None),
+    ],
+)
+def test_a_topic_names_pod_and_model(topic, parts):
+    assert parse_topic(topic) == parts
+
+
+@pytest.mark.parametrize(
+    ("batch", "seconds"),
+    [
+        ([12.5, [], 0], 12.5),
+        ([12.5, []], 12.5),
+        ([1_700_000_000, []], 1_700_000_000.0),
+        ([1_700_000_000_123, []], 1_700_000_000.123),
+        ({"events": [[1, [2]]], "ts": 3.5}, 3.5),
+        ({"ts": 3.5}, 3.5),
+        ({"events": []}, None),
+        ([], None),
+        ([None, []], None),
+        ([True, []], None),
+        ([float("nan"), []], None),
+        ("text", None),
+        (7, None),
+    ],
+)
+def test_the_time_of_a_batch(batch, seconds):
+    assert batch_time(msgpack.packb(batch)) == seconds
+
+
+def test_the_time_in_arrays_with_long_headers():
+    body = b"\xcb" + struct.pack(">d", 2.5) + b"\x90"
+    assert batch_time(b"\xdc\x00\x02" + body) == 2.5
+    assert batch_time(b"\xdd\x00\x00\x00\x02" + body) == 2.5
+
+
+@pytest.mark.parametrize(
+    ("batch", "rank"),
+    [
+        ([1.0, []], 0),
+        ([1.0, [["BlockStored", [1], None, [1], 1]], 3], 3),
+        ([1.0, [], 300], 300),
+        ([1.0, [], None], 0),
+        ([1.0, [], -1], 0),
+        ([1.0, [], "x"], 0),
+        ({"ts": 1.0, "events": [{"a": 1}], "data_parallel_rank": 5}, 5),
+        ({"ts": 1.0}, 0),
+        (3, 0),
+    ],
+)
+def test_the_rank_of_a_batch(batch, rank):
+    assert batch_rank(msgpack.packb(batch)) == rank
+
+
+@given(st.binary(max_size=64))
+def test_garbage_has_neither_time_nor_rank_and_raises_nothing(payload):
+    seconds = batch_time(payload)
+    assert seconds is None or isinstance(seconds, float)
+    assert batch_rank(payload) >= 0
+
+
+@given(st.lists(st.binary(max_size=9), max_size=6))
+def test_every_list_of_frames_is_read_or_refused_by_name(frames):
+    for parse in (parse_live, parse_replay):
+        try:
+            message = parse(frames)
+        except FrameFault as fault:
+            assert fault.reason in ("bad_frame_count", "bad_delimiter", "bad_seq_size", "bad_seq")
+        else:
+            assert message is END or (message.seq >= 0 and message.payload == frames[-1])

@@ -1,0 +1,773 @@
+"""Every path of the pure stream machine, one by one. Times are what the test says they are."""
+
+from __future__ import annotations
+
+import pytest
+from sync_support import GARBAGE, Process, World, batch
+
+from kvindex.sync.stream import Incident, Policy, WorkerStream
+
+
+def counts(world: World) -> dict[str, int]:
+    return {name: count for name, count in world.stream.counts.items() if count}
+
+
+def kinds(world: World) -> list[str]:
+    return [incident.kind for incident in world.incidents]
+
+
+def well(published: int = 3, **options) -> World:
+    """A stream in its best days."""
+    world = World(**options)
+    world.publish(published)
+    world.connect()
+    if options.get("replay", True):
+        world.serve()
+        world.receive()
+    assert world.stream.last_seq == (published - 1 if published and options.get("replay", True) else None)
+    return world
+
+
+# Start
+
+
+def test_before_anything_happens_it_is_stale():
+    world = World()
+    assert (world.verdict, world.stream.reason) == ("stale", "not connected yet")
+    assert world.stream.deadline() is None
+
+
+def test_the_start_replays_from_0_while_live_batches_wait():
+    world = World()
+    world.publish(3)
+    world.connect()
+    assert world.requests == [0]
+    world.publish(2)
+    world.deliver()
+    assert world.held == []
+    assert world.verdict == "stale"
+    assert world.stream.waiting == 2
+    world.serve()
+    world.receive()
+    assert world.held == world.process.truth(5)
+    assert world.verdict == "exact"
+    assert world.clears == 0
+
+
+def test_an_engine_that_has_published_nothing_is_exact_when_it_says_so():
+    world = World()
+    world.connect()
+    assert world.verdict == "stale"
+    world.serve()
+    world.receive()
+    assert world.verdict == "exact"
+    assert world.stream.last_seq is None
+
+
+def test_a_stream_seen_from_its_first_batch_needs_no_answer():
+    world = World()
+    world.connect()
+    world.publish(2)
+    world.deliver()
+    assert world.verdict == "exact"
+    assert world.held == world.process.truth(2)
+
+
+def test_a_cut_head_is_asked_for_once_more_and_then_accepted():
+    world = World(buffer_steps=4)
+    world.publish(10)
+    world.connect()
+    world.wait(1.0)
+    assert world.requests[:2] == [0, 0]
+    assert world.held == [payload for _, payload in world.process.buffer]
+    assert world.verdict == "degraded"
+    assert world.stream.counts["lost_batches"] == 6
+    assert world.stream.counts["heads_cut"] == 1
+    assert world.stream.counts["gaps"] == 0
+
+
+def test_without_a_replay_the_first_batch_decides():
+    world = World(replay=False)
+    world.connect()
+    assert world.verdict == "degraded"
+    world.publish(1)
+    world.deliver()
+    assert world.verdict == "exact"
+
+
+def test_without_a_replay_a_late_start_is_degraded_for_good():
+    world = World(replay=False)
+    world.publish(5)
+    world.connect()
+    world.publish(2)
+    world.deliver()
+    world.wait(100.0)
+    assert world.verdict == "degraded"
+    assert world.stream.counts["lost_batches"] == 5
+    assert world.requests == []
+
+
+def test_a_start_that_nobody_answers_is_degraded_until_somebody_does():
+    world = World()
+    world.publish(3)
+    world.connect()
+    world.wait(10.0, serve=False)
+    assert world.verdict == "degraded"
+    assert world.stream.counts["replays_failed"] == 1
+    assert "replay_failed" in kinds(world)
+    world.wait(20.0)
+    assert world.verdict == "exact"
+    assert world.held == world.process.truth(3)
+
+
+# Order, duplicates, gaps
+
+
+def test_a_gap_is_replayed_from_the_last_known_batch_and_nothing_is_applied_twice():
+    world = well()
+    world.publish(2)
+    world.channel.clear()
+    world.publish(2)
+    world.deliver()
+    assert world.verdict == "stale"
+    assert world.requests[-1] == 2
+    assert len(world.held) == 3
+    world.serve()
+    world.receive()
+    assert world.verdict == "exact"
+    assert world.held == world.process.truth(7)
+    assert (world.stream.counts["gaps"], world.stream.counts["gaps_healed"]) == (1, 1)
+    assert world.stream.counts["lost_batches"] == 0
+    assert kinds(world) == ["gap", "gap_healed"]
+
+
+def test_a_gap_that_a_late_batch_fills_needs_no_replay():
+    world = well()
+    world.publish(2)
+    world.channel.rotate(1)
+    world.deliver()
+    assert world.verdict == "exact"
+    assert world.held == world.process.truth(5)
+    assert world.request is None
+
+
+def test_a_gap_without_a_replay_is_accepted_at_once():
+    world = well(0, replay=False)
+    world.publish(2)
+    world.deliver()
+    world.publish(3)
+    world.channel.clear()
+    world.publish(1)
+    world.deliver()
+    assert world.verdict == "degraded"
+    assert world.stream.counts["lost_batches"] == 3
+    assert world.stream.last_seq == 5
+
+
+def test_a_hole_that_the_publisher_has_itself_is_accepted_at_the_second_answer():
+    world = well()
+    world.publish(encodable=False)
+    world.publish(2)
+    world.deliver()
+    asked = len(world.requests)
+    world.wait(1.0)
+    assert world.requests[asked - 1 : asked + 1] == [2, 2]
+    assert world.verdict == "degraded"
+    assert world.stream.counts["lost_batches"] == 1
+    assert world.held == [payload for payload in world.process.published if payload is not None]
+
+
+def test_a_hole_that_nobody_answers_for_is_accepted_after_three_tries_with_pauses_between():
+    world = well()
+    world.publish(1)
+    world.channel.clear()
+    world.publish(1)
+    world.deliver()
+    before, start = len(world.requests), world.now
+    asked = [start]
+    while world.verdict == "stale":
+        known = len(world.requests)
+        world.wait(0.01, serve=False)
+        if len(world.requests) > known:
+            asked.append(world.now)
+        assert world.now < start + 60
+    assert len(world.requests) - before == 2
+    assert len(asked) == 3
+    pauses = [later - sooner - 2.0 for sooner, later in zip(asked, asked[1:], strict=False)]
+    assert 0 < pauses[0] < pauses[1]
+    assert world.verdict == "degraded"
+    assert world.stream.counts["gaps_accepted"] == 1
+    assert len(world.held) == 4
+
+
+def test_a_batch_that_comes_after_its_hole_was_accepted_is_too_late():
+    world = well(1, replay=False)
+    world.publish(3)
+    first = world.channel.popleft()
+    world.deliver()
+    assert world.stream.counts["lost_batches"] == 2  # batch 0 was before the connection
+    held = list(world.held)
+    world.channel.append(first)
+    world.deliver()
+    assert world.held == held
+    assert world.stream.counts["late"] == 1
+    assert world.clears == 0
+
+
+def test_duplicates_are_dropped_and_are_no_restart():
+    world = well()
+    world.publish(2)
+    world.channel.extend(list(world.channel))
+    world.channel.append((0, world.process.published[0]))
+    world.deliver()
+    assert world.held == world.process.truth(5)
+    assert world.stream.counts["duplicates"] == 3
+    assert world.stream.counts["restarts"] == 0
+
+
+def test_what_waits_is_bounded_in_number_and_comes_again_by_replay():
+    world = well(policy=Policy(max_pending=3))
+    world.publish(1)
+    world.channel.clear()
+    world.publish(10)
+    world.deliver()
+    assert world.stream.waiting == 3
+    assert world.stream.counts["overflow"] == 7
+    world.wait(1.0)
+    assert world.verdict == "exact"
+    assert world.held == world.process.truth(14)
+
+
+def test_what_waits_is_bounded_in_bytes():
+    world = well(policy=Policy(max_pending_bytes=100))
+    world.publish(1)
+    world.channel.clear()
+    world.publish(10)
+    world.deliver()
+    assert 0 < world.stream.waiting < 10
+    world.wait(1.0)
+    assert world.held == world.process.truth(14)
+
+
+def test_a_sequence_number_from_nowhere_is_damage_and_not_a_gap():
+    world = well()
+    world.do(world.stream.live(1 << 50, batch(world.clock, "x"), world.now))
+    assert world.stream.counts["bad_seq_jump"] == 1
+    assert world.stream.counts["gaps"] == 0
+    world.wait(20.0)
+    assert world.verdict == "exact"
+
+
+# Replays
+
+
+def test_a_missing_end_marker_costs_time_and_nothing_else():
+    world = World()
+    world.publish(3)
+    world.connect()
+    for _ in range(3):
+        world.serve(end=False)
+        world.receive()
+        world.wait(0.6, serve=False)
+    assert world.verdict == "exact"
+    assert world.held == world.process.truth(3)
+    assert world.stream.counts["missing_end_markers"] == 1
+    assert world.stream.counts["lost_batches"] == 0
+
+
+def test_a_replay_that_is_cut_goes_on_where_it_stopped():
+    world = World()
+    world.publish(10)
+    world.connect()
+    for expected in (0, 3, 6):
+        assert world.requests[-1] == expected
+        world.serve(upto=4, end=False)
+        world.receive()
+        world.wait(0.6, serve=False)
+    world.serve()
+    world.receive()
+    assert world.verdict == "exact"
+    assert world.held == world.process.truth(10)
+    assert world.stream.counts["cut_replays"] >= 2
+
+
+def test_a_long_answer_is_asked_for_its_end_again():
+    world = World(policy=Policy(replay_confirm=4))
+    world.publish(10)
+    world.connect()
+    world.serve(upto=6)  # the end marker came through a queue that was full a moment before
+    world.receive()
+    assert world.verdict == "stale"
+    assert world.requests == [0, 5]
+    world.serve()
+    world.receive()
+    world.wait(0.2)
+    assert world.verdict == "exact"
+    assert world.held == world.process.truth(10)
+
+
+def test_a_replay_that_repeats_itself_is_given_up():
+    world = World(policy=Policy(replay_surplus=50))
+    world.publish(3)
+    world.connect()
+    first = world.process.buffer[0]
+    for _ in range(200):
+        world.do(world.stream.replayed(*first, world.now))
+    assert world.stream.counts["endless_replays"] == 1
+    assert world.held == world.process.truth(1)
+    world.wait(5.0)
+    assert world.verdict == "exact"
+
+
+def test_a_replay_that_never_ends_is_bounded_in_time():
+    world = World(policy=Policy(replay_deadline=5.0, replay_surplus=10**9))
+    world.publish(1)
+    world.connect()
+    first = world.process.buffer[0]
+    start = world.now
+    while world.stream.counts["endless_replays"] == 0:
+        world.do(world.stream.replayed(*first, world.now))
+        world.wait(0.2, serve=False)
+        assert world.now < start + 6
+    assert "replay_endless" in kinds(world)
+
+
+def test_what_arrives_of_a_replay_that_nobody_waits_for_is_counted():
+    world = well()
+    held = list(world.held)
+    world.do(world.stream.replayed(3, batch(world.clock, "late"), world.now))
+    world.do(world.stream.replay_ended(world.now))
+    assert world.held == held
+    assert world.stream.counts["late_replay"] == 2
+
+
+def test_time_counts_from_when_a_replay_was_really_asked_for():
+    stream = WorkerStream(replay=True)
+    stream.connected(0.0)
+    assert stream.deadline() is None  # in a queue
+    stream.replay_sent(100.0)
+    assert stream.deadline() == 102.0
+
+
+def test_a_replay_endpoint_of_another_stream_is_found_out():
+    world = World()
+    other = Process()
+    for number in range(3):
+        other.publish(batch(world.clock + 50 + number, f"other {number}"))
+    world.publish(3)
+    world.process.replay = other.replay
+    world.connect()
+    for _ in range(60):
+        world.wait(1.0)
+        world.publish()
+        world.deliver()
+    assert world.stream.counts["replay_conflicts"] == 1
+    assert "replay_conflict" in kinds(world)
+    assert world.verdict == "degraded"
+    assert not set(world.held) & {payload for _, payload in other.buffer}
+    clears = world.clears
+    world.wait(60.0)
+    assert world.clears == clears
+
+
+# Restarts
+
+
+def test_seq_moving_backwards_clears_and_builds_again():
+    world = well(5)
+    world.process = Process()
+    world.publish(3)
+    world.channel.popleft()
+    world.channel.popleft()  # 0 and 1 were lost while the socket was made again
+    world.deliver()
+    assert world.clears == 1
+    assert world.held == []
+    assert world.requests[-1] == 0
+    world.serve()
+    world.receive()
+    assert world.verdict == "exact"
+    assert world.held == world.process.truth(3)
+    assert world.stream.counts["restarts"] == 1
+
+
+def test_seq_moving_backwards_clears_even_without_a_replay():
+    world = well(0, replay=False)
+    world.publish(5)
+    world.deliver()
+    world.process = Process()
+    world.publish(2)
+    world.channel.popleft()
+    world.deliver()
+    assert world.clears == 1
+    assert world.held == world.process.published[1:]
+    assert world.verdict == "degraded"
+    assert world.stream.counts["lost_batches"] == 1
+
+
+def test_a_reconnect_to_the_same_process_keeps_everything_and_catches_up():
+    world = well(5)
+    world.disconnect()
+    assert world.verdict == "stale"
+    world.publish(2)
+    world.connect()
+    assert world.requests[-1] == 0
+    assert world.verdict == "stale"
+    world.publish(1)
+    world.deliver()
+    assert len(world.held) == 5  # waits until it is known who is there
+    world.serve()
+    world.receive()
+    assert world.clears == 0
+    assert world.held == world.process.truth(8)
+    assert world.verdict == "exact"
+    assert world.stream.counts["reconnects"] == 1
+
+
+@pytest.mark.parametrize("published", [0, 1, 4, 5, 6, 20])
+@pytest.mark.parametrize("live", [0, 1])
+def test_a_restarted_engine_is_recognised_wherever_it_is(published, live):
+    world = well(5)
+    world.restart()
+    world.publish(published)
+    world.connect()
+    world.publish(live)
+    world.deliver()
+    world.wait(1.0)
+    assert world.clears >= 1
+    assert world.stream.counts["restarts"] == 1
+    assert world.held == world.process.truth(published + live)
+    assert world.verdict == "exact"
+
+
+def test_a_restarted_engine_is_recognised_when_the_clock_was_set_back():
+    world = well(5)
+    world.restart()
+    world.clock -= 3600.0
+    world.publish(7)
+    world.connect()
+    world.wait(1.0)
+    assert world.held == world.process.truth(7)
+    assert world.stream.counts["restarts"] == 1
+
+
+def test_a_restarted_engine_whose_head_is_gone_does_not_continue_what_was_known():
+    world = well(4, buffer_steps=4)
+    world.restart()
+    world.publish(30)
+    world.connect()
+    world.wait(1.0)
+    assert world.clears == 1
+    assert world.verdict == "degraded"
+    assert world.held == [payload for _, payload in world.process.buffer]
+
+
+def test_an_old_batch_that_is_newer_than_the_last_one_is_of_another_process():
+    world = well(10, policy=Policy(memory=2))
+    world.restart()
+    world.clock += 10.0
+    world.publish(10)
+    world.connect()
+    world.serve()
+    world.receive(1)  # the first reply is enough
+    assert world.clears == 1
+    assert world.stream.counts["restarts"] == 1
+
+
+def test_older_timestamps_make_it_ask_whether_it_is_the_same_process():
+    world = well(3)
+    world.clock -= 100.0
+    world.publish(1)
+    world.deliver()
+    assert world.verdict == "stale"
+    assert world.requests[-1] == 0
+    world.serve()
+    world.receive()
+    assert world.verdict == "exact"
+    assert world.clears == 0  # it was: only its clock has moved
+    assert world.held == world.process.truth(4)
+
+
+def test_an_unsteady_clock_does_not_make_it_ask_all_the_time():
+    world = well(3)
+    for step in (-100.0, -100.0, -100.0):
+        world.clock += step
+        world.publish(1)
+        world.deliver()
+        world.serve()
+        world.receive()
+    assert world.stream.counts["clock_steps"] == 1
+    assert world.verdict == "exact"
+
+
+# Reconnecting with nobody to ask
+
+
+def known_without_replay() -> World:
+    world = World(replay=False)
+    world.connect()
+    world.publish(5)
+    world.deliver()
+    assert world.verdict == "exact"
+    return world
+
+
+def test_without_a_replay_a_reconnect_is_stale_until_something_is_heard():
+    world = known_without_replay()
+    world.disconnect()
+    world.connect()
+    world.wait(60.0)
+    assert world.verdict == "stale"
+
+
+def test_without_a_replay_the_next_number_after_a_reconnect_is_no_proof():
+    world = known_without_replay()
+    world.disconnect()
+    world.connect()
+    world.publish(1)
+    world.deliver()
+    assert world.verdict == "degraded"
+    assert world.clears == 0
+    world.publish(clear=True)
+    world.deliver()
+    assert world.verdict == "exact"
+
+
+def test_without_a_replay_a_batch_that_comes_again_after_a_reconnect_is_proof_enough():
+    world = known_without_replay()
+    last = (4, world.process.published[4])
+    world.disconnect()
+    world.connect()
+    world.do(world.stream.live(*last, world.now))
+    assert world.verdict == "exact"
+
+
+@pytest.mark.parametrize(("away", "cleared"), [(1.0, True), (0.002, False)])
+def test_without_a_replay_a_jump_ahead_is_a_restart_if_there_was_time_for_it(away, cleared):
+    world = known_without_replay()
+    world.disconnect()
+    world.now += away
+    world.publish(20)
+    world.connect()
+    world.publish(1)
+    world.deliver()
+    assert (world.clears == 1) is cleared
+    assert world.verdict == "degraded"
+
+
+def test_without_a_replay_an_older_time_after_a_reconnect_is_a_restart():
+    world = known_without_replay()
+    world.disconnect()
+    world.connect()
+    world.clock -= 100.0
+    world.publish(1)
+    world.deliver()
+    assert world.clears == 1
+    assert world.stream.counts["restarts"] == 1
+
+
+def test_without_a_replay_a_lower_number_after_a_reconnect_is_a_restart():
+    world = known_without_replay()
+    world.restart()
+    world.connect()
+    world.publish(2)
+    world.deliver()
+    assert world.clears == 1
+    assert world.verdict == "exact"
+    assert world.held == world.process.truth(2)
+
+
+# Degraded, and back
+
+
+def damaged(world: World) -> None:
+    world.publish(1)
+    world.channel[0] = (world.channel[0][0], GARBAGE)
+    world.deliver()
+
+
+def test_a_batch_that_can_not_be_applied_degrades_and_is_healed_by_the_publishers_copy():
+    world = well()
+    damaged(world)
+    assert world.verdict == "degraded"
+    assert world.stream.counts["lost_batches"] == 1
+    world.publish(2)
+    world.deliver()
+    world.wait(10.0)
+    assert world.verdict == "exact"
+    assert world.held == world.process.truth(6)
+    assert world.stream.counts["rebuilds"] == 1
+    assert "rebuild" in kinds(world)
+
+
+def test_a_batch_that_is_unreadable_at_its_publisher_too_is_not_rebuilt_for_ever():
+    world = well()
+    world.publish(readable=False)
+    world.publish(2)
+    world.deliver()
+    world.wait(120.0)
+    assert world.verdict == "degraded"
+    assert world.stream.counts["rebuilds"] == 0
+    assert world.clears == 0
+
+
+def test_a_clear_by_the_engine_is_a_clean_start():
+    world = well()
+    world.publish(encodable=False)
+    world.publish(1)
+    world.deliver()
+    world.wait(1.0)
+    assert world.verdict == "degraded"
+    world.publish(clear=True)
+    world.deliver()
+    assert world.verdict == "exact"
+    assert "clean" in kinds(world)
+
+
+def test_a_hole_accepted_while_nobody_answered_is_healed_when_somebody_does():
+    world = well()
+    world.publish(1)
+    world.channel.clear()
+    world.publish(1)
+    world.deliver()
+    world.wait(30.0, serve=False)
+    assert world.verdict == "degraded"
+    world.wait(10.0)
+    assert world.verdict == "exact"
+    assert world.held == world.process.truth(5)
+
+
+def test_a_history_that_is_gone_is_asked_for_once():
+    world = well(3, buffer_steps=4)
+    world.publish(encodable=False)
+    world.publish(6)
+    world.deliver()
+    world.wait(15.0)
+    assert world.verdict == "degraded"
+    asked = world.stream.counts["replays_asked"]
+    world.disconnect()  # no idle questions in between
+    world.wait(100.0)
+    assert world.stream.counts["replays_asked"] == asked
+
+
+def test_a_suspicion_finds_what_was_damaged_and_still_readable():
+    world = well()
+    world.publish(1)
+    seq, payload = world.channel[0]
+    world.channel[0] = (seq, payload.replace(b"BlockStored", b"BlockStorex"))
+    world.deliver()
+    assert world.verdict == "exact"  # nothing could tell
+    world.do(world.stream.suspect(world.now))
+    world.wait(5.0)
+    assert world.held == world.process.truth(4)
+    assert world.verdict == "exact"
+
+
+# Silence
+
+
+def test_a_silent_stream_asks_ever_more_rarely_whether_it_missed_the_end():
+    world = well()
+    start, before = world.now, len(world.requests)
+    world.wait(130.0)
+    assert world.verdict == "exact"
+    assert set(world.requests[before:]) == {2}
+    assert 6 <= len(world.requests) - before <= 11  # 0.5 s, doubled up to 30 s
+    assert world.now == start + 130.0
+
+
+def test_a_lost_end_is_found_in_silence():
+    world = well()
+    world.publish(2)
+    world.channel.clear()
+    world.wait(1.0)
+    assert world.held == world.process.truth(5)
+    assert world.stream.counts["tails_recovered"] == 2
+    assert world.verdict == "exact"
+
+
+def test_a_restart_behind_the_same_connection_is_found_in_silence():
+    world = well()
+    world.process = Process()
+    world.wait(2.0)
+    assert world.clears == 1
+    assert world.held == []
+    assert world.stream.counts["restarts"] == 1
+
+
+def test_a_hole_that_only_a_question_in_silence_has_shown_is_accepted_too():
+    world = well()
+    world.publish(encodable=False)
+    world.publish(1)
+    world.channel.clear()
+    world.wait(5.0)
+    assert world.verdict == "degraded"
+    assert world.stream.last_seq == 4
+    assert world.stream.counts["lost_batches"] == 1
+
+
+# Connections
+
+
+def test_reconnects_back_off_from_1_to_30_seconds_with_jitter():
+    delays = []
+    for uniform in (0.0, 0.999):
+        stream = WorkerStream(replay=True, uniform=lambda value=uniform: value)
+        row = []
+        for attempt in range(10):
+            actions = stream.disconnected(float(attempt), "refused")
+            row += [action.delay for action in actions if hasattr(action, "delay")]
+        delays.append(row)
+    low, high = delays
+    assert low[:5] == [1.0, 2.0, 4.0, 8.0, 16.0]
+    assert all(1.0 <= delay <= 30.0 for delay in low + high)
+    assert all(later > sooner for sooner, later in zip(low[:5], low[1:6], strict=True))
+    assert all(up > down for down, up in zip(low, high, strict=True))
+
+
+def test_a_connection_that_lasted_starts_the_back_off_again():
+    stream = WorkerStream(replay=True, uniform=lambda: 0.0)
+    for now in range(5):
+        stream.disconnected(float(now))
+    stream.connected(10.0)
+    brief = stream.disconnected(10.5)
+    assert next(action.delay for action in brief if hasattr(action, "delay")) > 10.0
+    stream.connected(40.0)
+    lasting = stream.disconnected(60.0)
+    assert next(action.delay for action in lasting if hasattr(action, "delay")) == 1.0
+
+
+def test_an_endpoint_that_refuses_is_one_incident_and_many_counts():
+    world = World()
+    for _ in range(5):
+        world.do(world.stream.disconnected(world.now, "refused"))
+    assert kinds(world) == ["unreachable"]
+    assert world.stream.counts["failed_connects"] == 5
+    assert world.verdict == "stale"
+
+
+def test_what_was_still_on_its_way_when_the_connection_went_is_applied():
+    world = well()
+    world.publish(2)
+    world.do(world.stream.disconnected(world.now))
+    world.deliver()
+    assert world.held == world.process.truth(5)
+    assert world.verdict == "stale"
+
+
+def test_a_gap_on_a_dead_connection_asks_nobody():
+    world = well()
+    world.publish(3)
+    world.channel.popleft()
+    world.do(world.stream.disconnected(world.now))
+    before = len(world.requests)
+    world.deliver()
+    assert len(world.requests) == before
+
+
+def test_incidents_are_few_however_many_batches_there_are():
+    world = well(0)
+    for _ in range(300):
+        world.publish(3)
+        world.deliver()
+    assert world.incidents == []
+    assert all(isinstance(incident, Incident) for incident in world.incidents)
