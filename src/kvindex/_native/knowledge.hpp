@@ -228,6 +228,24 @@ protected:
             }
         }
     }
+    bool same_tier(u32 a, u32 b) const { return holders_[a].medium == holders_[b].medium && holders_[a].group == holders_[b].group; }
+    // Whether a block of another size has a copy under this name in the same medium and group: where copies do not count, that is it.
+    bool counted_otherwise(u32 id, u32 h, Pos p, u32 ref, u64 name) const {
+        const Worker& w = *workers_[id];
+        const auto list = w.copies.find(ref);
+        const u32 set = set_at(p);
+        u64 first;
+        for (u32 o : w.holders) {
+            if (o == h || !same_tier(o, h) || (p.depth + 1) % holders_[o].factor) continue;
+            if (list == w.copies.end()) {
+                if (sets_.has(set, o) && first_name(id, p, ref, first) && first == name) return true;
+                continue;
+            }
+            for (const Copy& c : list->second)
+                if (c.id == name && c.holder == o && c.count) return true;
+        }
+        return false;
+    }
     // Counts one copy of a block under a name. The block may be new to the worker.
     void add_copy(u32 id, u32 h, const Pos* path, u64 name, bool live) {
         Worker& w = *workers_[id];
@@ -245,6 +263,7 @@ protected:
             list_copies(id, p, ref).push_back({name, kNone, 0});
             w.second[name] = ref;
         }
+        if (live && pods_[w.pod].set_presence && counted_otherwise(id, h, p, ref, name)) live = false;
         if (!live) {
             hold(id, h, path, factor, false);
             return;

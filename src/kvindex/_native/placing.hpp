@@ -205,11 +205,14 @@ protected:
                 d = stop;
             }
         }
+        // Blocks of several sizes in one medium and group have one presence together where it does not count.
+        const bool one_of_sizes = pods_[w.pod].set_presence &&
+                                  std::any_of(w.holders.begin(), w.holders.end(), [&](u32 o) { return o != a.holder && same_tier(o, a.holder); });
         for (const Segment& piece : pieces_) {
             const u32 set = piece.chain, from = piece.depth, to = piece.at;
             const u64* ids = a.ids + s.at + (from - s.depth);
             const bool knew = knows(w, set);
-            bool bits = !sets_.has(set, a.holder);
+            bool bits = !sets_.has(set, a.holder) && (!knew || !one_of_sizes);
             if (!knew) {
                 const Chain& c = chains_[s.chain];
                 for (u32 d = from; d < to; ++d) {
