@@ -12,7 +12,7 @@ from cpython.sequence cimport PySequence_Fast, PySequence_Fast_GET_SIZE, PySeque
 from kvindex._native cimport *
 
 from . import answers, arguments
-from .answers import VERDICTS, PodMatch
+from .answers import PodMatch
 from .errors import CapacityError, EventDecodeError, InvalidTypeError, InvalidValueError, UnknownPodError
 
 _ISAS, _KINDS = ("portable", "sse2", "avx2"), ("stored", "removed", "cleared", "other")
@@ -437,17 +437,17 @@ cdef class PrefixIndex:
 
     def mark_worker(self, pod, dp_rank, verdict):
         """The stream's verdict on a worker: "exact", "degraded" or "stale". The pod's state is the worst of all it is told and knows."""
-        cdef int told = arguments.choice(verdict, "verdict", VERDICTS)
+        cdef int told = arguments.choice(verdict, "verdict", answers.VERDICTS)
         cdef int64_t rank = arguments.rank(dp_rank)
         self.ix.mark(self.uid(pod), rank, told)
 
     def pod_state(self, pod):
         """"exact", "degraded" (a hole was accepted, or blocks could not be placed) or "stale"; the worst of its ranks. O(1)."""
-        return VERDICTS[max(0, self.ix.verdict(self.known(pod)))]
+        return answers.VERDICTS[max(0, self.ix.verdict(self.known(pod)))]
 
     def worker_stats(self, pod):
         """``{rank: {"blocks", "parked", "state"}}``: index blocks held (in every medium and group), stored hashes that wait. O(ranks)."""
-        return {f.rank: {"blocks": f.blocks, "parked": f.parked, "state": VERDICTS[f.state]} for f in self.ix.pod_figures(self.known(pod))}
+        return {f.rank: {"blocks": f.blocks, "parked": f.parked, "state": answers.VERDICTS[f.state]} for f in self.ix.pod_figures(self.known(pod))}
 
     def stats(self):
         """Figures of the whole index, O(1): blocks (distinct content), chains, sets, holders, pods, workers, parked, guesses, bytes (native

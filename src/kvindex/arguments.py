@@ -145,9 +145,6 @@ def packed_keys(extra_keys: Any) -> bytes:
     for i, entry in enumerate(extra_keys):
         if entry is not None and not isinstance(entry, (list, tuple)):
             raise InvalidTypeError(f"extra_keys[{i}] is {entry!r}; an entry is None or a list of keys")
-        for key in entry or ():
-            if not isinstance(key, (str, int, float, bytes, list, tuple, type(None))):
-                raise InvalidTypeError(f"extra_keys[{i}] has {key!r}; keys are str, int, bytes or (id, offset) pairs")
     try:
         return bytes(msgpack.packb(list(extra_keys), unicode_errors="surrogateescape"))
     except (TypeError, ValueError, OverflowError) as error:
