@@ -1,15 +1,27 @@
-"""A publisher, its channel and an index, all imaginary, around the pure stream machine.
+"""What the tests of streams share.
 
-The truth is kept by the publisher: which batches it has published. The index is a list of the payloads that were applied.
-Nothing here reads the machine's own counters, so it can say whether what the machine claims is so.
+:class:`World` is a publisher, its channel and an index, all imaginary, around the pure stream machine. The truth is kept by
+the publisher: which batches it has published. The index is a list of the payloads that were applied. Nothing there reads the
+machine's own counters, so it can say whether what the machine claims is so.
+
+:class:`LivePublisher` is a simulated publisher with real sockets in a thread, :data:`BRISK` a policy for tests that do not
+want to wait for the field's times.
 """
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgpack
+import zmq
+
+from kvindex.sim.publisher import Publisher
 
 from kvindex.sync.stream import (
     CancelReplay,
@@ -226,3 +238,115 @@ class World:
             assert truth is not None, "exact, though a batch never left the engine"
             assert self.held == truth
         assert self.verdict == self.stream.verdict
+
+
+BRISK = Policy(
+    reconnect=(0.05, 0.3),
+    replay_timeout=0.4,
+    replay_pause=0.1,
+    replay_retry=(0.02, 0.2),
+    idle_probe=(0.1, 1.0),
+    heal=(0.2, 0.5),
+)
+
+
+class LivePublisher:
+    """Publishers of the ranks of one pod, on real sockets, served by a thread, with blocks that say which they are.
+
+    Batch number n stores block n below block n - 1, with tokens that only it has, so an index that applied all of it
+    matches the whole chain. ``chain(rank)`` is the tokens of all that was published since the last clear.
+    """
+
+    def __init__(self, *, ranks: int = 1, block_size: int = 4, name: str = "pod", **options: Any) -> None:
+        self.name = name
+        self.block_size = block_size
+        self.context = zmq.Context()
+        options = {"topic": f"kv@{name}@m", **options}
+        endpoint = options.pop("endpoint", "tcp://127.0.0.1:*")
+        answers = options.pop("replay_endpoint", "tcp://127.0.0.1:*")
+        self.publishers = [Publisher(self.context, endpoint, answers, **options) for _ in range(ranks)]
+        self.lock = threading.Lock()
+        self.count = [0] * ranks
+        self.first = [0] * ranks
+        self.life = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while not self._stop.wait(0.002):
+            with self.lock:
+                for publisher in self.publishers:
+                    publisher.serve()
+
+    @property
+    def ranks(self) -> dict[int, tuple[str, str | None]]:
+        return {rank: (each.endpoint, each.replay_endpoint) for rank, each in enumerate(self.publishers)}
+
+    @property
+    def faults(self):
+        return self.publishers[0].faults
+
+    def block(self, rank: int, number: int) -> list[int]:
+        start = ((self.life * 8 + rank) * 100_000 + number) * self.block_size
+        return [(start + place) % (1 << 32) for place in range(self.block_size)]
+
+    def publish(self, count: int = 1, *, rank: int = 0, clear: bool = False) -> None:
+        with self.lock:
+            for _ in range(count):
+                number = self.count[rank]
+                self.count[rank] += 1
+                if clear:
+                    self.first[rank] = number + 1
+                    event: list[Any] = ["AllBlocksCleared"]
+                else:
+                    parent = None if number == self.first[rank] else number
+                    event = ["BlockStored", [number + 1], parent, self.block(rank, number), self.block_size, None]
+                self.publishers[rank].publish(msgpack.packb([time.time(), [event], rank]))
+
+    def publish_raw(self, payload: bytes, *, rank: int = 0) -> None:
+        with self.lock:
+            self.count[rank] += 1
+            self.publishers[rank].publish(payload)
+
+    def chain(self, rank: int = 0) -> list[int]:
+        return [token for number in range(self.first[rank], self.count[rank]) for token in self.block(rank, number)]
+
+    def restart(self) -> None:
+        with self.lock:
+            self.life += 1
+            for publisher in self.publishers:
+                publisher.restart()
+            self.count = [0] * len(self.count)
+            self.first = [0] * len(self.first)
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        for publisher in self.publishers:
+            publisher.close()
+        self.context.term()
+
+    def __enter__(self) -> LivePublisher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def until(done: Callable[[], object], seconds: float = 20.0) -> None:
+    """Wait for something to become so; how long is not what a test is about, so the limit is far away."""
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end, "it did not become so"
+        time.sleep(0.005)
+
+
+@contextmanager
+def nothing_left_behind() -> Iterator[None]:
+    """Threads and file descriptors of this process are as many after as before."""
+    import os
+
+    before = {thread.name for thread in threading.enumerate()}, len(os.listdir("/proc/self/fd"))
+    yield
+    until(lambda: ({thread.name for thread in threading.enumerate()}, len(os.listdir("/proc/self/fd"))) == before)

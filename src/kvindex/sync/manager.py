@@ -32,6 +32,7 @@ from .stream import (
     Policy,
     Reconnect,
     RequestReplay,
+    Verdict,
     WorkerStream,
 )
 
@@ -93,7 +94,10 @@ class _Worker:
         self.due: float | None = None
         self.gone = False
         self.connection: int | None = None  # of a bound endpoint
-        self.state = "stale"
+        # What is carried out: the stream itself is ahead of it while its actions are.
+        self.verdict: Verdict = "stale"
+        self.last_seq: int | None = None
+        self.state = "stale"  # the worse of the verdict and the index's own
         self.lag: float | None = None
         self.events: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
@@ -275,7 +279,7 @@ class EventManager:
             if pod is None:
                 raise self._unknown(name)
             workers = list(pod.workers.values())
-            if not workers or any(worker.stream.verdict == "stale" for worker in workers):
+            if not workers or any(worker.verdict == "stale" for worker in workers):
                 return False
         return True
 
@@ -391,7 +395,7 @@ class EventManager:
         for pod in list(self._pods.values()):
             for worker in list(pod.workers.values()):
                 self._close_worker(worker)
-                worker.stream.verdict, worker.stream.reason = "stale", "the manager is closed"
+                worker.verdict, worker.stream.reason = "stale", "the manager is closed"
                 try:
                     self._index.mark_worker(worker.pod, worker.rank, "stale")
                 except Exception:
@@ -422,7 +426,8 @@ class EventManager:
         self._alive()
         if not isinstance(source, PodSource):
             raise InvalidTypeError(f"a pod is added by a PodSource, not by {type(source).__name__}")
-        if source.name in self._pods:
+        present = self._pods.get(source.name)
+        if present is not None and present.came_to is None:
             raise StreamError(f"pod {source.name!r} is followed already; remove it first to follow it anew")
         size, own = source.block_size, self._index.block_size
         if size is not None and size % own:
@@ -434,8 +439,10 @@ class EventManager:
         if bound and not self._bound:
             raise InvalidValueError(f"pod {source.name!r} has no endpoint, and nothing is bound that it could connect to")
         topic = (source.topic or f"kv@{source.name}@{source.model}").encode()
-        if bound and topic in self._topics:
+        if bound and self._topics.get(topic, source.name) != source.name:
             raise StreamError(f"topic {topic.decode()!r} is pod {self._topics[topic]!r}'s already")
+        if present is not None:
+            self._remove(source.name)  # it came by itself, before anybody could say what it is
         pod = _Pod(source)
         self._enlist(pod)
         if bound:
@@ -641,12 +648,14 @@ class EventManager:
                     worker.explained.clear()
                 case Mark(verdict):
                     self._index.mark_worker(worker.pod, worker.rank, verdict)
+                    worker.verdict, worker.last_seq = verdict, worker.stream.last_seq
                     self._compare_state(worker)
                 case Reconnect(delay):
                     if worker.at.endpoint is not None:
                         worker.reconnect_at = now + delay
                 case Incident(what, detail):
                     self._say(worker, what, detail, now)
+        worker.last_seq = worker.stream.last_seq
 
     def _ingest(self, worker: _Worker, action: Ingest, actions: list[Action], now: float) -> None:
         try:
@@ -848,16 +857,15 @@ class EventManager:
             self._changed.notify_all()
 
     def _state(self, worker: _Worker, figures: dict[str, Any] | None = None) -> tuple[str, str]:
-        stream = worker.stream
         if figures is None:
             try:
                 figures = self._index.worker_stats(worker.pod).get(worker.rank, {})
             except KeyError:
                 figures = {}
-        own = figures.get("state", stream.verdict)
-        if WORST_FIRST.index(own) < WORST_FIRST.index(stream.verdict):
+        own = figures.get("state", worker.verdict)
+        if WORST_FIRST.index(own) < WORST_FIRST.index(worker.verdict):
             return own, "blocks could not be placed"
-        return stream.verdict, stream.reason
+        return worker.verdict, worker.stream.reason
 
     def _describe(self, worker: _Worker, figures: dict[str, Any]) -> WorkerStatus:
         stream = worker.stream
@@ -872,7 +880,7 @@ class EventManager:
             state=state,
             reason=reason,
             connected=stream.is_connected,
-            last_seq=stream.last_seq,
+            last_seq=worker.last_seq,
             last_ts=stream.last_ts,
             lag=worker.lag,
             replaying=stream.replaying,

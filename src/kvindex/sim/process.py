@@ -1,0 +1,416 @@
+"""A simulated pod as a process of its own: engines that serve, publishers that publish, and a socket to be told things.
+
+:class:`SimPod` is what runs inside (``kvindex sim``); :class:`SimProcess` starts, asks, pauses and kills one from outside.
+The pod knows the truth about itself, so a test, a demo or a harness can compare an index with it over any distance.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import count
+from typing import Any, Literal, Self
+
+import msgpack
+import numpy as np
+import numpy.typing as npt
+import zmq
+
+from ..errors import InvalidValueError, StreamError
+from .engine import Engine, Prompt, Request
+from .publisher import Faults, Publisher, offset_port, topic_in_replay
+from .wire import HashForm, encode_batch, wire_form
+from .workload import Arrival, chat
+
+__all__ = ["SimConfig", "SimPod", "SimProcess"]
+
+Tokens = npt.NDArray[np.uint32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimConfig:
+    """What a simulated pod is. Ports: 0 takes a free one; rank r is at the port r higher than rank 0's."""
+
+    name: str = "pod-0"
+    model: str = "sim"
+    form: str = "vllm-0.33.0"
+    hashes: HashForm | None = None
+    ranks: int = 1
+    blocks: int = 4000
+    block_size: int = 16
+    window: int | None = None
+    """Tokens of a second, sliding-window group; None has none."""
+    hash_seed: str = ""
+    host: str = "127.0.0.1"
+    port: int = 0
+    replay_port: int | None = 0
+    """None answers no replays."""
+    control_port: int = 0
+    connect: str | None = None
+    """An endpoint that the pod connects to instead of binding ``port``."""
+    topic: str | None = None
+    """None is ``kv@NAME@MODEL``."""
+    buffer_steps: int = 10_000
+    rate: float = 0.0
+    """Requests a second that the pod serves by itself; 0 serves only what it is told to."""
+    concurrent: int = 4
+    """Requests that are being served at a time."""
+    seed: int = 0
+    """Of the workload; pods of one seed serve the same conversations."""
+
+
+class SimPod:
+    """One pod: an engine and a publisher per rank, its own workload, and the control socket.
+
+    :meth:`run` is the process; :meth:`step` one turn of it. One thread.
+    """
+
+    def __init__(self, config: SimConfig) -> None:
+        if config.ranks < 1 or config.blocks < 1 or config.rate < 0 or config.concurrent < 1:
+            raise InvalidValueError(f"ranks, blocks and concurrent must be positive and rate not negative: {config}")
+        self.config = config
+        self.form = wire_form(config.form, config.hashes)
+        self.requests = 0
+        self.rate = config.rate
+        self.stopping = False
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._engines = [self._engine() for _ in range(config.ranks)]
+        self._running: list[deque[tuple[Request, Tokens]]] = [deque() for _ in range(config.ranks)]
+        self._publishers = [self._publisher(rank) for rank in range(config.ranks)]
+        self._control: zmq.Socket[bytes] = self._context.socket(zmq.REP)
+        self._control.linger = 0
+        self._control.bind(f"tcp://{config.host}:{config.control_port or '*'}")
+        self._poller = zmq.Poller()
+        self._poller.register(self._control, zmq.POLLIN)
+        self._watch()
+        self._workload = self._arrivals()
+        self._next_request = time.monotonic()
+        for rank in range(config.ranks):
+            self._flush(rank)
+
+    def _engine(self) -> Engine:
+        config = self.config
+        window = {"window": config.window} if config.window is not None else {}
+        return Engine(
+            config.blocks, config.block_size, flavor=self.form.engine, hash_seed=config.hash_seed.encode(), **window
+        )
+
+    def _publisher(self, rank: int) -> Publisher:
+        config = self.config
+        topic = f"kv@{config.name}@{config.model}" if config.topic is None else config.topic
+        own = offset_port(f"tcp://{config.host}:{config.port or '*'}", rank)
+        answers = None
+        if config.replay_port is not None:
+            answers = offset_port(f"tcp://{config.host}:{config.replay_port or '*'}", rank)
+        return Publisher(
+            self._context, config.connect or own, answers, topic=topic, buffer_steps=config.buffer_steps,
+            with_topic=topic_in_replay(config.form), connect=config.connect is not None,
+        )  # fmt: skip
+
+    def _watch(self) -> None:
+        for publisher in self._publishers:
+            if publisher.router is not None:
+                self._poller.register(publisher.router, zmq.POLLIN)
+
+    def _arrivals(self) -> Iterator[Arrival]:
+        for cycle in count():
+            yield from chat(conversations=32, turns=4, system_tokens=256, rate=8.0, seed=self.config.seed * 1000 + cycle)
+
+    def ready(self) -> dict[str, Any]:
+        """Where everything is, for whoever started this."""
+        endpoint: str = self._control.last_endpoint.rstrip(b"\0").decode()
+        return {
+            "name": self.config.name,
+            "model": self.config.model,
+            "block_size": self.config.block_size,
+            "ranks": {
+                rank: [None if self.config.connect else publisher.endpoint, publisher.replay_endpoint]
+                for rank, publisher in enumerate(self._publishers)
+            },
+            "control": endpoint,
+            "pid": os.getpid(),
+        }
+
+    # Serving
+
+    def serve(self, prompt: Prompt, output: Tokens, rank: int, *, finish: bool = True) -> int:
+        """Serve one request; gives how many tokens of it were there already."""
+        engine, running = self._engines[rank], self._running[rank]
+        while (request := engine.start(prompt)) is None:
+            if not running:
+                raise InvalidValueError(f"a prompt of {len(prompt)} tokens does not fit into {self.config.blocks} blocks")
+            self._finish(rank)
+        self.requests += 1
+        self._flush(rank)
+        running.append((request, output))
+        while running and (finish or len(running) > self.config.concurrent):
+            self._finish(rank)
+        return request.hit
+
+    def _finish(self, rank: int) -> None:
+        engine = self._engines[rank]
+        request, output = self._running[rank].popleft()
+        if len(output):
+            engine.decode(request, output)
+        self._flush(rank)
+        engine.finish(request)
+        self._flush(rank)
+
+    def _flush(self, rank: int) -> None:
+        events = self._engines[rank].take_events()
+        if events:
+            self._publishers[rank].publish(encode_batch(events, self.form, ts=time.time(), dp_rank=rank))
+
+    def serve_next(self) -> None:
+        """Serve the next request of the pod's own workload."""
+        arrival = next(self._workload)
+        self.serve(arrival.prompt, arrival.output, self.requests % self.config.ranks, finish=False)
+
+    # The process
+
+    def step(self, longest: float = 1.0) -> None:
+        """Wait until there is something to do, at most ``longest`` seconds, and do it."""
+        now = time.monotonic()
+        waits = [longest, *(wait for wait in [publisher.serve() for publisher in self._publishers] if wait is not None)]
+        if self.rate > 0:
+            waits.append(max(0.0, self._next_request - now))
+        for sock, _ in self._poller.poll(math.ceil(min(waits) * 1000)):
+            if sock is self._control:
+                self._answer()
+        now = time.monotonic()
+        while self.rate > 0 and self._next_request <= now:
+            self.serve_next()
+            # What could not be served in time is not made up for: a paused process does not burst.
+            self._next_request = max(self._next_request + 1.0 / self.rate, now - 0.1)
+
+    def run(self) -> None:
+        """Until told to stop, or until the process that started this is gone."""
+        while not self.stopping:
+            self.step()
+        self.close()
+
+    def close(self) -> None:
+        for publisher in self._publishers:
+            publisher.close()
+        self._control.close(0)
+        self._context.term()
+
+    # What it can be told
+
+    def _answer(self) -> None:
+        try:
+            question = msgpack.unpackb(self._control.recv())
+            reply = getattr(self, f"_op_{question.pop('op')}")(**question)
+        except Exception as error:  # noqa: BLE001 - whatever is asked, the pod goes on
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        self._control.send(msgpack.packb(reply))
+
+    def _op_status(self) -> dict[str, Any]:
+        return {
+            "requests": self.requests,
+            "seqs": {rank: publisher.seq for rank, publisher in enumerate(self._publishers)},
+            "blocks": {rank: engine.cached_blocks for rank, engine in enumerate(self._engines)},
+            "replays": {rank: publisher.replays for rank, publisher in enumerate(self._publishers)},
+        }
+
+    def _op_truth(self, tokens: bytes, lora_name: str | None = None, cache_salt: str | None = None) -> dict[str, Any]:
+        prompt = Prompt(np.frombuffer(tokens, dtype="<u4"), lora_name=lora_name, cache_salt=cache_salt)
+        asked = len(self._engines[0].query_tokens(prompt.tokens))
+        return {"asked": asked, "hits": {rank: engine.hit_prompt(prompt) for rank, engine in enumerate(self._engines)}}
+
+    def _op_serve(
+        self, tokens: bytes, output: bytes = b"", rank: int = 0, lora_name: str | None = None,
+        lora_id: int | None = None, cache_salt: str | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        prompt = Prompt(
+            np.frombuffer(tokens, dtype="<u4"), lora_name=lora_name, lora_id=lora_id, cache_salt=cache_salt
+        )
+        hit = self.serve(prompt, np.frombuffer(output, dtype="<u4").astype(np.uint32), rank)
+        return {"hit": hit, "seqs": self._op_status()["seqs"]}
+
+    def _op_run(self, requests: int) -> dict[str, Any]:
+        for _ in range(requests):
+            self.serve_next()
+        return self._op_status()
+
+    def _op_rate(self, rate: float) -> dict[str, Any]:
+        self.rate = rate
+        self._next_request = time.monotonic()
+        return self._op_status()
+
+    def _op_fault(self, rank: int | None = None, **what: Any) -> dict[str, Any]:
+        known = {each.name for each in fields(Faults)}
+        if strange := set(what) - known:
+            raise InvalidValueError(f"no faults {sorted(strange)}; there are {sorted(known)}")
+        for number, publisher in enumerate(self._publishers):
+            if rank in (None, number):
+                for name, value in what.items():
+                    setattr(publisher.faults, name, value)
+        return {"faults": [asdict(publisher.faults) for publisher in self._publishers]}
+
+    def _op_reset(self) -> dict[str, Any]:
+        done = []
+        for rank, engine in enumerate(self._engines):
+            while self._running[rank]:
+                self._finish(rank)
+            done.append(engine.reset())
+            self._flush(rank)
+        return {"reset": done}
+
+    def _op_restart(self) -> dict[str, Any]:
+        for publisher in self._publishers:
+            if publisher.router is not None:
+                self._poller.unregister(publisher.router)
+            publisher.restart()
+        self._watch()
+        self._engines = [self._engine() for _ in range(self.config.ranks)]
+        for rank, running in enumerate(self._running):
+            running.clear()
+            self._flush(rank)
+        return self.ready()
+
+    def _op_stop(self) -> dict[str, Any]:
+        self.stopping = True
+        return {}
+
+
+class SimProcess:
+    """A ``kvindex sim`` process from outside: start it, ask it, pause it, kill it, start it again where it was.
+
+    A context manager that leaves no process behind. One thread. Raises :class:`StreamError` when the process does not
+    come up, does not answer within ``timeout`` seconds, or answers with an error.
+    """
+
+    def __init__(self, config: SimConfig | None = None, *, timeout: float = 20.0, **options: Any) -> None:
+        self.config = config or SimConfig(**options)
+        self._timeout = timeout
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._socket: zmq.Socket[bytes] | None = None
+        self._process: subprocess.Popen[str] | None = None
+        self.ready: dict[str, Any] = {}
+        self.launch()
+
+    def launch(self) -> None:
+        """Start the process, at the ports that an earlier one of this object had."""
+        config = self.config
+        options = []
+        for each in fields(config):
+            value = getattr(config, each.name)
+            if value is not None:
+                options.append(f"--{each.name.replace('_', '-')}={value}")
+            elif each.name == "replay_port":
+                options.append("--no-replay")
+        command = [sys.executable, "-c", "import sys; from kvindex.cli.sim import main; sys.exit(main())", *options]
+        self._process = subprocess.Popen(
+            [*command, "--follow-parent"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise StreamError(f"{config.name} did not come up: exit status {self._process.wait()}")
+        self.ready = json.loads(line)
+        ports = {"control_port": _port(self.ready["control"])}
+        endpoint, answers = self.ready["ranks"]["0"]
+        # Only one rank's ports can be asked for again; those of several follow each other only if they were given.
+        if endpoint and config.ranks == 1:
+            ports["port"] = _port(endpoint)
+        if answers and config.ranks == 1:
+            ports["replay_port"] = _port(answers)
+        self.config = SimConfig(**{**asdict(config), **ports})
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def ranks(self) -> dict[int, tuple[str, str | None]]:
+        """Endpoint and replay endpoint of every rank: what a :class:`PodSource` takes."""
+        return {int(rank): (pair[0], pair[1]) for rank, pair in self.ready["ranks"].items()}
+
+    def ask(self, op: str, **what: Any) -> dict[str, Any]:
+        """Tell it something; gives its answer. See the ``_op_`` methods of :class:`SimPod`."""
+        if self._socket is None:
+            self._socket = self._context.socket(zmq.REQ)
+            self._socket.linger = 0
+            self._socket.connect(self.ready["control"])
+        self._socket.send(msgpack.packb({"op": op, **what}))
+        if not self._socket.poll(int(self._timeout * 1000)):
+            self._hang_up()
+            raise StreamError(f"{self.config.name} does not answer {op!r}")
+        reply: dict[str, Any] = msgpack.unpackb(self._socket.recv(), strict_map_key=False)
+        if "error" in reply:
+            raise StreamError(f"{self.config.name}: {reply['error']}")
+        return reply
+
+    def truth(self, tokens: npt.ArrayLike, **context: Any) -> tuple[int, dict[int, int]]:
+        """How many tokens of the prompt it looks up, and how many of them each rank holds."""
+        reply = self.ask("truth", tokens=np.asarray(tokens, dtype="<u4").tobytes(), **context)
+        return reply["asked"], reply["hits"]
+
+    def serve(self, tokens: npt.ArrayLike, output: Sequence[int] = (), **context: Any) -> dict[str, Any]:
+        """Let it serve one request to its end."""
+        return self.ask(
+            "serve", tokens=np.asarray(tokens, dtype="<u4").tobytes(),
+            output=np.asarray(output, dtype="<u4").tobytes(), **context,
+        )  # fmt: skip
+
+    def seqs(self) -> Mapping[int, int]:
+        """The next sequence number of every rank."""
+        found: dict[int, int] = self.ask("status")["seqs"]
+        return found
+
+    def kill(self) -> None:
+        """End it at once, as a crash does."""
+        self._signal(signal.SIGKILL)
+        self._reap()
+
+    def pause(self) -> None:
+        """Stop it with its sockets open, as a hanging process is."""
+        self._signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def stop(self) -> None:
+        """End it; fine when it has ended."""
+        if self._process is not None and self._process.poll() is None:
+            self._signal(signal.SIGKILL)
+        self._reap()
+        if not self._context.closed:
+            self._context.term()
+
+    def _signal(self, number: Literal[signal.Signals.SIGKILL] | signal.Signals) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(number)
+
+    def _hang_up(self) -> None:
+        if self._socket is not None:
+            self._socket.close(0)
+            self._socket = None
+
+    def _reap(self) -> None:
+        self._hang_up()
+        if self._process is not None:
+            self._process.wait()
+            for pipe in (self._process.stdin, self._process.stdout):
+                if pipe is not None:
+                    pipe.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def _port(endpoint: str) -> int:
+    return int(endpoint.rpartition(":")[2])

@@ -1,0 +1,653 @@
+"""The manager over real sockets: publishers in this process, one of every fault, and pods that must notice nothing."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import msgpack
+import pytest
+import zmq
+from sync_support import BRISK, LivePublisher, nothing_left_behind, until
+
+from kvindex import InvalidTypeError, InvalidValueError, PrefixIndex, StreamError, UnknownPodError
+from kvindex.sync.manager import EventManager
+from kvindex.sync.source import PodSource
+
+
+@pytest.fixture
+def index() -> PrefixIndex:
+    return PrefixIndex(block_size=4)
+
+
+@pytest.fixture
+def manager(index: PrefixIndex) -> Iterator[EventManager]:
+    with nothing_left_behind(), EventManager(index, policy=BRISK) as made:
+        yield made
+
+
+@pytest.fixture
+def pod() -> Iterator[LivePublisher]:
+    with LivePublisher() as made:
+        yield made
+
+
+def source(pod: LivePublisher, **options) -> PodSource:
+    return PodSource(pod.name, **{"ranks": pod.ranks, "model": "m", **options})
+
+
+def caught_up(manager: EventManager, pod: LivePublisher) -> bool:
+    status = manager.status()[pod.name]
+    return manager.is_current([pod.name]) and all(
+        status.workers[rank].last_seq == count - 1 for rank, count in enumerate(pod.count) if count
+    )
+
+
+def matched(index: PrefixIndex, pod: LivePublisher, rank: int = 0) -> int:
+    match = index.match_prefix(pod.chain(rank), model="m")
+    return match[pod.name].ranks.get(rank, 0) if pod.name in match.tokens else 0
+
+
+def check_equal(index: PrefixIndex, pod: LivePublisher) -> None:
+    for rank in range(len(pod.publishers)):
+        assert matched(index, pod, rank) == len(pod.chain(rank))
+    index._check()
+
+
+# Well-behaved
+
+
+def test_what_was_published_before_and_after_is_there(index, manager, pod):
+    pod.publish(5)
+    manager.add_pod(source(pod))
+    assert manager.wait_until_current(20.0)
+    check_equal(index, pod)
+    pod.publish(5)
+    until(lambda: caught_up(manager, pod))
+    check_equal(index, pod)
+    status = manager.status()["pod"]
+    assert (status.state, status.connected, status.last_seq, status.gaps, status.restarts) == ("exact", True, 9, 0, 0)
+    assert (status.batches, status.blocks, status.parked, status.errors) == (10, 10, 0, {})
+    assert status.workers[0].events["stored"] == 10
+    assert 0 <= status.lag < 20
+    assert index.pod_state("pod") == "exact"
+
+
+def test_every_rank_has_its_own_port_and_its_own_numbers(index, manager):
+    with LivePublisher(ranks=3) as pod:
+        for rank in range(3):
+            pod.publish(rank + 2, rank=rank)
+        manager.add_pod(source(pod))
+        assert manager.wait_until_current(20.0)
+        check_equal(index, pod)
+        assert {rank: worker.last_seq for rank, worker in manager.status()["pod"].workers.items()} == {0: 1, 1: 2, 2: 3}
+
+
+def test_ports_that_follow_each_other_need_no_list(index, manager):
+    with LivePublisher(ranks=1) as pod:
+        pod.publish(2)
+        (endpoint, replay), = pod.ranks.values()
+        manager.add_pod(PodSource("pod", endpoint=endpoint, replay_endpoint=replay, model="m", dp_size=1))
+        assert manager.wait_until_current(20.0)
+        check_equal(index, pod)
+
+
+@pytest.mark.parametrize("with_topic", [False, True])
+def test_both_framings_of_a_replay(index, manager, with_topic):
+    with LivePublisher(with_topic=with_topic) as pod:
+        pod.publish(400)  # long enough to be asked for its end again
+        manager.add_pod(source(pod))
+        assert manager.wait_until_current(20.0)
+        check_equal(index, pod)
+        assert manager.status()["pod"].workers[0].counters["long_replays"] == 1
+
+
+def test_names_are_looked_up(index, manager, pod):
+    pod.publish(3)
+    ranks = {0: tuple(each.replace("127.0.0.1", "localhost") for each in pod.ranks[0])}
+    manager.add_pod(source(pod, ranks=ranks))
+    assert manager.wait_until_current(20.0)
+    check_equal(index, pod)
+
+
+def test_ipc_endpoints(index, manager, tmp_path):
+    options = {"endpoint": f"ipc://{tmp_path}/live", "replay_endpoint": f"ipc://{tmp_path}/replay"}
+    with LivePublisher(**options) as pod:
+        pod.publish(3)
+        manager.add_pod(source(pod))
+        assert manager.wait_until_current(20.0)
+        pod.publish(3)
+        until(lambda: caught_up(manager, pod))
+        check_equal(index, pod)
+
+
+def test_inproc_endpoints_by_a_shared_context(index):
+    with LivePublisher(endpoint="inproc://live", replay_endpoint="inproc://replay") as pod:
+        pod.publish(3)
+        with EventManager(index, policy=BRISK, context=pod.context) as manager:
+            manager.add_pod(source(pod))
+            assert manager.wait_until_current(20.0)
+            pod.publish(3)
+            until(lambda: caught_up(manager, pod))
+            check_equal(index, pod)
+
+
+def test_without_a_replay_endpoint_a_late_start_says_so(index, manager):
+    with LivePublisher(replay_endpoint=None) as pod:
+        pod.publish(3)
+        manager.add_pod(source(pod))
+        assert manager.wait_until_current(20.0)
+        until(lambda: manager.status()["pod"].connected)
+        assert index.pod_state("pod") == "degraded"
+        until(lambda: pod.publish(1) or (manager.status()["pod"].last_seq or 0) >= 4)
+        status = manager.status()["pod"]
+        assert status.state == "degraded"
+        assert status.lost_batches >= 3
+        assert index.match_prefix(pod.chain(), model="m", only_exact=True).tokens == {}
+
+
+# Faults
+
+
+FAULTS = {
+    "drop": {"drop": 3},
+    "duplicate": {"duplicate": 5},
+    "reorder": {"reorder": 2},
+    "delay": {"delay": 0.05},
+    "bad frames": {"bad_frames": 2},
+    "damage": {"damage": 2},
+    "mute": {"mute": True},
+    "replay without an end": {"drop": 2, "replay_no_end": True},
+    "replay cut": {"drop": 2, "replay_cut": 3},
+    "replay late": {"drop": 2, "replay_delay": 0.2},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_every_fault_is_healed_and_another_pod_notices_nothing(index, manager, pod, fault):
+    with LivePublisher(name="other") as other:
+        changes = []
+        other.publish(2)
+        pod.publish(2)
+        manager.add_pod(source(pod))
+        manager.add_pod(source(other))
+        assert manager.wait_until_current(20.0)
+        manager.on_change(lambda change: changes.append(change.pod))
+        for name, value in fault.items():
+            setattr(pod.faults, name, value)
+        for _ in range(5):
+            pod.publish(2)
+            other.publish(2)
+        until(lambda: caught_up(manager, other))
+        check_equal(index, other)
+        until(lambda: caught_up(manager, pod) and index.pod_state("pod") == "exact")
+        check_equal(index, pod)
+        assert "other" not in changes
+        assert manager.status()["other"].errors == {}
+
+
+def test_a_fault_that_nothing_heals_is_degraded_and_counted(index, manager, pod):
+    pod.publish(2)
+    manager.add_pod(source(pod))
+    assert manager.wait_until_current(20.0)
+    pod.faults.unencodable = 1
+    pod.publish(3)
+    until(lambda: manager.status()["pod"].last_seq == 4 and manager.is_current())
+    status = manager.status()["pod"]
+    assert (status.state, status.gaps, status.lost_batches) == ("degraded", 1, 1)
+    assert status.workers[0].replays_failed == 1
+    pod.publish(1, clear=True)
+    pod.publish(2)
+    until(lambda: caught_up(manager, pod) and index.pod_state("pod") == "exact")
+    check_equal(index, pod)
+
+
+def test_a_silent_replay_endpoint_degrades_and_heals_when_it_speaks(index, manager, pod):
+    pod.publish(2)
+    manager.add_pod(source(pod))
+    assert manager.wait_until_current(20.0)
+    pod.faults.replay_silent = True
+    pod.faults.drop = 1
+    pod.publish(3)
+    until(lambda: index.pod_state("pod") == "stale")
+    until(lambda: index.pod_state("pod") == "degraded")
+    assert manager.status()["pod"].lost_batches == 1
+    pod.faults.replay_silent = False
+    until(lambda: index.pod_state("pod") == "exact")
+    check_equal(index, pod)
+    assert manager.status()["pod"].workers[0].counters["rebuilds"] == 1
+
+
+def test_a_replay_that_never_ends_holds_up_nobody(index, manager, pod):
+    with LivePublisher(name="other") as other:
+        pod.publish(3)
+        pod.faults.replay_endless = True
+        manager.add_pod(source(pod))
+        other.publish(3)
+        manager.add_pod(source(other))
+        until(lambda: caught_up(manager, other))
+        check_equal(index, other)
+        until(lambda: manager.status()["pod"].workers[0].counters.get("endless_replays", 0) > 0)
+        pod.faults.replay_endless = False
+        until(lambda: index.pod_state("pod") == "exact")
+        check_equal(index, pod)
+
+
+def test_a_restart_is_noticed_cleared_and_rebuilt(index, manager, pod):
+    pod.publish(5)
+    manager.add_pod(source(pod))
+    assert manager.wait_until_current(20.0)
+    old = pod.chain()
+    pod.restart()
+    pod.publish(7)
+    until(lambda: manager.status()["pod"].restarts == 1 and caught_up(manager, pod))
+    check_equal(index, pod)
+    assert index.match_prefix(old, model="m").tokens == {}
+    assert index.pod_state("pod") == "exact"
+    assert manager.status()["pod"].workers[0].reconnects >= 1
+
+
+def test_a_payload_that_is_no_batch_is_counted_and_the_rest_goes_on(index, manager, pod):
+    pod.publish(2)
+    manager.add_pod(source(pod))
+    assert manager.wait_until_current(20.0)
+    pod.publish_raw(b"\x93 this is no batch")
+    pod.publish(1, clear=True)
+    pod.publish(2)
+    until(lambda: caught_up(manager, pod))
+    assert manager.status()["pod"].errors == {"undecodable": 1}
+    assert index.pod_state("pod") == "exact"  # the clear came after it
+    check_equal(index, pod)
+
+
+def test_blocks_of_another_size_are_explained_once(index, manager, pod, caplog):
+    pod.publish(1)
+    manager.add_pod(source(pod))
+    assert manager.wait_until_current(20.0)
+    with caplog.at_level(logging.INFO, "kvindex.sync"):
+        for number in range(20):
+            event = ["BlockStored", [1000 + number], None, list(range(6)), 6, None]
+            pod.publish_raw(msgpack.packb([time.time(), [event], 0]))
+        until(lambda: manager.status()["pod"].errors.get("block_size_mismatch") == 20)
+        until(lambda: manager.status()["pod"].state == "degraded")
+    told = [record.message for record in caplog.records if "block_size_mismatch" in record.message]
+    assert len(told) == 1
+    assert "6 tokens" in told[0]
+    assert "counts in 4" in told[0]
+    assert manager.status()["pod"].reason == "blocks could not be placed"
+
+
+def test_a_flood_costs_counted_gaps_and_nothing_else():
+    """The index takes 2 ms a batch, the publisher sends as it can, and the queues between are short."""
+
+    class Slow(PrefixIndex):
+        def ingest(self, *args, **options):
+            time.sleep(0.002)
+            return super().ingest(*args, **options)
+
+    index = Slow(block_size=4)
+    with LivePublisher(queue=5) as flood, EventManager(index, policy=BRISK, queue=5) as manager:
+        manager.add_pod(source(flood))
+        assert manager.wait_until_current(20.0)
+        flood.publish(1500)
+        until(lambda: caught_up(manager, flood) and index.pod_state("pod") == "exact", 60.0)
+        check_equal(index, flood)
+        status = manager.status()["pod"]
+        assert status.lost_batches == 0
+        assert status.batches == 1500
+
+
+@contextmanager
+def listener(answer: bytes | None) -> Iterator[str]:
+    """A TCP server that is no publisher: it says ``answer`` and hangs up, or never says anything."""
+    server = socket.create_server(("127.0.0.1", 0))
+    kept = []
+
+    def serve() -> None:
+        while True:
+            try:
+                client, _ = server.accept()
+            except OSError:
+                return
+            kept.append(client)
+            if answer is not None:
+                client.sendall(answer)
+                client.close()
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield f"tcp://127.0.0.1:{server.getsockname()[1]}"
+    finally:
+        server.shutdown(socket.SHUT_RDWR)
+        server.close()
+        thread.join()
+        for client in kept:
+            client.close()
+
+
+def test_endpoints_that_are_none(index, pod):
+    """Refused, unknown by name, speaking HTTP, saying nothing: each is stale and counted, and the other pod is exact."""
+    http = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"
+    with listener(http) as speaks, listener(None) as silent, EventManager(
+        index, policy=BRISK, connect_timeout=0.3
+    ) as manager:
+        free = socket.create_server(("127.0.0.1", 0))
+        refuses = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+        free.close()
+        endpoints = {"refuses": refuses, "unknown": "tcp://no-such-host.invalid:5557", "http": speaks, "silent": silent}
+        for name, endpoint in endpoints.items():
+            manager.add_pod(PodSource(name, endpoint=endpoint, model="m"))
+        pod.publish(3)
+        manager.add_pod(source(pod))
+        assert manager.wait_until_current(20.0, pods=["pod"])
+        for name in endpoints:
+            until(lambda name=name: manager.status()[name].workers[0].counters.get("failed_connects", 0) >= 2)
+            assert manager.status()[name].state == "stale"
+            assert index.pod_state(name) == "stale"
+        assert "resolves to nothing" in manager.status()["unknown"].reason
+        assert not manager.is_current()
+        pod.publish(3)
+        until(lambda: caught_up(manager, pod))
+        check_equal(index, pod)
+        assert manager.status()["pod"].workers[0].counters.get("disconnects", 0) == 0
+
+
+def test_a_publisher_that_comes_up_later_is_found(index, manager):
+    probe = socket.create_server(("127.0.0.1", 0))
+    port = probe.getsockname()[1]
+    probe.close()
+    manager.add_pod(PodSource("pod", endpoint=f"tcp://127.0.0.1:{port}", model="m"))
+    until(lambda: manager.status()["pod"].workers[0].counters.get("failed_connects", 0) >= 1)
+    with LivePublisher(endpoint=f"tcp://127.0.0.1:{port}", replay_endpoint=None) as pod:
+        until(lambda: manager.status()["pod"].connected)
+        assert pod.name == "pod"
+
+
+# Topics
+
+
+def test_a_topic_is_compared_whole(index, manager):
+    """``kv@10.0.0.1`` is a prefix of ``kv@10.0.0.10``, and ZMQ delivers both."""
+    with LivePublisher(topic="kv@10.0.0.10@m") as pod:
+        pod.publish(3)
+        manager.add_pod(source(pod, topic="kv@10.0.0.1"))
+        until(lambda: pod.publish(1) or manager.status()["pod"].errors.get("foreign_topic", 0) >= 2)
+        assert manager.status()["pod"].batches == 0
+        assert index.worker_stats("pod")[0]["blocks"] == 0
+
+
+# Pods that come and go
+
+
+def test_a_pod_added_twice_is_one_clear_error(manager, pod):
+    manager.add_pod(source(pod))
+    with pytest.raises(StreamError, match="followed already"):
+        manager.add_pod(source(pod))
+    with pytest.raises(InvalidTypeError):
+        manager.add_pod("tcp://127.0.0.1:5557")  # type: ignore[arg-type]
+    with pytest.raises(InvalidValueError, match="6 tokens"):
+        manager.add_pod(PodSource("sizes", endpoint="tcp://127.0.0.1:1", block_size=6))
+    with pytest.raises(InvalidValueError, match="nothing is bound"):
+        manager.add_pod(PodSource("nowhere"))
+    with pytest.raises(UnknownPodError, match="'other'"):
+        manager.remove_pod("other")
+    with pytest.raises(UnknownPodError):
+        manager.wait_until_current(1.0, pods=["other"])
+    assert set(manager.status()) == {"pod"}
+
+
+def test_a_removed_pod_stays_removed_while_its_events_keep_coming(index, manager, pod):
+    stop = threading.Event()
+
+    def blast() -> None:
+        while not stop.is_set():
+            pod.publish(5)
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=blast)
+    thread.start()
+    try:
+        for _ in range(5):
+            manager.add_pod(source(pod))
+            assert manager.wait_until_current(20.0)
+            manager.remove_pod("pod")
+            assert "pod" not in manager.status()
+            for _ in range(20):
+                with pytest.raises(UnknownPodError):
+                    index.pod_state("pod")
+                time.sleep(0.005)
+    finally:
+        stop.set()
+        thread.join()
+    manager.add_pod(source(pod))
+    until(lambda: caught_up(manager, pod))
+    check_equal(index, pod)
+
+
+def test_pods_are_added_and_removed_from_many_threads(index, manager):
+    with LivePublisher() as pod:
+        pod.publish(3)
+        errors: list[BaseException] = []
+
+        def work(number: int) -> None:
+            try:
+                for _ in range(5):
+                    manager.add_pod(PodSource(f"pod-{number}", ranks=pod.ranks, model="m"))
+                    assert manager.wait_until_current(20.0, pods=[f"pod-{number}"])
+                    manager.status()
+                    manager.remove_pod(f"pod-{number}")
+                manager.add_pod(PodSource(f"pod-{number}", ranks=pod.ranks, model="m"))
+            except BaseException as error:  # noqa: BLE001 - told below
+                errors.append(error)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert errors == []
+        assert manager.wait_until_current(20.0)
+        chain = pod.chain()
+        assert index.match_prefix(chain, model="m").tokens == {f"pod-{number}": len(chain) for number in range(4)}
+        index._check()
+
+
+def test_what_the_index_held_of_a_pod_before_is_not_counted_twice(index, manager, pod):
+    pod.publish(3)
+    for _, payload in pod.publishers[0]._buffer:
+        index.ingest("pod", payload, model="m")
+    manager.add_pod(source(pod))
+    assert manager.wait_until_current(20.0)
+    assert index.worker_stats("pod")[0]["blocks"] == 3
+    pod.publish_raw(msgpack.packb([time.time(), [["BlockRemoved", [1]]], 0]))
+    until(lambda: caught_up(manager, pod))
+    assert index.match_prefix(pod.block(0, 0), model="m").tokens == {}
+
+
+def test_after_a_close_everything_is_stale_and_nothing_can_be_asked(index, pod):
+    with nothing_left_behind():
+        manager = EventManager(index, policy=BRISK)
+        pod.publish(3)
+        manager.add_pod(source(pod))
+        assert manager.wait_until_current(20.0)
+        manager.close()
+        manager.close()
+    assert index.pod_state("pod") == "stale"
+    assert manager.status()["pod"].state == "stale"
+    assert index.match_prefix(pod.chain(), model="m")["pod"].state == "stale"
+    for call in (lambda: manager.add_pod(source(pod)), lambda: manager.remove_pod("pod"), manager.start):
+        with pytest.raises(StreamError, match="closed"):
+            call()
+    assert manager.wait_until_current(0.0) is False
+
+
+def test_closing_a_manager_that_was_never_used(index):
+    with nothing_left_behind():
+        EventManager(index).close()
+
+
+def test_a_manager_that_is_closed_ends_those_who_wait(index):
+    manager = EventManager(index, policy=BRISK)
+    manager.add_pod(PodSource("pod", endpoint="tcp://127.0.0.1:1"))
+    answers: list[bool] = []
+    thread = threading.Thread(target=lambda: answers.append(manager.wait_until_current()))
+    thread.start()
+    manager.close()
+    thread.join(20.0)
+    assert answers == [False]
+
+
+# Callbacks
+
+
+def test_changes_are_told_in_order_and_a_failing_callback_hurts_nobody(index, manager, pod, caplog):
+    changes = []
+
+    def bad(change):
+        raise RuntimeError("not me")
+
+    def nosy(change):
+        with pytest.raises(StreamError):
+            manager.wait_until_current(1.0)
+        changes.append((change.pod, change.rank, change.old, change.new))
+
+    manager.on_change(bad)
+    end = manager.on_change(nosy)
+    pod.publish(2)
+    with caplog.at_level(logging.INFO, "kvindex.sync"):
+        manager.add_pod(source(pod))
+        assert manager.wait_until_current(20.0)
+        pod.restart()
+        pod.publish(1)
+        until(lambda: manager.status()["pod"].restarts == 1 and caught_up(manager, pod))
+    assert changes == [("pod", 0, "stale", "exact"), ("pod", 0, "exact", "stale"), ("pod", 0, "stale", "exact")]
+    end()
+    end()
+    manager.remove_pod("pod")
+    assert len(changes) == 3
+
+
+def test_a_callback_may_remove_the_pod_it_is_told_of(index, manager, pod):
+    manager.on_change(lambda change: manager.remove_pod(change.pod))
+    pod.publish(3)
+    manager.add_pod(source(pod))
+    until(lambda: "pod" not in manager.status())
+    with pytest.raises(UnknownPodError):
+        index.pod_state("pod")
+
+
+def test_a_line_in_the_log_is_an_incident_and_never_a_batch(index, manager, pod, caplog):
+    with caplog.at_level(logging.DEBUG, "kvindex.sync"):
+        manager.add_pod(source(pod))
+        assert manager.wait_until_current(20.0)
+        quiet = len(caplog.records)
+        pod.publish(500)
+        until(lambda: caught_up(manager, pod))
+        assert len(caplog.records) == quiet
+        pod.faults.bad_frames = 300
+        pod.publish(301)
+        until(lambda: manager.status()["pod"].errors.get("bad_seq_size") == 300)
+        until(lambda: caught_up(manager, pod))
+        assert len(caplog.records) - quiet < 40
+
+
+# Bound endpoints
+
+
+def connected_publisher(endpoint: str, topic: str, **options) -> LivePublisher:
+    return LivePublisher(endpoint=endpoint, topic=topic, connect=True, **options)
+
+
+def hear(pod: LivePublisher, manager: EventManager, name: str) -> None:
+    """Publish until the subscriber that has just met this publisher hears it: what comes before goes nowhere."""
+    until(lambda: pod.publish(1) or (name in manager.status() and manager.status()[name].batches > 0) or time.sleep(0.02))
+
+
+def test_many_pods_connect_to_one_endpoint(index, manager):
+    endpoint = manager.bind("tcp://127.0.0.1:*")
+    with (
+        connected_publisher(endpoint, "kv@10.0.0.1@m", name="10.0.0.1", replay_endpoint=None) as one,
+        connected_publisher(endpoint, "kv@10.0.0.10@m", name="10.0.0.10", replay_endpoint=None) as ten,
+    ):
+        hear(one, manager, "10.0.0.1")
+        hear(ten, manager, "10.0.0.10")
+        for pod in (one, ten):
+            pod.publish(1, clear=True)
+            pod.publish(3)
+            until(lambda pod=pod: caught_up(manager, pod))
+            check_equal(index, pod)
+            assert index.pod_state(pod.name) == "exact"
+        assert manager.status()["10.0.0.1"].model == "m"
+    until(lambda: manager.status()["10.0.0.1"].state == "stale")
+
+
+def test_ranks_share_a_topic_and_count_each_for_itself(index, manager):
+    endpoint = manager.bind("tcp://127.0.0.1:*")
+    with connected_publisher(endpoint, "kv@pod@m", ranks=2, replay_endpoint=None) as pod:
+        hear(pod, manager, "pod")
+        until(lambda: pod.publish(1, rank=1) or 1 in manager.status()["pod"].workers)
+        for rank in range(2):
+            pod.publish(1, rank=rank, clear=True)
+            pod.publish(2 + rank, rank=rank)
+        until(lambda: caught_up(manager, pod))
+        check_equal(index, pod)
+        assert manager.status()["pod"].restarts == 0
+
+
+def test_a_declared_pod_may_have_a_replay_endpoint(index, manager):
+    endpoint = manager.bind("tcp://127.0.0.1:*")
+    with connected_publisher(endpoint, "kv@pod@m") as pod:
+        pod.publish(3)
+        manager.add_pod(PodSource("pod", replay_endpoint=pod.publishers[0].replay_endpoint, model="m"))
+        hear(pod, manager, "pod")
+        until(lambda: caught_up(manager, pod) and index.pod_state("pod") == "exact")
+        check_equal(index, pod)
+        pod.restart()
+        until(lambda: pod.publish(1) or manager.status()["pod"].restarts == 1)
+        until(lambda: caught_up(manager, pod) and index.pod_state("pod") == "exact")
+        check_equal(index, pod)
+
+
+def test_what_belongs_to_nobody_is_counted_at_a_bound_endpoint(index, manager):
+    endpoint = manager.bind("tcp://127.0.0.1:*", max_pods=1)
+    context = zmq.Context()
+    sock = context.socket(zmq.PUB)
+    sock.linger = 0
+    sock.connect(endpoint)
+    payload = msgpack.packb([time.time(), [], 0])
+    seq = (0).to_bytes(8, "big")
+    try:
+        for frames, reason in [
+            ([b"\xff\xfegarbage", seq, payload], "bad_topic"),
+            ([b"", seq, payload], "bad_topic"),
+            ([b"kv@pod@m", seq[1:], payload], "bad_seq_size"),
+            ([b"kv@pod@m", seq], "bad_frame_count"),
+        ]:
+            until(lambda f=frames, r=reason: sock.send_multipart(f) or manager.faults().get(r, 0) or time.sleep(0.01))
+        assert manager.status() == {}
+        until(lambda: sock.send_multipart([b"kv@pod@m", seq, payload]) or "pod" in manager.status())
+        for topic, reason in [(b"kv@two@m", "too_many_pods"), (b"kv@pod@other", "foreign_topic")]:
+            until(lambda t=topic, r=reason: sock.send_multipart([t, seq, payload]) or manager.faults().get(r, 0))
+        rank = msgpack.packb([time.time(), [], 5000])
+        until(lambda: sock.send_multipart([b"kv@pod@m", seq, rank]) or manager.faults().get("bad_rank", 0))
+        manager.remove_pod("pod")
+        until(lambda: sock.send_multipart([b"kv@pod@m", seq, payload]) or manager.faults().get("removed_pod", 0))
+        assert manager.status() == {}
+        with pytest.raises(UnknownPodError):
+            index.pod_state("pod")
+    finally:
+        sock.close(0)
+        context.term()
+
+
+def test_an_endpoint_that_can_not_be_bound(manager):
+    taken = manager.bind("tcp://127.0.0.1:*")
+    with pytest.raises(StreamError, match="can not be bound"):
+        manager.bind(taken)
+    with pytest.raises(InvalidValueError):
+        manager.bind("http://127.0.0.1:5557")
