@@ -1,0 +1,74 @@
+"""What fuzzing found, once each, as short as it can be said (tests/fuzz; the slow model for the answers)."""
+
+from __future__ import annotations
+
+import pytest
+from support import cleared, payload, removed, stored
+
+from kvindex import PrefixIndex
+
+
+def ingest(index: PrefixIndex, pod: str, *events, **where):
+    report = index.ingest(pod, payload(*events), **where)
+    index._check()
+    return report
+
+
+def test_memory_is_what_it_was_at_the_start_when_the_last_pod_is_gone() -> None:
+    index = PrefixIndex(1)
+    empty = index.stats()["bytes"]
+    ingest(index, "a", stored([1, 2, 3], [7, 7, 8], size=1), stored([4], [9], parent=2, size=1))
+    ingest(index, "b", stored([1, 2], [7, 7], size=1), removed(2))
+    for pod in "ab":
+        index.remove_pod(pod)
+    assert index.stats()["bytes"] == empty
+
+
+def test_clearing_one_medium_leaves_no_set_that_nothing_uses() -> None:
+    index = PrefixIndex(1)
+    index.configure_pod("b", clear_media=["GPU"])
+    ingest(index, "a", stored([1], [7], size=1))
+    ingest(index, "b", stored([1], [7], size=1), stored([2], [8], parent=1, size=1, medium="CPU"))
+    ingest(index, "b", cleared())
+    assert index.match_prefix([7, 8]).tokens == {"a": 1}
+    ingest(index, "b", stored([1], [7], size=1))
+    assert index.match_prefix([7, 8]).tokens == {"a": 1, "b": 2}
+    for pod in "ab":
+        index.remove_pod(pod)
+    assert index.stats()["sets"] == 1
+
+
+def test_the_end_of_a_chunk_promises_nothing_that_only_another_pod_holds() -> None:
+    index = PrefixIndex(1)
+    index.configure_pod("a", chunk_size=1)
+    ingest(index, "a", stored([1, 2], [7, 7], size=1, kv_cache_spec_kind="chunked_local_attention"))
+    ingest(index, "b", stored([11, 12, 13], [8, 8, 8], size=1))
+    assert index.match_prefix([8, 8, 8]).tokens == {"b": 3}
+    assert index.match_prefix([7, 7, 8]).tokens == {"a": 2}
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_a_declared_set_holds_a_hash_once_whatever_the_block_sizes(first) -> None:
+    index = PrefixIndex(1, presence="set")
+    small, large = stored([1, 2], [7, 8], size=1), stored([2], [7, 8], size=2)
+    ingest(index, "a", *((small, large) if first == 1 else (large, small)))
+    assert ingest(index, "a", removed(2)).removed == 1
+    report = ingest(index, "a", removed(2))
+    assert (report.removed, report.reasons) == (0, {"unknown_hash": 1})
+
+
+@pytest.mark.parametrize("size", [3, 2**64 - 1])
+def test_a_placeholder_of_a_size_that_does_not_fit_is_not_parked(size) -> None:
+    index = PrefixIndex(4)
+    report = ingest(index, "a", stored([1, 2], [], size=size))
+    assert (report.parked, report.reasons) == (0, {"block_size_mismatch": 1})
+    assert index.pod_state("a") == "degraded"
+
+
+def test_a_prompt_may_hand_on_the_keys_of_an_event_with_its_adapter_first() -> None:
+    index = PrefixIndex(2)
+    keys = [["adapter", "image"], ["adapter"]]
+    ingest(index, "a", stored([1, 2], [7, 7, 8, 8], size=2, lora_name="adapter", extra_keys=keys))
+    for same in (keys, [["image"], None]):
+        assert index.match_prefix([7, 7, 8, 8], lora_name="adapter", extra_keys=same).tokens == {"a": 4}
+    assert index.match_prefix([7, 7, 8, 8], extra_keys=keys).tokens == {}
