@@ -14,8 +14,17 @@ from typing import Any
 import msgpack
 
 STORED_FIELDS = (
-    "block_hashes", "parent_block_hash", "token_ids", "block_size", "lora_id", "medium", "lora_name", "extra_keys",
-    "group_idx", "kv_cache_spec_kind", "kv_cache_spec_sliding_window",
+    "block_hashes",
+    "parent_block_hash",
+    "token_ids",
+    "block_size",
+    "lora_id",
+    "medium",
+    "lora_name",
+    "extra_keys",
+    "group_idx",
+    "kv_cache_spec_kind",
+    "kv_cache_spec_sliding_window",
 )
 REMOVED_FIELDS = ("block_hashes", "medium", "group_idx")
 STATES = ("exact", "degraded", "stale")
@@ -232,7 +241,7 @@ def contents(tokens, size: int, n: int, k: int, lora, entries, salt, first: bool
     return blocks
 
 
-# ----------------------------------------------------------------------------------------------------------- model
+# ------------------------------------------------------------------------------------------------------------ model
 
 
 class Model:
@@ -244,7 +253,7 @@ class Model:
         self.roots: dict[str, Position] = {}
         self.media = {name.lower(): name for name in KNOWN_MEDIA}
 
-    # -------------------------------------------------------------------------------------------------- the events
+    # --------------------------------------------------------------------------------------------------- the events
 
     def ingest(self, pod: str, payload: bytes, *, model: str = "", dp_rank: int | None = None) -> Report:
         try:
@@ -373,14 +382,14 @@ class Model:
                 return False
             if any(at.depth % thing.k for at in targets):
                 raise BadEvent("misaligned")
-            moved = [h for h, at in zip(thing.hashes, targets) if worker.names.get(h, at) is not at]
+            moved = [h for h, at in zip(thing.hashes, targets, strict=True) if worker.names.get(h, at) is not at]
             if not moved:
                 break
             # The last announcement of a hash wins, over all copies that its old place had. The parent may go with it.
             del worker.names[moved[0]]
             worker.copies = {key: ks for key, ks in worker.copies.items() if key[2] != moved[0]}
             worker.forget()
-        for h, at, live in zip(thing.hashes, targets, thing.live):
+        for h, at, live in zip(thing.hashes, targets, thing.live, strict=True):
             worker.names[h] = at
             copies = worker.copies.setdefault((thing.medium, thing.group, h), [])
             if live and not (copies and pod.presence == "set"):
@@ -456,10 +465,21 @@ class Model:
             worker.forget_parked()
             worker.forget()
 
-    # ---------------------------------------------------------------------------------------------------- the rest
+    # ----------------------------------------------------------------------------------------------------- the rest
 
-    def add_prefix(self, pod: str, tokens, *, ttl: float, now: float, model: str = "", lora_name: str | None = None,
-                   cache_salt: str | None = None, extra_keys=None, dp_rank: int = 0) -> None:
+    def add_prefix(
+        self,
+        pod: str,
+        tokens,
+        *,
+        ttl: float,
+        now: float,
+        model: str = "",
+        lora_name: str | None = None,
+        cache_salt: str | None = None,
+        extra_keys=None,
+        dp_rank: int = 0,
+    ) -> None:
         at = self.roots.setdefault(model, Position())
         for content in self._query(tokens, lora_name, cache_salt, extra_keys):
             at = at.child(content)
@@ -496,10 +516,11 @@ class Model:
     def _pod(self, pod: str) -> Pod:
         return self.pods.setdefault(pod, Pod(self.presence))
 
-    # ------------------------------------------------------------------------------------------------ the question
+    # ------------------------------------------------------------------------------------------------- the question
 
-    def match(self, tokens, *, model: str = "", lora_name: str | None = None, cache_salt: str | None = None,
-              extra_keys=None) -> dict[str, dict]:
+    def match(
+        self, tokens, *, model: str = "", lora_name: str | None = None, cache_salt: str | None = None, extra_keys=None
+    ) -> dict[str, dict]:
         """{pod: {"tokens": the best rank's, "ranks": {rank: tokens}, "media": {medium: the best rank's}}}."""
         path, at = [], self.roots.get(model)
         for content in self._query(tokens, lora_name, cache_salt, extra_keys):
@@ -528,9 +549,12 @@ class Model:
     def _hit(self, pod: Pod, worker: Worker, path: list, groups: set[int], medium: str | None) -> int:
         rows = [(worker.groups.get(g, Group()), worker.held(g, medium)) for g in groups or {None}]
         flags = [(group, [at in held for at in path]) for group, held in rows]
-        return next(length * self.block_size for length in range(len(path), -1, -1)
-                    if (length == 0 or any(held[length - 1] for _, held in flags))
-                    and all(self._agrees(pod, group, held, length) for group, held in flags))
+        return next(
+            length * self.block_size
+            for length in range(len(path), -1, -1)
+            if (length == 0 or any(held[length - 1] for _, held in flags))
+            and all(self._agrees(pod, group, held, length) for group, held in flags)
+        )
 
     def _agrees(self, pod: Pod, group: Group, held: list[bool], length: int) -> bool:
         """Whether this group lets the worker reuse `length` blocks."""
@@ -572,7 +596,7 @@ def read_event(event: Any) -> tuple[str, dict]:
         name, fields = event.get("type"), dict(event)
     elif isinstance(event, list) and event:
         name, values = event[0], event[1:]
-        fields = dict(zip(REMOVED_FIELDS if name == "BlockRemoved" else STORED_FIELDS, values))
+        fields = dict(zip(REMOVED_FIELDS if name == "BlockRemoved" else STORED_FIELDS, values, strict=False))
         if isinstance(fields.get("lora_name"), dict):
             fields["cache_salt"] = fields.pop("lora_name").get("cache_salt")
         if name == "BlockStored" and len(values) < 4:

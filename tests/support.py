@@ -10,8 +10,17 @@ from model import Model
 import kvindex
 
 STORED = (
-    "block_hashes", "parent_block_hash", "token_ids", "block_size", "lora_id", "medium", "lora_name", "extra_keys",
-    "group_idx", "kv_cache_spec_kind", "kv_cache_spec_sliding_window",
+    "block_hashes",
+    "parent_block_hash",
+    "token_ids",
+    "block_size",
+    "lora_id",
+    "medium",
+    "lora_name",
+    "extra_keys",
+    "group_idx",
+    "kv_cache_spec_kind",
+    "kv_cache_spec_sliding_window",
 )
 REMOVED = ("block_hashes", "medium", "group_idx")
 COUNTS = ("stored", "removed", "cleared", "parked", "skipped", "errors")
@@ -19,8 +28,14 @@ COUNTS = ("stored", "removed", "cleared", "parked", "skipped", "errors")
 
 def stored(hashes, tokens, *, parent=None, size=4, **more: Any) -> dict:
     """A BlockStored event as a map, the way the newer engines write it."""
-    return {"type": "BlockStored", "block_hashes": list(hashes), "parent_block_hash": parent,
-            "token_ids": list(tokens), "block_size": size, **more}
+    return {
+        "type": "BlockStored",
+        "block_hashes": list(hashes),
+        "parent_block_hash": parent,
+        "token_ids": list(tokens),
+        "block_size": size,
+        **more,
+    }
 
 
 def removed(*hashes, **more: Any) -> dict:

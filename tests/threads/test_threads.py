@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 import threading
@@ -77,7 +78,7 @@ class Timeline:
 @pytest.mark.parametrize("blocks", [60, 700], ids=["short prompts keep the interpreter", "long prompts give it up"])
 @pytest.mark.parametrize("per_event", [1, 7])
 def test_an_answer_is_one_between_two_events(blocks, per_event):
-    """A chain grows and shrinks by whole events; no length between them may ever be seen, and no length that is over."""
+    """A chain grows and shrinks by whole events; no length between them may be seen, and none that is over."""
     size = 4
     index = PrefixIndex(size)
     tokens = np.arange(blocks * size, dtype=np.uint32)
@@ -89,8 +90,12 @@ def test_an_answer_is_one_between_two_events(blocks, per_event):
         index.ingest(pod, payload(stored(hashes[:n], tokens[: n * size].tolist(), size=size)))
 
     def grow(at: int, n: int) -> dict:
-        return stored(hashes[at : at + n], tokens[at * size : (at + n) * size].tolist(), size=size,
-                      parent=hashes[at - 1] if at else None)
+        return stored(
+            hashes[at : at + n],
+            tokens[at * size : (at + n) * size].tolist(),
+            size=size,
+            parent=hashes[at - 1] if at else None,
+        )
 
     def write() -> None:
         rng = Random(per_event)
@@ -214,8 +219,13 @@ def test_everything_at_once():
         hashes = [names.setdefault(tuple(tokens[: 4 * i + 4]), len(names)) for i in range(n)]
         cut = rng.randrange(n)
         parent = hashes[cut - 1] if cut else None
-        events = [stored(hashes[cut:], tokens[4 * cut : 4 * n], parent=parent), removed(*rng.sample(hashes, n // 2)),
-                  stored(hashes[:cut], tokens[: 4 * cut]), stored(hashes[:3], (), size=0, medium="CPU"), cleared()]
+        events = [
+            stored(hashes[cut:], tokens[4 * cut : 4 * n], parent=parent),
+            removed(*rng.sample(hashes, n // 2)),
+            stored(hashes[:cut], tokens[: 4 * cut]),
+            stored(hashes[:3], (), size=0, medium="CPU"),
+            cleared(),
+        ]
         return payload(*rng.sample(events, rng.randint(1, 4)), rank=rng.randrange(2))
 
     batches = [batch(rng) for _ in range(200)]
@@ -235,16 +245,16 @@ def test_everything_at_once():
             lambda: index.remove_pod(pod),
             lambda: index.clear_worker(pod, rng.randrange(2)),
             lambda: index.mark_worker(pod, rng.randrange(2), rng.choice(("exact", "degraded", "stale"))),
-            lambda: index.configure_pod(pod, presence=rng.choice(("count", "set")), clear_media=rng.choice((None, ["CPU"]))),
+            lambda: index.configure_pod(
+                pod, presence=rng.choice(("count", "set")), clear_media=rng.choice((None, ["CPU"]))
+            ),
             lambda: (index.stats(), index.worker_stats(pod), index.pod_state(pod)),
             lambda: index.process_all_blocks_cleared(kvindex.AllBlocksCleared(pod=pod)),
             lambda: index.process_block_removed(kvindex.BlockRemoved(pod=pod, block_hashes=[rng.randrange(100)])),
             index._check,
         ]
-        try:
+        with contextlib.suppress(kvindex.UnknownPodError, kvindex.EventDecodeError):
             rng.choice(calls)()
-        except (kvindex.UnknownPodError, kvindex.EventDecodeError):
-            pass
 
     def write() -> None:
         for _ in range(8000):

@@ -32,14 +32,18 @@ def everything(index: PrefixIndex) -> dict[str, Any]:
     stats = index.stats()
     match = index.match_prefix(PROMPT)
     return {
-        "stats": {name: stats[name] for name in ("blocks", "chains", "holders", "pods", "workers", "parked", "guesses")},
+        "stats": {
+            name: stats[name] for name in ("blocks", "chains", "holders", "pods", "workers", "parked", "guesses")
+        },
         "tokens": match.tokens,
         "pods": {pod: match[pod] for pod in match.tokens},
         "workers": {pod: index.worker_stats(pod) for pod in "abc"},
     }
 
 
-def refused(index: PrefixIndex, builtin: type[Exception], said: tuple[str, ...], call, *args: Any, **kwargs: Any) -> None:
+def refused(
+    index: PrefixIndex, builtin: type[Exception], said: tuple[str, ...], call, *args: Any, **kwargs: Any
+) -> None:
     """The call raises an exception that is ours and `builtin`, says all of `said`, and has changed nothing."""
     before = everything(index)
     with pytest.raises(KVIndexError) as caught:
@@ -50,7 +54,7 @@ def refused(index: PrefixIndex, builtin: type[Exception], said: tuple[str, ...],
     assert everything(index) == before
 
 
-# --------------------------------------------------------------------------------------------- payloads that are none
+# ------------------------------------------------------------------------------------------- payloads that are none
 
 NO_BATCH = {
     "nothing": b"",
@@ -88,8 +92,12 @@ def test_a_payload_that_is_no_batch_is_one_error_and_changes_nothing(index, data
 
 
 def test_a_payload_cut_at_any_byte_changes_nothing(index):
-    data = payload(stored([5, 6], B + C, lora_name="sql", extra_keys=[["sql", ["mm", 1]], None]), removed(1, b"\x01" * 32),
-                   cleared(), rank=1)
+    data = payload(
+        stored([5, 6], B + C, lora_name="sql", extra_keys=[["sql", ["mm", 1]], None]),
+        removed(1, b"\x01" * 32),
+        cleared(),
+        rank=1,
+    )
     before = everything(index)
     for at in range(len(data)):
         with pytest.raises(kvindex.EventDecodeError) as caught:
@@ -111,7 +119,7 @@ def test_a_payload_is_bytes(index, data):
     refused(index, TypeError, ("payload",), index.ingest, "a", data)
 
 
-# -------------------------------------------------------------------------------------------- bad events among good ones
+# --------------------------------------------------------------------------------------- bad events among good ones
 
 BAD_EVENTS = {
     "a negative token": (stored([7], [1, 2, 3, -1]), "bad_token"),
@@ -195,7 +203,7 @@ def test_nothing_at_all_is_fine():
     assert PrefixIndex().match_prefix(range(100)).tokens == {}
 
 
-# ----------------------------------------------------------------------------------------------------- events as objects
+# ------------------------------------------------------------------------------------------------ events as objects
 
 BAD_STORED = {
     "tokens as bytes": ({"token_ids": b"1234"}, TypeError, ("token_ids", "tokens_from_bytes")),
@@ -237,22 +245,35 @@ BAD_STORED = {
 @pytest.mark.parametrize(("wrong", "builtin", "said"), BAD_STORED.values(), ids=BAD_STORED)
 @pytest.mark.parametrize("pod", ["a", "new"])
 def test_a_wrong_field_of_a_stored_object_is_named_and_nothing_is_stored(index, wrong, builtin, said, pod):
-    event = BlockStored(**{"pod": pod, "block_hashes": [5], "token_ids": C, "parent_block_hash": 2, "block_size": 4, **wrong})
+    event = BlockStored(
+        **{"pod": pod, "block_hashes": [5], "token_ids": C, "parent_block_hash": 2, "block_size": 4, **wrong}
+    )
     refused(index, builtin, said, index.process_block_stored, event)
 
 
-@pytest.mark.parametrize(("wrong", "builtin", "said"), [
-    (case) for name, case in BAD_STORED.items() if set(case[0]) <= {"block_hashes", "group_idx", "medium", "dp_rank", "pod"}
-])
+@pytest.mark.parametrize(
+    ("wrong", "builtin", "said"),
+    [
+        (case)
+        for name, case in BAD_STORED.items()
+        if set(case[0]) <= {"block_hashes", "group_idx", "medium", "dp_rank", "pod"}
+    ],
+)
 @pytest.mark.parametrize("pod", ["a", "new"])
 def test_a_wrong_field_of_a_removed_object_is_named_and_nothing_is_removed(index, wrong, builtin, said, pod):
-    refused(index, builtin, said, index.process_block_removed, BlockRemoved(**{"pod": pod, "block_hashes": [1], **wrong}))
+    refused(
+        index, builtin, said, index.process_block_removed, BlockRemoved(**{"pod": pod, "block_hashes": [1], **wrong})
+    )
 
 
-@pytest.mark.parametrize(("wrong", "builtin", "said"), [
-    ({"dp_rank": "1"}, TypeError, ("dp_rank",)), ({"dp_rank": -2}, ValueError, ("dp_rank", "-2")),
-    ({"pod": None}, TypeError, ("pod",)),
-])
+@pytest.mark.parametrize(
+    ("wrong", "builtin", "said"),
+    [
+        ({"dp_rank": "1"}, TypeError, ("dp_rank",)),
+        ({"dp_rank": -2}, ValueError, ("dp_rank", "-2")),
+        ({"pod": None}, TypeError, ("pod",)),
+    ],
+)
 def test_a_wrong_field_of_a_cleared_object_is_named_and_nothing_is_cleared(index, wrong, builtin, said):
     refused(index, builtin, said, index.process_all_blocks_cleared, AllBlocksCleared(**{"pod": "a", **wrong}))
 
@@ -260,7 +281,10 @@ def test_a_wrong_field_of_a_cleared_object_is_named_and_nothing_is_cleared(index
 def test_a_key_that_no_engine_sends_is_a_counted_skip(index):
     before = everything(index)["tokens"]
     report = index.process_block_stored(
-        BlockStored(pod="a", block_hashes=[5], token_ids=C, parent_block_hash=2, block_size=4, extra_keys=[[{"image": 1}]]))
+        BlockStored(
+            pod="a", block_hashes=[5], token_ids=C, parent_block_hash=2, block_size=4, extra_keys=[[{"image": 1}]]
+        )
+    )
     assert (report.stored, report.skipped, report.errors, report.reasons) == (0, 1, 1, {"bad_event": 1})
     assert everything(index)["tokens"] == before
 
@@ -271,7 +295,7 @@ def test_an_event_that_is_none_is_refused(index):
             refused(index, TypeError, (), call, thing)
 
 
-# --------------------------------------------------------------------------------------------------------------- prompts
+# ---------------------------------------------------------------------------------------------------------- prompts
 
 BAD_TOKENS = {
     "bytes": (b"12345678", TypeError, ("tokens", "tokens_from_bytes")),
@@ -294,7 +318,11 @@ BAD_TOKENS = {
     "int64 below zero": (np.array([5, -(2**63)], np.int64), ValueError, ("tokens[1]", str(-(2**63)))),
     "int64 too large": (np.array([5, 2**32], np.int64), ValueError, ("tokens[1]", "4294967296")),
     "uint64 too large": (np.array([2**64 - 1], np.uint64), ValueError, ("tokens[0]", str(2**64 - 1))),
-    "every other int64, one too large": (np.array([1, 0, 2**40, 0], np.int64)[::2], ValueError, ("tokens[1]", str(2**40))),
+    "every other int64, one too large": (
+        np.array([1, 0, 2**40, 0], np.int64)[::2],
+        ValueError,
+        ("tokens[1]", str(2**40)),
+    ),
     "float64": (np.zeros(4), TypeError, ("tokens",)),
     "float32": (np.zeros(4, np.float32), TypeError, ("tokens",)),
     "bool": (np.zeros(4, bool), TypeError, ("tokens",)),
@@ -317,25 +345,46 @@ def test_tokens_that_are_none_are_refused_everywhere_with_their_position(index, 
     refused(index, builtin, said, kvindex.local_hashes, tokens)
 
 
-@pytest.mark.parametrize("kind", [
-    list, tuple, np.array, lambda t: np.array(t, np.uint32), lambda t: np.array(t, np.int32), lambda t: np.array(t, np.int64),
-    lambda t: np.array(t, np.uint64), lambda t: np.repeat(np.array(t, np.uint32), 3)[::3],
-    lambda t: np.array(t[::-1], np.int64)[::-1], lambda t: memoryview(np.array(t, np.uint32)),
-    lambda t: list(np.array(t, np.int64)), lambda t: np.array([0, *t], np.uint32)[1:],
-])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        list,
+        tuple,
+        np.array,
+        lambda t: np.array(t, np.uint32),
+        lambda t: np.array(t, np.int32),
+        lambda t: np.array(t, np.int64),
+        lambda t: np.array(t, np.uint64),
+        lambda t: np.repeat(np.array(t, np.uint32), 3)[::3],
+        lambda t: np.array(t[::-1], np.int64)[::-1],
+        lambda t: memoryview(np.array(t, np.uint32)),
+        lambda t: list(np.array(t, np.int64)),
+        lambda t: np.array([0, *t], np.uint32)[1:],
+    ],
+)
 def test_tokens_may_be_of_many_kinds(index, kind):
     assert index.match_prefix(kind(PROMPT)).tokens == {"a": 8, "b": 8, "c": 4}
 
 
-@pytest.mark.parametrize(("wrong", "builtin", "said"), [
-    ({"model": None}, TypeError, ("model", "None")), ({"model": b"m"}, TypeError, ("model",)),
-    ({"lora_name": 7}, TypeError, ("lora_name", "7")), ({"lora_name": b"x"}, TypeError, ("lora_name",)),
-    ({"cache_salt": 7}, TypeError, ("cache_salt", "7")), ({"extra_keys": "image"}, TypeError, ("extra_keys",)),
-    ({"extra_keys": ["image"]}, TypeError, ("extra_keys[0]", "image")), ({"extra_keys": 5}, TypeError, ("extra_keys",)),
-    ({"extra_keys": [None, [{}]]}, ValueError, ("extra_keys",)), ({"extra_keys": [[2**64]]}, ValueError, ("extra_keys",)),
-    ({"ready_pods": "pod-a"}, TypeError, ("pod-a",)), ({"ready_pods": 5}, TypeError, ("5",)),
-    ({"ready_pods": ["a", 5]}, TypeError, ("5",)), ({"lora_name": "\ud800"}, ValueError, ("lora_name", "UTF-8")),
-])
+@pytest.mark.parametrize(
+    ("wrong", "builtin", "said"),
+    [
+        ({"model": None}, TypeError, ("model", "None")),
+        ({"model": b"m"}, TypeError, ("model",)),
+        ({"lora_name": 7}, TypeError, ("lora_name", "7")),
+        ({"lora_name": b"x"}, TypeError, ("lora_name",)),
+        ({"cache_salt": 7}, TypeError, ("cache_salt", "7")),
+        ({"extra_keys": "image"}, TypeError, ("extra_keys",)),
+        ({"extra_keys": ["image"]}, TypeError, ("extra_keys[0]", "image")),
+        ({"extra_keys": 5}, TypeError, ("extra_keys",)),
+        ({"extra_keys": [None, [{}]]}, ValueError, ("extra_keys",)),
+        ({"extra_keys": [[2**64]]}, ValueError, ("extra_keys",)),
+        ({"ready_pods": "pod-a"}, TypeError, ("pod-a",)),
+        ({"ready_pods": 5}, TypeError, ("5",)),
+        ({"ready_pods": ["a", 5]}, TypeError, ("5",)),
+        ({"lora_name": "\ud800"}, ValueError, ("lora_name", "UTF-8")),
+    ],
+)
 def test_what_else_a_question_has_is_looked_at_too(index, wrong, builtin, said):
     refused(index, builtin, said, index.match_prefix, PROMPT, **wrong)
     if set(wrong) <= {"model", "ready_pods"}:
@@ -344,25 +393,45 @@ def test_what_else_a_question_has_is_looked_at_too(index, wrong, builtin, said):
         refused(index, builtin, said, kvindex.prefix_hashes, PROMPT, block_size=4, **wrong)
 
 
-@pytest.mark.parametrize(("hashes", "builtin"), [
-    (b"12345678", TypeError), ("x", TypeError), (None, TypeError), (5, TypeError), ([1.5], TypeError), (["1"], TypeError),
-    ([2**64], ValueError), (np.zeros(3), TypeError), (np.zeros((2, 2), np.uint64), ValueError), ([None], TypeError),
-])
+@pytest.mark.parametrize(
+    ("hashes", "builtin"),
+    [
+        (b"12345678", TypeError),
+        ("x", TypeError),
+        (None, TypeError),
+        (5, TypeError),
+        ([1.5], TypeError),
+        (["1"], TypeError),
+        ([2**64], ValueError),
+        (np.zeros(3), TypeError),
+        (np.zeros((2, 2), np.uint64), ValueError),
+        ([None], TypeError),
+    ],
+)
 def test_hashes_that_are_none_are_refused(index, hashes, builtin):
     refused(index, builtin, ("hashes",), index.match_hashes, hashes)
 
 
-# --------------------------------------------------------------------------------------------------------- everything else
+# -------------------------------------------------------------------------------------------------- everything else
 
 
-@pytest.mark.parametrize(("options", "builtin", "said"), [
-    ({"block_size": 0}, ValueError, ("block_size", "0")), ({"block_size": -16}, ValueError, ("block_size", "-16")),
-    ({"block_size": 16.0}, TypeError, ("block_size", "16.0")), ({"block_size": "16"}, TypeError, ("block_size",)),
-    ({"block_size": 2**40}, ValueError, ("block_size",)), ({"hash_seed": -1}, ValueError, ("hash_seed", "-1")),
-    ({"hash_seed": 2**64}, ValueError, ("hash_seed",)), ({"hash_seed": "1337"}, TypeError, ("hash_seed",)),
-    ({"presence": "counts"}, ValueError, ("presence", "counts")), ({"presence": None}, ValueError, ("presence",)),
-    ({"max_parked": -1}, ValueError, ("max_parked", "-1")), ({"max_parked": 1.5}, TypeError, ("max_parked", "1.5")),
-])
+@pytest.mark.parametrize(
+    ("options", "builtin", "said"),
+    [
+        ({"block_size": 0}, ValueError, ("block_size", "0")),
+        ({"block_size": -16}, ValueError, ("block_size", "-16")),
+        ({"block_size": 16.0}, TypeError, ("block_size", "16.0")),
+        ({"block_size": "16"}, TypeError, ("block_size",)),
+        ({"block_size": 2**40}, ValueError, ("block_size",)),
+        ({"hash_seed": -1}, ValueError, ("hash_seed", "-1")),
+        ({"hash_seed": 2**64}, ValueError, ("hash_seed",)),
+        ({"hash_seed": "1337"}, TypeError, ("hash_seed",)),
+        ({"presence": "counts"}, ValueError, ("presence", "counts")),
+        ({"presence": None}, ValueError, ("presence",)),
+        ({"max_parked": -1}, ValueError, ("max_parked", "-1")),
+        ({"max_parked": 1.5}, TypeError, ("max_parked", "1.5")),
+    ],
+)
 def test_an_index_that_cannot_be(options, builtin, said):
     with pytest.raises(KVIndexError) as caught:
         PrefixIndex(**options)
@@ -378,37 +447,60 @@ def test_pods_that_nobody_knows_are_named(index):
             refused(index, Exception, (repr(pod),), call, pod)
 
 
-@pytest.mark.parametrize(("wrong", "builtin", "said"), [
-    ({"presence": "counts"}, ValueError, ("presence", "counts")), ({"clear_media": "GPU"}, TypeError, ("clear_media", "GPU")),
-    ({"clear_media": [1]}, TypeError, ("clear_media", "1")), ({"chunk_size": 0}, ValueError, ("chunk_size", "0")),
-    ({"chunk_size": "8192"}, TypeError, ("chunk_size",)), ({"chunk_size": -5}, ValueError, ("chunk_size", "-5")),
-])
+@pytest.mark.parametrize(
+    ("wrong", "builtin", "said"),
+    [
+        ({"presence": "counts"}, ValueError, ("presence", "counts")),
+        ({"clear_media": "GPU"}, TypeError, ("clear_media", "GPU")),
+        ({"clear_media": [1]}, TypeError, ("clear_media", "1")),
+        ({"chunk_size": 0}, ValueError, ("chunk_size", "0")),
+        ({"chunk_size": "8192"}, TypeError, ("chunk_size",)),
+        ({"chunk_size": -5}, ValueError, ("chunk_size", "-5")),
+    ],
+)
 def test_options_of_a_pod_that_cannot_be(index, wrong, builtin, said):
     refused(index, builtin, said, index.configure_pod, "new", **wrong)
 
 
-@pytest.mark.parametrize(("wrong", "builtin", "said"), [
-    ({"ttl": -1.0}, ValueError, ("ttl", "-1.0")), ({"ttl": float("nan")}, ValueError, ("ttl", "nan")),
-    ({"ttl": float("inf")}, ValueError, ("ttl", "inf")), ({"ttl": "2"}, TypeError, ("ttl", "'2'")),
-    ({"ttl": None}, TypeError, ("ttl",)), ({"dp_rank": -1}, ValueError, ("dp_rank", "-1")),
-    ({"dp_rank": "0"}, TypeError, ("dp_rank",)), ({"model": 5}, TypeError, ("model",)),
-])
+@pytest.mark.parametrize(
+    ("wrong", "builtin", "said"),
+    [
+        ({"ttl": -1.0}, ValueError, ("ttl", "-1.0")),
+        ({"ttl": float("nan")}, ValueError, ("ttl", "nan")),
+        ({"ttl": float("inf")}, ValueError, ("ttl", "inf")),
+        ({"ttl": "2"}, TypeError, ("ttl", "'2'")),
+        ({"ttl": None}, TypeError, ("ttl",)),
+        ({"dp_rank": -1}, ValueError, ("dp_rank", "-1")),
+        ({"dp_rank": "0"}, TypeError, ("dp_rank",)),
+        ({"model": 5}, TypeError, ("model",)),
+    ],
+)
 def test_a_prefix_that_cannot_be_added(index, wrong, builtin, said):
     refused(index, builtin, said, index.add_prefix, "new", A, **{"ttl": 1.0, **wrong})
 
 
-@pytest.mark.parametrize(("args", "builtin", "said"), [
-    (("new", 0, "fine"), ValueError, ("verdict", "fine")), (("new", -1, "exact"), ValueError, ("dp_rank", "-1")),
-    (("new", "0", "exact"), TypeError, ("dp_rank",)), ((5, 0, "exact"), TypeError, ("pod", "5")),
-])
+@pytest.mark.parametrize(
+    ("args", "builtin", "said"),
+    [
+        (("new", 0, "fine"), ValueError, ("verdict", "fine")),
+        (("new", -1, "exact"), ValueError, ("dp_rank", "-1")),
+        (("new", "0", "exact"), TypeError, ("dp_rank",)),
+        ((5, 0, "exact"), TypeError, ("pod", "5")),
+    ],
+)
 def test_a_verdict_that_cannot_be(index, args, builtin, said):
     refused(index, builtin, said, index.mark_worker, *args)
 
 
-@pytest.mark.parametrize(("where", "builtin", "said"), [
-    ({"dp_rank": -1}, ValueError, ("dp_rank", "-1")), ({"dp_rank": "0"}, TypeError, ("dp_rank",)),
-    ({"model": None}, TypeError, ("model",)), ({"dp_rank": 1.0}, TypeError, ("dp_rank",)),
-])
+@pytest.mark.parametrize(
+    ("where", "builtin", "said"),
+    [
+        ({"dp_rank": -1}, ValueError, ("dp_rank", "-1")),
+        ({"dp_rank": "0"}, TypeError, ("dp_rank",)),
+        ({"model": None}, TypeError, ("model",)),
+        ({"dp_rank": 1.0}, TypeError, ("dp_rank",)),
+    ],
+)
 def test_a_place_that_a_batch_cannot_come_from(index, where, builtin, said):
     refused(index, builtin, said, index.ingest, "new", payload(stored([1], A)), **where)
     refused(index, Exception, ("pod",), index.ingest, None, payload(stored([1], A)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from model import NotABatch
 from support import Pair, cleared, removed, stored
 
 import kvindex
@@ -26,7 +27,7 @@ def pair() -> Pair:
     return Pair(4)
 
 
-# ------------------------------------------------------------------------------------------------------------- words
+# ------------------------------------------------------------------------------------------------------------ words
 
 
 def test_the_answer_is_the_number_of_leading_tokens_that_a_pod_holds(pair):
@@ -57,10 +58,20 @@ def test_the_rank_of_the_call_counts_before_that_of_the_batch(pair):
     assert pair.ask(A)["a"]["ranks"] == {2: 4}
 
 
-@pytest.mark.parametrize(("written", "shown"), [
-    (None, "GPU"), ("GPU", "GPU"), ("gpu", "GPU"), ("cpu", "CPU"), ("Cpu_Pinned", "CPU_PINNED"), ("disk", "DISK"),
-    ("STORAGE", "STORAGE"), ("external", "EXTERNAL"), ("Tape-7", "Tape-7"),
-])
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        (None, "GPU"),
+        ("GPU", "GPU"),
+        ("gpu", "GPU"),
+        ("cpu", "CPU"),
+        ("Cpu_Pinned", "CPU_PINNED"),
+        ("disk", "DISK"),
+        ("STORAGE", "STORAGE"),
+        ("external", "EXTERNAL"),
+        ("Tape-7", "Tape-7"),
+    ],
+)
 def test_media_are_compared_without_case_and_unknown_ones_kept(pair, written, shown):
     pair.ingest("a", stored([1], A, medium=written))
     assert pair.ask(A)["a"]["media"] == {shown: 4}
@@ -119,17 +130,24 @@ def test_the_last_announcement_of_a_hash_wins(pair):
     assert pair.tokens(C) == {}
 
 
-@pytest.mark.parametrize(("one", "same"), [
-    (2**64 - 1, -1), (2**63, -(2**63)), (5, b"\x05"), (5, b"\0" * 7 + b"\x05"), (5, b"\xff" * 24 + b"\0" * 7 + b"\x05"),
-    (0x0102030405060708, b"\xaa" * 56 + bytes(range(1, 9))),
-])
+@pytest.mark.parametrize(
+    ("one", "same"),
+    [
+        (2**64 - 1, -1),
+        (2**63, -(2**63)),
+        (5, b"\x05"),
+        (5, b"\0" * 7 + b"\x05"),
+        (5, b"\xff" * 24 + b"\0" * 7 + b"\x05"),
+        (0x0102030405060708, b"\xaa" * 56 + bytes(range(1, 9))),
+    ],
+)
 def test_a_hash_is_the_same_however_it_is_written(pair, one, same):
     pair.ingest("a", stored([one], A))
     assert pair.ingest("a", removed(same))["removed"] == 1
     assert pair.tokens(A) == {}
 
 
-# ----------------------------------------------------------------------------------------------------------- hashing
+# ---------------------------------------------------------------------------------------------------------- hashing
 
 
 def test_the_check_value_of_the_hash():
@@ -166,7 +184,7 @@ def test_another_seed_gives_other_hashes_and_the_same_answers():
     assert match.hashes.tolist() != kvindex.prefix_hashes(A + B, block_size=4).tolist()
 
 
-# ---------------------------------------------------------------------------------------------------------- presence
+# --------------------------------------------------------------------------------------------------------- presence
 
 
 def test_copies_are_counted(pair):
@@ -281,7 +299,7 @@ def test_a_source_can_be_told_which_media_its_clears_mean(pair):
     assert pair.tokens(B) == {}
 
 
-# --------------------------------------------------------------------------------------------------- chains and holes
+# ------------------------------------------------------------------------------------------------- chains and holes
 
 
 def test_the_blocks_of_an_event_hang_one_below_the_other(pair):
@@ -450,7 +468,7 @@ def test_prompts_fork_and_meet_and_leave_nothing_behind(pair):
     assert pair.index.stats()["blocks"] == 0
 
 
-# -------------------------------------------------------------------------------------------------------- block sizes
+# ------------------------------------------------------------------------------------------------------ block sizes
 
 
 def test_a_larger_engine_block_is_placed_and_goes_as_one(pair):
@@ -532,10 +550,17 @@ def test_a_lora_adapters_blocks_are_its_own(pair):
     assert pair.tokens(A, lora_name="poetry") == {"a": 4}
 
 
-@pytest.mark.parametrize(("fields", "name"), [
-    ({"lora_id": 7}, "7"), ({"lora_id": "sql"}, "sql"), ({"lora_id": 7, "lora_name": "sql"}, "sql"),
-    ({"lora_id": 0}, None), ({"lora_id": -1}, None), ({"lora_id": None}, None),
-])
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"lora_id": 7}, "7"),
+        ({"lora_id": "sql"}, "sql"),
+        ({"lora_id": 7, "lora_name": "sql"}, "sql"),
+        ({"lora_id": 0}, None),
+        ({"lora_id": -1}, None),
+        ({"lora_id": None}, None),
+    ],
+)
 def test_a_lora_id_names_the_adapter_where_no_name_does(pair, fields, name):
     pair.ingest("a", stored([1], A, **fields))
     assert pair.tokens(A, lora_name=name) == {"a": 4}
@@ -582,7 +607,7 @@ def test_missing_and_empty_entries_are_none(pair):
     assert pair.tokens(A + B) == pair.tokens(A + B, extra_keys=[None, []]) == {"a": 8}
 
 
-# -------------------------------------------------------------------------------------------------------- hybrid hits
+# ------------------------------------------------------------------------------------------------------ hybrid hits
 
 
 @pytest.mark.parametrize("window", [17, 64, 100, 192, 256, 1024])
@@ -619,8 +644,12 @@ def test_full_attention_in_a_hybrid_model_needs_every_block(pair):
 
 def test_groups_shrink_the_hit_until_none_objects(pair):
     hashes, tokens = chain(12)
-    pair.ingest("a", stored(hashes, tokens, **FULL), stored(hashes, tokens, **sliding(9, 1)),
-                stored([hashes[3], hashes[8]], tokens, group_idx=2, kv_cache_spec_kind="mamba"))
+    pair.ingest(
+        "a",
+        stored(hashes, tokens, **FULL),
+        stored(hashes, tokens, **sliding(9, 1)),
+        stored([hashes[3], hashes[8]], tokens, group_idx=2, kv_cache_spec_kind="mamba"),
+    )
     assert pair.tokens(tokens) == {"a": 36}
     pair.ingest("a", removed(hashes[7], group_idx=1))
     assert pair.tokens(tokens) == {"a": 16}
@@ -676,12 +705,16 @@ def test_the_groups_are_forgotten_by_a_clear(pair):
 
 def test_no_medium_alone_gives_more_than_all_together(pair):
     hashes, tokens = chain(6)
-    pair.ingest("a", stored(hashes[:4], tokens[:16], **FULL), stored(hashes, tokens, medium="CPU", **sliding(9)),
-                stored(hashes[:2], tokens[:8], group_idx=2, kv_cache_spec_kind="mamba"))
+    pair.ingest(
+        "a",
+        stored(hashes[:4], tokens[:16], **FULL),
+        stored(hashes, tokens, medium="CPU", **sliding(9)),
+        stored(hashes[:2], tokens[:8], group_idx=2, kv_cache_spec_kind="mamba"),
+    )
     assert pair.ask(tokens)["a"] == {"tokens": 8, "ranks": {0: 8}, "media": {"GPU": 8, "CPU": 8}}
 
 
-# ------------------------------------------------------------------------------------------------------------ verdicts
+# --------------------------------------------------------------------------------------------------------- verdicts
 
 
 def test_the_worst_verdict_of_a_pods_ranks_is_the_pods(pair):
@@ -713,8 +746,8 @@ def test_every_answer_says_how_far_it_can_be_trusted(pair):
 
 def test_an_undecodable_payload_degrades_an_existing_worker(pair):
     pair.ingest("a", stored([1], A))
-    for it in (pair.index, pair.model):
-        with pytest.raises(ValueError):
+    for it, error in ((pair.index, kvindex.EventDecodeError), (pair.model, NotABatch)):
+        with pytest.raises(error):
             it.ingest("a", b"\xc1")
     assert pair.state("a") == pair.model.pod_state("a") == "degraded"
     assert pair.tokens(A) == {"a": 4}
@@ -730,7 +763,7 @@ def test_a_clear_of_some_media_is_no_clean_start(pair):
     assert pair.state("a") == "exact"
 
 
-# --------------------------------------------------------------------------------------------------- announced by us
+# -------------------------------------------------------------------------------------------------- announced by us
 
 
 def test_an_added_prefix_counts_until_it_expires(pair):
@@ -796,7 +829,7 @@ def test_time_passes_by_the_indexs_own_clock():
     assert index.match_prefix(A).tokens == {}
 
 
-# --------------------------------------------------------------------------------------------- pods that come and go
+# -------------------------------------------------------------------------------------------- pods that come and go
 
 
 def test_a_removed_pod_is_gone_with_everything(pair):
@@ -867,8 +900,9 @@ def test_memory_goes_back_when_the_blocks_go():
     hashes = rng.integers(0, 2**64, (20, 500), dtype=np.uint64)
     for pod in ("a", "b", "c"):
         for row in range(20):
-            index.process_block_stored(kvindex.BlockStored(
-                pod=pod, block_hashes=hashes[row], token_ids=tokens[row], block_size=16))
+            index.process_block_stored(
+                kvindex.BlockStored(pod=pod, block_hashes=hashes[row], token_ids=tokens[row], block_size=16)
+            )
     full = index.stats()
     assert full["blocks"] == 20 * 500
     for pod in ("a", "b", "c"):
