@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import count
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import msgpack
 import numpy as np
@@ -98,9 +98,12 @@ class SimPod:
 
     def _engine(self) -> Engine:
         config = self.config
-        window = {"window": config.window} if config.window is not None else {}
         return Engine(
-            config.blocks, config.block_size, flavor=self.form.engine, hash_seed=config.hash_seed.encode(), **window
+            config.blocks,
+            config.block_size,
+            flavor=self.form.engine,
+            hash_seed=config.hash_seed.encode(),
+            window=config.window,
         )
 
     def _publisher(self, rank: int) -> Publisher:
@@ -126,7 +129,7 @@ class SimPod:
 
     def ready(self) -> dict[str, Any]:
         """Where everything is, for whoever started this."""
-        endpoint: str = self._control.last_endpoint.rstrip(b"\0").decode()
+        endpoint = cast(bytes, self._control.last_endpoint).rstrip(b"\0").decode()
         return {
             "name": self.config.name,
             "model": self.config.model,

@@ -11,7 +11,7 @@ import struct
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import zmq
 
@@ -173,8 +173,8 @@ class Publisher:
             if len(request) == 3 and request[1] == b"":
                 self._asked.append((now + self.faults.replay_delay, request))
         while self._asked and self._asked[0][0] <= now:
-            client, _, start = self._asked.popleft()[1]
-            self._answer(client, int.from_bytes(start, "big"))
+            asker, _, asked_from = self._asked.popleft()[1]
+            self._answer(asker, int.from_bytes(asked_from, "big"))
         if self._endless is not None and self.faults.replay_endless:
             client, start = self._endless
             for seq, payload in [item for item in self._buffer if item[0] >= start][:200]:
@@ -228,5 +228,5 @@ def _bind(sock: zmq.Socket[bytes], endpoint: str) -> str:
             if error.errno != zmq.EADDRINUSE or attempt == 49:
                 raise
             time.sleep(0.02)
-    found: str = sock.last_endpoint.rstrip(b"\0").decode()
+    found = cast(bytes, sock.last_endpoint).rstrip(b"\0").decode()
     return found.replace("tcp://0.0.0.0:", "tcp://*:")

@@ -230,7 +230,7 @@ class EventManager:
         one that :meth:`add_pod` was told of (a :class:`PodSource` without endpoint) has its own, and may have a replay
         endpoint. Raises :class:`StreamError` when it can not be bound.
         """
-        options = {
+        options: dict[str, Any] = {
             "presence": presence,
             "clear_media": None if clear_media is None else frozenset(clear_media),
             "chunk_size": chunk_size,

@@ -14,7 +14,7 @@ import random
 import socket
 import threading
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -103,7 +103,7 @@ class _Watched:
         self._loop = loop
         self._sock = sock
         self._monitor: zmq.Socket[bytes] | None = None
-        self._fd: int = sock.fd  # asked for once: a closed socket has none
+        self._fd = cast(int, sock.fd)  # asked for once: a closed socket has none
         self._monitor_fd = -1
         self.closed = False
         loop.watch(self._fd, self)
@@ -111,7 +111,7 @@ class _Watched:
     def _watch_events(self, events: int) -> None:
         self._monitor = self._sock.get_monitor_socket(events)
         self._monitor.linger = 0
-        self._monitor_fd = self._monitor.fd
+        self._monitor_fd = cast(int, self._monitor.fd)
         self._loop.watch(self._monitor_fd, self)
 
     def _events(self) -> list[dict[str, Any]]:
@@ -252,7 +252,7 @@ class Bound(_Watched):
             sock.close(0)
             raise
         super().__init__(loop, sock)
-        self.endpoint: str = sock.last_endpoint.rstrip(b"\0").decode()
+        self.endpoint = cast(bytes, sock.last_endpoint).rstrip(b"\0").decode()
         self._lost = lost
         self._message = message
         self._connections: dict[int, int] = {}  # file descriptor -> number of its connection
