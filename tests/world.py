@@ -57,10 +57,16 @@ class Layout:
 
 @dataclass(frozen=True)
 class Setup:
+    """`stretch`: how many blocks one of a path stands for, to fill pages and runs. `crowd`: other pods that hold the
+    first block, to fill words of bits. `wide`: as many contents as it takes to fork a hundredfold."""
+
     size: int
     presence: str
     max_parked: int
     pods: tuple[Layout, ...]
+    stretch: int = 1
+    crowd: int = 0
+    wide: bool = False
 
 
 GROUPS = {
@@ -111,6 +117,9 @@ def draw_setup(rng: Random) -> Setup:
         presence=rng.choice(("count", "count", "count", "set")),
         max_parked=rng.choice((65536, 65536, 5)),
         pods=tuple(draw_layout(rng, size) for _ in PODS),
+        stretch=rng.choice((1, 1, 1, 1, 1, 1, 1, 11)),
+        crowd=rng.choice((0, 0, 0, 0, 0, 0, 0, 70)),
+        wide=rng.random() < 0.15,
     )
 
 
@@ -185,6 +194,7 @@ STEPS = {
     "expire": 2,
     "clear_worker": 1,
     "mark_worker": 1,
+    "crowd": 3,
     "remove_pod": 1,
     "no_batch": 1,
 }
@@ -256,6 +266,12 @@ class World:
                 clear_media=layout.clear_media,
                 chunk_size=layout.chunk_size,
             )
+        for i in range(setup.crowd):
+            self.join_crowd(f"crowd-{i}")
+
+    def join_crowd(self, pod: str) -> None:
+        name = self.books.setdefault("shared", Book(0)).name((None, None), (0,))
+        self.ingest(pod, payload(stored([name], self.tokens((0,)), size=self.size)))
 
     def both(self, call: str, *args: Any, **kwargs: Any) -> None:
         getattr(self.index, call)(*args, **kwargs)
@@ -265,7 +281,11 @@ class World:
 
     def tokens(self, path: tuple) -> list[int]:
         patterns = {1: [7] * (self.size - 1) + [8], 2: [9] * self.size}
-        return [token for b in path for token in patterns.get(b, [7] * self.size)]
+        return [token for b in path for token in patterns.get(b, [7 if b < 6 else b] * self.size)]
+
+    def path(self, op: Op) -> tuple:
+        path = op.path if not self.setup.wide else (*op.path[:-1], 6 + op.n % 90)
+        return tuple(b for b in path for _ in range(self.setup.stretch))
 
     def book(self, pod: str, rank: int, model: str) -> Book:
         naming = self.layouts[pod].naming
@@ -295,7 +315,7 @@ class World:
             same = [h for m, g, h in copies if (m, g) == (medium, group)]
             order = op.n % 3
             same = same if order == 0 else same[::-1] if order == 1 else same[op.pick % len(same) :]
-            return removed(*same[: 1 + op.n // 3 % 7], medium=medium, group_idx=group)
+            return removed(*same[: (1 + op.n // 3 % 7) * self.setup.stretch], medium=medium, group_idx=group)
 
         group, kind, window, k = layout.groups[op.group % len(layout.groups)]
         where: dict[str, Any] = {"medium": None if layout.one_medium else op.medium, "group_idx": group}
@@ -326,7 +346,7 @@ class World:
         if op.kind == "extend" and known:
             h = known[op.pick % len(known)]
             context, path, _ = book.back[h]
-            return self.stored(book, context, even(path + op.path), len(path), k, where, op, parent=h)
+            return self.stored(book, context, even(path + self.path(op)), len(path), k, where, op, parent=h)
         if op.kind == "parent":
             # What something parked waits for: from the beginning, or only its last block.
             waited = [p.waits_for for p in worker.parked if p.waits_for in book.back] if worker else []
@@ -334,11 +354,11 @@ class World:
                 return None
             context, path, _ = book.back[waited[op.pick % len(waited)]]
             return self.stored(book, context, path, 0 if op.n % 3 else len(path) - k, k, where, op)
-        context, path, cut = op.context, op.path, op.cut
+        context, path, cut = op.context, even(self.path(op)), op.cut * self.setup.stretch - op.n % self.setup.stretch
         if known and op.pick % 3:
             # Along a prompt that is there, then off it.
             context, path, _ = book.back[known[op.pick % len(known)]]
-            path = even(path[: len(path) - op.n % 3] + op.path)
+            path = even(path[: len(path) - op.n % 3] + self.path(op))
         if op.kind == "mask":
             return self.masked(worker, book, context, path, k, where, op)
         return self.stored(book, context, path, cut, k, where, op)
@@ -412,7 +432,7 @@ class World:
         path = path[: len(path) // k * k]
         number = where["group_idx"] or 0
         ends = list(range(k, len(path) + 1, k))
-        hashes = [book.name(context, path[:end]) for i, end in enumerate(ends) if op.n >> i & 1]
+        hashes = [book.name(context, path[:end]) for i, end in enumerate(ends) if op.n >> i % 16 & 1]
         if op.pick % 2:
             # Before a group's block size is known, a placeholder must say it.
             sizes = (0, None, k * self.size) if k == 1 or (worker and number in worker.groups) else (k * self.size,)
@@ -534,6 +554,14 @@ class World:
         self.index._expire(self.now)
         self.model.expire(self.now)
 
+    def do_crowd(self, step: Step) -> None:
+        for i in range(step.n % 9 if self.setup.crowd else 0):
+            pod = f"crowd-{(step.n + i * 7) % self.setup.crowd}"
+            if pod in self.model.pods:
+                self.both("remove_pod", pod)
+            else:
+                self.join_crowd(pod)
+
     def do_clear_worker(self, step: Step) -> None:
         if step.pod in self.model.pods:
             self.both("clear_worker", step.pod, step.rank)
@@ -601,7 +629,7 @@ class World:
         only = self.index.match_prefix(tokens, model=model, only_exact=True, **given)
         same("only exact: " + asked, answer_of(only), {pod: a for pod, a in want.items() if states[pod] == "exact"})
         some = self.index.match_prefix(tokens, model=model, ready_pods=("a", "c", "nobody"), **given)
-        same("of a and c: " + asked, answer_of(some), {pod: a for pod, a in want.items() if pod in "ac"})
+        same("of a and c: " + asked, answer_of(some), {pod: a for pod, a in want.items() if pod in ("a", "c")})
 
     def finish(self) -> None:
         """Everything goes, block by block where that is possible, and nothing may be left."""

@@ -68,7 +68,7 @@ TestIndexMachine = IndexMachine.TestCase
 
 
 @given(seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=max(20, settings.default.max_examples // 2))
+@settings(max_examples=max(20, settings.default.max_examples * 2 // 5))
 def test_long_interleavings(seed) -> None:
     rng = Random(seed)
     setup = draw_setup(rng)
