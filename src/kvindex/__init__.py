@@ -20,6 +20,8 @@ from .errors import (
 )
 from .events import AllBlocksCleared, BlockRemoved, BlockStored, EventBatch, decode_batch
 from .hashing import local_hashes, prefix_hashes
+from .sync.manager import EventManager
+from .sync.source import PodSource
 from .tokens import tokens_from_bytes, tokens_to_bytes
 
 __version__ = "0.1.0"
@@ -32,12 +34,14 @@ __all__ = [
     "CaptureError",
     "EventBatch",
     "EventDecodeError",
+    "EventManager",
     "IngestReport",
     "InvalidTypeError",
     "InvalidValueError",
     "KVIndexError",
     "PodMatch",
     "PodSet",
+    "PodSource",
     "PrefixIndex",
     "PrefixMatch",
     "SnapshotError",
