@@ -1,4 +1,4 @@
-"""The interoperable hashes: XXH3-64 of a block's tokens, and rolled over a prefix (Dynamo's scheme, Mooncake RFC #1527)."""
+"""The interoperable hashes: XXH3-64 of a block's tokens, and rolled over a prefix (Dynamo, Mooncake RFC #1527)."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ def tokens_from_bytes(
     """Token ids from u32 bytes, as uint32[len(data) / 4] in this machine's order.
 
     The default is what AIBrix sends. Copies only where the order differs. O(tokens); any thread. Raises
-    :class:`InvalidTypeError` for anything but bytes, :class:`InvalidValueError` for a length that is no multiple of 4 or
-    an unknown byte order.
+    :class:`InvalidTypeError` for anything but bytes, :class:`InvalidValueError` for a length that is no multiple of 4
+    or an unknown byte order.
     """
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise InvalidTypeError(f"data is {type(data).__name__}; it must be bytes, bytearray or memoryview")
