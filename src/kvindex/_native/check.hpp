@@ -174,10 +174,25 @@ inline std::string Index::check() const {
         for (const auto& s : w.second)
             if (!w.copies.count(s.second)) return fail("second name without copies", id, s.first);
         if (w.lot) {
+            const ParkingLot& lot = *w.lot;
             u32 n = 0;
-            for (const auto& rec : w.lot->records)
-                for (u8 x : rec.second.live) n += x;
-            if (n != w.lot->hashes || w.lot->records.empty()) return fail("parked blocks miscounted", id, n);
+            u64 entries = 0, dead = 0;
+            for (const auto& rec : lot.records) {
+                const Parked& p = rec.second;
+                const Holder& tier = holders_[p.holder];
+                u32 left = 0;
+                for (u32 i = 0; i < p.ids.size(); ++i, ++entries) {
+                    left += p.live[i];
+                    const auto at = lot.by_id.find(ParkedHash{p.ids[i], !p.live[i], tier.medium, tier.group, rec.first});
+                    if (at == lot.by_id.end() || at->second != i) return fail("parked block is not in the table", id, rec.first);
+                }
+                if (!lot.waiting.count({p.waits_for, rec.first})) return fail("parked record waits for nothing", id, rec.first);
+                if (left != p.left || lot.dead.count(rec.first) != (left == 0)) return fail("parked record miscounted", id, rec.first);
+                n += left;
+                dead += left == 0;
+            }
+            if (n != lot.hashes || lot.records.empty()) return fail("parked blocks miscounted", id, n);
+            if (entries != lot.by_id.size() || dead != lot.dead.size() || lot.records.size() != lot.waiting.size()) return fail("parking lot's tables are wrong", id, entries);
             parked += n;
         }
     }

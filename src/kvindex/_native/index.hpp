@@ -347,16 +347,10 @@ private:
             if (std::find(media.begin(), media.end(), holders_[h].medium) != media.end()) set_bit(mask, h, true);
         const auto hit = [&](u32 h) { return (h >> 6) < mask.size() && (mask[h >> 6] >> (h & 63) & 1); };
         if (w.lot) {
-            std::vector<u64> dead;
-            for (auto& rec : w.lot->records) {
-                if (!hit(rec.second.holder)) continue;
-                for (u8& alive : rec.second.live) {
-                    w.lot->hashes -= alive;
-                    parked_ -= alive;
-                    alive = 0;
-                }
-                dead.push_back(rec.first);
-            }
+            for (auto& rec : w.lot->records)
+                for (u32 i = 0; i < rec.second.ids.size() && hit(rec.second.holder); ++i)
+                    if (rec.second.live[i]) take_back(*w.lot, {&rec.second, rec.first, i});
+            const std::vector<u64> dead(w.lot->dead.begin(), w.lot->dead.end());
             for (u64 serial : dead) drop_dead(*w.lot, serial);
             if (w.lot->records.empty()) w.lot.reset();
         }

@@ -40,7 +40,7 @@ protected:
         if (!w.lot) w.lot.reset(new ParkingLot());
         return *w.lot;
     }
-    static std::size_t weight(const Parked& p) { return sizeof(Parked) + 160 + p.ids.size() * (sizeof(u64) + 1 + 48) + p.locals.size() * sizeof(u64); }
+    static std::size_t weight(const Parked& p) { return sizeof(Parked) + 160 + p.ids.size() * (sizeof(u64) + 1 + 96) + p.locals.size() * sizeof(u64); }
 
     // Parks something newly announced. Where copies do not count, it takes the place of what was announced before.
     void park_new(u32 id, Parked&& p, Report& r) {
@@ -58,12 +58,16 @@ protected:
     void park(u32 id, Parked&& p, Report& r) {
         ParkingLot& l = lot(id);
         const u64 serial = l.next++;
-        u32 live = 0;
-        for (u8 x : p.live) live += x;
-        for (u64 name : p.ids) l.by_id.emplace(name, serial);
+        const Holder& tier = holders_[p.holder];
+        p.left = 0;
+        for (u32 i = 0; i < p.ids.size(); ++i) {
+            p.left += p.live[i];
+            l.by_id.emplace(ParkedHash{p.ids[i], !p.live[i], tier.medium, tier.group, serial}, i);
+        }
         l.waiting.emplace(p.waits_for, serial);
-        l.hashes += live;
-        parked_ += live;
+        if (!p.left) l.dead.insert(serial);
+        l.hashes += p.left;
+        parked_ += p.left;
         r.parked += p.ids.size();
         mem_.add(weight(p));
         l.records.emplace(serial, std::move(p));
@@ -115,43 +119,35 @@ protected:
         Parked p = std::move(it->second);
         mem_.sub(weight(p));
         l.records.erase(it);
-        erase_pair(l.waiting, p.waits_for, serial);
-        for (u64 name : p.ids) erase_pair(l.by_id, name, serial);
-        for (u8 alive : p.live) {
-            l.hashes -= alive;
-            parked_ -= alive;
-        }
+        const Holder& tier = holders_[p.holder];
+        for (u32 i = 0; i < p.ids.size(); ++i) l.by_id.erase(ParkedHash{p.ids[i], !p.live[i], tier.medium, tier.group, serial});
+        l.waiting.erase({p.waits_for, serial});
+        if (!p.left) l.dead.erase(serial);
+        l.hashes -= p.left;
+        parked_ -= p.left;
         return p;
     }
-    static void erase_pair(std::unordered_multimap<u64, u64>& m, u64 key, u64 value) {
-        const auto range = m.equal_range(key);
-        for (auto it = range.first; it != range.second; ++it) {
-            if (it->second == value) {
-                m.erase(it);
-                return;
-            }
-        }
-    }
     struct ParkedCopy {
-        const Parked* record = nullptr;
+        Parked* record = nullptr;
         u64 serial = 0;
-        std::size_t at = 0;
+        u32 at = 0;
     };
     // The latest live parked copy of a name in a medium and group.
-    ParkedCopy find_parked(const ParkingLot& l, const Holder& tier, u64 name) const {
-        ParkedCopy best;
-        const auto range = l.by_id.equal_range(name);
-        for (auto it = range.first; it != range.second; ++it) {
-            const Parked& p = l.records.at(it->second);
-            const Holder& h = holders_[p.holder];
-            if (h.medium != tier.medium || h.group != tier.group || (best.record && it->second < best.serial)) continue;
-            for (std::size_t i = 0; i < p.ids.size(); ++i)
-                if (p.ids[i] == name && p.live[i]) best = {&p, it->second, i};
-        }
-        return best;
+    ParkedCopy find_parked(ParkingLot& l, const Holder& tier, u64 name) const {
+        auto it = l.by_id.upper_bound(ParkedHash{name, false, tier.medium, tier.group, ~0ull});
+        if (it == l.by_id.begin()) return {};
+        const ParkedHash& last = (--it)->first;
+        if (last.name != name || last.dead || last.medium != tier.medium || last.group != tier.group) return {};
+        return {&l.records.at(last.serial), last.serial, it->second};
     }
     void take_back(ParkingLot& l, const ParkedCopy& copy) {
-        l.records.at(copy.serial).live[copy.at] = 0;
+        Parked& p = *copy.record;
+        const Holder& tier = holders_[p.holder];
+        const u64 name = p.ids[copy.at];
+        l.by_id.erase(ParkedHash{name, false, tier.medium, tier.group, copy.serial});
+        l.by_id.emplace(ParkedHash{name, true, tier.medium, tier.group, copy.serial}, copy.at);
+        p.live[copy.at] = 0;
+        if (--p.left == 0) l.dead.insert(copy.serial);
         --l.hashes;
         --parked_;
     }
@@ -163,7 +159,7 @@ protected:
         const ParkedCopy copy = find_parked(l, tier, name);
         if (!copy.record) return false;
         take_back(l, copy);
-        if (!alive(*copy.record)) drop_dead(l, copy.serial);
+        if (!copy.record->left) drop_dead(l, copy.serial);
         if (l.records.empty()) w.lot.reset();
         judge(w.pod);
         return true;
@@ -174,47 +170,43 @@ protected:
         while (!todo.empty()) {
             const auto it = l.records.find(todo.back());
             todo.pop_back();
-            if (it == l.records.end() || alive(it->second)) continue;
+            if (it == l.records.end() || it->second.left) continue;
             const u64 above = it->second.waits_for;
             std::vector<u64> below(1, it->first);
+            std::set<u64> seen{it->first};
             bool needed = false;
             for (std::size_t i = 0; i < below.size() && !needed; ++i) {
                 const Parked& p = l.records.at(below[i]);
                 if (!p.orphan) continue;
                 for (u64 name : p.ids) {
-                    const auto range = l.waiting.equal_range(name);
-                    for (auto k = range.first; k != range.second && !needed; ++k) {
-                        if (std::find(below.begin(), below.end(), k->second) != below.end()) continue;
-                        needed = alive(l.records.at(k->second));
+                    for (auto k = l.waiting.lower_bound({name, 0}); k != l.waiting.end() && k->first == name && !needed; ++k) {
+                        if (!seen.insert(k->second).second) continue;
+                        needed = l.records.at(k->second).left != 0;
                         below.push_back(k->second);
                     }
                 }
             }
             if (needed) continue;
             for (u64 s : below) unpark(l, s);
-            const auto range = l.by_id.equal_range(above);
-            for (auto k = range.first; k != range.second; ++k) todo.push_back(k->second);
+            for (auto k = l.by_id.lower_bound(ParkedHash{above, true, 0, 0, 0}); k != l.by_id.end() && k->first.name == above; ++k) todo.push_back(k->first.serial);
         }
-    }
-    static bool alive(const Parked& p) {
-        return std::any_of(p.live.begin(), p.live.end(), [](u8 x) { return x != 0; });
     }
     // Attaches what waited for the names in fresh_, and what waited for those, until nothing moves.
     void work_off(u32 id) {
         Worker& w = *workers_[id];
         std::vector<u64> ends;
+        bool moved = false;
         while (w.lot && !fresh_.empty()) {
             const u64 name = fresh_.back();
             fresh_.pop_back();
             std::vector<u64> serials;
-            const auto range = w.lot->waiting.equal_range(name);
-            for (auto it = range.first; it != range.second; ++it) serials.push_back(it->second);
-            std::sort(serials.begin(), serials.end());
+            for (auto it = w.lot->waiting.lower_bound({name, 0}); it != w.lot->waiting.end() && it->first == name; ++it) serials.push_back(it->second);
             for (u64 serial : serials) {
                 if (!w.lot || !w.lot->records.count(serial)) continue;
                 const u32 ref = find(id, name);
                 if (ref == kNone) break;
                 Parked p = unpark(*w.lot, serial);
+                moved = true;
                 if (!p.orphan) {
                     if (p.live[0] && !add_known(id, p.holder, name, ref)) spoil(id);
                     continue;
@@ -239,11 +231,9 @@ protected:
         // Cancelled blocks at a record's end were placed for what waits for them; without that they go again. Only now.
         for (u64 name : ends)
             if (const u32 ref = find(id, name); ref != kNone) settle(id, chains_.pos(ref));
-        if (w.lot && w.lot->hashes < w.lot->by_id.size()) {
-            // Some are cancelled; those that were kept for one that has its place now need not wait on.
-            std::vector<u64> dead;
-            for (const auto& rec : w.lot->records)
-                if (!alive(rec.second)) dead.push_back(rec.first);
+        if (w.lot && moved) {
+            // Cancelled records that were kept for one that has its place now need not wait on.
+            const std::vector<u64> dead(w.lot->dead.begin(), w.lot->dead.end());
             for (u64 serial : dead) drop_dead(*w.lot, serial);
         }
         if (w.lot && w.lot->records.empty()) w.lot.reset();

@@ -4,6 +4,7 @@
 #include <cctype>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -47,17 +48,35 @@ struct Parked {
     u64 waits_for = 0;
     bool orphan = false;
     u32 holder = 0;
+    u32 left = 0;             // how many are live
     std::vector<u64> ids;
     std::vector<u64> locals;  // orphans: ids.size() * factor local hashes
     std::vector<u8> live;     // 0: its copy has been removed since, the position still counts
+};
+
+// One hash of one record, ordered so that the latest live one of a medium and group is found without looking at others: a lot may
+// have thousands of one hash, in one record or each.
+struct ParkedHash {
+    u64 name;
+    bool dead;
+    u32 medium, group;
+    u64 serial;
+    bool operator<(const ParkedHash& o) const {
+        if (name != o.name) return name < o.name;
+        if (dead != o.dead) return dead < o.dead;
+        if (medium != o.medium) return medium < o.medium;
+        if (group != o.group) return group < o.group;
+        return serial < o.serial;
+    }
 };
 
 struct ParkingLot {
     u64 next = 0;
     u32 hashes = 0;  // live entries
     std::map<u64, Parked> records;
-    std::unordered_multimap<u64, u64> waiting;  // hash -> record
-    std::unordered_multimap<u64, u64> by_id;    // parked hash -> record
+    std::set<std::pair<u64, u64>> waiting;  // hash that is waited for, record
+    std::map<ParkedHash, u32> by_id;        // parked hash -> which of the record's
+    std::set<u64> dead;                     // records without a live entry
 };
 
 struct Worker {
