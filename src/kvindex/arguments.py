@@ -1,4 +1,4 @@
-"""Arguments before they reach the core, where speed does not matter: checks, and errors that say what would be right."""
+"""Arguments before they reach the core, where speed does not matter: checks, and errors that say what is right."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def stored_tokens(event: Any) -> Any:
 
 
 def stored_fields(event: Any) -> tuple[int, int, int, list[bytes | None]]:
-    """What a BlockStored says besides hashes and tokens: block size, window, adapter's number; texts and packed keys."""
+    """What a BlockStored says besides hashes and tokens: block size, window, adapter number; texts, packed keys."""
     named = isinstance(event.lora_id, str)
     return (
         whole(event.block_size or 0, "block_size", 0, 1 << 40),
@@ -114,7 +114,7 @@ def token(value: Any, what: str, at: int) -> int:
 
 
 def fold(value: Any, what: str) -> int:
-    """An engine hash as u64: ints as they are (signed ones wrap), bytes by their last eight, big-endian, as vLLM does."""
+    """An engine hash as u64: ints as they are (signed ones wrap), bytes by their last eight, big-endian (vLLM)."""
     if isinstance(value, (bytes, bytearray)):
         if not value:
             raise InvalidValueError(f"{what} is empty bytes; an engine hash has at least one")
