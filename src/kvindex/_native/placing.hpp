@@ -276,10 +276,15 @@ protected:
         for (const Guess& o : guesses_) {
             if (o.worker != g.worker) continue;
             last = false;
-            const std::size_t most = std::min(o.prefixes.size(), g.prefixes.size());
-            std::size_t k = 0;
-            while (k < most && o.prefixes[k] == g.prefixes[k]) ++k;
-            keep = std::max(keep, k);
+            // A prefix hash stands for all blocks before it, so the place where two paths part is found by halving.
+            for (std::size_t end = std::min(o.prefixes.size(), g.prefixes.size()); keep < end;) {
+                const std::size_t middle = keep + (end - keep) / 2;
+                if (o.prefixes[middle] == g.prefixes[middle]) {
+                    keep = middle + 1;
+                } else {
+                    end = middle;
+                }
+            }
         }
         locate(w.space, {kNone, kNone}, g.prefixes.data(), static_cast<u32>(g.prefixes.size()));
         u32 bottom = kNone;
