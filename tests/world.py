@@ -24,7 +24,7 @@ PODS = ("a", "b", "c")
 RANKS = (0,) * 6 + (1,)
 MODELS = ("",) * 9 + ("m",)
 MEDIA = (None, None, "GPU", "gpu", "cpu", "CPU", "Tape")
-CONTEXTS = ((None, None),) * 6 + (("L", None), (None, "s"), ("L", "s"))  # (lora_name, cache_salt)
+CONTEXTS = ((None, None),) * 7 + (("L", None), ("7", None), (None, "s"), ("L", "s"))  # (lora_name, cache_salt)
 
 # Block types: 0, 1 and 2 are other tokens; 3 to 5 differ from 0 by their extra keys only.
 EXTRA = {3: ["mm"], 4: [("mm", 1)], 5: [b"\x07" * 3, 2**64 - 1, b"\x01"]}
@@ -111,13 +111,14 @@ def draw_layout(rng: Random, size: int) -> Layout:
 
 
 def draw_setup(rng: Random) -> Setup:
-    size = rng.choice((1, 2, 4))
+    # The sizes that the core is specialised for come too, but small ones have the tighter corners.
+    size = rng.choice((1, 2, 4, 1, 2, 4, 1, 2, 4, 16, 32, 64, 128))
     return Setup(
         size=size,
         presence=rng.choice(("count", "count", "count", "set")),
         max_parked=rng.choice((65536, 65536, 5)),
         pods=tuple(draw_layout(rng, size) for _ in PODS),
-        stretch=rng.choice((1, 1, 1, 1, 1, 1, 1, 11)),
+        stretch=rng.choice((1, 1, 1, 1, 1, 1, 1, 11)) if size < 64 else 1,
         crowd=rng.choice((0, 0, 0, 0, 0, 0, 0, 70)),
         wide=rng.random() < 0.15,
     )
@@ -419,7 +420,9 @@ class World:
                 entries[0].insert(len(entries[0]) - digests, salt)
         elif salt is not None:
             fields["cache_salt"] = salt
-        if lora is not None:
+        if lora == "7" and n % 2:
+            fields["lora_id"] = 7
+        elif lora is not None:
             fields["lora_name"] = lora
             if n % 3:
                 entries = [[lora, *keys] for keys in entries]
@@ -593,11 +596,16 @@ class World:
                 parked[rank] += worker.parked_copies
             same(f"parked of {pod}", waiting, dict(+parked))
         self.turn += 1
+        # The newest questions with one more block or another last one, and the older ones in turn. In a crowd every one
+        # costs the model seventy workers.
         asked = list(self.asked)
-        for context, path, model in dict.fromkeys(asked[-2:] + asked[self.turn % max(1, len(asked)) :][:2]):
+        older = asked[self.turn % max(1, len(asked)) :][:2]
+        for context, path, model in dict.fromkeys(asked[-1:] if self.setup.crowd else asked[-2:] + older):
             self.question(context, (*path, self.turn % 3), model)
-            self.question(context, (*path[:-1], (path[-1] + 1) % 3, *path[-1:]), model)
-        self.question((None, None), (2, 1, 0), "")
+            if not self.setup.crowd or self.turn % 4 == 0:
+                self.question(context, (*path[:-1], (path[-1] + 1) % 3, *path[-1:]), model)
+        if self.turn % 4 == 0:
+            self.question((None, None), (2, 1, 0), "")
 
     def question(self, context: tuple, path: tuple, model: str) -> None:
         path = even(path)
