@@ -235,6 +235,7 @@ class WorkerStream:
         self._verified = False  # what is applied is of the process behind this connection
         self._started = False  # and everything up to the first live batch is applied
         self._unproven = False  # as far as can be said without a replay
+        self._mixed = False  # more than one process has come over this connection
         self._conflicts = 0
         # What waits.
         self._waiting: dict[int, _Waiting] = {}
@@ -296,6 +297,7 @@ class WorkerStream:
         self.is_connected = True
         self._connected_at = self._heard_at = now
         self._conflicts = 0
+        self._mixed = False
         self._trust_replay = self._has_replay
         self._stop_replay()
         # What waited came over the connection before: a replay brings it again, and nobody else could place it.
@@ -532,7 +534,7 @@ class WorkerStream:
                 self.counts["overlap"] += 1
         if self._missing():
             return
-        if self._seen >= 0:
+        if self._seen >= 0 and not self._mixed:
             self._started = True  # live and applied meet, so nothing before the live batches is missing
         if self._hole_at is not None and self._hole_at < self._next:
             self._hole_at = None
@@ -610,13 +612,15 @@ class WorkerStream:
         """This batch is the first that we see of a new process."""
         self._restarted(f"batch {seq} came after {self._next - 1}")
         self._hold(seq, payload, ts)
+        # One connection leads to one process. If two lives come over it, something between mixes them, and what was taken
+        # for the old one's last batches may have been the new one's first.
+        self._mixed = True
         if self._trust_replay:
-            self._drain()
-            if self._missing():
-                self._ask(_Purpose.START, 0)
+            self._ask(_Purpose.START, 0)
         else:
             self._drain()
             self._look_at_hole(now)
+            self._started = self._unproven = True
 
     # -------------------------------------------------------------------------------------------------- who is there?
 
@@ -657,7 +661,7 @@ class WorkerStream:
             replay.contiguous = False  # the publisher's own copy is as unreadable as ours
         if known == mine:
             replay.matched = True
-            self._verified, self._unproven = True, False
+            self._verified = True
             if seq == self._next - 1:
                 self._drain()
         elif known is None:
@@ -712,7 +716,7 @@ class WorkerStream:
         self._out.append(Clear())
         self._drop_waiting()
         self._forget_holes()
-        self._known = self._started = self._unproven = False
+        self._known = self._started = self._unproven = self._mixed = False
         self._verified = True
         self._next = self._base = 0
         self.last_ts = None
@@ -768,6 +772,8 @@ class WorkerStream:
 
     def _take(self, replay: _Replay, seq: int, payload: bytes, now: float) -> None:
         """A replay brings a batch that is not applied yet."""
+        if replay.purpose is _Purpose.START and not self._known:
+            self._started = False  # where it was given up before: somebody answers after all
         if seq > self._next:
             if replay.purpose is _Purpose.HEAL:
                 return
@@ -815,10 +821,9 @@ class WorkerStream:
             self._drain()
         self._hole_at = None
         self._started = True
+        self._mixed = self._unproven = False
         if replay.purpose is _Purpose.HEAL:
             self._healed(replay)
-        elif replay.purpose in (_Purpose.START, _Purpose.VERIFY):
-            self._unproven = False
         self._look_at_hole(now)
 
     def _healed(self, replay: _Replay) -> None:
