@@ -1,0 +1,179 @@
+"""Pods in processes of their own that are killed, stopped and started again, against what they say of themselves."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+from sync_support import BRISK, nothing_left_behind, until
+
+from kvindex import PrefixIndex
+from kvindex.sim.process import SimProcess
+from kvindex.sim.workload import chat
+from kvindex.sync.manager import EventManager
+from kvindex.sync.source import PodSource
+
+# The conversations that the pods serve by themselves, so that what they are asked about is what they have seen.
+PROMPTS = [arrival.prompt.tokens for arrival in chat(conversations=32, turns=4, system_tokens=256, rate=8.0, seed=0)]
+
+
+@pytest.fixture(scope="module")
+def fleet() -> Iterator[list[SimProcess]]:
+    pods = []
+    try:
+        for name, options in {
+            "array": {"form": "vllm-0.22.0", "hash_seed": "one"},
+            "map": {"form": "vllm-0.33.0", "hashes": "bytes32", "ranks": 2, "window": 64},
+            "sglang": {"form": "sglang-0.5.22", "blocks": 400},
+        }.items():
+            pods.append(SimProcess(name=name, **options))
+        yield pods
+    finally:
+        for pod in pods:
+            pod.stop()
+
+
+@pytest.fixture
+def index() -> PrefixIndex:
+    return PrefixIndex()
+
+
+@pytest.fixture
+def manager(index: PrefixIndex, fleet: list[SimProcess]) -> Iterator[EventManager]:
+    for pod in fleet:
+        pod.ask("restart")
+    with nothing_left_behind(), EventManager(index, policy=BRISK) as made:
+        yield made
+
+
+def follow(manager: EventManager, pods: list[SimProcess]) -> None:
+    for pod in pods:
+        manager.add_pod(PodSource(pod.config.name, ranks=pod.ranks, model="sim"))
+    assert manager.wait_until_current(30.0)
+
+
+def at_rest(manager: EventManager, pods: list[SimProcess]) -> None:
+    """Nothing is on its way any more, and every pod is exact."""
+    for pod in pods:
+        seqs = pod.seqs()
+        name = pod.config.name
+        until(
+            lambda name=name, seqs=seqs: manager.status()[name].state == "exact"
+            and all((manager.status()[name].workers[rank].last_seq, seq) in ((seq - 1, seq), (None, 0)) for rank, seq in seqs.items())
+        )
+
+
+def compare(index: PrefixIndex, pods: list[SimProcess], prompts: int = 40) -> int:
+    """Every rank's own answer, and the index's."""
+    hits = 0
+    for tokens in random.Random(1).sample(PROMPTS, prompts):
+        for pod in pods:
+            asked, truth = pod.truth(tokens)
+            match = index.match_prefix(tokens[:asked], model="sim")
+            ranks = match[pod.config.name].ranks if pod.config.name in match.tokens else {}
+            assert {rank: ranks.get(rank, 0) for rank in truth} == truth
+            hits += sum(truth.values())
+    index._check()
+    return hits
+
+
+def test_a_fleet_of_several_forms_is_equal(index, manager, fleet):
+    for pod in fleet:
+        pod.ask("run", requests=30)
+    follow(manager, fleet)
+    for pod in fleet:
+        pod.ask("run", requests=60)
+    at_rest(manager, fleet)
+    assert compare(index, fleet) > 10_000
+    assert all(status.lost_batches == 0 for status in manager.status().values())
+
+
+def test_a_killed_pod_is_stale_and_its_successor_exact(index, manager, fleet):
+    victim, *others = fleet
+    follow(manager, fleet)
+    for pod in fleet:
+        pod.ask("run", requests=40)
+    at_rest(manager, fleet)
+    prompt = PROMPTS[20]
+    victim.kill()
+    until(lambda: index.pod_state("array") == "stale")
+    assert "array" not in index.match_prefix(prompt, model="sim", only_exact=True).tokens
+    for pod in others:
+        pod.ask("run", requests=10)
+    at_rest(manager, others)
+    assert compare(index, others) > 0
+    victim.launch()
+    # About as far as the one before was, so that numbers alone would not tell.
+    victim.ask("run", requests=45)
+    until(lambda: manager.status()["array"].restarts == 1)
+    at_rest(manager, fleet)
+    assert compare(index, fleet) > 0
+    assert manager.status()["array"].workers[0].counters["disconnects"] == 1
+    assert {name: status.restarts for name, status in manager.status().items()} == {"array": 1, "map": 0, "sglang": 0}
+
+
+def test_a_pod_that_hangs_with_its_sockets_open_is_noticed(index, manager, fleet):
+    follow(manager, fleet)
+    for pod in fleet:
+        pod.ask("run", requests=20)
+    at_rest(manager, fleet)
+    blocks = manager.status()["map"].blocks
+    fleet[1].pause()
+    try:
+        until(lambda: index.pod_state("map") == "stale")
+        assert index.pod_state("array") == "exact"
+    finally:
+        fleet[1].go_on()
+    at_rest(manager, fleet)
+    assert compare(index, fleet) > 0
+    # It was the same process all the time, so nothing had to be built again.
+    assert manager.status()["map"].restarts == 0
+    assert manager.status()["map"].blocks == blocks
+
+
+def test_a_buffer_that_is_too_short_is_admitted_and_never_answers_too_much(index, manager):
+    with SimProcess(name="short", buffer_steps=20) as pod:
+        pod.ask("run", requests=60)
+        follow(manager, [pod])
+        status = manager.status()["short"]
+        assert status.state == "degraded"
+        assert status.lost_batches == pod.seqs()[0] - 20
+        for tokens in PROMPTS[:40]:
+            asked, truth = pod.truth(tokens)
+            assert index.match_prefix(tokens[:asked], model="sim").tokens.get("short", 0) <= truth[0]
+        pod.ask("reset")
+        pod.ask("run", requests=20)
+        at_rest(manager, [pod])
+        assert compare(index, [pod]) > 0
+
+
+def test_restarts_in_any_order_while_everybody_serves(index, manager, fleet):
+    """Kills, restarts inside a process, faults and clears, at random places: at the end all are exact and equal."""
+    follow(manager, fleet)
+    dice = random.Random(3)
+    for pod in fleet:
+        pod.ask("rate", rate=60.0)
+    for _ in range(12):
+        pod = dice.choice(fleet)
+        match dice.randrange(5):
+            case 0:
+                pod.kill()
+                pod.launch()
+                pod.ask("rate", rate=60.0)
+            case 1:
+                pod.ask("restart")
+            case 2:
+                pod.ask("fault", drop=dice.randrange(1, 5), duplicate=3)
+            case 3:
+                pod.ask("reset")
+            case 4:
+                pod.ask("fault", replay_cut=dice.randrange(1, 9), drop=2)
+                pod.ask("run", requests=3)
+                pod.ask("fault", replay_cut=None)
+        pod.ask("run", requests=dice.randrange(8))
+    for pod in fleet:
+        pod.ask("rate", rate=0.0)
+    at_rest(manager, fleet)
+    assert compare(index, fleet) > 0
+    assert all(not status.workers[0].waiting for status in manager.status().values())
