@@ -30,18 +30,26 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit(f"kvindex needs Python 3.11, this is {v[0]}.{v[1]}; name another: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 
-# The package itself, in place, so that a changed Python file needs no build and a changed core needs only this.
-.venv/.installed: pyproject.toml setup.py $(CORE) | $(BIN)/python
-	$(call need,command -v $${CXX:-g++},g++)
-	$(call need,$(PYTHON) -c 'import sysconfig; open(sysconfig.get_path("include") + "/Python.h")',python3-dev)
-	$(PIP) install --quiet --editable '.[cli]'
+# $(call listed,key): install what pyproject.toml lists under that key, so that it is listed once.
+listed = $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))$(1), sep="\n")' \
+	| $(PIP) install --quiet --requirement /dev/stdin
+
+.venv/.build-tools: pyproject.toml | $(BIN)/python
+	$(call listed,["build-system"]["requires"])
 	touch $@
 
-# What only the tests need, apart, so that the demo does not wait for it. Read from the extra rather than installed as
-# '.[test]', which would build the core a second time.
+# The package itself, in place: a changed Python file needs no build. Without isolation, or each build of a changed core
+# would fetch the build tools again.
+.venv/.installed: .venv/.build-tools setup.py $(CORE)
+	$(call need,command -v $${CXX:-g++},g++)
+	$(call need,$(PYTHON) -c 'import sysconfig; open(sysconfig.get_path("include") + "/Python.h")',python3-dev)
+	$(PIP) install --quiet --no-build-isolation --editable '.[cli]'
+	touch $@
+
+# What only the tests need, apart, so that the demo does not wait for it; and not as '.[test]', which would build the core
+# a second time.
 .venv/.test-tools: .venv/.installed
-	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["test"], sep="\n")' \
-		| $(PIP) install --quiet --requirement /dev/stdin
+	$(call listed,["project"]["optional-dependencies"]["test"])
 	touch $@
 
 .PHONY: help build demo test sanitize fuzz lint dist clean
