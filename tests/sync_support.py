@@ -1,11 +1,11 @@
 """What the tests of streams share.
 
-:class:`World` is a publisher, its channel and an index, all imaginary, around the pure stream machine. The truth is kept by
-the publisher: which batches it has published. The index is a list of the payloads that were applied. Nothing there reads the
-machine's own counters, so it can say whether what the machine claims is so.
+:class:`World` is a publisher, its channel and an index, all imaginary, around the pure stream machine. The truth is
+kept by the publisher: which batches it has published. The index is a list of the payloads that were applied. Nothing
+there reads the machine's own counters, so it can say whether what the machine claims is so.
 
-:class:`LivePublisher` is a simulated publisher with real sockets in a thread, :data:`BRISK` a policy for tests that do not
-want to wait for the field's times.
+:class:`LivePublisher` is a simulated publisher with real sockets in a thread, :data:`BRISK` a policy for tests that do
+not want to wait for the field's times.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import msgpack
 import zmq
 
 from kvindex.sim.publisher import Publisher
-
 from kvindex.sync.stream import (
     CancelReplay,
     Clear,

@@ -1,8 +1,8 @@
 """A simulated engine behind a faulty channel, the stream machine, and the real index: exact has to mean equal.
 
-The engine's own answers are written down after every batch that it publishes. Whatever the channel does, at every step at
-which the index calls the pod exact its answers must be the engine's at the batch that was applied last, and every batch that
-was published in this life of the engine is either applied or in a counter.
+The engine's own answers are written down after every batch that it publishes. Whatever the channel does, at every step
+at which the index calls the pod exact its answers must be the engine's at the batch that was applied last, and every
+batch that was published in this life of the engine is either applied or in a counter.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ FORMS = ["vllm-0.9.0", "vllm-0.22.0", "vllm-0.33.0", "sglang-0.4.7", "sglang-0.5
 def prompts() -> list[Prompt]:
     rng = np.random.default_rng(7)
     systems = [rng.integers(0, 50, 3 * SIZE) for _ in range(2)]
-    return [Prompt(np.concatenate([systems[n % 2], rng.integers(0, 50, int(rng.integers(1, 6 * SIZE)))])) for n in range(8)]
+    return [
+        Prompt(np.concatenate([systems[n % 2], rng.integers(0, 50, int(rng.integers(1, 6 * SIZE)))])) for n in range(8)
+    ]
 
 
 class EngineWorld(World):

@@ -90,7 +90,7 @@ def test_every_rank_has_its_own_port_and_its_own_numbers(index, manager):
 def test_ports_that_follow_each_other_need_no_list(index, manager):
     with LivePublisher(ranks=1) as pod:
         pod.publish(2)
-        (endpoint, replay), = pod.ranks.values()
+        ((endpoint, replay),) = pod.ranks.values()
         manager.add_pod(PodSource("pod", endpoint=endpoint, replay_endpoint=replay, model="m", dp_size=1))
         assert manager.wait_until_current(20.0)
         check_equal(index, pod)
@@ -331,11 +331,14 @@ def listener(answer: bytes | None) -> Iterator[str]:
 
 
 def test_endpoints_that_are_none(index, pod):
-    """Refused, unknown by name, speaking HTTP, saying nothing: each is stale and counted, and the other pod is exact."""
+    """Refused, unknown by name, speaking HTTP, saying nothing: each is stale and counted, and the other pod is
+    exact."""
     http = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"
-    with listener(http) as speaks, listener(None) as silent, EventManager(
-        index, policy=BRISK, connect_timeout=0.3
-    ) as manager:
+    with (
+        listener(http) as speaks,
+        listener(None) as silent,
+        EventManager(index, policy=BRISK, connect_timeout=0.3) as manager,
+    ):
         free = socket.create_server(("127.0.0.1", 0))
         refuses = f"tcp://127.0.0.1:{free.getsockname()[1]}"
         free.close()
@@ -442,7 +445,7 @@ def test_pods_are_added_and_removed_from_many_threads(index, manager):
                     manager.status()
                     manager.remove_pod(f"pod-{number}")
                 manager.add_pod(PodSource(f"pod-{number}", ranks=pod.ranks, model="m"))
-            except BaseException as error:  # noqa: BLE001 - told below
+            except BaseException as error:
                 errors.append(error)
 
         threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
@@ -565,7 +568,9 @@ def connected_publisher(endpoint: str, topic: str, **options) -> LivePublisher:
 
 def hear(pod: LivePublisher, manager: EventManager, name: str) -> None:
     """Publish until the subscriber that has just met this publisher hears it: what comes before goes nowhere."""
-    until(lambda: pod.publish(1) or (name in manager.status() and manager.status()[name].batches > 0) or time.sleep(0.02))
+    until(
+        lambda: pod.publish(1) or (name in manager.status() and manager.status()[name].batches > 0) or time.sleep(0.02)
+    )
 
 
 def test_many_pods_connect_to_one_endpoint(index, manager):

@@ -59,8 +59,13 @@ def at_rest(manager: EventManager, pods: list[SimProcess]) -> None:
         seqs = pod.seqs()
         name = pod.config.name
         until(
-            lambda name=name, seqs=seqs: manager.status()[name].state == "exact"
-            and all((manager.status()[name].workers[rank].last_seq, seq) in ((seq - 1, seq), (None, 0)) for rank, seq in seqs.items())
+            lambda name=name, seqs=seqs: (
+                manager.status()[name].state == "exact"
+                and all(
+                    (manager.status()[name].workers[rank].last_seq, seq) in ((seq - 1, seq), (None, 0))
+                    for rank, seq in seqs.items()
+                )
+            )
         )
 
 

@@ -1,8 +1,8 @@
 """Every exchange that was recorded from the real publishers of six releases, frame by frame.
 
-``transport.json`` has what a subscriber saw live, after a batch that the engine could not encode, after a restart, and what
-replays from several starts brought. Here the same frames go through the parsers, the stream machine and the sockets, and the
-simulated publisher has to produce them byte for byte.
+``transport.json`` has what a subscriber saw live, after a batch that the engine could not encode, after a restart, and
+what replays from several starts brought. Here the same frames go through the parsers, the stream machine and the
+sockets, and the simulated publisher has to produce them byte for byte.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def live(recorded: dict, what: str = "live") -> list:
 
 
 def answer(recorded: dict, start: int) -> list:
-    return [parse_replay(raw(frames)) for each in recorded["replay"] if each["start"] == start for frames in each["frames"]]
+    return [
+        parse_replay(raw(frames)) for each in recorded["replay"] if each["start"] == start for frames in each["frames"]
+    ]
 
 
 def test_live_messages(recorded):
@@ -197,7 +199,9 @@ def test_the_simulated_publisher_writes_the_same_frames(recorded):
         context.term()
 
 
-def replies_to(context: zmq.Context, publisher: Publisher, request: list[bytes], patience: int = 5000) -> list[list[bytes]]:
+def replies_to(
+    context: zmq.Context, publisher: Publisher, request: list[bytes], patience: int = 5000
+) -> list[list[bytes]]:
     dealer = context.socket(zmq.DEALER)
     dealer.linger = 0
     found: list[list[bytes]] = []
@@ -231,7 +235,8 @@ def test_the_whole_recording_over_sockets(recorded):
             manager.add_pod(PodSource("pod", ranks=ranks, model="m", topic="kv@10.0.0.1@m"))
             serve_until(publisher, lambda: manager.is_current())
             status = manager.status()["pod"]
-            # Two of six batches left the buffer before we came; every recorded block hangs on none, so the rest is placed.
+            # Two of six batches left the buffer before we came; every recorded block hangs on none, so the rest is
+            # placed.
             assert (status.state, status.last_seq, status.lost_batches, status.blocks) == ("degraded", 5, 2, 4)
             publisher.faults.unencodable = 1
             publisher.publish(b"nothing")
@@ -247,7 +252,9 @@ def test_the_whole_recording_over_sockets(recorded):
             serve_until(publisher, lambda: manager.status()["pod"].restarts == 1 and manager.is_current())
             status = manager.status()["pod"]
             assert (status.state, status.last_seq, status.blocks) == ("exact", 3, 3)
-            tokens = [token for message in live(recorded, "after_restart")[:1] for token in first_tokens(message.payload)]
+            tokens = [
+                token for message in live(recorded, "after_restart")[:1] for token in first_tokens(message.payload)
+            ]
             assert index.match_prefix(tokens, model="m").tokens == {"pod": 1}
             index._check()
     finally:

@@ -23,9 +23,9 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "sim",
         help="one simulated pod, over TCP",
-        description="An engine without a model: it serves a made-up workload, allocates and evicts KV blocks, and publishes "
-        "its events as the real ones do (ZMQ PUB, and ROUTER for replays). Prints one line of JSON that says where "
-        "everything is, then runs until it is interrupted.",
+        description="An engine without a model: it serves a made-up workload, allocates and evicts KV blocks, and "
+        "publishes its events as the real ones do (ZMQ PUB, and ROUTER for replays). Prints one line of JSON that says "
+        "where everything is, then runs until it is interrupted.",
     )
     arguments(parser)
     parser.set_defaults(run=run)
@@ -49,7 +49,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--control-port", type=int, default=0, help="where it can be told things; 0 is any")
     parser.add_argument("--connect", metavar="ENDPOINT", help="publish to an endpoint that somebody else has bound")
     parser.add_argument("--topic", help="of its messages (kv@NAME@MODEL)")
-    parser.add_argument("--buffer-steps", type=int, default=10_000, metavar="N", help="batches for replays (%(default)s)")
+    parser.add_argument(
+        "--buffer-steps", type=int, default=10_000, metavar="N", help="batches for replays (%(default)s)"
+    )
     parser.add_argument("--rate", type=float, default=4.0, help="requests a second; 0 waits to be told (%(default)s)")
     parser.add_argument("--concurrent", type=int, default=4, metavar="N", help="requests at a time (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the workload (%(default)s)")

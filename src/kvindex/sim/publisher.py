@@ -1,8 +1,9 @@
-"""How an engine's events get onto the wire: PUB and ROUTER with a replay buffer, and every fault that they are known for.
+"""How an engine's events get onto the wire: PUB and ROUTER with a replay buffer, and every fault that they are known
+for.
 
-Frames are those of the real publishers, as recorded from six releases: live ``[topic, seq, payload]``; a replay is asked
-for by ``["", start]`` and answered by ``["", topic, seq, payload]`` or, by older releases, without the topic; the end has
-seq -1 and an empty payload.
+Frames are those of the real publishers, as recorded from six releases: live ``[topic, seq, payload]``; a replay is
+asked for by ``["", start]`` and answered by ``["", topic, seq, payload]`` or, by older releases, without the topic;
+the end has seq -1 and an empty payload.
 """
 
 from __future__ import annotations
@@ -71,9 +72,9 @@ class Faults:
 class Publisher:
     """The event publisher of one rank. One thread: :meth:`publish` and :meth:`serve` from the same.
 
-    ``endpoint`` is bound, or connected to where ``connect`` (for subscribers that bind); ``replay_endpoint`` is bound. A
-    wildcard port is replaced by the one that was found: see the attributes of the same names. ``buffer_steps`` batches are
-    kept for replays. ``with_topic`` is the framing of replays, see :func:`topic_in_replay`.
+    ``endpoint`` is bound, or connected to where ``connect`` (for subscribers that bind); ``replay_endpoint`` is bound.
+    A wildcard port is replaced by the one that was found: see the attributes of the same names. ``buffer_steps``
+    batches are kept for replays. ``with_topic`` is the framing of replays, see :func:`topic_in_replay`.
     """
 
     def __init__(
@@ -199,10 +200,13 @@ class Publisher:
 
     def _reply(self, client: bytes, seq: int, payload: bytes) -> None:
         assert self._router is not None
-        self._router.send_multipart([client, b"", *([self._topic] if self._with_topic else []), _U64.pack(seq), payload])
+        self._router.send_multipart(
+            [client, b"", *([self._topic] if self._with_topic else []), _U64.pack(seq), payload]
+        )
 
     def restart(self) -> None:
-        """What a new process of the same engine is: other sockets at the same place, from seq 0, with nothing to replay."""
+        """What a new process of the same engine is: other sockets at the same place, from seq 0, with nothing to
+        replay."""
         self.close()
         self.seq = 0
         self._buffer.clear()

@@ -12,6 +12,7 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final, Protocol, Self, TypeVar
 
@@ -122,17 +123,17 @@ class _Pod:
 class EventManager:
     """Keeps an index equal to a fleet of engines, over ZMQ, through everything that happens to them.
 
-    One thread owns all sockets of all pods. ``index`` is a :class:`PrefixIndex`; every answer it gives says how far each
-    pod's stream can be trusted at that moment.
+    One thread owns all sockets of all pods. ``index`` is a :class:`PrefixIndex`; every answer it gives says how far
+    each pod's stream can be trusted at that moment.
 
     ``policy`` has the times and bounds of a stream (:class:`Policy`). ``heartbeat`` is how often, in seconds, a silent
     peer is asked whether it lives; one that does not answer for three of them counts as lost (0: never asked).
-    ``connect_timeout`` is for making a connection, in seconds. ``queue`` messages may wait at a socket: what a publisher
-    sends beyond that it drops, which is a gap here. Messages beyond ``max_message`` bytes are refused. At most
-    ``max_replays`` replays run at once. ``context`` is a ``zmq.Context`` to use instead of an own one.
+    ``connect_timeout`` is for making a connection, in seconds. ``queue`` messages may wait at a socket: what a
+    publisher sends beyond that it drops, which is a gap here. Messages beyond ``max_message`` bytes are refused. At
+    most ``max_replays`` replays run at once. ``context`` is a ``zmq.Context`` to use instead of an own one.
 
-    A context manager: ``close`` ends the thread and leaves no socket behind, and every pod it kept is ``stale`` from then
-    on. All methods may be called from any thread, also from callbacks, and take effect before they return.
+    A context manager: ``close`` ends the thread and leaves no socket behind, and every pod it kept is ``stale`` from
+    then on. All methods may be called from any thread, also from callbacks, and take effect before they return.
     """
 
     def __init__(
@@ -168,7 +169,6 @@ class EventManager:
         self._replaying: set[_Worker] = set()
         self._replay_queue: OrderedDict[_Worker, int] = OrderedDict()
         self._looks: set[_Worker] = set()
-        self._wall = 0.0
 
     # ------------------------------------------------------------------------------------------- what people call
 
@@ -210,8 +210,9 @@ class EventManager:
     def add_pod(self, source: PodSource) -> None:
         """Follow a pod. It is ``stale`` until its history is applied.
 
-        What the index holds under that name is forgotten: only what this stream shows counts. Raises :class:`StreamError`
-        when a pod of that name is followed already, or :class:`InvalidValueError` when its blocks can not be placed.
+        What the index holds under that name is forgotten: only what this stream shows counts. Raises
+        :class:`StreamError` when a pod of that name is followed already, or :class:`InvalidValueError` when its blocks
+        can not be placed.
         """
         self._call(partial(self._add, source))
 
@@ -224,11 +225,12 @@ class EventManager:
         self, endpoint: str, *, presence: str | None = None, clear_media: Iterable[str] | None = None,
         chunk_size: int | None = None, max_pods: int = 1024,
     ) -> str:  # fmt: skip
-        """Let pods connect here instead of connecting to them; gives the endpoint, with the port where it was a wildcard.
+        """Let pods connect here instead of connecting to them; gives the endpoint, with the port where it was a
+        wildcard.
 
-        Topics are ``kv@POD@MODEL``. A pod appears with its first message, with these options, up to ``max_pods`` of them;
-        one that :meth:`add_pod` was told of (a :class:`PodSource` without endpoint) has its own, and may have a replay
-        endpoint. Raises :class:`StreamError` when it can not be bound.
+        Topics are ``kv@POD@MODEL``. A pod appears with its first message, with these options, up to ``max_pods`` of
+        them; one that :meth:`add_pod` was told of (a :class:`PodSource` without endpoint) has its own, and may have a
+        replay endpoint. Raises :class:`StreamError` when it can not be bound.
         """
         options: dict[str, Any] = {
             "presence": presence,
@@ -246,7 +248,9 @@ class EventManager:
                 figures = self._index.worker_stats(name)
             except KeyError:
                 figures = {}
-            workers = {rank: self._describe(worker, figures.get(rank, {})) for rank, worker in list(pod.workers.items())}
+            workers = {
+                rank: self._describe(worker, figures.get(rank, {})) for rank, worker in list(pod.workers.items())
+            }
             table[name] = pod_status(name, pod.source.model, workers)
         return table
 
@@ -257,7 +261,8 @@ class EventManager:
     def on_change(self, callback: Callable[[StateChange], None]) -> Callable[[], None]:
         """Call ``callback`` with a :class:`StateChange` whenever a worker's state changes; gives what ends that.
 
-        It is called in the manager's thread and holds up every stream while it runs: hand over to a queue what takes time.
+        It is called in the manager's thread and holds up every stream while it runs: hand over to a queue what takes
+        time.
         """
         self._callbacks.append(callback)
 
@@ -268,7 +273,8 @@ class EventManager:
         return end
 
     def is_current(self, pods: Iterable[str] | None = None) -> bool:
-        """Whether none of these pods (all if None) is stale: connected, and everything up to now is applied or given up.
+        """Whether none of these pods (all if None) is stale: connected, and everything up to now is applied or given
+        up.
 
         Raises :class:`UnknownPodError` for a pod that is not followed.
         """
@@ -284,7 +290,8 @@ class EventManager:
         return True
 
     def wait_until_current(self, timeout: float | None = None, *, pods: Iterable[str] | None = None) -> bool:
-        """Wait until :meth:`is_current`, at most ``timeout`` seconds (None: as long as it takes). False when it was not.
+        """Wait until :meth:`is_current`, at most ``timeout`` seconds (None: as long as it takes). False when it was
+        not.
 
         Not from a callback, which would wait for itself: :class:`StreamError`.
         """
@@ -317,7 +324,7 @@ class EventManager:
         def run() -> None:
             try:
                 future.set_result(command())
-            except BaseException as error:  # noqa: BLE001 - it is the caller's, who gets it
+            except BaseException as error:
                 future.set_exception(error)
 
         with self._lock:
@@ -328,10 +335,9 @@ class EventManager:
         return future
 
     def _poke(self) -> None:
-        try:
+        # Full: it is awake already. Closed: there is nobody to wake.
+        with suppress(OSError):
             self._wake.send(b"\0")
-        except OSError:
-            pass  # full: it is awake already; closed: there is nobody to wake
 
     def watch(self, fd: int, handler: Any) -> None:
         self._selector.register(fd, selectors.EVENT_READ, handler)
@@ -364,7 +370,6 @@ class EventManager:
         while self._commands:
             self._commands.popleft()()
         now = time.monotonic()
-        self._wall = time.time()
         hot, self._hot = self._hot, set()
         for handler in hot:
             try:
@@ -437,7 +442,9 @@ class EventManager:
             )
         bound = all(pair.endpoint is None for pair in source.workers().values())
         if bound and not self._bound:
-            raise InvalidValueError(f"pod {source.name!r} has no endpoint, and nothing is bound that it could connect to")
+            raise InvalidValueError(
+                f"pod {source.name!r} has no endpoint, and nothing is bound that it could connect to"
+            )
         topic = (source.topic or f"kv@{source.name}@{source.model}").encode()
         if bound and self._topics.get(topic, source.name) != source.name:
             raise StreamError(f"topic {topic.decode()!r} is pod {self._topics[topic]!r}'s already")
@@ -483,16 +490,16 @@ class EventManager:
         self._removed[name] = None
         while len(self._removed) > 65536:
             self._removed.popitem(last=False)
-        try:
+        with suppress(UnknownPodError):  # somebody was faster; it is gone, which is what was asked for
             self._index.remove_pod(name)
-        except UnknownPodError:
-            pass  # somebody was faster; it is gone, which is what was asked for
         log.info("%s: removed", name)
         with self._changed:
             self._changed.notify_all()
 
     def _unknown(self, name: object) -> UnknownPodError:
-        return UnknownPodError(f"no pod {name!r} is followed; followed are {', '.join(sorted(self._pods)) or 'none yet'}")
+        return UnknownPodError(
+            f"no pod {name!r} is followed; followed are {', '.join(sorted(self._pods)) or 'none yet'}"
+        )
 
     def _close_worker(self, worker: _Worker) -> None:
         worker.gone = True
@@ -573,7 +580,9 @@ class EventManager:
         if worker.gone:
             return
         patience = None if worker.opened_at is None else worker.opened_at + self._connect_patience
-        due = min((at for at in (worker.stream.deadline(), worker.reconnect_at, patience) if at is not None), default=None)
+        due = min(
+            (at for at in (worker.stream.deadline(), worker.reconnect_at, patience) if at is not None), default=None
+        )
         if due is not None and due != worker.due:
             worker.due = due
             heapq.heappush(self._timers, (due, next(self._order), worker))
@@ -672,7 +681,7 @@ class EventManager:
         events["stored"] += report.stored
         events["removed"] += report.removed
         if action.ts is not None:
-            worker.lag = self._wall - action.ts
+            worker.lag = time.time() - action.ts
         if report.cleared:
             events["cleared"] += report.cleared
             if worker.source.clear_media is None:
@@ -816,7 +825,9 @@ class EventManager:
                 return None
             if name in self._pods:
                 known = self._pods[name].source
-                detail = f"topic {topic!r:.80} says it is pod {name!r}, which is followed as {known.topic or known.model!r}"
+                detail = (
+                    f"topic {topic!r:.80} says it is pod {name!r}, which is followed as {known.topic or known.model!r}"
+                )
                 self._bound_fault("foreign_topic", detail)
                 return None
             if sum(pod.came_to is bound for pod in self._pods.values()) >= template["max_pods"]:

@@ -4,8 +4,8 @@ Each is driven by the poll loop of the manager's thread: :meth:`ready` takes wha
 whether there may be more. ZMQ's file descriptors are edge-triggered: they are readable when something has *changed*, so
 whoever stops before a socket is empty has to come back without being woken.
 
-A connection is made by a socket of its own, and closed when it is lost: what one socket delivers is therefore of one TCP
-connection and so of one process, and libzmq's own reconnecting, which would hide a restart, never happens.
+A connection is made by a socket of its own, and closed when it is lost: what one socket delivers is therefore of one
+TCP connection and so of one process, and libzmq's own reconnecting, which would hide a restart, never happens.
 """
 
 from __future__ import annotations

@@ -45,18 +45,21 @@ class PodSource:
     """Where rank 0 publishes: ``tcp://host:port``, ``ipc://path`` or ``inproc://name``. None for a pod that connects to
     :meth:`EventManager.bind` by itself."""
     replay_endpoint: str | None = None
-    """Where rank 0 answers replays. Without it a lost batch stays lost, and what was before the first one is not known."""
+    """Where rank 0 answers replays. Without it a lost batch stays lost, and what was before the first one is not
+    known."""
     model: str = ""
     """The model that its blocks belong to: queries name the same."""
     topic: str | None = None
-    """The whole topic that its messages carry; None takes the first that arrives on a connection (for a pod that connects
-    to a bound endpoint: ``kv@NAME@MODEL``)."""
+    """The whole topic that its messages carry; None takes the first that arrives on a connection (for a pod that
+    connects to a bound endpoint: ``kv@NAME@MODEL``)."""
     dp_size: int = 1
-    """Data-parallel ranks. Rank r publishes at the port r higher, as vLLM and SGLang do, unless ``ranks`` says where."""
+    """Data-parallel ranks. Rank r publishes at the port r higher, as vLLM and SGLang do, unless ``ranks`` says
+    where."""
     ranks: Mapping[int, Endpoints | tuple[str, str | None]] | None = None
     """Endpoints by rank, for engines whose ports do not follow each other (vLLM binding port 0, several hosts)."""
     block_size: int | None = None
-    """Tokens per block that the engine is expected to use. Adding a pod whose blocks can not be placed raises at once."""
+    """Tokens per block that the engine is expected to use. Adding a pod whose blocks can not be placed raises at
+    once."""
     presence: str | None = None
     """``"count"`` or ``"set"``; None is the index's own. ``"set"`` for vLLM's ``kv_cache_report_mode=full``."""
     clear_media: frozenset[str] | None = None
@@ -64,7 +67,8 @@ class PodSource:
     chunk_size: int | None = None
     """Tokens per chunk of a model with chunked-local attention, which its events do not say."""
     lora: str | None = None
-    """The adapter that the pod is said to serve (a label): for the router's queries; blocks are placed by their events."""
+    """The adapter that the pod is said to serve (a label): for the router's queries; blocks are placed by their
+    events."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -74,7 +78,9 @@ class PodSource:
         for field in ("endpoint", "replay_endpoint", "topic", "lora"):
             value = getattr(self, field)
             if value is not None and not isinstance(value, str):
-                raise InvalidTypeError(f"{field} of pod {self.name!r} must be a str or None, not {type(value).__name__}")
+                raise InvalidTypeError(
+                    f"{field} of pod {self.name!r} must be a str or None, not {type(value).__name__}"
+                )
         if not isinstance(self.model, str):
             raise InvalidTypeError(f"model of pod {self.name!r} must be a str, not {type(self.model).__name__}")
         for field, lowest in (("dp_size", 1), ("block_size", 1), ("chunk_size", 1)):
@@ -140,7 +146,9 @@ class PodSource:
             return endpoint[: found.start("port")] + str(port)
         if endpoint.startswith("inproc://"):
             return f"{endpoint}_dp{rank}"
-        raise InvalidValueError(f"{endpoint} has no port to count ranks by: say where each of them is, by ranks={{...}}")
+        raise InvalidValueError(
+            f"{endpoint} has no port to count ranks by: say where each of them is, by ranks={{...}}"
+        )
 
     @classmethod
     def from_mapping(cls, item: Mapping[str, Any]) -> Self:
@@ -149,13 +157,17 @@ class PodSource:
             raise InvalidTypeError(f"a pod is described by a map of its fields, not by {item!r:.60}")
         known = {field.name for field in fields(cls)}
         if strange := sorted(set(item) - known):
-            raise InvalidValueError(f"unknown fields {', '.join(map(str, strange))}; a pod has {', '.join(sorted(known))}")
+            raise InvalidValueError(
+                f"unknown fields {', '.join(map(str, strange))}; a pod has {', '.join(sorted(known))}"
+            )
         if "name" not in item:
             raise InvalidValueError(f"a pod without a name: {dict(item)!r:.80}")
         values = dict(item)
         if isinstance(values.get("ranks"), Mapping):
             # Keys are strings where the file is JSON.
-            values["ranks"] = {int(rank) if str(rank).isdigit() else rank: pair for rank, pair in values["ranks"].items()}
+            values["ranks"] = {
+                int(rank) if str(rank).isdigit() else rank: pair for rank, pair in values["ranks"].items()
+            }
         return cls(**values)
 
     @classmethod
@@ -165,9 +177,10 @@ class PodSource:
     ) -> Self:  # fmt: skip
         """Ask a vLLM server (``http://host:8000``) where its ranks publish: its ``GET /kv_event_sources``.
 
-        ``name`` is the URL's host and port unless given, ``model`` the first that ``/v1/models`` names; ``headers`` are
-        sent along (an API key). ``options`` are further fields. Blocks for at most ``timeout`` seconds per request. Raises
-        :class:`StreamError` when the server can not be asked or publishes nothing. Source: vLLM pull request 55844.
+        ``name`` is the URL's host and port unless given, ``model`` the first that ``/v1/models`` names; ``headers``
+        are sent along (an API key). ``options`` are further fields. Blocks for at most ``timeout`` seconds per
+        request. Raises :class:`StreamError` when the server can not be asked or publishes nothing. Source: vLLM pull
+        request 55844.
         """
         host, port = _host(url)
         answer = _get(url, "/kv_event_sources", timeout, headers)
@@ -199,8 +212,8 @@ class PodSource:
         """Ask an SGLang server (``http://host:30000``) where its ranks publish: its ``GET /server_info``.
 
         Reads the ``kv_events`` block, and in releases without it the server's own ``kv_events_config`` argument, which
-        also is what names the replay endpoint. ``name``, ``model``, ``headers``, ``options``, ``timeout`` and errors as in
-        :meth:`from_vllm`. Source: SGLang pull requests 25844, 32729 and 38032.
+        also is what names the replay endpoint. ``name``, ``model``, ``headers``, ``options``, ``timeout`` and errors
+        as in :meth:`from_vllm`. Source: SGLang pull requests 25844, 32729 and 38032.
         """
         host, port = _host(url)
         try:
@@ -227,7 +240,8 @@ class PodSource:
                     "ranks": {
                         int(p["dp_rank"]): Endpoints(
                             _reachable(p["endpoint"], host),
-                            p.get("replay_endpoint") or base.get(int(p["dp_rank"]), Endpoints(None, None)).replay_endpoint,
+                            p.get("replay_endpoint")
+                            or base.get(int(p["dp_rank"]), Endpoints(None, None)).replay_endpoint,
                         )
                         for p in block["publishers"]
                     }
@@ -236,7 +250,9 @@ class PodSource:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, (InvalidValueError, InvalidTypeError)):
                 raise StreamError(f"{url}/server_info describes streams that can not be: {error}") from error
-            raise StreamError(f"{url}/server_info describes its events as {info.get('kv_events')!r:.120}: {error!r}") from error
+            raise StreamError(
+                f"{url}/server_info describes its events as {info.get('kv_events')!r:.120}: {error!r}"
+            ) from error
         if model is None:
             model = info.get("served_model_name") or info.get("model_path") or ""
         options.setdefault("block_size", int(tokens) if tokens else None)

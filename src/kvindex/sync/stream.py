@@ -11,11 +11,11 @@ What it guarantees:
   anything that was given up makes it ``degraded``, anything that is not known at the moment makes it ``stale``;
 * nothing grows without bound: what waits is limited in batches and bytes, tries are limited in number, replays in time.
 
-How it decides whether a connection leads to the process it knew before: it keeps fingerprints of the last batches it has
-applied, asks for a replay from 0 and compares. Equal bytes under an equal sequence number mean the same process (a batch
-carries its time, so another process has other bytes). Other bytes, a newer time under an old number, an answer that ends
-before the last known number or starts behind it mean that what is known does not continue: the worker is cleared and
-rebuilt.
+How it decides whether a connection leads to the process it knew before: it keeps fingerprints of the last batches it
+has applied, asks for a replay from 0 and compares. Equal bytes under an equal sequence number mean the same process (a
+batch carries its time, so another process has other bytes). Other bytes, a newer time under an old number, an answer
+that ends before the last known number or starts behind it mean that what is known does not continue: the worker is
+cleared and rebuilt.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ class Policy:
     replay_surplus: int = 1000
     """How many batches of one replay may repeat earlier ones before it is given up."""
     replay_confirm: int = 256
-    """An answer of this many batches is asked for its end again: a ROUTER drops what its queue (1,000) does not take."""
+    """An answer of this many batches is asked for its end again: a ROUTER drops what its queue (1,000) does not
+    take."""
     replay_tries: int = 3
     """How often an unanswered replay is asked for before its hole is accepted."""
     hole_tries: int = 2
@@ -193,13 +194,14 @@ def _fingerprint(payload: bytes) -> int:
 class WorkerStream:
     """The stream of one (pod, rank). See the module's text; belongs to one thread.
 
-    ``replay`` says whether the publisher has a replay endpoint. ``uniform`` gives numbers in [0, 1), which jitter is made
-    of.
+    ``replay`` says whether the publisher has a replay endpoint. ``uniform`` gives numbers in [0, 1), which jitter is
+    made of.
 
     Feed it by :meth:`connected`, :meth:`disconnected`, :meth:`live`, :meth:`replayed`, :meth:`replay_ended`,
     :meth:`replay_sent`, :meth:`suspect` and :meth:`tick`; after an :class:`Ingest` say :meth:`cleared` or
     :meth:`rejected` where that is what happened. :meth:`deadline` says when the next tick is due. ``counts`` has every
-    counter by name, ``verdict`` and ``reason`` what the last :class:`Mark` said. A call is O(1) but for what it applies.
+    counter by name, ``verdict`` and ``reason`` what the last :class:`Mark` said. A call is O(1) but for what it
+    applies.
     """
 
     def __init__(
@@ -612,8 +614,8 @@ class WorkerStream:
         """This batch is the first that we see of a new process."""
         self._restarted(f"batch {seq} came after {self._next - 1}")
         self._hold(seq, payload, ts)
-        # One connection leads to one process. If two lives come over it, something between mixes them, and what was taken
-        # for the old one's last batches may have been the new one's first.
+        # One connection leads to one process. If two lives come over it, something between mixes them, and what was
+        # taken for the old one's last batches may have been the new one's first.
         self._mixed = True
         if self._trust_replay:
             self._ask(_Purpose.START, 0)
@@ -676,8 +678,8 @@ class WorkerStream:
         if self._too_many_conflicts(now):
             return
         if replay.purpose is _Purpose.VERIFY and replay.frames == 1 and replay.first == seq:
-            # The first batch of an answer from 0: the worker is rebuilt from this very answer, and what has arrived live
-            # since the connection was made is of the same process.
+            # The first batch of an answer from 0: the worker is rebuilt from this very answer, and what has arrived
+            # live since the connection was made is of the same process.
             waiting, size, seen = self._waiting, self._waiting_bytes, self._seen
             self._waiting = {}
             self._restarted(why, keep_replay=True)
