@@ -114,8 +114,9 @@ def test_any_contiguous_bytes_are_a_payload(kind):
     ]
 
 
-@pytest.mark.parametrize("payload", ["text", None, 7, [1.5, []], memoryview(b"0123")[::2]],
-                         ids=lambda payload: type(payload).__name__)
+@pytest.mark.parametrize(
+    "payload", ["text", None, 7, [1.5, []], memoryview(b"0123")[::2]], ids=lambda payload: type(payload).__name__
+)
 def test_what_is_no_bytes_is_refused(payload):
     with pytest.raises(InvalidTypeError, match="payload"):
         decode_batch(payload)
