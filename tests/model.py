@@ -341,12 +341,14 @@ class Model:
 
         n, k = len(hashes), size // self.block_size or learned.k
         whole = bool(tokens) and len(tokens) == n * size
-        distinct = list(dict.fromkeys(hashes))
+        above = [parent] if whole else []
+        distinct = hashes[: next((i for i in range(n) if hashes[i] in above + hashes[:i]), n)]
         if len(distinct) < n:
-            distinct = hashes[: next(i for i in range(n) if hashes[i] in hashes[:i])]
             report.skip("duplicate_hash", n - len(distinct))
             worker.damaged = True
 
+        if whole and not distinct:
+            return
         if whole:
             blocks = contents(tokens, self.block_size, len(distinct), k, lora, entries, salt, parent is None)
             things = [Parked(parent, medium, group, k, distinct, [True] * len(distinct), blocks)]

@@ -457,6 +457,14 @@ def test_a_hash_that_comes_twice_in_one_event_ends_it_there(pair):
     assert pair.state("a") == "degraded"
 
 
+def test_a_block_is_never_below_itself(pair):
+    report = pair.ingest("a", stored([1, 2], A + B, parent=2))
+    assert (report["stored"], report["parked"]) == (0, 1)
+    assert report["reasons"] == {"duplicate_hash": 1}
+    assert pair.ingest("a", stored([3], A, parent=3))["reasons"] == {"duplicate_hash": 1}
+    assert pair.parked("a") == 1
+
+
 def test_prompts_fork_and_meet_and_leave_nothing_behind(pair):
     pair.ingest("a", stored([1, 2, 3], A + B + C), stored([4, 5], D + C, parent=1))
     pair.ingest("b", stored([1, 4, 5], A + D + C))

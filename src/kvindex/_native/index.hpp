@@ -6,6 +6,7 @@
 // are put into their place (placing.hpp), what waits for a place (parking.hpp), and here what events mean.
 #pragma once
 
+#include <algorithm>
 #include <cstdio>
 
 #include "extra_keys.hpp"
@@ -162,7 +163,10 @@ private:
         }
         ids_.resize(e.n_hashes);
         for (u32 i = 0; i < e.n_hashes; ++i) ids_[i] = name_of(b.hashes[e.hash_at + i]);
-        const u32 n = first_repeat(ids_.data(), e.n_hashes);
+        const bool whole = !bare && e.n_tokens == static_cast<u64>(e.n_hashes) * e.block_size;
+        u32 n = first_repeat(ids_.data(), e.n_hashes);
+        // A block below itself: what repeats the parent is a repeat as much as what repeats a sibling.
+        if (whole && e.has_parent) n = static_cast<u32>(std::find(ids_.begin(), ids_.begin() + n, name_of(e.parent)) - ids_.begin());
         if (n < e.n_hashes) {
             r.skip(Reason::duplicate_hash, e.n_hashes - n);
             spoil(id);
@@ -174,7 +178,7 @@ private:
         refresh(id);
         // All its blocks masked: that the group exists is all there is to learn, and it limits what the worker can reuse.
         if (n == 0) return;
-        if (bare || e.n_tokens != static_cast<u64>(e.n_hashes) * e.block_size) {
+        if (!whole) {
             for (u32 i = 0; i < n; ++i) place_known(id, h, ids_[i], r);
             return;
         }
