@@ -6,13 +6,13 @@ import argparse
 import json
 import signal
 import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import fields
 from types import FrameType
 from typing import Any
 
 from ..errors import KVIndexError
+from ..sim.control import follow_parent
 from ..sim.process import SimConfig, SimPod
 from ..sim.wire import FORMS
 
@@ -42,6 +42,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-size", type=int, default=16, metavar="TOKENS", help="(%(default)s)")
     parser.add_argument("--window", type=int, metavar="TOKENS", help="of a second, sliding-window group")
     parser.add_argument("--hash-seed", default="", metavar="TEXT", help="pods that share it name equal blocks equally")
+    parser.add_argument("--offload-blocks", type=int, default=0, metavar="N", help="of a second tier (%(default)s)")
+    parser.add_argument("--offload-medium", default="CPU", metavar="NAME", help="of the second tier (%(default)s)")
+    parser.add_argument("--offload-tokens", action="store_true", help="the second tier's events say their tokens")
     parser.add_argument("--host", default="127.0.0.1", help="to bind (%(default)s)")
     parser.add_argument("--port", type=int, default=5557, help="of rank 0; 0 is any (%(default)s)")
     parser.add_argument("--replay-port", type=int, help="of rank 0; 0 is any (port + 100)")
@@ -55,6 +58,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rate", type=float, default=4.0, help="requests a second; 0 waits to be told (%(default)s)")
     parser.add_argument("--concurrent", type=int, default=4, metavar="N", help="requests at a time (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the workload (%(default)s)")
+    parser.add_argument("--adapters", type=int, default=0, metavar="N", help="that the workload uses (%(default)s)")
+    parser.add_argument("--salts", type=int, default=0, metavar="N", help="that the workload uses (%(default)s)")
     # For whoever starts this as a part of something larger: it must not outlive it, however that one ends.
     parser.add_argument("--follow-parent", action="store_true", help=argparse.SUPPRESS)
 
@@ -73,13 +78,7 @@ def run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     if args.follow_parent:
-
-        def follow() -> None:
-            # The other end is closed when the parent ends, even by SIGKILL.
-            sys.stdin.read()
-            pod.stopping = True
-
-        threading.Thread(target=follow, daemon=True).start()
+        follow_parent(lambda: setattr(pod, "stopping", True))
     print(json.dumps(pod.ready()), flush=True)
     pod.run()
     return 0

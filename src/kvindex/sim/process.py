@@ -7,31 +7,28 @@ distance.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import count
-from typing import Any, Literal, Self, cast
+from typing import Any
 
-import msgpack
 import numpy as np
 import numpy.typing as npt
 import zmq
 
-from ..errors import InvalidValueError, StreamError
+from ..errors import InvalidValueError
+from .control import Control, ToldProcess
 from .engine import Engine, Prompt, Request
 from .publisher import Faults, Publisher, offset_port, topic_in_replay
 from .wire import HashForm, encode_batch, wire_form
 from .workload import Arrival, chat
 
-__all__ = ["SimConfig", "SimPod", "SimProcess"]
+__all__ = ["SimConfig", "SimPod", "SimProcess", "own_workload", "prompt_map", "prompt_of"]
 
 Tokens = npt.NDArray[np.uint32]
 
@@ -50,6 +47,11 @@ class SimConfig:
     window: int | None = None
     """Tokens of a second, sliding-window group; None has none."""
     hash_seed: str = ""
+    offload_blocks: int = 0
+    """Blocks of a second tier; 0 has none."""
+    offload_medium: str = "CPU"
+    offload_tokens: bool = False
+    """Whether the second tier's events say their tokens."""
     host: str = "127.0.0.1"
     port: int = 0
     replay_port: int | None = 0
@@ -66,6 +68,21 @@ class SimConfig:
     """Requests that are being served at a time."""
     seed: int = 0
     """Of the workload; pods of one seed serve the same conversations."""
+    adapters: int = 0
+    """How many LoRA adapters the workload uses beside none."""
+    salts: int = 0
+    """How many cache salts the workload uses beside none."""
+
+
+def own_workload(config: SimConfig) -> Iterator[Arrival]:
+    """What a pod serves by itself: endless, and the same whenever it is asked for."""
+    adapters = [None, *(f"adapter-{number}" for number in range(1, config.adapters + 1))]
+    salts = [None, *(f"salt-{number}" for number in range(1, config.salts + 1))]
+    for cycle in count():
+        yield from chat(
+            conversations=32, turns=4, system_tokens=256, rate=8.0, seed=config.seed * 1000 + cycle, adapters=adapters,
+            salts=salts,
+        )  # fmt: skip
 
 
 class SimPod:
@@ -86,13 +103,11 @@ class SimPod:
         self._engines = [self._engine() for _ in range(config.ranks)]
         self._running: list[deque[tuple[Request, Tokens]]] = [deque() for _ in range(config.ranks)]
         self._publishers = [self._publisher(rank) for rank in range(config.ranks)]
-        self._control: zmq.Socket[bytes] = self._context.socket(zmq.REP)
-        self._control.linger = 0
-        self._control.bind(f"tcp://{config.host}:{config.control_port or '*'}")
+        self._control = Control(self._context, self, config.host, config.control_port)
         self._poller = zmq.Poller()
-        self._poller.register(self._control, zmq.POLLIN)
+        self._poller.register(self._control.socket, zmq.POLLIN)
         self._watch()
-        self._workload = self._arrivals()
+        self._workload = own_workload(config)
         self._next_request = time.monotonic()
         for rank in range(config.ranks):
             self._flush(rank)
@@ -105,6 +120,9 @@ class SimPod:
             flavor=self.form.engine,
             hash_seed=config.hash_seed.encode(),
             window=config.window,
+            offload_blocks=config.offload_blocks,
+            offload_medium=config.offload_medium,
+            offload_tokens=config.offload_tokens,
         )
 
     def _publisher(self, rank: int) -> Publisher:
@@ -124,15 +142,8 @@ class SimPod:
             if publisher.router is not None:
                 self._poller.register(publisher.router, zmq.POLLIN)
 
-    def _arrivals(self) -> Iterator[Arrival]:
-        for cycle in count():
-            yield from chat(
-                conversations=32, turns=4, system_tokens=256, rate=8.0, seed=self.config.seed * 1000 + cycle
-            )
-
     def ready(self) -> dict[str, Any]:
         """Where everything is, for whoever started this."""
-        endpoint = cast(bytes, self._control.last_endpoint).rstrip(b"\0").decode()
         return {
             "name": self.config.name,
             "model": self.config.model,
@@ -141,7 +152,7 @@ class SimPod:
                 rank: [None if self.config.connect else publisher.endpoint, publisher.replay_endpoint]
                 for rank, publisher in enumerate(self._publishers)
             },
-            "control": endpoint,
+            "control": self._control.endpoint,
             "pid": os.getpid(),
         }
 
@@ -191,8 +202,8 @@ class SimPod:
         if self.rate > 0:
             waits.append(max(0.0, self._next_request - now))
         for sock, _ in self._poller.poll(math.ceil(min(waits) * 1000)):
-            if sock is self._control:
-                self._answer()
+            if sock is self._control.socket:
+                self._control.answer()
         now = time.monotonic()
         while self.rate > 0 and self._next_request <= now:
             self.serve_next()
@@ -208,18 +219,10 @@ class SimPod:
     def close(self) -> None:
         for publisher in self._publishers:
             publisher.close()
-        self._control.close(0)
+        self._control.close()
         self._context.term()
 
     # What it can be told
-
-    def _answer(self) -> None:
-        try:
-            question = msgpack.unpackb(self._control.recv())
-            reply = getattr(self, f"_op_{question.pop('op')}")(**question)
-        except Exception as error:
-            reply = {"error": f"{type(error).__name__}: {error}"}
-        self._control.send(msgpack.packb(reply))
 
     def _op_status(self) -> dict[str, Any]:
         return {
@@ -229,10 +232,15 @@ class SimPod:
             "replays": {rank: publisher.replays for rank, publisher in enumerate(self._publishers)},
         }
 
-    def _op_truth(self, tokens: bytes, lora_name: str | None = None, cache_salt: str | None = None) -> dict[str, Any]:
-        prompt = Prompt(np.frombuffer(tokens, dtype="<u4"), lora_name=lora_name, cache_salt=cache_salt)
-        asked = len(self._engines[0].query_tokens(prompt.tokens))
-        return {"asked": asked, "hits": {rank: engine.hit_prompt(prompt) for rank, engine in enumerate(self._engines)}}
+    def _op_truths(self, prompts: list[dict[str, Any]]) -> dict[str, Any]:
+        asked, hits, media = [], [], []
+        tiers = ["GPU"] if not self.config.offload_blocks else ["GPU", self.config.offload_medium]
+        for item in prompts:
+            prompt = prompt_of(item)
+            asked.append(len(self._engines[0].query_tokens(prompt.tokens)))
+            hits.append({rank: engine.hit_prompt(prompt) for rank, engine in enumerate(self._engines)})
+            media.append({tier: max(engine.hit_prompt(prompt, tier) for engine in self._engines) for tier in tiers})
+        return {"asked": asked, "hits": hits, "media": media, "seqs": self._op_status()["seqs"]}
 
     def _op_serve(
         self, tokens: bytes, output: bytes = b"", rank: int = 0, lora_name: str | None = None,
@@ -288,41 +296,39 @@ class SimPod:
         return {}
 
 
-class SimProcess:
-    """A ``kvindex sim`` process from outside: start it, ask it, pause it, kill it, start it again where it was.
+class SimProcess(ToldProcess):
+    """A ``kvindex sim`` process from outside, at the same ports whenever it is started again.
 
-    A context manager that leaves no process behind. One thread. Raises :class:`StreamError` when the process does not
-    come up, does not answer within ``timeout`` seconds, or answers with an error.
+    ``options`` are the fields of a :class:`SimConfig`. Everything else as a :class:`ToldProcess`.
     """
 
-    def __init__(self, config: SimConfig | None = None, *, timeout: float = 20.0, **options: Any) -> None:
+    def __init__(
+        self, config: SimConfig | None = None, *, timeout: float = 20.0, prefix: Sequence[str] = (),
+        env: Mapping[str, str] | None = None, **options: Any,
+    ) -> None:  # fmt: skip
         self.config = config or SimConfig(**options)
-        self._timeout = timeout
-        self._context: zmq.Context[Any] = zmq.Context()
-        self._socket: zmq.Socket[bytes] | None = None
-        self._process: subprocess.Popen[str] | None = None
-        self.ready: dict[str, Any] = {}
-        self.launch()
+        super().__init__(self.config.name, [], timeout=timeout, prefix=prefix, env=env)
 
     def launch(self) -> None:
         """Start the process, at the ports that an earlier one of this object had."""
         config = self.config
-        options = []
+        options = ["--follow-parent"]
         for each in fields(config):
             value = getattr(config, each.name)
-            if value is not None:
-                options.append(f"--{each.name.replace('_', '-')}={value}")
-            elif each.name == "replay_port":
-                options.append("--no-replay")
-        command = [sys.executable, "-c", "import sys; from kvindex.cli.sim import main; sys.exit(main())", *options]
-        self._process = subprocess.Popen(
-            [*command, "--follow-parent"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise StreamError(f"{config.name} did not come up: exit status {self._process.wait()}")
-        self.ready = json.loads(line)
+            option = f"--{each.name.replace('_', '-')}"
+            if value is None:
+                options += ["--no-replay"] if each.name == "replay_port" else []
+            elif not isinstance(value, bool):
+                options.append(f"{option}={value}")
+            elif value:
+                options.append(option)
+        self._command = [
+            sys.executable,
+            "-c",
+            "import sys; from kvindex.cli.sim import main; sys.exit(main())",
+            *options,
+        ]
+        super().launch()
         ports = {"control_port": _port(self.ready["control"])}
         endpoint, answers = self.ready["ranks"]["0"]
         # Only one rank's ports can be asked for again; those of several follow each other only if they were given.
@@ -333,36 +339,22 @@ class SimProcess:
         self.config = SimConfig(**{**asdict(config), **ports})
 
     @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
-    @property
     def ranks(self) -> dict[int, tuple[str, str | None]]:
         """Endpoint and replay endpoint of every rank: what a :class:`PodSource` takes."""
         return {int(rank): (pair[0], pair[1]) for rank, pair in self.ready["ranks"].items()}
 
-    def ask(self, op: str, **what: Any) -> dict[str, Any]:
-        """Tell it something; gives its answer. See the ``_op_`` methods of :class:`SimPod`."""
-        if self._socket is None:
-            self._socket = self._context.socket(zmq.REQ)
-            self._socket.linger = 0
-            self._socket.connect(self.ready["control"])
-        self._socket.send(msgpack.packb({"op": op, **what}))
-        if not self._socket.poll(int(self._timeout * 1000)):
-            self._hang_up()
-            raise StreamError(f"{self.config.name} does not answer {op!r}")
-        reply: dict[str, Any] = msgpack.unpackb(self._socket.recv(), strict_map_key=False)
-        if "error" in reply:
-            raise StreamError(f"{self.config.name}: {reply['error']}")
-        return reply
-
     def truth(self, tokens: npt.ArrayLike, **context: Any) -> tuple[int, dict[int, int]]:
         """How many tokens of the prompt it looks up, and how many of them each rank holds."""
-        reply = self.ask("truth", tokens=np.asarray(tokens, dtype="<u4").tobytes(), **context)
-        return reply["asked"], reply["hits"]
+        reply = self.truths([Prompt(tokens, **context)])
+        return reply["asked"][0], reply["hits"][0]
 
-    def serve(self, tokens: npt.ArrayLike, output: Sequence[int] = (), **context: Any) -> dict[str, Any]:
+    def truths(self, prompts: Iterable[Prompt]) -> dict[str, Any]:
+        """The truth about many prompts at one moment: lists ``asked`` and ``hits`` as :meth:`truth` has them,
+        ``media`` (per prompt, tokens by tier, of the best rank), and ``seqs``, the next sequence number of every rank
+        at that moment."""
+        return self.ask("truths", prompts=[prompt_map(prompt) for prompt in prompts])
+
+    def serve(self, tokens: npt.ArrayLike, output: npt.ArrayLike = (), **context: Any) -> dict[str, Any]:
         """Let it serve one request to its end."""
         return self.ask(
             "serve", tokens=np.asarray(tokens, dtype="<u4").tobytes(),
@@ -374,48 +366,23 @@ class SimProcess:
         found: dict[int, int] = self.ask("status")["seqs"]
         return found
 
-    def kill(self) -> None:
-        """End it at once, as a crash does."""
-        self._signal(signal.SIGKILL)
-        self._reap()
 
-    def pause(self) -> None:
-        """Stop it with its sockets open, as a hanging process is."""
-        self._signal(signal.SIGSTOP)
+def prompt_map(prompt: Prompt) -> dict[str, Any]:
+    """A prompt as the control sockets take it."""
+    return {
+        "tokens": np.asarray(prompt.tokens, dtype="<u4").tobytes(),
+        "lora_name": prompt.lora_name,
+        "lora_id": prompt.lora_id,
+        "cache_salt": prompt.cache_salt,
+    }
 
-    def go_on(self) -> None:
-        self._signal(signal.SIGCONT)
 
-    def stop(self) -> None:
-        """End it; fine when it has ended."""
-        if self._process is not None and self._process.poll() is None:
-            self._signal(signal.SIGKILL)
-        self._reap()
-        if not self._context.closed:
-            self._context.term()
-
-    def _signal(self, number: Literal[signal.Signals.SIGKILL] | signal.Signals) -> None:
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(number)
-
-    def _hang_up(self) -> None:
-        if self._socket is not None:
-            self._socket.close(0)
-            self._socket = None
-
-    def _reap(self) -> None:
-        self._hang_up()
-        if self._process is not None:
-            self._process.wait()
-            for pipe in (self._process.stdin, self._process.stdout):
-                if pipe is not None:
-                    pipe.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
+def prompt_of(item: Mapping[str, Any]) -> Prompt:
+    """The inverse of :func:`prompt_map`."""
+    return Prompt(
+        np.frombuffer(item["tokens"], dtype="<u4"), lora_name=item.get("lora_name"), lora_id=item.get("lora_id"),
+        cache_salt=item.get("cache_salt"),
+    )  # fmt: skip
 
 
 def _port(endpoint: str) -> int:
