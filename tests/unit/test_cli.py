@@ -313,6 +313,12 @@ def test_the_demo_fails_when_an_answer_differs(command, monkeypatch):
 # The rest
 
 
+def test_a_simulated_pod_that_can_not_be_is_refused(command):
+    status, out, err = command("sim", "--port", 0, "--ranks", 0)
+    assert (status, out) == (2, "")
+    assert "must be positive" in err
+
+
 def test_a_missing_extra_is_told_with_what_to_install(command, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     path = write_trace(tmp_path / "trace", 3)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import kvindex
 
-from . import demo, replay
+from . import demo, replay, sim
 
 __all__ = ["main"]
 
@@ -20,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     demo.add_parser(commands)
     replay.add_parser(commands)
+    sim.add_parser(commands)
     args = parser.parse_args(argv)
     try:
         status: int = args.run(args)

@@ -151,6 +151,25 @@ class PodSource:
         )
 
     @classmethod
+    def from_string(cls, text: str, **options: Any) -> Self:
+        """A source from a command line: ``[NAME=]ENDPOINT[,REPLAY_ENDPOINT]``.
+
+        The name is the endpoint without its scheme unless given; a replay endpoint at the same host may be its port
+        alone, as in ``a=tcp://10.0.0.1:5557,5558``. ``options`` are further fields. Errors as of the class.
+        """
+        if not isinstance(text, str):
+            raise InvalidTypeError(f"a pod is written as [NAME=]ENDPOINT[,REPLAY_ENDPOINT], not as {text!r:.60}")
+        head, _, tail = text.partition("://")
+        name, named, scheme = head.rpartition("=")
+        endpoint, several, answers = f"{scheme}://{tail}".partition(",")
+        if not tail or (named and not name) or (several and not answers) or "," in answers:
+            raise InvalidValueError(f"{text!r:.120} is no [NAME=]ENDPOINT[,REPLAY_ENDPOINT]")
+        if answers.isascii() and answers.isdigit() and (at := split_tcp(endpoint)) is not None:
+            answers = join_tcp(at[0], int(answers))
+        name = name or endpoint.partition("://")[2]
+        return cls(name, endpoint=endpoint, replay_endpoint=answers or None, **options)
+
+    @classmethod
     def from_mapping(cls, item: Mapping[str, Any]) -> Self:
         """A source from what a file says; the fields' own names. Raises an error that names what is not a field."""
         if not isinstance(item, Mapping):
