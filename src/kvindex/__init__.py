@@ -1,7 +1,7 @@
 """An exact index of which pod holds which prefix in its KV cache, kept from the engines' own event streams."""
 
 try:
-    from ._core import IngestReport, PodSet, PrefixIndex, PrefixMatch
+    from ._core import IngestReport, PodSet, PrefixMatch
 except ModuleNotFoundError as error:
     if error.name != "kvindex._core":
         raise
@@ -20,6 +20,7 @@ from .errors import (
 )
 from .events import AllBlocksCleared, BlockRemoved, BlockStored, EventBatch, decode_batch
 from .hashing import local_hashes, prefix_hashes
+from .index import PrefixIndex
 from .sync.manager import EventManager
 from .sync.source import PodSource
 from .tokens import tokens_from_bytes, tokens_to_bytes

@@ -177,7 +177,7 @@ cdef class PrefixMatch:
     """The answer to one prompt of ``blocks`` complete blocks. Dicts are built when asked for, O(pods). Any thread may read it."""
 
     cdef MatchResult r
-    cdef PrefixIndex index
+    cdef Index index
     cdef dict names
     cdef readonly Py_ssize_t blocks
     cdef object prompt, prefixes
@@ -224,31 +224,21 @@ cdef class PrefixMatch:
         return f"PrefixMatch({self.tokens})"
 
 
-cdef class PrefixIndex:
-    """Which pod holds which prefix, kept from the engines' events. Any thread may call any method; a match sees whole events only.
-
-    block_size: tokens per index block, the granularity of every answer; an engine's own block size must be a multiple of it.
-    hash_seed: seed of the interoperable hashes. presence: "count" (copies are counted, as vLLM announces them) or "set" (for engines
-    that re-announce blocks without a new copy). max_parked: stored hashes per worker that may wait for their parent.
-    clock: seconds that never go back, for the time to live of :meth:`add_prefix`.
-
-    Events: :meth:`ingest`, :meth:`process_block_stored`, :meth:`process_block_removed`, :meth:`process_all_blocks_cleared`.
-    Questions: :meth:`match_prefix`, :meth:`match_hashes`, :meth:`pod_set`. Pods: :meth:`add_prefix`, :meth:`remove_pod`,
-    :meth:`pod_state`, :meth:`configure_pod`, :meth:`clear_worker`, :meth:`mark_worker`. Figures: :meth:`stats`, :meth:`worker_stats`.
-    """
+cdef class Index:
+    """What of :class:`PrefixIndex` is compiled: the calls that are made for every prompt and batch, and primitives for the rest of it."""
 
     cdef SharedIndex* ix
     cdef readonly uint32_t block_size
     cdef readonly uint64_t hash_seed
     cdef dict uids, names
-    cdef object clock
+    cdef readonly object _clock
 
     def __cinit__(self, block_size=16, *, hash_seed=1337, presence="count", max_parked=65536, clock=time.monotonic):
         self.block_size = arguments.whole(block_size, "block_size", 1, 65536)
         self.hash_seed = arguments.seed(hash_seed)
         self.ix = new SharedIndex(self.block_size, self.hash_seed, arguments.choice(presence, "presence", ("count", "set")),
                                   arguments.whole(max_parked, "max_parked", 0, 0x7FFFFFFF))
-        self.uids, self.names, self.clock = {}, {}, clock
+        self.uids, self.names, self._clock = {}, {}, clock
 
     def __dealloc__(self):
         del self.ix
@@ -292,53 +282,30 @@ cdef class PrefixIndex:
         report.ts = ts
         return report.done()
 
-    def process_block_stored(self, event):
-        """Applies a :class:`BlockStored`. O(blocks). Raises InvalidTypeError or InvalidValueError naming the field, with nothing applied."""
-        cdef _Ints tokens = _tokens(arguments.stored_tokens(event), "token_ids")
+    def _apply(self, str kind, pod, int64_t rank, string model, const uint64_t[::1] hashes, int64_t group, bytes medium, tuple stored):
+        cdef IngestReport report = IngestReport.__new__(IngestReport)
         cdef Batch batch
         cdef Event e
+        cdef _Ints tokens
         cdef StrRef* texts[4]
-        e.n_tokens = <uint32_t>tokens.n
-        e.has_parent = event.parent_block_hash is not None
-        e.parent = arguments.fold(event.parent_block_hash, "parent_block_hash") if e.has_parent else 0
-        e.block_size, e.window, e.lora_id, alive = arguments.stored_fields(event)
-        texts[:] = [&e.lora_id_name, &e.lora_name, &e.spec_kind, &e.cache_salt]
-        for i in range(4):
-            _refer(alive[i], texts[i])
-        if event.extra_keys is not None:
-            e.extra_keys, e.extra_keys_bytes = <const uint8_t*><const char*><bytes>alive[4], <uint32_t>len(alive[4])
-        batch.tokens.assign(<const uint32_t*>tokens.data, <const uint32_t*>tokens.data + tokens.n)
-        return self.apply(event, STORED, batch, e)
-
-    def process_block_removed(self, event):
-        """Applies a :class:`BlockRemoved`. O(hashes). Hashes without a counted copy are skipped and counted."""
-        cdef Batch batch
-        return self.apply(event, REMOVED, batch, Event())
-
-    def process_all_blocks_cleared(self, event):
-        """Applies an :class:`AllBlocksCleared`: all that (pod, rank) holds, or what of it lies in its ``clear_media``. O(its blocks)."""
-        cdef Batch batch
-        return self.apply(event, CLEARED, batch, Event())
-
-    cdef IngestReport apply(self, object event, EventKind kind, Batch& batch, Event e):
-        cdef IngestReport report = IngestReport.__new__(IngestReport)
-        cdef int64_t rank = arguments.rank(arguments.field(event, "dp_rank"))
-        cdef string name = arguments.utf8(arguments.field(event, "model") if kind != CLEARED else "", "model")
-        cdef const uint64_t[::1] hashes
-        cdef uint64_t uid
-        e.kind = kind
-        if kind != CLEARED:
-            hashes = arguments.hash_array(arguments.field(event, "block_hashes"), "block_hashes")
-            e.n_hashes = <uint32_t>len(hashes)
-            if e.n_hashes:
-                batch.hashes.assign(&hashes[0], &hashes[0] + e.n_hashes)
-            e.group = -1 if event.group_idx is None else arguments.whole(event.group_idx, "group_idx", 0, 1 << 31)
-            medium = arguments.text(event.medium, "medium")
-            _refer(medium, &e.medium)
+        e.kind, e.n_hashes, e.group = <EventKind><int>_KINDS.index(kind), <uint32_t>len(hashes), group
+        _refer(medium, &e.medium)
+        if e.n_hashes:
+            batch.hashes.assign(&hashes[0], &hashes[0] + e.n_hashes)
+        if stored is not None:
+            tokens = _tokens(stored[0], "token_ids")
+            e.n_tokens = <uint32_t>tokens.n
+            batch.tokens.assign(<const uint32_t*>tokens.data, <const uint32_t*>tokens.data + tokens.n)
+            e.has_parent, e.parent, e.block_size, e.window, e.lora_id, alive = stored[1:]
+            texts[:] = [&e.lora_id_name, &e.lora_name, &e.spec_kind, &e.cache_salt]
+            for i in range(4):
+                _refer(alive[i], texts[i])
+            if alive[4] is not None:
+                e.extra_keys, e.extra_keys_bytes = <const uint8_t*><const char*><bytes>alive[4], <uint32_t>len(alive[4])
         batch.events.push_back(e)
-        uid = self.uid(event.pod)
+        cdef uint64_t uid = self.uid(pod)
         with nogil:
-            self.ix.apply(uid, rank, name, batch, report.r)
+            self.ix.apply(uid, rank, model, batch, report.r)
         report.dp_rank = rank
         return report.done()
 
@@ -380,47 +347,30 @@ cdef class PrefixIndex:
         cdef PodNames* names = pods.names if pods is not None else NULL
         cdef string space = arguments.utf8(model, "model")
         if self.ix.next_expiry() < NEVER:
-            self._expire(self.clock())
+            self._expire(self._clock())
         m.index, m.names, m.blocks = self, self.names, blocks
         if size >= RELEASE_FROM or not self.ix.match(p, space, names, only_exact, False, m.r):
             with nogil:
                 self.ix.match(p, space, names, only_exact, True, m.r)
         return m
 
-    def pod_set(self, pods):
-        """Compiles pod names into a filter that costs nothing per match. Names need not be known yet."""
-        return PodSet(pods)
-
-    def add_prefix(self, pod, tokens, *, ttl, model="", lora_name=None, cache_salt=None, extra_keys=None, dp_rank=0, now=None):
-        """Counts the prompt's blocks as held by (pod, rank) on the GPU for ttl seconds, or until a clear: a decision not confirmed yet."""
-        cdef _Ints t = _tokens(tokens)
-        cdef Prompt p
+    def _guess(self, pod, int64_t rank, string model, const uint64_t[::1] hashes, double until):
         cdef vector[uint64_t] prefixes
-        cdef double until = arguments.seconds(ttl, "ttl") + (self.clock() if now is None else now)
-        cdef string space = arguments.utf8(model, "model")
-        cdef int64_t rank = arguments.rank(dp_rank)
-        _prompt(t, lora_name, cache_salt, extra_keys, self.block_size, self.hash_seed, p)
         cdef uint64_t uid = self.uid(pod)
-        prefixes.resize(t.n // self.block_size)
+        if len(hashes):
+            prefixes.assign(&hashes[0], &hashes[0] + len(hashes))
         with nogil:
-            hash_prompt(p, self.block_size, self.hash_seed, True, prefixes.data())
-            self.ix.guess(uid, rank, space, prefixes, until)
+            self.ix.guess(uid, rank, model, prefixes, until)
 
     def _expire(self, double now):
         if self.ix.next_expiry() <= now:
             with nogil:
                 self.ix.expire(now)
 
-    def configure_pod(self, pod, *, presence=None, clear_media=None, chunk_size=None):
-        """What events do not say of a pod; None leaves it as it is. presence: "count" or "set"; clear_media: the media that its clears
-        clear; chunk_size: tokens per chunk of chunked-local attention."""
-        cdef int counted = -1 if presence is None else arguments.choice(presence, "presence", ("count", "set"))
-        cdef vector[string] media = arguments.names(clear_media or (), "clear_media")
-        cdef int64_t chunk = -1 if chunk_size is None else arguments.whole(chunk_size, "chunk_size", 1, 0x7FFFFFFF)
-        self.ix.configure(self.uid(pod), counted, clear_media is not None, media, chunk)
+    def _configure(self, pod, int counted, cbool has_media, vector[string] media, int64_t chunk):
+        self.ix.configure(self.uid(pod), counted, has_media, media, chunk)
 
-    def remove_pod(self, pod):
-        """Forgets the pod and all it holds; what is on its way to it is dropped. O(its blocks). UnknownPodError if there is none."""
+    def _remove(self, pod):
         cdef uint64_t uid = self.known(pod)
         del self.uids[pod]
         # Matches that run, and answers not looked at yet, keep the older dict.
@@ -428,37 +378,26 @@ cdef class PrefixIndex:
         with nogil:
             self.ix.remove_pod(uid)
 
-    def clear_worker(self, pod, dp_rank=0):
-        """An engine restarted: everything of that worker goes, whatever its medium, and its index-level degradation. O(its blocks)."""
-        cdef int64_t rank = arguments.rank(dp_rank)
+    def _clear(self, pod, int64_t rank):
         cdef uint64_t uid = self.uid(pod)
         with nogil:
             self.ix.clear_worker(uid, rank)
 
-    def mark_worker(self, pod, dp_rank, verdict):
-        """The stream's verdict on a worker: "exact", "degraded" or "stale". The pod's state is the worst of all it is told and knows."""
-        cdef int told = arguments.choice(verdict, "verdict", answers.VERDICTS)
-        cdef int64_t rank = arguments.rank(dp_rank)
-        self.ix.mark(self.uid(pod), rank, told)
+    def _mark(self, pod, int64_t rank, int verdict):
+        self.ix.mark(self.uid(pod), rank, verdict)
 
-    def pod_state(self, pod):
-        """"exact", "degraded" (a hole was accepted, or blocks could not be placed) or "stale"; the worst of its ranks. O(1)."""
-        return answers.VERDICTS[max(0, self.ix.verdict(self.known(pod)))]
+    def _verdict(self, pod):
+        return max(0, self.ix.verdict(self.known(pod)))
 
-    def worker_stats(self, pod):
-        """``{rank: {"blocks", "parked", "state"}}``: index blocks held (in every medium and group), stored hashes that wait. O(ranks)."""
-        return {f.rank: {"blocks": f.blocks, "parked": f.parked, "state": answers.VERDICTS[f.state]} for f in self.ix.pod_figures(self.known(pod))}
+    def _workers(self, pod):
+        return self.ix.pod_figures(self.known(pod))
 
-    def stats(self):
-        """Figures of the whole index, O(1): blocks (distinct content), chains, sets, holders, pods, workers, parked, guesses, bytes (native
-        memory), and since the start: batches, bad_payloads, events_* by type, blocks_* by fate, skipped, errors, skipped_reasons.
-        """
+    def _figures(self):
         cdef Report r = self.ix.report()
         return {**self.ix.figures(), **self.ix.totals(), "skipped_reasons": _reasons(r)}
 
-    def _check(self):
-        """Verifies every invariant of the native structure; raises KVIndexError naming the first that is broken. O(size of the index)."""
-        arguments.unbroken(self.ix.check())
+    def _broken(self):
+        return self.ix.check()
 
 
 def hash_tokens(tokens, block_size, hash_seed, lora_name, cache_salt, extra_keys, bint rolled):

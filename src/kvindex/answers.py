@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 __all__ = ["PodMatch"]
 
-VERDICTS = ("exact", "degraded", "stale")
+VERDICTS: Final = ("exact", "degraded", "stale")
 REPORT = ("stored", "removed", "cleared", "parked", "skipped", "errors", "reasons")
 
 # Pod (None if it is gone), rank, medium (None: all together), blocks, index into VERDICTS.

@@ -75,15 +75,27 @@ def field(event: Any, name: str) -> Any:
         ) from None
 
 
-def stored_tokens(event: Any) -> Any:
+def hashed_fields(event: Any) -> tuple[int, bytes, npt.NDArray[np.uint64], int, bytes | None]:
+    """What stored and removed events share: rank, model, hashes, group (-1: none given) and medium."""
+    group = field(event, "group_idx")
+    return (
+        rank(field(event, "dp_rank")),
+        utf8(field(event, "model"), "model"),
+        hash_array(field(event, "block_hashes"), "block_hashes"),
+        -1 if group is None else whole(group, "group_idx", 0, 1 << 31),
+        text(event.medium, "medium"),
+    )
+
+
+def stored_fields(event: Any) -> tuple[Any, bool, int, int, int, int, list[bytes | None]]:
+    """What only a BlockStored says: tokens, if it has a parent, that, block size, window, adapter; texts, keys."""
     tokens = field(event, "token_ids")
-    return () if tokens is None else tokens
-
-
-def stored_fields(event: Any) -> tuple[int, int, int, list[bytes | None]]:
-    """What a BlockStored says besides hashes and tokens: block size, window, adapter number; texts, packed keys."""
+    parent = event.parent_block_hash
     named = isinstance(event.lora_id, str)
     return (
+        () if tokens is None else tokens,
+        parent is not None,
+        0 if parent is None else fold(parent, "parent_block_hash"),
         whole(event.block_size or 0, "block_size", 0, 1 << 40),
         whole(event.kv_cache_spec_sliding_window or 0, "kv_cache_spec_sliding_window", 0, 1 << 40),
         0 if named else whole(event.lora_id or 0, "lora_id", -(1 << 62), 1 << 62),
@@ -92,7 +104,7 @@ def stored_fields(event: Any) -> tuple[int, int, int, list[bytes | None]]:
             text(event.lora_name, "lora_name"),
             text(event.kv_cache_spec_kind, "kv_cache_spec_kind"),
             text(event.cache_salt, "cache_salt"),
-            packed_keys(event.extra_keys),
+            None if event.extra_keys is None else packed_keys(event.extra_keys),
         ],
     )
 

@@ -1,0 +1,161 @@
+"""The index as users see it. What is called for every prompt and batch is inherited from the compiled core as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from . import answers, arguments
+from ._core import Index, IngestReport, PodSet, hash_tokens
+from .events import AllBlocksCleared, BlockRemoved, BlockStored
+
+if TYPE_CHECKING:
+    from ._core import _ExtraKeys, _Tokens, _Verdict
+
+__all__ = ["PrefixIndex"]
+
+_NO_HASHES = np.empty(0, dtype=np.uint64)
+
+
+class PrefixIndex(Index):
+    """Which pod holds which prefix, kept from the engines' events.
+
+    Any thread may call any method; a match sees whole events only.
+
+    block_size: tokens per index block, the granularity of every answer; an engine's own block size must be a multiple
+    of it. hash_seed: seed of the interoperable hashes. presence: "count" (copies are counted, as vLLM announces them)
+    or "set" (for engines that re-announce blocks without a new copy). max_parked: stored hashes per worker that may
+    wait for their parent. clock: seconds that never go back, for the time to live of :meth:`add_prefix`.
+
+    Events: :meth:`ingest`, :meth:`process_block_stored`, :meth:`process_block_removed`,
+    :meth:`process_all_blocks_cleared`. Questions: :meth:`match_prefix`, :meth:`match_hashes`, :meth:`pod_set`. Pods:
+    :meth:`add_prefix`, :meth:`remove_pod`, :meth:`pod_state`, :meth:`configure_pod`, :meth:`clear_worker`,
+    :meth:`mark_worker`. Figures: :meth:`stats`, :meth:`worker_stats`.
+    """
+
+    # No wrapper around ingest, match_prefix and match_hashes, and no __dict__: a call costs what it costs on Index.
+    __slots__ = ()
+
+    def process_block_stored(self, event: BlockStored) -> IngestReport:
+        """Applies a :class:`BlockStored`. O(blocks).
+
+        Raises InvalidTypeError or InvalidValueError naming the field, with nothing applied.
+        """
+        fields = arguments.hashed_fields(event)
+        return self._apply("stored", event.pod, *fields, arguments.stored_fields(event))
+
+    def process_block_removed(self, event: BlockRemoved) -> IngestReport:
+        """Applies a :class:`BlockRemoved`. O(hashes). Hashes without a counted copy are skipped and counted."""
+        return self._apply("removed", arguments.field(event, "pod"), *arguments.hashed_fields(event), None)
+
+    def process_all_blocks_cleared(self, event: AllBlocksCleared) -> IngestReport:
+        """Applies an :class:`AllBlocksCleared`. O(its blocks).
+
+        Everything that (pod, rank) holds goes, or what of it lies in the pod's ``clear_media``.
+        """
+        rank = arguments.rank(arguments.field(event, "dp_rank"))
+        return self._apply("cleared", event.pod, rank, b"", _NO_HASHES, -1, None, None)
+
+    def pod_set(self, pods: Iterable[str]) -> PodSet:
+        """Compiles pod names into a filter that costs nothing per match. Names need not be known yet."""
+        return PodSet(pods)
+
+    def add_prefix(
+        self,
+        pod: str,
+        tokens: _Tokens,
+        *,
+        ttl: float,
+        model: str = "",
+        lora_name: str | None = None,
+        cache_salt: str | None = None,
+        extra_keys: _ExtraKeys | None = None,
+        dp_rank: int = 0,
+        now: float | None = None,
+    ) -> None:
+        """Counts the prompt's blocks as held by (pod, rank) on the GPU for ttl seconds, or until a clear. O(blocks).
+
+        For a routing decision that no event has confirmed yet. Arguments as for :meth:`match_prefix`; now: the clock's
+        reading to count from, None for now. Raises InvalidTypeError, InvalidValueError naming the position.
+        """
+        prefixes = hash_tokens(tokens, self.block_size, self.hash_seed, lora_name, cache_salt, extra_keys, True)
+        until = arguments.seconds(ttl, "ttl") + (self._clock() if now is None else now)
+        self._guess(pod, arguments.rank(dp_rank), arguments.utf8(model, "model"), prefixes, until)
+
+    def configure_pod(
+        self,
+        pod: str,
+        *,
+        presence: Literal["count", "set"] | None = None,
+        clear_media: Iterable[str] | None = None,
+        chunk_size: int | None = None,
+    ) -> None:
+        """What events do not say of a pod; None leaves it as it is.
+
+        presence: "count" or "set"; clear_media: the media that its clears clear; chunk_size: tokens per chunk of
+        chunked-local attention. O(media).
+        """
+        counted = -1 if presence is None else arguments.choice(presence, "presence", ("count", "set"))
+        media = arguments.names(clear_media or (), "clear_media")
+        chunk = -1 if chunk_size is None else arguments.whole(chunk_size, "chunk_size", 1, 0x7FFFFFFF)
+        self._configure(pod, counted, clear_media is not None, media, chunk)
+
+    def remove_pod(self, pod: str) -> None:
+        """Forgets the pod and all it holds; what is on its way to it is dropped. O(its blocks).
+
+        Raises UnknownPodError if there is none.
+        """
+        self._remove(pod)
+
+    def clear_worker(self, pod: str, dp_rank: int = 0) -> None:
+        """An engine restarted: everything of that worker goes, whatever its medium. O(its blocks).
+
+        Its index-level degradation goes with it.
+        """
+        self._clear(pod, arguments.rank(dp_rank))
+
+    def mark_worker(self, pod: str, dp_rank: int, verdict: _Verdict) -> None:
+        """The stream's verdict on a worker: "exact", "degraded" or "stale". O(ranks).
+
+        The pod's state is the worst of all it is told and of what it knows itself.
+        """
+        told = arguments.choice(verdict, "verdict", answers.VERDICTS)
+        self._mark(pod, arguments.rank(dp_rank), told)
+
+    def pod_state(self, pod: str) -> _Verdict:
+        """The worst of its ranks: "exact", "degraded" (a hole accepted, or blocks not placed) or "stale". O(1).
+
+        Raises UnknownPodError if there is no such pod.
+        """
+        return answers.VERDICTS[self._verdict(pod)]
+
+    def worker_stats(self, pod: str) -> dict[int, dict[str, Any]]:
+        """``{rank: {"blocks", "parked", "state"}}``. O(ranks).
+
+        blocks: index blocks held, in every medium and group; parked: stored hashes that wait. Raises UnknownPodError.
+        """
+        return {
+            worker["rank"]: {
+                "blocks": worker["blocks"],
+                "parked": worker["parked"],
+                "state": answers.VERDICTS[worker["state"]],
+            }
+            for worker in self._workers(pod)
+        }
+
+    def stats(self) -> dict[str, Any]:
+        """Figures of the whole index, O(1).
+
+        blocks (distinct content), chains, sets, holders, pods, workers, parked, guesses, bytes (native memory), and
+        since the start: batches, bad_payloads, events_* by type, blocks_* by fate, skipped, errors, skipped_reasons.
+        """
+        return self._figures()
+
+    def _check(self) -> None:
+        """Verifies every invariant of the native structure. O(size of the index).
+
+        Raises KVIndexError naming the first that is broken.
+        """
+        arguments.unbroken(self._broken())
