@@ -77,6 +77,11 @@ for item in read_capture("x"):
 with CaptureWriter("x", {"block_size": 16}) as writer:
     assert_type(writer, CaptureWriter)
 
+with kvindex.EventManager(index) as manager:
+    manager.add_pod(kvindex.PodSource("a", endpoint="tcp://127.0.0.1:5557", presence="set"))
+    assert_type(manager.wait_until_current(1.0), bool)
+    assert_type(manager.status()["a"].blocks, int)
+
 # What must not pass. Without the error mypy names the comment as one that is not needed.
 index.match_prefix("text")  # type: ignore[arg-type]
 index.match_prefix([1.5])  # type: ignore[list-item]
@@ -85,3 +90,4 @@ index.ingest("a", "text")  # type: ignore[arg-type]
 index.block_size = 32  # type: ignore[misc]
 PrefixIndex(16, presence="sometimes")  # type: ignore[arg-type]
 kvindex.tokens_from_bytes(b"", byteorder="middle")  # type: ignore[arg-type]
+kvindex.PodSource("a", endpoint="tcp://127.0.0.1:5557", presence="sometimes")  # type: ignore[arg-type]

@@ -1,19 +1,23 @@
 """The command line: what it prints, and the status it ends with."""
 
 import gzip
+import itertools
 import json
 import random
 import re
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import msgpack
 import numpy as np
 import pytest
+from sync_support import until
 
 import kvindex
 from kvindex.capture import CaptureWriter, Message, Query, read_capture
-from kvindex.cli import _timed, main
+from kvindex.cli import _timed, demo, main
 from kvindex.sim import write_sample
 from kvindex.sim.wire import Stored, encode_batch, wire_form
 
@@ -278,7 +282,13 @@ def test_numbers_below_one_are_refused(command, tmp_path, option, capsys):
 # The demo
 
 
-def test_the_demo_ends_with_every_answer_equal(command):
+@pytest.fixture
+def short_absence(monkeypatch):
+    """The killed pod comes back as soon as its loss was noticed."""
+    monkeypatch.setattr(demo, "AWAY", 0.0)
+
+
+def test_the_demo_ends_with_every_answer_equal(command, short_absence):
     status, out, _ = command("demo", "--conversations", 12, "--seconds", 0, "--pods", 5)
     assert status == 0
     ((right, asked),) = set(re.findall(r"answers equal to the engines': ([\d,]+) of ([\d,]+)", out))
@@ -286,9 +296,52 @@ def test_the_demo_ends_with_every_answer_equal(command):
     rates = dict(re.findall(r"([a-z-]+) routing +hit rate +([\d.]+)%", out))
     assert float(rates["prefix-aware"]) > float(rates["round-robin"])
     assert len({row(out, f"pod-{number}")[1] for number in range(5)}) >= 4, "several wire forms at once"
+    changes = ["pod-1 is killed", "pod-1: exact -> stale", "pod-1 is started again", "pod-1: stale -> exact"]
+    assert sorted(changes, key=out.index) == changes
+    assert {row(out, f"pod-{number}")[3] for number in range(5)} == {"exact"}
+    # That pod could not be compared for a while, and nobody claims that it was.
+    assert re.search(r"\([1-9]\d* not asked: that pod was stale\)", out)
 
 
-def test_the_demo_fails_when_an_answer_differs(command, monkeypatch):
+def test_the_live_table_shows_a_pod_go_stale_and_come_back(command, short_absence, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # which makes a terminal of a pipe
+    status, out, _ = command("demo", "--conversations", 4, "--seconds", 1, "--pods", 2)
+    assert status == 0
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out)
+    states = {pod: re.findall(rf"{pod} +│[^│]+│[^│]+│ (\w+)", plain) for pod in ("pod-0", "pod-1")}
+    assert [state for state, _ in itertools.groupby(states["pod-0"])] == ["exact", "stale", "exact"]
+    assert set(states["pod-1"]) == {"exact"}
+
+
+def children(pid):
+    """The processes that this one has started, and that have not ended."""
+    found = Path(f"/proc/{pid}/task").glob("*/children")
+    return {int(child) for path in found for child in path.read_text().split()}
+
+
+def running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_demo_leaves_no_process_behind(number):
+    command = [sys.executable, "-m", "kvindex", "demo", "--pods", "2", "--seconds", "100"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as shown:
+        for line in shown.stdout:
+            if "requests" in line:
+                break
+        pods = children(shown.pid)
+        assert len(pods) == 2
+        shown.send_signal(number)
+        _, err = shown.communicate(timeout=60)
+    assert (shown.returncode, err) == (130 if number == signal.SIGINT else -number, "")
+    until(lambda: not any(map(running, pods)))
+
+
+def test_the_demo_fails_when_an_answer_differs(command, short_absence, monkeypatch):
     """An index that does not hear of removals answers too much sooner or later."""
 
     class Deaf:

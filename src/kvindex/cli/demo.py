@@ -1,19 +1,24 @@
-"""``kvindex demo``: a simulated fleet serves conversations, and the index that its events flow into routes them."""
+"""``kvindex demo``: simulated pods in processes of their own, their live streams, and a router that asks the index."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from ..sim.engine import Engine
-from ..sim.fleet import Fleet, Pod, PrefixAware, RoundRobin
+from .. import EventManager, PodSource, PrefixMatch
+from ..sim.engine import Engine, Prompt
+from ..sim.fleet import PrefixAware, RoundRobin, adapter_name
+from ..sim.process import SimConfig, SimProcess
 from ..sim.wire import WireForm, wire_form
-from ..sim.workload import chat
+from ..sim.workload import Arrival, chat
 from ._terminal import CommandError, console, percentiles
-from ._timed import TimedIndex
+from ._timed import SHOWN_DIFFERENCES, TimedIndex
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["add_parser"]
 
 BLOCK_SIZE = 16
+MODEL = "sim"
 
 # One of each kind of stream that is in the field, so that the table shows a fleet in the middle of an upgrade.
 FORMS: tuple[WireForm, ...] = (
@@ -32,32 +38,133 @@ FORMS: tuple[WireForm, ...] = (
     wire_form("sglang-0.5.22"),
 )
 
+# Every pod is asked for its own answer at every so many requests; the one that serves a request tells its own anyway.
+ASK_ALL_EVERY = 10
+# At the end, when every pod is exact again, with so many of the last prompts.
+LAST_PROMPTS = 25
+
+# Seconds. How long the killed pod stays away, and how long anything is waited for before it counts as failed.
+AWAY = 2.0
+PATIENCE = 60.0
+
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
         help="a simulated fleet, live",
-        description="Simulated pods serve conversations of many turns; their events flow into the index, by which the "
-        "prompts are routed. Every answer is compared with the engines' own. Exit status 1 on any difference.",
+        description="Simulated pods, each a process that publishes its events over TCP, serve conversations of many "
+        "turns; an EventManager follows their streams, and the prompts are routed by the index. On the way one pod is "
+        "killed and started again. Answers are compared with the pods' own. Exit status 1 on any difference.",
     )
     parser.add_argument("--pods", type=int, default=8, metavar="N", help="pods in the fleet (%(default)s)")
-    parser.add_argument("--conversations", type=int, default=300, metavar="N", help="to be served (%(default)s)")
+    parser.add_argument("--conversations", type=int, default=150, metavar="N", help="to be served (%(default)s)")
     parser.add_argument("--seconds", type=float, default=20.0, help="to spread them over, at least (%(default)s)")
     parser.add_argument("--blocks-per-pod", type=int, default=3000, metavar="N", help="KV cache of a pod (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the workload (%(default)s)")
     parser.set_defaults(run=run)
 
 
+class Pod:
+    """One pod: the process that the index's router sends requests to, and its twin that gets them in turn.
+
+    The twin publishes to nobody, so it is only an engine in this process.
+    """
+
+    def __init__(self, number: int, blocks: int) -> None:
+        self.name = f"pod-{number}"
+        self.form = FORMS[number % len(FORMS)]
+        # The older engines here hash with a seed of their own, as every vLLM process did before 0.29.
+        seed = self.name if self.form.name in ("vllm-0.22.0", "vllm-0.24.0") else ""
+        self.config = SimConfig(
+            name=self.name, model=MODEL, form=self.form.name, hashes=self.form.hashes, blocks=blocks,
+            block_size=BLOCK_SIZE, hash_seed=seed,
+        )  # fmt: skip
+        self.twin = self.engine()
+        self.process: SimProcess | None = None
+        self.up = False
+        self.seq = 0  # the next one that it will publish
+        self.load = 0  # a request is over before the next one comes
+        self.served = 0
+
+    def engine(self) -> Engine:
+        config = self.config
+        return Engine(
+            config.blocks, config.block_size, flavor=self.form.engine, hash_seed=config.hash_seed.encode()
+        )  # fmt: skip
+
+    def lora_name(self, prompt: Prompt) -> str | None:
+        return adapter_name(self.form, prompt)
+
+    def start(self) -> SimProcess:
+        """Start the process, or start it again where it was; maybe in another thread, so nothing else changes here."""
+        if self.process is None:
+            return SimProcess(self.config)
+        self.process.launch()
+        return self.process
+
+    def serve(self, arrival: Arrival) -> int:
+        """Serve one request to its end; gives the tokens that were there already."""
+        prompt = arrival.prompt
+        assert self.process is not None
+        reply = self.process.serve(
+            prompt.tokens, arrival.output, lora_name=prompt.lora_name, lora_id=prompt.lora_id,
+            cache_salt=prompt.cache_salt,
+        )  # fmt: skip
+        self.seq = reply["seqs"][0]
+        self.served += len(prompt)
+        hit: int = reply["hit"]
+        return hit
+
+    def serve_twin(self, arrival: Arrival) -> int:
+        request = self.twin.start(arrival.prompt)
+        if request is None:
+            raise CommandError(
+                f"a prompt of {len(arrival.prompt)} tokens does not fit into {self.config.blocks} blocks"
+            )
+        self.twin.decode(request, arrival.output)
+        self.twin.finish(request)
+        self.twin.take_events()
+        return request.hit
+
+
+class Trusted:
+    """The index as the router asks it: what a stale pod held is left out, as it may have lost it."""
+
+    def __init__(self, index: TimedIndex) -> None:
+        self._index = index
+
+    def match_prefix(self, tokens: Any, **asked: Any) -> PrefixMatch:
+        return self._index.match_prefix(tokens, only_exact=True, **asked)
+
+
+class Tally:
+    """What one way of routing has reused, altogether and by pod."""
+
+    def __init__(self) -> None:
+        self.requests: Counter[str] = Counter()
+        self.prompt_tokens: Counter[str] = Counter()
+        self.hit_tokens: Counter[str] = Counter()
+
+    def add(self, pod: str, prompt: int, hit: int) -> None:
+        self.requests[pod] += 1
+        self.prompt_tokens[pod] += prompt
+        self.hit_tokens[pod] += hit
+
+    def rate(self, pod: str | None = None) -> float:
+        if pod is None:
+            return self.hit_tokens.total() / max(1, self.prompt_tokens.total())
+        return self.hit_tokens[pod] / max(1, self.prompt_tokens[pod])
+
+
 class Demo:
-    """Two fleets that serve the same conversations: one is routed by the index, the other in turn."""
+    """The fleet, its streams, its router, and the accident on the way. A context manager that ends every process."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.index = TimedIndex(BLOCK_SIZE)
-        self.route = PrefixAware(self.index)
-        self.turn = RoundRobin()
-        self.routed = Fleet(pods(args.pods, args.blocks_per_pod), self.index.publish)
-        self.plain = Fleet(pods(args.pods, args.blocks_per_pod), lambda pod, rank, payload: None)
-        # Load grows with the fleet. Two in eight conversations ask for an adapter, and three tenants have a salt.
+        self.pods = [Pod(number, args.blocks_per_pod) for number in range(args.pods)]
+        self.by_index, self.in_turn = PrefixAware(Trusted(self.index), model=MODEL), RoundRobin()
+        self.routed, self.plain = Tally(), Tally()
+        # Two in eight conversations ask for an adapter, and three tenants have a salt.
         self.arrivals = chat(
             conversations=args.conversations,
             turns=8,
@@ -68,48 +175,196 @@ class Demo:
         )
         self.seconds = args.seconds
         self.number = 0
+        self.not_asked = 0  # comparisons with a pod that was not exact
+        self.notes: deque[tuple[float, str]] = deque()
+        self.start = time.monotonic()
+        # The accident.
+        self.victim = self.pods[len(self.pods) // 3]
+        self.victim_restarts = -1
+        self.killed_at: float | None = None
+        self.stale_at: float | None = None
+        self.exact_at: float | None = None
+        self._relaunch: Future[SimProcess] | None = None
+        self._stack = ExitStack()
+
+    # The fleet
+
+    def __enter__(self) -> Demo:
+        try:
+            self._launcher = self._stack.enter_context(ThreadPoolExecutor(len(self.pods)))
+            self._stack.callback(self._stop_pods)
+            self._launch_all()
+            self.manager = self._stack.enter_context(EventManager(self.index.index))
+            for pod in self.pods:
+                assert pod.process is not None
+                self.manager.add_pod(PodSource(pod.name, ranks=pod.process.ranks, model=MODEL, block_size=BLOCK_SIZE))
+            if not self.manager.wait_until_current(PATIENCE):
+                raise CommandError(f"the pods were not current after {PATIENCE:.0f} s: {self.manager.status()}")
+            self.start = time.monotonic()
+            self.manager.on_change(lambda change: self.note(f"{change.pod}: {change.old} -> {change.new}"))
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _launch_all(self) -> None:
+        # Most of a second each, on a core of its own; together it is as many seconds as the machine needs.
+        started = [(pod, self._launcher.submit(pod.start)) for pod in self.pods]
+        try:
+            wait([future for _, future in started])
+        finally:
+            # Also after a Ctrl-C: whatever did come up has to be ended.
+            for pod, future in started:
+                if not future.cancel() and future.exception() is None:
+                    pod.process = future.result()
+        for pod, future in started:
+            future.result()
+            self._greet(pod)
+
+    def _greet(self, pod: Pod) -> None:
+        assert pod.process is not None
+        pod.seq = pod.process.seqs()[0]
+        pod.up = True
+
+    def _stop_pods(self) -> None:
+        if self._relaunch is not None:
+            wait([self._relaunch])
+        for pod in self.pods:
+            if pod.process is not None:
+                pod.process.stop()
+
+    def note(self, text: str) -> None:
+        self.notes.append((time.monotonic() - self.start, text))
+
+    # Serving
 
     def serve(self) -> Iterator[None]:
-        """Serve everything by both fleets, spread over the time asked for; stops after each request to be looked at."""
-        start = time.monotonic()
+        """Serve everything by both fleets, spread over the time asked for; stops now and then to be looked at."""
         for arrival in self.arrivals:
+            yield from self._wait_for(lambda: any(pod.up for pod in self.pods))
             self.number += 1
-            self.routed.advance(arrival.at)
-            self.index.check(self.routed, arrival.prompt)
-            self.routed.serve(arrival, self.route)
-            self.plain.serve(arrival, self.turn)
-            yield
-            ahead = start + self.number * self.seconds / len(self.arrivals) - time.monotonic()
+            if self.number % ASK_ALL_EVERY == 0:
+                self._compare_all(arrival.prompt)
+            up = [pod for pod in self.pods if pod.up]
+            self._serve_routed(arrival, self.by_index(arrival.prompt, up))
+            twin = self.in_turn(arrival.prompt, up)
+            self.plain.add(twin.name, len(arrival.prompt), twin.serve_twin(arrival))
+            yield from self._wait_for(lambda: True)
+            ahead = self.start + self.number * self.seconds / len(self.arrivals) - time.monotonic()
             if ahead > 0:
                 time.sleep(ahead)
-        self.routed.finish()
-        self.plain.finish()
+        yield from self._wait_for(lambda: self.exact_at is not None)
+        for arrival in self.arrivals[-LAST_PROMPTS:]:
+            self._compare_all(arrival.prompt)
+        yield
 
-    @property
-    def held(self) -> int:
-        return sum(self.index.held(pod.name) for pod in self.routed.pods)
+    def _serve_routed(self, arrival: Arrival, pod: Pod) -> None:
+        told = self._told(pod, arrival.prompt) if self._caught_up(pod) else None
+        hit = pod.serve(arrival)
+        self._compare(pod, told, hit)
+        self.routed.add(pod.name, len(arrival.prompt), hit)
+
+    def _wait_for(self, ready: Any) -> Iterator[None]:
+        until = time.monotonic() + PATIENCE
+        self._accident()
+        yield
+        while not ready():
+            if time.monotonic() > until:
+                raise CommandError(f"{self.victim.name} was not back after {PATIENCE:.0f} s: {self.manager.status()}")
+            time.sleep(0.05)
+            self._accident()
+            yield
+
+    # The accident
+
+    def _accident(self) -> None:
+        """One pod is killed when a third is served, starts again after a while, and becomes exact again."""
+        now, victim, process = time.monotonic(), self.victim, self.victim.process
+        assert process is not None
+        if self.killed_at is None:
+            if self.number * 3 >= len(self.arrivals):
+                self.victim_restarts = self.manager.status()[victim.name].restarts
+                self.note(f"{victim.name} is killed")
+                self.killed_at = now
+                victim.up = False
+                process.kill()
+                victim.twin = victim.engine()
+        elif self.stale_at is None:
+            if self.manager.status()[victim.name].state == "stale":
+                self.stale_at = now
+        elif self._relaunch is None:
+            if now >= self.killed_at + AWAY:
+                self._relaunch = self._launcher.submit(victim.start)
+        elif not victim.up:
+            if self._relaunch.done():
+                self._relaunch.result()
+                self._greet(victim)
+                self.note(f"{victim.name} is started again, with an empty cache")
+        elif self.exact_at is None:
+            status = self.manager.status()[victim.name]
+            if status.state == "exact" and status.restarts > self.victim_restarts:
+                self.exact_at = now
+
+    # Comparing
+
+    def _caught_up(self, pod: Pod) -> bool:
+        """Whether the index vouches for this pod, once it has applied the last batch that the pod has published."""
+        until = time.monotonic() + 5.0
+        while True:
+            worker = self.manager.status()[pod.name].workers[0]
+            if not pod.up or worker.state != "exact":
+                return False
+            if (-1 if worker.last_seq is None else worker.last_seq) == pod.seq - 1:
+                return True
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.0005)
+
+    def _told(self, pod: Pod, prompt: Prompt) -> int:
+        # Not through the clock: a router asks once, and this is the same prompt again.
+        tokens = pod.twin.query_tokens(prompt.tokens)
+        name, salt = pod.lora_name(prompt), prompt.cache_salt
+        return self.index.index.match_prefix(tokens, model=MODEL, lora_name=name, cache_salt=salt).tokens.get(
+            pod.name, 0
+        )
+
+    def _compare(self, pod: Pod, told: int | None, true: int) -> None:
+        if told is None or self.manager.status()[pod.name].state != "exact":
+            self.not_asked += 1
+            return
+        self.index.answers += 1
+        if told != true:
+            self.index.differences += 1
+            if len(self.index.wrong) < SHOWN_DIFFERENCES:
+                self.index.wrong.append(f"prompt {self.number}, pod {pod.name}: expected {true} tokens, got {told}")
+
+    def _compare_all(self, prompt: Prompt) -> None:
+        for pod in self.pods:
+            if not self._caught_up(pod):
+                self.not_asked += 1
+                continue
+            assert pod.process is not None
+            told = self._told(pod, prompt)
+            _, hits = pod.process.truth(prompt.tokens, lora_name=prompt.lora_name, cache_salt=prompt.cache_salt)
+            self._compare(pod, told, hits[0])
 
 
 def run(args: argparse.Namespace) -> int:
     if min(args.pods, args.conversations, args.blocks_per_pod) < 1:
         raise CommandError("--pods, --conversations and --blocks-per-pod must be at least 1")
     out = console()
-    demo = Demo(args)
-    if out.is_terminal:
-        show_live(out, demo)
-    else:
-        show_lines(out, demo)
-    return summary(out, demo)
-
-
-def pods(count: int, blocks: int) -> list[Pod]:
-    made = []
-    for number in range(count):
-        name, form = f"pod-{number}", FORMS[number % len(FORMS)]
-        # The older engines here hash with a seed of their own, as every vLLM process did before 0.29.
-        seed = name.encode() if form.name in ("vllm-0.22.0", "vllm-0.24.0") else b""
-        made.append(Pod(name, form, {0: Engine(blocks, BLOCK_SIZE, flavor=form.engine, hash_seed=seed)}))
-    return made
+    # What happens to the streams is in the table; a line of a log would tear it.
+    logging.getLogger("kvindex").addHandler(logging.NullHandler())
+    out.print(f"starting {args.pods} pods, each a process that publishes over TCP")
+    with Demo(args) as demo:
+        if out.is_terminal:
+            show_live(out, demo)
+        else:
+            show_lines(out, demo)
+        return summary(out, demo)
 
 
 def show_live(out: Console, demo: Demo) -> None:
@@ -125,71 +380,83 @@ def show_live(out: Console, demo: Demo) -> None:
 
 
 def show_lines(out: Console, demo: Demo) -> None:
-    """Where nothing can be drawn over: a line every two seconds, and the table once at the end."""
+    """Where nothing can be drawn over: a line every two seconds and one for whatever happens, and the table at the
+    end."""
     due = 0.0
     for _ in demo.serve():
+        while demo.notes:
+            at, text = demo.notes.popleft()
+            out.print(f"{at:5.1f} s  {text}", markup=False)
         if time.monotonic() >= due:
             p50, p99, _top = percentiles(demo.index.match_seconds)
+            held = sum(status.blocks for status in demo.manager.status().values())
             out.print(
-                f"{demo.number:>6,} requests, {demo.held:>7,} blocks, hit rate {demo.routed.hit_rate:6.1%} "
-                f"(round-robin {demo.plain.hit_rate:6.1%}), match p50 {p50} µs, p99 {p99} µs"
+                f"{time.monotonic() - demo.start:5.1f} s  {demo.number:,} requests, {held:,} blocks, "
+                f"hit rate {demo.routed.rate():.1%} (round-robin {demo.plain.rate():.1%}), "
+                f"match p50 {p50} µs, p99 {p99} µs"
             )
             due = time.monotonic() + 2
     out.print(table(demo))
 
 
-def rates(fleet: Fleet) -> dict[str, float]:
-    """The hit rate of each pod."""
-    prompts: Counter[str] = Counter()
-    hits: Counter[str] = Counter()
-    for served in fleet.served:
-        prompts[served.pod] += served.prompt_tokens
-        hits[served.pod] += served.hit_tokens
-    return {pod.name: hits[pod.name] / max(1, prompts[pod.name]) for pod in fleet.pods}
+STYLES = {"exact": "green", "degraded": "yellow", "stale": "bold red"}
 
 
 def table(demo: Demo) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
     title = f"kvindex demo: {demo.number:,} of {len(demo.arrivals):,} requests"
     shown = Table(title=title, title_justify="left", title_style="bold", caption_justify="left")
     for column in ("pod", "speaks", "hashes", "state"):
         shown.add_column(column)
-    for column in ("requests", "blocks held", "hit rate", "round-robin"):
+    for column in ("lag ms", "requests", "blocks held", "hit rate", "round-robin"):
         shown.add_column(column, justify="right")
-    requests = Counter(served.pod for served in demo.routed.served)
-    routed, plain = rates(demo.routed), rates(demo.plain)
-    for pod in demo.routed.pods:
-        state = demo.index.state(pod.name)
-        blocks = f"{demo.index.held(pod.name):,}"
-        hit, other = f"{routed[pod.name]:.1%}", f"{plain[pod.name]:.1%}"
-        shown.add_row(pod.name, pod.form.name, pod.form.hashes, state, f"{requests[pod.name]:,}", blocks, hit, other)
+    statuses = demo.manager.status()
+    for pod in demo.pods:
+        name, status = pod.name, statuses[pod.name]
+        state = Text(status.state, style=STYLES[status.state])
+        lag = "" if status.lag is None else f"{status.lag * 1e3:.1f}"
+        shown.add_row(
+            name, pod.form.name, pod.form.hashes, state, lag, f"{demo.routed.requests[name]:,}", f"{status.blocks:,}",
+            f"{demo.routed.rate(name):.1%}", f"{demo.plain.rate(name):.1%}",
+        )  # fmt: skip
     shown.add_section()
-    hit, other = f"{demo.routed.hit_rate:.1%}", f"{demo.plain.hit_rate:.1%}"
-    shown.add_row("all", "", "", "", f"{len(demo.routed.served):,}", f"{demo.held:,}", hit, other)
-    index = demo.index
-    p50, p99, top = percentiles(index.match_seconds)
-    rate = index.hashes / index.ingest_seconds if index.ingest_seconds else 0.0
-    shown.caption = (
-        f"match call: p50 {p50} µs, p99 {p99} µs, max {top} µs\n"
-        f"ingest: {index.batches:,} batches, {index.hashes:,} blocks stored or removed, {rate:,.0f}/s\n"
-        f"answers equal to the engines': {index.answers - index.differences:,} of {index.answers:,}"
+    requests, blocks = demo.routed.requests.total(), sum(status.blocks for status in statuses.values())
+    hit, other = f"{demo.routed.rate():.1%}", f"{demo.plain.rate():.1%}"
+    shown.add_row("all", "", "", "", "", f"{requests:,}", f"{blocks:,}", hit, other)
+    p50, p99, top = percentiles(demo.index.match_seconds)
+    batches = sum(status.batches for status in statuses.values())
+    restarts = sum(status.restarts for status in statuses.values())
+    lost = sum(status.lost_batches for status in statuses.values())
+    shown.caption = "\n".join(
+        [
+            f"match call: p50 {p50} µs, p99 {p99} µs, max {top} µs",
+            f"streams: {batches:,} batches applied, {lost:,} lost, {restarts:,} restarts seen",
+            f"answers equal to the engines': {demo.index.answers - demo.index.differences:,} of {demo.index.answers:,}",
+            *(f"{at:5.1f} s  {text}" for at, text in demo.notes),
+        ]
     )
     return shown
 
 
 def summary(out: Console, demo: Demo) -> int:
-    index = demo.index
+    index, routed, plain = demo.index, demo.routed, demo.plain
     out.print()
-    for name, fleet in (("round-robin", demo.plain), ("prefix-aware", demo.routed)):
-        saved = f"{fleet.hit_tokens:>10,} of {fleet.prompt_tokens:,} prompt tokens not computed again"
-        out.print(f"{name + ' routing':<21} hit rate {fleet.hit_rate:6.1%}, {saved}")
-    out.print(f"prefill tokens saved  {demo.routed.hit_tokens - demo.plain.hit_tokens:,} more than by round-robin")
+    for name, tally in (("round-robin", plain), ("prefix-aware", routed)):
+        saved = f"{tally.hit_tokens.total():>10,} of {tally.prompt_tokens.total():,} prompt tokens not computed again"
+        out.print(f"{name + ' routing':<21} hit rate {tally.rate():6.1%}, {saved}")
+    more = routed.hit_tokens.total() - plain.hit_tokens.total()
+    out.print(f"prefill tokens saved  {more:,} more than by round-robin")
     p50, p99, top = percentiles(index.match_seconds)
     out.print(f"match call            p50 {p50} µs, p99 {p99} µs, max {top} µs")
+    assert demo.killed_at is not None
+    assert demo.exact_at is not None
+    out.print(f"{demo.victim.name:<21} killed and started again: exact after {demo.exact_at - demo.killed_at:.1f} s")
     right = index.answers - index.differences
     style = "bold red" if index.differences else "bold green"
-    out.print(f"answers equal to the engines': {right:,} of {index.answers:,}", style=style)
+    left_out = f" ({demo.not_asked:,} not asked: that pod was stale)" if demo.not_asked else ""
+    out.print(f"answers equal to the engines': {right:,} of {index.answers:,}{left_out}", style=style)
     for wrong in index.wrong:
         out.print(f"  {wrong}", style="red", markup=False)
     return 1 if index.differences else 0

@@ -85,9 +85,10 @@ class ToldProcess:
 
     def launch(self) -> None:
         """Start the process and wait until it is ready."""
+        # In a group of its own: a Ctrl-C at the terminal is for whoever started this, who ends it in turn.
         self._process = subprocess.Popen(
             [*self._prefix, *self._command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, **self._env},
+            env={**os.environ, **self._env}, process_group=0,
         )  # fmt: skip
         assert self._process.stdout is not None
         line = self._process.stdout.readline()

@@ -10,7 +10,7 @@ import heapq
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,8 @@ __all__ = [
     "RoundRobin",
     "Route",
     "Served",
+    "Target",
+    "adapter_name",
 ]
 
 
@@ -53,6 +55,34 @@ class Index(Protocol):
         extra_keys: Any = ...,
     ) -> _Match:
         """Per pod the tokens that it holds of this prompt."""
+
+
+class Target(Protocol):
+    """What a router needs of a pod, wherever that runs."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def load(self) -> int:
+        """Tokens that it is serving."""
+
+    @property
+    def served(self) -> int:
+        """Tokens that it was ever given."""
+
+    def lora_name(self, prompt: Prompt) -> str | None:
+        """What an index calls this prompt's adapter."""
+
+
+T = TypeVar("T", bound=Target)
+
+
+def adapter_name(form: WireForm, prompt: Prompt) -> str | None:
+    """What an index calls this prompt's adapter: releases that publish no name publish its number."""
+    if form.says("lora_name"):
+        return prompt.lora_name
+    return str(prompt.lora_id) if prompt.lora_id else None
 
 
 class Pod:
@@ -87,10 +117,8 @@ class Pod:
         return max(engine.hit_prompt(prompt) for engine in self.ranks.values())
 
     def lora_name(self, prompt: Prompt) -> str | None:
-        """What an index calls this prompt's adapter: releases that publish no name publish its number."""
-        if self.form.says("lora_name"):
-            return prompt.lora_name
-        return str(prompt.lora_id) if prompt.lora_id else None
+        """What an index calls this prompt's adapter."""
+        return adapter_name(self.form, prompt)
 
     def _least_loaded(self) -> int:
         return min(self._loads, key=lambda rank: (self._loads[rank], rank))
@@ -106,7 +134,7 @@ class RoundRobin:
     def __init__(self) -> None:
         self._next = 0
 
-    def __call__(self, prompt: Prompt, pods: Sequence[Pod]) -> Pod:
+    def __call__(self, prompt: Prompt, pods: Sequence[T]) -> T:
         pod = pods[self._next % len(pods)]
         self._next += 1
         return pod
@@ -136,7 +164,7 @@ class PrefixAware:
         self._balance = balance
         self._slack = slack
 
-    def __call__(self, prompt: Prompt, pods: Sequence[Pod]) -> Pod:
+    def __call__(self, prompt: Prompt, pods: Sequence[T]) -> T:
         # All pods of one router serve one model on one kind of engine, so how the first names things goes for all.
         held = _ask(self._index, prompt, prompt.tokens, pods[0], self._model)
         costs = [len(prompt) - held.get(pod.name, 0) + self._balance * pod.load for pod in pods]
@@ -144,7 +172,7 @@ class PrefixAware:
         return min((pod for pod, cost in zip(pods, costs, strict=True) if cost <= limit), key=lambda pod: pod.served)
 
 
-def _ask(index: Index, prompt: Prompt, tokens: Any, pod: Pod, model: str) -> Mapping[str, int]:
+def _ask(index: Index, prompt: Prompt, tokens: Any, pod: Target, model: str) -> Mapping[str, int]:
     name, keys, salt = pod.lora_name(prompt), prompt.extra_keys, prompt.cache_salt
     return index.match_prefix(tokens, model=model, lora_name=name, cache_salt=salt, extra_keys=keys).tokens
 

@@ -21,7 +21,7 @@ import zmq
 from ..errors import EventDecodeError, InvalidTypeError, InvalidValueError, KVIndexError, StreamError, UnknownPodError
 from .frames import END, FrameFault, batch_rank, parse_live, parse_replay, parse_topic
 from .sockets import Bound, Replay, SocketOptions, Subscription, resolve
-from .source import Endpoints, PodSource, bind_endpoint
+from .source import Endpoints, PodSource, Presence, bind_endpoint
 from .status import WORST_FIRST, PodStatus, StateChange, WorkerStatus, pod_status
 from .stream import (
     Action,
@@ -60,12 +60,12 @@ class Index(Protocol):
 
     def ingest(self, pod: str, payload: bytes, *, model: str = "", dp_rank: int | None = None) -> Any: ...
 
-    def mark_worker(self, pod: str, dp_rank: int, verdict: str) -> None: ...
+    def mark_worker(self, pod: str, dp_rank: int, verdict: Verdict) -> None: ...
 
     def clear_worker(self, pod: str, dp_rank: int = 0) -> None: ...
 
     def configure_pod(
-        self, pod: str, *, presence: str | None = None, clear_media: Iterable[str] | None = None,
+        self, pod: str, *, presence: Presence | None = None, clear_media: Iterable[str] | None = None,
         chunk_size: int | None = None,
     ) -> None: ...  # fmt: skip
 
@@ -222,7 +222,7 @@ class EventManager:
         self._call(partial(self._remove, name))
 
     def bind(
-        self, endpoint: str, *, presence: str | None = None, clear_media: Iterable[str] | None = None,
+        self, endpoint: str, *, presence: Presence | None = None, clear_media: Iterable[str] | None = None,
         chunk_size: int | None = None, max_pods: int = 1024,
     ) -> str:  # fmt: skip
         """Let pods connect here instead of connecting to them; gives the endpoint, with the port where it was a

@@ -10,7 +10,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, fields, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, TypeAlias
 
 from ..errors import InvalidTypeError, InvalidValueError, StreamError
 
@@ -21,6 +21,9 @@ _WILDCARDS = ("*", "0.0.0.0", "::", "[::]", "")
 
 # Descriptions of a few ranks are a few hundred bytes; SGLang's /server_info with all its arguments is some 20 kB.
 _LONGEST_ANSWER = 4 << 20
+
+
+Presence: TypeAlias = Literal["count", "set"]
 
 
 class Endpoints(NamedTuple):
@@ -60,7 +63,7 @@ class PodSource:
     block_size: int | None = None
     """Tokens per block that the engine is expected to use. Adding a pod whose blocks can not be placed raises at
     once."""
-    presence: str | None = None
+    presence: Presence | None = None
     """``"count"`` or ``"set"``; None is the index's own. ``"set"`` for vLLM's ``kv_cache_report_mode=full``."""
     clear_media: frozenset[str] | None = None
     """The media that an AllBlocksCleared of this pod clears; None is all."""
