@@ -120,6 +120,17 @@ class _Pod:
         self.workers: dict[int, _Worker] = {}
 
 
+def _enter(table: list[T], item: T) -> Callable[[], None]:
+    """Put something into a list; gives what takes it out again, once."""
+    table.append(item)
+
+    def end() -> None:
+        with suppress(ValueError):
+            table.remove(item)
+
+    return end
+
+
 class EventManager:
     """Keeps an index equal to a fleet of engines, over ZMQ, through everything that happens to them.
 
@@ -157,6 +168,7 @@ class EventManager:
         self._removed: OrderedDict[str, None] = OrderedDict()
         self._faults: Counter[str] = Counter()
         self._callbacks: list[Callable[[StateChange], None]] = []
+        self._wakers: list[Callable[[], None]] = []
         self._changed = threading.Condition()
         self._lock = threading.Lock()
         self._commands: deque[Callable[[], None]] = deque()
@@ -202,6 +214,7 @@ class EventManager:
             self._stopping = True
             thread = self._thread
         if thread is None:
+            self._wake_all()
             return
         self._poke()
         if thread is not threading.current_thread():
@@ -264,13 +277,19 @@ class EventManager:
         It is called in the manager's thread and holds up every stream while it runs: hand over to a queue what takes
         time.
         """
-        self._callbacks.append(callback)
+        return _enter(self._callbacks, callback)
 
-        def end() -> None:
-            if callback in self._callbacks:
-                self._callbacks.remove(callback)
+    def on_progress(self, waker: Callable[[], None]) -> Callable[[], None]:
+        """Call ``waker`` whenever :meth:`is_current` or :attr:`closed` may have become true; gives what ends that.
 
-        return end
+        It is called in the manager's thread, must not raise and must not take time.
+        """
+        return _enter(self._wakers, waker)
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called; every pod is or is about to be stale then."""
+        return self._stopping
 
     def is_current(self, pods: Iterable[str] | None = None) -> bool:
         """Whether none of these pods (all if None) is stale: connected, and everything up to now is applied or given
@@ -315,13 +334,20 @@ class EventManager:
         """Do something in the manager's thread and give what came of it."""
         if threading.current_thread() is self._thread:
             return command()
-        return self._post(command).result()
+        return self.post(command).result()
 
-    def _post(self, command: Callable[[], T]) -> Future[T]:
+    def post(self, command: Callable[[], T]) -> Future[T]:
+        """Do something in the manager's thread and do not wait for it: what :mod:`kvindex.aio` is made of.
+
+        ``command`` may call every method here and holds up every stream while it runs. Cancelling the future keeps it
+        from being run as long as it has not begun. Raises :class:`StreamError` after a close.
+        """
         self.start()
         future: Future[T] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
                 future.set_result(command())
             except BaseException as error:
@@ -333,6 +359,12 @@ class EventManager:
             self._commands.append(run)
         self._poke()
         return future
+
+    def _wake_all(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+        for waker in list(self._wakers):
+            waker()
 
     def _poke(self) -> None:
         # Full: it is awake already. Closed: there is nobody to wake.
@@ -418,8 +450,7 @@ class EventManager:
         self._selector.close()
         self._wake.close()
         self._woken.close()
-        with self._changed:
-            self._changed.notify_all()
+        self._wake_all()
 
     # --------------------------------------------------------------------------------------------------- pods
 
@@ -493,8 +524,7 @@ class EventManager:
         with suppress(UnknownPodError):  # somebody was faster; it is gone, which is what was asked for
             self._index.remove_pod(name)
         log.info("%s: removed", name)
-        with self._changed:
-            self._changed.notify_all()
+        self._wake_all()
 
     def _unknown(self, name: object) -> UnknownPodError:
         return UnknownPodError(
@@ -864,8 +894,7 @@ class EventManager:
                 callback(change)
             except Exception:
                 log.exception("a callback for state changes has failed")
-        with self._changed:
-            self._changed.notify_all()
+        self._wake_all()
 
     def _state(self, worker: _Worker, figures: dict[str, Any] | None = None) -> tuple[str, str]:
         if figures is None:
