@@ -187,9 +187,9 @@ cdef class PrefixMatch:
         return self.names.get(uid) or self.index.names.get(uid)
 
     cdef list rows(self):
-        cdef Hit h
-        return [(self.pod_name(h.pod), h.rank, None if h.medium == NO_MEDIUM else self.index.ix.medium(h.medium), h.blocks, <int>h.verdict)
-                for h in self.r.hits]
+        cdef Hits* h = &self.r.hits
+        return [(self.pod_name(h[0][i].pod), h[0][i].rank, None if h[0][i].medium == NO_MEDIUM else self.index.ix.medium(h[0][i].medium),
+                 h[0][i].alone, h[0][i].blocks, <int>h[0][i].verdict) for i in range(h.size())]
 
     @property
     def tokens(self):

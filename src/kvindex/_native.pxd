@@ -60,12 +60,16 @@ cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
 
     cppclass Hit:
         uint64_t pod
-        int64_t rank
-        uint32_t medium, blocks
+        uint32_t rank, medium, blocks
         Verdict verdict
+        cbool alone
+
+    cppclass Hits:
+        uint32_t size()
+        const Hit& operator[](uint32_t)
 
     cppclass MatchResult:
-        vector[Hit] hits
+        Hits hits
         uint32_t best
         uint64_t compared
 

@@ -10,8 +10,9 @@ __all__ = ["PodMatch"]
 VERDICTS: Final = ("exact", "degraded", "stale")
 REPORT = ("stored", "removed", "cleared", "parked", "skipped", "errors", "reasons")
 
-# Pod (None if it is gone), rank, medium (None: all together), blocks, index into VERDICTS.
-Row: TypeAlias = "tuple[str | None, int, bytes | None, int, int]"
+# Pod (None if it is gone), rank, medium (None: all together), whether the worker has no other medium, blocks, index
+# into VERDICTS.
+Row: TypeAlias = "tuple[str | None, int, bytes | None, bool, int, int]"
 
 
 class PodMatch(NamedTuple):
@@ -32,8 +33,8 @@ class PodMatch(NamedTuple):
 def best_ranks(rows: Iterable[Row], times: int, over: int) -> dict[str, int]:
     """``{pod: blocks of its best rank * times // over}``."""
     best: dict[str, int] = {}
-    for pod, _, medium, blocks, _ in rows:
-        if medium is None and pod is not None:
+    for pod, _, medium, alone, blocks, _ in rows:
+        if (alone or medium is None) and pod is not None:
             best[pod] = max(best.get(pod, 0), blocks * times // over)
     return best
 
@@ -43,13 +44,13 @@ def pod_match(rows: Iterable[Row], wanted: str, block_size: int) -> PodMatch | N
     media: dict[str, int] = {}
     ranks: dict[int, int] = {}
     state = 0
-    for pod, rank, medium, blocks, verdict in rows:
+    for pod, rank, medium, alone, blocks, verdict in rows:
         if pod != wanted:
             continue
         state = verdict
-        if medium is None:
+        if alone or medium is None:
             ranks[rank] = max(ranks.get(rank, 0), blocks * block_size)
-        else:
+        if medium is not None:
             # Names of media come from the wire and may be no UTF-8.
             name = medium.decode("utf-8", "surrogateescape")
             media[name] = max(media.get(name, 0), blocks * block_size)

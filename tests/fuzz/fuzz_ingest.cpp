@@ -538,10 +538,11 @@ private:
                 if (pods_[p] == h.pod) pod = p;
             if (pod == kNone) die("an answer of a pod that is gone");
             if (h.blocks == 0 || h.blocks > blocks) die("an answer of " + std::to_string(h.blocks) + " to " + std::to_string(blocks) + " blocks");
-            if (h.medium == kNone) best = std::max(best, h.blocks);
+            if (h.alone) a.insert({pod, h.rank, "*", h.blocks});
+            if (h.alone || h.medium == kNone) best = std::max(best, h.blocks);
             a.insert({pod, h.rank, h.medium == kNone ? "*" : lower_case(ix.medium(h.medium)), h.blocks});
         }
-        if (m.best == kNone ? best != 0 : m.hits[m.best].blocks != best || m.hits[m.best].medium != kNone) die("the best answer is not the best");
+        if (m.best == kNone ? best != 0 : m.hits[m.best].blocks != best || !(m.hits[m.best].alone || m.hits[m.best].medium == kNone)) die("the best answer is not the best");
         return a;
     }
     static std::string lower_case(const std::string& s) { return lower(s.data(), s.size()); }

@@ -107,11 +107,24 @@ inline std::string Index::check() const {
         if (w.ghost != kNone) set_bit(mask, w.ghost, true);
         for (u32 i = 0; i < std::max(mask.size(), w.mask.size()); ++i)
             if ((i < mask.size() ? mask[i] : 0) != (i < w.mask.size() ? w.mask[i] : 0)) return fail("mask is wrong", id, i);
-        const bool simple = w.holders.size() == 1 && w.groups.size() == 1 && w.groups[0].kind == Attention::full && w.guess == kNone;
-        if (simple != w.simple) return fail("worker sorted wrongly", id, simple);
+        if (face_of(w) != w.face) return fail("worker sorted wrongly", id, w.face);
+        const auto bit = [](const std::vector<u64>& mask, u32 h) { return (h >> 6) < mask.size() && (mask[h >> 6] >> (h & 63) & 1); };
+        std::vector<u32> all = w.holders;
+        if (w.guess != kNone) all.push_back(w.guess);
+        for (u32 h : all) {
+            if (bit(simple_, h) != (h == w.face)) return fail("face is not the bit that says all", id, h);
+            const bool stands = w.face != kNone && h == w.guess && h != w.face;
+            if (bit(guessed_, h) != stands || (stands && stands_for_[h] != w.face)) return fail("guess stands for the wrong holder", id, h);
+        }
+        if (w.face != kNone) {
+            const Face& f = faces_[w.face];
+            const Holder& h = holders_[w.face];
+            if (f.pod != pods_[w.pod].uid || static_cast<i64>(f.rank) != w.rank || f.medium != h.medium || f.factor != h.factor || f.verdict != pods_[w.pod].verdict)
+                return fail("face is not the worker's", id, w.face);
+        }
         const std::vector<u32>& hybrids = spaces_[w.space].hybrids;
         const bool listed = w.in_hybrid_list != kNone;
-        if (listed != (!simple && (!w.holders.empty() || w.guess != kNone)) || (listed && hybrids[w.in_hybrid_list] != id)) return fail("list of hybrids is wrong", id, listed);
+        if (listed != (w.face == kNone && (!w.holders.empty() || w.guess != kNone)) || (listed && hybrids[w.in_hybrid_list] != id)) return fail("list of hybrids is wrong", id, listed);
 
         std::map<u64, u32> known_chains, known_kids;
         chains_.each([&](u32 chain) {

@@ -77,6 +77,8 @@ public:
         for (const auto& s : p.streams) v = std::max(v, s.second);
         for (u32 w : p.workers) v = std::max(v, own_verdict(*workers_[w]));
         p.verdict = v;
+        for (u32 w : p.workers)
+            if (workers_[w]->face != kNone) faces_[workers_[w]->face].verdict = v;
     }
     Verdict own_verdict(const Worker& w) const {
         bool degraded = w.sticky || w.small_blocks || w.parked() != 0;
@@ -88,7 +90,18 @@ public:
     const Worker& worker_at(u32 id) const { return *workers_[id]; }
     const Holder& holder(u32 id) const { return holders_[id]; }
     u32 holder_slots() const { return static_cast<u32>(holders_.size()); }
+    // The holders that have a face, and the guesses that stand for one of them.
     const std::vector<u64>& simple() const { return simple_; }
+    const std::vector<u64>& guessed() const { return guessed_; }
+    const Face& face(u32 holder) const { return faces_[holder]; }
+    u32 stands_for(u32 guess) const { return stands_for_[guess]; }
+    // The holder whose bit says all of the worker, or kNone if its groups and media must be looked at. A guess says "GPU", so beside
+    // copies on the GPU it is one more bit for the same.
+    u32 face_of(const Worker& w) const {
+        if (w.holders.empty()) return w.groups.empty() ? w.guess : kNone;
+        if (w.holders.size() != 1 || w.groups.size() != 1 || w.groups[0].kind != Attention::full) return kNone;
+        return w.guess == kNone || holders_[w.holders[0]].medium == 0 ? w.holders[0] : kNone;
+    }
     u64 holders_version() const { return holders_version_; }
     u64 held(const Worker& w) const {
         u64 n = 0;
@@ -139,6 +152,8 @@ protected:
         } else {
             id = static_cast<u32>(holders_.size());
             holders_.emplace_back();
+            faces_.emplace_back();
+            stands_for_.push_back(kNone);
         }
         holders_[id] = Holder{worker, medium, group, factor, 0};
         ++holders_version_;
@@ -146,6 +161,8 @@ protected:
     }
     void free_holder(u32 id) {
         holders_[id] = Holder();
+        set_bit(simple_, id, false);
+        set_bit(guessed_, id, false);
         free_holders_.push_back(id);
         ++holders_version_;
     }
@@ -203,9 +220,22 @@ protected:
     void refresh(u32 id) {
         Worker& w = *workers_[id];
         for (u32 h : w.holders) set_bit(simple_, h, false);
-        w.simple = w.holders.size() == 1 && w.groups.size() == 1 && w.groups[0].kind == Attention::full && w.guess == kNone;
-        if (w.simple) set_bit(simple_, w.holders[0], true);
-        const bool listed = !w.simple && (!w.holders.empty() || w.guess != kNone);
+        if (w.guess != kNone) {
+            set_bit(simple_, w.guess, false);
+            set_bit(guessed_, w.guess, false);
+        }
+        w.face = face_of(w);
+        if (w.face != kNone) {
+            const Pod& p = pods_[w.pod];
+            const Holder& h = holders_[w.face];
+            faces_[w.face] = Face{p.uid, static_cast<u32>(w.rank), h.medium, h.factor, p.verdict};
+            set_bit(simple_, w.face, true);
+            if (w.guess != kNone && w.guess != w.face) {
+                set_bit(guessed_, w.guess, true);
+                stands_for_[w.guess] = w.face;
+            }
+        }
+        const bool listed = w.face == kNone && (!w.holders.empty() || w.guess != kNone);
         std::vector<u32>& list = spaces_[w.space].hybrids;
         if (listed && w.in_hybrid_list == kNone) {
             w.in_hybrid_list = static_cast<u32>(list.size());
@@ -245,7 +275,9 @@ protected:
     std::vector<u32> free_workers_;
     std::vector<Holder> holders_;
     std::vector<u32> free_holders_;
-    std::vector<u64> simple_;
+    std::vector<u64> simple_, guessed_;
+    std::vector<Face> faces_;       // by holder
+    std::vector<u32> stands_for_;   // by guess: the holder
     std::vector<Space> spaces_;
     std::unordered_map<std::string, u32> space_ids_;
     u64 pods_version_ = 1;

@@ -53,6 +53,9 @@ public:
             holders_.shrink_to_fit();
             free_holders_.clear();
             simple_.clear();
+            guessed_.clear();
+            faces_.clear();
+            stands_for_.clear();
         }
     }
 
@@ -323,10 +326,7 @@ private:
         w.second.clear();
         w.copies.clear();
         drop_lot(w);
-        for (u32 h : w.holders) {
-            set_bit(simple_, h, false);
-            free_holder(h);
-        }
+        for (u32 h : w.holders) free_holder(h);
         w.holders.clear();
         w.mask.clear();
         if (w.ghost != kNone) {

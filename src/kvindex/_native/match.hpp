@@ -8,13 +8,14 @@
 
 namespace kvindex {
 
-// One worker's answer; medium kNone: all media together.
+// One worker's answer; medium kNone: all media together. `alone`: the worker has no other medium, so it stands for that as well.
 struct Hit {
     u64 pod;  // Pod::uid
-    i64 rank;
+    u32 rank;
     u32 medium;
     u32 blocks;
     Verdict verdict;
+    bool alone;
 };
 
 // Which pods may be named in the answer, as bits for one state of the index's pods and holders.
@@ -35,8 +36,38 @@ struct Filter {
     bool current(const Index& ix) const { return pods_version == ix.pods_version() && holders_version == ix.holders_version(); }
 };
 
+// A vector that neither clears what will be written nor asks at each step whether there is room: at 256 pods that is half of the time.
+class Hits {
+public:
+    Hits() = default;
+    Hits(const Hits&) = delete;
+    Hits& operator=(const Hits&) = delete;
+    ~Hits() { std::free(p_); }
+
+    u32 size() const { return n_; }
+    const Hit* begin() const { return p_; }
+    const Hit* end() const { return p_ + n_; }
+    const Hit& operator[](u32 i) const { return p_[i]; }
+    bool full() const { return n_ == room_; }
+    void clear() { n_ = 0; }
+    void reserve(std::size_t n) {
+        if (n <= room_) return;
+        Hit* p = static_cast<Hit*>(std::realloc(static_cast<void*>(p_), n * sizeof(Hit)));
+        if (!p) throw std::bad_alloc();
+        p_ = p;
+        room_ = n;
+    }
+    // Where room is reserved.
+    void push(const Hit& hit) { p_[n_++] = hit; }
+
+private:
+    Hit* p_ = nullptr;
+    u32 n_ = 0;
+    std::size_t room_ = 0;
+};
+
 struct MatchResult {
-    std::vector<Hit> hits;
+    Hits hits;
     u32 best = kNone;        // index of the best hit
     u64 compared = 0;        // blocks compared with a chain
     void clear() {
@@ -103,14 +134,20 @@ public:
         if (space == kNone || path.n == 0) return;
         const u32 end = walk(ix, space, path, filter, out);
         const u32 words = static_cast<u32>(alive_.size());
+        std::size_t n = ended_.size();
+        for (u32 i = 0; i < words; ++i) n += static_cast<std::size_t>(__builtin_popcountll(alive_[i]));
+        out.hits.reserve(n);
         for (u32 i = 0; i < words; ++i)
-            for (u64 bits = alive_[i]; bits; bits &= bits - 1) ended_.push_back({i * 64 + static_cast<u32>(__builtin_ctzll(bits)), end});
-        for (const Ended& e : ended_) {
-            const Holder& h = ix.holder(e.holder);
-            const Worker& w = ix.worker_at(h.worker);
-            const u32 blocks = h.factor == 1 ? e.blocks : e.blocks - e.blocks % h.factor;
-            emit(ix, w, kNone, blocks, only_exact, out);
-            emit(ix, w, h.medium, blocks, only_exact, out);
+            for (u64 bits = alive_[i]; bits; bits &= bits - 1) show(ix.face(i * 64 + static_cast<u32>(__builtin_ctzll(bits))), end, only_exact, out);
+        for (const Ended& e : ended_) show(ix.face(e.holder), e.blocks, only_exact, out);
+        u32 blocks = 0;
+        u64 pod = 0;
+        for (u32 i = 0; i < out.hits.size(); ++i) {
+            const Hit& h = out.hits[i];
+            if (h.blocks < blocks || (h.blocks == blocks && h.pod >= pod)) continue;
+            blocks = h.blocks;
+            pod = h.pod;
+            out.best = i;
         }
         for (u32 id : hybrids_) answer_hybrid(ix, ix.worker_at(id), end, only_exact, out);
     }
@@ -125,15 +162,19 @@ private:
         u32 set;
     };
 
-    void emit(const Index& ix, const Worker& w, u32 medium, u32 blocks, bool only_exact, MatchResult& out) const {
-        if (blocks == 0) return;
-        const Verdict v = ix.pod_at(w.pod).verdict;
-        if (only_exact && v != Verdict::exact) return;
+    static void show(const Face& f, u32 blocks, bool only_exact, MatchResult& out) {
+        if (f.factor != 1) blocks -= blocks % f.factor;
+        if (blocks && !(only_exact && f.verdict != Verdict::exact)) out.hits.push({f.pod, f.rank, f.medium, blocks, f.verdict, true});
+    }
+    static void emit(const Index& ix, const Worker& w, u32 medium, u32 blocks, bool only_exact, MatchResult& out) {
+        const Pod& pod = ix.pod_at(w.pod);
+        if (blocks == 0 || (only_exact && pod.verdict != Verdict::exact)) return;
         if (medium == kNone) {
-            const u32 n = static_cast<u32>(out.hits.size());
-            if (out.best == kNone || blocks > out.hits[out.best].blocks || (blocks == out.hits[out.best].blocks && ix.pod_at(w.pod).uid < out.hits[out.best].pod)) out.best = n;
+            const Hit* best = out.best == kNone ? nullptr : &out.hits[out.best];
+            if (!best || blocks > best->blocks || (blocks == best->blocks && pod.uid < best->pod)) out.best = out.hits.size();
         }
-        out.hits.push_back({ix.pod_at(w.pod).uid, w.rank, medium, blocks, v});
+        if (out.hits.full()) out.hits.reserve(2 * out.hits.size() + 4);
+        out.hits.push({pod.uid, static_cast<u32>(w.rank), medium, blocks, pod.verdict, false});
     }
 
     // Walks the prompt as far as content goes and somebody holds it; fills pieces_, ended_, alive_ and hybrids_.
@@ -193,10 +234,25 @@ private:
     bool narrow(const Index& ix, u32 set, u32 at, bool first, const Filter* filter) {
         const SetPool& sets = ix.sets();
         const u64* words = sets.data(set);
-        const u32 n = sets.words(set);
+        u32 n = sets.words(set);
+        const std::vector<u64>& simple = ix.simple();
         u64 any = 0;
+        if (const std::vector<u64>& guessed = ix.guessed(); !guessed.empty()) {
+            for (u32 i = 0; i < n && i < guessed.size(); ++i) any |= words[i] & guessed[i];
+            if (any) {
+                with_guesses_.assign(words, words + n);
+                with_guesses_.resize(std::max<std::size_t>(n, simple.size()));
+                for (u32 i = 0; i < n && i < guessed.size(); ++i)
+                    for (u64 bits = words[i] & guessed[i]; bits; bits &= bits - 1) {
+                        const u32 h = ix.stands_for(i * 64 + static_cast<u32>(__builtin_ctzll(bits)));
+                        with_guesses_[h >> 6] |= 1ull << (h & 63);
+                    }
+                words = with_guesses_.data();
+                n = static_cast<u32>(with_guesses_.size());
+                any = 0;
+            }
+        }
         if (first) {
-            const std::vector<u64>& simple = ix.simple();
             const u32 m = std::min<u32>(n, static_cast<u32>(simple.size()));
             alive_.resize(m);
             for (u32 i = 0; i < m; ++i) {
@@ -347,7 +403,7 @@ private:
         return pieces_[i].start;
     }
 
-    std::vector<u64> alive_;
+    std::vector<u64> alive_, with_guesses_;
     std::vector<Ended> ended_;
     std::vector<Piece> pieces_;
     std::vector<u32> hybrids_, living_, media_;
