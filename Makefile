@@ -52,13 +52,14 @@ listed = $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.t
 	$(call listed,["project"]["optional-dependencies"]["test"])
 	touch $@
 
-.PHONY: help build demo test sanitize fuzz lint dist clean
+.PHONY: help build demo test sanitize fuzz lint dist clean bench-peers
 
 help:
 	@echo 'make demo              build, then a simulated fleet with its events flowing into the index'
 	@echo 'make test              every test'
 	@echo 'make sanitize          the tests with the core under the address and undefined-behaviour sanitizers'
 	@echo 'make fuzz SECONDS=60   a coverage-guided fuzzer on the event decoder'
+	@echo 'make bench-peers       kvindex beside Dynamo, a dict of sets and the floor: one process, one table'
 	@echo 'make lint              style and types'
 	@echo 'make dist              sdist and wheel'
 	@echo 'make clean             remove everything built, and .venv'
@@ -111,6 +112,23 @@ fuzz: .venv/.installed $(FUZZ)/fuzz_ingest
 	$(BIN)/python tests/fuzz/seeds.py $(FUZZ)/corpus
 	$(FUZZ)/fuzz_ingest -max_total_time=$(SECONDS) -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 \
 		-artifact_prefix=$(FUZZ)/ $(FUZZ)/corpus
+
+# Measuring. What is compared with lies apart and without its dependencies: it must not decide what the package runs with.
+PEERS := .build/peers
+BENCH = PYTHONPATH=$(CURDIR)/$(PEERS) $(BIN)/python -m
+
+.venv/.bench-tools: .venv/.test-tools
+	$(call listed,["project"]["optional-dependencies"]["bench"])
+	touch $@
+
+$(PEERS)/.tried: | .venv/.bench-tools
+	rm -rf $(PEERS) && mkdir -p $(PEERS)
+	$(PIP) install --quiet --no-deps --target $(PEERS) ai-dynamo-runtime==1.6.1 \
+		|| echo 'ai-dynamo-runtime cannot be installed here; the comparison leaves it out and says so' >&2
+	touch $@
+
+bench-peers: .venv/.bench-tools $(PEERS)/.tried
+	$(BENCH) benchmarks.peers --out docs/performance
 
 lint: .venv/.test-tools
 	$(BIN)/ruff check

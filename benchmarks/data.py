@@ -1,0 +1,99 @@
+"""Seeded content for every measurement: chains of blocks, and the payloads with which an engine would announce them.
+
+Everything is made from the seed, so two builds are measured on the same data. Vocabulary and hashes are those of real
+engines: tokens below 128,000 (three or five bytes in msgpack), engine hashes spread over all of u64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvindex import PrefixIndex
+from kvindex.sim.wire import Event, Stored, WireForm, encode_batch, wire_form
+
+__all__ = ["BLOCK", "Chain", "chain", "chains", "fill", "newest", "own", "payloads", "stored"]
+
+#: Tokens per block, everywhere.
+BLOCK = 16
+VOCABULARY = 128_000
+
+Tokens = npt.NDArray[np.uint32]
+Hashes = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """One content: the tokens of its blocks, and the names that an engine gives them."""
+
+    tokens: Tokens
+    hashes: Hashes
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+
+def chain(seed: int, number: int, blocks: int) -> Chain:
+    """Chain ``number`` of ``seed``: the same on every machine, whatever else is made."""
+    rng = np.random.Generator(np.random.PCG64([seed, number]))
+    return Chain(
+        rng.integers(0, VOCABULARY, blocks * BLOCK, dtype=np.uint32),
+        rng.integers(1, 2**63, blocks, dtype=np.uint64),
+    )
+
+
+def chains(seed: int, count: int, blocks: int) -> list[Chain]:
+    return [chain(seed, number, blocks) for number in range(count)]
+
+
+def own(hashes: Hashes, pod: int) -> Hashes:
+    """The names that ``pod`` gives to the same content, where pods do not agree on names."""
+    return hashes ^ np.uint64(pod * 0x9E3779B97F4A7C15 % 2**64)
+
+
+def newest() -> WireForm:
+    """What vLLM writes today."""
+    return wire_form("vllm-0.33.0")
+
+
+def _digests(hashes: Hashes) -> list[bytes]:
+    raw = hashes.astype(">u8").tobytes()
+    return [raw[at : at + 8] for at in range(0, len(raw), 8)]
+
+
+def stored(content: Chain, start: int, stop: int, *, medium: str | None = "GPU", group: int | None = None) -> Stored:
+    """The event that announces blocks ``start`` to ``stop`` of a chain."""
+    names = _digests(content.hashes[max(start - 1, 0) : stop])
+    parent, names = (names[0], names[1:]) if start else (None, names)
+    return Stored(names, parent, content.tokens[start * BLOCK : stop * BLOCK], BLOCK, medium=medium, group_idx=group)
+
+
+def payloads(contents: Sequence[Chain], each: int, *, batch: int = 1, form: WireForm | None = None) -> Iterator[bytes]:
+    """Batches of ``batch`` events of ``each`` blocks that announce all of ``contents``.
+
+    The events of a batch belong to different chains, as those of one engine step do, when ``batch`` is more than one.
+    """
+    form = form or newest()
+    for first in range(0, len(contents), batch):
+        together = contents[first : first + batch]
+        for start in range(0, max(map(len, together)), each):
+            events: list[Event] = [
+                stored(content, start, min(start + each, len(content))) for content in together if start < len(content)
+            ]
+            yield encode_batch(events, form)
+
+
+def fill(index: PrefixIndex, contents: Sequence[Chain], pods: Sequence[str], *, agree: bool = True) -> None:
+    """Every pod holds every chain, announced in events of 256 blocks; with names of its own unless they ``agree``."""
+    if agree:
+        for payload in payloads(contents, 256):
+            for pod in pods:
+                index.ingest(pod, payload)
+        return
+    for number, pod in enumerate(pods):
+        for content in contents:
+            for payload in payloads([Chain(content.tokens, own(content.hashes, number))], 256):
+                index.ingest(pod, payload)

@@ -1,0 +1,1 @@
+"""kvindex beside others in one process: ``make bench-peers``."""

@@ -1,0 +1,134 @@
+"""The comparison as a page and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..interleave import Timings
+from ..reach import GOALS
+from ..report import amount, table
+from .memory import CASES
+from .result import Reached, Result
+
+__all__ = ["markdown", "plot"]
+
+METHOD = """\
+Method: one process, one thread that asks. All contenders hold the same chains (seeded, larger than the L2 cache) for
+the same pods, every pod every chain, and their answers are checked against each other first. A round asks every
+contender in turn, in an order that turns, about prompts that nobody was asked about lately; {rounds} rounds. The tokens
+were written just before the call, as a tokenizer does; the index is cold. Microseconds are the best round's; ratios are
+medians over rounds of the ratio within a round, so noise of the machine hits both alike; beside them is the ratio of
+the best rounds, and the worse of the two decides. Calls are timed in a loop of Python with the garbage collector at
+rest; what they return is freed within the time. Dynamo gets the form that it is faster with, a list; it hands each
+question to a thread of its own, which costs it more the busier a machine is. The dict of sets hashes each block with
+the `xxhash` package; the floor is one `xxhash.xxh3_64_intdigest` over the bytes of all tokens. `From hashes` starts
+with the hashes that the contender itself computed, an array for kvindex and a list for the others. Ingest is
+`PrefixIndex.ingest` (decode, hash, place) of what vLLM 0.33 writes, beside `msgpack.unpackb` of the same payloads.
+Resident bytes are what a process of its own grows by: the mean of 16 samples while the index doubles in size, since
+tables grow in steps; the largest in brackets."""
+
+WEAK = """\
+## Where kvindex is weak
+
+- *Short prompts and lists.* Of a call on 8 blocks, most is crossing from Python into native code; a list has to be read
+  object by object, which no index can do faster than Python stores integers, and that is most of a long list's time.
+- *`match_hashes` with a list* pays for turning integers into an array first. Keep the array that `prefix_hashes` gives.
+- *Own names.* Pods that disagree on the engine's hashes (vLLM before 0.29 without a fixed seed) cost memory per pod and
+  block. Nothing can avoid that and still take removals by name exactly; Dynamo's tree refuses such events.
+- *Reading the whole answer* builds a dict of all pods, which costs more than a short match. `best()` does not.
+- *What is not compared*: contenders that Python cannot call (the routers in Go and Rust), and networks: all of this is
+  one process."""
+
+
+def _verdict(row: Reached) -> list[str]:
+    least, stretch, more = GOALS[row.goal]
+    sign = "≥" if more else "≤"
+    spread = f"{amount(row.spread.low)} to {amount(row.spread.high)}" if row.spread else ""
+    best = amount(row.spread.best) if row.spread else ""
+    goal, wanted = f"{sign} {least:g}", f"{sign} {stretch:g}" if stretch is not None else ""
+    return [row.what, row.where, amount(row.value), spread, best, goal, wanted, f"**{row.mark}**"]
+
+
+def _times(out: Result, question: str) -> str:
+    asked = {key: timings for key, timings in out.matches.items() if key[0] == question}
+    labels = list(dict.fromkeys(label for timings in asked.values() for label in timings))
+    rows = [
+        [f"{depth} blocks, {pods} pods", *(amount(timings.best(label)) if label in timings else "" for label in labels)]
+        for (_, depth, pods), timings in asked.items()
+    ]
+    return table(["µs per call", *labels], rows)
+
+
+def _ingest(out: Result) -> str:
+    columns = ["", "ns per block", "`unpackb`, ns per block", "of `unpackb`", "quartiles"]
+    rows = []
+    for (case, each), timings in out.ingest.items():
+        ratio = timings.ratio("kvindex", "msgpack")
+        blocks = {256: 256, 64: 256, 1: 64}[each]
+        per = [amount(timings.best(name) * 1000 / blocks) for name in ("kvindex", "msgpack")]
+        quartiles = f"{ratio.low:.3f} to {ratio.high:.3f}"
+        rows.append([f"{each} blocks an event, {case} content", *per, f"{ratio.median:.3f}", quartiles])
+    return table(columns, rows)
+
+
+def _memory(out: Result) -> str:
+    names = list(dict.fromkeys(name for name, _ in out.memory))
+    notes: list[str] = []
+
+    def cell(name: str, case: str) -> str:
+        figures = out.memory[name, case]
+        if not isinstance(figures, str):
+            return f"{figures['mean']:.1f} ({figures['largest']:.1f})"
+        notes.append(f"{name}, {case}: `{figures}`")
+        return "no"
+
+    rows = [[case, *(cell(name, case) for name in names)] for case in CASES]
+    return table(["bytes per block", *names], rows) + "".join(f"\n{note}\n" for note in notes)
+
+
+def markdown(out: Result) -> str:
+    """The page; also what is printed."""
+    parts = ["# Beside others", "Made by `make bench-peers`."]
+    parts += [f"Left out: {reason}." for reason in out.skipped]
+    parts += ["## What was promised"]
+    parts += [
+        table(["", "at", "measured", "quartiles", "at least", "stretch", ""], [_verdict(row) for row in out.reached()])
+    ]
+    parts += ["![Time per call by depth of the prompt](peers.svg)"]
+    parts += ["## From tokens", _times(out, "tokens"), "## From tokens to what a router reads", _times(out, "answer")]
+    parts += ["## From hashes", _times(out, "hashes"), "## Events", _ingest(out)]
+    if out.memory:
+        parts += ["## Memory", _memory(out)]
+    parts += [WEAK, "## Measured on", table(["", ""], [[name, value] for name, value in out.machine.items()])]
+    parts += [METHOD.format(rounds=out.rounds)]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def plot(out: Result, path: Path) -> None:
+    """Time per call over depth, one panel per number of pods, both axes logarithmic."""
+    from matplotlib.figure import Figure
+
+    numbers = sorted({pods for _, _, pods in out.matches})
+    figure = Figure(figsize=(4.2 * len(numbers), 4), layout="constrained")
+    panels = figure.subplots(1, len(numbers), sharey=True, squeeze=False)[0]
+    for panel, pods in zip(panels, numbers, strict=True):
+        series = _series(out, pods)
+        for label, (depths, values) in series.items():
+            panel.plot(
+                depths, values, marker="o", markersize=3, label=label, linestyle=":" if label == "floor" else "-"
+            )
+        panel.set(xscale="log", yscale="log", title=f"{pods} pods", xlabel="blocks of 16 tokens")
+        panel.set_xticks(sorted({depth for _, depth, _ in out.matches}), minor=False)
+        panel.set_xticklabels([str(depth) for depth in sorted({depth for _, depth, _ in out.matches})])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("µs per call, from tokens")
+    panels[0].legend(fontsize="small")
+    figure.savefig(path, metadata={"Date": None})
+
+
+def _series(out: Result, pods: int) -> dict[str, tuple[list[int], Sequence[float]]]:
+    asked: dict[int, Timings] = {depth: t for (q, depth, p), t in out.matches.items() if (q, p) == ("tokens", pods)}
+    labels = dict.fromkeys(label for timings in asked.values() for label in timings)
+    return {label: (list(asked), [timings.best(label) for timings in asked.values()]) for label in labels}

@@ -1,0 +1,64 @@
+"""The figures that kvindex promises, and what a measurement says of each: reached, stretch or not."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, TypeAlias
+
+__all__ = ["GOALS", "Goal", "Mark", "mark"]
+
+Mark: TypeAlias = Literal["stretch", "reached", "not"]
+
+
+class Goal(NamedTuple):
+    """``least`` has to be met, ``stretch`` (if there is one) is the next thing to want; ``more`` is better, or less."""
+
+    least: float
+    stretch: float | None
+    more: bool
+
+
+def _times(least: float, stretch: float | None = None) -> Goal:
+    return Goal(least, stretch, more=True)
+
+
+def _at_most(least: float, stretch: float | None = None) -> Goal:
+    return Goal(least, stretch, more=False)
+
+
+#: By what is measured. Depths are blocks of 16 tokens.
+GOALS: dict[str, Goal] = {
+    "match numpy 8": _times(6, 10),
+    "match numpy 64": _times(12, 20),
+    "match numpy 512": _times(15, 30),
+    "match numpy 2048": _times(15, 30),
+    "match floor 2048": _at_most(5),
+    "match list 8": _times(5, 7),
+    "match list 64": _times(5, 7),
+    "match list 512": _times(5, 7),
+    "match list 2048": _times(5, 7),
+    "match hashes 8": _times(6),
+    "match hashes 64": _times(8),
+    "match hashes 512": _times(15),
+    "match hashes 2048": _times(20, 40),
+    "match hashes us": _at_most(5),
+    "ingest 256": _at_most(0.40, 0.20),
+    "ingest 64": _at_most(0.35, 0.175),
+    "ingest 1": _at_most(0.20, 0.10),
+    "bytes 1 pod": _at_most(56, 40),
+    "bytes 8 pods equal": _at_most(64, 44),
+    "bytes 8 pods own": _at_most(240, 160),
+    "growth blocks": _at_most(2, 1.3),
+    "growth pods": _at_most(2, 1.3),
+    "two readers": _times(1.7, 1.9),
+    "tail": _at_most(20, 10),
+    "snapshot seconds": _at_most(1, 0.2),
+    "churn": _at_most(1.05),
+}
+
+
+def mark(goal: str, value: float) -> Mark:
+    """What ``value`` means for the goal of that name."""
+    least, stretch, more = GOALS[goal]
+    if stretch is not None and (value >= stretch if more else value <= stretch):
+        return "stretch"
+    return "reached" if (value >= least if more else value <= least) else "not"
