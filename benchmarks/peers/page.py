@@ -92,9 +92,8 @@ def markdown(out: Result) -> str:
     parts = ["# Beside others", "Made by `make bench-peers`."]
     parts += [f"Left out: {reason}." for reason in out.skipped]
     parts += ["## What was promised"]
-    parts += [
-        table(["", "at", "measured", "quartiles", "at least", "stretch", ""], [_verdict(row) for row in out.reached()])
-    ]
+    columns = ["", "at", "measured", "quartiles", "best rounds", "at least", "stretch", "verdict"]
+    parts += [table(columns, [_verdict(row) for row in out.reached()])]
     parts += ["![Time per call by depth of the prompt](peers.svg)"]
     parts += ["## From tokens", _times(out, "tokens"), "## From tokens to what a router reads", _times(out, "answer")]
     parts += ["## From hashes", _times(out, "hashes"), "## Events", _ingest(out)]
@@ -115,9 +114,8 @@ def plot(out: Result, path: Path) -> None:
     for panel, pods in zip(panels, numbers, strict=True):
         series = _series(out, pods)
         for label, (depths, values) in series.items():
-            panel.plot(
-                depths, values, marker="o", markersize=3, label=label, linestyle=":" if label == "floor" else "-"
-            )
+            line = ":" if label == "floor" else "-"
+            panel.plot(depths, values, line, marker="o", markersize=3, label=label)
         panel.set(xscale="log", yscale="log", title=f"{pods} pods", xlabel="blocks of 16 tokens")
         panel.set_xticks(sorted({depth for _, depth, _ in out.matches}), minor=False)
         panel.set_xticklabels([str(depth) for depth in sorted({depth for _, depth, _ in out.matches})])
