@@ -43,7 +43,7 @@ listed = $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.t
 .venv/.installed: .venv/.build-tools setup.py $(CORE)
 	$(call need,command -v $${CXX:-g++},g++)
 	$(call need,$(PYTHON) -c 'import sysconfig; open(sysconfig.get_path("include") + "/Python.h")',python3-dev)
-	$(PIP) install --quiet --no-build-isolation --editable '.[cli]'
+	$(PIP) install --quiet --no-build-isolation --editable '.[terminal]'
 	touch $@
 
 # What only the tests need, apart, so that the demo does not wait for it; and not as '.[test]', which would build the core
