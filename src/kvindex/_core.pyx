@@ -8,6 +8,8 @@ import numpy as np
 from cpython.buffer cimport *
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.sequence cimport PySequence_Fast, PySequence_Fast_GET_SIZE, PySequence_Fast_ITEMS
+from cpython.unicode cimport PyUnicode_CheckExact
+from cython cimport freelist
 
 from kvindex._native cimport *
 
@@ -18,8 +20,11 @@ from .errors import CapacityError, EventDecodeError, InvalidTypeError, InvalidVa
 _ISAS, _KINDS = ("portable", "sse2", "avx2"), ("stored", "removed", "cleared", "other")
 # Below this a match is shorter than giving up the interpreter lock and taking it again (140 ns, and a queue of other threads).
 cdef Py_ssize_t RELEASE_FROM = 1024
+# The same for a payload, in bytes: one of a few blocks.
+cdef Py_ssize_t INGEST_RELEASE_FROM = 4096
 
 
+@freelist(8)
 cdef class _Ints:
     """One-dimensional integers as native memory: borrowed from a buffer where its type allows, copied otherwise."""
 
@@ -60,11 +65,13 @@ cdef class _Ints:
 
     cdef int width(self, bint* is_signed):
         """Bytes of a native integer, or 0 if the items are something else."""
-        cdef bytes f = self.view.format if self.view.format != NULL else b"B"
-        if f[:1] in (b"@", b"=", b"<"):
-            f = f[1:]
-        is_signed[0] = f in (b"i", b"l", b"q")
-        return <int>self.view.itemsize if is_signed[0] or f in (b"I", b"L", b"Q") else 0
+        cdef const char* f = self.view.format
+        if f == NULL:
+            return 0
+        if f[0] == c"@" or f[0] == c"=" or f[0] == c"<":
+            f += 1
+        is_signed[0] = f[0] == c"i" or f[0] == c"l" or f[0] == c"q"
+        return <int>self.view.itemsize if f[1] == 0 and (is_signed[0] or f[0] == c"I" or f[0] == c"L" or f[0] == c"Q") else 0
 
 
 cdef _Ints _tokens(object tokens, str what="tokens"):
@@ -108,17 +115,25 @@ cdef _Ints _payload(object payload):
     return v
 
 
+cdef int _text(object value, str what, string& out) except -1:
+    if PyUnicode_CheckExact(value) and PyUnicode_IS_COMPACT_ASCII(value):
+        out.assign(<const char*>PyUnicode_DATA(value), <size_t>PyUnicode_GET_LENGTH(value))
+    else:
+        out = arguments.utf8(value, what)
+    return 0
+
+
 cdef int _prompt(_Ints tokens, object lora_name, object cache_salt, object extra_keys, uint32_t block_size, uint64_t seed, Prompt& p) except -1:
     cdef string salt
     p.tokens = <const uint32_t*>tokens.data
     p.n_tokens = tokens.n
     if lora_name is not None:
-        p.adapter = arguments.utf8(lora_name, "lora_name")
+        _text(lora_name, "lora_name", p.adapter)
         p.adapted = not p.adapter.empty()
     if cache_salt is None and extra_keys is None:
         return 0
     if cache_salt is not None:
-        salt = arguments.utf8(cache_salt, "cache_salt")
+        _text(cache_salt, "cache_salt", salt)
     cdef bytes packed = arguments.packed_keys(extra_keys)
     if not read_extra(<const uint8_t*><const char*>packed, len(packed), salt, seed, tokens.n // block_size, p):
         raise InvalidValueError(f"extra_keys {extra_keys!r} cannot be read; keys are str, int, bytes or (id, offset) pairs")
@@ -173,6 +188,7 @@ cdef class PodSet:
         del self.names
 
 
+@freelist(8)
 cdef class PrefixMatch:
     """The answer to one prompt of ``blocks`` complete blocks. Dicts are built when asked for, O(pods). Any thread may read it."""
 
@@ -180,7 +196,7 @@ cdef class PrefixMatch:
     cdef Index index
     cdef dict names
     cdef readonly Py_ssize_t blocks
-    cdef object prompt, prefixes
+    cdef object prompt, lora_name, cache_salt, extra_keys, prefixes
 
     cdef str pod_name(self, uint64_t uid):
         # Opened while the match ran: in the newer dict. Removed since: in the older.
@@ -205,8 +221,7 @@ cdef class PrefixMatch:
     def hashes(self):
         """uint64[blocks]: the prompt's prefix hashes, computed when first asked for, from the tokens as they are then (not copied)."""
         if self.prefixes is None:
-            tokens, lora_name, salt, keys = self.prompt
-            self.prefixes = hash_tokens(tokens, self.index.block_size, self.index.hash_seed, lora_name, salt, keys, True)
+            self.prefixes = hash_tokens(self.prompt, self.index.block_size, self.index.hash_seed, self.lora_name, self.cache_salt, self.extra_keys, True)
         return self.prefixes
 
     def best(self):
@@ -265,15 +280,19 @@ cdef class Index:
         """
         cdef _Ints b = _payload(payload)
         cdef IngestReport report = IngestReport.__new__(IngestReport)
-        cdef string name = arguments.utf8(model, "model")
+        cdef string name
+        _text(model, "model", name)
         cdef int64_t rank = -1 if dp_rank is None else arguments.rank(dp_rank)
         cdef uint64_t uid = self.uids.get(pod, 0) if isinstance(pod, str) else self.uid(pod)
         cdef double ts = 0
         cdef DecodeFault fault
-        cdef cbool ok
-        with nogil:
-            ok = self.ix.ingest(uid, <const uint8_t*>b.data, b.n, name, rank, report.r, ts, report.dp_rank, fault)
-        if not ok:
+        cdef Taken taken = BUSY
+        if b.n < INGEST_RELEASE_FROM:
+            taken = self.ix.ingest(uid, <const uint8_t*>b.data, b.n, name, rank, False, report.r, ts, report.dp_rank, fault)
+        if taken == BUSY:
+            with nogil:
+                taken = self.ix.ingest(uid, <const uint8_t*>b.data, b.n, name, rank, True, report.r, ts, report.dp_rank, fault)
+        if taken == NO_BATCH:
             raise _no_batch(b, fault)
         if uid == 0:
             # A pod that nobody has heard of begins with its first batch, not with garbage in its name.
@@ -321,7 +340,7 @@ cdef class Index:
         cdef Prompt p
         _prompt(t, lora_name, cache_salt, extra_keys, self.block_size, self.hash_seed, p)
         cdef PrefixMatch m = self.ask(p, t.n, t.n // self.block_size, model, ready_pods, only_exact)
-        m.prompt = (tokens, lora_name, cache_salt, extra_keys)
+        m.prompt, m.lora_name, m.cache_salt, m.extra_keys = tokens, lora_name, cache_salt, extra_keys
         return m
 
     def match_hashes(self, hashes, *, model="", ready_pods=None, only_exact=False):
@@ -345,7 +364,8 @@ cdef class Index:
         cdef PrefixMatch m = PrefixMatch.__new__(PrefixMatch)
         cdef PodSet pods = ready if ready is None or isinstance(ready, PodSet) else PodSet(ready)
         cdef PodNames* names = pods.names if pods is not None else NULL
-        cdef string space = arguments.utf8(model, "model")
+        cdef string space
+        _text(model, "model", space)
         if self.ix.next_expiry() < NEVER:
             self._expire(self._clock())
         m.index, m.names, m.blocks = self, self.names, blocks

@@ -87,6 +87,10 @@ cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
     cppclass PodNames:
         PodNames(vector[string])
 
+    ctypedef enum Taken "kvindex::Taken":
+        NO_BATCH "kvindex::Taken::no_batch"
+        BUSY "kvindex::Taken::busy"
+
     struct PodFigures:
         int64_t rank
         uint64_t blocks, parked
@@ -106,8 +110,8 @@ cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
         void configure(uint64_t, int set_presence, cbool has_media, const vector[string]&, int64_t chunk) except +
         void mark(uint64_t, int64_t rank, int verdict) except +
         void clear_worker(uint64_t, int64_t rank) except +
-        cbool ingest(uint64_t, const uint8_t*, uint64_t, const string& model, int64_t rank, Report&, double& ts, int64_t& dp_rank,
-                     DecodeFault&) except +
+        Taken ingest(uint64_t, const uint8_t*, uint64_t, const string& model, int64_t rank, cbool wait, Report&, double& ts,
+                     int64_t& dp_rank, DecodeFault&) except +
         void apply(uint64_t, int64_t rank, const string& model, const Batch&, Report&) except +
         cbool match(const Prompt&, const string& model, PodNames*, cbool only_exact, cbool wait, MatchResult&) except +
         void guess(uint64_t, int64_t rank, const string& model, const vector[uint64_t]&, double until) except +
@@ -126,3 +130,8 @@ cdef extern from "_native/xxh3.hpp" namespace "kvindex" nogil:
         pass
     Isa best_isa()
     uint64_t xxh3_64(const void*, size_t, uint64_t, Isa)
+
+cdef extern from "Python.h":
+    bint PyUnicode_IS_COMPACT_ASCII(object)
+    void* PyUnicode_DATA(object)
+    Py_ssize_t PyUnicode_GET_LENGTH(object)

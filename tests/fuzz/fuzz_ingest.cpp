@@ -119,11 +119,11 @@ public:
         Report one, other;
         double ts = 0;
         i64 used = at, ignored = at;
-        if (all_->ingest(pods_[pod], p, n, kModels[model], rank, one, ts, used, again) != sound) die("one payload, two opinions");
+        if (all_->ingest(pods_[pod], p, n, kModels[model], rank, true, one, ts, used, again) != (sound ? Taken::yes : Taken::no_batch)) die("one payload, two opinions");
         if (!sound && (fault.offset > n || again.offset != fault.offset)) die("a fault outside the payload");
         if (used != at) die("another rank than the batch's");
         Solo& s = solo(pod, at);
-        s.index->ingest(s.uid, p, n, kModels[model], rank, other, ts, ignored, again);
+        s.index->ingest(s.uid, p, n, kModels[model], rank, true, other, ts, ignored, again);
         same(one, other);
         for (const Event& e : batch.events)
             if (sound && e.bad == Reason::none) remember(batch, e, model);

@@ -26,6 +26,8 @@ public:
                 if (state_.compare_exchange_weak(s, s + kReader, std::memory_order_acquire, std::memory_order_relaxed)) return;
                 continue;
             }
+            // A writer that leaves without the mutex must find that it can't.
+            if (!(s & kSleeper) && !state_.compare_exchange_weak(s, s | kSleeper, std::memory_order_relaxed)) continue;
             const unsigned turn = turn_;
             ++readers_waiting_;
             readers_.wait(g, [&] { return turn_ != turn; });
@@ -40,13 +42,18 @@ public:
             writers_.notify_one();
         }
     }
+    bool try_lock() {
+        unsigned none = 0;
+        return state_.compare_exchange_strong(none, kWriter, std::memory_order_acquire, std::memory_order_relaxed);
+    }
     void lock() {
+        if (try_lock()) return;
         std::unique_lock<std::mutex> g(m_);
         ++writers_waiting_;
         for (;;) {
             unsigned s = state_.load(std::memory_order_relaxed);
             if (!(s & kWriter) && s / kReader == 0) {
-                const unsigned rest = writers_waiting_ > 1 ? kQueued : 0;
+                const unsigned rest = (writers_waiting_ > 1 ? kQueued : 0) | (s & kSleeper);
                 if (state_.compare_exchange_weak(s, kWriter | rest, std::memory_order_acquire, std::memory_order_relaxed)) break;
                 continue;
             }
@@ -59,6 +66,8 @@ public:
         --writers_waiting_;
     }
     void unlock() {
+        unsigned alone = kWriter;
+        if (state_.compare_exchange_strong(alone, 0, std::memory_order_release, std::memory_order_relaxed)) return;
         std::lock_guard<std::mutex> g(m_);
         unsigned next = writers_waiting_ ? kQueued : 0;
         if (readers_waiting_) {
@@ -74,7 +83,8 @@ public:
     }
 
 private:
-    static constexpr unsigned kWriter = 1, kQueued = 2, kReader = 4;
+    // Who comes and goes alone needs no mutex: two of its operations were a tenth of a one-block ingest.
+    static constexpr unsigned kWriter = 1, kQueued = 2, kSleeper = 4, kReader = 8;
     std::atomic<unsigned> state_{0};
     std::mutex m_;
     std::condition_variable readers_, writers_;

@@ -43,6 +43,9 @@ struct PodFigures {
     int state;
 };
 
+// What became of a payload; busy: nothing yet, somebody else has the index.
+enum class Taken : u8 { yes, no_batch, busy };
+
 struct Totals {
     u64 batches, bad_payloads, events_stored, events_removed, events_cleared;
     u64 blocks_stored, blocks_removed, blocks_parked, skipped, errors;
@@ -87,33 +90,41 @@ public:
     }
 
     // The whole payload is decoded before the lock is taken, and nothing is applied if it is no batch. rank -1: the batch's own.
-    bool ingest(u64 uid, const u8* payload, u64 bytes, const std::string& model, i64 rank, Report& r, double& ts, i64& dp_rank, DecodeFault& fault) {
-        static thread_local Batch batch;
+    // `wait` false: gives up rather than wait for others, so that a caller may try a small one with the interpreter locked.
+    Taken ingest(u64 uid, const u8* payload, u64 bytes, const std::string& model, i64 rank, bool wait, Report& r, double& ts, i64& dp_rank, DecodeFault& fault) {
+        static thread_local Batch kept;
+        Batch& batch = kept;
         if (!decode_batch(payload, bytes, batch, fault)) {
+            if (!wait) return Taken::busy;
             Writing w(*this);
             ++totals_.bad_payloads;
             if (const u32 pod = ix_.slot(uid); pod != kNone) ix_.lost_payload(pod, rank < 0 ? 0 : rank);
-            return false;
+            return Taken::no_batch;
         }
         ts = batch.ts;
         dp_rank = rank >= 0 ? rank : batch.dp_rank >= 0 ? batch.dp_rank : 0;
-        apply(uid, dp_rank, model, batch, r);
+        if (!apply(uid, dp_rank, model, batch, r, wait)) return Taken::busy;
         // One monster batch must not pin its memory for as long as the thread lives.
         if (batch.tokens.capacity() > (1u << 22)) batch = Batch();
-        return true;
+        return Taken::yes;
     }
-    void apply(u64 uid, i64 rank, const std::string& model, const Batch& batch, Report& r) {
+    bool apply(u64 uid, i64 rank, const std::string& model, const Batch& batch, Report& r, bool wait = true) {
         // The lock is given up between events, so that a reader waits for about this many blocks at most (some microseconds);
         // taking it for each one-block event would double their cost.
         constexpr u64 kTurn = 128;
         std::size_t i = 0;
         do {
-            Writing w(*this);
+            if (!wait && i == 0) {
+                if (!lock_.try_lock()) return false;
+            } else {
+                lock_.lock();
+            }
+            const Written w(*this);
             const u32 pod = ix_.slot(uid);
             if (pod == kNone) {
                 // Removed while this was on its way: never resurrected.
                 for (; i < batch.events.size(); ++i) ++r.skipped;
-                return;
+                return true;
             }
             for (u64 work = 0; i < batch.events.size() && work < kTurn; ++i) {
                 const Event& e = batch.events[i];
@@ -129,6 +140,7 @@ public:
                 note_expiry();
             }
         } while (i < batch.events.size());
+        return true;
     }
 
     // `wait` false: gives up (and returns false) rather than wait for a writer, so that a caller may try with the interpreter locked.
@@ -220,10 +232,13 @@ public:
     const BlockHasher& hasher() const { return ix_.hasher(); }
 
 private:
-    struct Writing {
-        explicit Writing(SharedIndex& s) : s_(s) { s_.lock_.lock(); }
-        ~Writing() { s_.lock_.unlock(); }
+    struct Written {
+        explicit Written(SharedIndex& s) : s_(s) {}
+        ~Written() { s_.lock_.unlock(); }
         SharedIndex& s_;
+    };
+    struct Writing : Written {
+        explicit Writing(SharedIndex& s) : Written(s) { s_.lock_.lock(); }
     };
     struct Reading {
         Reading(const SharedIndex& s, bool wait) : s_(s), on(wait || s.lock_.try_lock_shared()) {
