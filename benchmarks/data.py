@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvindex import PrefixIndex
-from kvindex.sim.wire import Event, Stored, WireForm, encode_batch, wire_form
+from kvindex.sim.wire import Event, Removed, Stored, WireForm, encode_batch, wire_form
 
-__all__ = ["BLOCK", "Chain", "chain", "chains", "fill", "newest", "own", "payloads", "stored"]
+__all__ = ["BLOCK", "Chain", "beginning", "chain", "chains", "fill", "newest", "own", "payloads", "removed", "stored"]
 
 #: Tokens per block, everywhere.
 BLOCK = 16
@@ -39,10 +39,14 @@ class Chain:
 def chain(seed: int, number: int, blocks: int) -> Chain:
     """Chain ``number`` of ``seed``: the same on every machine, whatever else is made."""
     rng = np.random.Generator(np.random.PCG64([seed, number]))
-    return Chain(
-        rng.integers(0, VOCABULARY, blocks * BLOCK, dtype=np.uint32),
-        rng.integers(1, 2**63, blocks, dtype=np.uint64),
-    )
+    tokens = rng.integers(0, VOCABULARY, blocks * BLOCK, dtype=np.uint32)
+    return Chain(tokens, rng.integers(1, 2**63, blocks, dtype=np.uint64))
+
+
+def beginning(seed: int, number: int, blocks: int) -> Tokens:
+    """The tokens of the first ``blocks`` blocks of a chain, however long it is."""
+    rng = np.random.Generator(np.random.PCG64([seed, number]))
+    return rng.integers(0, VOCABULARY, blocks * BLOCK, dtype=np.uint32)
 
 
 def chains(seed: int, count: int, blocks: int) -> list[Chain]:
@@ -71,18 +75,29 @@ def stored(content: Chain, start: int, stop: int, *, medium: str | None = "GPU",
     return Stored(names, parent, content.tokens[start * BLOCK : stop * BLOCK], BLOCK, medium=medium, group_idx=group)
 
 
-def payloads(contents: Sequence[Chain], each: int, *, batch: int = 1, form: WireForm | None = None) -> Iterator[bytes]:
-    """Batches of ``batch`` events of ``each`` blocks that announce all of ``contents``.
+def removed(content: Chain, start: int, stop: int) -> Removed:
+    """The event that takes the same blocks back."""
+    return Removed(_digests(content.hashes[start:stop]))
+
+
+def payloads(
+    contents: Sequence[Chain], each: int, *, batch: int = 1, form: WireForm | None = None, back: bool = False
+) -> Iterator[bytes]:
+    """Batches of ``batch`` events of ``each`` blocks that announce all of ``contents``, or take it ``back``.
 
     The events of a batch belong to different chains, as those of one engine step do, when ``batch`` is more than one.
+    What is taken back goes from the ends of the chains, as an engine evicts.
     """
     form = form or newest()
     for first in range(0, len(contents), batch):
         together = contents[first : first + batch]
-        for start in range(0, max(map(len, together)), each):
-            events: list[Event] = [
-                stored(content, start, min(start + each, len(content))) for content in together if start < len(content)
-            ]
+        starts = range(0, max(map(len, together)), each)
+        for start in reversed(starts) if back else starts:
+            events: list[Event] = []
+            for content in together:
+                if start < len(content):
+                    event = removed if back else stored
+                    events.append(event(content, start, min(start + each, len(content))))
             yield encode_batch(events, form)
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal, NamedTuple, TypeAlias
 
-__all__ = ["GOALS", "Goal", "Mark", "mark"]
+from .interleave import Ratio
+from .report import amount, table
+
+__all__ = ["GOALS", "Goal", "Mark", "Reached", "mark", "verdicts"]
 
 Mark: TypeAlias = Literal["stretch", "reached", "not"]
 
@@ -62,3 +66,34 @@ def mark(goal: str, value: float) -> Mark:
     if stretch is not None and (value >= stretch if more else value <= stretch):
         return "stretch"
     return "reached" if (value >= least if more else value <= least) else "not"
+
+
+class Reached(NamedTuple):
+    """One promised figure: what it is called, where it was measured, what came out."""
+
+    what: str
+    where: str
+    goal: str
+    value: float
+    spread: Ratio | None = None
+
+    @property
+    def mark(self) -> Mark:
+        """By the worse of the median of ratios and the ratio of the best rounds."""
+        values = [self.value] if self.spread is None else [self.value, self.spread.best]
+        return mark(self.goal, min(values) if GOALS[self.goal].more else max(values))
+
+
+def verdicts(rows: Iterable[Reached]) -> str:
+    """All of them as a Markdown table."""
+    columns = ["", "at", "measured", "quartiles", "best rounds", "at least", "stretch", "verdict"]
+    return table(columns, [_cells(row) for row in rows])
+
+
+def _cells(row: Reached) -> list[str]:
+    least, stretch, more = GOALS[row.goal]
+    sign = "≥" if more else "≤"
+    spread = f"{amount(row.spread.low)} to {amount(row.spread.high)}" if row.spread else ""
+    best = amount(row.spread.best) if row.spread else ""
+    wanted = f"{sign} {stretch:g}" if stretch is not None else ""
+    return [row.what, row.where, amount(row.value), spread, best, f"{sign} {least:g}", wanted, f"**{row.mark}**"]

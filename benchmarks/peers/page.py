@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..interleave import Timings
-from ..reach import GOALS
+from ..reach import verdicts
 from ..report import amount, table
 from .memory import CASES
-from .result import Reached, Result
+from .result import Result
 
 __all__ = ["markdown", "plot"]
 
@@ -39,15 +39,6 @@ WEAK = """\
 - *Reading the whole answer* builds a dict of all pods, which costs more than a short match. `best()` does not.
 - *What is not compared*: contenders that Python cannot call (the routers in Go and Rust), and networks: all of this is
   one process."""
-
-
-def _verdict(row: Reached) -> list[str]:
-    least, stretch, more = GOALS[row.goal]
-    sign = "≥" if more else "≤"
-    spread = f"{amount(row.spread.low)} to {amount(row.spread.high)}" if row.spread else ""
-    best = amount(row.spread.best) if row.spread else ""
-    goal, wanted = f"{sign} {least:g}", f"{sign} {stretch:g}" if stretch is not None else ""
-    return [row.what, row.where, amount(row.value), spread, best, goal, wanted, f"**{row.mark}**"]
 
 
 def _times(out: Result, question: str) -> str:
@@ -92,8 +83,7 @@ def markdown(out: Result) -> str:
     parts = ["# Beside others", "Made by `make bench-peers`."]
     parts += [f"Left out: {reason}." for reason in out.skipped]
     parts += ["## What was promised"]
-    columns = ["", "at", "measured", "quartiles", "best rounds", "at least", "stretch", "verdict"]
-    parts += [table(columns, [_verdict(row) for row in out.reached()])]
+    parts += [verdicts(out.reached())]
     parts += ["![Time per call by depth of the prompt](peers.svg)"]
     parts += ["## From tokens", _times(out, "tokens"), "## From tokens to what a router reads", _times(out, "answer")]
     parts += ["## From hashes", _times(out, "hashes"), "## Events", _ingest(out)]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-from ..interleave import Ratio, Timings
-from ..reach import GOALS, mark
+from ..interleave import Timings
+from ..reach import Reached
 
-__all__ = ["Reached", "Result"]
+__all__ = ["Result"]
 
 
 #: By question: whose time is compared with Dynamo's, what that is called, and in which goal it stands.
@@ -17,22 +16,6 @@ FASTER = {
     "tokens": (("kvindex", "match_prefix, numpy", "numpy"), ("kvindex, list", "match_prefix, list", "list")),
     "hashes": (("kvindex", "match_hashes", "hashes"),),
 }
-
-
-class Reached(NamedTuple):
-    """One promised figure: what it is called, where it was measured, what came out."""
-
-    what: str
-    where: str
-    goal: str
-    value: float
-    spread: Ratio | None = None
-
-    @property
-    def mark(self) -> str:
-        """By the worse of the median of ratios and the ratio of the best rounds."""
-        values = [self.value] if self.spread is None else [self.value, self.spread.best]
-        return mark(self.goal, min(values) if GOALS[self.goal].more else max(values))
 
 
 @dataclass

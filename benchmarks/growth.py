@@ -1,0 +1,94 @@
+"""``python -m benchmarks.growth``: what a match costs as the index grows, in blocks and in pods."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from math import gcd
+from typing import Any, NamedTuple
+
+from kvindex import PrefixIndex
+
+from .data import BLOCK, Tokens, beginning, chain, fill
+from .interleave import Timings, interleaved
+from .machine import described
+from .reach import Reached, verdicts
+from .report import amount, say
+
+__all__ = ["Grown", "compare", "grown"]
+
+DEPTHS = (8, 64, 512, 2048)
+CALLS = {8: 64, 64: 32, 512: 8, 2048: 4}
+#: A quarter of the blocks lie in chains of 64 and the rest in chains of 2,048: many conversations begin, few are long.
+LONG, SHORT = 2048, 64
+
+
+class Grown(NamedTuple):
+    """An index of chains that ``seed`` and a number give again: ``count`` of each length."""
+
+    index: PrefixIndex
+    seed: int
+    count: dict[int, int]
+
+    def prompt(self, depth: int, number: int) -> Tokens:
+        """The first ``depth`` blocks of a chain, chains in an order that leaps about, written just now."""
+        length = SHORT if depth <= SHORT else LONG
+        # By the golden section, so that every chain has its turn and neighbours in time are none in memory.
+        count = self.count[length]
+        leap = next(leap for leap in range(max(int(count * 0.618), 1), 2 * count + 1) if gcd(leap, count) == 1)
+        return beginning(self.seed + length, number * leap % count, depth)
+
+
+def grown(seed: int, blocks: int, pods: int) -> Grown:
+    """An index of about ``blocks`` blocks, every pod holding all of them."""
+    index = PrefixIndex(block_size=BLOCK)
+    names = [f"pod-{number}" for number in range(pods)]
+    count = {LONG: max(blocks * 3 // 4 // LONG, 1), SHORT: blocks // 4 // SHORT}
+    for length, chains in count.items():
+        for number in range(chains):
+            fill(index, [chain(seed + length, number, length)], names)
+    return Grown(index, seed, count)
+
+
+def compare(one: Grown, other: Grown, rounds: int) -> dict[int, Timings]:
+    """Both asked in turn at every depth."""
+    indexes = {"small": one, "large": other}
+    calls: dict[str, Callable[[Any], object]] = {name: each.index.match_prefix for name, each in indexes.items()}
+    found = {}
+    for depth in DEPTHS:
+
+        def inputs(name: str, number: int, depth: int = depth) -> list[Tokens]:
+            first = number * CALLS[depth]
+            return [indexes[name].prompt(depth, place) for place in range(first, first + CALLS[depth])]
+
+        for each in indexes.values():
+            held = set(each.index.match_prefix(each.prompt(depth, 1)).tokens.values())
+            assert held == {depth * BLOCK}, f"pods hold {held} where all hold {depth} blocks"
+        found[depth] = interleaved(calls, inputs, rounds)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=101, help="interleaved rounds (%(default)s)")
+    parser.add_argument("--blocks", type=int, default=10_000_000, help="of the large index (%(default)s)")
+    options = parser.parse_args()
+    say(f"storing {options.blocks:,} blocks")
+    many = compare(grown(1, 10_000, 8), grown(2, options.blocks, 8), options.rounds)
+    say("storing 131,072 blocks for 8 and for 256 pods")
+    wide = compare(grown(3, 131_072, 8), grown(3, 131_072, 256), options.rounds)
+    rows = []
+    for what, goal, found in (
+        (f"{options.blocks:,} blocks against 10,000", "growth blocks", many),
+        ("256 pods against 8", "growth pods", wide),
+    ):
+        for depth, timings in found.items():
+            ratio = timings.ratio("large", "small")
+            us = f"{amount(timings.best('small'))} → {amount(timings.best('large'))} µs"
+            rows.append(Reached(f"match_prefix, {what}", f"{depth} blocks, {us}", goal, ratio.median, ratio))
+    print(verdicts(rows))
+    print(", ".join(f"{name} {value}" for name, value in described("numpy").items()))
+
+
+if __name__ == "__main__":
+    main()

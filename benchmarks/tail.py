@@ -1,0 +1,122 @@
+"""``python -m benchmarks.tail``: the slowest of 100,000 matches while another thread ingests flat out.
+
+On a shared machine the slowest calls are those during which the system ran something else on this core. It counts those
+(``ru_nivcsw`` of the thread), so the distribution is given twice: of all calls, and of those that were left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import threading
+from itertools import cycle
+from time import perf_counter_ns
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kvindex import PrefixIndex
+
+from .data import BLOCK, chain, chains, fill, payloads
+from .machine import described
+from .reach import Reached, verdicts
+from .report import amount, table
+
+PODS = 8
+
+
+class Latencies(NamedTuple):
+    """Microseconds of every call, and whether the system took the core away during it."""
+
+    us: npt.NDArray[np.float64]
+    disturbed: npt.NDArray[np.bool_]
+
+
+class Flood(threading.Thread):
+    """Ingests without a pause: stores, and then removes what it stored, so that the index stays as large as it was."""
+
+    def __init__(self, index: PrefixIndex) -> None:
+        super().__init__(daemon=True)
+        self.index = index
+        self.applied = 0
+        self.ended = threading.Event()
+        contents = chains(9, 64, 256)
+        self.batches = list(payloads(contents, 64)) + list(payloads(contents, 64, back=True))
+
+    def run(self) -> None:
+        for payload in cycle(self.batches):
+            self.index.ingest("writer", payload)
+            self.applied += 64
+            if self.ended.is_set():
+                return
+
+
+def measure(index: PrefixIndex, depth: int, prompts: int, calls: int) -> Latencies:
+    asked = cycle([chain(8, number, 2048).tokens[: depth * BLOCK] for number in range(prompts)])
+    match, clock, usage, thread = index.match_prefix, perf_counter_ns, resource.getrusage, resource.RUSAGE_THREAD
+    us, disturbed = np.empty(calls), np.empty(calls, dtype=bool)
+    before = usage(thread).ru_nivcsw
+    for place in range(calls):
+        tokens = next(asked)
+        start = clock()
+        match(tokens)
+        us[place] = clock() - start
+        after = usage(thread).ru_nivcsw
+        disturbed[place] = after != before
+        before = after
+    return Latencies(us / 1000, disturbed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tail", description=__doc__)
+    parser.add_argument("--calls", type=int, default=100_000, help="matches of each depth (%(default)s)")
+    options = parser.parse_args()
+    prompts = 48
+    index = PrefixIndex(block_size=BLOCK)
+    fill(index, [chain(8, number, 2048) for number in range(prompts)], [f"pod-{number}" for number in range(PODS)])
+    rows, marks = [], []
+    for depth in (8, 64, 512, 2048):
+        for busy in (False, True):
+            flood = Flood(index)
+            if busy:
+                flood.start()
+            start = perf_counter_ns()
+            found = measure(index, depth, prompts, options.calls)
+            seconds = (perf_counter_ns() - start) / 1e9
+            flood.ended.set()
+            if busy:
+                flood.join()
+            alone = found.us[~found.disturbed]
+            p50, p99, p999 = np.percentile(found.us, [50, 99, 99.9])
+            left = np.percentile(alone, 99.9)
+            rows.append(
+                [
+                    f"{depth} blocks, {'ingest flat out' if busy else 'no ingest'}",
+                    *(amount(value) for value in (p50, p99, p999, found.us.max(), left, alone.max())),
+                    f"{found.disturbed.sum():,}",
+                    f"{flood.applied / seconds:,.0f}" if busy else "",
+                ]
+            )
+            if busy:
+                where = f"{depth} blocks, {options.calls:,} matches"
+                marks.append(Reached("p99.9 over p50, all calls", where, "tail", p999 / p50))
+                marks.append(Reached("p99.9 over p50, calls left alone", where, "tail", left / np.median(alone)))
+    print(verdicts(marks))
+    columns = [
+        "µs",
+        "p50",
+        "p99",
+        "p99.9",
+        "max",
+        "p99.9 left alone",
+        "max left alone",
+        "disturbed",
+        "ingested blocks/s",
+    ]
+    print(table(columns, rows))
+    print(", ".join(f"{name} {value}" for name, value in described("numpy").items()))
+
+
+if __name__ == "__main__":
+    main()
