@@ -63,6 +63,8 @@ help:
 	@echo 'make bench-rows        growth, threads, tail, snapshot and churn, each beside what was promised'
 	@echo 'make lint              style and types'
 	@echo 'make dist              sdist and wheel'
+	@echo 'make test-kv-sync-e2e  pods, an index and routers as processes, against what the pods know themselves'
+	@echo 'make e2e-quick         the part of it that every change has to pass'
 	@echo 'make clean             remove everything built, and .venv'
 
 build: .venv/.installed
@@ -147,3 +149,11 @@ dist: .venv/.test-tools
 clean:
 	rm -rf .venv .build build dist src/*.egg-info src/kvindex/_core.cpp src/kvindex/*.so
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+
+# End to end: processes of their own over real sockets.
+.PHONY: test-kv-sync-e2e e2e-quick
+test-kv-sync-e2e: .venv/.test-tools
+	$(BIN)/python -m pytest -q e2e
+
+e2e-quick: .venv/.test-tools
+	$(BIN)/python -m pytest -q e2e -m quick

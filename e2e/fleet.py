@@ -51,10 +51,15 @@ class Pods:
     def __init__(self, **common: Any) -> None:
         self._common = common
         self._pods: dict[str, SimProcess] = {}
+        #: How many were ever started.
+        self.started = 0
 
-    def start(self, *plain: str, **pods: Mapping[str, Any]) -> list[SimProcess]:
-        """Start pods side by side, each with its own fields beside the common ones, and wait until all are ready."""
-        wanted: dict[str, Mapping[str, Any]] = {**{name: {} for name in plain}, **pods}
+    def start(self, *plain: str, **options: Any) -> list[SimProcess]:
+        """Start pods side by side and wait until all are ready: those named, and for every option that is a map one
+        of that name with its own fields; all other options are fields of all of them."""
+        own = {name: value for name, value in options.items() if isinstance(value, Mapping)}
+        shared = {name: value for name, value in options.items() if name not in own}
+        wanted = {name: {**shared, **fields} for name, fields in {**dict.fromkeys(plain, shared), **own}.items()}
         with ThreadPoolExecutor(4) as starters:
             futures = {
                 name: starters.submit(SimProcess, **{"name": name, **self._common, **options})
@@ -62,6 +67,7 @@ class Pods:
             }
         started = {name: future.result() for name, future in futures.items() if future.exception() is None}
         self._pods.update(started)
+        self.started += len(started)
         for future in futures.values():
             future.result()
         return list(started.values())

@@ -84,7 +84,8 @@ class Server:
 
     def _op_forget(self, name: str) -> dict[str, Any]:
         self.manager.remove_pod(name)
-        self.targets.pop(name).control.close(0)
+        if name in self.targets:
+            self._op_drain(name)
         return {}
 
     def _op_drain(self, name: str) -> dict[str, Any]:

@@ -41,6 +41,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--blocks", type=int, default=4000, metavar="N", help="KV cache of a rank (%(default)s)")
     parser.add_argument("--block-size", type=int, default=16, metavar="TOKENS", help="(%(default)s)")
     parser.add_argument("--window", type=int, metavar="TOKENS", help="of a second, sliding-window group")
+    parser.add_argument("--window-block-size", type=int, metavar="TOKENS", help="of that group (the block size)")
+    parser.add_argument("--window-interval", type=int, metavar="TOKENS", help="at which that group keeps its blocks")
     parser.add_argument("--hash-seed", default="", metavar="TEXT", help="pods that share it name equal blocks equally")
     parser.add_argument("--offload-blocks", type=int, default=0, metavar="N", help="of a second tier (%(default)s)")
     parser.add_argument("--offload-medium", default="CPU", metavar="NAME", help="of the second tier (%(default)s)")

@@ -46,6 +46,10 @@ class SimConfig:
     block_size: int = 16
     window: int | None = None
     """Tokens of a second, sliding-window group; None has none."""
+    window_block_size: int | None = None
+    """Of the window's blocks, a multiple of ``block_size``; None is the same."""
+    window_interval: int | None = None
+    """Keeps only those of the window's blocks that a hit at a multiple of so many tokens needs; None keeps all."""
     hash_seed: str = ""
     offload_blocks: int = 0
     """Blocks of a second tier; 0 has none."""
@@ -120,6 +124,8 @@ class SimPod:
             flavor=self.form.engine,
             hash_seed=config.hash_seed.encode(),
             window=config.window,
+            window_block_size=config.window_block_size,
+            window_interval=config.window_interval,
             offload_blocks=config.offload_blocks,
             offload_medium=config.offload_medium,
             offload_tokens=config.offload_tokens,
