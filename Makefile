@@ -54,6 +54,8 @@ listed = $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.t
 
 .PHONY: help build demo test sanitize fuzz lint dist clean bench-peers bench-rows
 
+.PHONY: test-kv-sync-chaos chaos-quick
+
 help:
 	@echo 'make demo              build, then a simulated fleet with its events flowing into the index'
 	@echo 'make test              every test'
@@ -64,6 +66,7 @@ help:
 	@echo 'make lint              style and types'
 	@echo 'make dist              sdist and wheel'
 	@echo 'make test-kv-sync-e2e  pods, an index and routers as processes, against what the pods know themselves'
+	@echo 'make test-kv-sync-chaos  every fault there is: what the index claimed meanwhile, and how it recovered'
 	@echo 'make e2e-quick         the part of it that every change has to pass'
 	@echo 'make clean             remove everything built, and .venv'
 
@@ -135,6 +138,18 @@ bench-peers: .venv/.bench-tools $(PEERS)/.tried
 
 bench-rows: .venv/.bench-tools
 	$(BENCH) benchmarks.rows
+
+# Faults are applied in namespaces of their own: rights are needed to make those, not to be root. What this machine can
+# not do is skipped, with the reason.
+REPEATS ?= 10
+
+test-kv-sync-chaos: .venv/.test-tools
+	$(call need,command -v iptables && command -v tc && command -v stress-ng && command -v cc && ls /usr/lib/*/faketime/libfaketime.so.1,iptables iproute2 stress-ng gcc libc6-dev libfaketime)
+	$(BIN)/python -m chaos run chaos/experiments/*.yaml --repeats $(REPEATS)
+
+# Half a minute of it, for everywhere: no rights, no tools.
+chaos-quick: .venv/.test-tools
+	$(BIN)/python -m chaos run chaos/experiments/*.yaml --quick
 
 lint: .venv/.test-tools
 	$(BIN)/ruff check

@@ -118,12 +118,15 @@ class IndexProcess(ToldProcess):
     ``policy`` are fields of a stream's policy. With ``snapshot`` it starts from that file when it is there.
     """
 
+    #: What runs inside: harnesses put a server of their own here.
+    module = "e2e.server"
+
     def __init__(
         self, name: str = "index", *, block_size: int = 16, policy: Mapping[str, Any] = BRISK, heartbeat: float = 0.5,
         snapshot: Path | str | None = None, host: str = "127.0.0.1", **options: Any,
     ) -> None:  # fmt: skip
         command = [
-            sys.executable, "-m", "e2e.server", f"--host={host}", f"--block-size={block_size}",
+            sys.executable, "-m", self.module, f"--host={host}", f"--block-size={block_size}",
             f"--heartbeat={heartbeat}", f"--policy={json.dumps(dict(policy))}",
             *([] if snapshot is None else [f"--snapshot={snapshot}"]),
         ]  # fmt: skip

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,14 @@ class Server:
         policy = {name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(args.policy).items()}
         self.context: zmq.Context[Any] = zmq.Context()
         self.control = Control(self.context, self, args.host)
-        self.manager = EventManager(self.index, policy=Policy(**policy), heartbeat=args.heartbeat)
+        self.manager = EventManager(self.followed(), policy=Policy(**policy), heartbeat=args.heartbeat)
         self.manager.start()
         self.targets: dict[str, Target] = {}
         self.stopping = False
+
+    def followed(self) -> Any:
+        """What the manager keeps: a harness that wants to see what is applied puts itself between."""
+        return self.index
 
     def run(self) -> None:
         print(json.dumps({"control": self.control.endpoint, "pid": os.getpid()}), flush=True)
@@ -187,14 +192,14 @@ class Server:
         return {}
 
 
-def main() -> int:
+def main(make: Callable[[argparse.Namespace], Server] = Server) -> int:
     parser = argparse.ArgumentParser(prog="python -m e2e.server")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--policy", default="{}", help="fields of a stream's policy, as JSON")
     parser.add_argument("--heartbeat", type=float, default=0.5)
     parser.add_argument("--snapshot", help="to start from, where the file is there")
-    server = Server(parser.parse_args())
+    server = make(parser.parse_args())
 
     def stop(*_: object) -> None:
         server.stopping = True

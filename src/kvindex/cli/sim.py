@@ -6,7 +6,7 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from types import FrameType
 from typing import Any
@@ -66,13 +66,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--follow-parent", action="store_true", help=argparse.SUPPRESS)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, make: Callable[[SimConfig], SimPod] = SimPod) -> int:
     values = {each.name: getattr(args, each.name) for each in fields(SimConfig)}
     if args.no_replay:
         values["replay_port"] = None
     elif args.replay_port is None:
         values["replay_port"] = args.port + 100 if args.port else 0
-    pod = SimPod(SimConfig(**values))
+    pod = make(SimConfig(**values))
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         pod.stopping = True
@@ -86,13 +86,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command alone, without the other commands and what they import."""
+def main(argv: Sequence[str] | None = None, make: Callable[[SimConfig], SimPod] = SimPod) -> int:
+    """The command alone, without the other commands and what they import; ``make`` makes the pod."""
     parser = argparse.ArgumentParser(prog="kvindex sim")
     arguments(parser)
     args = parser.parse_args(argv)
     try:
-        return run(args)
+        return run(args, make)
     except (KVIndexError, OSError) as error:
         print(f"kvindex sim: {error}", file=sys.stderr)
         return 2

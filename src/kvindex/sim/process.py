@@ -308,6 +308,9 @@ class SimProcess(ToldProcess):
     ``options`` are the fields of a :class:`SimConfig`. Everything else as a :class:`ToldProcess`.
     """
 
+    #: What Python runs, before the options: harnesses put a pod of their own here.
+    program: Sequence[str] = ("-c", "import sys; from kvindex.cli.sim import main; sys.exit(main())")
+
     def __init__(
         self, config: SimConfig | None = None, *, timeout: float = 20.0, prefix: Sequence[str] = (),
         env: Mapping[str, str] | None = None, **options: Any,
@@ -328,14 +331,11 @@ class SimProcess(ToldProcess):
                 options.append(f"{option}={value}")
             elif value:
                 options.append(option)
-        self._command = [
-            sys.executable,
-            "-c",
-            "import sys; from kvindex.cli.sim import main; sys.exit(main())",
-            *options,
-        ]
+        self._command = [sys.executable, *self.program, *options]
         super().launch()
-        ports = {"control_port": _port(self.ready["control"])}
+        ports = {}
+        if self.ready["control"].startswith("tcp://"):
+            ports["control_port"] = _port(self.ready["control"])
         endpoint, answers = self.ready["ranks"]["0"]
         # Only one rank's ports can be asked for again; those of several follow each other only if they were given.
         if endpoint and config.ranks == 1:

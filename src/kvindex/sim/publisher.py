@@ -153,6 +153,10 @@ class Publisher:
             self._send([self._topic, _U64.pack(self._held_seq), held])
         return seq
 
+    def send_raw(self, frames: list[bytes]) -> None:
+        """Publish frames as they are: for publishers that send what they should not."""
+        self._pub.send_multipart(frames)
+
     def _send(self, frames: list[bytes]) -> None:
         self._pub.send_multipart(frames)
         if self.faults.duplicate > 0:

@@ -1,0 +1,412 @@
+"""Each kind of fault, done to a scene and taken back.
+
+A fault says beforehand what it needs (:meth:`Fault.missing`), and which pods can not be known while it lasts
+(``cut``): those must not be called exact from two seconds after it began until it is healed.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from kvindex import KVIndexError
+
+from .experiment import Experiment, ExperimentError, seconds
+from .hosts import missing, run
+from .scene import RATE, Scene
+
+__all__ = ["Fault", "fault_of"]
+
+
+class Fault(ABC):
+    """What an experiment's document says, in this scene. :meth:`heal` is called once for each :meth:`inject`, also
+    when that one has failed half way."""
+
+    tools: tuple[str, ...] = ()
+    needs_hosts = False
+    proxied = False
+    cuts = False
+    #: A liar's truth is not defined: what it says of itself meanwhile is not judged, only everybody else.
+    lies = False
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+        self.spec = experiment.spec
+        self.pods: list[str] = []
+
+    def missing(self) -> str | None:
+        """Why it can not be done here, or None."""
+        if self.needs_hosts and (why := missing(*self.tools)):
+            return why
+        for tool in self.tools:
+            if shutil.which(tool) is None:
+                return f"{tool} is not installed"
+        return None
+
+    def pod_env(self, where: Path) -> Mapping[str, str]:
+        return {}
+
+    def index_env(self, where: Path) -> Mapping[str, str]:
+        return {}
+
+    @property
+    def cut(self) -> list[str]:
+        """The pods that can not be known while it lasts."""
+        return self.pods if self.cuts else []
+
+    #: Requests a second of every pod while it is measured.
+    rate = RATE
+
+    def choose(self, scene: Scene) -> None:
+        """Decide who is hit this time."""
+        self.pods = scene.choose(self.spec["mode"], str(self.spec.get("value", "1")))
+
+    @abstractmethod
+    def inject(self, scene: Scene) -> None: ...
+
+    def hold(self, scene: Scene) -> None:
+        scene.quiet(self.experiment.hold)
+
+    @abstractmethod
+    def heal(self, scene: Scene) -> None: ...
+
+    def problems(self) -> list[str]:
+        """What did not go as this fault demands, beside the five judgements."""
+        return []
+
+
+class _Network(Fault):
+    needs_hosts = True
+    tools = ("iptables", "tc")
+
+    def heal(self, scene: Scene) -> None:
+        assert scene.hosts is not None
+        for pod in self.pods:
+            scene.hosts[pod].clear()
+
+
+class Partition(_Network):
+    cuts = True
+
+    def inject(self, scene: Scene) -> None:
+        assert scene.hosts is not None
+        direction = self.spec.get("direction", "to")
+        ports = self.experiment.local.get("ports")
+        for pod in self.pods:
+            into: list[list[str]] = [[]]
+            out: list[list[str]] = [[]]
+            if ports is not None:
+                endpoint = scene.pods[pod].ranks[0][("events", "replay").index(ports)]
+                port = str(endpoint).rpartition(":")[2]
+                into, out = [["-p", "tcp", "--dport", port]], [["-p", "tcp", "--sport", port]]
+            for what in into if direction in ("from", "both") else []:
+                scene.hosts[pod].rule("INPUT", "-i", "e0", *what, "-j", "DROP")
+            for what in out if direction in ("to", "both") else []:
+                scene.hosts[pod].rule("OUTPUT", "-o", "e0", *what, "-j", "DROP")
+
+
+class Loss(_Network):
+    def inject(self, scene: Scene) -> None:
+        assert scene.hosts is not None
+        share = float(self.spec["loss"]["loss"]) / 100
+        direction = self.spec.get("direction", "to")
+        for pod in self.pods:
+            for chain, side in (("OUTPUT", "-o"), ("INPUT", "-i")):
+                if direction == "both" or (chain == "OUTPUT") == (direction == "to"):
+                    scene.hosts[pod].rule(
+                        chain, side, "e0", "-m", "statistic", "--mode", "random", "--probability", f"{share:g}",
+                        "-j", "DROP",
+                    )  # fmt: skip
+
+
+class Bandwidth(_Network):
+    def inject(self, scene: Scene) -> None:
+        assert scene.hosts is not None
+        limits = self.spec["bandwidth"]
+        rate = float(self.experiment.local.get("rate", RATE))
+        scene.rates(rate, self.pods)
+        for pod in self.pods:
+            # tc's units are Chaos Mesh's: bps is bytes a second.
+            scene.hosts[pod].shape(
+                "tbf", "rate", limits["rate"], "burst", str(limits["buffer"]), "limit", str(limits["limit"])
+            )
+
+    def heal(self, scene: Scene) -> None:
+        super().heal(scene)
+        scene.rates(RATE, self.pods)
+
+
+class _Proxied(Fault):
+    proxied = True
+
+    def heal(self, scene: Scene) -> None:
+        for pod in self.pods:
+            for proxy in scene.proxies[pod]:
+                proxy.delay = proxy.flip = proxy.cut = 0.0
+
+
+class Delay(_Proxied):
+    def inject(self, scene: Scene) -> None:
+        for pod in self.pods:
+            for proxy in scene.proxies[pod]:
+                proxy.delay = seconds(self.spec["delay"]["latency"])
+
+
+class Corrupt(_Proxied):
+    def inject(self, scene: Scene) -> None:
+        share = float(self.spec["corrupt"]["corrupt"]) / 100
+        for pod in self.pods:
+            for proxy in scene.proxies[pod]:
+                if self.experiment.local.get("how") == "truncate":
+                    proxy.cut = share
+                else:
+                    proxy.flip = share
+
+
+class Kill(Fault):
+    """Pods are killed, and others take their places after a while."""
+
+    cuts = True
+
+    def inject(self, scene: Scene) -> None:
+        for pod in self.pods:
+            scene.pods[pod].kill()
+
+    def heal(self, scene: Scene) -> None:
+        for pod in self.pods:
+            scene.pods[pod].launch()
+
+
+class Stop(Fault):
+    """Pods hang with their sockets open."""
+
+    cuts = True
+
+    def inject(self, scene: Scene) -> None:
+        for pod in self.pods:
+            scene.pods[pod].pause()
+
+    def heal(self, scene: Scene) -> None:
+        for pod in self.pods:
+            scene.pods[pod].go_on()
+
+
+class IndexKill(Fault):
+    """The index's own process is killed while it applies events, and another one starts from the last snapshot."""
+
+    def choose(self, scene: Scene) -> None:
+        self.pods = []
+
+    def inject(self, scene: Scene) -> None:
+        scene.index.ask("save", path=str(scene.snapshot))
+        scene.quiet(0.5)  # the pods go on: the snapshot is old when it is needed
+        scene.index.kill()
+
+    def heal(self, scene: Scene) -> None:
+        scene.index.launch()
+        scene.follow()
+
+
+class Stress(Fault):
+    tools = ("stress-ng",)
+
+    def choose(self, scene: Scene) -> None:
+        # It is the machine that is stressed, with everybody on it: nobody is another's other.
+        self.pods = []
+
+    def inject(self, scene: Scene) -> None:
+        stressors = self.spec["stressors"]
+        command = ["stress-ng", "--quiet", "--timeout", f"{self.experiment.hold + 30:.0f}s"]
+        if cpu := stressors.get("cpu"):
+            command += ["--cpu", str(cpu["workers"]), "--cpu-load", str(cpu.get("load", 100))]
+        if memory := stressors.get("memory"):
+            command += ["--vm", str(memory["workers"]), "--vm-bytes", str(memory["size"]).removesuffix("B")]
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+
+    def heal(self, scene: Scene) -> None:
+        # It ends its own workers when it is asked to.
+        self._process.send_signal(signal.SIGTERM)
+        self._process.wait(20)
+
+
+class TimeSkew(Fault):
+    def _library(self) -> Path | None:
+        return next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
+
+    def missing(self) -> str | None:
+        return None if self._library() else "libfaketime is not installed"
+
+    def pod_env(self, where: Path) -> Mapping[str, str]:
+        for pod in where.glob("clock-*"):
+            pod.unlink()
+        return {
+            "LD_PRELOAD": str(self._library()),
+            "FAKETIME_TIMESTAMP_FILE": str(where / "clock-{pod}"),
+            "FAKETIME_NO_CACHE": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            "DONT_FAKE_MONOTONIC": "1",
+        }
+
+    def inject(self, scene: Scene) -> None:
+        for pod in self.pods:
+            self._set(scene, pod, seconds(self.spec["timeOffset"]))
+
+    def heal(self, scene: Scene) -> None:
+        for pod in self.pods:
+            self._set(scene, pod, 0.0)
+
+    def _set(self, scene: Scene, pod: str, offset: float) -> None:
+        new = scene.where / f"clock-{pod}.new"
+        new.write_text(f"{offset:+.3f}\n")
+        new.rename(scene.where / f"clock-{pod}")
+
+
+class Flood(Fault):
+    """One pod serves ``rate`` times as much as each of the others."""
+
+    # So few that one process can serve a hundred times as many.
+    rate = 5.0
+
+    def inject(self, scene: Scene) -> None:
+        scene.rates(self.rate * float(self.spec["rate"]), self.pods)
+
+    def heal(self, scene: Scene) -> None:
+        scene.rates(self.rate, self.pods)
+
+
+class Hostile(Fault):
+    lies = True
+
+    def inject(self, scene: Scene) -> None:
+        for pod in self.pods:
+            scene.pods[pod].ask("hostile")
+
+    def heal(self, scene: Scene) -> None:
+        for pod in self.pods:
+            scene.pods[pod].kill()
+            scene.pods[pod].launch()
+
+
+class ReplayGone(Fault):
+    def inject(self, scene: Scene) -> None:
+        for pod in self.pods:
+            scene.pods[pod].ask("fault", replay_silent=True, drop=int(self.spec["drop"]))
+
+    def heal(self, scene: Scene) -> None:
+        for pod in self.pods:
+            scene.pods[pod].ask("fault", replay_silent=False, drop=0)
+
+
+class SlowDisk(Fault):
+    """Snapshots are saved and read again on a slow disk, again and again, while everything goes on."""
+
+    tools = ("cc",)
+
+    def choose(self, scene: Scene) -> None:
+        self.pods = []
+
+    def index_env(self, where: Path) -> Mapping[str, str]:
+        source = Path(__file__).with_name("slow_disk.c")
+        run("cc", "-shared", "-fPIC", "-O1", "-o", str(where / "slow_disk.so"), str(source), "-ldl")
+        return {
+            "LD_PRELOAD": str(where / "slow_disk.so"),
+            "CHAOS_DISK": str(where / "disk"),
+            "CHAOS_DISK_DELAY": str(where / "disk-delay"),
+        }
+
+    def inject(self, scene: Scene) -> None:
+        self._problems: list[str] = []
+        (scene.where / "disk-delay").write_text(f"{seconds(self.spec['delay']) * 1000:.0f}")
+
+    def hold(self, scene: Scene) -> None:
+        end = time.monotonic() + self.experiment.hold
+        saved = 0
+        while time.monotonic() < end:
+            took = scene.index.ask("save", path=str(scene.snapshot))["seconds"]
+            saved += took >= seconds(self.spec["delay"])
+        if not saved:
+            self._problems.append("saving was not delayed")
+
+    def heal(self, scene: Scene) -> None:
+        (scene.where / "disk-delay").unlink()
+
+    def problems(self) -> list[str]:
+        return self._problems
+
+
+class DiskFull(Fault):
+    """Snapshots are saved to a disk that has no room for them. What was there before must stay whole."""
+
+    needs_hosts = True
+    tools = ("mount", "umount")
+
+    def choose(self, scene: Scene) -> None:
+        self.pods = []
+
+    def inject(self, scene: Scene) -> None:
+        self._problems: list[str] = []
+        run("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(scene.disk))
+        scene.index.ask("save", path=str(scene.snapshot))
+        self._before = scene.snapshot.read_bytes()
+        filler = scene.disk / "filler"
+        with suppress(OSError), filler.open("wb") as file:
+            while True:
+                file.write(bytes(4096))
+                file.flush()
+
+    def hold(self, scene: Scene) -> None:
+        with suppress(KVIndexError):
+            scene.index.ask("save", path=str(scene.snapshot))
+            self._problems.append("a snapshot was saved to a full disk")
+        if scene.snapshot.read_bytes() != self._before:
+            self._problems.append("the snapshot that was there is damaged")
+        if left := [path.name for path in scene.disk.iterdir() if path.name not in ("filler", scene.snapshot.name)]:
+            self._problems.append(f"left on the full disk: {left}")
+        super().hold(scene)
+
+    def heal(self, scene: Scene) -> None:
+        (scene.disk / "filler").unlink(missing_ok=True)
+        scene.index.ask("save", path=str(scene.snapshot))
+        run("umount", str(scene.disk))
+
+    def problems(self) -> list[str]:
+        return self._problems
+
+
+_FAULTS: Mapping[tuple[str, str], Callable[[Experiment], Fault]] = {
+    ("NetworkChaos", "partition"): Partition,
+    ("NetworkChaos", "loss"): Loss,
+    ("NetworkChaos", "bandwidth"): Bandwidth,
+    ("NetworkChaos", "delay"): Delay,
+    ("NetworkChaos", "corrupt"): Corrupt,
+    ("PodChaos", "pod-kill"): Kill,
+    ("StressChaos", ""): Stress,
+    ("TimeChaos", ""): TimeSkew,
+    ("LocalChaos", "flood"): Flood,
+    ("LocalChaos", "hostile"): Hostile,
+    ("LocalChaos", "replay-gone"): ReplayGone,
+}
+
+
+def fault_of(experiment: Experiment) -> Fault:
+    """How an experiment is done here. Raises :class:`ExperimentError` for what Chaos Mesh can do and this can not."""
+    key = (experiment.kind, experiment.action)
+    if experiment.on_index:
+        table: Mapping[tuple[str, str], Callable[[Experiment], Fault]] = {
+            ("PodChaos", "pod-kill"): IndexKill,
+            ("IOChaos", "fault"): DiskFull,
+            ("IOChaos", "latency"): SlowDisk,
+        }
+    elif key == ("PodChaos", "pod-failure"):
+        return Stop(experiment) if experiment.local.get("how") == "stop" else Kill(experiment)
+    else:
+        table = _FAULTS
+    if key not in table:
+        raise ExperimentError(f"{experiment.file}: {experiment.name}: {' '.join(key)} can not be done here")
+    return table[key](experiment)

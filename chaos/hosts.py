@@ -1,0 +1,133 @@
+"""Hosts on one machine: network namespaces, each joined to the index's by a veth pair, and what can be done to them.
+
+Everything lies in namespaces that only this run has: :func:`enter` starts the program again in new network, mount and
+process namespaces (in a new user namespace, where it is not root's). When the run ends, even by SIGKILL, the kernel
+removes all of them, with every process, interface, rule, qdisc and mount in them: nothing has to be cleaned up, so
+nothing can be forgotten. The addresses exist nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = ["Host", "Hosts", "enter", "inside", "missing", "refuse", "run"]
+
+_MARK = "CHAOS_NAMESPACES"
+
+
+def run(*command: str) -> str:
+    """Run a tool; raises with what it said when it fails."""
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20, check=False)
+    if done.returncode:
+        raise OSError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip() or done.returncode}")
+    return done.stdout
+
+
+def inside() -> bool:
+    """Whether this process is in namespaces of its own."""
+    return os.environ.get(_MARK) == "made"
+
+
+def refuse(why: str) -> None:
+    """Make no namespaces in this process."""
+    os.environ[_MARK] = why
+
+
+def enter(module: str, argv: Sequence[str]) -> None:
+    """Become the same program in namespaces of its own. Returns where that is not possible; :func:`missing` then says
+    why."""
+    if _MARK in os.environ:
+        return
+    command = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if os.geteuid() != 0:
+        command[1:1] = ["--user", "--map-root-user"]
+    # What the tools keep under /run (names of namespaces, a lock of iptables) is this run's alone.
+    prepare = "mount -t tmpfs tmpfs /run && ip link set lo up"
+    try:
+        run(*command, "sh", "-c", f"{prepare} && ip netns add try && ip netns del try")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        os.environ[_MARK] = f"no rights to make namespaces: {error}"
+        return
+    os.environ[_MARK] = "made"
+    again = [sys.executable, "-m", module, *argv]
+    os.execvp(command[0], [*command, "sh", "-c", f'{prepare} && exec "$@"', "sh", *again])
+
+
+def missing(*tools: str) -> str | None:
+    """Why hosts can not be had here, or None."""
+    if not inside():
+        return os.environ.get(_MARK) or "namespaces are switched off"
+    for tool in ("ip", *tools):
+        if shutil.which(tool) is None:
+            return f"{tool} is not installed"
+    return None
+
+
+class Host:
+    """One pod's host: a network namespace with one interface, which leads to the index."""
+
+    def __init__(self, number: int) -> None:
+        self.name = f"pod-{number}"
+        self.address = f"10.77.{number}.2"
+        self._near = f"10.77.{number}.1"
+        self._link = f"v{number}"
+        run("ip", "netns", "add", self.name)
+        run("ip", "link", "add", self._link, "type", "veth", "peer", "name", "e0", "netns", self.name)
+        run("ip", "addr", "add", f"{self._near}/30", "dev", self._link)
+        run("ip", "link", "set", self._link, "up")
+        for arguments in (("addr", "add", f"{self.address}/30", "dev", "e0"), ("link", "set", "e0", "up"),
+                          ("link", "set", "lo", "up")):  # fmt: skip
+            run("ip", "-n", self.name, *arguments)
+
+    @property
+    def prefix(self) -> list[str]:
+        """What comes before a command that is to run there. The process keeps its number: ip executes it."""
+        return ["ip", "netns", "exec", self.name]
+
+    def rule(self, chain: str, *what: str) -> None:
+        """Add a rule for packets; :meth:`clear` removes all."""
+        run(*self.prefix, "iptables", "-w", "5", "-A", chain, *what)
+
+    def shape(self, *what: str) -> None:
+        """Put a queueing discipline on what leaves the pod; :meth:`clear` removes it."""
+        run(*self.prefix, "tc", "qdisc", "add", "dev", "e0", "root", *what)
+
+    def clear(self) -> None:
+        """As if nothing had been done to it."""
+        if shutil.which("iptables"):
+            run(*self.prefix, "iptables", "-w", "5", "-F")
+        if "qdisc noqueue" not in run(*self.prefix, "tc", "qdisc", "show", "dev", "e0"):
+            run(*self.prefix, "tc", "qdisc", "del", "dev", "e0", "root")
+
+    def remove(self) -> None:
+        run("ip", "link", "del", self._link)
+        run("ip", "netns", "del", self.name)
+
+
+class Hosts:
+    """The hosts of a run, by pod. A context manager that leaves none."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._hosts: dict[str, Host] = {}
+        try:
+            for number, name in enumerate(names):
+                self._hosts[name] = Host(number)
+        except BaseException:
+            self.close()
+            raise
+
+    def __getitem__(self, name: str) -> Host:
+        return self._hosts[name]
+
+    def close(self) -> None:
+        for host in self._hosts.values():
+            host.remove()
+        self._hosts.clear()
+        left = [path.name for path in Path("/run/netns").glob("*")] if Path("/run/netns").exists() else []
+        if left:
+            raise OSError(f"namespaces are left behind: {left}")

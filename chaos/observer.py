@@ -1,0 +1,177 @@
+"""The index process that is judged: it follows pods as any router does, and writes down what it applied and answered.
+
+A sample is one moment: while it is taken nothing is applied, so an answer belongs to exactly one last batch. Questions
+are timed apart from that, in a thread that shares nothing with the sampler but the index.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from e2e.fleet import IndexProcess
+from e2e.server import Server, main
+
+from .logs import PROBES, STATES, Writer, applied_dtype, digest, latency_dtype, probes, sample_dtype
+
+#: Seconds between two samples, and between two timed questions.
+SAMPLE = 0.02
+ASK = 0.0025
+
+
+class Ledger:
+    """The index as its manager sees it; what is applied is written down in the same moment."""
+
+    def __init__(self, index: Any, pods: list[str], log: Writer) -> None:
+        self.index = index
+        self.lock = threading.Lock()
+        self.entries = dict.fromkeys(pods, 0)
+        self._numbers = {name: number for number, name in enumerate(pods)}
+        self._log = log
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.index, name)
+
+    def ingest(self, pod: str, payload: bytes, **where: Any) -> Any:
+        with self.lock:
+            kind = 2
+            try:
+                report = self.index.ingest(pod, payload, **where)
+                kind = 0
+            finally:
+                self._note(pod, kind, digest(payload))
+        return report
+
+    def clear_worker(self, pod: str, dp_rank: int = 0) -> None:
+        with self.lock:
+            self.index.clear_worker(pod, dp_rank)
+            self._note(pod, 1, 0)
+
+    def remove_pod(self, pod: str) -> None:
+        with self.lock:
+            self.index.remove_pod(pod)
+            self._note(pod, 1, 0)
+
+    def mark_worker(self, pod: str, dp_rank: int, verdict: str) -> None:
+        with self.lock:
+            self.index.mark_worker(pod, dp_rank, verdict)
+
+    def _note(self, pod: str, kind: int, content: int) -> None:
+        if pod not in self._numbers:
+            return
+        record = np.zeros(1, dtype=applied_dtype)
+        record["at"], record["pod"], record["kind"] = time.monotonic(), self._numbers[pod], kind
+        record["digest"] = content
+        self._log.write(record)
+        self.entries[pod] += 1
+
+
+class Observer(Server):
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.pods = os.environ["CHAOS_PODS"].split(",")
+        where = Path(os.environ["CHAOS_DIR"])
+        life = f"{time.monotonic_ns()}.bin"
+        self._files = [
+            Writer(where / f"{name}-{life}", dtype)
+            for name, dtype in (("applied", applied_dtype), ("samples", sample_dtype), ("latency", latency_dtype))
+        ]
+        self._probes = [prompt.tokens[:-1] for prompt in probes()]
+        self._others: Any = None
+        super().__init__(args)
+        self._over = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._sample, name="chaos-sampler", daemon=True),
+            threading.Thread(target=self._time, name="chaos-asker", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def followed(self) -> Ledger:
+        self.ledger = Ledger(self.index, self.pods, self._files[0])
+        return self.ledger
+
+    def run(self) -> None:
+        super().run()
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _sample(self) -> None:
+        due = time.monotonic()
+        while not self._over.is_set():
+            self._files[1].write(self._look())
+            due = max(due + SAMPLE, time.monotonic())
+            self._over.wait(due - time.monotonic())
+
+    def _look(self) -> Any:
+        records = np.zeros(len(self.pods), dtype=sample_dtype)
+        records["pod"] = np.arange(len(self.pods))
+        with self.ledger.lock:
+            matches = [self.index.match_prefix(tokens, model="sim") for tokens in self._probes]
+            for record, pod in zip(records, self.pods, strict=True):
+                state = self._state(pod)
+                for match in matches:
+                    # An answer says its own state; the pod's is for pods that hold nothing. The bolder claim counts.
+                    if pod in match.tokens:
+                        state = min(state, STATES.index(match[pod].state))
+                record["state"], record["entries"] = state, self.ledger.entries[pod]
+                record["hits"] = [match.tokens.get(pod, 0) for match in matches]
+            records["at"] = time.monotonic()
+        return records
+
+    def _state(self, pod: str) -> int:
+        try:
+            return STATES.index(self.index.pod_state(pod))
+        except KeyError:
+            return STATES.index("unknown")
+
+    def _time(self) -> None:
+        record = np.zeros(1, dtype=latency_dtype)
+        number = 0
+        while not self._over.wait(ASK):
+            number += 1
+            tokens = self._probes[number % PROBES]
+            start = time.perf_counter()
+            self.index.match_prefix(tokens, model="sim", ready_pods=self._others)
+            record["seconds"] = time.perf_counter() - start
+            record["at"] = time.monotonic()
+            self._files[2].write(record)
+
+    def _op_others(self, pods: list[str]) -> dict[str, Any]:
+        """Time questions about these pods."""
+        self._others = self.index.pod_set(pods)
+        return {}
+
+    def _op_resources(self) -> dict[str, Any]:
+        """What this process has of the machine: resident bytes, threads of any kind, file descriptors by what they
+        are."""
+        kinds: Counter[str] = Counter()
+        for fd in os.listdir("/proc/self/fd"):
+            with suppress(OSError):  # the directory's own is gone by now
+                kind = os.readlink(f"/proc/self/fd/{fd}").partition(":")[0]
+                kinds["file" if kind.startswith("/") else kind] += 1
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return {
+            "rss": pages * os.sysconf("SC_PAGE_SIZE"),
+            "threads": len(os.listdir("/proc/self/task")),
+            "fds": kinds.total(),
+            "kinds": dict(kinds),
+        }
+
+
+class ObserverProcess(IndexProcess):
+    """An :class:`Observer` from outside."""
+
+    module = "chaos.observer"
+
+
+if __name__ == "__main__":
+    sys.exit(main(make=Observer))

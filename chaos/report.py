@@ -1,0 +1,86 @@
+"""What people see: a table of all experiments, and a timeline of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from .judge import Cycle, Witness
+
+__all__ = ["plot", "table"]
+
+JUDGEMENTS = ("safety", "honesty", "recovery", "resources", "others")
+_COLORS = {"exact": "#2a9d53", "degraded": "#e0a030", "stale": "#b0b0b0", "unknown": "#ffffff"}
+_SHORT = {"passed": "[green]ok[/]", "failed": "[red]FAILED[/]", "skipped": "[yellow]skipped[/]"}
+
+
+def table(console: Console, results: Sequence[Any]) -> None:
+    """One row per experiment, and below it why anything failed or was left out."""
+    made = Table(title="chaos", title_justify="left")
+    for column in ("experiment", "", *JUDGEMENTS, "seconds"):
+        made.add_column(column, justify="right" if column == "seconds" else "left", no_wrap=column != "experiment")
+    for result in results:
+        cells = []
+        for name in JUDGEMENTS:
+            judgement = None if result.judgements is None else getattr(result.judgements, name)
+            color = "" if judgement is None or judgement.passed else "[red]"
+            cells.append("-" if judgement is None else f"{color}{judgement.figure}")
+        made.add_row(result.experiment.name, _SHORT[result.verdict], *cells, f"{result.seconds:.0f}")
+    console.print(made)
+    for result in results:
+        if result.skipped:
+            console.print(f"{result.experiment.name}: skipped: {result.skipped}", markup=False, highlight=False)
+        for name, judgement in [] if result.judgements is None else vars(result.judgements).items():
+            for problem in judgement.problems:
+                console.print(
+                    f"{result.experiment.name}: {name}: {problem}", style="red", markup=False, highlight=False
+                )
+
+
+def plot(path: Path, title: str, witness: Witness, cycles: Sequence[Cycle], zero: float) -> None:
+    """A timeline: per pod how its answers were called and how many batches they were behind, and how long questions
+    took; faults are shaded."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = len(witness.pods)
+    figure, axes = pyplot.subplots(
+        rows + 1, 1, sharex=True, figsize=(12, 1.3 * rows + 2.2), layout="constrained",
+        gridspec_kw={"height_ratios": [1] * rows + [1.4]},
+    )  # fmt: skip
+    for axis, pod in zip(axes, witness.pods, strict=False):
+        samples = [sample for sample in witness.samples[pod] if sample.at >= zero]
+        at = np.array([sample.at for sample in samples]) - zero
+        top = max(4, max((sample.behind for sample in samples), default=0))
+        for state, color in _COLORS.items():
+            axis.fill_between(
+                at, 0, 1, where=[sample.state == state for sample in samples], color=color, alpha=0.55, linewidth=0,
+                step="post", transform=axis.get_xaxis_transform(), label=state,
+            )  # fmt: skip
+        axis.plot(at, [sample.behind for sample in samples], color="black", linewidth=0.8)
+        wrong = [(sample.at - zero, 0) for sample in samples if sample.state == "exact" and sample.wrong]
+        if wrong:
+            axis.plot(*zip(*wrong, strict=True), "r|", markersize=14)
+        axis.set_ylim(0, top * 1.05)
+        axis.set_ylabel(f"{pod}\nbehind", fontsize=8)
+    axes[0].legend(loc="upper right", ncols=4, fontsize=7)
+    times = witness.questions[witness.questions["at"] >= zero]
+    axes[-1].plot(times["at"] - zero, times["seconds"] * 1e6, ",", color="#3060a0")
+    axes[-1].set_yscale("log")
+    axes[-1].set_ylabel("question, us", fontsize=8)
+    axes[-1].set_xlabel("seconds")
+    for cycle in cycles:
+        for axis, pod in zip(axes, [*witness.pods, ""], strict=True):
+            hit = pod in cycle.pods or not cycle.pods
+            axis.axvspan(cycle.injected - zero, cycle.healed - zero, color="red", alpha=0.18 if hit else 0.06, lw=0)
+            axis.axvline(cycle.healed - zero, color="red", linewidth=0.6)
+    figure.suptitle(f"{title}: how each pod's answers were called, and how many batches they were behind", fontsize=10)
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)

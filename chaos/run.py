@@ -1,0 +1,231 @@
+"""Running experiments: start a scene, measure it at rest, hurt it again and again, and judge what was written down."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from e2e.fleet import ROOT, at_rest, compare, own_prompts
+from rich.console import Console
+
+from .experiment import Experiment, ExperimentError, load
+from .faults import Fault, fault_of
+from .hosts import enter, inside, refuse
+from .judge import RECOVER, Cycle, Judgements, Witness, judge
+from .logs import read, truth_dtype
+from .report import plot, table
+from .scene import Scene
+
+__all__ = ["add_parser"]
+
+#: Seconds in which a new scene comes into its stride, and seconds of it that everything is compared with.
+WARM = 2.0
+BASELINE = 3.0
+#: What has to pass everywhere and all the time.
+QUICK = ("random-kill", "publisher-stopped", "replay-gone")
+#: Seconds for which everything has to be well until an experiment counts as over.
+STEADY = 1.0
+
+
+@dataclass
+class Result:
+    """What came of one experiment."""
+
+    experiment: Experiment
+    skipped: str | None = None
+    failed: str | None = None
+    judgements: Judgements | None = None
+    seconds: float = 0.0
+    cycles: list[Cycle] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        if self.skipped:
+            return "skipped"
+        return "passed" if self.judgements is not None and self.judgements.passed else "failed"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "experiment": self.experiment.name,
+            "file": self.experiment.file,
+            "verdict": self.verdict,
+            "skipped": self.skipped,
+            "failed": self.failed,
+            "seconds": round(self.seconds, 1),
+            "repetitions": len(self.cycles),
+            "judgements": None
+            if self.judgements is None
+            else {name: judgement._asdict() for name, judgement in vars(self.judgements).items()},
+        }
+
+
+def run(experiment: Experiment, reports: Path, *, repeats: int, seed: int) -> Result:
+    """One experiment from its start to its report. Nothing of it is left when this returns."""
+    started = time.monotonic()
+    result = Result(experiment)
+    fault = fault_of(experiment)
+    if why := fault.missing():
+        result.skipped = why
+        return result
+    where = Path(tempfile.mkdtemp(prefix="chaos-", dir="/run" if inside() else None))
+    try:
+        _run(fault, where, reports, result, repeats, seed)
+    except Exception:
+        result.failed = traceback.format_exc()
+    finally:
+        shutil.rmtree(where)
+        result.seconds = time.monotonic() - started
+    return result
+
+
+def _run(fault: Fault, where: Path, reports: Path, result: Result, repeats: int, seed: int) -> None:
+    env, index_env = fault.pod_env(where), fault.index_env(where)
+    with Scene(where, proxied=fault.proxied, env=env, index_env=index_env, seed=seed) as scene:
+        scene.rates(fault.rate)
+        _settle(scene, 30.0)
+        time.sleep(WARM)
+        start = time.monotonic()
+        time.sleep(BASELINE)
+        baseline = start, time.monotonic()
+        before = scene.index.ask("resources")
+        counters: dict[str, dict[str, int]] = {}
+        for _ in range(repeats):
+            cycle = Cycle()
+            result.cycles.append(cycle)
+            fault.choose(scene)
+            cycle.pods, cycle.cut = list(fault.pods), list(fault.cut)
+            cycle.lies = list(fault.pods) if fault.lies else []
+            scene.index.ask("others", pods=[name for name in scene.pods if name not in fault.pods])
+            cycle.injected = time.monotonic()
+            with _healed(fault, scene, cycle):
+                fault.inject(scene)
+                fault.hold(scene)
+            _settle(scene, RECOVER + 2.0)
+            cycle.ended = time.monotonic()
+            cycle.resources = _resources(scene, before)
+        differences = _rest(scene)
+        for name, status in scene.index.status().items():
+            counters[name] = dict(status["workers"][0]["counters"])
+    witness = Witness(where, list(scene.pods))
+    result.judgements = judge(
+        witness, result.cycles, baseline=baseline, resources=before, counters=counters, differences=differences,
+        problems=fault.problems(),
+    )  # fmt: skip
+    plot(reports / f"{result.experiment.name}.png", result.experiment.name, witness, result.cycles, baseline[0])
+
+
+@contextmanager
+def _healed(fault: Fault, scene: Scene, cycle: Cycle) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        cycle.healed = time.monotonic()
+        fault.heal(scene)
+
+
+def _settle(scene: Scene, patience: float) -> bool:
+    """Wait until every pod is exact and up to date, and stays so for a while. The judges decide by themselves; this
+    only says when to go on."""
+    end = time.monotonic() + patience
+    since: float | None = None
+    while time.monotonic() < end:
+        published = {name: read(scene.where / f"truth-{name}.bin", truth_dtype)[-1] for name in scene.pods}
+        status = scene.index.status()
+        well = all(
+            status[name]["state"] == "exact" and (status[name]["last_seq"] or 0) + 20 > int(last["seq"])
+            for name, last in published.items()
+        )
+        now = time.monotonic()
+        since = (since or now) if well else None
+        if since is not None and now - since > STEADY:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _resources(scene: Scene, before: Mapping[str, Any]) -> dict[str, Any]:
+    """What the index has now. A replay that happens to run has a socket of its own: it is waited for."""
+    end = time.monotonic() + 5.0
+    while True:
+        found = scene.index.ask("resources")
+        if time.monotonic() > end or all(found[what] <= before[what] for what in ("threads", "fds")):
+            return found
+        time.sleep(0.05)
+
+
+def _rest(scene: Scene) -> int | None:
+    """Let nobody serve any more, and compare every answer. None when something stays on its way."""
+    scene.rates(0.0)
+    pods = list(scene.pods.values())
+    try:
+        at_rest(scene.index, pods, RECOVER)
+    except AssertionError:
+        return None
+    scene.index.ask("check")
+    return len(compare(scene.index, pods, own_prompts(pods[0].config)).differences)
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "run",
+        help="apply experiments to local processes and hosts",
+        description="Apply each fault of Chaos Mesh experiments to a local fleet, hold it, heal it, and judge what the "
+        "index claimed meanwhile and how it recovered. What needs rights or tools that are missing is skipped, and "
+        "says so. Results: a table, chaos/reports/results.json, and a timeline per experiment beside it.",
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="experiments (chaos/experiments/*.yaml)")
+    parser.add_argument("--only", action="append", metavar="NAME", help="only the experiment of this name")
+    parser.add_argument("--repeats", type=int, default=10, metavar="N", help="per experiment (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help=f"once, without namespaces: {', '.join(QUICK)}")
+    parser.add_argument("--seed", type=int, default=0, help="of who is hit (%(default)s)")
+    parser.add_argument("--reports", type=Path, default=ROOT / "chaos" / "reports", metavar="DIR",
+                        help="for results and timelines (chaos/reports)")  # fmt: skip
+    parser.set_defaults(run=command)
+
+
+def command(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    console = Console()
+    if not console.is_terminal:
+        console.width = 130  # as wide as the table is, in a log
+    try:
+        experiments = [experiment for path in args.files for experiment in load(path)]
+        for experiment in experiments:
+            fault_of(experiment)
+    except (ExperimentError, OSError) as error:
+        console.print(f"chaos: {error}", style="red", markup=False, highlight=False)
+        return 2
+    if args.only:
+        if strange := set(args.only) - {experiment.name for experiment in experiments}:
+            console.print(f"chaos: no experiment {sorted(strange)} in these files", style="red", markup=False)
+            return 2
+        experiments = [experiment for experiment in experiments if experiment.name in args.only]
+    if args.quick:
+        args.repeats = 1
+        experiments = [experiment for experiment in experiments if experiment.name in QUICK]
+        refuse("switched off by --quick")
+    enter("chaos", argv)
+    args.reports.mkdir(parents=True, exist_ok=True)
+    results = []
+    for experiment in experiments:
+        console.print(f"{experiment.name}: {experiment.hold:g} s, {args.repeats} times", style="dim", highlight=False)
+        result = run(experiment, args.reports, repeats=args.repeats, seed=args.seed)
+        results.append(result)
+        if result.failed:
+            console.print(result.failed, style="red", markup=False, highlight=False)
+    (args.reports / "results.json").write_text(json.dumps([result.as_dict() for result in results], indent=1) + "\n")
+    table(console, results)
+    counts = {verdict: sum(r.verdict == verdict for r in results) for verdict in ("passed", "failed", "skipped")}
+    console.print(f"chaos: {', '.join(f'{count} {verdict}' for verdict, count in counts.items())}", highlight=False)
+    return 1 if counts["failed"] else 0
