@@ -144,8 +144,8 @@ struct Chain {
     u32 len = 0;
     u32 first_kid = kNone, kids = 0;
     u32 kid_before = kNone, kid_after = kNone;
-    Buf<u32> pages;
-    Buf<Run> runs;
+    Buf<u32, 2> pages;
+    Buf<Run, 1> runs;
     Buf<OwnNames> own;  // ordered by worker
 
     u32 end() const { return base + len; }
@@ -192,6 +192,11 @@ public:
     u64 head(u32 c) const { return prefix(ref(chains_[c], chains_[c].base)); }
     // The part of a page that belongs to the chain from `depth` on: a pointer to its prefix hashes, and how many there are.
     const Page& page(const Chain& c, u32 depth) const { return pages_[c.pages[(depth >> kPageShift) - (c.base >> kPageShift)]]; }
+
+    // Asks for pages of prefix hashes ahead of their use.
+    void prefetch(const Chain& c, u32 from, u32 to) const {
+        for (u32 i = from; i < to && i < c.pages.size(); ++i) __builtin_prefetch(pages_[c.pages[i]].prefix);
+    }
 
     u32 create(u32 space, u32 parent, u32 base) {
         const u32 id = chains_.take();

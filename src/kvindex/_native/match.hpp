@@ -153,6 +153,9 @@ public:
     }
 
 private:
+    // Pages of a chain that a walk asks for before it is there: 16 take longer to compare than memory takes to answer.
+    static constexpr u32 kAhead = 16;
+
     struct Ended {
         u32 holder;
         u32 blocks;
@@ -199,7 +202,8 @@ private:
         for (;;) {
             const Chain& c = chains[chain];
             const u32 first = i, stop = std::min(c.end(), c.base + (path.n - i));
-            u32 depth = c.base;
+            u32 depth = c.base, page = 0;
+            chains.prefetch(c, 0, kAhead);
             for (u32 r = 0; depth < stop; ++r) {
                 const u32 set = c.runs[r].set;
                 if (set != last_set) {
@@ -215,6 +219,10 @@ private:
                 while (depth < run_stop) {
                     const u32 slot = depth & (kPageBlocks - 1);
                     const u32 count = std::min(kPageBlocks - slot, run_stop - depth);
+                    if (slot == 0) {
+                        ++page;
+                        chains.prefetch(c, page + kAhead - 1, page + kAhead);
+                    }
                     const u64* expect = chains.page(c, depth).prefix + slot;
                     const u32 k = path.agree(expect, i, count, prev);
                     out.compared += k;
