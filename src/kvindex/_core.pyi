@@ -81,6 +81,17 @@ class Index:
         ready_pods: PodSet | Iterable[str] | None = None,
         only_exact: bool = False,
     ) -> PrefixMatch: ...
+    def match_many(
+        self,
+        prompts: Iterable[_Tokens],
+        *,
+        model: str = "",
+        lora_name: str | None = None,
+        cache_salt: str | None = None,
+        extra_keys: _ExtraKeys | None = None,
+        ready_pods: Iterable[str] | PodSet | None = None,
+        only_exact: bool = False,
+    ) -> list[PrefixMatch]: ...
     def match_hashes(
         self,
         hashes: _Hashes,

@@ -360,15 +360,52 @@ cdef class Index:
         m.prefixes = hashes
         return m
 
-    cdef PrefixMatch ask(self, Prompt& p, Py_ssize_t size, Py_ssize_t blocks, object model, object ready, cbool only_exact):
+    def match_many(self, prompts, *, model="", lora_name=None, cache_salt=None, extra_keys=None, ready_pods=None, cbool only_exact=False):
+        """A :class:`PrefixMatch` for each prompt, as :meth:`match_prefix` gives it, with one release of the interpreter lock for all.
+
+        prompts: an iterable of what match_prefix takes as tokens; the keywords go for all of them. Each answer is of some moment during
+        the call. Raises what match_prefix raises, naming the prompt; nothing is asked then.
+        """
+        cdef PodSet pods = ready_pods if ready_pods is None or isinstance(ready_pods, PodSet) else PodSet(ready_pods)
+        cdef PodNames* names = pods.names if pods is not None else NULL
+        cdef vector[Prompt] asked
+        cdef vector[MatchResult*] answers
+        cdef PrefixMatch m
+        cdef _Ints t
+        cdef string space
+        cdef size_t i
+        _text(model, "model", space)
+        kept, matches = [], []
+        for tokens in prompts:
+            asked.resize(asked.size() + 1)
+            try:
+                t = _tokens(tokens)
+                _prompt(t, lora_name, cache_salt, extra_keys, self.block_size, self.hash_seed, asked.back())
+            except (InvalidTypeError, InvalidValueError) as error:
+                raise type(error)(f"prompt {len(matches)}: {error}") from None
+            m = self.open(t.n // self.block_size)
+            m.prompt, m.lora_name, m.cache_salt, m.extra_keys = tokens, lora_name, cache_salt, extra_keys
+            kept.append(t)
+            matches.append(m)
+            answers.push_back(&m.r)
+        with nogil:
+            for i in range(asked.size()):
+                self.ix.match(asked[i], space, names, only_exact, True, answers[i][0])
+        return matches
+
+    cdef PrefixMatch open(self, Py_ssize_t blocks):
         cdef PrefixMatch m = PrefixMatch.__new__(PrefixMatch)
+        if self.ix.next_expiry() < NEVER:
+            self._expire(self._clock())
+        m.index, m.names, m.blocks = self, self.names, blocks
+        return m
+
+    cdef PrefixMatch ask(self, Prompt& p, Py_ssize_t size, Py_ssize_t blocks, object model, object ready, cbool only_exact):
+        cdef PrefixMatch m = self.open(blocks)
         cdef PodSet pods = ready if ready is None or isinstance(ready, PodSet) else PodSet(ready)
         cdef PodNames* names = pods.names if pods is not None else NULL
         cdef string space
         _text(model, "model", space)
-        if self.ix.next_expiry() < NEVER:
-            self._expire(self._clock())
-        m.index, m.names, m.blocks = self, self.names, blocks
         if size >= RELEASE_FROM or not self.ix.match(p, space, names, only_exact, False, m.r):
             with nogil:
                 self.ix.match(p, space, names, only_exact, True, m.r)

@@ -30,9 +30,9 @@ class PrefixIndex(Index):
     wait for their parent. clock: seconds that never go back, for the time to live of :meth:`add_prefix`.
 
     Events: :meth:`ingest`, :meth:`process_block_stored`, :meth:`process_block_removed`,
-    :meth:`process_all_blocks_cleared`. Questions: :meth:`match_prefix`, :meth:`match_hashes`, :meth:`pod_set`. Pods:
-    :meth:`add_prefix`, :meth:`remove_pod`, :meth:`pod_state`, :meth:`configure_pod`, :meth:`clear_worker`,
-    :meth:`mark_worker`. Figures: :meth:`stats`, :meth:`worker_stats`.
+    :meth:`process_all_blocks_cleared`. Questions: :meth:`match_prefix`, :meth:`match_many`, :meth:`match_hashes`,
+    :meth:`pod_set`. Pods: :meth:`add_prefix`, :meth:`remove_pod`, :meth:`pod_state`, :meth:`configure_pod`,
+    :meth:`clear_worker`, :meth:`mark_worker`. Figures: :meth:`stats`, :meth:`worker_stats`.
     """
 
     # No wrapper around ingest, match_prefix and match_hashes, and no __dict__: a call costs what it costs on Index.
