@@ -52,7 +52,7 @@ listed = $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.t
 	$(call listed,["project"]["optional-dependencies"]["test"])
 	touch $@
 
-.PHONY: help build demo test sanitize fuzz lint dist clean bench-peers bench-rows
+.PHONY: help build demo test sanitize fuzz lint dist clean bench-peers bench-rows bench-streams
 
 .PHONY: test-kv-sync-chaos chaos-quick
 
@@ -62,6 +62,7 @@ help:
 	@echo 'make sanitize          the tests with the core under the address and undefined-behaviour sanitizers'
 	@echo 'make fuzz SECONDS=60   a coverage-guided fuzzer on the event decoder'
 	@echo 'make bench-peers       kvindex beside Dynamo, a dict of sets and the floor: one process, one table'
+	@echo 'make bench-streams     events over TCP from one publisher, until they are applied'
 	@echo 'make bench-rows        growth, threads, tail, snapshot and churn, each beside what was promised'
 	@echo 'make lint              style and types'
 	@echo 'make dist              sdist and wheel'
@@ -135,6 +136,9 @@ $(PEERS)/.tried: | .venv/.bench-tools
 
 bench-peers: .venv/.bench-tools $(PEERS)/.tried
 	$(BENCH) benchmarks.peers --out docs/performance
+
+bench-streams: .venv/.installed
+	$(BIN)/python -m benchmarks.streams
 
 bench-rows: .venv/.bench-tools
 	$(BENCH) benchmarks.rows

@@ -240,6 +240,21 @@ def test_what_waits_is_bounded_in_number_and_comes_again_by_replay():
     assert world.held == world.process.truth(14)
 
 
+def test_thousands_of_holes_are_given_up_one_by_one_and_nothing_else_is():
+    world = well()
+    world.publish(10_000)
+    sent = world.channel.copy()
+    world.channel.clear()
+    world.channel.extend(message for message in sent if message[0] % 2 == 0)
+    world.deliver()
+    assert world.stream.waiting == 5000
+    world.wait(60.0, serve=False)
+    assert world.verdict == "degraded"
+    assert world.stream.waiting == 0
+    assert world.held == [payload for seq, payload in enumerate(world.process.published) if seq < 3 or seq % 2 == 0]
+    assert counts(world)["lost_batches"] == counts(world)["gaps_accepted"] == 5000
+
+
 def test_what_waits_is_bounded_in_bytes():
     world = well(policy=Policy(max_pending_bytes=100))
     world.publish(1)
@@ -423,6 +438,23 @@ def test_a_reconnect_to_the_same_process_keeps_everything_and_catches_up():
     assert world.held == world.process.truth(8)
     assert world.verdict == "exact"
     assert world.stream.counts["reconnects"] == 1
+
+
+def test_a_copy_of_an_applied_batch_does_not_wait_for_ever():
+    """It arrives while it is not known whether the process is the same; then it is, and the copy is of no use."""
+    world = well(5)
+    world.disconnect()
+    world.connect()
+    world.do(world.stream.live(2, world.process.published[2], world.now))
+    world.publish(1)
+    world.deliver()
+    assert world.stream.waiting == 2
+    world.serve()
+    world.receive()
+    assert world.stream.waiting == 0
+    assert world.stream._waiting_bytes == 0
+    assert world.held == world.process.truth(6)
+    assert (world.verdict, counts(world).get("lost_batches", 0), world.clears) == ("exact", 0, 0)
 
 
 @pytest.mark.parametrize("published", [0, 1, 4, 5, 6, 20])

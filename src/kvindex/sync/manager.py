@@ -100,10 +100,10 @@ class _Worker:
         self.last_seq: int | None = None
         self.state = "stale"  # the worse of the verdict and the index's own
         self.lag: float | None = None
-        self.events: Counter[str] = Counter()
+        self.stored = self.removed = 0
+        self.events: Counter[str] = Counter()  # those that are not in every batch
         self.errors: Counter[str] = Counter()
         self.explained: set[str] = set()
-        self.look = False  # the index has something to say about this worker that the stream does not know
         self.tokens = 10.0  # of the log's bucket
         self.tokens_at = 0.0
         self.unsaid = 0
@@ -635,7 +635,20 @@ class EventManager:
                 self._foreign(worker, topic, worker.seen_topic, now)
                 return
             worker.seen_topic = topic
-        self._carry(worker, worker.stream.live(seq, payload, now), now)
+        self._hear(worker, seq, payload, now)
+
+    def _hear(self, worker: _Worker, seq: int, payload: bytes, now: float) -> None:
+        """Hand a published batch to its stream."""
+        actions: list[Action] = []
+        plain = worker.stream.follows(seq, payload, now)
+        if plain is None:
+            actions = worker.stream.live(seq, payload, now)
+        else:
+            self._ingest(worker, plain, actions, now)
+            worker.last_seq = seq
+            if not actions:
+                return
+        self._carry(worker, actions, now)
         self._schedule(worker)
 
     def _foreign(self, worker: _Worker, topic: bytes, expected: bytes, now: float) -> None:
@@ -707,18 +720,17 @@ class EventManager:
             worker.errors["refused"] += 1
             actions += worker.stream.rejected(action.seq, action.payload, now, f"the index refuses it: {error}")
             return
-        events = worker.events
-        events["stored"] += report.stored
-        events["removed"] += report.removed
+        worker.stored += report.stored
+        worker.removed += report.removed
         if action.ts is not None:
             worker.lag = time.time() - action.ts
         if report.cleared:
-            events["cleared"] += report.cleared
+            worker.events["cleared"] += report.cleared
             if worker.source.clear_media is None:
                 actions += worker.stream.cleared(action.seq, now)
         if report.parked or report.skipped:
-            events["parked"] += report.parked
-            events["skipped"] += report.skipped
+            worker.events["parked"] += report.parked
+            worker.events["skipped"] += report.skipped
             self._skipped(worker, report, action.payload, now)
 
     def _skipped(self, worker: _Worker, report: Any, payload: bytes, now: float) -> None:
@@ -833,8 +845,7 @@ class EventManager:
         elif connection < worker.connection:
             worker.errors["late_frames"] += 1
             return
-        self._carry(worker, worker.stream.live(seq, payload, now), now)
-        self._schedule(worker)
+        self._hear(worker, seq, payload, now)
 
     def _bound_fault(self, reason: str, detail: str) -> None:
         self._faults[reason] += 1
@@ -935,7 +946,7 @@ class EventManager:
             reconnects=counts["reconnects"],
             duplicates=counts["duplicates"],
             errors=dict(worker.errors),
-            events=dict(worker.events),
+            events={"stored": worker.stored, "removed": worker.removed, **worker.events},
             blocks=figures.get("blocks", 0),
             parked=figures.get("parked", 0),
             counters=dict(counts),

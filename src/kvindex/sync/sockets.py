@@ -96,6 +96,20 @@ def resolve(endpoint: str, then: Callable[[str | None, str], None]) -> None:
     threading.Thread(target=look_up, name=f"kvindex-resolve-{host}", daemon=True).start()
 
 
+def _receive(sock: zmq.Socket[bytes]) -> list[zmq.Frame]:
+    """The next message; raises ``zmq.Again`` when there is none.
+
+    What ``recv_multipart`` does, which looks at RCVMORE after every frame by way of an enum: 2.6 microseconds for three
+    frames, of 7 that a batch of one block cost altogether. A frame knows by itself whether there are more.
+    """
+    frame: zmq.Frame = sock.recv(zmq.NOBLOCK, False)
+    frames = [frame]
+    while frame.more:
+        frame = sock.recv(zmq.NOBLOCK, False)
+        frames.append(frame)
+    return frames
+
+
 class _Watched:
     """A socket in the loop, with or without a monitor."""
 
@@ -179,10 +193,10 @@ class Subscription(_Watched):
             if self.closed:
                 return False
             try:
-                frames = self._sock.recv_multipart(zmq.NOBLOCK)
+                frames = _receive(self._sock)
             except zmq.Again:
                 return False
-            self._message(frames, now)
+            self._message([frame.bytes for frame in frames], now)
         return True
 
     def failed(self, now: float, error: Exception) -> None:
@@ -224,10 +238,10 @@ class Replay(_Watched):
             if self.closed:
                 return False
             try:
-                frames = self._sock.recv_multipart(zmq.NOBLOCK)
+                frames = _receive(self._sock)
             except zmq.Again:
                 return False
-            self._message(frames, now)
+            self._message([frame.bytes for frame in frames], now)
         return True
 
 
@@ -274,7 +288,7 @@ class Bound(_Watched):
             if self.closed:
                 return False
             try:
-                frames = self._sock.recv_multipart(zmq.NOBLOCK, copy=False)
+                frames = _receive(self._sock)
             except zmq.Again:
                 return False
             # libzmq puts the descriptor that a message was read from among its properties; inproc has none.

@@ -242,6 +242,7 @@ class WorkerStream:
         # What waits.
         self._waiting: dict[int, _Waiting] = {}
         self._waiting_bytes = 0
+        self._outdated = False  # something waits that is applied already
         self._seen = -1  # the highest live seq of this process
         self._hole_at: int | None = None  # where a hole was noticed that is neither filled nor given up
         self._replay: _Replay | None = None
@@ -335,14 +336,26 @@ class WorkerStream:
 
     # ------------------------------------------------------------------------------------------------------- messages
 
+    def follows(self, seq: int, payload: bytes, now: float) -> Ingest | None:
+        """As :meth:`live` for a message that is just the next one of a stream that is well, which nearly all are; None,
+        with nothing done, for any other. Nothing else changes by it, no deadline either."""
+        if not self._steady or seq != self._next:
+            return None
+        ts = batch_time(payload)
+        if ts is not None:
+            if self.last_ts is not None and ts < self.last_ts - self.policy.clock_step:
+                return None
+            self.last_ts = ts
+        self._heard_at = now
+        self._note(seq, payload)
+        return Ingest(seq, payload, ts)
+
     def live(self, seq: int, payload: bytes, now: float) -> list[Action]:
         """A published message has arrived."""
+        if (action := self.follows(seq, payload, now)) is not None:
+            return [action]
         ts = batch_time(payload)
         self._heard_at = now
-        if self._steady and seq == self._next and not self._older(ts):
-            self._apply(seq, payload, ts)
-            out, self._out = self._out, []
-            return out
         if self._known and seq > self._next + self.policy.seq_jump:
             self.counts["bad_seq_jump"] += 1
             return self.suspect(now)
@@ -474,18 +487,25 @@ class WorkerStream:
 
     # ------------------------------------------------------------------------------------------------------- applying
 
-    def _apply(self, seq: int, payload: bytes, ts: float | None) -> None:
+    def _note(self, seq: int, payload: bytes) -> None:
+        """This batch is applied: remember it."""
         memory = self._memory
         memory[seq % len(memory)] = _fingerprint(payload)
         if seq - self._base >= len(memory):
             self._base = seq - len(memory) + 1
+        self._next = seq + 1
+        self.counts["batches"] += 1
+
+    def _apply(self, seq: int, payload: bytes, ts: float | None) -> None:
+        self._note(seq, payload)
+        if self._waiting and (item := self._waiting.pop(seq, None)) is not None:
+            self._waiting_bytes -= len(item.payload)
+            self.counts["overlap"] += 1
         if not self._known:
             self._known = True
             self._unproven = False  # seq is 0: whatever comes later has nothing before it that could be missing
-        self._next = seq + 1
         if ts is not None:
             self.last_ts = ts
-        self.counts["batches"] += 1
         self._out.append(Ingest(seq, payload, ts))
 
     def _recall(self, seq: int) -> int | None:
@@ -523,6 +543,7 @@ class WorkerStream:
         else:
             self._waiting[seq] = _Waiting(payload, ts)
             self._waiting_bytes += len(payload)
+            self._outdated = self._outdated or seq < self._next
 
     def _drain(self) -> None:
         """Apply what waits and is next."""
@@ -530,7 +551,10 @@ class WorkerStream:
         while waiting and (item := waiting.pop(self._next, None)) is not None:
             self._waiting_bytes -= len(item.payload)
             self._apply(self._next, item.payload, item.ts)
-        if waiting and min(waiting) < self._next:
+        if self._outdated:
+            # Held while it was not known whose they are, and now known to be applied already. Seldom, for this looks at
+            # all that waits, and there may be 10,000.
+            self._outdated = False
             for seq in [seq for seq in waiting if seq < self._next]:
                 self._waiting_bytes -= len(waiting.pop(seq).payload)
                 self.counts["overlap"] += 1
@@ -582,10 +606,11 @@ class WorkerStream:
             self.counts["heads_cut"] += 1
 
     def _accept_all(self, why: str) -> None:
-        while self._missing():
-            if self._next not in self._waiting:
+        # In one pass: thousands may wait, with a hole in front of each.
+        for seq in [*sorted(self._waiting), self._seen + 1]:
+            if seq > self._next:
                 self._open_hole()
-                self._accept(min(self._waiting, default=self._seen + 1), why)
+                self._accept(seq, why)
             self._drain()
         self._started = True
 
