@@ -52,7 +52,7 @@ listed = $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.t
 	$(call listed,["project"]["optional-dependencies"]["test"])
 	touch $@
 
-.PHONY: help build demo test sanitize fuzz lint dist clean bench-peers bench-rows bench-streams
+.PHONY: help build demo test sanitize fuzz lint dist clean bench-peers bench-rows bench-streams bench-gate
 
 .PHONY: test-kv-sync-chaos chaos-quick
 
@@ -63,6 +63,7 @@ help:
 	@echo 'make fuzz SECONDS=60   a coverage-guided fuzzer on the event decoder'
 	@echo 'make bench-peers       kvindex beside Dynamo, a dict of sets and the floor: one process, one table'
 	@echo 'make bench-streams     events over TCP from one publisher, until they are applied'
+	@echo 'make bench-gate BASE=REV  exit 1 when something got slower or larger than in REV; 2 when nothing is known'
 	@echo 'make bench-rows        growth, threads, tail, snapshot and churn, each beside what was promised'
 	@echo 'make lint              style and types'
 	@echo 'make dist              sdist and wheel'
@@ -139,6 +140,11 @@ bench-peers: .venv/.bench-tools $(PEERS)/.tried
 
 bench-streams: .venv/.installed
 	$(BIN)/python -m benchmarks.streams
+
+# ALLOW='--allow NAME' lets one figure get worse; ONLY='--only match' looks at some workloads.
+bench-gate: .venv/.bench-tools
+	@[ -n '$(BASE)' ] || { echo 'say what to compare with: make bench-gate BASE=REV' >&2; exit 2; }
+	$(BENCH) benchmarks.gate '$(BASE)' $(ALLOW) $(ONLY)
 
 bench-rows: .venv/.bench-tools
 	$(BENCH) benchmarks.rows

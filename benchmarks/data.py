@@ -102,13 +102,14 @@ def payloads(
 
 
 def fill(index: PrefixIndex, contents: Sequence[Chain], pods: Sequence[str], *, agree: bool = True) -> None:
-    """Every pod holds every chain, announced in events of 256 blocks; with names of its own unless they ``agree``."""
+    """Every pod holds every chain, announced in batches of 256 blocks; with names of its own unless they ``agree``."""
+    batch = max(256 // max(map(len, contents)), 1)
     if agree:
-        for payload in payloads(contents, 256):
+        for payload in payloads(contents, 256, batch=batch):
             for pod in pods:
                 index.ingest(pod, payload)
         return
     for number, pod in enumerate(pods):
-        for content in contents:
-            for payload in payloads([Chain(content.tokens, own(content.hashes, number))], 256):
-                index.ingest(pod, payload)
+        named = [Chain(content.tokens, own(content.hashes, number)) for content in contents]
+        for payload in payloads(named, 256, batch=batch):
+            index.ingest(pod, payload)

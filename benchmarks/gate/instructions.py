@@ -1,0 +1,75 @@
+"""Instructions that a workload executes, counted by valgrind's callgrind: on one machine the same number every time.
+
+A time is what users feel, but a count needs no quiet machine. It does not see cache misses, so it stands beside the
+times and does not replace them. Called as a module inside callgrind it runs every workload between two calls of
+``getppid``, at which callgrind writes down what it has counted.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from .builds import ROOT, BrokenRun, Build
+
+__all__ = ["available", "count"]
+
+#: Small enough that callgrind, which is fifty times slower, is done in a minute.
+CONTENT = 8192
+ROUNDS = 2
+
+
+def available() -> bool:
+    return shutil.which("valgrind") is not None
+
+
+def count(build: Build, names: Sequence[str]) -> dict[str, int]:
+    """Instructions per round of each workload. Raises :class:`BrokenRun` when a workload fails."""
+    with tempfile.TemporaryDirectory(prefix="kvindex-gate-") as place:
+        out = Path(place) / "out"
+        done = subprocess.run(
+            ["valgrind", "--quiet", "--tool=callgrind", f"--callgrind-out-file={out}", "--dump-before=getppid",
+             sys.executable, "-m", "benchmarks.gate.instructions", *names],
+            cwd=ROOT, env=build.environment(), capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            raise BrokenRun(f"{build.name} fails under callgrind:\n{done.stderr[-4000:]}")
+        # Part n holds what was executed before the n-th call: parts 2, 4, ... are the workloads, between two calls.
+        totals = []
+        for part in range(1, 2 * len(names) + 1):
+            text = Path(f"{out}.{part}").read_text(errors="replace")
+            found = re.search(r"^(?:totals|summary): (\d+)", text, re.MULTILINE)
+            if found is None:
+                raise BrokenRun(f"callgrind wrote no total for part {part}")
+            totals.append(int(found[1]))
+    return dict(zip(names, (total // ROUNDS for total in totals[1::2]), strict=True))
+
+
+def _run(names: Sequence[str]) -> None:
+    from ..workloads import workload
+
+    gc.disable()
+    for name in names:
+        made = workload(name, content=CONTENT)
+        for number in range(2):
+            items = made.items(number)
+            made.work(items)
+            made.undo(items)
+        items = [made.items(number) for number in range(2, 2 + ROUNDS)]
+        os.getppid()
+        for each in items:
+            made.work(each)
+        os.getppid()
+        for each in items:
+            made.undo(each)
+
+
+if __name__ == "__main__":
+    _run(sys.argv[1:])

@@ -1,0 +1,292 @@
+"""What is measured again and again, by name: the asv suite, the gate and the baseline all take their work from here.
+
+A :class:`Workload` gives an input for each round, does the work on it, and undoes what the work changed. Only the work
+is timed, and no two rounds in a row have the same input. Its *floor* is something on the same input that the standard
+tools do and kvindex has no part in: times over it mean the same on another machine, or on this one when it is busy.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from time import thread_time_ns
+from typing import Any
+
+import msgpack
+import numpy as np
+import xxhash
+
+from kvindex import PrefixIndex, local_hashes, prefix_hashes
+from kvindex.sim.wire import FORMS, WireForm, encode_batch, wire_form
+
+from .data import BLOCK, Chain, Tokens, beginning, chain, fill, newest, payloads, removed, stored
+
+__all__ = ["CORE", "KINDS", "Workload", "hashing", "ingest", "match", "remove", "run", "store_objects", "workload"]
+
+#: What the prompt finds: everything, nothing, half of it, one of 16 branches below its half, blocks missing here and
+#: there (others on each pod), or a hybrid model's two groups.
+KINDS = ("full", "none", "half", "forked", "holes", "hybrid")
+#: Blocks of content in an index that is asked: with the tokens far beyond the L2 cache.
+CONTENT = 65_536
+WINDOW = 1024
+
+
+def _nothing(_: Any) -> None:
+    return None
+
+
+@dataclass
+class Workload:
+    """``items(round)`` are made outside the measured time; ``work`` is what is measured; ``undo`` is not."""
+
+    name: str
+    items: Callable[[int], Any]
+    work: Callable[[Any], object]
+    floor: Callable[[Any], object]
+    undo: Callable[[Any], object] = _nothing
+    #: Calls, or blocks, that one round stands for.
+    size: int = 1
+    index: PrefixIndex | None = None
+
+
+def _each(call: Callable[[Any], object]) -> Callable[[Sequence[Any]], None]:
+    def run(items: Sequence[Any]) -> None:
+        for item in items:
+            call(item)
+
+    return run
+
+
+def _calls(depth: int) -> int:
+    return min(max(8, 8192 // depth), 512)
+
+
+def match(kind: str, depth: int, pods: int, *, form: str = "numpy", content: int = CONTENT) -> Workload:
+    """Questions of ``depth`` blocks; ``form`` is what is asked with: numpy, list or hashes."""
+    index = PrefixIndex(block_size=BLOCK)
+    names = [f"pod-{number}" for number in range(pods)]
+    count = max(content // depth, 2)
+    prompts = list(_FILLED[kind](index, names, depth, count))
+    calls = _calls(depth)
+
+    def items(number: int) -> Sequence[Any]:
+        some = (prompts[(number * calls + place) % len(prompts)] for place in range(calls))
+        if form == "list":
+            return [tokens.tolist() for tokens in some]
+        if form == "hashes":
+            return [prefix_hashes(tokens, block_size=BLOCK) for tokens in some]
+        return [tokens.copy() for tokens in some]
+
+    ask = index.match_hashes if form == "hashes" else index.match_prefix
+    floor: Callable[[Any], object] = partial(array, "I") if form == "list" else xxhash.xxh3_64_intdigest
+    name = f"match {form} {kind} {depth} blocks {pods} pods"
+    return Workload(name, items, _each(ask), _each(floor), size=calls, index=index)
+
+
+def _full(index: PrefixIndex, names: Sequence[str], depth: int, count: int) -> Iterator[Tokens]:
+    contents = [chain(10, number, depth) for number in range(count)]
+    fill(index, contents, names)
+    yield from (content.tokens for content in contents)
+
+
+def _none(index: PrefixIndex, names: Sequence[str], depth: int, count: int) -> Iterator[Tokens]:
+    for number, _ in enumerate(_full(index, names, depth, count)):
+        yield chain(11, number, depth).tokens
+
+
+def _half(index: PrefixIndex, names: Sequence[str], depth: int, count: int) -> Iterator[Tokens]:
+    for number in range(count):
+        content = chain(12, number, depth)
+        fill(index, [Chain(content.tokens[: depth * BLOCK // 2], content.hashes[: depth // 2])], names)
+        yield content.tokens
+
+
+def _forked(index: PrefixIndex, names: Sequence[str], depth: int, count: int) -> Iterator[Tokens]:
+    branches, half = 16, depth // 2
+    for number in range(max(count // branches, 1)):
+        stem = chain(13, number, half)
+        for branch in range(branches):
+            rest = chain(14, number * branches + branch, depth - half)
+            whole = Chain(np.concatenate([stem.tokens, rest.tokens]), np.concatenate([stem.hashes, rest.hashes]))
+            # Every pod holds the stem and half of the branches, each another half.
+            holders = [name for place, name in enumerate(names) if (place + branch) % 2 or branch == 0]
+            fill(index, [whole], holders)
+            yield whole.tokens
+
+
+def _holes(index: PrefixIndex, names: Sequence[str], depth: int, count: int) -> Iterator[Tokens]:
+    for number, tokens in enumerate(_full(index, names, depth, count)):
+        content = chain(10, number, depth)
+        for place, name in enumerate(names):
+            gone = (place * 7 + number) % depth
+            index.ingest(name, encode_batch([removed(content, gone, gone + 1)], newest()))
+        yield tokens
+
+
+def _hybrid(index: PrefixIndex, names: Sequence[str], depth: int, count: int) -> Iterator[Tokens]:
+    for number in range(count):
+        content = chain(15, number, depth)
+        whole = stored(content, 0, depth)
+        groups = [
+            whole._replace(group_idx=0, kv_cache_spec_kind="full_attention"),
+            whole._replace(group_idx=1, kv_cache_spec_kind="sliding_window", kv_cache_spec_sliding_window=WINDOW),
+        ]
+        events: list[Any] = list(groups)
+        out_of_window = depth - WINDOW // BLOCK
+        if out_of_window > 0:
+            events.append(removed(content, 0, out_of_window)._replace(group_idx=1))
+        payload = encode_batch(events, newest())
+        for name in names:
+            index.ingest(name, payload)
+        yield content.tokens
+
+
+_FILLED: dict[str, Callable[[PrefixIndex, Sequence[str], int, int], Iterator[Tokens]]] = {
+    "full": _full,
+    "none": _none,
+    "half": _half,
+    "forked": _forked,
+    "holes": _holes,
+    "hybrid": _hybrid,
+}
+
+
+def hashing(what: str, depth: int, *, content: int = CONTENT) -> Workload:
+    """``local`` or ``prefix`` hashes of ``depth`` blocks."""
+    prompts = [beginning(16, number, depth) for number in range(max(content // depth, 2))]
+    calls = _calls(depth)
+    call = partial({"local": local_hashes, "prefix": prefix_hashes}[what], block_size=BLOCK)
+
+    def items(number: int) -> Sequence[Tokens]:
+        return [prompts[(number * calls + place) % len(prompts)].copy() for place in range(calls)]
+
+    return Workload(f"{what}_hashes {depth} blocks", items, _each(call), _each(xxhash.xxh3_64_intdigest), size=calls)
+
+
+def _filled(content: int) -> PrefixIndex:
+    index = PrefixIndex(block_size=BLOCK)
+    fill(index, [chain(17, number, 2048) for number in range(max(content // 2048, 1))], ["filler"])
+    return index
+
+
+def _batches(each: int, form: WireForm, number: int) -> list[bytes]:
+    """About 1,024 blocks that nobody has seen, as one engine step after another announces them."""
+    together, depth = {256: (1, 1024), 64: (4, 256), 1: (64, 16)}[each]
+    contents = [chain(18 + each, number * together + place, depth) for place in range(together)]
+    return list(payloads(contents, each, batch=together, form=form))
+
+
+def ingest(each: int, *, form: str | None = None, known: bool = False, content: int = CONTENT) -> Workload:
+    """Stored events of ``each`` blocks; ``known``: of content that another pod holds already."""
+    index = _filled(content)
+    wire = newest() if form is None else wire_form(form)
+
+    def items(number: int) -> list[bytes]:
+        batches = _batches(each, wire, number)
+        if known:
+            for payload in batches:
+                index.ingest("pod-other", payload)
+        return batches
+
+    def undo(_: Any) -> None:
+        index.clear_worker("pod")
+        if known:
+            index.clear_worker("pod-other")
+
+    name = f"ingest {each} blocks an event" + (" known" if known else "") + (f" {form}" if form else "")
+    return Workload(name, items, _each(partial(index.ingest, "pod")), _each(msgpack.unpackb), undo, 1024, index)
+
+
+def remove(each: int, *, content: int = CONTENT) -> Workload:
+    """Removed events of ``each`` blocks, from the ends of chains."""
+    index = _filled(content)
+
+    def items(number: int) -> list[bytes]:
+        contents = [chain(20 + each, number * 4 + place, 256) for place in range(4)]
+        for payload in payloads(contents, 256):
+            index.ingest("pod", payload)
+        return list(payloads(contents, each, back=True))
+
+    work = _each(partial(index.ingest, "pod"))
+    return Workload(f"remove {each} blocks an event", items, work, _each(msgpack.unpackb), size=1024, index=index)
+
+
+def store_objects(each: int, *, content: int = CONTENT) -> Workload:
+    """Stored events as objects, for who has decoded them himself."""
+    from kvindex import BlockStored
+
+    index = _filled(content)
+
+    def items(number: int) -> list[BlockStored]:
+        blocks = chain(21 + each, number, 1024)
+        return [
+            BlockStored(
+                pod="pod",
+                model="",
+                block_hashes=blocks.hashes[start : start + each],
+                parent_block_hash=int(blocks.hashes[start - 1]) if start else None,
+                token_ids=blocks.tokens[start * BLOCK : (start + each) * BLOCK],
+                block_size=BLOCK,
+            )
+            for start in range(0, 1024, each)
+        ]
+
+    def undo(_: Any) -> None:
+        index.clear_worker("pod")
+
+    def floor(events: Sequence[BlockStored]) -> None:
+        for event in events:
+            xxhash.xxh3_64_intdigest(event.token_ids)
+
+    work = _each(index.process_block_stored)
+    return Workload(f"store {each} blocks an object", items, work, floor, undo, 1024, index)
+
+
+def _named() -> dict[str, Callable[..., Workload]]:
+    """The smaller set that the gate compares: what routers and streams do all the time."""
+    made: list[tuple[str, Callable[..., Workload]]] = []
+    for depth in (8, 64, 512, 2048):
+        made.append((f"match numpy full {depth} blocks 8 pods", partial(match, "full", depth, 8)))
+    for depth in (8, 512):
+        made.append((f"match numpy full {depth} blocks 64 pods", partial(match, "full", depth, 64)))
+    for form in ("list", "hashes"):
+        for depth in (64, 2048):
+            made.append((f"match {form} full {depth} blocks 8 pods", partial(match, "full", depth, 8, form=form)))
+    for kind in KINDS[1:]:
+        made.append((f"match numpy {kind} 512 blocks 8 pods", partial(match, kind, 512, 8)))
+    made.append(("prefix_hashes 512 blocks", partial(hashing, "prefix", 512)))
+    for each in (256, 64, 1):
+        made.append((f"ingest {each} blocks an event", partial(ingest, each)))
+    made.append(("ingest 64 blocks an event known", partial(ingest, 64, known=True)))
+    made.append(("remove 1 blocks an event", partial(remove, 1)))
+    made.append(("store 64 blocks an object", partial(store_objects, 64)))
+    return dict(made)
+
+
+CORE = _named()
+#: Wire forms that differ in what a decoder meets.
+WIRE_FORMS = tuple(FORMS)
+
+
+def workload(name: str, **options: Any) -> Workload:
+    """The workload of :data:`CORE` called ``name``."""
+    made = CORE[name](**options)
+    assert made.name == name, f"{made.name} is listed as {name}"
+    return made
+
+
+def run(made: Workload, first: int, count: int, clock: Callable[[], int] = thread_time_ns) -> tuple[int, int]:
+    """What the work and its floor took in ``count`` rounds, by ``clock``."""
+    work = floor = 0
+    for number in range(first, first + count):
+        items = made.items(number)
+        start = clock()
+        made.work(items)
+        between = clock()
+        made.floor(items)
+        floor += clock() - between
+        work += between - start
+        made.undo(items)
+    return work, floor
