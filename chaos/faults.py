@@ -39,6 +39,7 @@ class Fault(ABC):
         self.experiment = experiment
         self.spec = experiment.spec
         self.pods: list[str] = []
+        self._problems: list[str] = []
 
     def missing(self) -> str | None:
         """Why it can not be done here, or None."""
@@ -76,9 +77,14 @@ class Fault(ABC):
     @abstractmethod
     def heal(self, scene: Scene) -> None: ...
 
+    def expect(self, so: object, otherwise: str) -> None:
+        """Note a problem unless it is so: above all where a fault turns out to have done nothing."""
+        if not so:
+            self._problems.append(otherwise)
+
     def problems(self) -> list[str]:
         """What did not go as this fault demands, beside the five judgements."""
-        return []
+        return self._problems
 
 
 class _Network(Fault):
@@ -88,7 +94,7 @@ class _Network(Fault):
     def heal(self, scene: Scene) -> None:
         assert scene.hosts is not None
         for pod in self.pods:
-            scene.hosts[pod].clear()
+            self.expect(scene.hosts[pod].clear(), f"{pod}: no packet was dropped or held back")
 
 
 class Partition(_Network):
@@ -147,6 +153,9 @@ class _Proxied(Fault):
 
     def heal(self, scene: Scene) -> None:
         for pod in self.pods:
+            events, _ = scene.proxies[pod]
+            self.expect(events.counts["delayed"] + events.counts["flipped"] + events.counts["cut"], f"{pod}: no effect")
+            events.counts.clear()
             for proxy in scene.proxies[pod]:
                 proxy.delay = proxy.flip = proxy.cut = 0.0
 
@@ -209,8 +218,9 @@ class IndexKill(Fault):
         scene.index.kill()
 
     def heal(self, scene: Scene) -> None:
-        scene.index.launch()
-        scene.follow()
+        if not scene.index.alive:
+            scene.index.launch()
+            scene.follow()
 
 
 class Stress(Fault):
@@ -230,6 +240,7 @@ class Stress(Fault):
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
 
     def heal(self, scene: Scene) -> None:
+        self.expect(self._process.poll() is None, "the machine was not stressed all the time")
         # It ends its own workers when it is asked to.
         self._process.send_signal(signal.SIGTERM)
         self._process.wait(20)
@@ -259,6 +270,10 @@ class TimeSkew(Fault):
 
     def heal(self, scene: Scene) -> None:
         for pod in self.pods:
+            # A batch's time is its pod's: one that is made ten minutes ago has been on its way for as long.
+            lag = scene.index.status()[pod]["lag"] or 0.0
+            skew = -seconds(self.spec["timeOffset"])
+            self.expect(abs(lag - skew) < 5.0, f"{pod}: its clock is {lag:.1f} s behind, not {skew:g} s")
             self._set(scene, pod, 0.0)
 
     def _set(self, scene: Scene, pod: str, offset: float) -> None:
@@ -274,10 +289,19 @@ class Flood(Fault):
     rate = 5.0
 
     def inject(self, scene: Scene) -> None:
+        self._served = self._requests(scene)
         scene.rates(self.rate * float(self.spec["rate"]), self.pods)
 
     def heal(self, scene: Scene) -> None:
+        served = {pod: now - self._served[pod] for pod, now in self._requests(scene).items()}
         scene.rates(self.rate, self.pods)
+        most = max(count for pod, count in served.items() if pod not in self.pods)
+        for pod in self.pods:
+            # How much of the wanted rate one process reaches is the machine's affair; a flood it has to be.
+            self.expect(served[pod] > 20 * most, f"{pod} served {served[pod]} requests, another {most}: no flood")
+
+    def _requests(self, scene: Scene) -> dict[str, int]:
+        return {name: pod.ask("status")["requests"] for name, pod in scene.pods.items()}
 
 
 class Hostile(Fault):
@@ -288,7 +312,9 @@ class Hostile(Fault):
             scene.pods[pod].ask("hostile")
 
     def heal(self, scene: Scene) -> None:
+        errors = {pod: scene.index.status()[pod]["errors"] for pod in self.pods}
         for pod in self.pods:
+            self.expect(sum(errors[pod].values()), f"{pod}: nothing was refused")
             scene.pods[pod].kill()
             scene.pods[pod].launch()
 
@@ -299,7 +325,9 @@ class ReplayGone(Fault):
             scene.pods[pod].ask("fault", replay_silent=True, drop=int(self.spec["drop"]))
 
     def heal(self, scene: Scene) -> None:
+        status = scene.index.status()
         for pod in self.pods:
+            self.expect(status[pod]["lost_batches"], f"{pod}: no batch was lost")
             scene.pods[pod].ask("fault", replay_silent=False, drop=0)
 
 
@@ -321,7 +349,6 @@ class SlowDisk(Fault):
         }
 
     def inject(self, scene: Scene) -> None:
-        self._problems: list[str] = []
         (scene.where / "disk-delay").write_text(f"{seconds(self.spec['delay']) * 1000:.0f}")
 
     def hold(self, scene: Scene) -> None:
@@ -330,14 +357,10 @@ class SlowDisk(Fault):
         while time.monotonic() < end:
             took = scene.index.ask("save", path=str(scene.snapshot))["seconds"]
             saved += took >= seconds(self.spec["delay"])
-        if not saved:
-            self._problems.append("saving was not delayed")
+        self.expect(saved, "saving was not delayed")
 
     def heal(self, scene: Scene) -> None:
         (scene.where / "disk-delay").unlink()
-
-    def problems(self) -> list[str]:
-        return self._problems
 
 
 class DiskFull(Fault):
@@ -350,7 +373,6 @@ class DiskFull(Fault):
         self.pods = []
 
     def inject(self, scene: Scene) -> None:
-        self._problems: list[str] = []
         run("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(scene.disk))
         scene.index.ask("save", path=str(scene.snapshot))
         self._before = scene.snapshot.read_bytes()
@@ -371,12 +393,11 @@ class DiskFull(Fault):
         super().hold(scene)
 
     def heal(self, scene: Scene) -> None:
-        (scene.disk / "filler").unlink(missing_ok=True)
-        scene.index.ask("save", path=str(scene.snapshot))
-        run("umount", str(scene.disk))
-
-    def problems(self) -> list[str]:
-        return self._problems
+        try:
+            (scene.disk / "filler").unlink(missing_ok=True)
+            scene.index.ask("save", path=str(scene.snapshot))
+        finally:
+            run("umount", str(scene.disk))
 
 
 _FAULTS: Mapping[tuple[str, str], Callable[[Experiment], Fault]] = {

@@ -9,6 +9,7 @@ nothing can be forgotten. The addresses exist nowhere else.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -97,12 +98,16 @@ class Host:
         """Put a queueing discipline on what leaves the pod; :meth:`clear` removes it."""
         run(*self.prefix, "tc", "qdisc", "add", "dev", "e0", "root", *what)
 
-    def clear(self) -> None:
-        """As if nothing had been done to it."""
-        if shutil.which("iptables"):
-            run(*self.prefix, "iptables", "-w", "5", "-F")
-        if "qdisc noqueue" not in run(*self.prefix, "tc", "qdisc", "show", "dev", "e0"):
+    def clear(self) -> int:
+        """As if nothing had been done to it. Gives how many packets were dropped or held back."""
+        rules = run(*self.prefix, "iptables", "-w", "5", "-nvxL")
+        hit = sum(int(count) for count in re.findall(r"^\s*(\d+)\s+\d+\s+DROP", rules, re.MULTILINE))
+        run(*self.prefix, "iptables", "-w", "5", "-F")
+        queues = run(*self.prefix, "tc", "-s", "qdisc", "show", "dev", "e0")
+        if "qdisc noqueue" not in queues:
+            hit += sum(int(count) for count in re.findall(r"overlimits (\d+)", queues))
             run(*self.prefix, "tc", "qdisc", "del", "dev", "e0", "root")
+        return hit
 
     def remove(self) -> None:
         run("ip", "link", "del", self._link)

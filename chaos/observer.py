@@ -7,6 +7,7 @@ are timed apart from that, in a thread that shares nothing with the sampler but 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import threading
@@ -78,6 +79,7 @@ class Observer(Server):
     def __init__(self, args: argparse.Namespace) -> None:
         self.pods = os.environ["CHAOS_PODS"].split(",")
         where = Path(os.environ["CHAOS_DIR"])
+        logging.basicConfig(filename=where / "index.log", format="%(asctime)s %(levelname)s %(name)s %(message)s")
         life = f"{time.monotonic_ns()}.bin"
         self._files = [
             Writer(where / f"{name}-{life}", dtype)

@@ -80,6 +80,7 @@ class Proxy:
         try:
             while True:
                 at, data = await queue.get()
+                self.counts["delayed"] += at > self._loop.time() + 0.01
                 await asyncio.sleep(at - self._loop.time())
                 if not data:
                     return

@@ -138,7 +138,8 @@ class EventManager:
     each pod's stream can be trusted at that moment.
 
     ``policy`` has the times and bounds of a stream (:class:`Policy`). ``heartbeat`` is how often, in seconds, a silent
-    peer is asked whether it lives; one that does not answer for three of them counts as lost (0: never asked).
+    peer is asked whether it lives; one that is silent for two and a half of them after that counts as lost (0: never
+    asked).
     ``connect_timeout`` is for making a connection, in seconds. ``queue`` messages may wait at a socket: what a
     publisher sends beyond that it drops, which is a gap here. Messages beyond ``max_message`` bytes are refused. At
     most ``max_replays`` replays run at once. ``context`` is a ``zmq.Context`` to use instead of an own one.

@@ -65,9 +65,10 @@ class SocketOptions:
         sock.setsockopt(zmq.HANDSHAKE_IVL, max(1, int(self.connect_timeout * 1000)))
         sock.setsockopt(zmq.CONNECT_TIMEOUT, max(1, int(self.connect_timeout * 1000)))
         if self.heartbeat > 0:
-            # Two beats may get lost or late before a silent peer counts as gone.
+            # Two beats may get lost or late before a silent peer counts as gone. Counted from the first question that
+            # stays unanswered, which may be one beat after the silence began: three and a half beats in all, at most.
             sock.setsockopt(zmq.HEARTBEAT_IVL, max(1, int(self.heartbeat * 1000)))
-            sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, max(1, int(self.heartbeat * 3000)))
+            sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, max(1, int(self.heartbeat * 2500)))
 
 
 def resolve(endpoint: str, then: Callable[[str | None, str], None]) -> None:
