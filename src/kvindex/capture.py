@@ -4,9 +4,13 @@ A capture is gzip over a stream of msgpack objects: first a header map, then rec
 
     {"format": "kvindex-capture/1", "engine": "vllm", "version": "0.33.0", "block_size": 16, "pods": [...], ...}
     ["msg", pod, topic, seq, payload]
+    ["msg", pod, topic, seq, payload, at, rank]
+    ["forget", pod, rank, at]
     ["query", id, tokens, {"lora_name", "lora_id", "cache_salt", "extra_keys"}, {pod: hit}]
 
 ``tokens`` are little-endian u32 bytes; a hit is the number of tokens that the engine's own cache would have reused.
+What was recorded from live streams says when it arrived (``at``, seconds since 1970) and on which rank's stream, and
+tells by ``forget`` where a reader of the stream had to start anew, because the engine had.
 
 :func:`read_capture` reads one record at a time, so a capture may be larger than memory; :class:`CaptureWriter` writes
 them.
@@ -26,7 +30,7 @@ import numpy.typing as npt
 
 from .errors import CaptureError, InvalidValueError
 
-__all__ = ["FORMAT", "CaptureWriter", "Message", "Query", "Record", "read_capture"]
+__all__ = ["FORMAT", "CaptureWriter", "Forget", "Message", "Query", "Record", "read_capture"]
 
 FORMAT = "kvindex-capture/1"
 
@@ -41,6 +45,18 @@ class Message(NamedTuple):
     topic: str
     seq: int
     payload: bytes
+    at: float | None = None
+    """When it arrived, seconds since 1970; None where that was not noted."""
+    rank: int | None = None
+    """The rank whose stream it came by; None is what the batch says itself."""
+
+
+class Forget(NamedTuple):
+    """What a worker held up to here is not known any more: its engine has restarted, or its history comes again."""
+
+    pod: str
+    rank: int
+    at: float | None = None
 
 
 class Query(NamedTuple):
@@ -55,7 +71,9 @@ class Query(NamedTuple):
     extra_keys: list[Any] | None = None
 
 
-Record: TypeAlias = Message | Query
+_KINDS = ("msg", "forget", "query")
+
+Record: TypeAlias = Message | Forget | Query
 
 
 def read_capture(source: str | os.PathLike[str] | BinaryIO) -> Generator[dict[str, Any] | Record, None, None]:
@@ -133,6 +151,12 @@ def _record(item: object) -> Record:
     match item:
         case ["msg", str(pod), str(topic), int(seq), bytes(payload)]:
             return Message(pod, topic, seq, payload)
+        case ["msg", str(pod), str(topic), int(seq), bytes(payload), float() | None as at, int() | None as rank] if (
+            rank is None or rank >= 0
+        ):
+            return Message(pod, topic, seq, payload, at, rank)
+        case ["forget", str(pod), int(rank), float() | None as at] if rank >= 0:
+            return Forget(pod, rank, at)
         case ["query", str(ident), bytes(tokens), dict(context), dict(hits)]:
             if len(tokens) % 4:
                 raise ValueError(f"query {ident!r} has {len(tokens)} bytes of tokens, which is no number of u32")
@@ -147,10 +171,10 @@ def _record(item: object) -> Record:
                 context.get("cache_salt"),
                 context.get("extra_keys"),
             )
-        case [str(kind), *fields] if kind in ("msg", "query"):
+        case [str(kind), *fields] if kind in _KINDS:
             raise ValueError(f"a {kind!r} record has other fields than these: {_shown(fields)}")
         case [str(kind), *_]:
-            raise ValueError(f"unknown kind of record {_shown(kind)}, this version reads 'msg' and 'query'")
+            raise ValueError(f"unknown kind of record {_shown(kind)}, this version reads {', '.join(_KINDS)}")
     raise ValueError(f"a record is an array that starts with its kind, not {_shown(item)}")
 
 
@@ -163,11 +187,14 @@ class CaptureWriter:
     """Write a capture: the header on construction, then records in the order they happen.
 
     ``target`` is a path, or a binary file, which is left open. ``header`` needs ``block_size`` and by convention names
-    ``engine``, ``version``, ``pods`` and ``model``; ``format`` is filled in. The same records give the same bytes. A
-    context manager: without :meth:`close` the file reads as cut off. One writer belongs to one thread.
+    ``engine``, ``version``, ``pods`` and ``model``; ``format`` is filled in. The same records give the same bytes;
+    ``level`` is gzip's, 1 for speed to 9 for size. A context manager: without :meth:`close` the file reads as cut off.
+    One writer belongs to one thread.
     """
 
-    def __init__(self, target: str | os.PathLike[str] | BinaryIO, header: Mapping[str, Any]) -> None:
+    def __init__(
+        self, target: str | os.PathLike[str] | BinaryIO, header: Mapping[str, Any], *, level: int = 9
+    ) -> None:  # fmt: skip
         try:
             item = _header({**header, "format": FORMAT})
         except ValueError as error:
@@ -175,14 +202,18 @@ class CaptureWriter:
         self._packer = msgpack.Packer(use_bin_type=True)
         self._opened = open(target, "wb") if isinstance(target, (str, os.PathLike)) else None  # noqa: SIM115
         # No name and no time in the gzip header, so that samples under version control change only with their content.
-        self._stream = gzip.GzipFile(filename="", mode="wb", fileobj=self._opened or target, mtime=0)  # type: ignore[arg-type]
+        self._stream = gzip.GzipFile("", "wb", level, self._opened or target, mtime=0)  # type: ignore[arg-type]
         self._stream.write(self._packer.pack(item))
 
     def write(self, record: Record) -> None:
-        """Append one :class:`Message` or :class:`Query`."""
+        """Append one :class:`Message`, :class:`Forget` or :class:`Query`."""
         item: list[Any]
         if isinstance(record, Message):
             item = ["msg", *record]
+            if record.at is record.rank is None:
+                del item[5:]
+        elif isinstance(record, Forget):
+            item = ["forget", *record]
         else:
             context = {"lora_name": record.lora_name, "lora_id": record.lora_id, "cache_salt": record.cache_salt}
             if record.extra_keys is not None:
@@ -190,6 +221,10 @@ class CaptureWriter:
             tokens = np.ascontiguousarray(record.tokens, dtype="<u4").tobytes()
             item = ["query", record.id, tokens, context, record.hits]
         self._stream.write(self._packer.pack(item))
+
+    def flush(self) -> None:
+        """Put everything so far where it can be read even if this process is killed, at some cost in size."""
+        self._stream.flush()
 
     def close(self) -> None:
         """Finish the file; closing twice is fine."""

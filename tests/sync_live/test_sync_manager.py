@@ -17,6 +17,7 @@ from sync_support import BRISK, LivePublisher, nothing_left_behind, until
 from kvindex import InvalidTypeError, InvalidValueError, PrefixIndex, StreamError, UnknownPodError
 from kvindex.sync.manager import EventManager
 from kvindex.sync.source import PodSource
+from kvindex.sync.status import Batch
 
 
 @pytest.fixture
@@ -533,6 +534,45 @@ def test_changes_are_told_in_order_and_a_failing_callback_hurts_nobody(index, ma
     end()
     manager.remove_pod("pod")
     assert len(changes) == 3
+
+
+def test_a_tap_sees_what_the_index_sees(index, manager, caplog):
+    """Replayed, live, damaged and after a restart: in the order in which it is applied, whoever else listens."""
+    with LivePublisher(ranks=2) as pod:
+        seen = []
+
+        def fails(item):
+            raise RuntimeError("not my day")
+
+        manager.tap(fails)
+        end = manager.tap(seen.append)
+        pod.publish(3)
+        manager.add_pod(source(pod))
+        assert manager.wait_until_current(20.0)
+        pod.publish(2, rank=1)
+        pod.publish_raw(b"\xc1", rank=1)
+        until(lambda: manager.status()["pod"].errors.get("undecodable"))
+        pod.restart()
+        pod.publish(1)
+        until(lambda: caught_up(manager, pod) and manager.status()["pod"].workers[0].restarts == 1)
+        end()
+        end()
+        pod.publish(1)
+        until(lambda: caught_up(manager, pod))
+    ours = [item for item in seen if item.rank == 0]
+    assert [item.seq if isinstance(item, Batch) else "forgotten" for item in ours] == [0, 1, 2, "forgotten", 0]
+    batches = [item for item in seen if isinstance(item, Batch)]
+    assert {(item.pod, item.model, item.topic) for item in batches} == {("pod", "m", b"kv@pod@m")}
+    assert [item.payload for item in batches if item.rank == 1].count(b"\xc1") >= 1
+    copy = PrefixIndex(block_size=4)
+    for item in ours:
+        if isinstance(item, Batch):
+            copy.ingest(item.pod, item.payload, model=item.model, dp_rank=item.rank)
+        else:
+            copy.clear_worker(item.pod, item.rank)
+    chain = pod.block(0, 0)
+    assert copy.match_prefix(chain, model="m").tokens == {"pod": len(chain)}
+    assert "a callback for batches has failed" in caplog.text
 
 
 def test_a_callback_may_remove_the_pod_it_is_told_of(index, manager, pod):

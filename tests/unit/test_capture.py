@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kvindex import CaptureError, InvalidValueError
-from kvindex.capture import FORMAT, CaptureWriter, Message, Query, read_capture
+from kvindex.capture import FORMAT, CaptureWriter, Forget, Message, Query, read_capture
 
 HEADER = {"engine": "vllm", "version": "0.33.0", "block_size": 16, "pods": ["a", "b"], "model": "m"}
 
@@ -18,7 +18,13 @@ def sample_records(n=200, seed=7):
     rng = random.Random(seed)
     records = []
     for i in range(n):
-        if rng.random() < 0.5:
+        kind = rng.random()
+        if kind < 0.1:
+            records.append(Forget("b", rng.randrange(8), rng.choice([None, 1.7e9 + i])))
+        elif kind < 0.2:
+            at, rank = rng.choice([(None, 3), (1.7e9 + i, None), (1.7e9 + i, 0)])
+            records.append(Message("b", "kv@b@m", i, rng.randbytes(rng.randrange(400)), at, rank))
+        elif kind < 0.6:
             records.append(Message("a", "kv@a@m", i, rng.randbytes(rng.randrange(400))))
         else:
             tokens = np.array([rng.randrange(1 << 32) for _ in range(rng.randrange(300))], dtype=np.uint32)
@@ -95,7 +101,7 @@ def test_the_recorded_captures_read_like_a_plain_unpacker_reads_them(shared):
         assert len(got) == len(expected)
         for record, raw in zip(got, expected, strict=True):
             if raw[0] == "msg":
-                assert ["msg", *record] == raw
+                assert ["msg", *record] == [*raw, None, None]
             else:
                 assert record.id == raw[1]
                 assert record.tokens.astype("<u4").tobytes() == raw[2]
@@ -173,6 +179,11 @@ def test_a_file_that_is_no_capture(kind):
         (5, "a record is an array"),
         (["msg", "a", "t", 0], "'msg' record has other fields"),
         (["msg", "a", "t", 0, "text"], "'msg' record has other fields"),
+        (["msg", "a", "t", 0, b"", 1.5], "'msg' record has other fields"),
+        (["msg", "a", "t", 0, b"", 1.5, -1], "'msg' record has other fields"),
+        (["msg", "a", "t", 0, b"", "now", 0], "'msg' record has other fields"),
+        (["forget", "a"], "'forget' record has other fields"),
+        (["forget", "a", -1, None], "'forget' record has other fields"),
         (["query", "q", [1, 2], {}, {}], "'query' record has other fields"),
         (["query", "q", b"\0" * 5, {}, {}], "5 bytes of tokens"),
         (["query", "q", b"\0" * 4, {}, {"a": "16"}], "must map pods to numbers of tokens"),
@@ -201,3 +212,26 @@ def test_damage_in_the_middle_is_told_with_the_byte_up_to_which_it_was_good():
 def test_a_writer_refuses_a_header_without_a_block_size():
     with pytest.raises(InvalidValueError, match="block_size"):
         CaptureWriter(io.BytesIO(), {"engine": "vllm"})
+
+
+def test_a_message_without_a_time_is_written_as_it_always_was():
+    plain_one = ["msg", "a", "kv@a@m", 3, b"payload"]
+    assert gzip.decompress(written([Message(*plain_one[1:])])).endswith(msgpack.packb(plain_one))
+
+
+@pytest.mark.parametrize("level", [1, 9])
+def test_what_was_flushed_is_there_whatever_becomes_of_the_writer(level):
+    records = sample_records(60)
+    buffer = io.BytesIO()
+    writer = CaptureWriter(buffer, HEADER, level=level)
+    for record in records[:40]:
+        writer.write(record)
+    writer.flush()
+    killed = buffer.getvalue()
+    for record in records[40:]:
+        writer.write(record)
+    writer.close()
+    got, error = read_until_error(killed)
+    assert [plain(r) for r in got[1:]] == [plain(r) for r in records[:40]]
+    assert "after a whole record" in str(error)
+    assert [plain(r) for r in list(read_capture(io.BytesIO(buffer.getvalue())))[1:]] == [plain(r) for r in records]

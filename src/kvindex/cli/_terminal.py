@@ -6,6 +6,8 @@ not have them.
 
 from __future__ import annotations
 
+import argparse
+import math
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -17,7 +19,7 @@ from ..errors import KVIndexError
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["CommandError", "console", "missing", "percentiles"]
+__all__ = ["CommandError", "console", "missing", "percentiles", "positive", "seconds"]
 
 
 class CommandError(KVIndexError):
@@ -40,6 +42,22 @@ def console() -> Console:
     if not made.is_terminal and "COLUMNS" not in os.environ:
         made.width = 140
     return made
+
+
+def positive(text: str) -> int:
+    """An argument that is a number of things."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def seconds(text: str) -> float:
+    """An argument that is a length of time."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds above 0")
+    return value
 
 
 def percentiles(seconds: Sequence[float]) -> tuple[str, str, str]:

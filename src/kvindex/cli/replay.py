@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .. import CaptureError, EventDecodeError, PrefixIndex
-from ..capture import Message, Query, read_capture
+from ..capture import Forget, Message, Query, read_capture
 from ..sim.engine import Engine
 from ..sim.fleet import Fleet, Pod, PrefixAware, RandomChoice, RoundRobin, Route
 from ..sim.wire import wire_form
 from ..sim.workload import MOONCAKE_BLOCK, Arrival, endless_hit_rate, mooncake
-from ._terminal import CommandError, console, missing, percentiles
+from ._terminal import CommandError, console, missing, percentiles, positive
 from ._timed import SHOWN_DIFFERENCES, TimedIndex
 
 if TYPE_CHECKING:
@@ -52,13 +52,6 @@ def add_parser(commands: Any) -> None:
     )
     trace.add_argument("--plot", metavar="FILE.png", help="draw the hit rates over time")
     parser.set_defaults(run=run)
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -156,6 +149,8 @@ def replay_capture(path: str, out: Console) -> Replayed:
             for record in records:
                 if isinstance(record, Message):
                     ingest(index, model, record, done)
+                elif isinstance(record, Forget):
+                    index.clear_worker(record.pod, record.rank)
                 elif isinstance(record, Query):
                     ask(index, model, record, len(record.tokens) - dropped, name, done)
                 bar.update(bar.task_ids[0], completed=file.tell())
@@ -173,7 +168,7 @@ def ingest(index: PrefixIndex, model: str, message: Message, done: Replayed) -> 
     figures.batches += 1
     start = time.perf_counter()
     try:
-        report = index.ingest(message.pod, message.payload, model=model)
+        report = index.ingest(message.pod, message.payload, model=model, dp_rank=message.rank)
     except EventDecodeError:
         done.reasons["undecodable_batch"] += 1
         return

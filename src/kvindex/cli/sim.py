@@ -11,7 +11,9 @@ from dataclasses import fields
 from types import FrameType
 from typing import Any
 
-from ..errors import KVIndexError
+import zmq
+
+from ..errors import KVIndexError, StreamError
 from ..sim.control import follow_parent
 from ..sim.process import SimConfig, SimPod
 from ..sim.wire import FORMS
@@ -72,7 +74,10 @@ def run(args: argparse.Namespace, make: Callable[[SimConfig], SimPod] = SimPod) 
         values["replay_port"] = None
     elif args.replay_port is None:
         values["replay_port"] = args.port + 100 if args.port else 0
-    pod = make(SimConfig(**values))
+    try:
+        pod = make(SimConfig(**values))
+    except zmq.ZMQError as error:
+        raise StreamError(f"{args.name} can not have the ports that it was given: {error}") from None
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         pod.stopping = True

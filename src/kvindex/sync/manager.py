@@ -22,7 +22,7 @@ from ..errors import EventDecodeError, InvalidTypeError, InvalidValueError, KVIn
 from .frames import END, FrameFault, batch_rank, parse_live, parse_replay, parse_topic
 from .sockets import Bound, Replay, SocketOptions, Subscription, resolve
 from .source import Endpoints, PodSource, Presence, bind_endpoint
-from .status import WORST_FIRST, PodStatus, StateChange, WorkerStatus, pod_status
+from .status import WORST_FIRST, Batch, Forgotten, PodStatus, StateChange, WorkerStatus, pod_status
 from .stream import (
     Action,
     CancelReplay,
@@ -86,6 +86,7 @@ class _Worker:
         self.stream = WorkerStream(replay=at.replay_endpoint is not None, policy=policy)
         self.topic = None if source.topic is None else source.topic.encode()
         self.seen_topic: bytes | None = self.topic
+        self.replay_topic: bytes | None = None
         self.subscription: Subscription | None = None
         self.opened_at: float | None = None
         self.reconnect_at: float | None = None
@@ -170,6 +171,7 @@ class EventManager:
         self._faults: Counter[str] = Counter()
         self._callbacks: list[Callable[[StateChange], None]] = []
         self._wakers: list[Callable[[], None]] = []
+        self._taps: list[Callable[[Batch | Forgotten], None]] = []
         self._changed = threading.Condition()
         self._lock = threading.Lock()
         self._commands: deque[Callable[[], None]] = deque()
@@ -279,6 +281,14 @@ class EventManager:
         time.
         """
         return _enter(self._callbacks, callback)
+
+    def tap(self, callback: Callable[[Batch | Forgotten], None]) -> Callable[[], None]:
+        """Call ``callback`` with every :class:`Batch` before it is handed to the index, and with a :class:`Forgotten`
+        where a worker starts anew: what records or examines streams sees what the index sees. Gives what ends that.
+
+        It is called in the manager's thread and holds up every stream while it runs.
+        """
+        return _enter(self._taps, callback)
 
     def on_progress(self, waker: Callable[[], None]) -> Callable[[], None]:
         """Call ``waker`` whenever :meth:`is_current` or :attr:`closed` may have become true; gives what ends that.
@@ -678,6 +688,7 @@ class EventManager:
             self._foreign(worker, reply.topic, worker.seen_topic, now)
             return
         else:
+            worker.replay_topic = reply.topic
             self._carry(worker, worker.stream.replayed(reply.seq, reply.payload, now), now)
         self._schedule(worker)
 
@@ -697,6 +708,8 @@ class EventManager:
                 case CancelReplay():
                     self._end_replay(worker)
                 case Clear():
+                    if self._taps:
+                        self._show(Forgotten(worker.pod, worker.rank))
                     self._index.clear_worker(worker.pod, worker.rank)
                     worker.explained.clear()
                 case Mark(verdict):
@@ -710,7 +723,17 @@ class EventManager:
                     self._say(worker, what, detail, now)
         worker.last_seq = worker.stream.last_seq
 
+    def _show(self, item: Batch | Forgotten) -> None:
+        for tap in list(self._taps):
+            try:
+                tap(item)
+            except Exception:
+                log.exception("a callback for batches has failed")
+
     def _ingest(self, worker: _Worker, action: Ingest, actions: list[Action], now: float) -> None:
+        if self._taps:
+            topic = worker.replay_topic if worker.seen_topic is None else worker.seen_topic
+            self._show(Batch(worker.pod, worker.rank, worker.model, topic, action.seq, action.payload))
         try:
             report = self._index.ingest(worker.pod, action.payload, model=worker.model, dp_rank=worker.rank)
         except EventDecodeError as error:

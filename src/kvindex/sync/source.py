@@ -101,6 +101,8 @@ class PodSource:
                 raise InvalidTypeError(f"clear_media of pod {self.name!r} must be a set of names such as {{'GPU'}}")
             object.__setattr__(self, "clear_media", frozenset(self.clear_media))
         if self.ranks is not None:
+            if not isinstance(self.ranks, Mapping):
+                raise InvalidTypeError(f"ranks of pod {self.name!r} must be a map, not {type(self.ranks).__name__}")
             if not self.ranks:
                 raise InvalidValueError(f"ranks of pod {self.name!r} must name at least one rank")
             table = {rank: Endpoints(*self._pair(rank, pair)) for rank, pair in self.ranks.items()}
@@ -178,10 +180,8 @@ class PodSource:
         if not isinstance(item, Mapping):
             raise InvalidTypeError(f"a pod is described by a map of its fields, not by {item!r:.60}")
         known = {field.name for field in fields(cls)}
-        if strange := sorted(set(item) - known):
-            raise InvalidValueError(
-                f"unknown fields {', '.join(map(str, strange))}; a pod has {', '.join(sorted(known))}"
-            )
+        if strange := sorted(map(str, set(item) - known)):
+            raise InvalidValueError(f"unknown fields {', '.join(strange)}; a pod has {', '.join(sorted(known))}")
         if "name" not in item:
             raise InvalidValueError(f"a pod without a name: {dict(item)!r:.80}")
         values = dict(item)

@@ -6,9 +6,28 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-__all__ = ["PodStatus", "StateChange", "WorkerStatus"]
+__all__ = ["Batch", "Forgotten", "PodStatus", "StateChange", "WorkerStatus"]
 
 WORST_FIRST = ("stale", "degraded", "exact")
+
+
+class Batch(NamedTuple):
+    """One batch as it is handed to the index: each once, in the order of the stream, whether it can be read or not."""
+
+    pod: str
+    rank: int
+    model: str
+    topic: bytes | None
+    """As it arrived; None where only a replay without topics has come so far."""
+    seq: int
+    payload: bytes
+
+
+class Forgotten(NamedTuple):
+    """Everything of one worker was forgotten: its engine has restarted, or its history is applied anew."""
+
+    pod: str
+    rank: int
 
 
 class StateChange(NamedTuple):

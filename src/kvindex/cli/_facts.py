@@ -1,0 +1,128 @@
+"""What a stream's batches say about the engine behind it: sizes, hash forms, groups, and what else is in a block's
+hash."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, NamedTuple
+
+import msgpack
+
+from .. import AllBlocksCleared, BlockRemoved, BlockStored, EventDecodeError, decode_batch
+
+__all__ = ["Facts", "Group"]
+
+# An engine with thousands of adapters or salts is described by a few of them.
+EXAMPLES = 20
+
+
+class Group(NamedTuple):
+    """A group of a model's layers, as the stored events describe it."""
+
+    kind: str | None
+    window: int | None
+
+
+class Facts:
+    """What was seen so far. ``add`` takes a payload, and never raises for what is in it."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self.undecodable = 0
+        self.blocks = 0
+        """Blocks stored, as the engine counts them; so are those below."""
+        self.removed = 0
+        self.cleared = 0
+        self.without_tokens = 0
+        self.sizes: dict[int, Counter[int]] = {}
+        """By group: how many blocks of which size, in tokens."""
+        self.groups: dict[int, Group] = {}
+        self.hashes: Counter[str] = Counter()
+        self.adapters: Counter[str] = Counter()
+        self.salts: Counter[str] = Counter()
+        self.other_keys = 0
+        self.plain = 0
+        """Blocks in whose hash is nothing but tokens."""
+        self.media: Counter[str] = Counter()
+        self.ranks: Counter[int | None] = Counter()
+        self.first_ts: float | None = None
+
+    @property
+    def block_size(self) -> int | None:
+        """The size that an index should have: the smallest of the groups' usual ones. None before any stored event."""
+        usual = [sizes.most_common(1)[0][0] for sizes in self.sizes.values() if sizes]
+        return min(usual, default=None)
+
+    def add(self, payload: bytes) -> None:
+        self.batches += 1
+        try:
+            batch = decode_batch(payload)
+        except EventDecodeError:
+            self.undecodable += 1
+            return
+        if self.first_ts is None:
+            self.first_ts = batch.ts
+        self.ranks[batch.dp_rank] += 1
+        self._note_hashes(payload)
+        for event in batch.events:
+            if isinstance(event, BlockStored):
+                self._stored(event)
+            elif isinstance(event, BlockRemoved):
+                self.removed += len(event.block_hashes)
+                self.media[(event.medium or "GPU").upper()] += 0
+            elif isinstance(event, AllBlocksCleared):
+                self.cleared += 1
+
+    def _stored(self, event: BlockStored) -> None:
+        count = len(event.block_hashes)
+        self.blocks += count
+        self.media[(event.medium or "GPU").upper()] += count
+        group = event.group_idx or 0
+        if event.block_size and len(event.token_ids):
+            self.sizes.setdefault(group, Counter())[event.block_size] += count
+        else:
+            self.without_tokens += count
+        if event.kv_cache_spec_kind is not None or event.kv_cache_spec_sliding_window is not None:
+            self.groups[group] = Group(event.kv_cache_spec_kind, event.kv_cache_spec_sliding_window)
+        else:
+            self.groups.setdefault(group, Group(None, None))
+        adapter = event.lora_name
+        if adapter is None and event.lora_id not in (None, 0, -1):
+            adapter = str(event.lora_id)
+        salt, others = event.cache_salt, False
+        for place, keys in enumerate(event.extra_keys or ()):
+            for key in keys or ():
+                if key == adapter:
+                    continue
+                # vLLM puts the salt among the extra keys of a prompt's first block, as the only plain string there.
+                if isinstance(key, str) and place == 0 and event.parent_block_hash is None:
+                    salt = key
+                else:
+                    others = True
+        if adapter is not None and (adapter in self.adapters or len(self.adapters) < EXAMPLES):
+            self.adapters[adapter] += count
+        if salt is not None and (salt in self.salts or len(self.salts) < EXAMPLES):
+            self.salts[salt] += count
+        if others:
+            self.other_keys += count
+        if adapter is None and salt is None and not others:
+            self.plain += count
+
+    def _note_hashes(self, payload: bytes) -> None:
+        """How the wire writes hashes, which the decoded events do not tell any more."""
+        try:
+            batch: Any = msgpack.unpackb(payload, strict_map_key=False, unicode_errors="surrogateescape")
+            events = batch.get("events", ()) if isinstance(batch, dict) else batch[1]
+            for event in events:
+                hashes = event["block_hashes"] if isinstance(event, dict) else event[1]
+                for each in hashes[:1]:
+                    self.hashes[_form(each)] += len(hashes)
+        # What is broken is counted by whoever decodes it.
+        except (ValueError, TypeError, IndexError, KeyError, AttributeError, RecursionError, msgpack.UnpackException):
+            return
+
+
+def _form(value: Any) -> str:
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes"
+    return "integers"

@@ -1,0 +1,83 @@
+"""How the commands that follow live streams are told of pods."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from .. import EventManager, PodSource, StreamError
+from ..discovery import PodFile, read_pods
+from ._terminal import CommandError, positive
+
+__all__ = ["add_arguments", "followed", "sources"]
+
+POD = "[NAME=]ENDPOINT[,REPLAY_ENDPOINT] (a port alone is one at the same host), or http://HOST:PORT of vLLM or SGLang"
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, several: bool = True) -> None:
+    """What says which pods, and what their events do not say about themselves."""
+    if several:
+        parser.add_argument("pods", nargs="*", metavar="POD", help=POD)
+        parser.add_argument("--pods", dest="file", metavar="FILE", help="a list of pods, as YAML or JSON")
+    else:
+        parser.add_argument("pods", nargs=1, metavar="POD", help=POD)
+    parser.add_argument(
+        "--replay", action="append", default=[], metavar="ENDPOINT", help="or port, of the first POD without one"
+    )
+    parser.add_argument("--ranks", type=positive, default=1, metavar="N", help="of each, at following ports (1)")
+    parser.add_argument("--model", help="that they serve; prompts are asked for the same")
+
+
+def sources(args: argparse.Namespace) -> list[PodSource]:
+    """The pods that the command line names; asks servers over HTTP. Raises a KVIndexError that says what is wrong."""
+    return _different(_named(args) + (list(read_pods(args.file).values()) if getattr(args, "file", None) else []))
+
+
+@contextmanager
+def followed(manager: EventManager, args: argparse.Namespace) -> Iterator[None]:
+    """Follow the pods that the command line names, and its file as it changes."""
+    if not args.file:
+        for source in sources(args):
+            manager.add_pod(source)
+        yield
+        return
+    for source in _named(args):
+        manager.add_pod(source)
+    with PodFile(manager, args.file):
+        yield
+
+
+def _named(args: argparse.Namespace) -> list[PodSource]:
+    answers = list(args.replay)
+    found = [_source(text, args, answers) for text in args.pods]
+    if answers:
+        raise CommandError(f"--replay {answers[0]}: there is no POD for it that has no replay endpoint yet")
+    return found
+
+
+def _different(found: list[PodSource]) -> list[PodSource]:
+    if not found:
+        raise CommandError("no pods: name them as NAME=tcp://HOST:PORT,REPLAY_PORT")
+    names = [source.name for source in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise CommandError(f"pod {twice[0]!r} is named twice; NAME=ENDPOINT tells them apart")
+    return found
+
+
+def _source(text: str, args: argparse.Namespace, answers: list[str]) -> PodSource:
+    if text.startswith(("http://", "https://")):
+        return _ask(text, args.model)
+    if answers and "," not in text:
+        text = f"{text},{answers.pop(0)}"
+    return PodSource.from_string(text, model=args.model or "", dp_size=args.ranks)
+
+
+def _ask(url: str, model: str | None) -> PodSource:
+    try:
+        return PodSource.from_vllm(url, model=model)
+    except StreamError as as_vllm:
+        try:
+            return PodSource.from_sglang(url, model=model)
+        except StreamError as as_sglang:
+            raise CommandError(f"asked as vLLM: {as_vllm}; asked as SGLang: {as_sglang}") from None

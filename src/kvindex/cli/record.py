@@ -1,0 +1,198 @@
+"""``kvindex record``: live streams into a capture, which ``kvindex replay`` reads."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from .. import EventManager, PodSource, PrefixIndex
+from ..capture import CaptureWriter, Forget, Message
+from ..sync.status import Batch, Forgotten
+from ._facts import Facts
+from ._pods import add_arguments, sources
+from ._terminal import console, positive, seconds
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["add_parser"]
+
+# Seconds. What a killed process may lose, and how often a line is printed where nothing can be drawn over.
+FLUSH = 1.0
+LINE = 10.0
+
+# Batches that wait for the first one that says what a block is, before the header is written without it.
+PATIENCE = 1000
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "record",
+        help="capture live streams",
+        description="Follow live streams and write every batch, as it was published, in the order in which an index "
+        "applies them, with the time of its arrival. With a replay endpoint the capture starts with what the publisher "
+        "still has. Ends by Ctrl-C, or when --seconds or --batches are over. Exit status 1 when there was no batch.",
+    )
+    add_arguments(parser)
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="to write; gzip over msgpack")
+    parser.add_argument("--seconds", type=seconds, metavar="N", help="to record")
+    parser.add_argument("--batches", type=positive, metavar="N", help="to record, of all pods together")
+    parser.add_argument("--block-size", type=positive, metavar="TOKENS",
+                        help="of the index that will read this (what the engines say)")  # fmt: skip
+    parser.set_defaults(run=run)
+
+
+class Recorder:
+    """Writes what it is shown by the manager's thread; everything else is for the main thread."""
+
+    def __init__(self, path: str, header: dict[str, Any], block_size: int | None, most: int | None) -> None:
+        self.batches: Counter[str] = Counter()
+        self.bytes = 0
+        self.failed: OSError | None = None
+        self.over = threading.Event()
+        self._path = path
+        self._header = header
+        self._size = block_size
+        self._most = most
+        self._facts = Facts()
+        self._early: list[Message | Forget] = []
+        self._writer: CaptureWriter | None = None
+        self._lock = threading.Lock()
+        with open(path, "wb"):
+            pass  # what can not be written is told before anything is recorded
+
+    def show(self, item: Batch | Forgotten) -> None:
+        with self._lock:
+            if self.over.is_set():
+                return
+            try:
+                self._take(item)
+            except OSError as error:
+                self.failed = error
+                self.over.set()
+
+    def _take(self, item: Batch | Forgotten) -> None:
+        now = time.time()
+        if isinstance(item, Forgotten):
+            self._write(Forget(item.pod, item.rank, now))
+            return
+        topic = (item.topic or b"").decode("utf-8", "replace")
+        if self._size is None and self._writer is None:
+            self._facts.add(item.payload)
+            self._size = self._facts.block_size
+        self._write(Message(item.pod, topic, item.seq, item.payload, now, item.rank))
+        self.batches[item.pod] += 1
+        self.bytes += len(item.payload)
+        if self._most is not None and self.batches.total() >= self._most:
+            self.over.set()
+
+    def _write(self, record: Message | Forget) -> None:
+        if self._writer is None:
+            self._early.append(record)
+            if self._size is not None or len(self._early) >= PATIENCE:
+                self._open()
+            return
+        self._writer.write(record)
+
+    def _open(self) -> None:
+        # Level 9, which the samples have, takes several times as long, in the thread that all streams wait for.
+        self._writer = CaptureWriter(self._path, {"block_size": self._size or 16, **self._header}, level=3)
+        for record in self._early:
+            self._writer.write(record)
+        self._early.clear()
+
+    def flush(self) -> None:
+        with self._lock:
+            if self._writer is not None:
+                self._writer.flush()
+
+    def close(self) -> None:
+        with self._lock:
+            self.over.set()
+            if self._writer is None:
+                self._open()
+            assert self._writer is not None
+            self._writer.close()
+
+
+def run(args: argparse.Namespace) -> int:
+    out = console()
+    pods = sources(args)
+    recorder = Recorder(args.output, header(pods), args.block_size, args.batches)
+    index = PrefixIndex(block_size=args.block_size or 16)
+    if threading.current_thread() is threading.main_thread():
+        # Whoever stops a container wants the end of the file as well; and a shell starts what it puts into the
+        # background with Ctrl-C switched off.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
+    with EventManager(index) as manager:
+        manager.tap(recorder.show)
+        try:
+            for source in pods:
+                manager.add_pod(source)
+            watch(out, manager, recorder, args.seconds)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            recorder.close()
+        return summary(out, manager, recorder, args.output)
+
+
+def header(pods: list[PodSource]) -> dict[str, Any]:
+    made: dict[str, Any] = {"pods": [source.name for source in pods], "recorded_at": time.time()}
+    models = {source.model for source in pods}
+    if len(models) == 1 and (model := models.pop()):
+        made["model"] = model
+    return made
+
+
+def watch(out: Console, manager: EventManager, recorder: Recorder, limit: float | None) -> None:
+    """Until it is over."""
+    start = time.monotonic()
+    due = start + LINE
+    with ExitStack() as stack:
+        spinner = stack.enter_context(out.status("")) if out.is_terminal else None
+        while not recorder.over.is_set():
+            now = time.monotonic()
+            if limit is not None and now >= start + limit:
+                return
+            line = progress(manager, recorder)
+            if spinner is not None:
+                spinner.update(line)
+            elif now >= due:
+                out.print(line, markup=False)
+                due = now + LINE
+            recorder.flush()
+            recorder.over.wait(FLUSH if limit is None else min(FLUSH, start + limit - now))
+
+
+def progress(manager: EventManager, recorder: Recorder) -> str:
+    status = manager.status()
+    states = Counter(pod.state for pod in status.values())
+    shown = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+    return f"{recorder.batches.total():,} batches, {recorder.bytes:,} bytes; pods: {shown}; Ctrl-C ends it"
+
+
+def summary(out: Console, manager: EventManager, recorder: Recorder, path: str) -> int:
+    if recorder.failed is not None:
+        raise recorder.failed
+    for name, pod in manager.status().items():
+        told = f"{recorder.batches[name]:,} batches" if recorder.batches[name] else "nothing"
+        if pod.lost_batches:
+            told += f", {pod.lost_batches:,} lost"
+        if pod.restarts:
+            told += f", {pod.restarts} restarts"
+        why = f" ({pod.reason})" if pod.reason else ""
+        out.print(f"{name}: {told}; {pod.state}{why}", markup=False, soft_wrap=True)
+    if not recorder.batches:
+        out.print("there was nothing to record: kvindex doctor says why", style="bold red")
+        return 1
+    size = os.path.getsize(path)
+    out.print(f"{path}: {recorder.batches.total():,} batches, {size:,} bytes", markup=False, soft_wrap=True)
+    return 0

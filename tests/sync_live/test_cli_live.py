@@ -1,0 +1,233 @@
+"""The commands that follow live streams, against publishers in this process and pods in processes of their own."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import zmq
+from sync_support import LivePublisher, nothing_left_behind, until
+
+from kvindex import CaptureError, PrefixIndex
+from kvindex.capture import Forget, Message, read_capture
+from kvindex.cli import main
+
+LONG = 30.0
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """Runs ``kvindex ARGUMENTS`` in this process, as into a pipe; gives status, standard output and error."""
+    monkeypatch.setenv("COLUMNS", "200")
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def run(*arguments):
+        with nothing_left_behind():
+            status = main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    yield run
+    for number, handler in handlers:
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def pod():
+    with LivePublisher(name="pod") as made:
+        yield made
+
+
+def port(endpoint):
+    return endpoint.rpartition(":")[2]
+
+
+def word(pod, *, replay=True):
+    endpoint, answers = pod.ranks[0]
+    return f"{pod.name}={endpoint},{port(answers)}" if replay else f"{pod.name}={endpoint}"
+
+
+@pytest.fixture
+def refusing():
+    """An endpoint where nobody listens."""
+    with zmq.Context() as context, context.socket(zmq.PUB) as sock:
+        number = sock.bind_to_random_port("tcp://127.0.0.1")
+    return f"tcp://127.0.0.1:{number}"
+
+
+# record
+
+
+def recorded(path):
+    header, *records = read_capture(path)
+    return header, records
+
+
+def test_a_recording_has_every_batch_and_its_time(command, pod, tmp_path):
+    path = tmp_path / "x.gz"
+    pod.publish(30)
+    status, out, _ = command("record", word(pod), "-o", path, "--batches", 30, "--model", "m")
+    assert status == 0
+    assert "pod: 30 batches" in out
+    header, records = recorded(path)
+    assert (header["block_size"], header["pods"], header["model"]) == (4, ["pod"], "m")
+    assert [(each.pod, each.seq, each.rank) for each in records] == [("pod", number, 0) for number in range(30)]
+    times = [each.at for each in records]
+    assert times == sorted(times)
+    index = PrefixIndex(block_size=4)
+    for each in records:
+        index.ingest(each.pod, each.payload, model="m")
+    assert index.match_prefix(pod.chain(), model="m").tokens == {"pod": 120}
+    status, out, _ = command("replay", path)
+    assert status == 0
+    assert re.search(r"pod +│ exact +│ +30 │ +30 │", out)
+
+
+def test_a_recording_of_live_batches_without_a_replay(command, pod, tmp_path):
+    path = tmp_path / "x.gz"
+    stop = threading.Event()
+
+    def publish():
+        while not stop.wait(0.005):
+            pod.publish()
+
+    thread = threading.Thread(target=publish)
+    thread.start()
+    try:
+        status, out, _ = command("record", pod.ranks[0][0], "-o", path, "--batches", 5, "--block-size", 8)
+    finally:
+        stop.set()
+        thread.join()
+    assert status == 0
+    header, records = recorded(path)
+    assert header["block_size"] == 8
+    assert len(records) == 5
+    assert {each.topic for each in records} == {"kv@pod@m"}
+    assert [each.seq for each in records] == [records[0].seq + n for n in range(5)]
+    assert "degraded" in out or records[0].seq == 0
+
+
+def test_several_pods_with_the_replay_endpoints_apart(command, pod, tmp_path):
+    path = tmp_path / "x.gz"
+    with LivePublisher(name="other", ranks=1) as other:
+        pod.publish(3)
+        other.publish(4)
+        replays = [part for each in (pod, other) for part in ("--replay", each.ranks[0][1])]
+        words = [word(each, replay=False) for each in (pod, other)]
+        status, _, _ = command("record", *words, *replays, "-o", path, "--batches", 7)
+    assert status == 0
+    assert {name: sum(each.pod == name for each in recorded(path)[1]) for name in ("pod", "other")} == {
+        "pod": 3,
+        "other": 4,
+    }
+
+
+def test_nothing_to_record_ends_with_1_and_an_empty_capture(command, refusing, tmp_path):
+    path = tmp_path / "x.gz"
+    status, out, _ = command("record", f"a={refusing}", "-o", path, "--seconds", 0.3)
+    assert status == 1
+    assert "kvindex doctor" in out
+    assert "a: nothing; stale" in out
+    assert recorded(path) == (recorded(path)[0], [])
+
+
+class Recording:
+    """``kvindex record`` as a process of its own."""
+
+    def __init__(self, *arguments):
+        code = "import sys; from kvindex.cli import main; sys.exit(main())"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, "record", *map(str, arguments)],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+def readable(path):
+    """What is there of a capture that may be cut."""
+    got = []
+    try:
+        for each in read_capture(path):
+            got.append(each)
+    except (CaptureError, FileNotFoundError):
+        pass
+    return got[1:]
+
+
+@pytest.mark.parametrize(("number", "restarts"), [(signal.SIGINT, 1), (signal.SIGTERM, 0)])
+def test_an_interrupt_ends_a_recording_well_and_a_restart_is_in_it(pod, tmp_path, number, restarts):
+    path = tmp_path / "x.gz"
+    pod.publish(10)
+    with Recording(word(pod), "-o", path, "--model", "m") as recording:
+        until(lambda: len(readable(path)) == 10, LONG)
+        if restarts:
+            pod.restart()
+        pod.publish(2)
+        until(lambda: len(readable(path)) == 12 + restarts, LONG)
+        recording.process.send_signal(number)
+        out, _ = recording.process.communicate(timeout=LONG)
+        assert recording.process.returncode == 0, out
+    assert "12 batches" in out
+    assert ("1 restarts" in out) == bool(restarts)
+    _, records = recorded(path)
+    assert [type(each) for each in records] == [Message] * 10 + [Forget] * restarts + [Message] * 2
+    assert [each.seq for each in records[-2:]] == ([0, 1] if restarts else [10, 11])
+
+
+def test_a_recording_that_is_killed_can_be_read(command, pod, tmp_path):
+    path = tmp_path / "x.gz"
+    pod.publish(10)
+    with Recording(word(pod), "-o", path) as recording:
+        until(lambda: len(readable(path)) == 10, LONG)
+        recording.process.kill()
+        recording.process.wait()
+    status, out, _ = command("replay", path)
+    assert status == 2
+    assert re.search(r"pod +│ exact +│ +10 │", out)
+    assert "after a whole record" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "no pods"),
+        (("nonsense",), "is no [NAME=]ENDPOINT"),
+        (("a=tcp://h:1", "a=tcp://h:2"), "named twice"),
+        (("a=tcp://h:1,2", "--replay", "3"), "no POD for it"),
+        (("http://127.0.0.1:1",), "asked as vLLM"),
+        (("--pods", "/nonexistent/pods.yaml"), "pods.yaml"),
+        (("a=tcp://h:1", "-o", "/nonexistent/x.gz"), "x.gz"),
+        (("a=tcp://127.0.0.1:65535", "--ranks", "2"), "65536"),
+    ],
+)
+def test_what_can_not_be_recorded_is_refused_with_2(command, tmp_path, arguments, message):
+    more = () if "-o" in arguments else ("-o", tmp_path / "x.gz")
+    status, out, err = command("record", *arguments, *more, "--seconds", 0.2)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("option", [("--seconds", "0"), ("--seconds", "inf"), ("--batches", "0")])
+def test_numbers_that_are_none_are_refused(command, tmp_path, option, capsys):
+    with pytest.raises(SystemExit) as caught:
+        command("record", "a=tcp://h:1", "-o", tmp_path / "x.gz", *option)
+    assert caught.value.code == 2
+
+
+def test_a_disk_that_is_full_is_an_error(command, pod):
+    pod.publish(3)
+    status, _, err = command("record", word(pod), "-o", "/dev/full", "--batches", 3)
+    assert status == 2
+    assert "No space left" in err
