@@ -70,6 +70,7 @@ help:
 	@echo 'make test-kv-sync-e2e  pods, an index and routers as processes, against what the pods know themselves'
 	@echo 'make test-kv-sync-chaos  every fault there is: what the index claimed meanwhile, and how it recovered'
 	@echo 'make e2e-quick         the part of it that every change has to pass'
+	@echo 'make e2e-engines       the caches and publishers of vLLM and SGLang themselves, against their own answers'
 	@echo 'make clean             remove everything built, and .venv'
 
 build: .venv/.installed
@@ -176,9 +177,20 @@ clean:
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 # End to end: processes of their own over real sockets.
-.PHONY: test-kv-sync-e2e e2e-quick
+.PHONY: test-kv-sync-e2e e2e-quick e2e-engines
 test-kv-sync-e2e: .venv/.test-tools
 	$(BIN)/python -m pytest -q e2e
 
 e2e-quick: .venv/.test-tools
 	$(BIN)/python -m pytest -q e2e -m quick
+
+# Real engines, in an environment of their own that is about 4 GB.
+ENGINES := .build/engines
+$(ENGINES)/.installed: e2e/engines/requirements.txt | .venv/.test-tools
+	$(BIN)/python -m venv $(ENGINES)
+	$(ENGINES)/bin/python -m pip --disable-pip-version-check --no-input install --quiet -r e2e/engines/requirements.txt
+	$(ENGINES)/bin/python -m pip --disable-pip-version-check --no-input install --quiet --no-deps vllm==0.33.0 sglang==0.5.23
+	touch $@
+
+e2e-engines: $(ENGINES)/.installed
+	$(BIN)/python -m e2e.engines --python $(ENGINES)/bin/python

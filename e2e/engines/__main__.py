@@ -1,0 +1,318 @@
+"""``python -m e2e.engines``: every case of every engine, and the number of answers that are not the engine's own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from kvindex import EventManager, KVIndexError, PrefixIndex
+from kvindex.capture import CaptureWriter, Message, Query
+from kvindex.sim import Arrival, Prompt
+from kvindex.sim.control import ToldProcess
+from kvindex.sim.process import SimConfig, SimProcess, prompt_map
+from kvindex.sync.stream import Policy
+
+from ..fleet import BRISK, ROOT, Comparison, at_rest, compare, source, until
+from .cases import CASES, Case, workload
+
+MODEL = "m"
+
+
+class EngineProcess(SimProcess):
+    """A pod of a real engine from outside: asked, followed and compared as a simulated one."""
+
+    #: The wire form of the simulated engine that names adapters as this one does.
+    FORMS = {"vllm": "vllm-0.33.0", "sglang": "sglang-0.5.22"}  # noqa: RUF012
+
+    def __init__(self, engine: str, name: str, python: Path) -> None:
+        self.engine = engine
+        self._program = [str(python), "-m", "e2e.engines.pod", engine]
+        # Importing such an engine takes 10 to 40 seconds of CPU time.
+        super().__init__(
+            SimConfig(name=name, model=MODEL, form=self.FORMS[engine]), timeout=300.0,
+            env={"PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+
+    def launch(self) -> None:
+        self._command = self._program
+        ToldProcess.launch(self)
+
+    def configure(self, options: dict[str, Any]) -> None:
+        """Make another engine in the process."""
+        self.ready = self.ask("configure", options={**options, "topic": f"kv@{self.name}@{MODEL}"})
+
+    def serve_all(self, arrivals: Iterable[Arrival], rank: int = 0, steps: int | None = None) -> None:
+        requests = [
+            {**prompt_map(each.prompt), "output": np.asarray(each.output, dtype="<u4").tobytes()} for each in arrivals
+        ]
+        self.ask("serve_all", requests=requests, rank=rank, steps=steps)
+
+
+class Recorder:
+    """An index that writes down what is applied to it, in the order in which it is applied."""
+
+    def __init__(self, index: PrefixIndex, writer: CaptureWriter) -> None:
+        self._index = index
+        self._writer = writer
+        self._seqs: Counter[tuple[str, int | None]] = Counter()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._index, name)
+
+    def ingest(self, pod: str, payload: bytes, *, model: str = "", dp_rank: int | None = None) -> Any:
+        seq = self._seqs[pod, dp_rank]
+        self._seqs[pod, dp_rank] += 1
+        topic = f"kv@{pod}@{model}"
+        self._writer.write(Message(pod, topic, seq, payload))
+        return self._index.ingest(pod, payload, model=model, dp_rank=dp_rank)
+
+
+class Here:
+    """An index in this process, asked as one in another is: see :class:`e2e.fleet.IndexProcess`."""
+
+    def __init__(self, index: PrefixIndex, manager: EventManager) -> None:
+        self.index = index
+        self.manager = manager
+
+    def status(self) -> dict[str, Any]:
+        return {name: status.as_dict() for name, status in self.manager.status().items()}
+
+    def match(self, prompts: Iterable[Prompt], *, model: str) -> dict[str, Any]:
+        answers = []
+        for prompt in prompts:
+            match = self.index.match_prefix(
+                prompt.tokens, model=model, lora_name=prompt.lora_name, cache_salt=prompt.cache_salt
+            )
+            answers.append(
+                {
+                    pod: {"tokens": n, "ranks": match[pod].ranks, "media": match[pod].media}
+                    for pod, n in match.tokens.items()
+                }
+            )
+        return {"answers": answers}
+
+
+def run(case: Case, pods: Sequence[EngineProcess], requests: int, record: Path | None) -> dict[str, Any]:
+    """Serve the case's workload in slices; between them, with requests half done, ask about everything seen so far."""
+    start = time.monotonic()
+    dice = random.Random(case.feature)
+    for pod in pods:
+        pod.configure(case.options)
+    index = PrefixIndex(**case.index)
+    total = Comparison()
+    with ExitStack() as stack:
+        applied: Any = index
+        writer = None
+        if record is not None and case.sample is not None:
+            header = {
+                "engine": case.engine, "version": versions(pods[0])[case.engine], "block_size": index.block_size,
+                "pods": [pod.name for pod in pods], "model": MODEL, "options": case.options, "feature": case.feature,
+            }  # fmt: skip
+            writer = stack.enter_context(CaptureWriter(record / f"{case.sample}.msgpack.gz", header))
+            applied = Recorder(index, writer)
+        manager = stack.enter_context(EventManager(applied, policy=Policy(**BRISK)))
+        here: Any = Here(index, manager)
+        for pod in pods:
+            manager.add_pod(source(pod, **case.source))
+        arrivals = workload(case, requests)
+        asked = 0
+        for first in range(0, len(arrivals), 6):
+            for pod in pods:
+                mine = [each for each in arrivals[first : first + 6] if case.together or dice.random() < 0.6]
+                for rank in range(case.options.get("ranks", 1)):
+                    pod.serve_all(
+                        mine[rank :: case.options.get("ranks", 1)], rank, steps=dice.choice([3, 10, 40, None])
+                    )
+            settle(here, pods, case)
+            prompts = questions(arrivals[: first + 6], dice)
+            found = ask(here, pods, prompts, case)
+            if writer is not None:
+                write_queries(writer, pods, prompts, asked)
+            asked += len(prompts)
+            add(total, found)
+            if case.resets and first % 18 == 12:
+                pod = dice.choice(list(pods))
+                for rank in range(case.options.get("ranks", 1)):
+                    pod.serve_all([], rank)
+                    assert pod.ask("reset", rank=rank)["done"]
+        for pod in pods:
+            for rank in range(case.options.get("ranks", 1)):
+                pod.serve_all([], rank)
+        settle(here, pods, case)
+        add(total, ask(here, pods, [each.prompt for each in arrivals], case))
+        index._check()
+        status = manager.status()
+    figures: Counter[str] = Counter()
+    for pod in pods:
+        figures.update(pod.ask("status")["figures"])
+    return {
+        "engine": case.engine,
+        "feature": case.feature,
+        "answers": total.answers,
+        "hit_tokens": total.hit_tokens,
+        "differences": [list(each) for each in total.differences],
+        "batches": sum(each.batches for each in status.values()),
+        "lost": sum(each.lost_batches for each in status.values()),
+        "errors": dict(sum((Counter(each.errors) for each in status.values()), Counter())),
+        "figures": dict(figures),
+        "failed": None,
+        "missing": [name for name in case.shows if not figures[name]],
+        "seconds": round(time.monotonic() - start, 1),
+    }
+
+
+def failed(case: Case, error: Exception) -> dict[str, Any]:
+    """The row of a case that came to no end; the others go on."""
+    counts = dict.fromkeys(("answers", "hit_tokens", "batches", "lost", "seconds"), 0)
+    named: dict[str, Any] = {
+        "engine": case.engine,
+        "feature": case.feature,
+        "differences": [],
+        "errors": {},
+        "figures": {},
+    }
+    return {**named, **counts, "missing": [], "failed": f"failed: {type(error).__name__}: {error}"}
+
+
+def settle(here: Any, pods: Sequence[EngineProcess], case: Case) -> None:
+    if not case.degraded:
+        at_rest(here, pods, 120.0)
+        return
+    wanted = {pod.name: {rank: seq - 1 for rank, seq in pod.seqs().items()} for pod in pods}
+    until(
+        lambda: all(
+            here.status()[name]["workers"][rank]["last_seq"] == seq
+            for name, ranks in wanted.items()
+            for rank, seq in ranks.items()
+        ),
+        here.status,
+        120.0,
+    )
+
+
+def ask(here: Any, pods: Sequence[EngineProcess], prompts: Sequence[Prompt], case: Case) -> Comparison:
+    found = compare(here, pods, prompts)
+    if case.degraded:
+        # What is wrong there is an answer that says too much, or one that does not say how far it can be trusted.
+        found.differences = [each for each in found.differences if each.indexed > each.actual]
+        states = {pod.name: here.index.pod_state(pod.name) for pod in pods}
+        assert set(states.values()) == {"degraded"}, states
+    return found
+
+
+def add(total: Comparison, part: Comparison) -> None:
+    total.answers += part.answers
+    total.hit_tokens += part.hit_tokens
+    total.differences += part.differences
+
+
+def questions(seen: Sequence[Arrival], dice: random.Random) -> list[Prompt]:
+    """Some of what was served lately, prompts that follow it, and some that leave it in the middle."""
+    found = []
+    for each in dice.sample(list(seen[-30:]), min(5, len(seen))):
+        prompt = each.prompt
+        whole = np.concatenate([prompt.tokens, each.output])
+        cut = whole[: dice.randrange(1, len(whole) + 1)].copy()
+        if dice.random() < 0.3:
+            cut[-1] ^= 1
+        for tokens in (prompt.tokens, whole, cut):
+            found.append(
+                Prompt(tokens, lora_name=prompt.lora_name, lora_id=prompt.lora_id, cache_salt=prompt.cache_salt)
+            )
+    return found
+
+
+def write_queries(writer: CaptureWriter, pods: Sequence[EngineProcess], prompts: Sequence[Prompt], first: int) -> None:
+    truths = {pod.name: pod.truths(prompts)["hits"] for pod in pods}
+    for number, prompt in enumerate(prompts):
+        hits = {name: max(truth[number].values()) for name, truth in truths.items()}
+        writer.write(
+            Query(f"q{first + number}", prompt.tokens, hits, prompt.lora_name, prompt.lora_id, prompt.cache_salt)
+        )
+
+
+def versions(pod: EngineProcess) -> dict[str, str]:
+    """What is installed beside the pods."""
+    program = "import importlib.metadata as m, sys; print(m.version(sys.argv[1]))"
+    found = subprocess.run([pod._program[0], "-c", program, pod.engine], capture_output=True, text=True, check=True)
+    return {pod.engine: found.stdout.strip()}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    shown = Table(title="answers of the index compared with the engines' own", title_justify="left")
+    for name in ("engine", "feature"):
+        shown.add_column(name)
+    for name in ("answers", "differences", "tokens held", "batches", "seconds"):
+        shown.add_column(name, justify="right")
+    shown.add_column("what happened in the engines")
+    for row in rows:
+        happened = ", ".join(f"{name} {count:,}" for name, count in sorted(row["figures"].items()) if count)
+        wrong = len(row["differences"])
+        shown.add_row(
+            row["engine"], row["feature"], f"{row['answers']:,}", f"[red]{wrong:,}[/]" if wrong else "0",
+            f"{row['hit_tokens']:,}", f"{row['batches']:,}", f"{row['seconds']:.1f}", happened,
+        )  # fmt: skip
+    return shown
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m e2e.engines", description=__doc__)
+    parser.add_argument("--python", type=Path, default=ROOT / ".build/engines/bin/python", help="that has the engines")
+    parser.add_argument("--only", metavar="TEXT", help="cases whose engine and feature have this in them")
+    parser.add_argument("--requests", type=int, default=150, help="a case (%(default)s)")
+    parser.add_argument("--record", type=Path, metavar="DIR", help="write the samples there")
+    parser.add_argument("--out", type=Path, default=ROOT / ".build/e2e-engines.json")
+    args = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    rows = []
+    cases = [case for case in CASES if args.only is None or args.only in f"{case.engine} {case.feature}"]
+    for engine in dict.fromkeys(case.engine for case in cases):
+        with ExitStack() as stack:
+            pods = [stack.enter_context(EngineProcess(engine, f"{engine}-{n}", args.python)) for n in range(2)]
+            for case in cases:
+                if case.engine != engine:
+                    continue
+                try:
+                    row = run(case, pods, args.requests, args.record)
+                except (AssertionError, KVIndexError) as error:
+                    row = failed(case, error)
+                rows.append(row)
+                told = f"{engine}, {case.feature}: {row['answers']:,} answers, {len(row['differences'])} differences"
+                console.print(
+                    told, *[f"missing {name}" for name in row["missing"]], row["errors"] or "", highlight=False
+                )
+                for each in row["differences"][:3]:
+                    console.print("   prompt, pod, place, indexed, actual:", each, highlight=False)
+    console.print(table(rows))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(rows, indent=1))
+    answers = sum(row["answers"] for row in rows)
+    wrong = sum(len(row["differences"]) for row in rows)
+    empty = [
+        f"{row['engine']}, {row['feature']}"
+        for row in rows
+        if row["failed"] or row["missing"] or row["lost"] or not row["hit_tokens"]
+    ]
+    console.print(f"e2e-engines: {answers:,} answers compared, {wrong} differences, {len(rows)} cases")
+    if empty:
+        console.print(
+            f"these failed, lost batches, or were not about what they say: {'; '.join(empty)}", style="bold red"
+        )
+    return 1 if wrong or empty or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""What is tried of each real engine, and how a run shows that it was about that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvindex.sim import Arrival, chat
+
+__all__ = ["CASES", "Case", "workload"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One feature: the engine's options, what users send, and the figures that must not be zero."""
+
+    engine: str
+    feature: str
+    options: dict[str, Any] = field(default_factory=dict)
+    chat: dict[str, Any] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
+    """Options of :class:`PodSource`."""
+    index: dict[str, Any] = field(default_factory=dict)
+    shows: tuple[str, ...] = ("BlockStored", "BlockRemoved")
+    together: bool = False
+    """Every prompt is sent four times at once."""
+    resets: bool = False
+    sample: str | None = None
+    """Of this name a recording is kept with the tests."""
+    degraded: bool = False
+    """What the engine publishes in this case can not be placed, and the index has to say so and answer nothing."""
+
+
+_NAMES = {"adapters": (None, "adapter-a", "adapter-b"), "salts": (None, "tenant-x")}
+_FULL = ["full", 16]
+
+
+def _vllm(feature: str, **options: Any) -> Case:
+    return Case(engine="vllm", feature=feature, **options)
+
+
+def _sglang(feature: str, **options: Any) -> Case:
+    return Case(engine="sglang", feature=feature, **options)
+
+
+CASES: tuple[Case, ...] = (
+    _vllm("full attention, int hashes", sample="vllm-0.33.0-full-attention"),
+    _vllm("full attention, bytes hashes", options={"hashes": "bytes"}),
+    _vllm("full attention, sha256_cbor", options={"hash": "sha256_cbor", "hashes": "bytes"}),
+    _vllm("LoRA and salts", options={"hashes": "bytes"}, chat=_NAMES, sample="vllm-0.33.0-lora-salt-bytes-hashes"),
+    *(
+        _vllm(
+            f"sliding window of {window}",
+            options={"groups": [_FULL, ["sliding", 16, window]], "blocks": 350},
+            sample="vllm-0.33.0-sliding-window" if window == 100 else None,
+        )
+        for window in (17, 64, 100, 192, 256, 1024)
+    ),
+    _vllm(
+        "several windows",
+        options={"groups": [_FULL, ["sliding", 16, 48], ["sliding", 16, 200]], "blocks": 500},
+        chat=_NAMES,
+    ),
+    _vllm("sliding window alone", options={"groups": [["sliding", 16, 100]]}),
+    _vllm(
+        "windows with blocks left out",
+        options={"groups": [_FULL, ["sliding", 16, 40]], "retention": 96, "blocks": 350},
+        shows=("BlockStored", "BlockRemoved", "masked"), sample="vllm-0.33.0-masked-blocks",
+    ),
+    _vllm("blocks of 32 and 64 tokens", options={"groups": [["full", 32], ["sliding", 64, 130]], "blocks": 100}),
+    _vllm("chunked local attention", options={"groups": [_FULL, ["chunked", 16, 128]], "blocks": 350},
+          source={"chunk_size": 128}),
+    _vllm("mamba layers", options={"groups": [_FULL, ["mamba", 16]], "blocks": 400},
+          sample="vllm-0.33.0-mamba"),
+    _vllm("data-parallel ranks", options={"ranks": 2, "blocks": 150}),
+    _vllm("chunked prefill", options={"tokens_per_step": 48}, shows=("BlockStored", "BlockRemoved", "chunks")),
+    _vllm("preemption", options={"blocks": 130}, chat={"output_tokens": 260},
+          shows=("BlockStored", "BlockRemoved", "preempted"), sample="vllm-0.33.0-preemption"),
+    _vllm("duplicate copies", options={"blocks": 300, "tokens_per_step": 4096}, together=True,
+          shows=("BlockStored", "BlockRemoved", "copies"), sample="vllm-0.33.0-duplicate-copies"),
+    _vllm("resets", resets=True, shows=("BlockStored", "AllBlocksCleared", "resets")),
+    _vllm(
+        "all of it",
+        options={"groups": [_FULL, ["sliding", 16, 100]], "blocks": 170, "tokens_per_step": 96, "ranks": 2,
+                 "hashes": "bytes"},
+        chat={**_NAMES, "output_tokens": 160}, resets=True,
+        shows=("BlockStored", "BlockRemoved", "AllBlocksCleared", "preempted", "chunks"),
+    ),
+    _sglang("pages of 16", sample="sglang-0.5.23-pages"),
+    _sglang("pages of 64", options={"page_size": 64, "blocks": 50}),
+    _sglang("pages of 1", options={"page_size": 1, "blocks": 3200}, index={"block_size": 1}),
+    _sglang("salts", chat={"salts": (None, "tenant-x", "tenant-y")}),
+    _sglang("LoRA and salts", options={"dynamo": True}, chat=_NAMES, sample="sglang-0.5.23-lora-salt"),
+    _sglang("LoRA, SGLang's own form", chat={"adapters": (None, "adapter-a", "adapter-b")}),
+    _sglang("data-parallel ranks", options={"ranks": 2, "blocks": 150}),
+    _sglang("chunked prefill", options={"tokens_per_step": 48}, shows=("BlockStored", "BlockRemoved", "chunks")),
+    _sglang("equal prompts at once", together=True),
+    _sglang("EAGLE, whose tokens are pairs", options={"eagle": True}, degraded=True, shows=("BlockStored",)),
+    _sglang("resets", resets=True, shows=("BlockStored", "AllBlocksCleared", "resets")),
+)  # fmt: skip
+
+
+def workload(case: Case, requests: int, seed: int = 0) -> list[Arrival]:
+    """What users send: several turns of conversations, so that each prompt repeats what was before."""
+    # Tokens below 128 are one byte on the wire, which keeps the recordings small; blocks stay distinct all the same.
+    options = {"system_prompts": 2, "system_tokens": 200, "user_tokens": 60, "output_tokens": 64, "vocabulary": 128}
+    arrivals = chat(
+        conversations=-(-requests // 3), turns=3, rate=2.0, think=3.0, regenerate=0.2, seed=seed,
+        **{**options, **case.chat},
+    )[:requests]  # fmt: skip
+    return [each for each in arrivals for _ in range(4)] if case.together else arrivals

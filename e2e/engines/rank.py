@@ -1,0 +1,61 @@
+"""What a real engine has to be able to do to be a pod: one data-parallel rank of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from kvindex.sim import Prompt
+
+
+class Rank(ABC):
+    """One data-parallel rank: an engine's own cache and publisher.
+
+    ``figures`` counts what happened in it, so that a run can show that it was about what it says.
+    """
+
+    endpoint: str
+    replay_endpoint: str
+    #: The next sequence number.
+    seq = 0
+    #: Whether the engine computes the last token of a prompt itself, whatever it holds.
+    recomputes_last = False
+
+    def __init__(self) -> None:
+        self.figures: Counter[str] = Counter()
+
+    @abstractmethod
+    def add(self, prompt: Prompt, output: list[int]) -> None:
+        """Queue a request, and the answer that it will get."""
+
+    @abstractmethod
+    def step(self) -> bool:
+        """Let the engine do one step of work and publish; ``False`` when there was nothing to do."""
+
+    @abstractmethod
+    def hit(self, prompt: Prompt) -> int:
+        """The engine's own answer: how many tokens of this prompt it would reuse now."""
+
+    @abstractmethod
+    def reset(self) -> bool:
+        """Clear the cache as the engine's own endpoint does; ``False`` when it refuses because it is serving."""
+
+    @abstractmethod
+    def blocks(self) -> int:
+        """Blocks that a query could find."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+def endpoints(first: int, ranks: int) -> Mapping[str, str]:
+    """What all ranks are configured with; each adds its number to the ports, as engines do."""
+    return {"endpoint": f"tcp://*:{first}", "replay_endpoint": f"tcp://*:{first + ranks}"}
+
+
+def reachable(sock: Any) -> str:
+    """Where a socket that is bound to everything can be connected to from here."""
+    found: str = sock.last_endpoint.decode().rstrip("\0")
+    return found.replace("0.0.0.0", "127.0.0.1")

@@ -1,0 +1,178 @@
+"""SGLang's own radix cache and event publisher, as a pod without a model or memory pools.
+
+What its scheduler would do around the tree is done here in the same order: match and lock when a request starts,
+insert after each chunk of the prompt and when it is finished, evict when there is no room.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import json
+import sys
+import time
+import types
+from array import array
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+
+class _StandIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Modules of torchvision with empty classes in them: SGLang imports it for image models, and the package itself
+    would bring several GB of CUDA libraries."""
+
+    class Module(types.ModuleType):
+        __path__: list[str] = []  # noqa: RUF012
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return type(name, (), {})
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name.partition(".")[0] == "torchvision":
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec: Any) -> types.ModuleType:
+        return self.Module(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
+
+
+import transformers.utils  # noqa: E402, F401  (asks for torchvision first, and must see that there is none)
+
+sys.meta_path.append(_StandIn())
+
+from sglang.srt.disaggregation.kv_events import EventPublisherFactory, KVEventBatch  # noqa: E402
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams  # noqa: E402
+from sglang.srt.mem_cache.events import LoRANameTable  # noqa: E402
+from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey  # noqa: E402
+
+from kvindex.sim import Prompt  # noqa: E402
+
+from .rank import Rank, endpoints, reachable  # noqa: E402
+
+
+class _Allocator:
+    """Takes back what the tree evicts; there is no memory."""
+
+    device = "cpu"
+
+    def free_segment(self, indices: Any, *, start_pos: int) -> None:
+        pass
+
+    def free(self, indices: Any) -> None:
+        pass
+
+
+@dataclass
+class _Running:
+    tokens: list[int]
+    prompt: Prompt
+    done: int
+    node: Any
+
+
+class SglangRank(Rank):
+    def __init__(self, options: dict[str, Any], rank: int, first: int) -> None:
+        super().__init__()
+        self._names = LoRANameTable()
+        dynamo = bool(options.get("dynamo", False))
+        self._page = options.get("page_size", 16)
+        self.tree = RadixCache.create_simulated(
+            mock_allocator=_Allocator(), page_size=self._page, enable_kv_cache_events=True,
+            dynamo_kv_event_format=dynamo, kv_event_lora_names=self._names,
+        )  # fmt: skip
+        self.tree.is_eagle = bool(options.get("eagle", False))
+        self._room = options.get("blocks", 200) * self._page
+        self._chunk = options.get("tokens_per_step", 512)
+        self._most = options.get("max_seqs", 4)
+        self._waiting: deque[tuple[Prompt, list[int]]] = deque()
+        self._running: list[_Running] = []
+        config = {"publisher": "zmq", "topic": options.get("topic", ""), **endpoints(first, options.get("ranks", 1))}
+        config["format"] = "dynamo" if dynamo else "default"
+        self._publisher = EventPublisherFactory.create(json.dumps(config), attn_dp_rank=rank)
+        self.endpoint = reachable(self._publisher._pub)
+        self.replay_endpoint = reachable(self._publisher._replay)
+        self._flush()
+
+    def _flush(self) -> None:
+        events = self.tree.kv_events.take()
+        if events:
+            for event in events:
+                self.figures[type(event).__name__] += 1
+            self._publisher.publish(KVEventBatch(ts=time.time(), events=events))
+            self.seq += 1
+
+    def _key(self, tokens: list[int], prompt: Prompt) -> RadixKey:
+        extra = None
+        if prompt.lora_name is not None:
+            # As a request does: the adapter's id, 32 characters, stands at the end of the extra key.
+            extra = f"{prompt.lora_id or 1:032x}"
+            self._names.register(lora_id=extra, lora_name=prompt.lora_name)
+        return RadixKey(array("q", tokens), extra, cache_salt=prompt.cache_salt)
+
+    def _match(self, key: RadixKey) -> Any:
+        return self.tree.match_prefix(MatchPrefixParams(key=key))
+
+    def add(self, prompt: Prompt, output: list[int]) -> None:
+        self._waiting.append((prompt, output))
+
+    def step(self) -> bool:
+        while self._waiting and len(self._running) < self._most:
+            prompt, output = self._waiting.popleft()
+            found = self._match(self._key(prompt.tokens.tolist(), prompt))
+            self.tree.inc_lock_ref(found.last_device_node)
+            tokens = prompt.tokens.tolist() + output
+            self._running.append(_Running(tokens, prompt, found.device_prefix_len, found.last_device_node))
+        if not self._running:
+            return False
+        for request in list(self._running):
+            prompt_length = len(request.prompt)
+            if request.done < prompt_length:
+                request.done = min(prompt_length, request.done + self._chunk)
+                self.figures["chunks"] += request.done < prompt_length
+                self._checkpoint(request, request.tokens[: request.done])
+            else:
+                # The last token of an answer has no KV: no step follows that would compute it.
+                self._checkpoint(request, request.tokens[:-1])
+                self.tree.dec_lock_ref(request.node)
+                self._running.remove(request)
+        self._flush()
+        return True
+
+    def _checkpoint(self, request: _Running, tokens: list[int]) -> None:
+        key = self._key(tokens, request.prompt).page_aligned(self._page)
+        missing = self.tree.total_size() + len(key) - self._room
+        if missing > 0:
+            evicted = self.tree.evict(EvictParams(num_tokens=missing)).num_tokens_evicted
+            self.figures["evicted_tokens"] += evicted
+        if len(key):
+            self.tree.insert(InsertParams(key=key))
+            node = self._match(key).last_device_node
+            self.tree.dec_lock_ref(request.node)
+            self.tree.inc_lock_ref(node)
+            request.node = node
+
+    def hit(self, prompt: Prompt) -> int:
+        return int(self._match(self._key(prompt.tokens.tolist(), prompt)).device_prefix_len)
+
+    def reset(self) -> bool:
+        if self._running or self._waiting:
+            return False
+        self.tree.reset()
+        self._flush()
+        self.figures["resets"] += 1
+        return True
+
+    def blocks(self) -> int:
+        return int(self.tree.total_size()) // self._page
+
+    def close(self) -> None:
+        self._publisher.shutdown()
+
+
+make = SglangRank

@@ -1,0 +1,189 @@
+"""vLLM's own scheduler, KV-cache manager and event publisher, as a pod without a model.
+
+The scheduler decides what a step computes: continuous batching, chunked prefill, preemption, eviction. What a model
+would sample is given by the trace. Nothing of vLLM is replaced but the description of the model.
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import count
+from math import gcd, lcm
+from types import SimpleNamespace
+from typing import Any
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import torch
+from vllm.config import (
+    CacheConfig,
+    DeviceConfig,
+    KVEventsConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    VllmConfig,
+)
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256, sha256_cbor
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    MambaSpec,
+    SlidingWindowSpec,
+)
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from kvindex.sim import Prompt
+
+from .rank import Rank, endpoints, reachable
+
+_LONGEST = 20_000
+
+
+def _spec(kind: str, size: int, extent: int | None = None) -> Any:
+    common = {"block_size": size, "num_kv_heads": 1, "head_size": 1, "dtype": torch.float16}
+    match kind:
+        case "full":
+            return FullAttentionSpec(**common)
+        case "sliding":
+            return SlidingWindowSpec(**common, sliding_window=extent)
+        case "chunked":
+            return ChunkedLocalAttentionSpec(**common, attention_chunk_size=extent)
+        case "mamba":
+            return MambaSpec(block_size=size, shapes=((1,),), dtypes=(torch.float16,), mamba_cache_mode="align")
+    raise ValueError(f"no kind of group is called {kind!r}")
+
+
+class VllmRank(Rank):
+    recomputes_last = True
+
+    def __init__(self, options: dict[str, Any], rank: int, first: int) -> None:
+        super().__init__()
+        os.environ["VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES"] = "1" if options.get("hashes", "int") == "int" else "0"
+        ranks = options.get("ranks", 1)
+        groups = options.get("groups", [["full", 16]])
+        sizes = [group[1] for group in groups]
+        cache = CacheConfig(block_size=sizes[0], enable_prefix_caching=True)
+        config = VllmConfig(
+            cache_config=cache,
+            scheduler_config=SchedulerConfig(
+                max_num_seqs=options.get("max_seqs", 8),
+                max_num_batched_tokens=options.get("tokens_per_step", 512),
+                max_model_len=_LONGEST, enable_chunked_prefill=True, is_encoder_decoder=False,
+            ),
+            kv_events_config=KVEventsConfig(
+                enable_kv_cache_events=True, publisher="zmq", topic=options.get("topic", ""), **endpoints(first, ranks)
+            ),
+            parallel_config=ParallelConfig(),
+            device_config=DeviceConfig("cpu"),
+        )  # fmt: skip
+        # A real description would have to be of a model whose code can be imported; these are all that is asked of it.
+        config.model_config = SimpleNamespace(
+            uses_mrope=False, is_encoder_decoder=False, max_model_len=_LONGEST, runner_type="generate",
+            is_diffusion=False, multimodal_config=None, supports_multimodal_inputs=False, return_sampling_mask=False,
+            skip_tokenizer_init=True,
+        )  # fmt: skip
+        config.parallel_config.data_parallel_index = rank
+        cache.num_gpu_blocks = options.get("blocks", 200)
+        layout = KVCacheConfig(
+            num_blocks=cache.num_gpu_blocks,
+            kv_cache_tensors=[],
+            kv_cache_groups=[KVCacheGroupSpec([f"layer{n}"], _spec(*group)) for n, group in enumerate(groups)],
+            prefix_cache_retention_interval=options.get("retention"),
+        )
+        # PYTHONHASHSEED is read here, as in a server that starts: pods with and without it name blocks differently.
+        hash_with = {"sha256": sha256, "sha256_cbor": sha256_cbor}[options.get("hash", "sha256")]
+        init_none_hash(hash_with)
+        self.scheduler = Scheduler(
+            config, layout, structured_output_manager=StructuredOutputManager(config), block_size=lcm(*sizes),
+            hash_block_size=gcd(*sizes),
+        )  # fmt: skip
+        self._hasher = get_request_block_hasher(gcd(*sizes), hash_with)
+        self._numbers = count()
+        self._outputs: dict[str, list[int]] = {}
+        publisher = self.scheduler.kv_event_publisher
+        self.endpoint = reachable(publisher._pub)
+        self.replay_endpoint = reachable(publisher._replay)
+        self._watch(publisher)
+
+    def _watch(self, publisher: Any) -> None:
+        publish = publisher.publish
+
+        def counted(batch: Any) -> None:
+            self.seq += 1
+            for event in batch.events:
+                self.figures[type(event).__name__] += 1
+                if getattr(event, "token_ids", None) and len(event.token_ids) != (
+                    len(event.block_hashes) * event.block_size
+                ):
+                    self.figures["masked"] += 1
+            publish(batch)
+
+        publisher.publish = counted
+
+    def _request(self, prompt: Prompt, length: int = 1) -> Request:
+        name = f"r{next(self._numbers)}"
+        adapter = None
+        if prompt.lora_name is not None:
+            adapter = LoRARequest(prompt.lora_name, prompt.lora_id or 1, "/nowhere")
+        return Request(
+            name, prompt.tokens.tolist(), SamplingParams(max_tokens=length, ignore_eos=True), None,
+            lora_request=adapter, cache_salt=prompt.cache_salt, block_hasher=self._hasher,
+        )  # fmt: skip
+
+    def add(self, prompt: Prompt, output: list[int]) -> None:
+        request = self._request(prompt, max(1, len(output)))
+        self._outputs[request.request_id] = output or [0]
+        self.scheduler.add_request(request)
+
+    def step(self) -> bool:
+        scheduler = self.scheduler
+        if not scheduler.has_requests():
+            return False
+        plan = scheduler.schedule()
+        self.figures["preempted"] += len(plan.preempted_req_ids or ())
+        sampled = []
+        for name, tokens in plan.num_scheduled_tokens.items():
+            request = scheduler.requests[name]
+            whole = request.num_computed_tokens >= request.num_tokens
+            self.figures["chunks"] += not whole
+            self.figures["tokens"] += tokens
+            sampled.append([self._outputs[name][request.num_output_tokens]] if whole else [])
+        names = list(plan.num_scheduled_tokens)
+        places = {name: place for place, name in enumerate(names)}
+        scheduler.update_from_output(plan, ModelRunnerOutput(names, places, sampled))
+        copies = scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block._cache.values()
+        most = sum(len(each) - 1 for each in copies if isinstance(each, dict))
+        self.figures["copies"] = max(self.figures["copies"], most)
+        return True
+
+    def hit(self, prompt: Prompt) -> int:
+        _blocks, tokens, _boundary = self.scheduler.kv_cache_manager.get_computed_blocks(self._request(prompt))
+        return int(tokens)
+
+    def reset(self) -> bool:
+        done = self.scheduler.reset_prefix_cache()
+        # Events leave only in a step; nothing is scheduled in this one.
+        plan = self.scheduler.schedule()
+        if plan.num_scheduled_tokens:
+            raise ValueError("a reset in the middle of requests has to be followed by their next step")
+        self.scheduler.update_from_output(plan, ModelRunnerOutput([], {}, []))
+        self.figures["resets"] += done
+        return bool(done)
+
+    def blocks(self) -> int:
+        cached = self.scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block._cache.values()
+        return sum(len(each) if isinstance(each, dict) else 1 for each in cached)
+
+    def close(self) -> None:
+        self.scheduler.shutdown()
+
+
+make = VllmRank
