@@ -331,6 +331,8 @@ def _others(witness: Witness, cycles: Sequence[Cycle], baseline: tuple[float, fl
         return Judgement(False, "not measured", ["too few questions were asked"])
     slower = max(1.0, machine[1] / machine[0])
     figure = f"{before * 1e6:.0f} -> {during * 1e6:.0f} us"
+    if slower > 1.5:
+        figure += f", machine x{slower:.1f}"
     found = []
     if during / before > SLOWER * slower:
         found.append(
