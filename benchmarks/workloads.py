@@ -33,30 +33,30 @@ CONTENT = 65_536
 WINDOW = 1024
 
 
-def _nothing(_: Any) -> None:
+def _nothing() -> None:
     return None
 
 
 @dataclass
 class Workload:
-    """``items(round)`` are made outside the measured time; ``work`` is what is measured; ``undo`` is not."""
+    """``items(round)`` are made, and in the end undone, outside the measured time; ``call`` is measured for each."""
 
     name: str
-    items: Callable[[int], Any]
-    work: Callable[[Any], object]
+    items: Callable[[int], Sequence[Any]]
+    call: Callable[[Any], object]
     floor: Callable[[Any], object]
-    undo: Callable[[Any], object] = _nothing
-    #: Calls, or blocks, that one round stands for.
-    size: int = 1
-    index: PrefixIndex | None = None
+    undo: Callable[[], object] = _nothing
 
-
-def _each(call: Callable[[Any], object]) -> Callable[[Sequence[Any]], None]:
-    def run(items: Sequence[Any]) -> None:
+    def work(self, items: Sequence[Any]) -> None:
+        call = self.call
         for item in items:
             call(item)
 
-    return run
+    def least(self, items: Sequence[Any]) -> None:
+        """The floor of the same items."""
+        floor = self.floor
+        for item in items:
+            floor(item)
 
 
 def _calls(depth: int) -> int:
@@ -82,7 +82,7 @@ def match(kind: str, depth: int, pods: int, *, form: str = "numpy", content: int
     ask = index.match_hashes if form == "hashes" else index.match_prefix
     floor: Callable[[Any], object] = partial(array, "I") if form == "list" else xxhash.xxh3_64_intdigest
     name = f"match {form} {kind} {depth} blocks {pods} pods"
-    return Workload(name, items, _each(ask), _each(floor), size=calls, index=index)
+    return Workload(name, items, ask, floor)
 
 
 def _full(index: PrefixIndex, names: Sequence[str], depth: int, count: int) -> Iterator[Tokens]:
@@ -162,7 +162,7 @@ def hashing(what: str, depth: int, *, content: int = CONTENT) -> Workload:
     def items(number: int) -> Sequence[Tokens]:
         return [prompts[(number * calls + place) % len(prompts)].copy() for place in range(calls)]
 
-    return Workload(f"{what}_hashes {depth} blocks", items, _each(call), _each(xxhash.xxh3_64_intdigest), size=calls)
+    return Workload(f"{what}_hashes {depth} blocks", items, call, xxhash.xxh3_64_intdigest)
 
 
 def _filled(content: int) -> PrefixIndex:
@@ -190,13 +190,13 @@ def ingest(each: int, *, form: str | None = None, known: bool = False, content: 
                 index.ingest("pod-other", payload)
         return batches
 
-    def undo(_: Any) -> None:
+    def undo() -> None:
         index.clear_worker("pod")
         if known:
             index.clear_worker("pod-other")
 
     name = f"ingest {each} blocks an event" + (" known" if known else "") + (f" {form}" if form else "")
-    return Workload(name, items, _each(partial(index.ingest, "pod")), _each(msgpack.unpackb), undo, 1024, index)
+    return Workload(name, items, partial(index.ingest, "pod"), msgpack.unpackb, undo)
 
 
 def remove(each: int, *, content: int = CONTENT) -> Workload:
@@ -209,8 +209,7 @@ def remove(each: int, *, content: int = CONTENT) -> Workload:
             index.ingest("pod", payload)
         return list(payloads(contents, each, back=True))
 
-    work = _each(partial(index.ingest, "pod"))
-    return Workload(f"remove {each} blocks an event", items, work, _each(msgpack.unpackb), size=1024, index=index)
+    return Workload(f"remove {each} blocks an event", items, partial(index.ingest, "pod"), msgpack.unpackb)
 
 
 def store_objects(each: int, *, content: int = CONTENT) -> Workload:
@@ -233,15 +232,13 @@ def store_objects(each: int, *, content: int = CONTENT) -> Workload:
             for start in range(0, 1024, each)
         ]
 
-    def undo(_: Any) -> None:
+    def undo() -> None:
         index.clear_worker("pod")
 
-    def floor(events: Sequence[BlockStored]) -> None:
-        for event in events:
-            xxhash.xxh3_64_intdigest(event.token_ids)
+    def floor(event: BlockStored) -> int:
+        return xxhash.xxh3_64_intdigest(event.token_ids)
 
-    work = _each(index.process_block_stored)
-    return Workload(f"store {each} blocks an object", items, work, floor, undo, 1024, index)
+    return Workload(f"store {each} blocks an object", items, index.process_block_stored, floor, undo)
 
 
 def _named() -> dict[str, Callable[..., Workload]]:
@@ -285,8 +282,8 @@ def run(made: Workload, first: int, count: int, clock: Callable[[], int] = threa
         start = clock()
         made.work(items)
         between = clock()
-        made.floor(items)
+        made.least(items)
         floor += clock() - between
         work += between - start
-        made.undo(items)
+        made.undo()
     return work, floor

@@ -11,7 +11,7 @@ import sys
 from ..report import say, table
 from ..workloads import CORE
 from . import instructions
-from .builds import BrokenRun, Build, built
+from .builds import BrokenRun, Build, built, frozen
 from .compare import Comparison, Worker, compare
 
 
@@ -38,12 +38,16 @@ def main() -> int:
 
 
 def judge(options: argparse.Namespace) -> int:
-    limit = 1 + options.threshold
     names = [name for name in CORE if options.only in name]
     if not names:
         raise BrokenRun(f"no workload is called {options.only!r}; there are {', '.join(CORE)}")
     say(f"building {options.base} and {options.new}")
-    base, new = built(options.base), built(options.new, changes=options.new == "HEAD")
+    with frozen(built(options.base), built(options.new, changes=options.new == "HEAD")) as (base, new):
+        return _judge(base, new, names, options)
+
+
+def _judge(base: Build, new: Build, names: list[str], options: argparse.Namespace) -> int:
+    limit = 1 + options.threshold
     worse: list[str] = []
     if base.library == new.library:
         say("both are the same build")

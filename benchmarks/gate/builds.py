@@ -8,11 +8,14 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["ROOT", "BrokenRun", "Build", "built"]
+__all__ = ["ROOT", "BrokenRun", "Build", "built", "frozen", "importing"]
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / ".build" / "gate"
@@ -23,15 +26,17 @@ class BrokenRun(Exception):
 
 
 class Build(NamedTuple):
-    """One revision: what it is called, its commit, and the directory that its package is imported from."""
+    """One revision: what it is called, its commit, and the directories of its package and of the benchmarks."""
 
     name: str
     commit: str
     library: Path
+    benchmarks: Path = ROOT
 
     def environment(self) -> dict[str, str]:
-        """For a Python that imports this build of the package, and this checkout's benchmarks."""
-        path = [str(self.library), str(ROOT)]
+        """For a Python that imports this build of the package."""
+        path = [str(self.library), str(self.benchmarks)]
+        # PYTHONSAFEPATH, or the checkout's own package would come first where it is the current directory.
         return os.environ | {"PYTHONPATH": os.pathsep.join(path), "PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1"}
 
 
@@ -69,3 +74,18 @@ def built(revision: str, *, changes: bool = False) -> Build:
 def _git(*arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+@contextmanager
+def frozen(*builds: Build) -> Iterator[list[Build]]:
+    """The builds with a copy of this checkout's benchmarks, so that all of a long run is measured by the same ones."""
+    with tempfile.TemporaryDirectory(prefix="kvindex-gate-") as place:
+        shutil.copytree(ROOT / "benchmarks", Path(place) / "benchmarks", ignore=shutil.ignore_patterns("__pycache__"))
+        yield [build._replace(benchmarks=Path(place)) for build in builds]
+
+
+def importing() -> Build:
+    """The package that this process imports, whoever built it."""
+    import kvindex
+
+    return Build("this build", "", Path(kvindex.__file__).parents[1])

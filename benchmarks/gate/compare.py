@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from statistics import median
 from typing import Any, NamedTuple
 
-from .builds import ROOT, BrokenRun, Build
+from .builds import BrokenRun, Build
 
 __all__ = ["Comparison", "Worker", "compare"]
 
@@ -34,7 +34,7 @@ class Worker:
         self.build = build
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.gate.worker"],
-            cwd=ROOT, env=build.environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            cwd=build.benchmarks, env=build.environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         where = self.ask("where")
         if where != str(build.library):

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from .builds import ROOT, BrokenRun, Build
+from .builds import BrokenRun, Build
 
 __all__ = ["available", "count"]
 
@@ -37,7 +37,7 @@ def count(build: Build, names: Sequence[str]) -> dict[str, int]:
         done = subprocess.run(
             ["valgrind", "--quiet", "--tool=callgrind", f"--callgrind-out-file={out}", "--dump-before=getppid",
              sys.executable, "-m", "benchmarks.gate.instructions", *names],
-            cwd=ROOT, env=build.environment(), capture_output=True, text=True, check=False,
+            cwd=build.benchmarks, env=build.environment(), capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode:
             raise BrokenRun(f"{build.name} fails under callgrind:\n{done.stderr[-4000:]}")
@@ -52,24 +52,23 @@ def count(build: Build, names: Sequence[str]) -> dict[str, int]:
     return dict(zip(names, (total // ROUNDS for total in totals[1::2]), strict=True))
 
 
-def _run(names: Sequence[str]) -> None:
+def _run(name: str) -> None:
+    # A function of its own: what one workload leaves behind must not be freed in the count of the next.
     from ..workloads import workload
 
-    gc.disable()
-    for name in names:
-        made = workload(name, content=CONTENT)
-        for number in range(2):
-            items = made.items(number)
-            made.work(items)
-            made.undo(items)
-        items = [made.items(number) for number in range(2, 2 + ROUNDS)]
-        os.getppid()
-        for each in items:
-            made.work(each)
-        os.getppid()
-        for each in items:
-            made.undo(each)
+    made = workload(name, content=CONTENT)
+    for number in range(2):
+        made.work(made.items(number))
+        made.undo()
+    items = [made.items(number) for number in range(2, 2 + ROUNDS)]
+    os.getppid()
+    for each in items:
+        made.work(each)
+    os.getppid()
+    made.undo()
 
 
 if __name__ == "__main__":
-    _run(sys.argv[1:])
+    gc.disable()
+    for name in sys.argv[1:]:
+        _run(name)

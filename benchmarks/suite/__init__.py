@@ -1,0 +1,1 @@
+"""What asv measures over the history of the project. ``make bench``."""
