@@ -6,54 +6,24 @@ insert after each chunk of the prompt and when it is finished, evict when there 
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
 import json
-import sys
 import time
-import types
 from array import array
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+from kvindex.sim import Prompt
 
-class _StandIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Modules of torchvision with empty classes in them: SGLang imports it for image models, and the package itself
-    would bring several GB of CUDA libraries."""
+from .rank import Rank, endpoints, reachable
+from .standin import stand_in_for_torchvision
 
-    class Module(types.ModuleType):
-        __path__: list[str] = []  # noqa: RUF012
-
-        def __getattr__(self, name: str) -> Any:
-            if name.startswith("__"):
-                raise AttributeError(name)
-            return type(name, (), {})
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name.partition(".")[0] == "torchvision":
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
-
-    def create_module(self, spec: Any) -> types.ModuleType:
-        return self.Module(spec.name)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        pass
-
-
-import transformers.utils  # noqa: E402, F401  (asks for torchvision first, and must see that there is none)
-
-sys.meta_path.append(_StandIn())
+stand_in_for_torchvision()
 
 from sglang.srt.disaggregation.kv_events import EventPublisherFactory, KVEventBatch  # noqa: E402
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams  # noqa: E402
 from sglang.srt.mem_cache.events import LoRANameTable  # noqa: E402
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey  # noqa: E402
-
-from kvindex.sim import Prompt  # noqa: E402
-
-from .rank import Rank, endpoints, reachable  # noqa: E402
 
 
 class _Allocator:
