@@ -178,10 +178,14 @@ clean:
 
 # End to end: processes of their own over real sockets.
 .PHONY: test-kv-sync-e2e e2e-quick e2e-engines
-test-kv-sync-e2e: .venv/.test-tools
+.venv/.e2e-tools: .venv/.test-tools
+	$(call listed,["project"]["optional-dependencies"]["e2e"])
+	touch $@
+
+test-kv-sync-e2e: .venv/.e2e-tools
 	$(BIN)/python -m pytest -q e2e
 
-e2e-quick: .venv/.test-tools
+e2e-quick: .venv/.e2e-tools
 	$(BIN)/python -m pytest -q e2e -m quick
 
 # Real engines, in an environment of their own that is about 4 GB.
@@ -193,4 +197,6 @@ $(ENGINES)/.installed: e2e/engines/requirements.txt | .venv/.test-tools
 	touch $@
 
 e2e-engines: $(ENGINES)/.installed
+	$(ENGINES)/bin/python -m e2e.engines.flags vllm
+	$(ENGINES)/bin/python -m e2e.engines.flags sglang
 	$(BIN)/python -m e2e.engines --python $(ENGINES)/bin/python
