@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import kvindex
 
-from . import demo, record, replay, sim
+from . import demo, record, replay, sim, top
 
 __all__ = ["main"]
 
@@ -22,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     record.add_parser(commands)
     replay.add_parser(commands)
     sim.add_parser(commands)
+    top.add_parser(commands)
     args = parser.parse_args(argv)
     try:
         status: int = args.run(args)
