@@ -18,7 +18,7 @@ from kvindex import (
     PrefixIndex,
     PrefixMatch,
 )
-from kvindex.capture import CaptureWriter, Message, Query, read_capture
+from kvindex.capture import CaptureWriter, Forget, Message, Query, read_capture
 
 index = PrefixIndex(block_size=16, hash_seed=1337, presence="count", max_parked=10)
 assert_type(index, PrefixIndex)
@@ -70,6 +70,8 @@ assert_type(kvindex.tokens_to_bytes([1], byteorder="little"), bytes)
 for item in read_capture("x"):
     if isinstance(item, Message):
         assert_type(item.payload, bytes)
+    elif isinstance(item, Forget):
+        assert_type(item.pod, str)
     elif isinstance(item, Query):
         assert_type(item.tokens, npt.NDArray[np.uint32])
         assert_type(item.hits, dict[str, int])
