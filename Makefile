@@ -54,7 +54,7 @@ listed = $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.t
 
 .PHONY: help build demo test sanitize fuzz lint dist clean bench-peers bench-rows bench-streams bench-gate
 
-.PHONY: test-kv-sync-chaos chaos-quick
+.PHONY: test-kv-sync-chaos test-kv-sync-all chaos-quick
 
 help:
 	@echo 'make demo              build, then a simulated fleet with its events flowing into the index'
@@ -69,6 +69,8 @@ help:
 	@echo 'make dist              sdist and wheel'
 	@echo 'make test-kv-sync-e2e  pods, an index and routers as processes, against what the pods know themselves'
 	@echo 'make test-kv-sync-chaos  every fault there is: what the index claimed meanwhile, and how it recovered'
+	@echo 'make test-kv-sync-all  both, after every test and before the benchmarks'
+	@echo 'make chaos-quick       half a minute of the faults, without rights or tools'
 	@echo 'make e2e-quick         the part of it that every change has to pass'
 	@echo 'make e2e-engines       the caches and publishers of vLLM and SGLang themselves, against their own answers'
 	@echo 'make clean             remove everything built, and .venv'
@@ -157,6 +159,8 @@ REPEATS ?= 10
 test-kv-sync-chaos: .venv/.test-tools
 	$(call need,command -v iptables && command -v tc && command -v stress-ng && command -v cc && ls /usr/lib/*/faketime/libfaketime.so.1,iptables iproute2 stress-ng gcc libc6-dev libfaketime)
 	$(BIN)/python -m chaos run chaos/experiments/*.yaml --repeats $(REPEATS)
+
+test-kv-sync-all: test test-kv-sync-e2e test-kv-sync-chaos bench-rows
 
 # Half a minute of it, for everywhere: no rights, no tools.
 chaos-quick: .venv/.test-tools

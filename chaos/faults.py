@@ -6,9 +6,11 @@ A fault says beforehand what it needs (:meth:`Fault.missing`), and which pods ca
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -16,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from kvindex import KVIndexError
+from kvindex.capture import Message, read_capture
 
 from .experiment import Experiment, ExperimentError, seconds
 from .hosts import missing, run
@@ -332,7 +335,10 @@ class ReplayGone(Fault):
 
 
 class SlowDisk(Fault):
-    """Snapshots are saved and read again on a slow disk, again and again, while everything goes on."""
+    """The index saves snapshots to a slow disk, again and again, and a recorder writes every stream to it.
+
+    Saving must not hold up answers or streams, and the recording must have every batch in the end.
+    """
 
     tools = ("cc",)
 
@@ -350,6 +356,12 @@ class SlowDisk(Fault):
 
     def inject(self, scene: Scene) -> None:
         (scene.where / "disk-delay").write_text(f"{seconds(self.spec['delay']) * 1000:.0f}")
+        self._recording = scene.disk / "recording"
+        pods = [f"{name}={','.join(map(str, pod.ranks[0]))}" for name, pod in scene.pods.items()]
+        self._recorder = subprocess.Popen(
+            [sys.executable, "-m", "kvindex", "record", *pods, "--output", str(self._recording)],
+            env={**os.environ, **self.index_env(scene.where)}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
 
     def hold(self, scene: Scene) -> None:
         end = time.monotonic() + self.experiment.hold
@@ -360,7 +372,13 @@ class SlowDisk(Fault):
         self.expect(saved, "saving was not delayed")
 
     def heal(self, scene: Scene) -> None:
+        self._recorder.send_signal(signal.SIGINT)
+        self.expect(self._recorder.wait(20) == 0, "the recorder failed")
         (scene.where / "disk-delay").unlink()
+        for name, pod in scene.pods.items():
+            seqs = [m.seq for m in read_capture(self._recording) if isinstance(m, Message) and m.pod == name]
+            self.expect(len(seqs) > 20 and seqs == list(range(len(seqs))), f"the recording of {name} has gaps")
+            self.expect(len(seqs) > pod.seqs()[0] - 60, f"the recording of {name} ends too early")
 
 
 class DiskFull(Fault):

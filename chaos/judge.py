@@ -126,9 +126,14 @@ def _follow(truth: Truth, entries: npt.NDArray[np.void]) -> _Applied:
 
 @dataclass
 class Cycle:
-    """One time that a fault was injected, held and healed. Times in seconds of CLOCK_MONOTONIC."""
+    """One time that a fault was injected, held and healed. Times in seconds of CLOCK_MONOTONIC.
+
+    Healing takes its time where processes have to start: what can not be known may be known again from ``healing`` on,
+    and the time of recovery counts from ``healed``.
+    """
 
     injected: float = 0.0
+    healing: float = 0.0
     healed: float = 0.0
     ended: float = 0.0
     pods: list[str] = field(default_factory=list)
@@ -272,10 +277,10 @@ def _honesty(witness: Witness, cycles: Sequence[Cycle], counters: Mapping[str, M
         for cycle in cycles:
             if pod not in cycle.cut:
                 continue
-            exact = [s.at for s in samples if cycle.injected <= s.at <= cycle.healed and s.state == "exact"]
+            exact = [s.at for s in samples if cycle.injected <= s.at <= cycle.healing and s.state == "exact"]
             noticed = max(exact, default=cycle.injected) - cycle.injected
             slowest = max(slowest, noticed)
-            if noticed > NOTICE + witness.stall(cycle.injected, cycle.healed):
+            if noticed > NOTICE + witness.stall(cycle.injected, cycle.healing):
                 found.append(f"{pod}: called exact for {noticed:.2f} s after it could not be known any more")
         lost = sum(applied.lost for applied in witness.applied[pod])
         counted = counters.get(pod, {}).get("lost_batches", 0)

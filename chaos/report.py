@@ -12,7 +12,7 @@ from rich.table import Table
 
 from .judge import Cycle, Witness
 
-__all__ = ["plot", "table"]
+__all__ = ["plot", "say", "table"]
 
 JUDGEMENTS = ("safety", "honesty", "recovery", "resources", "others")
 _COLORS = {"exact": "#2a9d53", "degraded": "#e0a030", "stale": "#b0b0b0", "unknown": "#ffffff"}
@@ -33,13 +33,19 @@ def table(console: Console, results: Sequence[Any]) -> None:
         made.add_row(result.experiment.name, _SHORT[result.verdict], *cells, f"{result.seconds:.0f}")
     console.print(made)
     for result in results:
-        if result.skipped:
-            console.print(f"{result.experiment.name}: skipped: {result.skipped}", markup=False, highlight=False)
-        for name, judgement in [] if result.judgements is None else vars(result.judgements).items():
-            for problem in judgement.problems:
-                console.print(
-                    f"{result.experiment.name}: {name}: {problem}", style="red", markup=False, highlight=False
-                )
+        say(console, result)
+
+
+def say(console: Console, result: Any) -> None:
+    """Why an experiment failed or was left out; nothing of one that passed."""
+    name = result.experiment.name
+    if result.skipped:
+        console.print(f"{name}: skipped: {result.skipped}", markup=False, highlight=False, soft_wrap=True)
+    if result.failed:
+        console.print(result.failed, style="red", markup=False, highlight=False)
+    for judge, judgement in [] if result.judgements is None else vars(result.judgements).items():
+        for problem in judgement.problems:
+            console.print(f"{name}: {judge}: {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def plot(path: Path, title: str, witness: Witness, cycles: Sequence[Cycle], zero: float) -> None:
@@ -49,6 +55,7 @@ def plot(path: Path, title: str, witness: Witness, cycles: Sequence[Cycle], zero
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.patches import Patch
 
     rows = len(witness.pods)
     figure, axes = pyplot.subplots(
@@ -59,18 +66,18 @@ def plot(path: Path, title: str, witness: Witness, cycles: Sequence[Cycle], zero
         samples = [sample for sample in witness.samples[pod] if sample.at >= zero]
         at = np.array([sample.at for sample in samples]) - zero
         top = max(4, max((sample.behind for sample in samples), default=0))
-        for state, color in _COLORS.items():
-            axis.fill_between(
-                at, 0, 1, where=[sample.state == state for sample in samples], color=color, alpha=0.55, linewidth=0,
-                step="post", transform=axis.get_xaxis_transform(), label=state,
-            )  # fmt: skip
+        states = [sample.state for sample in samples]
+        starts = [place for place, state in enumerate(states) if place == 0 or state != states[place - 1]]
+        for start, end in zip(starts, [*starts[1:], len(states) - 1], strict=True):
+            axis.axvspan(at[start], at[end], color=_COLORS[states[start]], alpha=0.55, linewidth=0)
         axis.plot(at, [sample.behind for sample in samples], color="black", linewidth=0.8)
         wrong = [(sample.at - zero, 0) for sample in samples if sample.state == "exact" and sample.wrong]
         if wrong:
             axis.plot(*zip(*wrong, strict=True), "r|", markersize=14)
         axis.set_ylim(0, top * 1.05)
         axis.set_ylabel(f"{pod}\nbehind", fontsize=8)
-    axes[0].legend(loc="upper right", ncols=4, fontsize=7)
+    named = [Patch(color=color, alpha=0.55, label=state) for state, color in _COLORS.items()]
+    axes[0].legend(handles=named, loc="upper right", ncols=len(named), fontsize=7)
     times = witness.questions[witness.questions["at"] >= zero]
     axes[-1].plot(times["at"] - zero, times["seconds"] * 1e6, ",", color="#3060a0")
     axes[-1].set_yscale("log")

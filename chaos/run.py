@@ -17,13 +17,15 @@ from typing import Any
 from e2e.fleet import ROOT, at_rest, compare, own_prompts
 from rich.console import Console
 
+from kvindex.sync.stream import Policy
+
 from .experiment import Experiment, ExperimentError, load
 from .faults import Fault, fault_of
 from .hosts import enter, inside, refuse
 from .judge import RECOVER, Cycle, Judgements, Witness, judge
 from .logs import read, truth_dtype
 from .metronome import Metronome
-from .report import plot, table
+from .report import plot, say, table
 from .scene import Scene
 
 __all__ = ["add_parser"]
@@ -102,12 +104,13 @@ def _run(fault: Fault, where: Path, reports: Path, result: Result, repeats: int,
         baseline = start, time.monotonic()
         before = scene.index.ask("resources")
         counters: dict[str, dict[str, int]] = {}
-        for _ in range(repeats):
+        for number in range(1, repeats + 1):
             cycle = Cycle()
             result.cycles.append(cycle)
             fault.choose(scene)
             cycle.pods, cycle.cut = list(fault.pods), list(fault.cut)
             cycle.lies = list(fault.pods) if fault.lies else []
+            lost = _connections_lost(scene)
             scene.index.ask("others", pods=[name for name in scene.pods if name not in fault.pods])
             cycle.injected = time.monotonic()
             with _healed(fault, scene, cycle):
@@ -116,6 +119,10 @@ def _run(fault: Fault, where: Path, reports: Path, result: Result, repeats: int,
             _settle(scene, RECOVER + 2.0)
             cycle.ended = time.monotonic()
             cycle.resources = _resources(scene, before)
+            if number < repeats and _connections_lost(scene) != lost:
+                # A connection that does not last is tried again later and later. Repetitions stand for themselves, and
+                # not for a pod that is never there for long.
+                time.sleep(Policy().settled)
         differences = _rest(scene)
         for name, status in scene.index.status().items():
             counters[name] = dict(status["workers"][0]["counters"])
@@ -133,8 +140,17 @@ def _healed(fault: Fault, scene: Scene, cycle: Cycle) -> Iterator[None]:
     try:
         yield
     finally:
-        cycle.healed = time.monotonic()
+        cycle.healing = time.monotonic()
         fault.heal(scene)
+        cycle.healed = time.monotonic()
+
+
+def _connections_lost(scene: Scene) -> int:
+    return sum(
+        worker["counters"].get("disconnects", 0)
+        for status in scene.index.status().values()
+        for worker in status["workers"].values()
+    )
 
 
 def _settle(scene: Scene, patience: float) -> bool:
@@ -233,8 +249,8 @@ def command(args: argparse.Namespace, argv: Sequence[str]) -> int:
         console.print(f"{experiment.name}: {experiment.hold:g} s, {args.repeats} times", style="dim", highlight=False)
         result = run(experiment, args.reports, repeats=args.repeats, seed=args.seed)
         results.append(result)
-        if result.failed:
-            console.print(result.failed, style="red", markup=False, highlight=False)
+        console.print(f"{experiment.name}: {result.verdict}", highlight=False)
+        say(console, result)
     (args.reports / "results.json").write_text(json.dumps([result.as_dict() for result in results], indent=1) + "\n")
     table(console, results)
     counts = {verdict: sum(r.verdict == verdict for r in results) for verdict in ("passed", "failed", "skipped")}

@@ -123,7 +123,7 @@ class Story:
         times = np.arange(0.0, self.ENDS, 0.005)
         self._write("latency-1.bin", latency_dtype, [(at, self.question(at)) for at in times])
         self._write("metronome.bin", latency_dtype, [(at, self.machine(at)) for at in times])
-        cycle = Cycle(self.DIES, self.RETURNS, self.ENDS, ["pod"], ["pod"], [], self.after)
+        cycle = Cycle(self.DIES, self.RETURNS, self.RETURNS, self.ENDS, ["pod"], ["pod"], [], self.after)
         verdicts = judge(
             Witness(where, ["pod"]), [cycle], baseline=(0.0, self.DIES), resources=self.before,
             counters={"pod": self.counters}, differences=self.differences,
@@ -250,7 +250,16 @@ def test_memory_that_grows_with_repetition_is_found(tmp_path):
     story = Story(tmp_path)
     story.judged()
     cycles = [
-        Cycle(story.DIES, story.RETURNS, story.ENDS, ["pod"], ["pod"], [], {**story.before, "rss": (64 + n) << 20})
+        Cycle(
+            story.DIES,
+            story.RETURNS,
+            story.RETURNS,
+            story.ENDS,
+            ["pod"],
+            ["pod"],
+            [],
+            {**story.before, "rss": (64 + n) << 20},
+        )
         for n in range(10)
     ]
     verdicts = judge(
