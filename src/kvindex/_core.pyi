@@ -61,6 +61,8 @@ class Index:
         hash_seed: int = 1337,
         presence: Literal["count", "set"] = "count",
         max_parked: int = 65536,
+        max_bytes: int | None = None,
+        ttl: float | None = None,
         clock: Callable[[], float] = ...,
     ) -> Self: ...
     @property

@@ -102,9 +102,10 @@ cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
 
     struct Figures "kvindex::Index::Figures":
         uint64_t blocks, chains, sets, holders, pods, workers, parked, guesses, bytes
+        uint64_t shed_blocks, shed_chains, shed_parked, shed_guesses, expired_blocks, expired_chains, expired_guesses
 
     cppclass SharedIndex:
-        SharedIndex(uint32_t block_size, uint64_t seed, cbool set_presence, uint32_t max_parked) except +
+        SharedIndex(uint32_t block_size, uint64_t seed, cbool set_presence, uint32_t max_parked, uint64_t max_bytes, double ttl) except +
         uint64_t open_pod(const string&) except +
         cbool remove_pod(uint64_t) except +
         void configure(uint64_t, int set_presence, cbool has_media, const vector[string]&, int64_t chunk) except +

@@ -43,6 +43,7 @@ public:
             done += s.n;
             tail = {s.chain, s.depth + s.n - 1};
         }
+        chains_.touch(tail.chain);
         if (done < n) {
             const u32 set = sets_.change(kEmptySet, kNone, w.guess);
             extend(w.space, tail, prefixes + done, n - done, set);
@@ -186,6 +187,7 @@ protected:
             const Pos first = extend(w.space, tail, prefixes_.data() + old, blocks - old, set);
             segs_.push_back({first.chain, first.depth, old, blocks - old});
         }
+        chains_.touch(segs_.back().chain);
         if (plain) {
             const u32 fresh = old < blocks ? static_cast<u32>(segs_.size()) - 1 : static_cast<u32>(segs_.size());
             for (u32 i = 0; i < fresh; ++i) hold_old(a, segs_[i]);

@@ -53,7 +53,11 @@ struct Totals {
 
 class SharedIndex {
 public:
-    SharedIndex(u32 block_size, u64 seed, bool set_presence, u32 max_parked) : ix_(block_size, seed, set_presence, max_parked) {}
+    // max_bytes 0, ttl 0: without a limit.
+    SharedIndex(u32 block_size, u64 seed, bool set_presence, u32 max_parked, u64 max_bytes = 0, double ttl = 0)
+        : ix_(block_size, seed, set_presence, max_parked, max_bytes, ttl) {
+        note_expiry();
+    }
 
     u64 open_pod(const std::string& name) {
         Writing w(*this);
