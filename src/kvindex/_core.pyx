@@ -250,14 +250,12 @@ cdef class Index:
     cdef readonly object _clock
     cdef bint timed
 
-    def __cinit__(self, block_size=16, *, hash_seed=1337, presence="count", max_parked=65536, max_bytes=None, ttl=None,
-                  clock=time.monotonic):
+    def __cinit__(self, block_size=16, *, hash_seed=1337, presence="count", max_parked=65536, max_bytes=None, ttl=None, clock=time.monotonic):
         self.block_size = arguments.whole(block_size, "block_size", 1, 65536)
         self.hash_seed = arguments.seed(hash_seed)
         self.ix = new SharedIndex(self.block_size, self.hash_seed, arguments.choice(presence, "presence", ("count", "set")),
                                   arguments.whole(max_parked, "max_parked", 0, 0x7FFFFFFF), arguments.budget(max_bytes), arguments.lifetime(ttl))
-        self.timed = ttl is not None
-        self.uids, self.names, self._clock = {}, {}, clock
+        self.uids, self.names, self._clock, self.timed = {}, {}, clock, ttl is not None
 
     def __dealloc__(self):
         del self.ix
@@ -291,8 +289,7 @@ cdef class Index:
         cdef double ts = 0
         cdef DecodeFault fault
         cdef Taken taken = BUSY
-        if self.timed:
-            self._expire(self._clock())
+        if self.timed: self._expire(self._clock())
         if b.n < INGEST_RELEASE_FROM:
             taken = self.ix.ingest(uid, <const uint8_t*>b.data, b.n, name, rank, False, report.r, ts, report.dp_rank, fault)
         if taken == BUSY:
@@ -328,8 +325,7 @@ cdef class Index:
             if alive[4] is not None:
                 e.extra_keys, e.extra_keys_bytes = <const uint8_t*><const char*><bytes>alive[4], <uint32_t>len(alive[4])
         batch.events.push_back(e)
-        if self.timed:
-            self._expire(self._clock())
+        if self.timed: self._expire(self._clock())
         cdef uint64_t uid = self.uid(pod)
         with nogil:
             self.ix.apply(uid, rank, model, batch, report.r)
@@ -424,8 +420,7 @@ cdef class Index:
         cdef uint64_t uid = self.uid(pod)
         if len(hashes):
             prefixes.assign(&hashes[0], &hashes[0] + len(hashes))
-        if self.timed:
-            self._expire(self._clock())
+        if self.timed: self._expire(self._clock())
         with nogil:
             self.ix.guess(uid, rank, model, prefixes, until)
 

@@ -27,7 +27,10 @@ class PrefixIndex(Index):
     block_size: tokens per index block, the granularity of every answer; an engine's own block size must be a multiple
     of it. hash_seed: seed of the interoperable hashes. presence: "count" (copies are counted, as vLLM announces them)
     or "set" (for engines that re-announce blocks without a new copy). max_parked: stored hashes per worker that may
-    wait for their parent. clock: seconds that never go back, for the time to live of :meth:`add_prefix`.
+    wait for their parent. max_bytes: a budget (at least 32,768), None for none: before an event would pass it, what was
+    matched or stored longest ago goes, from the end of its chain, and whoever held that is degraded. ttl: seconds after
+    which a chain that no stored event and no match has touched goes likewise, up to a hundredth early; None: never.
+    clock: seconds that never go back, for ttl and the time to live of :meth:`add_prefix`.
 
     Events: :meth:`ingest`, :meth:`process_block_stored`, :meth:`process_block_removed`,
     :meth:`process_all_blocks_cleared`. Questions: :meth:`match_prefix`, :meth:`match_many`, :meth:`match_hashes`,
@@ -148,8 +151,10 @@ class PrefixIndex(Index):
     def stats(self) -> dict[str, Any]:
         """Figures of the whole index, O(1).
 
-        blocks (distinct content), chains, sets, holders, pods, workers, parked, guesses, bytes (native memory), and
-        since the start: batches, bad_payloads, events_* by type, blocks_* by fate, skipped, errors, skipped_reasons.
+        blocks (distinct content), chains, sets, holders, pods, workers, parked, guesses, bytes (native memory: all that
+        events make grow, without the names of pods and models and without scratch), and since the start: what max_bytes
+        (shed_*) and ttl (expired_*) took in blocks, chains, parked hashes and guesses; batches, bad_payloads, events_*
+        by type, blocks_* by fate, skipped, errors, skipped_reasons.
         """
         return self._figures()
 

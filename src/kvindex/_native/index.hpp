@@ -242,11 +242,10 @@ private:
     // Whether what the event says of its worker is known, or may be kept for good.
     bool can_learn(const Worker& w, const Event& e, u32 factor) const {
         if (admits(kHolderBytes + sizeof(Group) + 192 + 2 * e.medium.n)) return true;
-        if (!media_.has(e.medium.p, e.medium.n)) return false;
         return std::any_of(w.holders.begin(), w.holders.end(), [&](u32 h) {
             const Holder& o = holders_[h];
             const Group& g = w.groups[o.group];
-            return g.id == std::max<i64>(e.group, 0) && (e.block_size ? o.factor == factor : o.factor == g.factor) && lower(e.medium.p, e.medium.n) == lower(media_.name(o.medium).data(), media_.name(o.medium).size());
+            return g.id == std::max<i64>(e.group, 0) && o.medium == media_.find(e.medium.p, e.medium.n) && o.factor == (e.block_size ? factor : g.factor);
         });
     }
     void mute(u32 id) {
@@ -300,7 +299,7 @@ private:
 
     void removed(u32 id, const Event& e, const u64* ids, Report& r) {
         const Worker& w = *workers_[id];
-        if (!admits(192 + 2 * e.medium.n) && !media_.has(e.medium.p, e.medium.n)) return r.skip(Reason::unknown_hash, e.n_hashes);
+        if (!admits(192 + 2 * e.medium.n) && media_.find(e.medium.p, e.medium.n) == kNone) return r.skip(Reason::unknown_hash, e.n_hashes);
         Holder tier;
         tier.medium = media_.id(e.medium.p, e.medium.n);
         while (tier.group < w.groups.size() && w.groups[tier.group].id != std::max<i64>(e.group, 0)) ++tier.group;

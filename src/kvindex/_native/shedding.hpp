@@ -46,7 +46,9 @@ public:
     void guess(u32 pod, i64 rank, const std::string& model, const u64* prefixes, u32 n, double until) {
         if (max_) {
             const u32 id = find_worker(pod, rank, find_space(model));
-            if ((id == kNone && !admits(kWorkerBytes)) || !make_room(id, 0, n, n * sizeof(u64), kNone)) {
+            // Without what was to be learned of the worker, a guess may promise more than its groups would agree to.
+            const bool able = id == kNone ? !pods_[pod].shed && admits(kWorkerBytes + kHolderBytes) : !workers_[id]->muted;
+            if (!able || !make_room(id, 0, n, n * sizeof(u64), kNone)) {
                 ++shed_.guesses;
                 fall_short(pod, id);
                 return;

@@ -176,7 +176,10 @@ public:
         bytes_ += 2 * n + 192;
         return id;
     }
-    bool has(const char* p, std::size_t n) const { return n == 0 || ids_.count(lower(p, n)); }
+    u32 find(const char* p, std::size_t n) const {
+        const auto it = ids_.find(lower(p, n));
+        return n == 0 ? 0 : it == ids_.end() ? kNone : it->second;
+    }
     // What the names take, roughly. They are kept for good: answers refer to them.
     std::size_t bytes() const { return bytes_; }
     const std::string& name(u32 id) const { return shown_[id]; }
