@@ -399,8 +399,7 @@ cdef class Index:
 
     cdef PrefixMatch open(self, Py_ssize_t blocks):
         cdef PrefixMatch m = PrefixMatch.__new__(PrefixMatch)
-        if self.ix.next_expiry() < NEVER:
-            self._expire(self._clock())
+        if self.ix.next_expiry() < NEVER: self._expire(self._clock())
         m.index, m.names, m.blocks = self, self.names, blocks
         return m
 
