@@ -53,6 +53,7 @@ listed = $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.t
 	touch $@
 
 .PHONY: help build demo test sanitize fuzz lint dist clean bench-peers bench-rows bench-streams bench-gate
+.PHONY: bench bench-quick bench-html bench-replay bench-baseline bench-check
 
 .PHONY: test-kv-sync-chaos test-kv-sync-all chaos-quick
 
@@ -62,6 +63,10 @@ help:
 	@echo 'make sanitize          the tests with the core under the address and undefined-behaviour sanitizers'
 	@echo 'make fuzz SECONDS=60   a coverage-guided fuzzer on the event decoder'
 	@echo 'make bench-peers       kvindex beside Dynamo, a dict of sets and the floor: one process, one table'
+	@echo 'make bench             the asv suite on what is committed; bench-quick: each of it once, to see that it runs'
+	@echo 'make bench-html        the history of it as pages in .asv/html'
+	@echo 'make bench-baseline    keep the figures of this commit; bench-check: compare with those that were kept'
+	@echo 'make bench-replay      a trace (TRACE=...) sped up until the index falls behind'
 	@echo 'make bench-streams     events over TCP from one publisher, until they are applied'
 	@echo 'make bench-gate BASE=REV  exit 1 when something got slower or larger than in REV; 2 when nothing is known'
 	@echo 'make bench-rows        growth, threads, tail, snapshot and churn, each beside what was promised'
@@ -140,6 +145,31 @@ $(PEERS)/.tried: | .venv/.bench-tools
 
 bench-peers: .venv/.bench-tools $(PEERS)/.tried
 	$(BENCH) benchmarks.peers --out docs/performance
+
+# asv measures what is committed, in an environment of its own. Its exit status is 2 when a benchmark fails.
+ASV := $(BIN)/asv
+.asv/.machine: | .venv/.bench-tools
+	$(ASV) machine --yes
+	mkdir -p $(@D) && touch $@
+
+bench: .venv/.bench-tools .asv/.machine
+	$(ASV) run --show-stderr $(or $(RANGE),HEAD^!)
+
+# Nothing is kept of it. Without the widest and some of the middle, and without what callgrind counts, which takes minutes.
+bench-quick: .venv/.bench-tools .asv/.machine
+	$(ASV) run --python=same --quick --show-stderr --bench '^(?!.*(Instructions|, 256\)|, 64, 64\)|, 2048, 64\)))'
+
+bench-html: .venv/.bench-tools .asv/.machine
+	$(ASV) publish --no-pull
+
+bench-baseline: .venv/.bench-tools $(PEERS)/.tried
+	$(BENCH) benchmarks.baseline make
+
+bench-check: .venv/.bench-tools $(PEERS)/.tried
+	$(BENCH) benchmarks.baseline check $(ONLY)
+
+bench-replay: .venv/.bench-tools
+	$(BENCH) benchmarks.replay $(TRACE)
 
 bench-streams: .venv/.installed
 	$(BIN)/python -m benchmarks.streams

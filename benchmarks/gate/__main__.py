@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 from ..report import say, table
 from ..workloads import CORE
@@ -65,7 +66,8 @@ def _judge(base: Build, new: Build, names: list[str], options: argparse.Namespac
         say("instructions are not counted" + ("" if options.no_instructions else ": valgrind is not installed"))
     else:
         say("counting instructions of both")
-        before, after = (instructions.count(build, names) for build in (base, new))
+        with ThreadPoolExecutor(2) as pool:
+            before, after = pool.map(lambda build: instructions.count(build, names), (base, new))
         for name in names:
             ratio = after[name] / before[name]
             counted[name] = [f"{before[name]:,}", f"{ratio:.3f}"]

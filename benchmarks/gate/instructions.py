@@ -22,7 +22,7 @@ from .builds import BrokenRun, Build
 __all__ = ["available", "count"]
 
 #: Small enough that callgrind, which is fifty times slower, is done in a minute.
-CONTENT = 8192
+CONTENT = 2048
 ROUNDS = 2
 
 

@@ -1,0 +1,170 @@
+"""``python -m benchmarks.replay [TRACE]``: how fast a fleet's day can go by before the index falls behind.
+
+A trace (Mooncake's JSON lines; without one, conversations made up from a seed) is served once by a simulated fleet of
+128 workers. What its engines published and what its router asked is one timeline, which is then replayed open-loop:
+everything is due at its time, sped up, whether or not what came before is done. A run is over when the queue is
+drained, and has kept up when that took at most 1.1 times the window. The speed is raised until it no longer does.
+
+One thread does both, as a router's event loop would: a question that is due waits for the batch before it. Latencies
+are told from when the question was due, and for the call alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from statistics import median
+from time import perf_counter, sleep
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kvindex import PrefixIndex, decode_batch
+from kvindex.sim.engine import Engine
+from kvindex.sim.fleet import Fleet, Pod, PrefixAware
+from kvindex.sim.workload import Arrival, chat, mooncake
+
+from .data import BLOCK, newest
+from .machine import described
+from .report import amount, say, table
+
+#: A run that took longer than this over its window has not kept up.
+LATE = 1.1
+
+
+class Timeline(NamedTuple):
+    """What happens in order of time: ``due`` in seconds; a batch is ``(pod, payload)``, a question its tokens."""
+
+    due: npt.NDArray[np.float64]
+    what: list[Any]
+    asked: int
+    stored: int
+    removed: int
+
+    @property
+    def window(self) -> float:
+        return float(self.due[-1])
+
+    @property
+    def blocks(self) -> int:
+        """Blocks stored, removed and asked for."""
+        return self.asked + self.stored + self.removed
+
+
+class Run(NamedTuple):
+    """One replay: how long it took, and seconds per question from when it was due and of the call alone."""
+
+    took: float
+    waited: npt.NDArray[np.float64]
+    called: npt.NDArray[np.float64]
+
+
+def record(arrivals: Sequence[Arrival], workers: int, blocks_per_worker: int) -> Timeline:
+    """Serves the requests by a fleet that routes with an index of its own, and keeps what went over the wire."""
+    index = PrefixIndex(block_size=BLOCK)
+    kept: list[tuple[float, Any]] = []
+    form = newest()
+    pods = [Pod(f"worker-{number}", form, {0: Engine(blocks_per_worker, BLOCK)}) for number in range(workers)]
+
+    def publish(pod: str, rank: int, payload: bytes) -> None:
+        index.ingest(pod, payload, dp_rank=rank)
+        kept.append((fleet.now, (pod, payload)))
+
+    fleet = Fleet(pods, publish)
+    fleet.run(arrivals, PrefixAware(index), each=lambda arrival: kept.append((fleet.now, arrival.prompt.tokens)))
+    asked = sum(len(what) // BLOCK for _, what in kept if not isinstance(what, tuple))
+    stats = index.stats()
+    due = np.array([at for at, _ in kept])
+    return Timeline(due - due[0], [what for _, what in kept], asked, stats["blocks_stored"], stats["blocks_removed"])
+
+
+def replay(timeline: Timeline, speed: float) -> Run:
+    """Everything at its time, ``speed`` times as fast; as fast as it goes where ``speed`` is infinite."""
+    index = PrefixIndex(block_size=BLOCK)
+    ingest, match, clock = index.ingest, index.match_prefix, perf_counter
+    dues = (timeline.due / speed).tolist()
+    waited: list[float] = []
+    called: list[float] = []
+    start = clock()
+    for due, what in zip(dues, timeline.what, strict=True):
+        now = clock() - start
+        while now < due:
+            # Sleeping takes 0.1 ms too long, so the last of it is waited for awake.
+            if due - now > 0.001:
+                sleep(due - now - 0.0005)
+            now = clock() - start
+        if isinstance(what, tuple):
+            ingest(what[0], what[1])
+        else:
+            match(what).best()
+            done = clock() - start
+            waited.append(done - due)
+            called.append(done - now)
+    return Run(clock() - start, np.array(waited), np.array(called))
+
+
+def fastest(timeline: Timeline, trials: int) -> list[tuple[float, bool, list[Run]]]:
+    """Speeds tried, whether each was kept up with, and its runs; in the order in which they were tried."""
+    drained = min(replay(timeline, float("inf")).took for _ in range(3))
+    # Faster than it drains with nothing to wait for is out of reach, but for the tenth that a run may be late.
+    low, high = timeline.window / drained / 8, timeline.window / drained * 1.3
+    tried = []
+    for step in range(8):
+        speed = low if step == 0 else (low * high) ** 0.5
+        runs = [replay(timeline, speed) for _ in range(trials)]
+        kept_up = median(run.took for run in runs) <= LATE * timeline.window / speed
+        tried.append((speed, kept_up, runs))
+        say(f"{speed:,.0f} times as fast: {'kept up' if kept_up else 'fell behind'}")
+        if step == 0 and not kept_up:
+            break
+        low, high = (speed, high) if kept_up else (low, speed)
+    return tried
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.replay", description=__doc__.partition("\n")[0])
+    parser.add_argument("trace", nargs="?", help="JSON lines, plain or gzip (default: made up, the same every time)")
+    parser.add_argument("--workers", type=int, default=128, help="of the simulated fleet (%(default)s)")
+    parser.add_argument("--blocks", type=int, help="KV cache of each, in blocks of 16 (1,024; 16,384 for a trace)")
+    parser.add_argument("--limit", type=int, default=3000, help="requests of the trace (%(default)s)")
+    parser.add_argument("--trials", type=int, default=3, help="replays at each speed (%(default)s)")
+    options = parser.parse_args()
+    if options.trace:
+        arrivals, room = list(mooncake(options.trace, limit=options.limit)), 16_384
+    else:
+        arrivals = chat(conversations=options.limit // 6, system_tokens=2048, user_tokens=512, rate=16.0)
+        # So little that blocks are evicted, as in a cache that has been used for a while.
+        room = 1024
+    say(f"serving {len(arrivals):,} requests by {options.workers} workers")
+    timeline = record(arrivals, options.workers, options.blocks or room)
+    events = sum(len(decode_batch(what[1]).events) for what in timeline.what if isinstance(what, tuple))
+    batches = sum(isinstance(what, tuple) for what in timeline.what)
+    tried = fastest(timeline, options.trials)
+    rows = []
+    for speed, kept_up, runs in sorted(tried, key=lambda each: each[0]):
+        took = median(run.took for run in runs)
+        waited = np.concatenate([run.waited for run in runs]) * 1e6
+        called = np.concatenate([run.called for run in runs]) * 1e6
+        rows.append(
+            [
+                f"{speed:,.0f}",
+                "yes" if kept_up else "no",
+                f"{timeline.blocks / took:,.0f}",
+                f"{len(called) / len(runs) / took:,.0f}",
+                *(amount(value) for value in np.percentile(called, [50, 99, 99.9])),
+                *(amount(value) for value in np.percentile(waited, [50, 99, 99.9])),
+            ]
+        )
+    print(f"{len(arrivals):,} requests in {timeline.window:,.0f} s by {options.workers} workers")
+    print(f"blocks: {timeline.asked:,} asked for, {timeline.stored:,} stored, {timeline.removed:,} removed")
+    print(f"batches: {batches:,} of {events:,} events")
+    columns = ["times as fast", "kept up", "block ops/s", "requests/s", "call p50, µs", "p99", "p99.9"]
+    print(table([*columns, "from due p50, µs", "p99", "p99.9"], rows))
+    best = max((speed for speed, kept_up, _ in tried if kept_up), default=0.0)
+    print(f"kept up to {best:,.0f} times the trace's own speed" if best else "never kept up")
+    print(", ".join(f"{name} {value}" for name, value in described("numpy").items()))
+
+
+if __name__ == "__main__":
+    main()
