@@ -250,15 +250,15 @@ class World:
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.size = setup.size
-        self.index = kvindex.PrefixIndex(setup.size, presence=setup.presence, max_parked=setup.max_parked)
+        # The index looks at the clock on its own too: what is added lives long, and ends when a step says so.
+        self.now = time.monotonic()
+        self.index = self.make_index()
         self.model = Model(setup.size, presence=setup.presence, max_parked=setup.max_parked)
         self.layouts = dict(zip(PODS, setup.pods, strict=True))
         self.books: dict[Any, Book] = {}
         self.asked: dict[tuple, None] = {}
         self.turn = 0
         self.log: list[tuple[str, bytes, dict]] = []
-        # The index looks at the clock on its own too: what is added lives long, and ends when a step says so.
-        self.now = time.monotonic()
         for pod, layout in self.layouts.items():
             self.both(
                 "configure_pod",
@@ -269,6 +269,13 @@ class World:
             )
         for i in range(setup.crowd):
             self.join_crowd(f"crowd-{i}")
+
+    def make_index(self) -> kvindex.PrefixIndex:
+        setup = self.setup
+        return kvindex.PrefixIndex(setup.size, presence=setup.presence, max_parked=setup.max_parked)
+
+    def reported(self, pod: str, got: Any, want: Any) -> None:
+        same("report", report_of(got), report_of(want))
 
     def join_crowd(self, pod: str) -> None:
         name = self.books.setdefault("shared", Book(0)).name((None, None), (0,))
@@ -494,8 +501,7 @@ class World:
 
     def ingest(self, pod: str, data: bytes, **where: Any) -> None:
         self.log.append((pod, data, where))
-        got, want = self.index.ingest(pod, data, **where), self.model.ingest(pod, data, **where)
-        same("report", report_of(got), report_of(want))
+        self.reported(pod, self.index.ingest(pod, data, **where), self.model.ingest(pod, data, **where))
 
     def by_object(self, pod: str, rank: int, model: str, event: Any) -> None:
         if not isinstance(event, dict) or not sound(event):
@@ -511,8 +517,7 @@ class World:
             if len(fields["block_hashes"]) % 2:
                 fields["token_ids"] = np.asarray(fields["token_ids"], dtype=np.uint32)
             thing, call = kvindex.BlockStored(pod=pod, model=model, dp_rank=dp_rank, **fields), "process_block_stored"
-        got, want = getattr(self.index, call)(thing), getattr(self.model, call)(thing)
-        same("report", report_of(got), report_of(want))
+        self.reported(pod, getattr(self.index, call)(thing), getattr(self.model, call)(thing))
 
     def remember(self, pod: str, rank: int, model: str, event: Any) -> None:
         """What an event is about is what will be asked for."""
@@ -691,29 +696,29 @@ def sound(event: dict) -> bool:
     )
 
 
-def run(setup: Setup, steps: Iterable[Step]) -> None:
-    world = World(setup)
+def run(setup: Setup, steps: Iterable[Step], kind: type[World]) -> None:
+    world = kind(setup)
     for step in steps:
         world.do(step)
     world.finish()
 
 
-def fails(setup: Setup, steps: list[Step]) -> Exception | None:
+def fails(setup: Setup, steps: list[Step], kind: type[World] | None = None) -> Exception | None:
     try:
-        run(setup, steps)
+        run(setup, steps, kind or World)
     except Exception as error:
         return error
     return None
 
 
-def minimise(setup: Setup, steps: list[Step]) -> list[Step]:
+def minimise(setup: Setup, steps: list[Step], kind: type[World] | None = None) -> list[Step]:
     """The steps, and the events in them, without which a failing run does not fail."""
     size = max(1, len(steps) // 2)
     while size:
         at = 0
         while at < len(steps):
             fewer = steps[:at] + steps[at + size :]
-            if fails(setup, fewer) is not None:
+            if fails(setup, fewer, kind) is not None:
                 steps = fewer
             else:
                 at += size
@@ -721,6 +726,6 @@ def minimise(setup: Setup, steps: list[Step]) -> list[Step]:
     for i, step in enumerate(steps):
         for op in step.ops if len(step.ops) > 1 else ():
             fewer = [*steps[:i], replace(steps[i], ops=tuple(o for o in steps[i].ops if o is not op)), *steps[i + 1 :]]
-            if fails(setup, fewer) is not None:
+            if fails(setup, fewer, kind) is not None:
                 steps = fewer
     return steps

@@ -52,6 +52,20 @@ def seconds(value: Any, what: str) -> float:
     return s
 
 
+def budget(max_bytes: Any) -> int:
+    """In bytes, 0 for none. Below the least the first chain's tables have no room, and nothing would ever be kept."""
+    return 0 if max_bytes is None else whole(max_bytes, "max_bytes", 1 << 15, (1 << 63) - 1)
+
+
+def lifetime(ttl: Any) -> float:
+    if ttl is None:
+        return 0.0
+    s = seconds(ttl, "ttl")
+    if s == 0:
+        raise InvalidValueError("ttl is 0, after which nothing would be left; it must be more than 0 seconds, or None")
+    return s
+
+
 def utf8(value: Any, what: str) -> bytes:
     if not isinstance(value, str):
         raise InvalidTypeError(f"{what} is {value!r}; it must be a str")

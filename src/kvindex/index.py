@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Literal, Self
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from . import answers, arguments, snapshot
+from . import answers, arguments
 from ._core import Index, IngestReport, PodSet, hash_tokens
-from .answers import StreamPlace
 from .events import AllBlocksCleared, BlockRemoved, BlockStored
 
 if TYPE_CHECKING:
@@ -30,13 +27,15 @@ class PrefixIndex(Index):
     block_size: tokens per index block, the granularity of every answer; an engine's own block size must be a multiple
     of it. hash_seed: seed of the interoperable hashes. presence: "count" (copies are counted, as vLLM announces them)
     or "set" (for engines that re-announce blocks without a new copy). max_parked: stored hashes per worker that may
-    wait for their parent. clock: seconds that never go back, for the time to live of :meth:`add_prefix`.
+    wait for their parent. max_bytes: a budget (at least 32,768), None for none: before an event would pass it, what was
+    matched or stored longest ago goes, from the end of its chain, and whoever held that is degraded. ttl: seconds after
+    which a chain that no stored event and no match has touched goes likewise, up to a hundredth early; None: never.
+    clock: seconds that never go back, for ttl and the time to live of :meth:`add_prefix`.
 
     Events: :meth:`ingest`, :meth:`process_block_stored`, :meth:`process_block_removed`,
     :meth:`process_all_blocks_cleared`. Questions: :meth:`match_prefix`, :meth:`match_many`, :meth:`match_hashes`,
     :meth:`pod_set`. Pods: :meth:`add_prefix`, :meth:`remove_pod`, :meth:`pod_state`, :meth:`configure_pod`,
-    :meth:`clear_worker`, :meth:`mark_worker`. Figures: :meth:`stats`, :meth:`worker_stats`, :meth:`stream_places`.
-    Files: :meth:`save`, :meth:`load`.
+    :meth:`clear_worker`, :meth:`mark_worker`. Figures: :meth:`stats`, :meth:`worker_stats`.
     """
 
     # No wrapper around ingest, match_prefix and match_hashes, and no __dict__: a call costs what it costs on Index.
@@ -136,65 +135,26 @@ class PrefixIndex(Index):
         return answers.VERDICTS[self._verdict(pod)]
 
     def worker_stats(self, pod: str) -> dict[int, dict[str, Any]]:
-        """``{rank: {"blocks", "parked", "state", "last_seq"}}``. O(ranks).
+        """``{rank: {"blocks", "parked", "state"}}``. O(ranks).
 
-        blocks: index blocks held, in every medium and group; parked: stored hashes that wait; last_seq: number of the
-        last batch, None where batches came without. Raises UnknownPodError.
+        blocks: index blocks held, in every medium and group; parked: stored hashes that wait. Raises UnknownPodError.
         """
         return {
             worker["rank"]: {
                 "blocks": worker["blocks"],
                 "parked": worker["parked"],
                 "state": answers.VERDICTS[worker["state"]],
-                "last_seq": None if worker["last_seq"] < 0 else worker["last_seq"],
             }
             for worker in self._workers(pod)
         }
 
-    def stream_places(self, pod: str) -> dict[int, StreamPlace]:
-        """How far each rank's stream has been applied: ``{rank: StreamPlace}``. O(ranks).
-
-        Ranks whose last batch came without its number are left out: their streams cannot be continued, only begun
-        anew. Raises UnknownPodError.
-        """
-        return {
-            place.pop("rank"): StreamPlace(**{**place, "model": place["model"].decode("utf-8", "surrogateescape")})
-            for place in self._places(pod)
-        }
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the whole index to a file, from which :meth:`load` makes an equal one. O(size of the index).
-
-        What events and options have said goes in, with the place that each worker's stream has reached; what
-        :meth:`add_prefix` has said does not. The file is complete at any moment: it is written beside its place, with
-        its checksum, brought to the disk and then renamed. Matches go on meanwhile; events wait while the index is
-        copied in memory (about 20 ms for a million blocks), and not for the disk. Raises :class:`SnapshotError`,
-        with whatever was there before unchanged and nothing left beside it.
-        """
-        snapshot.save(self, path)
-
-    @classmethod
-    def load(
-        cls,
-        path: str | os.PathLike[str],
-        *,
-        max_parked: int | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> Self:
-        """An index equal to the one that was saved, with its block size, seed and options. O(size of the file).
-
-        Every worker is ``stale`` until its stream has shown what happened since: :class:`EventManager` asks for just
-        that, or call :meth:`mark_worker`. max_parked: None for what the saved index had. Raises
-        :class:`SnapshotError`, naming the file, what is wrong with it and at which byte, for whatever is damaged, cut,
-        contradictory, of a newer version or no snapshot at all.
-        """
-        return snapshot.load(cls, path, max_parked=max_parked, clock=clock)
-
     def stats(self) -> dict[str, Any]:
         """Figures of the whole index, O(1).
 
-        blocks (distinct content), chains, sets, holders, pods, workers, parked, guesses, bytes (native memory), and
-        since the start: batches, bad_payloads, events_* by type, blocks_* by fate, skipped, errors, skipped_reasons.
+        blocks (distinct content), chains, sets, holders, pods, workers, parked, guesses, bytes (native memory: all that
+        events make grow, without the names of pods and models and without scratch), and since the start: what max_bytes
+        (shed_*) and ttl (expired_*) took in blocks, chains, parked hashes and guesses; batches, bad_payloads, events_*
+        by type, blocks_* by fate, skipped, errors, skipped_reasons.
         """
         return self._figures()
 

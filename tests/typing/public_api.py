@@ -20,7 +20,7 @@ from kvindex import (
 )
 from kvindex.capture import CaptureWriter, Forget, Message, Query, read_capture
 
-index = PrefixIndex(block_size=16, hash_seed=1337, presence="count", max_parked=10)
+index = PrefixIndex(block_size=16, hash_seed=1337, presence="count", max_parked=10, max_bytes=1 << 20, ttl=60.0)
 assert_type(index, PrefixIndex)
 assert_type(index.block_size, int)
 assert_type(index.hash_seed, int)

@@ -2,6 +2,7 @@
 // and forks only where content does. Which holders have which blocks is kept as runs over interned sets.
 #pragma once
 
+#include "ages.hpp"
 #include "holders.hpp"
 
 namespace kvindex {
@@ -41,6 +42,11 @@ public:
     const T& operator[](u32 id) const { return slabs_[id >> 6]->items[id & 63]; }
     bool alive(u32 id) const { return (id >> 6) < slabs_.size() && slabs_[id >> 6] && !(slabs_[id >> 6]->free >> (id & 63) & 1); }
     u32 size() const { return n_; }
+    // How many bytes more it takes to have so many items more.
+    std::size_t growth(u32 more) const {
+        const u32 spare = (slabs_.size() - holes_.size()) * 64 - n_;
+        return more > spare ? static_cast<std::size_t>((more - spare + 63) / 64) * (sizeof(Slab) + sizeof(Slab*)) : 0;
+    }
 
     u32 take() {
         if (open_.empty()) open();
@@ -147,6 +153,7 @@ struct Chain {
     Buf<u32, 2> pages;
     Buf<Run, 1> runs;
     Buf<OwnNames> own;  // ordered by worker
+    Age age;
 
     u32 end() const { return base + len; }
 };
@@ -160,7 +167,7 @@ struct Pos {
 
 class Chains {
 public:
-    Chains(Memory& m, SetPool& sets) : m_(m), sets_(sets), chains_(m), pages_(m), homes_(m) {}
+    Chains(Memory& m, SetPool& sets) : m_(m), sets_(sets), chains_(m), pages_(m), homes_(m), ages_(m, chains_) {}
     ~Chains() {
         chains_.each([&](u32 c) { release(chains_[c]); });
         fresh_.release(m_);
@@ -173,6 +180,13 @@ public:
     bool alive(u32 c) const { return chains_.alive(c); }
     u32 count() const { return chains_.size(); }
     u64 blocks() const { return blocks_; }
+    Ages<Pool<Chain>>& ages() { return ages_; }
+    const Ages<Pool<Chain>>& ages() const { return ages_; }
+    // How many bytes more so many blocks more in so many chains more would take at most, without what is kept of a chain's length.
+    std::size_t growth(u32 blocks, u32 chains) const {
+        const u32 pages = blocks / kPageBlocks + 2;
+        return pages_.growth(pages) + homes_.growth(pages) + chains_.growth(chains);
+    }
     template <class F>
     void each(F&& f) const {
         chains_.each(f);
@@ -205,7 +219,13 @@ public:
         c.parent = parent;
         c.base = base;
         if (parent != kNone) link(id);
+        ages_.add(id);
+        if (parent != kNone) touch(parent);
         return id;
+    }
+    // An event stores to the chain, and so it needs all that the chain hangs on.
+    void touch(u32 id) {
+        for (; id != kNone && !ages_.fresh(id); id = chains_[id].parent) ages_.renew(id);
     }
     // Adds nameless blocks held by `set` at the end.
     void append(u32 id, const u64* prefix, u32 n, u32 set) {
@@ -255,6 +275,7 @@ public:
         Chain& c = chains_[id];
         if (c.len) cut(id, c.base);
         if (c.parent != kNone) unlink(id);
+        ages_.drop(id);
         release(c);
         chains_.give(id);
     }
@@ -418,6 +439,10 @@ public:
         }
         k.own.truncate(0);
     }
+    bool has_own(const Chain& c, u32 worker) const {
+        const u32 i = own_at(c, worker);
+        return i < c.own.size() && c.own[i].worker == worker;
+    }
     void drop_own(u32 id, u32 worker) {
         Chain& c = chains_[id];
         const u32 i = own_at(c, worker);
@@ -455,6 +480,7 @@ private:
     Pool<Chain> chains_;
     Pool<Page> pages_;
     Pool<PageHome> homes_;
+    Ages<Pool<Chain>> ages_;
     Buf<Run> fresh_;
     u64 blocks_ = 0;
 };

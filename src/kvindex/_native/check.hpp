@@ -93,11 +93,21 @@ inline std::string Index::check() const {
         if (sets_.refs(s.first) < s.second) return fail("set in use is dead", s.first, s.second);
     if (sets_.live() != set_refs.size() + 1) return fail("set that nothing uses", sets_.live(), set_refs.size());
 
+    u32 listed = 0;
+    if (!chains_.ages().count(listed) || (chains_.ages().on() && listed != chains_.count())) return fail("lists of ages are wrong", listed, chains_.count());
+    chains_.each([&](u32 id) {
+        if (chains_[id].parent != kNone && chains_.ages().younger(id, chains_[id].parent)) error = fail("touched after its parent", id, chains_[id].parent);
+    });
+    if (!error.empty()) return error;
+
     u64 parked = 0;
+    std::size_t fixed = 0, lots = 0;
     for (u32 id = 0; id < workers_.size(); ++id) {
         if (!workers_[id]) continue;
         const Worker& w = *workers_[id];
         if (own[id] != w.own.size()) return fail("own names miscounted", own[id], w.own.size());
+        fixed += kWorkerBytes + sizeof(Group) * w.groups.size();
+        if (w.shed && (w.lot || !w.sticky)) return fail("something waits for what was shed, or it goes unsaid", id, w.parked());
         for (u32 h : w.holders)
             if (holders_[h].worker != id || held[h] != holders_[h].blocks) return fail("holder miscounted", h, held[h]);
         if (w.ghost != kNone && held[w.ghost] != holders_[w.ghost].blocks) return fail("remembered blocks miscounted", w.ghost, held[w.ghost]);
@@ -202,6 +212,7 @@ inline std::string Index::check() const {
                 if (!lot.waiting.count({p.waits_for, rec.first})) return fail("parked record waits for nothing", id, rec.first);
                 if (left != p.left || lot.dead.count(rec.first) != (left == 0)) return fail("parked record miscounted", id, rec.first);
                 n += left;
+                lots += weight(p);
                 dead += left == 0;
             }
             if (n != lot.hashes || lot.records.empty()) return fail("parked blocks miscounted", id, n);
@@ -210,6 +221,9 @@ inline std::string Index::check() const {
         }
     }
     if (parked != parked_) return fail("parked blocks miscounted", parked, parked_);
+    fixed += kHolderBytes * (holders_.size() - free_holders_.size());
+    if (fixed != fixed_ || lots != lot_bytes_) return fail("memory miscounted", fixed, lots);
+    if (bounded() && bytes() > budget()) return fail("over the budget", bytes(), budget());
     return std::string();
 }
 

@@ -40,6 +40,8 @@ enum class Reason : uint8_t {
     duplicate_hash,
     parked_full,
     misaligned,
+    over_budget,
+    shed,
     COUNT
 };
 
@@ -55,6 +57,8 @@ inline const char* reason_name(Reason r) {
         case Reason::duplicate_hash: return "duplicate_hash";
         case Reason::parked_full: return "parked_full";
         case Reason::misaligned: return "misaligned";
+        case Reason::over_budget: return "over_budget";
+        case Reason::shed: return "shed";
         case Reason::COUNT: break;
     }
     return "?";

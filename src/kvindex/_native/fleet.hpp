@@ -75,6 +75,7 @@ public:
         Pod& p = pods_[pod];
         Verdict v = Verdict::exact;
         for (const auto& s : p.streams) v = std::max(v, s.second);
+        if (p.shed) v = std::max(v, Verdict::degraded);
         for (u32 w : p.workers) v = std::max(v, own_verdict(*workers_[w]));
         p.verdict = v;
         for (u32 w : p.workers)
@@ -126,9 +127,7 @@ protected:
     }
     u32 worker(u32 pod, i64 rank, u32 space) {
         const u32 found = find_worker(pod, rank, space);
-        return found != kNone ? found : add_worker(pod, rank, space);
-    }
-    u32 add_worker(u32 pod, i64 rank, u32 space) {
+        if (found != kNone) return found;
         u32 id;
         if (!free_workers_.empty()) {
             id = free_workers_.back();
@@ -137,12 +136,14 @@ protected:
             id = static_cast<u32>(workers_.size());
             workers_.emplace_back();
         }
-        workers_[id].reset(new Worker());
-        mem_.add(sizeof(Worker));
+        workers_[id].reset(new Worker(mem_));
+        charge(kWorkerBytes);
         Worker& w = *workers_[id];
         w.pod = pod;
         w.rank = rank;
         w.space = space;
+        // What an event said of one that there was no room for is not known: its groups might limit every answer.
+        w.shed = w.muted = w.sticky = pods_[pod].shed;
         pods_[pod].workers.push_back(id);
         return id;
     }
@@ -157,11 +158,13 @@ protected:
             faces_.emplace_back();
             stands_for_.push_back(kNone);
         }
+        charge(kHolderBytes);
         holders_[id] = Holder{worker, medium, group, factor, 0};
         ++holders_version_;
         return id;
     }
     void free_holder(u32 id) {
+        refund(kHolderBytes);
         holders_[id] = Holder();
         set_bit(simple_, id, false);
         set_bit(guessed_, id, false);
@@ -191,6 +194,7 @@ protected:
         u32 g = 0;
         while (g < w.groups.size() && w.groups[g].id != id) ++g;
         if (g == w.groups.size()) {
+            charge(sizeof(Group));
             w.groups.emplace_back();
             w.groups[g].id = id;
         }
@@ -261,13 +265,31 @@ protected:
     void drop_worker(u32 id) {
         Worker& w = *workers_[id];
         if (w.ghost != kNone) free_holder(w.ghost);
+        drop_groups(w);
         release(w);
-        mem_.sub(sizeof(Worker));
         workers_[id].reset();
+        refund(kWorkerBytes);
         free_workers_.push_back(id);
     }
 
+    // What streams make and nothing but a clear or the pod's end takes away: in a bounded index it must not be all there is room for.
+    static constexpr std::size_t kWorkerBytes = sizeof(Worker) + sizeof(void*) + 64;  // with its places in pods and lists
+    static constexpr std::size_t kHolderBytes = sizeof(Holder) + 64;                  // with its places in masks and lists
+    void charge(std::size_t n) {
+        mem_.add(n);
+        fixed_ += n;
+    }
+    void refund(std::size_t n) {
+        mem_.sub(n);
+        fixed_ -= n;
+    }
+    void drop_groups(Worker& w) {
+        refund(sizeof(Group) * w.groups.size());
+        w.groups.clear();
+    }
+
     Memory mem_;
+    std::size_t fixed_ = 0;
     bool set_presence_;
     Media media_;
     std::vector<Pod> pods_;

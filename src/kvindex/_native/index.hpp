@@ -3,14 +3,15 @@
 // The index: events in, chains and holder sets changed. Matching reads what it keeps (match.hpp).
 //
 // It is built in layers, each of which uses only those below: who is there (fleet.hpp), what each worker knows (knowledge.hpp), how blocks
-// are put into their place (placing.hpp), what waits for a place (parking.hpp), and here what events mean.
+// are put into their place (placing.hpp), what waits for a place (parking.hpp), what goes when there is too much (shedding.hpp), and here
+// what events mean.
 #pragma once
 
 #include <algorithm>
 #include <cstdio>
 
 #include "extra_keys.hpp"
-#include "parking.hpp"
+#include "shedding.hpp"
 
 namespace kvindex {
 
@@ -20,25 +21,13 @@ inline u64 mix_extra(u64 local, u64 digest, u64 seed) {
     return xxh3_64(both, sizeof both, seed ^ 0x9E3779B97F4A7C15ull);
 }
 
-class Index : public Parker {
+class Index : public Shedder {
 public:
-    Index(u32 block_size, u64 seed, bool set_presence, u32 max_parked)
-        : Parker(block_size, seed, set_presence, max_parked), block_size_(block_size), seed_(seed) {}
+    Index(u32 block_size, u64 seed, bool set_presence, u32 max_parked, u64 max_bytes = 0, double ttl = 0)
+        : Shedder(block_size, seed, set_presence, max_parked, max_bytes, ttl), block_size_(block_size), seed_(seed) {}
 
     u32 block_size() const { return block_size_; }
     u64 seed() const { return seed_; }
-
-    // A batch of this stream has been applied. `clean`: whatever was lost before it does not matter any more.
-    void advance(u32 pod, i64 rank, const std::string& model, u64 seq, double ts, u64 fingerprint, bool clean, bool lost) {
-        std::map<i64, Position>& all = pods_[pod].positions;
-        const auto it = all.find(rank);
-        const bool whole = it == all.end() ? seq == 0 : it->second.whole && seq == it->second.seq + 1;
-        all[rank] = Position{seq, ts, fingerprint, space(model), !lost && (clean || whole)};
-    }
-    // Something came in without a number: how far the stream has been applied cannot be said any more.
-    void lose_place(u32 pod, i64 rank) {
-        if (!pods_[pod].positions.empty()) pods_[pod].positions.erase(rank);
-    }
 
     void remove_pod(u32 id) {
         Pod& p = pods_[id];
@@ -75,6 +64,15 @@ public:
 
     // One event of one stream. Never throws for what an engine may send; what could not be applied is in the report.
     void apply(u32 pod, i64 rank, const std::string& model, const Batch& b, const Event& e, Report& r) {
+        if (e.kind == EventKind::stored && !admits(kWorkerBytes) && find_worker(pod, rank, find_space(model)) == kNone) {
+            r.skip(Reason::over_budget, e.bad == Reason::none ? e.n_hashes : 1);
+            fall_short(pod, kNone);
+            return;
+        }
+        act(pod, rank, model, b, e, r);
+        fit();
+    }
+    void act(u32 pod, i64 rank, const std::string& model, const Batch& b, const Event& e, Report& r) {
         if (e.bad != Reason::none) {
             r.skip(e.bad);
             if (e.kind == EventKind::stored) {
@@ -122,7 +120,6 @@ public:
         judge(pod);
     }
     void clear_worker(u32 pod, i64 rank) {
-        pods_[pod].positions.erase(rank);
         for (u32 w : pods_[pod].workers)
             if (workers_[w]->rank == rank) clear_all(w);
         judge(pod);
@@ -132,18 +129,16 @@ public:
 
     struct Figures {
         u64 blocks, chains, sets, holders, pods, workers, parked, guesses, bytes;
+        u64 shed_blocks, shed_chains, shed_parked, shed_guesses, expired_blocks, expired_chains, expired_guesses;
     };
     Figures figures() const {
         return {chains_.blocks(), chains_.count(), sets_.live(), holders_.size() - free_holders_.size(), pod_ids_.size(), workers_.size() - free_workers_.size(), parked_,
-                guesses_.size(), mem_.bytes};
+                guesses_.size(), mem_.bytes, shed().blocks, shed().chains, shed().parked, shed().guesses, expired().blocks, expired().chains, expired().guesses};
     }
     // Walks everything and returns the first broken invariant, or an empty string. O(size of the index).
     std::string check() const;
 
 private:
-    friend class SnapshotWriter;
-    friend class SnapshotReader;
-
     // The two marks of pages are not available as names; 2^-63 by chance, and then a neighbour's name.
     static u64 name_of(u64 id) { return id == kNoName || id == kNameless ? id + 1 : id; }
 
@@ -151,6 +146,7 @@ private:
 
     void stored(u32 id, const Batch& b, const Event& e, Report& r) {
         Worker& w = *workers_[id];
+        if (w.muted) return r.skip(Reason::over_budget, e.n_hashes);
         const bool bare = e.n_tokens == 0;
         u32 factor = 1;
         if (e.block_size != 0) {
@@ -190,6 +186,11 @@ private:
             r.skip(Reason::duplicate_hash, e.n_hashes - n);
             spoil(id);
         }
+        if (bounded() && !can_learn(w, e, factor)) {
+            r.skip(Reason::over_budget, n);
+            mute(id);
+            return;
+        }
         const u32 g = group(w, e, factor);
         if (bare && (e.block_size == 0)) factor = w.groups[g].factor;
         const u32 medium = media_.id(e.medium.p, e.medium.n);
@@ -197,6 +198,7 @@ private:
         refresh(id);
         // All its blocks masked: that the group exists is all there is to learn, and it limits what the worker can reuse.
         if (n == 0) return;
+        if (!make_room_for(id, e, n, factor, whole)) return turn_away(id, ids_.data(), n, Reason::over_budget, r);
         if (!whole) {
             for (u32 i = 0; i < n; ++i) place_known(id, h, ids_[i], r);
             return;
@@ -228,6 +230,28 @@ private:
                 spoil(id);
                 break;
         }
+    }
+    bool make_room_for(u32 id, const Event& e, u32 n, u32 factor, bool whole) {
+        if (!chains_.ages().on()) return true;
+        // What is announced by name alone costs a place in a list of copies, or in a lot.
+        if (!whole) return make_room(id, 0, 0, static_cast<std::size_t>(n) * 128, kNone);
+        const u32 parent = e.has_parent ? find(id, name_of(e.parent)) : kNone;
+        if (e.has_parent && parent == kNone) return workers_[id]->shed || make_room(id, 0, 0, parked_weight(n, n * factor), kNone);
+        return make_room(id, n, n * factor, 0, parent);
+    }
+    // Whether what the event says of its worker is known, or may be kept for good.
+    bool can_learn(const Worker& w, const Event& e, u32 factor) const {
+        if (admits(kHolderBytes + sizeof(Group) + 192 + 2 * e.medium.n)) return true;
+        return std::any_of(w.holders.begin(), w.holders.end(), [&](u32 h) {
+            const Holder& o = holders_[h];
+            const Group& g = w.groups[o.group];
+            return g.id == std::max<i64>(e.group, 0) && o.medium == media_.find(e.medium.p, e.medium.n) && o.factor == (e.block_size ? factor : g.factor);
+        });
+    }
+    void mute(u32 id) {
+        clear_all(id);
+        fall_short(workers_[id]->pod, id);
+        workers_[id]->muted = true;
     }
     // Local hashes of the event's first n engine blocks, adapter and extra keys included.
     bool hash_event(const Batch& b, const Event& e, u32 n, u32 factor) {
@@ -275,6 +299,7 @@ private:
 
     void removed(u32 id, const Event& e, const u64* ids, Report& r) {
         const Worker& w = *workers_[id];
+        if (!admits(192 + 2 * e.medium.n) && media_.find(e.medium.p, e.medium.n) == kNone) return r.skip(Reason::unknown_hash, e.n_hashes);
         Holder tier;
         tier.medium = media_.id(e.medium.p, e.medium.n);
         while (tier.group < w.groups.size() && w.groups[tier.group].id != std::max<i64>(e.group, 0)) ++tier.group;
@@ -303,7 +328,7 @@ private:
                 take_copy(id, h, p);
                 return true;
             }
-            std::vector<Copy>& list = it->second;
+            Copies& list = it->second;
             auto c = std::find_if(list.begin(), list.end(), [&](const Copy& x) { return x.id == name && x.holder == h && x.count; });
             if (c == list.end()) continue;
             --c->count;
@@ -339,8 +364,8 @@ private:
         w.own.release(mem_);
         w.chains.release(mem_);
         w.kids.release(mem_);
-        w.second.clear();
-        w.copies.clear();
+        w.second = CountedMap<u64, u32>(Counted<char>(mem_));
+        w.copies = CountedMap<u32, Copies>(Counted<char>(mem_));
         drop_lot(w);
         for (u32 h : w.holders) free_holder(h);
         w.holders.clear();
@@ -349,15 +374,10 @@ private:
             holders_[w.ghost].blocks = 0;
             set_bit(w.mask, w.ghost, true);
         }
-        w.groups.clear();
-        w.placed_full = w.small_blocks = w.sticky = false;
+        drop_groups(w);
+        w.placed_full = w.small_blocks = w.sticky = w.shed = w.muted = false;
         refresh(id);
         judge(w.pod);
-    }
-    void drop_lot(Worker& w) {
-        if (!w.lot) return;
-        while (!w.lot->records.empty()) unpark(*w.lot, w.lot->records.begin()->first);
-        w.lot.reset();
     }
     void clear_some(u32 id, const std::vector<u32>& media) {
         Worker& w = *workers_[id];
@@ -376,7 +396,7 @@ private:
         }
         for (auto it = w.copies.begin(); it != w.copies.end();) {
             const u32 ref = (it++)->first;
-            for (Copy& c : w.copies[ref])
+            for (Copy& c : w.copies.at(ref))
                 if (c.holder != kNone && hit(c.holder)) c.count = 0;
         }
         const u32 g = ghost(id);

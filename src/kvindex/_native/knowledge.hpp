@@ -149,14 +149,20 @@ protected:
         if (it == w.copies.end()) return;
         for (const Copy& c : it->second)
             if (c.holder == kNone) w.second.erase(c.id);
+        drop_copies(w, it);
+    }
+    // The maps keep their tables when they are emptied; new ones have none.
+    void drop_copies(Worker& w, CountedMap<u32, Copies>::iterator it) {
         w.copies.erase(it);
+        if (w.copies.empty()) w.copies = CountedMap<u32, Copies>(Counted<char>(mem_));
+        if (w.second.empty() && w.second.bucket_count() > 1) w.second = CountedMap<u64, u32>(Counted<char>(mem_));
     }
     // The explicit list of a block's copies, made from the bits when it is first needed.
-    std::vector<Copy>& list_copies(u32 id, Pos p, u32 ref) {
+    Copies& list_copies(u32 id, Pos p, u32 ref) {
         Worker& w = *workers_[id];
         const auto it = w.copies.find(ref);
         if (it != w.copies.end()) return it->second;
-        std::vector<Copy>& list = w.copies[ref];
+        Copies& list = w.copies.try_emplace(ref, Counted<Copy>(mem_)).first->second;
         u64 name;
         if (!first_name(id, p, ref, name)) return list;
         const u32 set = set_at(p);
@@ -169,13 +175,13 @@ protected:
         Worker& w = *workers_[id];
         const auto it = w.copies.find(ref);
         if (it == w.copies.end()) return;
-        std::vector<Copy>& list = it->second;
+        Copies& list = it->second;
         list.erase(std::remove_if(list.begin(), list.end(), [](const Copy& c) { return c.holder != kNone && c.count == 0; }), list.end());
         u64 name = 0;
         const bool named = first_name(id, p, ref, name);
         for (const Copy& c : list)
             if (c.holder == kNone || c.count > 1 || !named || c.id != name) return;
-        w.copies.erase(it);
+        drop_copies(w, it);
     }
     // The worker announces this name for something else: the name and its copies go.
     void forget_name(u32 id, u64 name) {
@@ -183,7 +189,7 @@ protected:
         const u32 ref = find(id, name);
         if (ref == kNone) return;
         const Pos p = chains_.pos(ref);
-        std::vector<Copy>& list = list_copies(id, p, ref);
+        Copies& list = list_copies(id, p, ref);
         std::vector<u32> gone;
         for (Copy& c : list) {
             if (c.id != name || c.holder == kNone) continue;
@@ -270,7 +276,7 @@ protected:
         }
         const bool held = sets_.has(set, h);
         if (knew && (held || w.copies.count(ref))) {
-            std::vector<Copy>& list = list_copies(id, p, ref);
+            Copies& list = list_copies(id, p, ref);
             auto it = std::find_if(list.begin(), list.end(), [&](const Copy& c) { return c.id == name && c.holder == h; });
             if (it == list.end()) {
                 list.push_back({name, h, 1});
@@ -297,19 +303,23 @@ protected:
             // Content may fork inside an engine block; another one that shares this part of it holds it too.
             if (s != 0 && child_has(w, p, h)) break;
             const Pos up = before(p);
-            const u32 set = set_at(p);
-            if (knows_besides(w, set, h)) {
-                chains_.change(p.chain, p.depth, p.depth + 1, [&](u32 x, u32 k) { return without(x, h, k); });
-            } else if (knows_child(w, p)) {
-                const u32 g = ghost(id);
-                chains_.change(p.chain, p.depth, p.depth + 1, [&](u32 x, u32 k) { return with(x, g, k, h); });
-            } else {
-                forget_block(id, p, h);
-            }
+            lose_bit(id, h, p);
             p = up;
         }
         climb(id, p);
         trim(bottom);
+    }
+    // The worker no longer holds this block so; it may hold it otherwise, or have to remember it.
+    void lose_bit(u32 id, u32 h, Pos p) {
+        const Worker& w = *workers_[id];
+        if (knows_besides(w, set_at(p), h)) {
+            chains_.change(p.chain, p.depth, p.depth + 1, [&](u32 x, u32 k) { return without(x, h, k); });
+        } else if (knows_child(w, p)) {
+            const u32 g = ghost(id);
+            chains_.change(p.chain, p.depth, p.depth + 1, [&](u32 x, u32 k) { return with(x, g, k, h); });
+        } else {
+            forget_block(id, p, h);
+        }
     }
     // From `p` towards the root: forgets what was only remembered for the sake of something below.
     void climb(u32 id, Pos p) {
@@ -401,11 +411,11 @@ protected:
             if (own != kNoName && own != kNameless) w.own.move(own, from, to);
             const auto it = w.copies.find(from);
             if (it == w.copies.end()) return;
-            std::vector<Copy> list = std::move(it->second);
+            Copies list = std::move(it->second);
             w.copies.erase(it);
             for (const Copy& c : list)
                 if (c.holder == kNone) w.second[c.id] = to;
-            w.copies[to] = std::move(list);
+            w.copies.insert_or_assign(to, std::move(list));
         });
     }
     // Every worker that knows a block with this set, once.

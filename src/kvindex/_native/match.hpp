@@ -201,6 +201,7 @@ private:
         living_ = hybrids_;
         for (;;) {
             const Chain& c = chains[chain];
+            chains.ages().seen(c.age);
             const u32 first = i, stop = std::min(c.end(), c.base + (path.n - i));
             u32 depth = c.base, page = 0;
             chains.prefetch(c, 0, kAhead);

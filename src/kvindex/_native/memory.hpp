@@ -5,9 +5,11 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 namespace kvindex {
 
@@ -126,6 +128,31 @@ private:
     alignas(T*) unsigned char place_[sizeof(T*)] = {};
     u32 n_ = 0;
     u32 cap_ = kHere;
+};
+
+// For containers of the standard library where they grow with what engines send.
+template <class T>
+struct Counted {
+    using value_type = T;
+    Memory* m;
+
+    explicit Counted(Memory& memory) : m(&memory) {}
+    template <class U>
+    Counted(const Counted<U>& o) : m(o.m) {}
+    T* allocate(std::size_t n) {
+        T* p = std::allocator<T>().allocate(n);
+        m->add(n * sizeof(T));
+        return p;
+    }
+    void deallocate(T* p, std::size_t n) {
+        m->sub(n * sizeof(T));
+        std::allocator<T>().deallocate(p, n);
+    }
+    using propagate_on_container_move_assignment = std::true_type;
+    template <class U>
+    bool operator==(const Counted<U>& o) const { return m == o.m; }
+    template <class U>
+    bool operator!=(const Counted<U>& o) const { return m != o.m; }
 };
 
 }  // namespace kvindex

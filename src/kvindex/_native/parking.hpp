@@ -12,8 +12,6 @@ class Parker : public Placer {
 public:
     Parker(u32 block_size, u64 seed, bool set_presence, u32 max_parked) : Placer(block_size, seed, set_presence), max_parked_(max_parked) {}
 
-    u32 max_parked() const { return max_parked_; }
-
 protected:
     // A block without content of its own: one more copy of what the worker knows by this name.
     void place_known(u32 id, u32 h, u64 name, Report& r) {
@@ -31,6 +29,7 @@ protected:
         const u32 factor = holders_[h].factor;
         Pos p = chains_.pos(ref);
         if ((p.depth + 1) % factor) return false;
+        chains_.touch(p.chain);
         path_.clear();
         for (u32 s = 0; s < factor; ++s, p = before(p)) path_.push_back(p);
         add_copy(id, h, path_.data(), name, true);
@@ -42,7 +41,21 @@ protected:
         if (!w.lot) w.lot.reset(new ParkingLot());
         return *w.lot;
     }
-    static std::size_t weight(const Parked& p) { return sizeof(Parked) + 160 + p.ids.size() * (sizeof(u64) + 1 + 96) + p.locals.size() * sizeof(u64); }
+    static std::size_t parked_weight(std::size_t ids, std::size_t locals) { return sizeof(Parked) + 160 + ids * (sizeof(u64) + 1 + 96) + locals * sizeof(u64); }
+    static std::size_t weight(const Parked& p) { return parked_weight(p.ids.size(), p.locals.size()); }
+
+    // Of a worker of which something was shed nothing is parked: what it would wait for is most likely what was shed, and its engine will not announce that
+    // again. The names mean something else now than what they meant here, if anything: keeping that would be answering too much.
+    void turn_away(u32 id, const u64* ids, u32 n, Reason why, Report& r) {
+        for (u32 i = 0; i < n; ++i) forget_name(id, ids[i]);
+        r.skip(why, n);
+        spoil(id);
+    }
+    void drop_lot(Worker& w) {
+        if (!w.lot) return;
+        while (!w.lot->records.empty()) unpark(*w.lot, w.lot->records.begin()->first);
+        w.lot.reset();
+    }
 
     // Parks something newly announced. Where copies do not count, it takes the place of what was announced before.
     void park_new(u32 id, Parked&& p, Report& r) {
@@ -54,12 +67,10 @@ protected:
                     take_back(*w.lot, old);
                     replaced.push_back(old.serial);
                 }
-        r.parked += p.ids.size();
-        shelve(id, std::move(p));
-        judge(w.pod);
+        park(id, std::move(p), r);
         for (u64 serial : replaced) drop_dead(*w.lot, serial);
     }
-    void shelve(u32 id, Parked&& p) {
+    void park(u32 id, Parked&& p, Report& r) {
         ParkingLot& l = lot(id);
         const u64 serial = l.next++;
         const Holder& tier = holders_[p.holder];
@@ -72,10 +83,14 @@ protected:
         if (!p.left) l.dead.insert(serial);
         l.hashes += p.left;
         parked_ += p.left;
+        r.parked += p.ids.size();
         mem_.add(weight(p));
+        lot_bytes_ += weight(p);
         l.records.emplace(serial, std::move(p));
+        judge(workers_[id]->pod);
     }
     void park_orphan(const Placing& a, Report& r) {
+        if (workers_[a.worker]->shed) return turn_away(a.worker, a.ids, a.n, Reason::shed, r);
         if (!room(a.worker, a.holder, a.ids, a.n)) {
             r.skip(Reason::parked_full, a.n);
             spoil(a.worker);
@@ -96,6 +111,7 @@ protected:
         park_new(a.worker, std::move(p), r);
     }
     void park_bare(u32 id, u32 h, u64 name, Report& r) {
+        if (workers_[id]->shed) return turn_away(id, &name, 1, Reason::shed, r);
         if (!room(id, h, &name, 1)) {
             r.skip(Reason::parked_full);
             spoil(id);
@@ -120,6 +136,7 @@ protected:
         const auto it = l.records.find(serial);
         Parked p = std::move(it->second);
         mem_.sub(weight(p));
+        lot_bytes_ -= weight(p);
         l.records.erase(it);
         const Holder& tier = holders_[p.holder];
         for (u32 i = 0; i < p.ids.size(); ++i) l.by_id.erase(ParkedHash{p.ids[i], !p.live[i], tier.medium, tier.group, serial});
@@ -221,7 +238,8 @@ protected:
                         break;
                     case Placed::orphan: {
                         // Still in its place under the bound, which it passed when it came.
-                        shelve(id, std::move(p));
+                        Report seen;
+                        park(id, std::move(p), seen);
                         break;
                     }
                     case Placed::misaligned: spoil(id); break;
@@ -242,6 +260,7 @@ protected:
     }
 
     u64 parked_ = 0;
+    std::size_t lot_bytes_ = 0;
     // Names that became known by the event at hand.
     std::vector<u64> fresh_;
 

@@ -43,6 +43,7 @@ public:
             done += s.n;
             tail = {s.chain, s.depth + s.n - 1};
         }
+        chains_.touch(tail.chain);
         if (done < n) {
             const u32 set = sets_.change(kEmptySet, kNone, w.guess);
             extend(w.space, tail, prefixes + done, n - done, set);
@@ -142,12 +143,10 @@ protected:
             locate(w.space, at, prefixes_.data(), blocks);
             if (const u64* other = conflict(a, factor)) {
                 // From the start again: the name may have been the parent's, and blocks may have gone with it. All such names at once:
-                // one at a time, an event whose names all mean something else now would cost the square of its length. The first in any
-                // case, for where prefix hashes collide the same hash may be another block's.
-                const u32 first = static_cast<u32>(other - a.ids);
-                for (u32 j = first; j < a.n; ++j) {
+                // one at a time, an event whose names all mean something else now would cost the square of its length.
+                for (u32 j = static_cast<u32>(other - a.ids); j < a.n; ++j) {
                     const u32 known = find(a.worker, a.ids[j]);
-                    if (known == kNone || (j != first && chains_.prefix(known) == prefixes_[(j + 1) * factor - 1])) continue;
+                    if (known == kNone || chains_.prefix(known) == prefixes_[(j + 1) * factor - 1]) continue;
                     forget_name(a.worker, a.ids[j]);
                     if (a.has_parent && find(a.worker, a.parent) == kNone) return Placed::orphan;
                 }
@@ -188,6 +187,7 @@ protected:
             const Pos first = extend(w.space, tail, prefixes_.data() + old, blocks - old, set);
             segs_.push_back({first.chain, first.depth, old, blocks - old});
         }
+        chains_.touch(segs_.back().chain);
         if (plain) {
             const u32 fresh = old < blocks ? static_cast<u32>(segs_.size()) - 1 : static_cast<u32>(segs_.size());
             for (u32 i = 0; i < fresh; ++i) hold_old(a, segs_[i]);

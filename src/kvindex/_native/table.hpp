@@ -12,6 +12,12 @@ class RefTable {
 public:
     u32 size() const { return n_; }
     u32 capacity() const { return slots_ ? 1u << lg_ : 0; }
+    // By how many bytes the table would be larger with so many entries more.
+    std::size_t growth(u32 more) const {
+        u32 lg = slots_ ? lg_ : 3;
+        while (lg < 31 && crowded(n_ + more, lg)) ++lg;
+        return (sizeof(u64) << lg) - (slots_ ? sizeof(u64) << lg_ : 0);
+    }
 
     void prefetch(u64 key) const {
         if (slots_) __builtin_prefetch(slots_ + (half(key) >> shift()));
@@ -30,23 +36,9 @@ public:
     }
     // The key must be absent.
     void insert(Memory& m, u64 key, u32 ref) {
-        // Grows at 0.7: slots are small (8 to a cache line), and 0.5 would cost 6 bytes a block more.
-        if (!slots_ || (n_ + 1) > (capacity() / 10) * 7 + (capacity() < 16 ? 4 : 0)) rehash(m, slots_ ? lg_ + 1 : 3);
+        if (!slots_ || crowded(n_ + 1, lg_)) rehash(m, slots_ ? lg_ + 1 : 3);
         put(pack(half(key), ref));
         ++n_;
-    }
-    // Inserts unless a place with the same key is there already; false if so.
-    template <class Same>
-    bool insert_new(Memory& m, u64 key, u32 ref, Same&& same) {
-        if (find(key, same) != kNone) return false;
-        insert(m, key, ref);
-        return true;
-    }
-    // Makes room for so many entries at once.
-    void reserve(Memory& m, u32 n) {
-        u32 lg = slots_ ? lg_ : 3;
-        while (n > ((1u << lg) / 10) * 7 + ((1u << lg) < 16 ? 4 : 0)) ++lg;
-        if (!slots_ || lg > lg_) rehash(m, lg);
     }
     // Recognises the entry by its reference, without looking at the place: false if (key, ref) is not in the table.
     bool erase(Memory& m, u64 key, u32 ref) {
@@ -89,6 +81,8 @@ private:
     static u64 pack(u32 half, u32 ref) { return (static_cast<u64>(half) << 32) | ref; }
     static u32 half_of(u64 s) { return static_cast<u32>(s >> 32); }
     static u32 ref_of(u64 s) { return static_cast<u32>(s); }
+    // Grows at 0.7: slots are small (8 to a cache line), and 0.5 would cost 6 bytes a block more.
+    static bool crowded(u32 n, u32 lg) { return n > ((1u << lg) / 10) * 7 + (lg < 4 ? 4 : 0); }
     u32 shift() const { return 32 - lg_; }
 
     u32 slot_of(u64 key, u32 ref) const {
@@ -150,6 +144,11 @@ public:
             if (slots_[i].key == key) return slots_[i].count;
             if (slots_[i].key == kEmpty) return 0;
         }
+    }
+    std::size_t growth(u32 more) const {
+        u32 lg = slots_ ? lg_ : 2;
+        while (n_ + more > (1u << lg) / 2) ++lg;
+        return (sizeof(Slot) << lg) - (slots_ ? sizeof(Slot) << lg_ : 0);
     }
     void add(Memory& m, u64 key, u32 by = 1) {
         if (!slots_ || n_ + 1 > (1u << lg_) / 2) rehash(m, slots_ ? lg_ + 1 : 2);

@@ -89,7 +89,13 @@ struct ParkingLot {
     std::set<u64> dead;                     // records without a live entry
 };
 
+using Copies = std::vector<Copy, Counted<Copy>>;
+template <class K, class V>
+using CountedMap = std::unordered_map<K, V, std::hash<K>, std::equal_to<K>, Counted<std::pair<const K, V>>>;
+
 struct Worker {
+    explicit Worker(Memory& m) : second(Counted<char>(m)), copies(Counted<char>(m)) {}
+
     u32 pod = 0;
     i64 rank = 0;
     u32 space = 0;
@@ -99,14 +105,16 @@ struct Worker {
     std::vector<u64> mask;     // bits of holders and ghost
     std::vector<Group> groups;
     RefTable own;                                      // own names -> block
-    std::unordered_map<u64, u32> second;               // further names of a block -> block
-    std::unordered_map<u32, std::vector<Copy>> copies;  // block -> copies, where bits do not suffice
+    CountedMap<u64, u32> second;                       // further names of a block -> block
+    CountedMap<u32, Copies> copies;                    // block -> copies, where bits do not suffice
     CountTable chains;                                 // chains in which this worker knows a block
     CountTable kids;                                   // (chain, depth) -> child chains there in which it knows a block
     std::unique_ptr<ParkingLot> lot;
     bool placed_full = false;   // has placed a block of a size that fits
     bool small_blocks = false;  // has only sent single blocks that are too small: partial ones or a wrong size?
     bool sticky = false;        // something could not be placed, for good
+    bool shed = false;          // something that it holds was forgotten: nothing waits for what may have been that
+    bool muted = false;         // not even what it is could be kept in the budget: nothing of it is, until it starts anew
     u32 face = kNone;           // the holder whose bit is all that a match needs, if one is
     u32 in_hybrid_list = kNone;
 
@@ -120,24 +128,15 @@ struct Guess {
     std::vector<u64> prefixes;
 };
 
-// How far the stream of one rank has been applied.
-struct Position {
-    u64 seq = 0;          // of the last batch
-    double ts = 0;        // its timestamp, seconds
-    u64 fingerprint = 0;  // XXH3 of its payload: another process has other bytes under this number
-    u32 space = 0;        // the model that it was applied to
-    bool whole = false;   // every batch since a clean start has been applied
-};
-
 struct Pod {
     u64 uid = 0;  // slot and a count of all pods ever opened: a removed pod's number never means another pod
     std::string name;
     std::vector<u32> workers;
     std::map<i64, Verdict> streams;  // per rank, from the stream layer
-    std::map<i64, Position> positions;  // per rank, where batches came with their sequence numbers
     bool set_presence = false;
     bool has_clear_media = false;
     std::vector<u32> clear_media;
+    bool shed = false;  // not even one of its workers fitted into the budget
     u32 chunk_tokens = 0;
     Verdict verdict = Verdict::exact;  // the worst of all
 };
@@ -174,14 +173,22 @@ public:
         const u32 id = static_cast<u32>(shown_.size());
         shown_.push_back(show);
         ids_[key] = id;
+        bytes_ += 2 * n + 192;
         return id;
     }
+    u32 find(const char* p, std::size_t n) const {
+        const auto it = ids_.find(lower(p, n));
+        return n == 0 ? 0 : it == ids_.end() ? kNone : it->second;
+    }
+    // What the names take, roughly. They are kept for good: answers refer to them.
+    std::size_t bytes() const { return bytes_; }
     const std::string& name(u32 id) const { return shown_[id]; }
     std::size_t size() const { return shown_.size(); }
 
 private:
     std::vector<std::string> shown_;
     std::unordered_map<std::string, u32> ids_;
+    std::size_t bytes_ = 0;
 };
 
 inline Attention attention_of(const char* p, std::size_t n) {

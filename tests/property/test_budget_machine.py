@@ -1,0 +1,132 @@
+"""What a budget and a time to live may cost: an answer may become too small, and then it says so; never too large.
+
+The same odd engines as without a budget, done to an index that has too little room or forgets, and to the slow model,
+which has room for everything. What a pod that calls itself exact answers must be what the model answers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model import STATES
+from support import answer_of, report_of
+from world import EXTRA, Op, Setup, World, draw_setup, draw_step, even, fails, minimise, same
+
+import kvindex
+
+BUDGET = 32768  # the least: some sixty chains, so most histories pass it
+
+
+class Narrow(World):
+    """An index that must shed, beside a model that need not."""
+
+    max_bytes: int | None = BUDGET
+    ttl: float | None = None
+
+    def __init__(self, setup: Setup) -> None:
+        self.states: dict[str, str] = {}  # before the step
+        super().__init__(setup)
+
+    def make_index(self) -> kvindex.PrefixIndex:
+        setup = self.setup
+        if self.max_bytes is not None and setup.crowd and setup.size > 2:
+            # Room for all of the crowd's workers; in the least there is room for half of them.
+            self.max_bytes = 4 * BUDGET
+        return kvindex.PrefixIndex(
+            setup.size,
+            presence=setup.presence,
+            max_parked=setup.max_parked,
+            max_bytes=self.max_bytes,
+            ttl=self.ttl,
+            clock=lambda: self.now,
+        )
+
+    def both(self, call: str, *args: Any, **kwargs: Any) -> None:
+        super().both(call, *args, **kwargs)
+        self.within()
+
+    def within(self) -> None:
+        if self.max_bytes is not None:
+            assert self.index.stats()["bytes"] <= self.max_bytes
+
+    def reported(self, pod: str, got: Any, want: Any) -> None:
+        self.within()
+        # A batch may shed, clear and so end exact.
+        if {self.states.get(pod, "exact"), self.index.pod_state(pod)} == {"exact"} and not want.cleared:
+            same("report", report_of(got), report_of(want))
+
+    def compare(self) -> None:
+        self.index._check()
+        self.within()
+        for pod in self.model.pods:
+            got, want = self.index.pod_state(pod), self.model.pod_state(pod)
+            assert STATES.index(got) >= STATES.index(want), f"{pod} is {got}, the model says {want}"
+        self.states = {pod: self.index.pod_state(pod) for pod in self.model.pods}
+        self.turn += 1
+        asked = list(self.asked)
+        older = asked[self.turn % max(1, len(asked)) :][:4]
+        for context, path, model in dict.fromkeys(asked[-1:] if self.setup.crowd else asked[-2:] + older):
+            self.question(context, path, model)
+
+    def question(self, context: tuple, path: tuple, model: str) -> None:
+        path = even(path)
+        keys = [EXTRA.get(b) for b in path]
+        given = {"lora_name": context[0], "cache_salt": context[1], "extra_keys": keys if any(keys) else None}
+        tokens = self.tokens(path)
+        # Before the question: it may be what finds that something is over.
+        match = self.index.match_prefix(tokens, model=model, **given)
+        want, got = self.model.match(tokens, model=model, **given), answer_of(match)
+        assert got.keys() <= want.keys(), f"{got.keys() - want.keys()} hold nothing of {tokens}"
+        for pod, truth in want.items():
+            answer = got.get(pod, {"tokens": 0, "ranks": {}, "media": {}})
+            if self.index.pod_state(pod) == "exact":
+                same(f"{tokens} on {pod}, which is exact", answer, truth)
+            assert answer["tokens"] <= truth["tokens"], (tokens, pod)
+            for part in ("ranks", "media"):
+                for name, n in answer[part].items():
+                    assert n <= truth[part].get(name, 0), f"{tokens}: {pod} answers {n} for {name}, the model {truth}"
+        hashes = kvindex.prefix_hashes(tokens, block_size=self.size, **given)
+        same("by hashes", answer_of(self.index.match_hashes(hashes, model=model)), got)
+
+    def finish(self) -> None:
+        for pod in list(self.model.pods):
+            self.both("remove_pod", pod)
+        self.index._check()
+        same("blocks at the end", self.index.stats()["blocks"], 0)
+        same("bytes at the end", self.index.stats()["bytes"], self.make_index().stats()["bytes"])
+
+
+class Forgetful(Narrow):
+    max_bytes, ttl = None, 2500.0
+
+
+class Both(Narrow):
+    ttl = 2500.0
+
+
+def meant_once(op: Op) -> Op:
+    return replace(op, twist=None) if op.twist in ("moved", "random", "self", "repeat") else op
+
+
+@pytest.mark.parametrize("kind", [Narrow, Forgetful, Both])
+@given(seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=max(8, settings.default.max_examples * 3 // 10))
+def test_too_small_and_said_so_or_exact(kind: type[Narrow], seed: int) -> None:
+    rng = Random(seed)
+    setup, history = draw_setup(rng), [draw_step(rng) for _ in range(120)]
+    if rng.random() < 0.5:
+        # A hash that means something else now, while the first meaning waits for its parent: the model lets the older
+        # one win when the parent comes. An index that no longer has what waited keeps the newer one, and is right. So
+        # either no hash changes its meaning, or nothing waits.
+        setup = replace(setup, max_parked=0)
+    else:
+        history = [replace(step, ops=tuple(map(meant_once, step.ops))) for step in history]
+    if fails(setup, history, kind) is not None:
+        shortest = minimise(setup, history, kind)
+        error = fails(setup, shortest, kind)
+        raise AssertionError("\n".join(["the shortest run that fails:", repr(setup), *map(repr, shortest)])) from error
