@@ -242,7 +242,7 @@ def as_asked(pod: SimProcess, prompt: Prompt, asked: int) -> Prompt:
     with its adapter under the name that the pod's release publishes."""
     form = wire_form(pod.config.form)
     name = prompt.lora_name if form.says("lora_name") else str(prompt.lora_id) if prompt.lora_id else None
-    return Prompt(prompt.tokens[:asked], lora_name=name, cache_salt=prompt.cache_salt)
+    return Prompt(prompt.tokens[:asked], lora_name=name, cache_salt=prompt.cache_salt, extra_keys=prompt.extra_keys)
 
 
 def compare(index: IndexProcess, pods: Iterable[SimProcess], prompts: Sequence[Prompt]) -> Comparison:

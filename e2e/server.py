@@ -118,7 +118,7 @@ class Server:
             start = time.perf_counter()
             match = self.index.match_prefix(
                 prompt.tokens, model=model, lora_name=prompt.lora_name, cache_salt=prompt.cache_salt,
-                ready_pods=ready_pods, only_exact=only_exact,
+                extra_keys=prompt.extra_keys, ready_pods=ready_pods, only_exact=only_exact,
             )  # fmt: skip
             seconds.append(time.perf_counter() - start)
             answers.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 
+import numpy as np
 import pytest
 
 from kvindex.sim import Arrival, Prompt
@@ -49,6 +50,23 @@ def test_adapters_and_salts_never_see_each_other(index: IndexProcess, pods: Pods
     # The texts share their system prompts, so a text alone would be found under every context.
     told = [bool(answer) for answer in index.match(prompts)["answers"]]
     assert told == [place % 2 == 0 for _, place in product(texts, range(len(contexts)))]
+
+
+@pytest.mark.quick
+def test_images_never_see_each_other(index: IndexProcess, pods: Pods, equal) -> None:
+    """One text below several images, whose identifiers are in the keys of the blocks that they cover."""
+    index.follow(*pods.start("map", array={"form": "vllm-0.22.0", "hashes": "bytes16"}))
+    tokens = np.arange(320, dtype=np.uint32)
+    below = [Prompt(tokens, extra_keys=[None, [(name, 4)], [(name, -12)]]) for name in ("cat", "dog", "owl")]
+    for pod in pods:
+        for prompt in below[:2]:
+            pod.serve(tokens, extra_keys=prompt.extra_keys)
+    at_rest(index, pods)
+    prompts = [*below, Prompt(tokens)]
+    equal(index, pods, prompts)
+    # The block before the image is common to all.
+    told = [answer["map"]["tokens"] for answer in index.match(prompts)["answers"]]
+    assert told == [320, 320, 16, 16]
 
 
 @pytest.mark.quick

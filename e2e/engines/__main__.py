@@ -94,7 +94,11 @@ class Here:
         answers = []
         for prompt in prompts:
             match = self.index.match_prefix(
-                prompt.tokens, model=model, lora_name=prompt.lora_name, cache_salt=prompt.cache_salt
+                prompt.tokens,
+                model=model,
+                lora_name=prompt.lora_name,
+                cache_salt=prompt.cache_salt,
+                extra_keys=prompt.extra_keys,
             )
             answers.append(
                 {
@@ -228,10 +232,8 @@ def questions(seen: Sequence[Arrival], dice: random.Random) -> list[Prompt]:
         cut = whole[: dice.randrange(1, len(whole) + 1)].copy()
         if dice.random() < 0.3:
             cut[-1] ^= 1
-        for tokens in (prompt.tokens, whole, cut):
-            found.append(
-                Prompt(tokens, lora_name=prompt.lora_name, lora_id=prompt.lora_id, cache_salt=prompt.cache_salt)
-            )
+        context = {name: getattr(prompt, name) for name in ("lora_name", "lora_id", "cache_salt", "extra_keys")}
+        found += [Prompt(tokens, **context) for tokens in (prompt.tokens, whole, cut)]
     return found
 
 
@@ -239,9 +241,9 @@ def write_queries(writer: CaptureWriter, pods: Sequence[EngineProcess], prompts:
     truths = {pod.name: pod.truths(prompts)["hits"] for pod in pods}
     for number, prompt in enumerate(prompts):
         hits = {name: max(truth[number].values()) for name, truth in truths.items()}
-        writer.write(
-            Query(f"q{first + number}", prompt.tokens, hits, prompt.lora_name, prompt.lora_id, prompt.cache_salt)
-        )
+        keys = None if prompt.extra_keys is None else list(prompt.extra_keys)
+        context = (prompt.lora_name, prompt.lora_id, prompt.cache_salt, keys)
+        writer.write(Query(f"q{first + number}", prompt.tokens, hits, *context))
 
 
 def versions(pod: EngineProcess) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvindex.sim import Arrival, chat
+from kvindex.sim import Arrival, Prompt, chat
 
 __all__ = ["CASES", "Case", "workload"]
 
@@ -27,6 +27,8 @@ class Case:
     resets: bool = False
     sample: str | None = None
     """Of this name a recording is kept with the tests."""
+    images: bool = False
+    """Every other conversation starts with an image, which is in the keys of the blocks that it covers."""
     degraded: bool = False
     """What the engine publishes in this case can not be placed, and the index has to say so and answer nothing."""
 
@@ -78,6 +80,7 @@ CASES: tuple[Case, ...] = (
           shows=("BlockStored", "BlockRemoved", "preempted"), sample="vllm-0.33.0-preemption"),
     _vllm("duplicate copies", options={"blocks": 300, "tokens_per_step": 4096}, together=True,
           shows=("BlockStored", "BlockRemoved", "copies"), sample="vllm-0.33.0-duplicate-copies"),
+    _vllm("images", images=True, chat=_NAMES, sample="vllm-0.33.0-images"),
     _vllm("resets", resets=True, shows=("BlockStored", "AllBlocksCleared", "resets")),
     _vllm(
         "all of it",
@@ -108,4 +111,18 @@ def workload(case: Case, requests: int, seed: int = 0) -> list[Arrival]:
         conversations=-(-requests // 3), turns=3, rate=2.0, think=3.0, regenerate=0.2, seed=seed,
         **{**options, **case.chat},
     )[:requests]  # fmt: skip
+    if case.images:
+        arrivals = [each._replace(prompt=_with_image(each.prompt)) for each in arrivals]
     return [each for each in arrivals for _ in range(4)] if case.together else arrivals
+
+
+def _with_image(prompt: Prompt) -> Prompt:
+    """The same text with one of three images, or none, in tokens 20 to 119: by what its user wrote first."""
+    which = int(prompt.tokens[200]) % 4
+    if which == 3:
+        return prompt
+    keys = [None if block < 1 or block > 7 else [(f"image-{which}", 20 - 16 * block)] for block in range(8)]
+    return Prompt(
+        prompt.tokens, lora_name=prompt.lora_name, lora_id=prompt.lora_id, cache_salt=prompt.cache_salt,
+        extra_keys=keys,
+    )  # fmt: skip

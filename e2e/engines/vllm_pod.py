@@ -24,8 +24,10 @@ from vllm.config import (
     VllmConfig,
 )
 from vllm.lora.request import LoRARequest
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256, sha256_cbor
+from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import (
@@ -59,6 +61,21 @@ def _spec(kind: str, size: int, extent: int | None = None) -> Any:
         case "mamba":
             return MambaSpec(block_size=size, shapes=((1,),), dtypes=(torch.float16,), mamba_cache_mode="align")
     raise ValueError(f"no kind of group is called {kind!r}")
+
+
+def _images(prompt: Prompt, size: int) -> list[MultiModalFeatureSpec]:
+    """The images of a prompt, from the keys that its blocks have: (identifier, place relative to the block)."""
+    spans: dict[tuple[str, int], int] = {}
+    for block, keys in enumerate(prompt.extra_keys or ()):
+        for name, place in keys or ():
+            spans[name, block * size + place] = min((block + 1) * size, len(prompt))
+    return [
+        MultiModalFeatureSpec(
+            data=None, modality="image", identifier=name, mm_position=PlaceholderRange(offset=start, length=end - start)
+        )
+        for (name, start), end in sorted(spans.items(), key=lambda each: each[0][1])
+        if start < end
+    ]
 
 
 class VllmRank(Rank):
@@ -105,6 +122,10 @@ class VllmRank(Rank):
             config, layout, structured_output_manager=StructuredOutputManager(config), block_size=lcm(*sizes),
             hash_block_size=gcd(*sizes),
         )  # fmt: skip
+        # As a multimodal model's scheduler has them; there is no processor to ask for these sizes.
+        self.scheduler.max_num_encoder_input_tokens = _LONGEST
+        self.scheduler.encoder_cache_manager = EncoderCacheManager(cache_size=100 * _LONGEST)
+        self._block_size = gcd(*sizes)
         self._hasher = get_request_block_hasher(gcd(*sizes), hash_with)
         self._numbers = count()
         self._outputs: dict[str, list[int]] = {}
@@ -136,6 +157,7 @@ class VllmRank(Rank):
         return Request(
             name, prompt.tokens.tolist(), SamplingParams(max_tokens=length, ignore_eos=True), None,
             lora_request=adapter, cache_salt=prompt.cache_salt, block_hasher=self._hasher,
+            mm_features=_images(prompt, self._block_size),
         )  # fmt: skip
 
     def add(self, prompt: Prompt, output: list[int]) -> None:

@@ -250,9 +250,12 @@ class SimPod:
 
     def _op_serve(
         self, tokens: bytes, output: bytes = b"", rank: int = 0, lora_name: str | None = None,
-        lora_id: int | None = None, cache_salt: str | None = None,
+        lora_id: int | None = None, cache_salt: str | None = None, extra_keys: list[Any] | None = None,
     ) -> dict[str, Any]:  # fmt: skip
-        prompt = Prompt(np.frombuffer(tokens, dtype="<u4"), lora_name=lora_name, lora_id=lora_id, cache_salt=cache_salt)
+        prompt = Prompt(
+            np.frombuffer(tokens, dtype="<u4"), lora_name=lora_name, lora_id=lora_id, cache_salt=cache_salt,
+            extra_keys=extra_keys,
+        )  # fmt: skip
         hit = self.serve(prompt, np.frombuffer(output, dtype="<u4").astype(np.uint32), rank)
         return {"hit": hit, "seqs": self._op_status()["seqs"]}
 
@@ -380,6 +383,7 @@ def prompt_map(prompt: Prompt) -> dict[str, Any]:
         "lora_name": prompt.lora_name,
         "lora_id": prompt.lora_id,
         "cache_salt": prompt.cache_salt,
+        "extra_keys": prompt.extra_keys,
     }
 
 
@@ -387,7 +391,7 @@ def prompt_of(item: Mapping[str, Any]) -> Prompt:
     """The inverse of :func:`prompt_map`."""
     return Prompt(
         np.frombuffer(item["tokens"], dtype="<u4"), lora_name=item.get("lora_name"), lora_id=item.get("lora_id"),
-        cache_salt=item.get("cache_salt"),
+        cache_salt=item.get("cache_salt"), extra_keys=item.get("extra_keys"),
     )  # fmt: skip
 
 
