@@ -39,7 +39,7 @@ FRESH = 0.5
 #: What the 99th percentile of questions may grow by, and the seconds below which it says nothing about the index.
 SLOWER = 3.0
 #: Bytes by which a process may have grown over all repetitions but the first.
-GROWTH = 6 << 20
+GROWTH = 2 << 20
 
 
 class _Place(NamedTuple):
@@ -47,6 +47,10 @@ class _Place(NamedTuple):
 
     life: int
     number: int
+
+
+#: What a snapshot had: which batch was the last in it is not known, only what the pod held.
+_RESTORED = _Place(-1, -1)
 
 
 class Truth:
@@ -68,6 +72,11 @@ class Truth:
 
     def clears(self, place: _Place) -> bool:
         return bool(self.lives[place.life]["clear"][place.number])
+
+    def latest(self, at: float) -> _Place | None:
+        """The last batch that was published before ``at``."""
+        now = bisect_right(self.begins, at) - 1
+        return None if now < 0 else _Place(now, int(np.searchsorted(self.lives[now]["at"], at, side="right")) - 1)
 
     def waiting_since(self, place: _Place | None, at: float) -> float | None:
         """When the first batch was published that comes after this one and before ``at``."""
@@ -101,6 +110,8 @@ def _follow(truth: Truth, entries: npt.NDArray[np.void]) -> _Applied:
     for entry in entries:
         if entry["kind"] == 1:
             place, whole = None, True
+        elif entry["kind"] == 3:
+            place, whole = _RESTORED, True
         elif (found := truth.places.get(int(entry["digest"]))) is None:
             done.foreign += 1
             whole = False
@@ -108,6 +119,8 @@ def _follow(truth: Truth, entries: npt.NDArray[np.void]) -> _Applied:
             refused = entry["kind"] == 2
             if place is None:
                 skipped = found.number
+            elif place is _RESTORED:
+                skipped = 0  # if the snapshot ended earlier than here, the answers show it
             elif found.life == place.life and found.number > place.number:
                 skipped = found.number - place.number - 1
             else:
@@ -211,6 +224,8 @@ class Witness:
         truth, state, at = self.truths[pod], STATES[record["state"]], float(record["at"])
         entries = min(int(record["entries"]), len(applied.places) - 1)
         place = applied.places[entries]
+        if place is _RESTORED:
+            place = truth.latest(at)
         since = truth.waiting_since(place, at)
         behind = 0
         if place is not None:

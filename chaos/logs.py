@@ -36,7 +36,8 @@ truth_dtype = np.dtype(
     [("at", "f8"), ("seq", "u8"), ("digest", "u8"), ("clear", "u1"), ("pad", "u1", 7), ("hits", "i4", PROBES)]
 )
 
-#: What the index did about a pod's stream: 0 a batch was applied, 1 the pod was cleared, 2 a batch was refused.
+#: What the index did about a pod's stream: 0 a batch was applied, 1 the pod was cleared, 2 a batch was refused,
+#: 3 the index began with what a snapshot had of it.
 applied_dtype = np.dtype([("at", "f8"), ("pod", "u2"), ("kind", "u1"), ("pad", "u1", 5), ("digest", "u8")])
 
 #: What the index answered about a pod: how it called its answer (0 exact, 1 degraded, 2 stale, 3 not known), how many

@@ -59,7 +59,7 @@ class Scene:
                 if self.hosts is not None:
                     host = {"host": self.hosts[name].address, "prefix": self.hosts[name].prefix}
                 self.pods[name] = PodProcess(
-                    name=name, blocks=1200, rate=RATE, **host, **options,
+                    name=name, blocks=1200, buffer_steps=100_000, rate=RATE, **host, **options,
                     env={
                         "PYTHONPATH": path,
                         "CHAOS_TRUTH": str(where / f"truth-{name}.bin"),

@@ -258,7 +258,7 @@ def test_memory_that_grows_with_repetition_is_found(tmp_path):
             ["pod"],
             ["pod"],
             [],
-            {**story.before, "rss": (64 + n) << 20},
+            {**story.before, "rss": (128 + n) << 19},
         )
         for n in range(10)
     ]
