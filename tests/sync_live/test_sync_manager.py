@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import msgpack
 import pytest
@@ -18,6 +18,7 @@ from kvindex import InvalidTypeError, InvalidValueError, PrefixIndex, StreamErro
 from kvindex.sync.manager import EventManager
 from kvindex.sync.source import PodSource
 from kvindex.sync.status import Batch
+from kvindex.sync.stream import Policy
 
 
 @pytest.fixture
@@ -282,24 +283,152 @@ def test_blocks_of_another_size_are_explained_once(index, manager, pod, caplog):
     assert manager.status()["pod"].reason == "blocks could not be placed"
 
 
-def test_a_flood_costs_counted_gaps_and_nothing_else():
-    """The index takes 2 ms a batch, the publisher sends as it can, and the queues between are short."""
+class SlowIndex(PrefixIndex):
+    """Takes 1 ms a batch."""
 
-    class Slow(PrefixIndex):
+    def ingest(self, *args, **options):
+        time.sleep(0.001)
+        return super().ingest(*args, **options)
+
+
+def flood(pod: LivePublisher, count: int) -> None:
+    """Batches of 100 kB as fast as they can be sent: 300 of them are more than the system takes for a socket."""
+    padding = b"x" * 100_000
+    for _ in range(count):
+        number = pod.count[0]
+        tokens = pod.block(0, number)
+        event = ["BlockStored", [number + 1], number or None, tokens, pod.block_size, *[None] * 7, padding]
+        pod.publish_raw(msgpack.packb([time.time(), [event], 0]))
+
+
+def test_a_flood_costs_counted_gaps_and_nothing_else():
+    index = SlowIndex(block_size=4)
+    with LivePublisher(queue=5) as pod, EventManager(index, policy=BRISK, queue=5) as manager:
+        manager.add_pod(source(pod))
+        assert manager.wait_until_current(20.0)
+        flood(pod, 300)
+        until(lambda: caught_up(manager, pod) and index.pod_state("pod") == "exact", 60.0)
+        check_equal(index, pod)
+        status = manager.status()["pod"]
+        assert status.gaps > 0
+        assert (status.lost_batches, status.batches) == (0, 300)
+
+
+def test_a_flood_with_nobody_to_ask_is_degraded_and_every_lost_batch_is_counted():
+    index = SlowIndex(block_size=4)
+    with (
+        LivePublisher(queue=5, replay_endpoint=None) as pod,
+        LivePublisher(name="other") as other,
+        EventManager(index, policy=BRISK, queue=5) as manager,
+    ):
+        manager.add_pod(source(pod))
+        manager.add_pod(source(other))
+        until(lambda: manager.status()["pod"].connected)
+        until(lambda: flood(pod, 1) or manager.status()["pod"].batches > 0)
+        flood(pod, 300)
+        other.publish(3)
+        # The last one may be among those that are lost; what comes in peace is not.
+        until(lambda: manager.status()["pod"].last_seq >= pod.count[0] - 1 or pod.publish(1) or time.sleep(0.2))
+        assert caught_up(manager, pod)
+        status = manager.status()["pod"]
+        assert status.gaps > 0
+        assert status.lost_batches > 0
+        assert status.batches + status.lost_batches == pod.count[0]
+        assert (status.state, status.workers[0].waiting) == ("degraded", 0)
+        until(lambda: caught_up(manager, other))
+        assert (manager.status()["other"].state, manager.status()["other"].gaps) == ("exact", 0)
+        check_equal(index, other)
+
+
+# Frames and payloads that are none, by the counter that has to name them. None is the number of the next batch.
+MESSAGES = {
+    "bad_frame_count": [[b"kv@pod@m"], [b"kv@pod@m", None], [b"kv@pod@m", None, b"", b"noise"], [b"kv@pod@m"] * 9],
+    "bad_seq_size": [[b"kv@pod@m", b"\0" * 7, b"noise"], [b"kv@pod@m", b"\0" * 9, b"noise"], [b"kv@pod@m", b"", b""]],
+    "bad_seq": [[b"kv@pod@m", b"\xff" * 8, b"noise"], [b"kv@pod@m", b"\x80" + b"\0" * 7, b""]],
+    "foreign_topic": [[b"kv@pod@mm", None, b"noise"], [b"kv@pod@m\xff\xfe", None, b"noise"]],
+    "undecodable": [[b"kv@pod@m", None, b"\xc1"], [b"kv@pod@m", None, b""], [b"kv@pod@m", None, b"\x93\xcb\0"]],
+}
+
+
+@pytest.mark.parametrize("reason", MESSAGES)
+def test_a_message_that_is_none_is_counted_by_name_and_another_pod_notices_nothing(index, manager, pod, reason):
+    with LivePublisher(name="other") as other:
+        for each in (pod, other):
+            each.publish(2)
+            manager.add_pod(source(each, topic=f"kv@{each.name}@m"))
+        assert manager.wait_until_current(20.0)
+        changes = []
+        manager.on_change(lambda change: changes.append(change.pod))
+        for frames in MESSAGES[reason]:
+            with pod.lock:
+                seq = pod.publishers[0].seq.to_bytes(8, "big")
+                pod.publishers[0].send_raw([seq if frame is None else frame for frame in frames])
+            pod.publish(1)
+            other.publish(1)
+        until(lambda: manager.status()["pod"].errors.get(reason, 0) >= len(MESSAGES[reason]))
+        until(lambda: caught_up(manager, pod) and index.pod_state("pod") == "exact")
+        check_equal(index, pod)
+        assert set(manager.status()["pod"].errors) == {reason}
+        until(lambda: caught_up(manager, other))
+        check_equal(index, other)
+        assert "other" not in changes
+        assert manager.status()["other"].errors == {}
+
+
+def test_replies_that_are_none_are_counted_by_name_and_the_others_are_taken(index, manager, pod, monkeypatch):
+    publisher = pod.publishers[0]
+    right = publisher._reply
+    seq = (0).to_bytes(8, "big")
+    wrong = {
+        "replay_bad_frame_count": [[b"", b"noise"], [b""], [b"", b"t", seq, b"", b""]],
+        "replay_bad_delimiter": [[b"noise", seq, b"noise"]],
+        "replay_bad_seq_size": [[b"", b"kv@pod@m", seq[1:], b"noise"], [b"", b"", b"noise"]],
+        "replay_bad_seq": [[b"", b"kv@pod@m", b"\xff" * 8, b"noise"]],
+        "foreign_topic": [[b"", b"kv@another@m", seq, b"noise"]],
+    }
+
+    def reply(client: bytes, number: int, payload: bytes) -> None:
+        for frames in (frames for group in wrong.values() for frames in group):
+            publisher.router.send_multipart([client, *frames])
+        right(client, number, payload)
+
+    monkeypatch.setattr(publisher, "_reply", reply)
+    pod.publish(3)
+    manager.add_pod(source(pod, topic="kv@pod@m"))
+    until(lambda: caught_up(manager, pod) and index.pod_state("pod") == "exact")
+    check_equal(index, pod)
+    errors = manager.status()["pod"].errors
+    assert set(errors) == set(wrong)
+    assert all(errors[reason] >= 3 * len(group) for reason, group in wrong.items())
+
+
+def test_a_batch_that_the_index_can_not_take_is_a_hole_and_nothing_worse(pod):
+    """Whatever it raises: that worker is not exact until it starts from nothing, and the stream goes on."""
+    refuse = []
+
+    class Refusing(PrefixIndex):
         def ingest(self, *args, **options):
-            time.sleep(0.002)
+            if refuse:
+                raise refuse.pop()
             return super().ingest(*args, **options)
 
-    index = Slow(block_size=4)
-    with LivePublisher(queue=5) as flood, EventManager(index, policy=BRISK, queue=5) as manager:
-        manager.add_pod(source(flood))
+    index = Refusing(block_size=4)
+    with EventManager(index, policy=BRISK) as manager:
+        changes = []
+        pod.publish(2)
+        manager.add_pod(source(pod))
         assert manager.wait_until_current(20.0)
-        flood.publish(1500)
-        until(lambda: caught_up(manager, flood) and index.pod_state("pod") == "exact", 60.0)
-        check_equal(index, flood)
-        status = manager.status()["pod"]
-        assert status.lost_batches == 0
-        assert status.batches == 1500
+        manager.on_change(lambda change: changes.append(change.new))
+        refuse.append(MemoryError("no more"))
+        pod.publish(2)
+        until(lambda: caught_up(manager, pod))
+        assert manager.status()["pod"].errors["refused"] == 1
+        assert (changes, manager.status()["pod"].lost_batches) == (["degraded"], 1)
+        pod.publish(1, clear=True)
+        pod.publish(2)
+        until(lambda: caught_up(manager, pod) and index.pod_state("pod") == "exact")
+        check_equal(index, pod)
+        assert manager.status()["pod"].workers[0].counters.get("disconnects", 0) == 0
 
 
 @contextmanager
@@ -361,6 +490,36 @@ def test_endpoints_that_are_none(index, pod):
         assert manager.status()["pod"].workers[0].counters.get("disconnects", 0) == 0
 
 
+def test_replay_endpoints_that_are_none(index, pod):
+    """The stream itself is fine, and what it brings is applied; but nobody says what was before."""
+    http = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"
+    with (
+        listener(http) as speaks,
+        listener(None) as silent,
+        EventManager(index, policy=BRISK, connect_timeout=0.3) as manager,
+    ):
+        free = socket.create_server(("127.0.0.1", 0))
+        refuses = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+        free.close()
+        endpoints = {"refuses": refuses, "unknown": "tcp://no-such-host.invalid:5558", "http": speaks, "silent": silent}
+        pod.publish(2)
+        for name, endpoint in endpoints.items():
+            manager.add_pod(PodSource(name, endpoint=pod.ranks[0][0], replay_endpoint=endpoint, model="m"))
+        until(lambda: all(status.connected for status in manager.status().values()))
+        until(lambda: pod.publish(1) or all(status.batches for status in manager.status().values()))
+        assert manager.wait_until_current(20.0)
+        for name in endpoints:
+            status = manager.status()[name]
+            assert (status.state, status.workers[0].replays_failed) == ("degraded", 1)
+            assert status.batches + status.lost_batches == status.last_seq + 1
+        # A clear by the engine is a clean start, which needs nobody's word.
+        pod.publish(1, clear=True)
+        pod.publish(2)
+        until(lambda: all(status.state == "exact" for status in manager.status().values()))
+        until(lambda: all(status.last_seq == pod.count[0] - 1 for status in manager.status().values()))
+        assert index.match_prefix(pod.chain(), model="m").tokens == dict.fromkeys(endpoints, len(pod.chain()))
+
+
 def test_a_publisher_that_comes_up_later_is_found(index, manager):
     probe = socket.create_server(("127.0.0.1", 0))
     port = probe.getsockname()[1]
@@ -370,6 +529,21 @@ def test_a_publisher_that_comes_up_later_is_found(index, manager):
     with LivePublisher(endpoint=f"tcp://127.0.0.1:{port}", replay_endpoint=None) as pod:
         until(lambda: manager.status()["pod"].connected)
         assert pod.name == "pod"
+
+
+def test_more_pods_than_replays_at_once_wait_only_for_those_before_them(index):
+    """A replay that is over makes room for the next: nothing else does here, for nobody asks again for a minute."""
+    policy = Policy(idle_probe=(60.0, 60.0))
+    with ExitStack() as stack:
+        manager = stack.enter_context(EventManager(index, policy=policy, max_replays=1))
+        pods = [stack.enter_context(LivePublisher(name=f"pod-{number}")) for number in range(4)]
+        for pod in pods:
+            pod.publish(3)
+            manager.add_pod(source(pod))
+        assert manager.wait_until_current(20.0)
+        for pod in pods:
+            check_equal(index, pod)
+        assert [status.replays for status in manager.status().values()] == [1] * len(pods)
 
 
 # Topics

@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol, Self, TypeVar
 
 import zmq
 
-from ..errors import EventDecodeError, InvalidTypeError, InvalidValueError, KVIndexError, StreamError, UnknownPodError
+from ..errors import EventDecodeError, InvalidTypeError, InvalidValueError, StreamError, UnknownPodError
 from .frames import END, FrameFault, batch_rank, parse_live, parse_replay, parse_topic
 from .sockets import Bound, Replay, SocketOptions, Subscription, resolve
 from .source import Endpoints, PodSource, Presence, bind_endpoint
@@ -411,7 +411,11 @@ class EventManager:
             else:
                 self._hot.add(key.data)
         while self._commands:
-            self._commands.popleft()()
+            try:
+                self._commands.popleft()()
+            except Exception:
+                # Of what people call they get to know; this is of the loop's own, and one pod's.
+                log.exception("something of one stream has failed; its time will bring it again")
         now = time.monotonic()
         hot, self._hot = self._hot, set()
         for handler in hot:
@@ -420,7 +424,7 @@ class EventManager:
                     self._hot.add(handler)
             except Exception as error:
                 # One stream's trouble is not the others'.
-                log.exception("a stream has failed; its connection is closed")
+                log.exception("a stream has failed")
                 handler.failed(now, error)
         while self._timers and self._timers[0][0] <= now:
             due, _, worker = heapq.heappop(self._timers)
@@ -740,9 +744,10 @@ class EventManager:
             worker.errors["undecodable"] += 1
             actions += worker.stream.rejected(action.seq, action.payload, now, str(error))
             return
-        except KVIndexError as error:
+        except Exception as error:
+            # Whatever it is, the batch is not applied; the stream goes on and the worker is not exact any more.
             worker.errors["refused"] += 1
-            actions += worker.stream.rejected(action.seq, action.payload, now, f"the index refuses it: {error}")
+            actions += worker.stream.rejected(action.seq, action.payload, now, f"the index refuses it: {error!r}")
             return
         worker.stored += report.stored
         worker.removed += report.removed

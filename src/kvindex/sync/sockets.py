@@ -153,6 +153,14 @@ class _Watched:
         """Handling what arrived has raised ``error``."""
         self.close()
 
+    def _or_close(self, step: Callable[[], object]) -> None:
+        """Do a step of opening; a socket that can not be opened does not stay with the loop."""
+        try:
+            step()
+        except BaseException:
+            self.close()
+            raise
+
 
 class Subscription(_Watched):
     """One SUB socket with one connection to one publisher.
@@ -178,8 +186,8 @@ class Subscription(_Watched):
         # No process of this kind has connections inside itself but for tests; libzmq reports no events for those.
         self.immediate = endpoint.startswith("inproc://")
         if not self.immediate:
-            self._watch_events(_MADE | _LOST)
-        sock.connect(endpoint)
+            self._or_close(lambda: self._watch_events(_MADE | _LOST))
+        self._or_close(lambda: sock.connect(endpoint))
 
     def ready(self, now: float) -> bool:
         for event in self._events():
@@ -231,8 +239,8 @@ class Replay(_Watched):
         sock.ipv6 = endpoint.startswith("tcp://[")
         super().__init__(loop, sock)
         self._message = message
-        sock.connect(endpoint)
-        sock.send_multipart(replay_request(start), zmq.NOBLOCK)
+        self._or_close(lambda: sock.connect(endpoint))
+        self._or_close(lambda: sock.send_multipart(replay_request(start), zmq.NOBLOCK))
 
     def ready(self, now: float) -> bool:
         for _ in range(BUDGET):
@@ -301,3 +309,7 @@ class Bound(_Watched):
                 self._note_connections(now)
             self._message([frame.bytes for frame in frames], self._connections.get(fd), now)
         return True
+
+    def failed(self, now: float, error: Exception) -> None:
+        # It stays open: one of its pods has caused that, and nobody would open it again for the others.
+        pass

@@ -65,7 +65,7 @@ class RequestReplay(NamedTuple):
 
 
 class CancelReplay(NamedTuple):
-    """Nobody waits for the running replay any more."""
+    """Nobody waits for the running replay any more: it is over, or given up."""
 
 
 class Clear(NamedTuple):
@@ -819,7 +819,7 @@ class WorkerStream:
 
     def _end(self, replay: _Replay, now: float) -> None:
         """The answer is complete."""
-        self._replay = None
+        self._stop_replay()
         short = replay.pos < replay.expect
         unlike = not replay.matched and (short or replay.purpose is _Purpose.VERIFY)
         if replay.expect >= 0 and (not replay.frames or unlike):
@@ -873,7 +873,6 @@ class WorkerStream:
         elif replay.frames and replay.pos >= replay.expect:
             # Just the batch that is known, and nothing behind it: this is the end, only its marker is missing.
             self.counts["missing_end_markers"] += 1
-            self._out.append(CancelReplay())
             self._end(replay, now)
         else:
             self._unanswered(replay, now)
