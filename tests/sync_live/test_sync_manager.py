@@ -703,6 +703,7 @@ def test_changes_are_told_in_order_and_a_failing_callback_hurts_nobody(index, ma
         pod.restart()
         pod.publish(1)
         until(lambda: manager.status()["pod"].restarts == 1 and caught_up(manager, pod))
+        until(lambda: len(changes) >= 3)  # a state is there before it is told
     assert changes == [("pod", 0, "stale", "exact"), ("pod", 0, "exact", "stale"), ("pod", 0, "stale", "exact")]
     end()
     end()
