@@ -55,7 +55,7 @@ listed = $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.t
 .PHONY: help build demo test sanitize fuzz lint dist clean bench-peers bench-rows bench-streams bench-gate
 .PHONY: bench bench-quick bench-html bench-replay bench-baseline bench-check
 
-.PHONY: test-kv-sync-chaos test-kv-sync-all chaos-quick
+.PHONY: test-kv-sync-chaos test-kv-sync-all chaos-quick chaos-storm
 
 help:
 	@echo 'make demo              build, then a simulated fleet with its events flowing into the index'
@@ -73,6 +73,7 @@ help:
 	@echo 'make lint              style and types'
 	@echo 'make dist              sdist and wheel'
 	@echo 'make test-kv-sync-e2e  pods, an index and routers as processes, against what the pods know themselves'
+	@echo 'make chaos-storm       64 publishing pods, 200 restarts in any order, and each accounted for'
 	@echo 'make test-kv-sync-chaos  every fault there is: what the index claimed meanwhile, and how it recovered'
 	@echo 'make test-kv-sync-all  both, after every test and before the benchmarks'
 	@echo 'make chaos-quick       half a minute of the faults, without rights or tools'
@@ -195,6 +196,10 @@ test-kv-sync-all: test test-kv-sync-e2e test-kv-sync-chaos bench-rows
 # Half a minute of it, for everywhere: no rights, no tools.
 chaos-quick: .venv/.test-tools
 	$(BIN)/python -m chaos run chaos/experiments/*.yaml --quick
+
+# 64 pods and 200 restarts a minute, for two minutes and a half.
+chaos-storm: .venv/.test-tools
+	$(BIN)/python -m chaos storm
 
 lint: .venv/.test-tools
 	$(BIN)/ruff check
