@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import kvindex
 
-from . import demo, record, replay, sim, top
+from . import demo, doctor, record, replay, sim, top
 
 __all__ = ["main"]
 
@@ -19,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"kvindex {kvindex.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     demo.add_parser(commands)
+    doctor.add_parser(commands)
     record.add_parser(commands)
     replay.add_parser(commands)
     sim.add_parser(commands)

@@ -38,11 +38,11 @@ class Facts:
         """By group: how many blocks of which size, in tokens."""
         self.groups: dict[int, Group] = {}
         self.hashes: Counter[str] = Counter()
-        self.adapters: Counter[str] = Counter()
-        self.salts: Counter[str] = Counter()
+        self.adapters: set[str] = set()
+        self.salts: set[str] = set()
+        self.under_adapter = 0
+        self.under_salt = 0
         self.other_keys = 0
-        self.plain = 0
-        """Blocks in whose hash is nothing but tokens."""
         self.media: Counter[str] = Counter()
         self.ranks: Counter[int | None] = Counter()
         self.first_ts: float | None = None
@@ -99,14 +99,16 @@ class Facts:
                     salt = key
                 else:
                     others = True
-        if adapter is not None and (adapter in self.adapters or len(self.adapters) < EXAMPLES):
-            self.adapters[adapter] += count
-        if salt is not None and (salt in self.salts or len(self.salts) < EXAMPLES):
-            self.salts[salt] += count
+        if adapter is not None:
+            self.under_adapter += count
+            if len(self.adapters) < EXAMPLES:
+                self.adapters.add(adapter)
+        if salt is not None:
+            self.under_salt += count
+            if len(self.salts) < EXAMPLES:
+                self.salts.add(salt)
         if others:
             self.other_keys += count
-        if adapter is None and salt is None and not others:
-            self.plain += count
 
     def _note_hashes(self, payload: bytes) -> None:
         """How the wire writes hashes, which the decoded events do not tell any more."""

@@ -1,0 +1,378 @@
+"""``kvindex doctor``: why is my hit rate zero?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from .. import EventManager, PodSource, PrefixIndex
+from ..sync.source import Endpoints, split_tcp
+from ..sync.status import Batch, Forgotten, WorkerStatus
+from ._facts import Facts
+from ._pods import add_arguments, sources
+from ._probe import what_answers
+from ._terminal import CommandError, console, positive, seconds
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["add_parser"]
+
+PUBLISHERS = ("PUB", "XPUB")
+
+# Seconds. How long an address may take to say what it is, how long a stream may take to become current, and how late
+# events may be before it is worth a word.
+PROBE = 2.0
+PATIENCE = 10.0
+LATE = 5.0
+
+# What the counters of a stream mean to somebody who looks for a reason.
+ERRORS = {
+    "undecodable": "payloads are no batch of KV events: is this another publisher, or an unknown engine?",
+    "refused": "batches were refused by the index",
+    "bad_frame_count": "messages have not the 3 frames of KV events: another publisher?",
+    "bad_seq_size": "messages have no sequence number of 8 bytes: another publisher?",
+    "bad_seq": "messages have sequence numbers that are none",
+    "bad_event": "events were malformed",
+    "unknown_event": "events were of a kind that this version does not know",
+    "bad_token": "events have tokens that are no integers (EAGLE's pairs, TensorRT-LLM's strings): not to be placed",
+    "misaligned": "events start inside a block",
+    "parked_full": "blocks were refused because too many wait for their parents",
+    "duplicate_hash": "events name one block twice",
+    "foreign_topic": "messages have another topic than the first: are several engines behind this endpoint?",
+    "late_frames": "messages came by a connection that was already replaced",
+}  # fmt: skip
+
+# Of no consequence to what is matched: promotions of vLLM's partial blocks, removals of what was never counted.
+HARMLESS = frozenset({"partial_block", "unknown_hash", "block_size_mismatch"})
+
+
+class Finding(NamedTuple):
+    level: Literal["ok", "note", "WRONG"]
+    text: str
+
+
+STYLES = {"ok": "green", "note": "cyan", "WRONG": "bold red"}
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="why is my hit rate zero?",
+        description="Connect to one pod, watch its events, and say in plain words what keeps prompts from being found: "
+        "addresses, topics, block sizes, adapters and salts, gaps. Exit status 1 when something is wrong.",
+    )
+    add_arguments(parser, several=False)
+    parser.add_argument("--block-size", type=positive, default=16, metavar="TOKENS",
+                        help="of the index that the router has (%(default)s)")  # fmt: skip
+    parser.add_argument("--topic", help="that the router subscribes to, if it names one")
+    parser.add_argument("--seconds", type=seconds, default=5.0, metavar="N", help="to watch live events (%(default)s)")
+    parser.add_argument("--tokens", metavar="FILE", help="a prompt, as a JSON list of token ids (-: standard input)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    out = console()
+    (source,) = sources(args)
+    tokens = None if args.tokens is None else read_tokens(args.tokens)
+    # What it would say there is said here, in order.
+    logging.getLogger("kvindex").addHandler(logging.NullHandler())
+    findings: list[Finding] = []
+    patients = [Patient(rank, at) for rank, at in source.workers().items()]
+    for patient in patients:
+        patient.probe()
+        findings += patient.labelled(addresses(patient), len(patients))
+    if any(patient.publishes for patient in patients):
+        findings += watch(out, source, patients, tokens, args)
+    return conclude(out, source, findings)
+
+
+def read_tokens(path: str) -> list[int]:
+    try:
+        with sys.stdin if path == "-" else open(path) as file:
+            tokens = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise CommandError(f"{path} is no JSON: {error}") from None
+    if not isinstance(tokens, list):
+        raise CommandError(f"{path} is no list of token ids: {tokens!r:.60}")
+    return tokens
+
+
+@dataclass
+class Patient:
+    """One rank: where it is, what answers there, and what its events say."""
+
+    rank: int
+    at: Endpoints
+    answers: str = ""
+    replay_answers: str = ""
+    next_answers: str = ""
+    """At the port behind, where vLLM's examples have the replays, and where a second rank would be."""
+    facts: Facts = field(default_factory=Facts)
+    topics: Counter[str] = field(default_factory=Counter)
+    live: int = 0
+
+    def probe(self) -> None:
+        self.answers = ask(self.at.endpoint)
+        self.replay_answers = ask(self.at.replay_endpoint)
+        if self.publishes and (behind := self.behind()) not in (None, self.at.replay_endpoint):
+            self.next_answers = ask(behind)
+
+    @property
+    def publishes(self) -> bool:
+        return self.answers in (*PUBLISHERS, "")
+
+    def behind(self) -> str | None:
+        found = split_tcp(self.at.endpoint or "")
+        return None if found is None or found[1] == 65535 else f"tcp://{found[0]}:{found[1] + 1}"
+
+    def labelled(self, findings: Iterator[Finding], ranks: int) -> list[Finding]:
+        label = f"rank {self.rank}: " if ranks > 1 else ""
+        return [Finding(level, label + text) for level, text in findings]
+
+
+def ask(endpoint: str | None) -> str:
+    found = split_tcp(endpoint or "")
+    return "" if found is None else what_answers(*found, PROBE)
+
+
+def watch(
+    out: Console, source: PodSource, patients: list[Patient], tokens: list[int] | None, args: argparse.Namespace
+) -> Iterator[Finding]:
+    """Follow the streams for a while, and say what was seen."""
+    by_rank = {patient.rank: patient for patient in patients}
+    current = False
+
+    def show(item: Batch | Forgotten) -> None:
+        if isinstance(item, Batch):
+            patient = by_rank[item.rank]
+            patient.facts.add(item.payload)
+            patient.live += current
+            if item.topic is not None:
+                patient.topics[item.topic.decode("utf-8", "replace")] += 1
+
+    index = PrefixIndex(block_size=args.block_size)
+    expected = args.topic or source.topic
+    with EventManager(index) as manager:
+        manager.tap(show)
+        # Whatever topic it has, and whatever size of block: to be told, not to be refused.
+        manager.add_pod(replace(source, topic=None, block_size=None))
+        try:
+            with out.status(f"watching {source.name} for {args.seconds:g} s; Ctrl-C ends it"):
+                manager.wait_until_current(PATIENCE)
+                current = True
+                time.sleep(args.seconds)
+        except KeyboardInterrupt:
+            pass
+        status = manager.status()[source.name]
+        for patient in patients:
+            worker = status.workers[patient.rank]
+            yield from patient.labelled(events(patient, worker, expected, args), len(patients))
+            yield from patient.labelled(contents(patient, worker, source, args.block_size), len(patients))
+            yield from patient.labelled(losses(patient, worker), len(patients))
+        if tokens is not None:
+            yield from prompt(index, source.model, tokens, patients)
+
+
+# What may be found
+
+
+def addresses(patient: Patient) -> Iterator[Finding]:
+    """What answers where the streams should be."""
+    endpoint, answers = patient.at.endpoint, patient.answers
+    host, port = split_tcp(endpoint or "") or ("", 0)
+    wrong = {
+        "refused": f"nothing listens at {endpoint}: the engine is down, publishes at another port, or only to its own "
+        "machine (it should bind tcp://*:PORT)",
+        "no answer": f"{endpoint} does not answer: a wrong address, or a firewall",
+        "unknown host": f"{host!r} resolves to nothing",
+        "silence": f"{endpoint} takes connections and says nothing: that is no ZMQ socket",
+        "something else": f"what answers at {endpoint} is no ZMQ socket",
+        "HTTP": f"{endpoint} speaks HTTP: the engine's API, not its events; kvindex doctor http://{host}:{port} "
+        "asks it where they are",
+        "ROUTER": f"{endpoint} is a ROUTER, as replay endpoints are: events come from another port, this is --replay",
+    }
+    if patient.publishes:
+        yield Finding("ok", f"a publisher is at {endpoint}" if answers else f"connecting to {endpoint}")
+    else:
+        yield Finding("WRONG", wrong.get(answers, f"{endpoint} is a ZMQ {answers} socket, not a publisher"))
+    if (replays := patient.at.replay_endpoint) is None:
+        return
+    answers = patient.replay_answers
+    if answers in ("ROUTER", ""):
+        yield Finding("ok", f"replays are asked at {replays}")
+    elif answers in PUBLISHERS:
+        yield Finding("WRONG", f"the replay endpoint {replays} is a publisher: a ROUTER should be there")
+    elif answers in ("refused", "no answer", "unknown host"):
+        yield Finding("WRONG", f"nobody answers at the replay endpoint {replays} ({answers}): is it configured?")
+    else:
+        yield Finding("WRONG", f"at the replay endpoint {replays} is {answers}, not a ZMQ ROUTER")
+
+
+def events(patient: Patient, worker: WorkerStatus, expected: str | None, args: argparse.Namespace) -> Iterator[Finding]:
+    """Whether events come, by which name, and for whom."""
+    facts = patient.facts
+    if not facts.batches and not worker.errors:
+        if worker.connected:
+            yield Finding(
+                "WRONG",
+                f"no event in {args.seconds:g} s: has the engine been sent a prompt of more than a block, and does it "
+                "publish (vLLM: --kv-events-config with enable_kv_cache_events, and prefix caching on)?",
+            )
+        return
+    live = f"{patient.live:,} of them live" if patient.live else f"none in the {args.seconds:g} s of watching"
+    yield Finding(
+        "ok",
+        f"{facts.batches:,} batches, {live}: {facts.blocks:,} blocks stored, {facts.removed:,} removed, "
+        f"{facts.cleared:,} clears",
+    )
+    if facts.batches and not facts.blocks and not facts.undecodable:
+        yield Finding("WRONG", "no block was stored: nothing can be found until the engine caches a whole block")
+    if patient.topics:
+        seen = ", ".join(repr(topic) for topic in sorted(patient.topics))
+        if expected is not None and expected not in patient.topics:
+            yield Finding("WRONG", f"its topic is {seen}, not {expected!r}: who subscribes to that gets nothing")
+        else:
+            yield Finding("ok", f"topic {seen}")
+    others = sorted(rank for rank in facts.ranks if rank is not None and rank != patient.rank)
+    if others:
+        yield Finding(
+            "WRONG",
+            f"batches here are of rank {', '.join(map(str, others))}, not {patient.rank}: each rank has an endpoint of "
+            "its own (--ranks, or ranks= of PodSource)",
+        )
+    if patient.next_answers in PUBLISHERS and patient.rank == args.ranks - 1:
+        yield Finding(
+            "note", f"{patient.behind()} publishes as well: if that is a data-parallel rank of this pod, --ranks"
+        )
+
+
+def contents(patient: Patient, worker: WorkerStatus, source: PodSource, size: int) -> Iterator[Finding]:
+    """What is in the events that a prompt has to agree with."""
+    facts = patient.facts
+    if not facts.blocks:
+        return
+    mismatched = worker.errors.get("block_size_mismatch", 0)
+    usual = sorted({sizes.most_common(1)[0][0] for sizes in facts.sizes.values()})
+    named = " and ".join(map(str, usual))
+    if mismatched:
+        yield Finding(
+            "WRONG",
+            f"its blocks have {named} tokens, the index counts in {size}: {mismatched:,} events could not be placed; "
+            f"make it PrefixIndex(block_size={facts.block_size})",
+        )
+    elif usual == [size]:
+        yield Finding("ok", f"its blocks have {size} tokens, as the index")
+    elif usual:
+        yield Finding("ok", f"its blocks have {named} tokens, which the index places as several of {size}")
+    if source.block_size is not None and usual and source.block_size not in usual:
+        yield Finding("WRONG", f"its server says that blocks have {source.block_size} tokens, its events {named}")
+    if facts.hashes:
+        yield Finding("ok", f"hashes are {' and '.join(sorted(facts.hashes))}")
+    if facts.without_tokens:
+        yield Finding("note", f"{facts.without_tokens:,} blocks came without tokens: copies in another tier")
+    media = sorted(facts.media)
+    if media != ["GPU"]:
+        yield Finding("note", f"blocks lie in {', '.join(media)}")
+    kinds = {group: each for group, each in sorted(facts.groups.items()) if each.kind or each.window}
+    if len(facts.groups) > 1 or any(each.window for each in kinds.values()):
+        told = ", ".join(
+            f"{group}: {each.kind or 'full attention'}" + (f" of {each.window} tokens" if each.window else "")
+            for group, each in sorted(facts.groups.items())
+        )
+        yield Finding("note", f"a hybrid model, whose groups have to agree on a match ({told})")
+    if any((each.kind or "").startswith("chunked_local") for each in kinds.values()) and source.chunk_size is None:
+        yield Finding("WRONG", "it has chunked-local attention, and its events do not say the chunk size: chunk_size=")
+    of = f"of {facts.blocks:,} blocks are under"
+    if facts.adapters:
+        names = ", ".join(sorted(facts.adapters))
+        yield Finding(
+            "note", f"{facts.under_adapter:,} {of} an adapter ({names}): found by prompts with the same lora_name only"
+        )
+    if facts.salts:
+        yield Finding("note", f"{facts.under_salt:,} {of} cache salts: found by prompts with the same cache_salt only")
+    if facts.other_keys:
+        yield Finding(
+            "note",
+            f"{facts.other_keys:,} blocks have further keys (images, prompt embeddings): found by prompts with the "
+            "same extra_keys only",
+        )
+
+
+def losses(patient: Patient, worker: WorkerStatus) -> Iterator[Finding]:
+    """What went wrong with the stream, and how it stands at the end."""
+    counters = worker.counters
+    if worker.lost_batches:
+        yield Finding("WRONG", f"{worker.lost_batches:,} batches were not seen and can not be had any more")
+    elif worker.gaps:
+        yield Finding("note", f"{worker.gaps:,} gaps in the stream, all of them healed by replays")
+    if worker.restarts:
+        yield Finding("WRONG", f"the engine has restarted {worker.restarts} times while it was watched")
+    if counters.get("disconnects"):
+        yield Finding("WRONG", f"the connection was lost {counters['disconnects']} times")
+    for reason, count in sorted(worker.errors.items()):
+        if reason not in HARMLESS:
+            known = ERRORS.get(reason.removeprefix("replay_"), "could not be applied")
+            yield Finding("WRONG", f"{reason} ({count:,}): {known}")
+    if worker.parked:
+        yield Finding("WRONG", f"{worker.parked:,} blocks wait for a parent whose event was before, or is lost")
+    if counters.get("replays_unanswered") and patient.at.replay_endpoint is not None:
+        yield Finding("WRONG", f"{patient.at.replay_endpoint} did not answer {counters['replays_unanswered']} replays")
+    if patient.at.replay_endpoint is None:
+        hint = f" ({patient.behind()} looks like one)" if patient.next_answers == "ROUTER" else ""
+        yield Finding(
+            "note" if worker.state == "exact" else "WRONG",
+            f"no replay endpoint was given{hint}: what was cached before is not known, and what is lost stays lost",
+        )
+    if worker.lag is not None and abs(worker.lag) > LATE and patient.live:
+        yield Finding("note", f"the last event was {worker.lag:,.0f} s old: it is late, or the clocks do not agree")
+    if worker.state == "exact":
+        yield Finding("ok", f"its stream is exact: {worker.blocks:,} blocks are held")
+    else:
+        yield Finding("WRONG", f"its stream is {worker.state}: {worker.reason}")
+
+
+def prompt(index: PrefixIndex, model: str, tokens: list[int], patients: list[Patient]) -> Iterator[Finding]:
+    """Whether one prompt is found, and under which adapter or salt it would be."""
+
+    def found(lora_name: str | None = None, cache_salt: str | None = None) -> int:
+        best = index.match_prefix(tokens, model=model, lora_name=lora_name, cache_salt=cache_salt).best()
+        return best[1] if best else 0
+
+    plain = found()
+    if plain:
+        yield Finding("ok", f"{plain:,} of the prompt's {len(tokens):,} tokens are found")
+        return
+    if len(tokens) < index.block_size:
+        yield Finding("WRONG", f"the prompt's {len(tokens)} tokens are less than a block of {index.block_size}")
+        return
+    yield Finding("WRONG", f"nothing of the prompt's {len(tokens):,} tokens is found")
+    for name in sorted({name for patient in patients for name in patient.facts.adapters}):
+        if count := found(lora_name=name):
+            yield Finding("note", f"with lora_name={name!r} {count:,} tokens would be found")
+    if count := max((found(cache_salt=salt) for patient in patients for salt in patient.facts.salts), default=0):
+        yield Finding("note", f"with another tenant's cache_salt {count:,} tokens would be found")
+
+
+def conclude(out: Console, source: PodSource, findings: list[Finding]) -> int:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    for level, text in findings:
+        table.add_row(Text(level, STYLES[level]), Text(text))
+    out.print(Text(source.name, "bold"))
+    out.print(table)
+    wrong = sum(level == "WRONG" for level, _ in findings)
+    if wrong:
+        out.print(f"{wrong} thing{'s' * (wrong > 1)} wrong: prompts are not found, or not always", style="bold red")
+        return 1
+    out.print("nothing is wrong with it", style="bold green")
+    return 0

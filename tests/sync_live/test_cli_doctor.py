@@ -1,0 +1,479 @@
+"""``kvindex doctor``: whatever keeps prompts from being found is said, and nothing is said of what does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import http.server
+import io
+import json
+import random
+import re
+import signal
+import socket
+import threading
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import msgpack
+import pytest
+import zmq
+from support import payload, stored
+from sync_support import BRISK, LivePublisher, nothing_left_behind, until
+
+from kvindex import EventManager, PodSource, PrefixIndex
+from kvindex.cli import doctor, main
+from kvindex.cli._facts import Facts, Group
+from kvindex.sim.publisher import Publisher
+
+
+@pytest.fixture
+def ask(capsys, monkeypatch):
+    """Runs ``kvindex doctor ARGUMENTS`` as into a pipe; gives the status and the findings as (level, text)."""
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr(doctor, "PROBE", 0.5)
+    monkeypatch.setattr(doctor, "PATIENCE", 20.0)
+    monkeypatch.setattr(doctor, "EventManager", partial(EventManager, policy=BRISK))
+
+    def run(*arguments, tidy=True):
+        with nothing_left_behind() if tidy else nullcontext():
+            status = main(["doctor", "--block-size", "4", "--seconds", "0.05", *map(str, arguments)])
+        lines = capsys.readouterr().out.splitlines()
+        findings = [re.match(r"(ok|note|WRONG) +(.*?) *$", line) for line in lines]
+        return status, [found.groups() for found in findings if found]
+
+    return run
+
+
+def wrong(findings):
+    return [text for level, text in findings if level == "WRONG"]
+
+
+def port(endpoint):
+    return int(endpoint.rpartition(":")[2])
+
+
+def word(pod, replay=True, rank=0):
+    endpoint, answers = pod.ranks[rank]
+    return f"pod={endpoint},{answers}" if replay else f"pod={endpoint}"
+
+
+@pytest.fixture
+def pod():
+    with LivePublisher() as made:
+        yield made
+
+
+@contextmanager
+def listener(greeting):
+    """Takes connections and says only this."""
+    server = socket.create_server(("127.0.0.1", 0))
+    kept = []
+
+    def serve():
+        while True:
+            try:
+                client, _ = server.accept()
+            except OSError:
+                return
+            kept.append(client)
+            if greeting:
+                client.sendall(greeting)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield f"tcp://127.0.0.1:{server.getsockname()[1]}"
+    finally:
+        server.shutdown(socket.SHUT_RDWR)
+        server.close()
+        thread.join()
+        for client in kept:
+            client.close()
+
+
+@contextmanager
+def bound(kind):
+    with zmq.Context() as context, context.socket(kind) as sock:
+        sock.linger = 0
+        yield f"tcp://127.0.0.1:{sock.bind_to_random_port('tcp://127.0.0.1')}"
+
+
+@pytest.fixture
+def refusing():
+    with bound(zmq.PUB) as endpoint:
+        pass
+    return endpoint
+
+
+# All is well
+
+
+def test_a_sound_pod_gets_a_clean_bill(ask, pod):
+    pod.publish(9)
+    status, findings = ask(word(pod), "--topic", "kv@pod@m")
+    assert status == 0
+    assert not wrong(findings)
+    text = "\n".join(text for _, text in findings)
+    for expected in ("a publisher is at", "replays are asked at", "9 batches", "9 blocks stored", "'kv@pod@m'",
+                     "blocks have 4 tokens", "hashes are integers", "exact: 9 blocks"):  # fmt: skip
+        assert expected in text
+
+
+def test_larger_blocks_of_the_engine_are_no_fault(ask):
+    with LivePublisher(block_size=8) as pod:
+        pod.publish(3)
+        status, findings = ask(word(pod))
+    assert status == 0
+    assert any("8 tokens, which the index places as several of 4" in text for _, text in findings)
+
+
+# Where it is
+
+
+def test_addresses_that_are_none(ask, refusing):
+    for endpoint, expected in (
+        (refusing, "nothing listens at"),
+        ("tcp://no-such-host.invalid:1", "resolves to nothing"),
+    ):
+        status, findings = ask(f"pod={endpoint}")
+        assert status == 1
+        (text,) = wrong(findings)
+        assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("greeting", "expected"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", "speaks HTTP: the engine's API"),
+        (b"", "says nothing"),
+        (b"SSH-2.0-OpenSSH\r\n", "no ZMQ socket"),
+        (b"\xff" + bytes(8) + b"\x7f\x03\x00", "no ZMQ socket"),
+    ],
+)
+def test_addresses_where_somebody_else_is(ask, greeting, expected):
+    with listener(greeting) as endpoint:
+        status, findings = ask(f"pod={endpoint}", tidy=False)
+    assert status == 1
+    (text,) = wrong(findings)
+    assert expected in text
+    assert endpoint in text
+
+
+def test_a_real_http_server_is_known_by_its_answer_to_a_question(ask):
+    with http_server({}) as url:
+        status, findings = ask(f"pod={url.replace('http', 'tcp')}")
+    assert status == 1
+    assert "speaks HTTP" in wrong(findings)[0]
+
+
+@pytest.mark.parametrize(("kind", "expected"), [(zmq.ROUTER, "is a ROUTER"), (zmq.PULL, "a ZMQ PULL socket")])
+def test_sockets_of_another_kind(ask, kind, expected):
+    with bound(kind) as endpoint:
+        status, findings = ask(f"pod={endpoint}")
+    assert status == 1
+    assert expected in wrong(findings)[0]
+
+
+def test_replay_endpoints_that_are_none(ask, pod, refusing):
+    pod.publish(3)
+    endpoint = pod.ranks[0][0]
+    with bound(zmq.PUB) as publisher, listener(b"HTTP/1.1 400 Bad Request\r\n\r\n") as speaks:
+        for replay, expected in ((publisher, "is a publisher"), (speaks, "is HTTP"), (refusing, "nobody answers")):
+            status, findings = ask(f"pod={endpoint}", "--replay", replay, tidy=False)
+            assert status == 1
+            texts = wrong(findings)
+            assert expected in texts[0]
+            assert any("did not answer" in text for text in texts)
+            assert any("stream is degraded" in text for text in texts)
+
+
+# What comes
+
+
+def test_no_event_at_all(ask, pod):
+    status, findings = ask(word(pod))
+    assert status == 1
+    (text,) = wrong(findings)
+    assert "no event in 0.05 s" in text
+
+
+def test_events_but_no_block(ask, pod):
+    pod.publish(1, clear=True)
+    status, findings = ask(word(pod))
+    assert status == 1
+    assert any("no block was stored" in text for text in wrong(findings))
+
+
+def test_blocks_of_another_size(ask):
+    with LivePublisher(block_size=6) as pod:
+        pod.publish(3)
+        status, findings = ask(word(pod))
+    assert status == 1
+    text = wrong(findings)[0]
+    assert "blocks have 6 tokens, the index counts in 4: 3 events" in text
+    assert "PrefixIndex(block_size=6)" in text
+
+
+def test_another_topic(ask, pod):
+    pod.publish(3)
+    for topic in ("kv@other@m", "kv@po", "kv@pod@m "):
+        status, findings = ask(word(pod), "--topic", topic)
+        assert status == 1
+        (text,) = wrong(findings)
+        assert f"its topic is 'kv@pod@m', not {topic!r}" in text
+
+
+def test_another_rank(ask):
+    with LivePublisher(ranks=2) as pod:
+        pod.publish(3, rank=1)
+        status, findings = ask(word(pod, rank=1))
+    assert status == 1
+    (text,) = wrong(findings)
+    assert "of rank 1, not 0" in text
+
+
+def neighbours(attempts=50):
+    """Two free ports, one behind the other."""
+    for _ in range(attempts):
+        with socket.create_server(("127.0.0.1", 0)) as first:
+            number = first.getsockname()[1]
+            try:
+                socket.create_server(("127.0.0.1", number + 1)).close()
+            except OSError:
+                continue
+        return f"tcp://127.0.0.1:{number}", f"tcp://127.0.0.1:{number + 1}"
+    raise AssertionError("no two free ports")
+
+
+def test_the_port_behind_is_looked_at(ask):
+    endpoint, behind = neighbours()
+    with LivePublisher(endpoint=endpoint, replay_endpoint=behind) as pod:
+        pod.publish(3)
+        status, findings = ask(f"pod={endpoint}")
+        assert status == 1
+        assert any(f"no replay endpoint was given ({behind} looks like one)" in text for text in wrong(findings))
+    endpoint, behind = neighbours()
+    with LivePublisher(endpoint=endpoint) as pod, zmq.Context() as context:
+        other = Publisher(context, behind)
+        try:
+            pod.publish(3)
+            _, findings = ask(word(pod))
+            assert (
+                "note",
+                f"{behind} publishes as well: if that is a data-parallel rank of this pod, --ranks",
+            ) in findings
+            pod.publish(3)
+            status, findings = ask(f"pod={endpoint}", "--ranks", 2)
+            assert any(text.startswith("rank 1: a publisher is at") for _, text in findings)
+        finally:
+            other.close()
+
+
+def test_without_a_replay_endpoint_history_is_missing(ask):
+    with LivePublisher(replay_endpoint=None) as pod:
+        pod.publish(5)
+        stop = threading.Event()
+
+        def publish():
+            while not stop.wait(0.01):
+                pod.publish()
+
+        thread = threading.Thread(target=publish)
+        thread.start()
+        try:
+            status, findings = ask(word(pod, replay=False), "--seconds", 0.5)
+        finally:
+            stop.set()
+            thread.join()
+    assert status == 1
+    texts = wrong(findings)
+    for expected in ("batches were not seen", "wait for a parent", "no replay endpoint was given", "is degraded"):
+        assert any(expected in text for text in texts), texts
+
+
+def test_what_is_lost_or_unreadable(ask, pod):
+    pod.publish(2)
+    pod.publish_raw(b"\xc1")
+    pod.faults.unencodable = 1
+    pod.publish(3)
+    pod.publish_raw(payload({"type": "BlockEaten"}, stored([900], [-1, 2, 3, 4])))
+    status, findings = ask(word(pod))
+    assert status == 1
+    texts = wrong(findings)
+    for expected in ("undecodable (", "unknown_event (1)", "bad_token (1)", "2 batches were not seen"):
+        assert any(expected in text for text in texts), texts
+
+
+def test_what_a_prompt_has_to_agree_with(ask, pod, tmp_path):
+    def batch(*events):
+        return msgpack.packb([1.5, list(events)])
+
+    pod.publish_raw(batch(
+        stored([b"a" * 32], range(4), extra_keys=[["tenant-a"]]),
+        stored([b"b" * 32], range(100, 104), lora_name="sql", extra_keys=[["sql"]]),
+        stored([b"c" * 32], range(200, 204), cache_salt="tenant-b", medium="CPU"),
+        stored([b"d" * 32], range(300, 304), extra_keys=[[["image", 3]]], group_idx=1,
+               kv_cache_spec_kind="sliding_window", kv_cache_spec_sliding_window=8),
+        stored([b"e" * 32], [], medium="CPU", size=0),
+    ))  # fmt: skip
+    _, findings = ask(word(pod))
+    notes = "\n".join(text for level, text in findings if level == "note")
+    for expected in (
+        "in CPU, GPU",
+        "(0: full attention, 1: sliding_window of 8 tokens)",
+        "1 of 5 blocks are under an adapter (sql)",
+        "2 of 5 blocks are under cache salts",
+        "1 blocks have further keys",
+        "1 blocks came without tokens",
+    ):
+        assert expected in notes, notes
+    assert ("ok", "hashes are 32 bytes") in findings
+    assert "tenant" not in str(findings), "whose salts they are is nobody's business"
+
+
+def test_chunked_attention_needs_its_chunk_size(ask, pod):
+    event = stored([1], range(4), kv_cache_spec_kind="chunked_local_attention")
+    pod.publish_raw(payload(event, rank=0))
+    status, findings = ask(word(pod))
+    assert status == 1
+    assert any("chunk_size" in text for text in wrong(findings))
+
+
+def test_a_prompt_is_looked_for(ask, pod, tmp_path, monkeypatch, capsys):
+    pod.publish_raw(payload(stored([1, 2], range(8)), stored([3], range(50, 54), lora_name="sql", extra_keys=[["sql"]]),
+                            stored([4], range(70, 74), cache_salt="tenant"), rank=0))  # fmt: skip
+    path = tmp_path / "prompt.json"
+
+    def about(tokens):
+        path.write_text(json.dumps(list(tokens)))
+        status, findings = ask(word(pod), "--tokens", path)
+        return status, [text for _, text in findings if "token" in text and "blocks" not in text]
+
+    assert about(range(10)) == (0, ["8 of the prompt's 10 tokens are found"])
+    assert about(range(50, 60)) == (
+        1,
+        ["nothing of the prompt's 10 tokens is found", "with lora_name='sql' 4 tokens would be found"],
+    )
+    assert about(range(70, 74))[1][1:] == ["with another tenant's cache_salt 4 tokens would be found"]
+    assert about(range(900, 910))[1] == ["nothing of the prompt's 10 tokens is found"]
+    assert about([1, 2, 3]) == (1, ["the prompt's 3 tokens are less than a block of 4"])
+    monkeypatch.setattr("sys.stdin", io.StringIO("[0, 1, 2, 3]"))
+    assert ask(word(pod), "--tokens", "-")[0] == 0
+    for text, message in (("{}", "no list of token ids"), ("[", "is no JSON"), ("[1.5, 2, 3, 4]", "tokens")):
+        path.write_text(text)
+        assert main(["doctor", word(pod), "--block-size", "4", "--seconds", "0.01", "--tokens", str(path)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_what_happens_while_it_is_watched():
+    """Not told to happen, as a test can not be sure of when: the figures are put in."""
+    with LivePublisher() as pod, EventManager(PrefixIndex(block_size=4)) as manager:
+        pod.publish(1)
+        manager.add_pod(PodSource.from_string(word(pod)))
+        assert manager.wait_until_current(20.0)
+        until(lambda: manager.status()["pod"].batches == 1)
+        worker = manager.status()["pod"].workers[0]
+        patient = doctor.Patient(0, PodSource.from_string(word(pod)).workers()[0], live=1)
+    sound = [text for level, text in doctor.losses(patient, worker) if level != "ok"]
+    assert sound == []
+    ill = dataclasses.replace(
+        worker, restarts=2, gaps=3, lag=-77.0, errors={"bad_frame_count": 4, "partial_block": 1, "novel": 1},
+        counters={"disconnects": 5},
+    )  # fmt: skip
+    text = "\n".join(text for _, text in doctor.losses(patient, ill))
+    for expected in ("restarted 2 times", "3 gaps", "-77 s old", "bad_frame_count (4)", "novel (1)", "lost 5 times"):
+        assert expected in text
+    assert "partial_block" not in text
+
+
+# By the engine's own server
+
+
+@contextmanager
+def http_server(answers):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = json.dumps(answers.get(self.path)).encode()
+            self.send_response(200 if self.path in answers else 404)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_a_server_is_asked_where_its_events_are(ask, pod):
+    pod.publish(3)
+    endpoint, answers = pod.ranks[0]
+    sources = [{"data_parallel_rank": 0, "endpoint": endpoint, "replay_endpoint": answers, "topic": "kv@pod@m"}]
+    served = {"/kv_event_sources": sources, "/v1/models": {"data": [{"id": "m"}]}}
+    described = {
+        "kv_events": {"publishers": [{"dp_rank": 0, "endpoint": endpoint, "replay_endpoint": answers}]},
+        "kv_events_config": json.dumps({"publisher": "zmq", "endpoint": endpoint}),
+        "page_size": 5,
+        "served_model_name": "m",
+    }
+    sglang = {"/server_info": described}
+    with http_server(served) as vllm, http_server(sglang) as other, http_server({}) as neither:
+        assert ask(vllm)[0] == 0
+        status, findings = ask(other)
+        assert status == 1
+        assert any("its server says that blocks have 5 tokens, its events 4" in text for text in wrong(findings))
+        assert main(["doctor", neither]) == 2
+
+
+@pytest.mark.parametrize("arguments", [(), ("nonsense",), ("a=tcp://h:1", "--tokens", "/nonexistent")])
+def test_what_can_not_be_examined_is_refused_with_2(arguments, capsys):
+    try:
+        status = main(["doctor", *arguments])
+    except SystemExit as error:
+        status = error.code
+    assert status == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_the_watching_and_not_the_report(ask, pod, monkeypatch):
+    pod.publish(3)
+    monkeypatch.setattr(doctor.time, "sleep", lambda _: signal.raise_signal(signal.SIGINT))
+    status, findings = ask(word(pod))
+    assert status == 0
+    assert any("3 batches" in text for _, text in findings)
+
+
+# Facts
+
+
+def test_facts_never_raise_whatever_a_payload_is():
+    rng = random.Random(5)
+    good = [
+        payload(stored([1, 2], range(8), extra_keys=[["a"], None]), {"type": "BlockRemoved", "block_hashes": [1]}),
+        payload(["BlockStored", [b"x" * 16], None, list(range(4)), 4, 3, "CPU", {"cache_salt": "s"}], rank=2),
+        msgpack.packb({"ts": 1.0, "events": [{"type": "AllBlocksCleared"}]}),
+    ]
+    facts = Facts()
+    for _ in range(3000):
+        data = bytearray(rng.choice(good))
+        for _ in range(rng.randrange(4)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        facts.add(bytes(data[: rng.randrange(1, len(data) + 1)] if rng.random() < 0.3 else data))
+    assert facts.batches == 3000
+    assert 0 < facts.undecodable < 3000
+
+
+def test_the_block_size_is_the_smallest_of_the_usual_ones():
+    facts = Facts()
+    assert facts.block_size is None
+    facts.add(payload(stored([1, 2, 3], range(48), size=16), stored([4], range(5), size=5)))  # a partial block
+    facts.add(payload(stored([1], range(64), size=64, group_idx=1, kv_cache_spec_kind="mamba")))
+    assert facts.block_size == 16
+    assert facts.groups == {0: Group(None, None), 1: Group("mamba", None)}
