@@ -6,6 +6,7 @@ import time
 import numpy as np
 
 from cpython.buffer cimport *
+from cpython.memoryview cimport PyMemoryView_FromMemory
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.sequence cimport PySequence_Fast, PySequence_Fast_GET_SIZE, PySequence_Fast_ITEMS
 from cpython.unicode cimport PyUnicode_CheckExact
@@ -64,26 +65,16 @@ cdef class _Ints:
             self.n = self.view.shape[0]
         return 0
 
-    cdef int width(self, bint* is_signed):
-        """Bytes of a native integer, or 0 if the items are something else."""
-        cdef const char* f = self.view.format
-        if f == NULL:
-            return 0
-        if f[0] == c"@" or f[0] == c"=" or f[0] == c"<":
-            f += 1
-        is_signed[0] = f[0] == c"i" or f[0] == c"l" or f[0] == c"q"
-        return <int>self.view.itemsize if f[1] == 0 and (is_signed[0] or f[0] == c"I" or f[0] == c"L" or f[0] == c"Q") else 0
-
 
 cdef _Ints _tokens(object tokens, str what="tokens"):
     cdef _Ints v = _Ints()
-    cdef bint is_signed
+    cdef cbool is_signed
     cdef uint32_t* out
     cdef Py_ssize_t n, at = 0
     if PyObject_CheckBuffer(tokens):
         v.take(tokens, what, PyBUF_STRIDED_RO | PyBUF_FORMAT)
         n = v.n
-        width = v.width(&is_signed)
+        width = int_width(&v.view, &is_signed)
         if n == 0:
             return v
         if width == 0:
@@ -274,10 +265,11 @@ cdef class Index:
             raise UnknownPodError(f"no pod {pod!r} in this index; known are {', '.join(sorted(self.uids)) or 'none yet'}")
         return found
 
-    def ingest(self, pod, payload, *, model="", dp_rank=None):
+    def ingest(self, pod, payload, *, model="", dp_rank=None, seq=None):
         """Applies one batch as its engine wrote it (msgpack, every form since vLLM 0.9 and SGLang 0.4.6), without the interpreter lock.
 
         payload: bytes-like; model: namespace of the blocks; dp_rank: the stream's rank, None for the batch's own (or 0). O(its blocks).
+        seq: the batch's number in its stream, from which a snapshot that is taken later can be continued; without one it cannot.
         Returns an :class:`IngestReport`. Raises :class:`EventDecodeError` if the payload is no batch; nothing of it is applied then.
         """
         cdef _Ints b = _payload(payload)
@@ -286,21 +278,22 @@ cdef class Index:
         _text(model, "model", name)
         cdef int64_t rank = -1 if dp_rank is None else arguments.rank(dp_rank)
         cdef uint64_t uid = self.uids.get(pod, 0) if isinstance(pod, str) else self.uid(pod)
+        cdef int64_t number = -1 if seq is None else arguments.whole(seq, "seq", 0, 0x7FFFFFFFFFFFFFFF)
         cdef double ts = 0
         cdef DecodeFault fault
         cdef Taken taken = BUSY
         if self.timed: self._expire(self._clock())
         if b.n < INGEST_RELEASE_FROM:
-            taken = self.ix.ingest(uid, <const uint8_t*>b.data, b.n, name, rank, False, report.r, ts, report.dp_rank, fault)
+            taken = self.ix.ingest(uid, <const uint8_t*>b.data, b.n, name, rank, number, False, report.r, ts, report.dp_rank, fault)
         if taken == BUSY:
             with nogil:
-                taken = self.ix.ingest(uid, <const uint8_t*>b.data, b.n, name, rank, True, report.r, ts, report.dp_rank, fault)
+                taken = self.ix.ingest(uid, <const uint8_t*>b.data, b.n, name, rank, number, True, report.r, ts, report.dp_rank, fault)
         if taken == NO_BATCH:
             raise _no_batch(b, fault)
         if uid == 0:
             # A pod that nobody has heard of begins with its first batch, not with garbage in its name.
             self.uid(pod)
-            return self.ingest(pod, payload, model=model, dp_rank=dp_rank)
+            return self.ingest(pod, payload, model=model, dp_rank=dp_rank, seq=seq)
         report.ts = ts
         return report.done()
 
@@ -308,6 +301,7 @@ cdef class Index:
         cdef IngestReport report = IngestReport.__new__(IngestReport)
         cdef Batch batch
         cdef Event e
+        cdef Place unnumbered
         cdef _Ints tokens
         cdef StrRef* texts[4]
         e.kind, e.n_hashes, e.group = <EventKind><int>_KINDS.index(kind), <uint32_t>len(hashes), group
@@ -327,8 +321,7 @@ cdef class Index:
         batch.events.push_back(e)
         if self.timed: self._expire(self._clock())
         cdef uint64_t uid = self.uid(pod)
-        with nogil:
-            self.ix.apply(uid, rank, model, batch, report.r)
+        with nogil: self.ix.apply(uid, rank, model, batch, unnumbered, report.r)
         report.dp_rank = rank
         return report.done()
 
@@ -350,11 +343,11 @@ cdef class Index:
     def match_hashes(self, hashes, *, model="", ready_pods=None, only_exact=False):
         """The same answer from the prompt's prefix hashes (uint64, one per complete block, see :func:`prefix_hashes`)."""
         cdef _Ints h = _Ints()
-        cdef bint is_signed
+        cdef cbool is_signed
         cdef Prompt p
         if PyObject_CheckBuffer(hashes):
             h.take(hashes, "hashes", PyBUF_STRIDED_RO | PyBUF_FORMAT)
-        if not h.viewed or h.width(&is_signed) != 8 or is_signed or h.view.strides[0] != 8 or <size_t>h.data & 7:
+        if not h.viewed or int_width(&h.view, &is_signed) != 8 or is_signed or h.view.strides[0] != 8 or <size_t>h.data & 7:
             hashes = arguments.hash_array(hashes, "hashes")
             h = _Ints()
             h.take(hashes, "hashes", PyBUF_STRIDED_RO | PyBUF_FORMAT)
@@ -410,8 +403,7 @@ cdef class Index:
         cdef string space
         _text(model, "model", space)
         if size >= RELEASE_FROM or not self.ix.match(p, space, names, only_exact, False, m.r):
-            with nogil:
-                self.ix.match(p, space, names, only_exact, True, m.r)
+            with nogil: self.ix.match(p, space, names, only_exact, True, m.r)
         return m
 
     def _guess(self, pod, int64_t rank, string model, const uint64_t[::1] hashes, double until):
@@ -420,14 +412,13 @@ cdef class Index:
         if len(hashes):
             prefixes.assign(&hashes[0], &hashes[0] + len(hashes))
         if self.timed: self._expire(self._clock())
-        with nogil:
-            self.ix.guess(uid, rank, model, prefixes, until)
+        with nogil: self.ix.guess(uid, rank, model, prefixes, until)
 
     def _expire(self, double now):
         if self.ix.next_expiry() <= now:
-            with nogil:
-                self.ix.expire(now)
+            with nogil: self.ix.expire(now)
 
+    # Primitives of index.py, which checks what it hands over.
     def _configure(self, pod, int counted, cbool has_media, vector[string] media, int64_t chunk):
         self.ix.configure(self.uid(pod), counted, has_media, media, chunk)
 
@@ -436,29 +427,31 @@ cdef class Index:
         del self.uids[pod]
         # Matches that run, and answers not looked at yet, keep the older dict.
         self.names = {u: name for u, name in self.names.items() if u != uid}
-        with nogil:
-            self.ix.remove_pod(uid)
+        with nogil: self.ix.remove_pod(uid)
 
     def _clear(self, pod, int64_t rank):
         cdef uint64_t uid = self.uid(pod)
-        with nogil:
-            self.ix.clear_worker(uid, rank)
+        with nogil: self.ix.clear_worker(uid, rank)
 
-    def _mark(self, pod, int64_t rank, int verdict):
-        self.ix.mark(self.uid(pod), rank, verdict)
+    def _mark(self, pod, int64_t rank, int verdict): self.ix.mark(self.uid(pod), rank, verdict)
+    def _verdict(self, pod): return max(0, self.ix.verdict(self.known(pod)))
+    def _workers(self, pod): return self.ix.pod_figures(self.known(pod))
+    def _places(self, pod): return self.ix.places(self.known(pod))
+    def _broken(self): return self.ix.check()
 
-    def _verdict(self, pod):
-        return max(0, self.ix.verdict(self.known(pod)))
+    def _save(self, write):
+        cdef SnapshotBytes out
+        with nogil: self.ix.save(out)
+        write(PyMemoryView_FromMemory(<char*>out.data(), out.size(), PyBUF_READ))
 
-    def _workers(self, pod):
-        return self.ix.pod_figures(self.known(pod))
+    def _load(self, const uint8_t[::1] data):
+        with nogil: self.ix.load(&data[0], len(data))
+        self.names = {uid: name.decode("utf-8", "surrogateescape") for uid, name in self.ix.pods()}
+        self.uids = {name: uid for uid, name in self.names.items()}
 
     def _figures(self):
         cdef Report r = self.ix.report()
         return {**self.ix.figures(), **self.ix.totals(), "skipped_reasons": _reasons(r)}
-
-    def _broken(self):
-        return self.ix.check()
 
 
 def hash_tokens(tokens, block_size, hash_seed, lora_name, cache_salt, extra_keys, bint rolled):
@@ -471,8 +464,7 @@ def hash_tokens(tokens, block_size, hash_seed, lora_name, cache_salt, extra_keys
     out = np.empty(t.n // size, dtype=np.uint64)
     view = out
     if len(view):
-        with nogil:
-            hash_prompt(p, size, seed, rolled, &view[0])
+        with nogil: hash_prompt(p, size, seed, rolled, &view[0])
     return out
 
 
@@ -485,6 +477,9 @@ def scan_batch(payload):
         raise _no_batch(b, fault)
     return (batch.ts, None if batch.dp_rank < 0 else batch.dp_rank,
             [(_KINDS[<int>e.kind], reason_name(e.bad).decode() if <int>e.bad else None, e.offset, e.bytes) for e in batch.events])
+
+
+def snapshot_head(bytes data, uint64_t file_bytes): return native_head(<const uint8_t*><const char*>data, len(data), file_bytes)
 
 
 cdef object _no_batch(_Ints payload, DecodeFault& fault):

@@ -1,11 +1,14 @@
 # Every declaration of native code, and nothing else.
+from cpython.buffer cimport Py_buffer
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libcpp cimport bool as cbool
 from libcpp.string cimport string
+from libcpp.utility cimport pair
 from libcpp.vector cimport vector
 
 cdef extern from "_tokens.hpp" namespace "kvindex":
+    int int_width(const Py_buffer*, cbool* is_signed)
     Py_ssize_t read_tokens(PyObject** items, Py_ssize_t n, uint32_t* out)
     Py_ssize_t narrow_tokens(const char* p, Py_ssize_t n, Py_ssize_t stride, int width, cbool is_signed, uint32_t* out)
     Py_ssize_t first_negative(const int* p, Py_ssize_t n)
@@ -95,6 +98,27 @@ cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
         int64_t rank
         uint64_t blocks, parked
         int state
+        int64_t last_seq
+
+    cppclass Place:
+        pass
+
+    struct StreamPlace:
+        int64_t rank
+        uint64_t seq, fingerprint
+        double ts
+        cbool whole
+        string model
+
+    cppclass SnapshotBytes:
+        const uint8_t* data()
+        uint64_t size()
+
+    struct SnapshotHeader:
+        uint64_t seed
+        uint32_t block_size, max_parked, set_presence
+
+    SnapshotHeader native_head "kvindex::snapshot_head" (const uint8_t*, uint64_t, uint64_t file_bytes) except +
 
     struct Totals:
         uint64_t batches, bad_payloads, events_stored, events_removed, events_cleared
@@ -111,15 +135,19 @@ cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
         void configure(uint64_t, int set_presence, cbool has_media, const vector[string]&, int64_t chunk) except +
         void mark(uint64_t, int64_t rank, int verdict) except +
         void clear_worker(uint64_t, int64_t rank) except +
-        Taken ingest(uint64_t, const uint8_t*, uint64_t, const string& model, int64_t rank, cbool wait, Report&, double& ts,
+        Taken ingest(uint64_t, const uint8_t*, uint64_t, const string& model, int64_t rank, int64_t seq, cbool wait, Report&, double& ts,
                      int64_t& dp_rank, DecodeFault&) except +
-        void apply(uint64_t, int64_t rank, const string& model, const Batch&, Report&) except +
+        void apply(uint64_t, int64_t rank, const string& model, const Batch&, const Place&, Report&) except +
         cbool match(const Prompt&, const string& model, PodNames*, cbool only_exact, cbool wait, MatchResult&) except +
         void guess(uint64_t, int64_t rank, const string& model, const vector[uint64_t]&, double until) except +
         double next_expiry()
         void expire(double now) except +
         int verdict(uint64_t) except +
         vector[PodFigures] pod_figures(uint64_t) except +
+        vector[StreamPlace] places(uint64_t) except +
+        void save(SnapshotBytes&) except +
+        void load(const uint8_t*, uint64_t) except +
+        vector[pair[uint64_t, string]] pods() except +
         Figures figures() except +
         Totals totals() except +
         Report report() except +

@@ -41,6 +41,14 @@ inline Py_ssize_t read_tokens(PyObject* const* items, Py_ssize_t n, uint32_t* ou
     return n;
 }
 
+// Bytes of each item if a buffer has native integers of four or eight, else 0.
+inline int int_width(const Py_buffer* view, bool* is_signed) {
+    const char* f = view->format ? view->format : "B";
+    if (*f == '@' || *f == '=' || *f == '<') ++f;
+    *is_signed = *f && std::strchr("ilq", *f);
+    return *f && !f[1] && std::strchr("ilqILQ", *f) ? static_cast<int>(view->itemsize) : 0;
+}
+
 // The same for arrays of 4- or 8-byte integers, `stride` bytes apart. Returns the index of the first value out of range, or n.
 inline Py_ssize_t narrow_tokens(const char* p, Py_ssize_t n, Py_ssize_t stride, int width, bool is_signed, uint32_t* out) {
     for (Py_ssize_t i = 0; i < n; ++i, p += stride) {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final, NamedTuple, TypeAlias
 
-__all__ = ["PodMatch"]
+__all__ = ["PodMatch", "StreamPlace"]
 
 VERDICTS: Final = ("exact", "degraded", "stale")
 REPORT = ("stored", "removed", "cleared", "parked", "skipped", "errors", "reasons")
@@ -28,6 +28,21 @@ class PodMatch(NamedTuple):
     media: dict[str, int]
     ranks: dict[int, int]
     state: str
+
+
+class StreamPlace(NamedTuple):
+    """How far the stream of one worker has been applied.
+
+    ``seq`` is the number of its last batch, ``ts`` that batch's time in seconds, ``fingerprint`` the XXH3-64 of its
+    payload, by which its publisher is known again. ``whole`` says whether every batch since a clean start was applied,
+    ``model`` under which model.
+    """
+
+    seq: int
+    ts: float
+    fingerprint: int
+    whole: bool
+    model: str
 
 
 def best_ranks(rows: Iterable[Row], times: int, over: int) -> dict[str, int]:

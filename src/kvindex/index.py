@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal
+import os
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
-from . import answers, arguments
+from . import answers, arguments, snapshot
 from ._core import Index, IngestReport, PodSet, hash_tokens
+from .answers import StreamPlace
 from .events import AllBlocksCleared, BlockRemoved, BlockStored
 
 if TYPE_CHECKING:
@@ -35,7 +38,8 @@ class PrefixIndex(Index):
     Events: :meth:`ingest`, :meth:`process_block_stored`, :meth:`process_block_removed`,
     :meth:`process_all_blocks_cleared`. Questions: :meth:`match_prefix`, :meth:`match_many`, :meth:`match_hashes`,
     :meth:`pod_set`. Pods: :meth:`add_prefix`, :meth:`remove_pod`, :meth:`pod_state`, :meth:`configure_pod`,
-    :meth:`clear_worker`, :meth:`mark_worker`. Figures: :meth:`stats`, :meth:`worker_stats`.
+    :meth:`clear_worker`, :meth:`mark_worker`. Figures: :meth:`stats`, :meth:`worker_stats`, :meth:`stream_places`.
+    Files: :meth:`save`, :meth:`load`.
     """
 
     # No wrapper around ingest, match_prefix and match_hashes, and no __dict__: a call costs what it costs on Index.
@@ -135,18 +139,62 @@ class PrefixIndex(Index):
         return answers.VERDICTS[self._verdict(pod)]
 
     def worker_stats(self, pod: str) -> dict[int, dict[str, Any]]:
-        """``{rank: {"blocks", "parked", "state"}}``. O(ranks).
+        """``{rank: {"blocks", "parked", "state", "last_seq"}}``. O(ranks).
 
-        blocks: index blocks held, in every medium and group; parked: stored hashes that wait. Raises UnknownPodError.
+        blocks: index blocks held, in every medium and group; parked: stored hashes that wait; last_seq: number of the
+        last batch, None where batches came without. Raises UnknownPodError.
         """
         return {
             worker["rank"]: {
                 "blocks": worker["blocks"],
                 "parked": worker["parked"],
                 "state": answers.VERDICTS[worker["state"]],
+                "last_seq": None if worker["last_seq"] < 0 else worker["last_seq"],
             }
             for worker in self._workers(pod)
         }
+
+    def stream_places(self, pod: str) -> dict[int, StreamPlace]:
+        """How far each rank's stream has been applied: ``{rank: StreamPlace}``. O(ranks).
+
+        Ranks whose last batch came without its number are left out: their streams cannot be continued, only begun
+        anew. Raises UnknownPodError.
+        """
+        return {
+            place.pop("rank"): StreamPlace(**{**place, "model": place["model"].decode("utf-8", "surrogateescape")})
+            for place in self._places(pod)
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the whole index to a file, from which :meth:`load` makes an equal one. O(size of the index).
+
+        What events and options have said goes in, with the place that each worker's stream has reached; what
+        :meth:`add_prefix` has said does not. The file is complete at any moment: it is written beside its place, with
+        its checksum, brought to the disk and then renamed. Matches go on meanwhile; events wait while the index is
+        copied in memory (about 20 ms for a million blocks), and not for the disk. Raises :class:`SnapshotError`,
+        with whatever was there before unchanged and nothing left beside it.
+        """
+        snapshot.save(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        max_parked: int | None = None,
+        max_bytes: int | None = None,
+        ttl: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> Self:
+        """An index equal to the one that was saved, with its block size, seed and options. O(size of the file).
+
+        Every worker is ``stale`` until its stream has shown what happened since: :class:`EventManager` asks for just
+        that, or call :meth:`mark_worker`. max_parked: None for what the saved index had. max_bytes, ttl, clock: as of
+        the class; they are not in the file, nor is what was touched when: all content counts as touched now, and what
+        does not fit is shed. Raises :class:`SnapshotError`, naming the file, what is wrong with it and at which byte,
+        for whatever is damaged, cut, contradictory, of a newer version, too large or no snapshot at all.
+        """
+        return snapshot.load(cls, path, max_parked=max_parked, max_bytes=max_bytes, ttl=ttl, clock=clock)
 
     def stats(self) -> dict[str, Any]:
         """Figures of the whole index, O(1).

@@ -127,7 +127,9 @@ protected:
     }
     u32 worker(u32 pod, i64 rank, u32 space) {
         const u32 found = find_worker(pod, rank, space);
-        if (found != kNone) return found;
+        return found != kNone ? found : add_worker(pod, rank, space);
+    }
+    u32 add_worker(u32 pod, i64 rank, u32 space) {
         u32 id;
         if (!free_workers_.empty()) {
             id = free_workers_.back();

@@ -57,6 +57,12 @@ public:
         if (plus != kNone) scratch_[plus >> 6] |= 1ull << (plus & 63);
         return intern();
     }
+    // The set with these bits, new and unreferenced unless there is one already.
+    u32 intern(const u64* words, u32 n) {
+        scratch_.resize(m_, n);
+        if (n) std::memcpy(scratch_.data(), words, sizeof(u64) * n);
+        return intern();
+    }
     template <class F>
     void each(u32 set, F&& f) const {
         const Rec& r = recs_[set];

@@ -29,6 +29,18 @@ public:
     u32 block_size() const { return block_size_; }
     u64 seed() const { return seed_; }
 
+    // A batch of this stream has been applied. `clean`: whatever was lost before it does not matter any more.
+    void advance(u32 pod, i64 rank, const std::string& model, u64 seq, double ts, u64 fingerprint, bool clean, bool lost) {
+        std::map<i64, Position>& all = pods_[pod].positions;
+        const auto it = all.find(rank);
+        const bool whole = it == all.end() ? seq == 0 : it->second.whole && seq == it->second.seq + 1;
+        all[rank] = Position{seq, ts, fingerprint, space(model), !lost && (clean || whole)};
+    }
+    // Something came in without a number: how far the stream has been applied cannot be said any more.
+    void lose_place(u32 pod, i64 rank) {
+        if (!pods_[pod].positions.empty()) pods_[pod].positions.erase(rank);
+    }
+
     void remove_pod(u32 id) {
         Pod& p = pods_[id];
         while (!p.workers.empty()) {
@@ -120,6 +132,7 @@ public:
         judge(pod);
     }
     void clear_worker(u32 pod, i64 rank) {
+        pods_[pod].positions.erase(rank);
         for (u32 w : pods_[pod].workers)
             if (workers_[w]->rank == rank) clear_all(w);
         judge(pod);
@@ -139,6 +152,9 @@ public:
     std::string check() const;
 
 private:
+    friend class SnapshotWriter;
+    friend class SnapshotReader;
+
     // The two marks of pages are not available as names; 2^-63 by chance, and then a neighbour's name.
     static u64 name_of(u64 id) { return id == kNoName || id == kNameless ? id + 1 : id; }
 

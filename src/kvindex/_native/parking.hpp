@@ -12,6 +12,8 @@ class Parker : public Placer {
 public:
     Parker(u32 block_size, u64 seed, bool set_presence, u32 max_parked) : Placer(block_size, seed, set_presence), max_parked_(max_parked) {}
 
+    u32 max_parked() const { return max_parked_; }
+
 protected:
     // A block without content of its own: one more copy of what the worker knows by this name.
     void place_known(u32 id, u32 h, u64 name, Report& r) {
@@ -67,10 +69,12 @@ protected:
                     take_back(*w.lot, old);
                     replaced.push_back(old.serial);
                 }
-        park(id, std::move(p), r);
+        r.parked += p.ids.size();
+        shelve(id, std::move(p));
+        judge(w.pod);
         for (u64 serial : replaced) drop_dead(*w.lot, serial);
     }
-    void park(u32 id, Parked&& p, Report& r) {
+    void shelve(u32 id, Parked&& p) {
         ParkingLot& l = lot(id);
         const u64 serial = l.next++;
         const Holder& tier = holders_[p.holder];
@@ -83,11 +87,9 @@ protected:
         if (!p.left) l.dead.insert(serial);
         l.hashes += p.left;
         parked_ += p.left;
-        r.parked += p.ids.size();
         mem_.add(weight(p));
         lot_bytes_ += weight(p);
         l.records.emplace(serial, std::move(p));
-        judge(workers_[id]->pod);
     }
     void park_orphan(const Placing& a, Report& r) {
         if (workers_[a.worker]->shed) return turn_away(a.worker, a.ids, a.n, Reason::shed, r);
@@ -238,8 +240,7 @@ protected:
                         break;
                     case Placed::orphan: {
                         // Still in its place under the bound, which it passed when it came.
-                        Report seen;
-                        park(id, std::move(p), seen);
+                        shelve(id, std::move(p));
                         break;
                     }
                     case Placed::misaligned: spoil(id); break;

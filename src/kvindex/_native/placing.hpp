@@ -143,10 +143,12 @@ protected:
             locate(w.space, at, prefixes_.data(), blocks);
             if (const u64* other = conflict(a, factor)) {
                 // From the start again: the name may have been the parent's, and blocks may have gone with it. All such names at once:
-                // one at a time, an event whose names all mean something else now would cost the square of its length.
-                for (u32 j = static_cast<u32>(other - a.ids); j < a.n; ++j) {
+                // one at a time, an event whose names all mean something else now would cost the square of its length. The first in any
+                // case, for where prefix hashes collide the same hash may be another block's.
+                const u32 first = static_cast<u32>(other - a.ids);
+                for (u32 j = first; j < a.n; ++j) {
                     const u32 known = find(a.worker, a.ids[j]);
-                    if (known == kNone || chains_.prefix(known) == prefixes_[(j + 1) * factor - 1]) continue;
+                    if (known == kNone || (j != first && chains_.prefix(known) == prefixes_[(j + 1) * factor - 1])) continue;
                     forget_name(a.worker, a.ids[j]);
                     if (a.has_parent && find(a.worker, a.parent) == kNone) return Placed::orphan;
                 }

@@ -2,10 +2,13 @@
 #pragma once
 
 #include <limits>
+#include <thread>
 
 #include "check.hpp"
 #include "lock.hpp"
 #include "match.hpp"
+#include "snapshot_read.hpp"
+#include "snapshot_write.hpp"
 
 namespace kvindex {
 
@@ -41,6 +44,22 @@ struct PodFigures {
     i64 rank;
     u64 blocks, parked;
     int state;
+    i64 last_seq;  // -1: none
+};
+
+// Where a batch stands in its stream; seq -1: not told.
+struct Place {
+    i64 seq = -1;
+    double ts = 0;
+    u64 fingerprint = 0;
+};
+
+struct StreamPlace {
+    i64 rank;
+    u64 seq, fingerprint;
+    double ts;
+    bool whole;
+    std::string model;
 };
 
 // What became of a payload; busy: nothing yet, somebody else has the index.
@@ -95,35 +114,45 @@ public:
 
     // The whole payload is decoded before the lock is taken, and nothing is applied if it is no batch. rank -1: the batch's own.
     // `wait` false: gives up rather than wait for others, so that a caller may try a small one with the interpreter locked.
-    Taken ingest(u64 uid, const u8* payload, u64 bytes, const std::string& model, i64 rank, bool wait, Report& r, double& ts, i64& dp_rank, DecodeFault& fault) {
+    Taken ingest(u64 uid, const u8* payload, u64 bytes, const std::string& model, i64 rank, i64 seq, bool wait, Report& r, double& ts, i64& dp_rank,
+                 DecodeFault& fault) {
         static thread_local Batch kept;
         Batch& batch = kept;
+        Place place;
+        if ((place.seq = seq) >= 0) place.fingerprint = xxh3_64(payload, bytes, 0);
         if (!decode_batch(payload, bytes, batch, fault)) {
             if (!wait) return Taken::busy;
             Writing w(*this);
             ++totals_.bad_payloads;
-            if (const u32 pod = ix_.slot(uid); pod != kNone) ix_.lost_payload(pod, rank < 0 ? 0 : rank);
+            if (const u32 pod = ix_.slot(uid); pod != kNone) {
+                ix_.lost_payload(pod, rank < 0 ? 0 : rank);
+                note(pod, rank < 0 ? 0 : rank, model, place, false, true);
+            }
             return Taken::no_batch;
         }
-        ts = batch.ts;
+        place.ts = ts = batch.ts;
         dp_rank = rank >= 0 ? rank : batch.dp_rank >= 0 ? batch.dp_rank : 0;
-        if (!apply(uid, dp_rank, model, batch, r, wait)) return Taken::busy;
+        if (!apply(uid, dp_rank, model, batch, place, r, wait)) return Taken::busy;
         // One monster batch must not pin its memory for as long as the thread lives.
         if (batch.tokens.capacity() > (1u << 22)) batch = Batch();
         return Taken::yes;
     }
-    bool apply(u64 uid, i64 rank, const std::string& model, const Batch& batch, Report& r, bool wait = true) {
+    bool apply(u64 uid, i64 rank, const std::string& model, const Batch& batch, const Place& place, Report& r, bool wait = true) {
         // The lock is given up between events, so that a reader waits for about this many blocks at most (some microseconds);
         // taking it for each one-block event would double their cost.
         constexpr u64 kTurn = 128;
         std::size_t i = 0;
         do {
-            if (!wait && i == 0) {
-                if (!lock_.try_lock()) return false;
+            const bool on = i != 0;
+            if (!wait && !on) {
+                if (saving_.load(std::memory_order_relaxed) || !lock_.try_lock()) return false;
             } else {
+                // What has begun goes on: who saves waits for its end.
+                if (!on) wait_for_saver();
                 lock_.lock();
             }
             const Written w(*this);
+            half_ -= on;
             const u32 pod = ix_.slot(uid);
             if (pod == kNone) {
                 // Removed while this was on its way: never resurrected.
@@ -142,6 +171,9 @@ public:
                 ++totals_.batches;
                 report_.add(r);
                 note_expiry();
+                note(pod, rank, model, place, r.cleared && !ix_.pod_at(pod).has_clear_media, false);
+            } else {
+                ++half_;
             }
         } while (i < batch.events.size());
         return true;
@@ -196,15 +228,59 @@ public:
         const u32 pod = ix_.slot(uid);
         if (pod == kNone) return out;
         const Pod& p = ix_.pod_at(pod);
-        for (const auto& s : p.streams) out.push_back({s.first, 0, 0, static_cast<int>(s.second)});
+        for (const auto& s : p.streams) out.push_back({s.first, 0, 0, static_cast<int>(s.second), -1});
         for (u32 id : p.workers) {
             const Worker& w = ix_.worker_at(id);
             auto it = std::find_if(out.begin(), out.end(), [&](const PodFigures& f) { return f.rank == w.rank; });
-            if (it == out.end()) it = out.insert(out.end(), PodFigures{w.rank, 0, 0, 0});
+            if (it == out.end()) it = out.insert(out.end(), PodFigures{w.rank, 0, 0, 0, -1});
             it->blocks += ix_.held(w);
             it->parked += w.parked();
             it->state = std::max(it->state, static_cast<int>(ix_.own_verdict(w)));
         }
+        for (const auto& s : p.positions) {
+            auto it = std::find_if(out.begin(), out.end(), [&](const PodFigures& f) { return f.rank == s.first; });
+            if (it == out.end()) it = out.insert(out.end(), PodFigures{s.first, 0, 0, 0, -1});
+            it->last_seq = static_cast<i64>(s.second.seq);
+        }
+        return out;
+    }
+    std::vector<StreamPlace> places(u64 uid) const {
+        Reading g(*this, true);
+        std::vector<StreamPlace> out;
+        const u32 pod = ix_.slot(uid);
+        if (pod == kNone) return out;
+        for (const auto& s : ix_.pod_at(pod).positions)
+            out.push_back({s.first, s.second.seq, s.second.fingerprint, s.second.ts, s.second.whole, ix_.space_at(s.second.space).model});
+        return out;
+    }
+
+    // ---- snapshots --------------------------------------------------------------------------------------------------------------
+
+    // Matches go on meanwhile. Writers wait where they disturb nobody: one that waited for the lock would keep new readers out of it.
+    // Batches that have been applied in part are waited for, since the rest would be replayed as a whole.
+    void save(SnapshotBytes& out) const {
+        std::lock_guard<std::mutex> one(saver_);
+        copy(out);
+        seal_snapshot(out);
+    }
+    // Into an index that nothing has been told yet. What is refused leaves one that is good for nothing.
+    void load(const u8* data, u64 bytes) {
+        Writing w(*this);
+        std::vector<u64> c = counters();
+        SnapshotReader reader(ix_, data, bytes);
+        reader.read(c);
+        Losses shed, expired;
+        std::size_t at = 0;
+        for (u64* to : counted(totals_, report_, shed, expired)) *to = c[at++];
+        ix_.recount(shed, expired);
+        reader.fit();
+        note_expiry();
+    }
+    std::vector<std::pair<u64, std::string>> pods() const {
+        Reading g(*this, true);
+        std::vector<std::pair<u64, std::string>> out;
+        for (u32 i = 0; i < ix_.pod_slots(); ++i)
+            if (const Pod& p = ix_.pod_at(i); p.uid && ix_.find_pod(p.name) == i) out.emplace_back(p.uid, p.name);
         return out;
     }
     Index::Figures figures() const {
@@ -242,7 +318,10 @@ private:
         SharedIndex& s_;
     };
     struct Writing : Written {
-        explicit Writing(SharedIndex& s) : Written(s) { s_.lock_.lock(); }
+        explicit Writing(SharedIndex& s) : Written(s) {
+            s_.wait_for_saver();
+            s_.lock_.lock();
+        }
     };
     struct Reading {
         Reading(const SharedIndex& s, bool wait) : s_(s), on(wait || s.lock_.try_lock_shared()) {
@@ -258,6 +337,53 @@ private:
         static thread_local Matcher m;
         return m;
     }
+    void copy(SnapshotBytes& out) const {
+        const Gate gate(*this);
+        for (;;) {
+            {
+                Reading g(*this, true);
+                if (half_ == 0) return SnapshotWriter(ix_, out).write(counters());
+            }
+            std::this_thread::sleep_for(std::chrono::microseconds(200));
+        }
+    }
+    // Holds off who would begin to write.
+    struct Gate {
+        explicit Gate(const SharedIndex& s) : s_(s) { s_.saving_.store(true); }
+        ~Gate() {
+            std::lock_guard<std::mutex> g(s_.gate_);
+            s_.saving_.store(false);
+            s_.opened_.notify_all();
+        }
+        const SharedIndex& s_;
+    };
+    void wait_for_saver() {
+        if (!saving_.load(std::memory_order_relaxed)) return;
+        std::unique_lock<std::mutex> g(gate_);
+        opened_.wait(g, [&] { return !saving_.load(); });
+    }
+    void note(u32 pod, i64 rank, const std::string& model, const Place& at, bool clean, bool lost) {
+        if (at.seq < 0) {
+            ix_.lose_place(pod, rank);
+        } else {
+            ix_.advance(pod, rank, model, static_cast<u64>(at.seq), at.ts, at.fingerprint, clean, lost);
+        }
+    }
+    // Everything that has been counted since the start, in the order in which a snapshot has it.
+    static std::vector<u64*> counted(Totals& t, Report& r, Losses& shed, Losses& expired) {
+        std::vector<u64*> all{&t.batches, &t.bad_payloads, &t.events_stored, &t.events_removed, &t.events_cleared, &r.stored, &r.removed, &r.cleared, &r.parked, &r.skipped, &r.errors};
+        for (u64& n : r.reasons) all.push_back(&n);
+        for (Losses* l : {&shed, &expired}) all.insert(all.end(), {&l->blocks, &l->chains, &l->parked, &l->guesses});
+        return all;
+    }
+    std::vector<u64> counters() const {
+        Totals t = totals_;
+        Report r = report_;
+        Losses shed = ix_.shed(), expired = ix_.expired();
+        std::vector<u64> out;
+        for (const u64* n : counted(t, r, shed, expired)) out.push_back(*n);
+        return out;
+    }
     void note_expiry() { expiry_.store(ix_.next_expiry(), std::memory_order_relaxed); }
 
     Index ix_;
@@ -265,6 +391,11 @@ private:
     Totals totals_ = {};
     Report report_;
     std::atomic<double> expiry_{1e300};
+    // Of saving: one at a time, and who waits for its end.
+    mutable std::mutex saver_, gate_;
+    mutable std::condition_variable opened_;
+    mutable std::atomic<bool> saving_{false};
+    u64 half_ = 0;  // batches of which a part has been applied
 };
 
 // Extra keys as a prompt gives them, packed by msgpack; false if they are malformed.

@@ -58,6 +58,11 @@ public:
         fit();
     }
 
+    // What was lost before this index was loaded.
+    void recount(const Losses& shed, const Losses& expired) {
+        shed_ = shed;
+        expired_ = expired;
+    }
     const Losses& shed() const { return shed_; }
     const Losses& expired() const { return expired_; }
 

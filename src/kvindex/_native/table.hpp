@@ -40,6 +40,19 @@ public:
         put(pack(half(key), ref));
         ++n_;
     }
+    // Inserts unless a place with the same key is there already; false if so.
+    template <class Same>
+    bool insert_new(Memory& m, u64 key, u32 ref, Same&& same) {
+        if (find(key, same) != kNone) return false;
+        insert(m, key, ref);
+        return true;
+    }
+    // Makes room for so many entries at once.
+    void reserve(Memory& m, u32 n) {
+        u32 lg = slots_ ? lg_ : 3;
+        while (n > ((1u << lg) / 10) * 7 + ((1u << lg) < 16 ? 4 : 0)) ++lg;
+        if (!slots_ || lg > lg_) rehash(m, lg);
+    }
     // Recognises the entry by its reference, without looking at the place: false if (key, ref) is not in the table.
     bool erase(Memory& m, u64 key, u32 ref) {
         const u32 i = slot_of(key, ref);

@@ -128,11 +128,21 @@ struct Guess {
     std::vector<u64> prefixes;
 };
 
+// How far the stream of one rank has been applied.
+struct Position {
+    u64 seq = 0;          // of the last batch
+    double ts = 0;        // its timestamp, seconds
+    u64 fingerprint = 0;  // XXH3 of its payload: another process has other bytes under this number
+    u32 space = 0;        // the model that it was applied to
+    bool whole = false;   // every batch since a clean start has been applied
+};
+
 struct Pod {
     u64 uid = 0;  // slot and a count of all pods ever opened: a removed pod's number never means another pod
     std::string name;
     std::vector<u32> workers;
     std::map<i64, Verdict> streams;  // per rank, from the stream layer
+    std::map<i64, Position> positions;  // per rank, where batches came with their sequence numbers
     bool set_presence = false;
     bool has_clear_media = false;
     std::vector<u32> clear_media;

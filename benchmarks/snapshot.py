@@ -1,0 +1,70 @@
+"""``python -m benchmarks.snapshot``: an index to a file and back, with the disk and without.
+
+"Copied" is what events wait for; matches go on during all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from time import perf_counter
+
+from kvindex import PrefixIndex
+
+from .data import BLOCK, chains, fill
+from .machine import described
+from .reach import Reached, verdicts
+from .report import amount, table
+
+PODS = 8
+DEPTH = 2048
+
+
+def timed(call: Callable[[], object]) -> float:
+    start = perf_counter()
+    call()
+    return perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.snapshot", description=__doc__)
+    parser.add_argument("--blocks", type=int, default=1_000_000, help="blocks that every pod holds (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="the middle one counts (%(default)s)")
+    options = parser.parse_args()
+    rows, marks = [], []
+    contents = chains(11, options.blocks // DEPTH, DEPTH)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "snapshot"
+        for kind, agree in (("the same names", True), ("names of their own", False)):
+            index = PrefixIndex(block_size=BLOCK)
+            fill(index, contents, [f"pod-{number}" for number in range(PODS)], agree=agree)
+            blocks = index.stats()["blocks"]
+            found: dict[str, list[float]] = {"copied": [], "saved": [], "loaded": []}
+            for _ in range(options.rounds):
+                found["copied"].append(timed(lambda index=index: index._save(len)))
+                found["saved"].append(timed(lambda index=index: index.save(path)))
+                found["loaded"].append(timed(lambda: PrefixIndex.load(path)))
+            assert PrefixIndex.load(path).stats()["blocks"] == blocks
+            middle = {what: median(seconds) for what, seconds in found.items()}
+            size = os.path.getsize(path)
+            rows.append(
+                [
+                    f"{blocks:,} blocks, {PODS} pods with {kind}",
+                    *(amount(1e3 * middle[what]) for what in found),
+                    amount(size / 1e6),
+                    amount(size / blocks),
+                ]
+            )
+            where = f"{blocks:,} blocks, {PODS} pods, {kind}"
+            marks.append(Reached("save + load, seconds", where, "snapshot seconds", middle["saved"] + middle["loaded"]))
+    print(verdicts(marks))
+    print(table(["ms", "copied", "saved to the disk", "loaded", "MB", "bytes a block"], rows))
+    print(", ".join(f"{name} {value}" for name, value in described("numpy").items()))
+
+
+if __name__ == "__main__":
+    main()
