@@ -1,0 +1,159 @@
+"""What a benchmark could get wrong without anybody noticing: what it measures, and what it concludes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import msgpack
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import data, reach, workloads  # noqa: E402
+from benchmarks.gate.compare import FEWEST, MOST, Comparison  # noqa: E402
+from benchmarks.interleave import Timings, interleaved  # noqa: E402
+from benchmarks.peers.contenders import DictOfSets, KVIndex  # noqa: E402
+
+DEPTH = 128
+
+
+def answers(kind: str, depth: int = DEPTH, pods: int = 3) -> list[dict[str, int]]:
+    """What the prompts of one round find, in blocks."""
+    made = workloads.match(kind, depth, pods, content=depth * 32)
+    match = made.call
+    return [{pod: tokens // data.BLOCK for pod, tokens in match(prompt).tokens.items()} for prompt in made.items(0)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("full", {DEPTH}), ("none", set()), ("half", {DEPTH // 2}), ("hybrid", {DEPTH})],
+)
+def test_prompts_find_what_their_name_says(kind: str, expected: set[int]) -> None:
+    for answer in answers(kind):
+        assert set(answer.values()) == expected
+        assert len(answer) == (3 if expected else 0)
+
+
+def test_forked_prompts_find_the_stem_on_every_pod_and_the_branch_on_some() -> None:
+    found = answers("forked")
+    assert all(set(answer) == {"pod-0", "pod-1", "pod-2"} for answer in found)
+    assert {length for answer in found for length in answer.values()} == {DEPTH // 2, DEPTH}
+
+
+def test_holes_end_the_match_where_they_are() -> None:
+    for number, answer in enumerate(answers("holes")[:32]):
+        assert [answer.get(f"pod-{place}", 0) for place in range(3)] == [
+            (place * 7 + number) % DEPTH for place in range(3)
+        ]
+
+
+def test_rounds_of_events_apply_as_a_whole_and_leave_nothing() -> None:
+    for made in (workloads.ingest(1, content=2048), workloads.ingest(64, known=True, content=2048)):
+        index = made.call.func.__self__
+        before = index.stats()["blocks"]
+        for number in range(2):
+            items = made.items(number)
+            reports = [made.call(item) for item in items]
+            hashes = [len(event["block_hashes"]) for item in items for event in msgpack.unpackb(item)[1]]
+            assert sum(report.stored for report in reports) == sum(hashes)
+            assert not any(report.skipped or report.parked for report in reports)
+            made.undo()
+            assert index.stats()["blocks"] == before
+
+
+def test_removals_remove_all_that_was_stored_for_them() -> None:
+    made = workloads.remove(1, content=2048)
+    reports = [made.call(item) for item in made.items(0)]
+    assert sum(report.removed for report in reports) == 1024
+    assert not any(report.skipped for report in reports)
+
+
+def test_data_are_the_same_every_time_and_beginnings_begin() -> None:
+    one, other = data.chain(1, 2, 8), data.chain(1, 2, 8)
+    assert np.array_equal(one.tokens, other.tokens)
+    assert np.array_equal(one.hashes, other.hashes)
+    assert np.array_equal(data.beginning(1, 2, 3), one.tokens[: 3 * data.BLOCK])
+    assert not np.array_equal(data.chain(1, 3, 8).tokens, one.tokens)
+
+
+def test_contenders_agree() -> None:
+    contents = data.chains(3, 4, 20)
+    for pods in (1, 5):
+        found = []
+        for kind in (KVIndex, DictOfSets):
+            contender = kind(pods)
+            contender.store(contents[:3])
+            found.append([contender.answer(content.tokens) for content in contents])
+        assert found[0] == found[1]
+        assert found[0] == [dict.fromkeys(range(pods), 20)] * 3 + [{}]
+
+
+@pytest.mark.parametrize(
+    ("goal", "value", "expected"),
+    [
+        ("match list 8", 4.99, "not"),
+        ("match list 8", 5.0, "reached"),
+        ("match list 8", 7.0, "stretch"),
+        ("tail", 20.1, "not"),
+        ("tail", 20.0, "reached"),
+        ("tail", 10.0, "stretch"),
+        ("match hashes 8", 100.0, "reached"),
+    ],
+)
+def test_a_goal_says_what_a_figure_means(goal: str, value: float, expected: str) -> None:
+    assert reach.mark(goal, value) == expected
+
+
+def test_the_worse_of_median_and_best_rounds_decides() -> None:
+    timings = Timings({"slow": [10.0, 100.0, 100.0], "fast": [5.0, 5.0, 5.0]})
+    ratio = timings.ratio("slow", "fast")
+    assert (ratio.median, ratio.best) == (20.0, 2.0)
+    assert reach.Reached("", "", "match list 8", ratio.median, ratio).mark == "not"
+
+
+def test_every_contender_gets_every_round_once_and_the_order_turns() -> None:
+    asked: list[tuple[str, int]] = []
+    order: list[str] = []
+
+    def inputs(name: str, number: int) -> list[str]:
+        asked.append((name, number))
+        return [name]
+
+    timings = interleaved({"a": order.append, "b": order.append}, inputs, 4, warm=False)
+    assert sorted(asked) == [(name, number) for name in "ab" for number in range(4)]
+    assert {len(times) for times in timings.values()} == {4}
+    assert {order[place] for place in range(0, 8, 2)} == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("votes", "expected"),
+    [
+        ([1.0] * FEWEST, False),
+        ([1.15] * FEWEST, True),
+        ([1.15] * (FEWEST - 1) + [1.0], True),
+        ([1.2, 1.0] * 3, None),
+        ([1.2] * (MOST // 2 + 1) + [1.0] * (MOST // 2), True),
+        ([1.2] * (MOST // 2) + [1.0] * (MOST // 2 + 1), False),
+    ],
+)
+def test_pairs_vote_and_more_are_asked_while_they_disagree(votes: list[float], expected: bool | None) -> None:
+    assert Comparison("", votes).slower(1.10) is expected
+
+
+@pytest.mark.parametrize("module", ["gate", "gate.worker"])
+def test_a_broken_run_is_no_regression(module: str) -> None:
+    told = ["no-such-revision"] if module == "gate" else []
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", *told],
+        cwd=ROOT, input='["open", "no such workload"]\n', capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if module == "gate":
+        assert done.returncode == 2
+        assert "no-such-revision" in done.stderr
+    else:
+        assert "no such workload" in json.loads(done.stdout)["failed"]
