@@ -52,6 +52,7 @@ listed = $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.t
 	$(call listed,["project"]["optional-dependencies"]["test"])
 	touch $@
 
+.PHONY: ci nightly coverage test-nightly wheel-check release-check
 .PHONY: help build demo test sanitize fuzz lint dist clean bench-peers bench-rows bench-streams bench-gate
 .PHONY: bench bench-quick bench-html bench-replay bench-baseline bench-check
 
@@ -71,6 +72,10 @@ help:
 	@echo 'make bench-gate BASE=REV  exit 1 when something got slower or larger than in REV; 2 when nothing is known'
 	@echo 'make bench-rows        growth, threads, tail, snapshot and churn, each beside what was promised'
 	@echo 'make lint              style and types'
+	@echo 'make coverage          which lines the tests run, Python and native'
+	@echo 'make ci                everything that a pull request has to pass, in the order of the pipeline'
+	@echo 'make nightly           the long runs, and everything that is measured'
+	@echo 'make wheel-check       the tests against the wheel in an empty environment'
 	@echo 'make dist              sdist and wheel'
 	@echo 'make test-kv-sync-e2e  pods, an index and routers as processes, against what the pods know themselves'
 	@echo 'make chaos-storm       64 publishing pods, 200 restarts in any order, and each accounted for'
@@ -111,7 +116,7 @@ SANITIZE_RUN = env LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print
 
 sanitize: .venv/.test-tools $(SANITIZED)/.built
 	$(SANITIZE_RUN) $(BIN)/python -c 'import kvindex._core as c; assert "$(SANITIZED)" in c.__file__, c.__file__'
-	$(SANITIZE_RUN) $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -k 'not plot' --ignore tests/packaging --ignore tests/typing
+	HYPOTHESIS_PROFILE=sanitized $(SANITIZE_RUN) $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -k 'not plot' --ignore tests/packaging --ignore tests/typing
 
 FUZZ := .build/fuzz
 CLANG := $$(command -v clang++ || command -v clang++-14)
@@ -201,10 +206,63 @@ chaos-quick: .venv/.test-tools
 chaos-storm: .venv/.test-tools
 	$(BIN)/python -m chaos storm
 
-lint: .venv/.test-tools
+.venv/.lint-tools: .venv/.test-tools
+	$(call listed,["project"]["optional-dependencies"]["lint"])
+	touch $@
+
+lint: .venv/.lint-tools
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/cython-lint src/kvindex
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+
+# Which lines the tests run, of Python and of the native core. The core is built apart, with counters in it, as for the
+# sanitizers; -O0, since an optimiser moves what is counted.
+COVERED := .build/coverage
+COVERAGE_FLAGS := --coverage -O0 -g -UNDEBUG -fprofile-update=atomic
+
+$(COVERED)/.built: setup.py $(CORE) $(shell find src/kvindex -name '*.py') | .venv/.test-tools
+	rm -rf $(COVERED)
+	CFLAGS='$(COVERAGE_FLAGS)' CXXFLAGS='$(COVERAGE_FLAGS)' LDFLAGS='--coverage' \
+		$(BIN)/python setup.py --quiet build --force --build-base $(COVERED) --build-lib $(COVERED)/lib
+	touch $@
+
+.venv/.coverage-tools: .venv/.test-tools
+	$(call listed,["project"]["optional-dependencies"]["coverage"])
+	touch $@
+
+coverage: .venv/.coverage-tools $(COVERED)/.built
+	rm -rf $(COVERED)/report && mkdir -p $(COVERED)/report
+	find $(COVERED) -name '*.gcda' -delete
+	PYTHONPATH=$(CURDIR)/$(COVERED)/lib $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --ignore tests/packaging --ignore tests/typing \
+		--cov=kvindex --cov-report=html:$(COVERED)/report/python --cov-report=term
+	$(BIN)/gcovr --root . --object-directory $(COVERED) --filter 'src/kvindex/_native/' --filter 'src/kvindex/_tokens.hpp' \
+		--exclude-throw-branches --html-details $(COVERED)/report/native.html --txt --gcov-ignore-parse-errors=suspicious_hits.warn
+
+# The long runs of what `make test` does in minutes.
+test-nightly: .venv/.test-tools
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -q -n $(JOBS) tests/property tests/threads
+
+# What a release would be made of: the sdist, the wheel that is built from it, installed where there is nothing else.
+WHEEL := .build/wheel
+wheel-check: dist
+	rm -rf $(WHEEL) && $(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/python -m pip --disable-pip-version-check --no-input install --quiet "$$(ls dist/*.whl)[test]"
+	cp -r tests pyproject.toml README.md examples $(WHEEL)/
+	[ ! -d ../shared ] || ln -sfn $$(cd ../shared && pwd) .build/shared
+	cd $(WHEEL) && bin/python -c 'import kvindex, sys; assert kvindex.__file__.startswith(sys.prefix), kvindex.__file__'
+	cd $(WHEEL) && bin/python -m pytest -q -n $(JOBS) --dist loadfile --ignore tests/packaging --ignore tests/typing
+
+release-check: $(BIN)/python
+	$(BIN)/python .github/release.py '$(TAG)'
+
+# The pipelines, here: the steps of the workflows in their order.
+ci: .venv/.test-tools
+	$(BIN)/python .github/stages.py .github/workflows/complete-testing.yml
+
+nightly: .venv/.test-tools
+	$(BIN)/python .github/stages.py .github/workflows/nightly-performance.yml
 
 dist: .venv/.test-tools
 	rm -rf dist

@@ -18,6 +18,8 @@ pytest.register_assert_rewrite("support", "world")
 # Two cores shared with a build cannot promise a time per example, so no deadline: what is bounded is the count.
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("default", max_examples=100, stateful_step_count=40, **_COMMON)
+# A sanitized core takes several times as long: its suite looks at memory, and leaves rare orders of events to others.
+settings.register_profile("sanitized", max_examples=30, stateful_step_count=40, **_COMMON)
 settings.register_profile("nightly", max_examples=5000, stateful_step_count=80, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 

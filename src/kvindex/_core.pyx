@@ -213,7 +213,8 @@ cdef class PrefixMatch:
     def hashes(self):
         """uint64[blocks]: the prompt's prefix hashes, computed when first asked for, from the tokens as they are then (not copied)."""
         if self.prefixes is None:
-            self.prefixes = hash_tokens(self.prompt, self.index.block_size, self.index.hash_seed, self.lora_name, self.cache_salt, self.extra_keys, True)
+            self.prefixes = hash_tokens(self.prompt, self.index.block_size, self.index.hash_seed, self.lora_name, self.cache_salt,
+                                        self.extra_keys, True)
         return self.prefixes
 
     def best(self):
@@ -366,7 +367,7 @@ cdef class Index:
         cdef PodSet pods = ready_pods if ready_pods is None or isinstance(ready_pods, PodSet) else PodSet(ready_pods)
         cdef PodNames* names = pods.names if pods is not None else NULL
         cdef vector[Prompt] asked
-        cdef vector[MatchResult*] answers
+        cdef vector[MatchResult*] results
         cdef PrefixMatch m
         cdef _Ints t
         cdef string space
@@ -384,10 +385,10 @@ cdef class Index:
             m.prompt, m.lora_name, m.cache_salt, m.extra_keys = tokens, lora_name, cache_salt, extra_keys
             kept.append(t)
             matches.append(m)
-            answers.push_back(&m.r)
+            results.push_back(&m.r)
         with nogil:
             for i in range(asked.size()):
-                self.ix.match(asked[i], space, names, only_exact, True, answers[i][0])
+                self.ix.match(asked[i], space, names, only_exact, True, results[i][0])
         return matches
 
     cdef PrefixMatch open(self, Py_ssize_t blocks):

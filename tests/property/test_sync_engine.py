@@ -226,5 +226,5 @@ class FaultyStream(RuleBasedStateMachine):
         assert isinstance(world.process, Process)
 
 
-FaultyStream.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
+FaultyStream.TestCase.settings = settings(max_examples=settings.default.max_examples)
 TestSyncEngine = FaultyStream.TestCase

@@ -184,5 +184,5 @@ class FaultyChannel(RuleBasedStateMachine):
         world.check()
 
 
-FaultyChannel.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
+FaultyChannel.TestCase.settings = settings(max_examples=settings.default.max_examples * 3 // 2)
 TestSyncMachine = FaultyChannel.TestCase
