@@ -186,7 +186,7 @@ bench-gate: .venv/.bench-tools
 	$(BENCH) benchmarks.gate '$(BASE)' $(ALLOW) $(ONLY)
 
 bench-rows: .venv/.bench-tools
-	$(BENCH) benchmarks.rows
+	$(BENCH) benchmarks.rows --out docs/performance/rows.md
 
 # Faults are applied in namespaces of their own: rights are needed to make those, not to be root. What this machine can
 # not do is skipped, with the reason.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
+from pathlib import Path
 
 __all__ = ["ROWS"]
 
@@ -12,13 +14,23 @@ ROWS = ("growth", "threads", "tail", "snapshot", "churn")
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.rows", description=__doc__)
+    parser.add_argument("--out", type=Path, help="file that the tables are written to as well")
+    options = parser.parse_args()
+    page = ["# Growth, threads, tail, snapshot, churn", "Made by `make bench-rows`; each section is one command."]
     failed = []
     for name in ROWS:
         print(f"\n## {name}\n", flush=True)
-        if subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=False).returncode:
+        command = [sys.executable, "-m", f"benchmarks.{name}"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        print(done.stdout, flush=True)
+        page += [f"## {name}", f"`python -m benchmarks.{name}`", done.stdout.strip()]
+        if done.returncode:
             failed.append(name)
     if failed:
         print(f"no figures: {', '.join(failed)}", file=sys.stderr)
+    elif options.out is not None:
+        options.out.write_text("\n\n".join(page) + "\n")
     return bool(failed)
 
 

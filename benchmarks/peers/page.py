@@ -31,12 +31,12 @@ tables grow in steps; the largest in brackets."""
 WEAK = """\
 ## Where kvindex is weak
 
-- *Short prompts and lists.* Of a call on 8 blocks, most is crossing from Python into native code; a list has to be read
-  object by object, which no index can do faster than Python stores integers, and that is most of a long list's time.
-- *`match_hashes` with a list* pays for turning integers into an array first. Keep the array that `prefix_hashes` gives.
+- *Short prompts.* Of a call on 8 blocks, most is crossing from Python into native code and back.
+- *Lists.* A list is read object by object, and for a long one that is most of the time; an array costs half of it.
 - *Own names.* Pods that disagree on the engine's hashes (vLLM before 0.29 without a fixed seed) cost memory per pod and
-  block. Nothing can avoid that and still take removals by name exactly; Dynamo's tree refuses such events.
+  block: removals come by name, so the names have to be kept. Dynamo's tree refuses such events.
 - *Reading the whole answer* builds a dict of all pods, which costs more than a short match. `best()` does not.
+- *Events of one block* cost four times as much per block as long ones: there is a name to find for each.
 - *What is not compared*: contenders that Python cannot call (the routers in Go and Rust), and networks: all of this is
   one process."""
 
