@@ -57,6 +57,11 @@ class SocketOptions:
         self.queue = queue
         self.max_message = max_message
 
+    @property
+    def patience(self) -> float:
+        """Seconds after which a connection that is neither made nor refused counts as lost."""
+        return 2 * self.connect_timeout + 1.0
+
     def apply(self, sock: zmq.Socket[bytes], *, queue: int | None = None) -> None:
         sock.linger = 0
         sock.rcvhwm = self.queue if queue is None else queue

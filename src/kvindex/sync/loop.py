@@ -1,0 +1,250 @@
+"""The thread that owns every socket: its poll loop, its timers, and what other threads ask it to do."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import selectors
+import socket
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import zmq
+
+from ..errors import StreamError
+from .worker import Worker
+
+__all__ = ["StreamLoop"]
+
+log = logging.getLogger("kvindex.sync")
+
+T = TypeVar("T")
+
+
+class StreamLoop:
+    """One thread for the sockets of all workers. :meth:`call`, :meth:`post`, :meth:`within`, :meth:`start` and
+    :meth:`close` are for any thread, everything else is for its own.
+
+    ``ending`` is called in the thread when it ends, however that comes, with the sockets still there; ``ended`` when it
+    is over.
+    """
+
+    def __init__(
+        self,
+        *,
+        context: zmq.Context[Any] | None,
+        max_replays: int,
+        ending: Callable[[], None],
+        ended: Callable[[], None],
+    ) -> None:
+        self._own_context = context is None
+        self._context = context
+        self._max_replays = max_replays
+        self._ending = ending
+        self._ended = ended
+        self._lock = threading.Lock()
+        self._commands: deque[Callable[[], None]] = deque()
+        self._thread: threading.Thread | None = None
+        self._stopping = self._stopped = False
+        self._hot: set[Any] = set()
+        self._timers: list[tuple[float, int, Worker]] = []
+        self._order = itertools.count()
+        self._replaying: set[Worker] = set()
+        self._replay_queue: OrderedDict[Worker, int] = OrderedDict()
+        self._looks: set[Worker] = set()
+
+    # ------------------------------------------------------------------------------------------- from any thread
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called, or the thread has ended by itself."""
+        return self._stopping
+
+    @property
+    def is_current(self) -> bool:
+        """Whether this is called in the loop's own thread."""
+        return threading.current_thread() is self._thread
+
+    def start(self) -> None:
+        """Start the thread unless it runs. Raises :class:`StreamError` after a close."""
+        with self._lock:
+            if self._stopping:
+                raise StreamError("this EventManager is closed")
+            if self._thread is not None:
+                return
+            if self._context is None:
+                self._context = zmq.Context()
+            self._selector = selectors.DefaultSelector()
+            self._wake, self._woken = socket.socketpair()
+            for end in (self._wake, self._woken):
+                end.setblocking(False)
+            self._selector.register(self._woken, selectors.EVENT_READ, None)
+            self._thread = threading.Thread(target=self._run, name="kvindex-streams", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """End the thread and wait for that, unless this is it."""
+        with self._lock:
+            self._stopping = True
+            thread = self._thread
+        if thread is None:
+            self._ended()
+            return
+        self._poke()
+        if not self.is_current:
+            thread.join()
+
+    def call(self, command: Callable[[], T]) -> T:
+        """Do something in the thread and give what came of it."""
+        return command() if self.is_current else self.post(command).result()
+
+    def post(self, command: Callable[[], T]) -> Future[T]:
+        """Do something in the thread and do not wait for it. Raises :class:`StreamError` after a close."""
+        self.start()
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(command())
+            except BaseException as error:
+                future.set_exception(error)
+
+        with self._lock:
+            if self._stopped:
+                raise StreamError("this EventManager is closed")
+            self._commands.append(run)
+        self._poke()
+        return future
+
+    def within(self, command: Callable[[], None]) -> None:
+        """Do this in the loop's thread: at once from there, soon from any other, never after a close."""
+        if self.is_current:
+            command()
+        elif not self._stopping:
+            self._commands.append(command)
+            self._poke()
+
+    def _poke(self) -> None:
+        # Full: it is awake already. Closed: there is nobody to wake.
+        with suppress(OSError):
+            self._wake.send(b"\0")
+
+    # ---------------------------------------------------------------------------------------- for sockets and workers
+
+    @property
+    def context(self) -> zmq.Context[Any]:
+        assert self._context is not None
+        return self._context
+
+    def watch(self, fd: int, handler: Any) -> None:
+        self._selector.register(fd, selectors.EVENT_READ, handler)
+        self._hot.add(handler)  # what came before the registration rings no bell
+
+    def unwatch(self, fd: int) -> None:
+        self._selector.unregister(fd)
+
+    def wake_at(self, due: float, worker: Worker) -> None:
+        """Call :meth:`Worker.tick` then, unless the worker's ``due`` has changed."""
+        heapq.heappush(self._timers, (due, next(self._order), worker))
+
+    def look_at(self, worker: Worker) -> None:
+        """Call :meth:`Worker.compare_state` before the loop waits again."""
+        self._looks.add(worker)
+
+    def admit(self, worker: Worker, start: int) -> bool:
+        """Whether this worker may run a replay now; if not, its :meth:`Worker.ask` is called when it may."""
+        if len(self._replaying) >= self._max_replays:
+            self._replay_queue[worker] = start
+            return False
+        self._replaying.add(worker)
+        return True
+
+    def leave(self, worker: Worker) -> None:
+        """This worker runs no replay any more, and waits for none."""
+        self._replay_queue.pop(worker, None)
+        if worker in self._replaying:
+            self._replaying.discard(worker)
+            if self._replay_queue and not self._stopping:
+                following, start = self._replay_queue.popitem(last=False)
+                following.ask(start)
+
+    # ---------------------------------------------------------------------------------------------------- the loop
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._turn()
+        except Exception:
+            log.exception("the thread of kvindex's streams has failed; every pod is stale from here on")
+        finally:
+            self._end()
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        wait = 0.0 if self._hot else max(0.0, self._timers[0][0] - now) if self._timers else None
+        for key, _ in self._selector.select(wait):
+            if key.data is None:
+                try:
+                    while self._woken.recv(4096):
+                        pass
+                except BlockingIOError:
+                    pass
+            else:
+                self._hot.add(key.data)
+        while self._commands:
+            self._do(self._commands.popleft())
+        now = time.monotonic()
+        hot, self._hot = self._hot, set()
+        for handler in hot:
+            try:
+                if not handler.closed and handler.ready(now):
+                    self._hot.add(handler)
+            except Exception as error:
+                # One stream's trouble is not the others'.
+                log.exception("a stream has failed")
+                handler.failed(now, error)
+        while self._timers and self._timers[0][0] <= now:
+            due, _, worker = heapq.heappop(self._timers)
+            if worker.due == due and not worker.gone:
+                worker.due = None
+                try:
+                    worker.tick(now)
+                except Exception:
+                    log.exception("%s: its time could not be kept; trying again", worker.who)
+                    worker.reconnect_at = now + 1.0
+                    worker.schedule()
+        if self._looks:
+            looks, self._looks = self._looks, set()
+            for worker in looks:
+                worker.compare_state()
+
+    def _do(self, command: Callable[[], None]) -> None:
+        try:
+            command()
+        except Exception:
+            # Of what people call they get to know; this is of the loop's own, and one pod's.
+            log.exception("something of one stream has failed; its time will bring it again")
+
+    def _end(self) -> None:
+        with self._lock:
+            self._stopping = True
+        self._do(self._ending)
+        with self._lock:
+            self._stopped = True
+            left, self._commands = self._commands, deque()
+        for command in left:
+            self._do(command)
+        if self._own_context and self._context is not None:
+            self._context.destroy(linger=0)
+        self._selector.close()
+        self._wake.close()
+        self._woken.close()
+        self._ended()

@@ -1,0 +1,500 @@
+"""One worker's stream, carried out: between its sockets, its :class:`WorkerStream` and the index."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, Protocol
+
+import zmq
+
+from ..errors import EventDecodeError
+from .frames import END, FrameFault, parse_live, parse_replay
+from .sockets import Loop, Replay, SocketOptions, Subscription, resolve
+from .source import Endpoints, PodSource, Presence
+from .status import WORST_FIRST, Batch, Forgotten, StateChange, WorkerStatus
+from .stream import (
+    Action,
+    CancelReplay,
+    Clear,
+    Incident,
+    Ingest,
+    Mark,
+    Policy,
+    Reconnect,
+    RequestReplay,
+    Verdict,
+    WorkerStream,
+)
+
+__all__ = ["Host", "Index", "Setting", "Worker"]
+
+log = logging.getLogger("kvindex.sync")
+
+# What an operator has to look at; everything else is the stream looking after itself.
+_SERIOUS: Final = frozenset(
+    {"gap_accepted", "rejected", "replay_conflict", "replay_endless", "replay_failed", "unreachable", "bad_frames"}
+)
+
+
+class Index(Protocol):
+    """What a manager needs of a :class:`PrefixIndex`."""
+
+    @property
+    def block_size(self) -> int: ...
+
+    def ingest(self, pod: str, payload: bytes, *, model: str = "", dp_rank: int | None = None) -> Any: ...
+
+    def mark_worker(self, pod: str, dp_rank: int, verdict: Verdict) -> None: ...
+
+    def clear_worker(self, pod: str, dp_rank: int = 0) -> None: ...
+
+    def configure_pod(
+        self, pod: str, *, presence: Presence | None = None, clear_media: Iterable[str] | None = None,
+        chunk_size: int | None = None,
+    ) -> None: ...  # fmt: skip
+
+    def remove_pod(self, pod: str) -> None: ...
+
+    def worker_stats(self, pod: str) -> dict[int, dict[str, Any]]: ...
+
+
+class Host(Loop, Protocol):
+    """What a worker needs of the loop that drives it: see :class:`StreamLoop`."""
+
+    @property
+    def context(self) -> zmq.Context[Any]: ...
+
+    def within(self, command: Callable[[], None]) -> None: ...
+
+    def wake_at(self, due: float, worker: Worker) -> None: ...
+
+    def look_at(self, worker: Worker) -> None: ...
+
+    def admit(self, worker: Worker, start: int) -> bool: ...
+
+    def leave(self, worker: Worker) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What all workers of a manager share."""
+
+    index: Index
+    policy: Policy | None
+    options: SocketOptions
+    taps: list[Callable[[Batch | Forgotten], None]]
+    """Shown every batch before the index gets it; the list may change."""
+    tell: Callable[[StateChange], None]
+    """Told of every change of a worker's state."""
+
+    def show(self, item: Batch | Forgotten) -> None:
+        for tap in list(self.taps):
+            try:
+                tap(item)
+            except Exception:
+                log.exception("a callback for batches has failed")
+
+
+class Worker:
+    """One (pod, rank): its stream, its sockets and its figures.
+
+    Whatever arrives is handed to the stream, and what the stream decides is carried out at once. Everything but
+    :meth:`describe` belongs to the loop's thread.
+    """
+
+    def __init__(self, host: Host, setting: Setting, source: PodSource, rank: int, at: Endpoints) -> None:
+        self._host = host
+        self._setting = setting
+        self.pod = source.name
+        self.rank = rank
+        self.at = at
+        self.source = source
+        self.model = source.model
+        self.stream = WorkerStream(replay=at.replay_endpoint is not None, policy=setting.policy)
+        self.topic = None if source.topic is None else source.topic.encode()
+        self.seen_topic: bytes | None = self.topic
+        self.replay_topic: bytes | None = None
+        self.subscription: Subscription | None = None
+        self.opened_at: float | None = None
+        self.reconnect_at: float | None = None
+        self.replay: Replay | None = None
+        self.attempt = 0  # connections are numbered, so that nothing of an old one is taken for the new one's
+        self.question = 0  # and so are replays
+        self._asking = False  # has one of the places for replays
+        self.due: float | None = None
+        self.gone = False
+        self.connection: int | None = None  # of a bound endpoint
+        # What is carried out: the stream itself is ahead of it while its actions are.
+        self.verdict: Verdict = "stale"
+        self.last_seq: int | None = None
+        self.state = "stale"  # the worse of the verdict and the index's own
+        self.lag: float | None = None
+        self.stored = self.removed = 0
+        self.events: Counter[str] = Counter()  # those that are not in every batch
+        self.errors: Counter[str] = Counter()
+        self.explained: set[str] = set()
+        self.tokens = 10.0  # of the log's bucket
+        self.tokens_at = 0.0
+        self.unsaid = 0
+
+    @property
+    def who(self) -> str:
+        return f"{self.pod}[{self.rank}]"
+
+    def begin(self, now: float) -> None:
+        """Mark what nothing is known of, and connect if it is for us to do."""
+        self._carry(self.stream.tick(now), now)
+        if self.at.endpoint is not None:
+            self.reconnect_at = now
+            self.schedule()
+
+    def close(self) -> None:
+        """Close every socket; whatever is still on its way to this worker does nothing any more."""
+        self.gone = True
+        self.due = None
+        self._end_replay()
+        if self.subscription is not None:
+            self.subscription.close()
+            self.subscription = None
+
+    # ---------------------------------------------------------------------------------------------- connections
+
+    def _connect(self, now: float) -> None:
+        if self.subscription is not None:
+            self.subscription.close()
+            self.subscription = None
+        self.opened_at = now
+        self.attempt += 1
+        attempt = self.attempt
+        assert self.at.endpoint is not None
+
+        resolve(
+            self.at.endpoint,
+            lambda endpoint, error: self._host.within(partial(self._subscribe, attempt, endpoint, error)),
+        )
+
+    def _subscribe(self, attempt: int, endpoint: str | None, error: str) -> None:
+        if self.gone or self.attempt != attempt or self.opened_at is None:
+            return
+        now = time.monotonic()
+        if endpoint is None:
+            self._lost(attempt, now, error)
+            return
+        self.seen_topic = self.topic
+        try:
+            self.subscription = Subscription(
+                self._host, self._host.context, self._setting.options, endpoint, self.topic or b"",
+                made=partial(self._made, attempt),
+                lost=partial(self._lost, attempt),
+                message=self._live,
+            )  # fmt: skip
+        except zmq.ZMQError as failure:
+            self._lost(attempt, now, f"{endpoint}: {failure}")
+            return
+        if self.subscription.immediate:
+            self._made(attempt, now)
+
+    def connected(self, now: float) -> None:
+        """The subscription stands."""
+        self._carry(self.stream.connected(now), now)
+        self.schedule()
+
+    def disconnected(self, now: float, why: str) -> None:
+        """The connection is gone."""
+        self._carry(self.stream.disconnected(now, why), now)
+        self.schedule()
+
+    def _made(self, attempt: int, now: float) -> None:
+        if self.gone or self.attempt != attempt:
+            return
+        self.opened_at = None
+        self.connected(now)
+
+    def _lost(self, attempt: int, now: float, why: str) -> None:
+        if self.gone or self.attempt != attempt:
+            return
+        self.opened_at = None
+        self.attempt += 1  # a connection is lost once
+        self.disconnected(now, f"{self.at.endpoint}: {why}")
+
+    def tick(self, now: float) -> None:
+        """Do what is due."""
+        if self.reconnect_at is not None and now >= self.reconnect_at:
+            self.reconnect_at = None
+            self._connect(now)
+        if self.opened_at is not None and now >= self.opened_at + self._setting.options.patience:
+            self._lost(self.attempt, now, "no connection came about")
+        self._carry(self.stream.tick(now), now)
+        self.schedule()
+
+    def schedule(self) -> None:
+        """See to it that :meth:`tick` is called when something is due."""
+        if self.gone:
+            return
+        patience = None if self.opened_at is None else self.opened_at + self._setting.options.patience
+        due = min((at for at in (self.stream.deadline(), self.reconnect_at, patience) if at is not None), default=None)
+        if due is not None and due != self.due:
+            self.due = due
+            self._host.wake_at(due, self)
+        elif due is None:
+            self.due = None
+
+    # -------------------------------------------------------------------------------------------------- messages
+
+    def _live(self, frames: list[bytes], now: float) -> None:
+        if self.gone:
+            return
+        try:
+            topic, seq, payload = parse_live(frames)
+        except FrameFault as fault:
+            self._fault(fault, now)
+            return
+        if topic != self.seen_topic:
+            if self.seen_topic is not None:
+                # ZMQ compares prefixes: kv@10.0.0.1 also gets what kv@10.0.0.10 publishes.
+                self._foreign(topic, self.seen_topic, now)
+                return
+            self.seen_topic = topic
+        self.hear(seq, payload, now)
+
+    def hear(self, seq: int, payload: bytes, now: float) -> None:
+        """Hand a published batch to its stream."""
+        actions: list[Action] = []
+        plain = self.stream.follows(seq, payload, now)
+        if plain is None:
+            actions = self.stream.live(seq, payload, now)
+        else:
+            self._ingest(plain, actions, now)
+            self.last_seq = seq
+            if not actions:
+                return
+        self._carry(actions, now)
+        self.schedule()
+
+    def _foreign(self, topic: bytes, expected: bytes, now: float) -> None:
+        self.errors["foreign_topic"] += 1
+        if self.errors["foreign_topic"] == 1:
+            self._say("foreign_topic", f"ignoring topic {topic!r:.80}, this stream is {expected!r:.80}", now)
+
+    def _fault(self, fault: FrameFault, now: float) -> None:
+        self.errors[fault.reason] += 1
+        self._say("bad_frames", str(fault), now)
+        self._carry(self.stream.suspect(now), now)
+        self.schedule()
+
+    def _reply(self, question: int, frames: list[bytes], now: float) -> None:
+        if self.gone or self.replay is None or question != self.question:
+            return
+        try:
+            reply = parse_replay(frames)
+        except FrameFault as fault:
+            self.errors[f"replay_{fault.reason}"] += 1
+            self._say("bad_frames", f"in a replay: {fault}", now)
+            return
+        if reply is END:
+            self._carry(self.stream.replay_ended(now), now)
+        elif reply.topic is not None and self.seen_topic is not None and reply.topic != self.seen_topic:
+            self._foreign(reply.topic, self.seen_topic, now)
+            return
+        else:
+            self.replay_topic = reply.topic
+            self._carry(self.stream.replayed(reply.seq, reply.payload, now), now)
+        self.schedule()
+
+    # --------------------------------------------------------------------------------------------------- actions
+
+    def _carry(self, actions: list[Action], now: float) -> None:
+        """Carry out what a stream decided; what comes of it is appended and carried out after it."""
+        for action in actions:
+            kind = type(action)
+            if kind is Ingest:
+                self._ingest(action, actions, now)  # type: ignore[arg-type]
+                continue
+            match action:
+                case RequestReplay(start):
+                    self._end_replay()
+                    self.ask(start)
+                case CancelReplay():
+                    self._end_replay()
+                case Clear():
+                    if self._setting.taps:
+                        self._setting.show(Forgotten(self.pod, self.rank))
+                    self._setting.index.clear_worker(self.pod, self.rank)
+                    self.explained.clear()
+                case Mark(verdict):
+                    self._setting.index.mark_worker(self.pod, self.rank, verdict)
+                    self.verdict, self.last_seq = verdict, self.stream.last_seq
+                    self.compare_state()
+                case Reconnect(delay):
+                    if self.at.endpoint is not None:
+                        self.reconnect_at = now + delay
+                case Incident(what, detail):
+                    self._say(what, detail, now)
+        self.last_seq = self.stream.last_seq
+
+    def _ingest(self, action: Ingest, actions: list[Action], now: float) -> None:
+        if self._setting.taps:
+            topic = self.replay_topic if self.seen_topic is None else self.seen_topic
+            self._setting.show(Batch(self.pod, self.rank, self.model, topic, action.seq, action.payload))
+        try:
+            report = self._setting.index.ingest(self.pod, action.payload, model=self.model, dp_rank=self.rank)
+        except EventDecodeError as error:
+            self.errors["undecodable"] += 1
+            actions += self.stream.rejected(action.seq, action.payload, now, str(error))
+            return
+        except Exception as error:
+            # Whatever it is, the batch is not applied; the stream goes on and the worker is not exact any more.
+            self.errors["refused"] += 1
+            actions += self.stream.rejected(action.seq, action.payload, now, f"the index refuses it: {error!r}")
+            return
+        self.stored += report.stored
+        self.removed += report.removed
+        if action.ts is not None:
+            self.lag = time.time() - action.ts
+        if report.cleared:
+            self.events["cleared"] += report.cleared
+            if self.source.clear_media is None:
+                actions += self.stream.cleared(action.seq, now)
+        if report.parked or report.skipped:
+            self.events["parked"] += report.parked
+            self.events["skipped"] += report.skipped
+            self._skipped(report, action.payload, now)
+
+    def _skipped(self, report: Any, payload: bytes, now: float) -> None:
+        self._host.look_at(self)
+        for reason, count in report.reasons.items():
+            self.errors[reason] += count
+            if reason not in self.explained and reason != "unknown_hash":
+                # Once for each reason until the worker starts anew: the counters have the rest.
+                self.explained.add(reason)
+                self._say(reason, self._explain(reason, payload), now)
+
+    def _explain(self, reason: str, payload: bytes) -> str:
+        if reason != "block_size_mismatch":
+            return "an event could not be applied"
+        from ..events import decode_batch
+
+        sizes = {getattr(event, "block_size", None) for event in decode_batch(payload).events}
+        named = ", ".join(str(size) for size in sorted(size for size in sizes if size))
+        return f"its blocks have {named} tokens, the index counts in {self._setting.index.block_size}"
+
+    def ask(self, start: int) -> None:
+        """Ask for a replay, now or when it is this worker's turn."""
+        if self.at.replay_endpoint is None:
+            return
+        if not self._host.admit(self, start):
+            return
+        self._asking = True
+        self.question += 1
+        question = self.question
+
+        resolve(
+            self.at.replay_endpoint,
+            lambda endpoint, error: self._host.within(partial(self._send, question, start, endpoint, error)),
+        )
+
+    def _send(self, question: int, start: int, endpoint: str | None, error: str) -> None:
+        if self.gone or not self._asking or self.replay is not None or question != self.question:
+            return
+        now = time.monotonic()
+        if endpoint is not None:
+            try:
+                self.replay = Replay(
+                    self._host,
+                    self._host.context,
+                    self._setting.options,
+                    endpoint,
+                    start,
+                    message=partial(self._reply, question),
+                )
+            except zmq.ZMQError as failure:
+                error = str(failure)
+        if self.replay is None:
+            self._say("replay_unreachable", error, now)
+        # Where it can not be asked the question runs into its timeout like one that nobody answers.
+        self.stream.replay_sent(now)
+        self.schedule()
+
+    def _end_replay(self) -> None:
+        self._asking = False
+        if self.replay is not None:
+            self.replay.close()
+            self.replay = None
+        self._host.leave(self)
+
+    # --------------------------------------------------------------------------------------- what others get to know
+
+    def compare_state(self) -> None:
+        """Tell about a worker's state when it has changed: the worse of the stream's verdict and the index's own."""
+        if self.gone:
+            return
+        state, reason = self._judged()
+        if state == self.state:
+            return
+        old, self.state = self.state, state
+        log.info("%s: %s, was %s%s", self.who, state, old, f" ({reason})" if reason else "")
+        change = StateChange(self.pod, self.rank, old, state, reason)
+        self._setting.tell(change)
+
+    def _judged(self, figures: dict[str, Any] | None = None) -> tuple[str, str]:
+        if figures is None:
+            try:
+                figures = self._setting.index.worker_stats(self.pod).get(self.rank, {})
+            except KeyError:
+                figures = {}
+        own = figures.get("state", self.verdict)
+        if WORST_FIRST.index(own) < WORST_FIRST.index(self.verdict):
+            return own, "blocks could not be placed"
+        return self.verdict, self.stream.reason
+
+    def describe(self, figures: dict[str, Any]) -> WorkerStatus:
+        """What it is like at this moment; ``figures`` are the index's own of it."""
+        stream = self.stream
+        counts = stream.counts
+        state, reason = self._judged(figures)
+        return WorkerStatus(
+            pod=self.pod,
+            rank=self.rank,
+            model=self.model,
+            endpoint=self.at.endpoint,
+            replay_endpoint=self.at.replay_endpoint,
+            state=state,
+            reason=reason,
+            connected=stream.is_connected,
+            last_seq=self.last_seq,
+            last_ts=stream.last_ts,
+            lag=self.lag,
+            replaying=stream.replaying,
+            waiting=stream.waiting,
+            batches=counts["batches"],
+            gaps=counts["gaps"],
+            lost_batches=counts["lost_batches"],
+            replays=counts["replays_asked"],
+            replays_healed=counts["gaps_healed"],
+            replays_failed=counts["replays_failed"],
+            restarts=counts["restarts"],
+            reconnects=counts["reconnects"],
+            duplicates=counts["duplicates"],
+            errors=dict(self.errors),
+            events={"stored": self.stored, "removed": self.removed, **self.events},
+            blocks=figures.get("blocks", 0),
+            parked=figures.get("parked", 0),
+            counters=dict(counts),
+        )
+
+    def _say(self, kind: str, detail: str, now: float) -> None:
+        """One line per incident; a pod that has many of them every second gets a few, and a number."""
+        self.tokens = min(10.0, self.tokens + (now - self.tokens_at) * 0.5)
+        self.tokens_at = now
+        if self.tokens < 1.0:
+            self.unsaid += 1
+            return
+        self.tokens -= 1.0
+        more, self.unsaid = self.unsaid, 0
+        tail = f" ({more} incidents before it are only counted)" if more else ""
+        log.log(logging.WARNING if kind in _SERIOUS else logging.INFO, "%s: %s: %s%s", self.who, kind, detail, tail)
