@@ -225,6 +225,7 @@ public:
     }
     // An event stores to the chain, and so it needs all that the chain hangs on.
     void touch(u32 id) {
+        if (!ages_.on()) return;
         for (; id != kNone && !ages_.fresh(id); id = chains_[id].parent) ages_.renew(id);
     }
     // Adds nameless blocks held by `set` at the end.
