@@ -1,0 +1,133 @@
+"""``python -m benchmarks.churn``: does memory come back when the pods go, and does a budget hold?
+
+First a fleet comes, works and goes, round after round, always with other content. Bytes are the index's own count and
+what the system keeps in memory for the process, each against what they were before anything came; the process's after
+one round, because the interpreter and the allocator keep some of what they once had. Then a stream passes through a
+budget that has room for a seventh of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+from collections.abc import Iterator
+from time import perf_counter_ns
+
+import numpy as np
+
+from kvindex import PrefixIndex
+
+from .data import BLOCK, Chain, chain, own, payloads
+from .machine import described, resident
+from .reach import Reached, verdicts
+from .report import amount, say, table
+
+PODS = 8
+#: Conversations of a round: some long, more short ones, and a system prompt below which some of them fork.
+LENGTHS = (2048, 512, 512, 64, 64, 64, 64, 8, 8, 8, 8, 8, 8, 8, 8, 1)
+
+
+def contents(seed: int, blocks: int) -> Iterator[Chain]:
+    """Chains of about ``blocks`` blocks together; every second one begins with the same 40 blocks."""
+    common = chain(seed, 0, 40)
+    made = number = 0
+    while made < blocks:
+        number += 1
+        new = chain(seed, number, LENGTHS[number % len(LENGTHS)])
+        made += len(new)
+        if number % 2:
+            new = Chain(np.concatenate([common.tokens, new.tokens]), np.concatenate([common.hashes, new.hashes]))
+        yield new
+
+
+def work(index: PrefixIndex, seed: int, blocks: int) -> None:
+    """What a round does: half of the pods agree on names, copies come twice, and a part of everything is evicted."""
+    rng = np.random.default_rng(seed)
+    for number, content in enumerate(contents(seed, blocks)):
+        for pod in rng.permutation(PODS)[: 1 + number % PODS]:
+            named = content if pod % 2 else Chain(content.tokens, own(content.hashes, int(pod)))
+            for _ in range(1 + (number % 5 == 0)):
+                for payload in payloads([named], 64):
+                    index.ingest(f"pod-{pod}", payload)
+            if number % 3 == 0:
+                for payload in payloads([named], 64, back=True):
+                    index.ingest(f"pod-{pod}", payload)
+        index.match_prefix(content.tokens)
+        if number % 4 == 0:
+            index.add_prefix("pod-0", content.tokens[: 64 * BLOCK], ttl=3600.0)
+
+
+def settle() -> int:
+    """The process's bytes in memory, once the allocator has given back what it can."""
+    ctypes.CDLL(None).malloc_trim(0)
+    return resident()
+
+
+def rounds(count: int, blocks: int) -> list[Reached]:
+    """``count`` rounds of ``blocks`` blocks; the worst of what was left after them."""
+    index = PrefixIndex(block_size=BLOCK)
+    empty, full, left, process = index.stats()["bytes"], [], [], []
+    for seed in range(count + 1):
+        work(index, seed, blocks)
+        full.append(index.stats()["bytes"])
+        for pod in range(PODS):
+            index.remove_pod(f"pod-{pod}")
+        left.append(index.stats()["bytes"])
+        process.append(settle())
+        if seed % 20 == 0:
+            say(f"round {seed}: {full[-1]:,} bytes at work, {left[-1]:,} after, {process[-1] >> 10:,} KiB resident")
+    where = f"{count} rounds of {np.mean(full) / 1e6:.1f} MB"
+    return [
+        Reached("the index's bytes without pods over those at the start", where, "churn", max(left) / empty),
+        Reached("the process's over those after one round", where, "churn", max(process[1:]) / process[0]),
+    ]
+
+
+def through(budget: int, blocks: int) -> list[list[str]]:
+    """A stream of ``blocks`` blocks through a budget, and through an index that has none."""
+    rows = []
+    for limit in (None, budget):
+        index = PrefixIndex(block_size=BLOCK, max_bytes=limit)
+        done, most, shown = 0, 0, []
+        for number in range(blocks // 1024):
+            content = chain(99, number, 1024)
+            for payload in payloads([content], 64):
+                start = perf_counter_ns()
+                index.ingest(f"pod-{number % PODS}", payload)
+                shown.append(perf_counter_ns() - start)
+                most = max(most, index.stats()["bytes"])
+            done += 1024
+        stats = index.stats()
+        assert limit is None or most <= limit, f"{most} bytes in a budget of {limit}"
+        rows.append(
+            [
+                f"{limit / 1e6:.0f} MB" if limit else "no budget",
+                f"{done:,}",
+                f"{stats['blocks']:,}",
+                f"{stats['shed_blocks']:,}",
+                f"{most / 1e6:.2f}",
+                amount(sum(shown) / done),
+                amount(float(np.percentile(shown, 99.9)) / 1000),
+                amount(max(shown) / 1000),
+            ]
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.churn", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=100, help="after the first one (%(default)s)")
+    parser.add_argument("--blocks", type=int, default=20_000, help="distinct blocks of a round (%(default)s)")
+    parser.add_argument("--stream", type=int, default=1_000_000, help="blocks through the budget (%(default)s)")
+    parser.add_argument("--budget", type=int, default=5_000_000, help="bytes (%(default)s)")
+    options = parser.parse_args()
+    marks = rounds(options.rounds, options.blocks)
+    rows = through(options.budget, options.stream)
+    print(verdicts(marks))
+    columns = ["", "streamed", "kept", "shed", "most MB", "ns a block", "p99.9 µs of 64", "slowest µs of 64"]
+    print(table(columns, rows))
+    print(", ".join(f"{name} {value}" for name, value in described("numpy").items()))
+
+
+if __name__ == "__main__":
+    main()
