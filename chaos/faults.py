@@ -22,6 +22,7 @@ from kvindex.capture import Message, read_capture
 
 from .experiment import Experiment, ExperimentError, seconds
 from .hosts import missing, run
+from .logs import read, truth_dtype
 from .scene import RATE, Scene
 
 __all__ = ["Fault", "fault_of"]
@@ -37,6 +38,8 @@ class Fault(ABC):
     cuts = False
     #: A liar's truth is not defined: what it says of itself meanwhile is not judged, only everybody else.
     lies = False
+    #: Batches come, but late: a stream that never pauses shows no silence, and its lag is what has to say so.
+    slow = False
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
@@ -135,6 +138,8 @@ class Loss(_Network):
 
 
 class Bandwidth(_Network):
+    slow = True
+
     def inject(self, scene: Scene) -> None:
         assert scene.hosts is not None
         limits = self.spec["bandwidth"]
@@ -147,6 +152,13 @@ class Bandwidth(_Network):
             )
 
     def heal(self, scene: Scene) -> None:
+        for pod in self.pods:
+            published = read(scene.where / f"truth-{pod}.bin", truth_dtype)
+            status = scene.index.status()[pod]
+            coming = published[published["seq"] == (status["last_seq"] or 0) + 1]
+            late = time.monotonic() - float(coming["at"][-1]) if len(coming) else 0.0
+            lag = status["lag"] or 0.0
+            self.expect(lag > late - 1.0, f"{pod}: {late:.1f} s behind, and a lag of {lag:.1f} s is told")
         super().heal(scene)
         scene.rates(RATE, self.pods)
 

@@ -3,9 +3,10 @@
 * **Safety**: while a pod's answer is called exact, it is what the pod itself held after the last batch that the index
   has applied, for every probe; every batch before it was applied too, once and in order; and that batch is one that
   the pod has published, bit for bit. What is in flight is exactly what the pod has published after it.
-* **Honesty**: nothing may be in flight for longer than two seconds while the answer is called exact, a pod that can not
-  be known (killed, stopped, cut off) is not called exact from two seconds after that on, and at least as many batches
-  as were left out are in the stream's counter of lost ones.
+* **Honesty**: nothing may be in flight for longer than two seconds while the answer is called exact (over a line that
+  is too slow for its stream the lag that is told has to be the real one instead), a pod that can not be known (killed,
+  stopped, cut off) is not called exact from two seconds after that on, and at least as many batches as were left out
+  are in the stream's counter of lost ones.
 * **Recovery**: within ten seconds of healing all pods are exact and nothing is in flight for long; and at the end, with
   the fleet at rest, every answer equals the pods' own.
 * **Resources**: threads and file descriptors are as many as before, memory does not grow with repetition.
@@ -152,6 +153,7 @@ class Cycle:
     pods: list[str] = field(default_factory=list)
     cut: list[str] = field(default_factory=list)
     lies: list[str] = field(default_factory=list)
+    slow: list[str] = field(default_factory=list)
     resources: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -258,6 +260,10 @@ def judge(
     )
 
 
+def _slow(cycles: Sequence[Cycle], pod: str, at: float) -> bool:
+    return any(pod in cycle.slow and cycle.injected <= at <= cycle.ended for cycle in cycles)
+
+
 def _lying(cycles: Sequence[Cycle], pod: str, at: float) -> bool:
     return any(pod in cycle.lies and cycle.injected <= at <= cycle.ended for cycle in cycles)
 
@@ -285,7 +291,9 @@ def _honesty(witness: Witness, cycles: Sequence[Cycle], counters: Mapping[str, M
         samples = witness.samples[pod]
         late = 0.0
         for sample in samples:
-            if sample.state == "exact" and sample.waiting > NOTICE and not _lying(cycles, pod, sample.at):
+            if sample.state != "exact" or sample.waiting <= NOTICE:
+                continue
+            if not _lying(cycles, pod, sample.at) and not _slow(cycles, pod, sample.at):
                 late = max(late, sample.waiting - witness.stall(sample.at - sample.waiting, sample.at))
         if late > NOTICE:
             found.append(f"{pod}: exact although a batch had waited for {late:.2f} s")

@@ -110,6 +110,7 @@ def _run(fault: Fault, where: Path, reports: Path, result: Result, repeats: int,
             fault.choose(scene)
             cycle.pods, cycle.cut = list(fault.pods), list(fault.cut)
             cycle.lies = list(fault.pods) if fault.lies else []
+            cycle.slow = list(fault.pods) if fault.slow else []
             lost = _connections_lost(scene)
             scene.index.ask("others", pods=[name for name in scene.pods if name not in fault.pods])
             cycle.injected = time.monotonic()

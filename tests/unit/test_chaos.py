@@ -123,7 +123,15 @@ class Story:
         times = np.arange(0.0, self.ENDS, 0.005)
         self._write("latency-1.bin", latency_dtype, [(at, self.question(at)) for at in times])
         self._write("metronome.bin", latency_dtype, [(at, self.machine(at)) for at in times])
-        cycle = Cycle(self.DIES, self.RETURNS, self.RETURNS, self.ENDS, ["pod"], ["pod"], [], self.after)
+        cycle = Cycle(
+            injected=self.DIES,
+            healing=self.RETURNS,
+            healed=self.RETURNS,
+            ended=self.ENDS,
+            pods=["pod"],
+            cut=["pod"],
+            resources=self.after,
+        )
         verdicts = judge(
             Witness(where, ["pod"]), [cycle], baseline=(0.0, self.DIES), resources=self.before,
             counters={"pod": self.counters}, differences=self.differences,
@@ -251,14 +259,13 @@ def test_memory_that_grows_with_repetition_is_found(tmp_path):
     story.judged()
     cycles = [
         Cycle(
-            story.DIES,
-            story.RETURNS,
-            story.RETURNS,
-            story.ENDS,
-            ["pod"],
-            ["pod"],
-            [],
-            {**story.before, "rss": (128 + n) << 19},
+            injected=story.DIES,
+            healing=story.RETURNS,
+            healed=story.RETURNS,
+            ended=story.ENDS,
+            pods=["pod"],
+            cut=["pod"],
+            resources={**story.before, "rss": (128 + n) << 19},
         )
         for n in range(10)
     ]
