@@ -76,6 +76,7 @@ help:
 	@echo 'make ci                everything that a pull request has to pass, in the order of the pipeline'
 	@echo 'make nightly           the long runs, and everything that is measured'
 	@echo 'make wheel-check       the tests against the wheel in an empty environment'
+	@echo 'make docs              this documentation as a site, in .build/site'
 	@echo 'make dist              sdist and wheel'
 	@echo 'make test-kv-sync-e2e  pods, an index and routers as processes, against what the pods know themselves'
 	@echo 'make chaos-storm       64 publishing pods, 200 restarts in any order, and each accounted for'
@@ -205,6 +206,19 @@ chaos-quick: .venv/.test-tools
 # 64 pods and 200 restarts a minute, for two minutes and a half.
 chaos-storm: .venv/.test-tools
 	$(BIN)/python -m chaos storm
+
+# The site, in .build/site; nothing is fetched while it is built or read. NO_MKDOCS_2_WARNING switches off an announcement.
+.PHONY: docs docs-pictures
+.venv/.docs-tools: .venv/.installed
+	$(call listed,["project"]["optional-dependencies"]["docs"])
+	touch $@
+
+docs: .venv/.docs-tools
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo 'the site is in .build/site: open .build/site/index.html'
+
+docs-pictures: .venv/.installed
+	$(BIN)/python docs/pictures/demo.py
 
 .venv/.lint-tools: .venv/.test-tools
 	$(call listed,["project"]["optional-dependencies"]["lint"])

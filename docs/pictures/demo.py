@@ -1,0 +1,95 @@
+"""Makes the picture of the home page, and the capture in the README, of one run of ``kvindex demo``.
+
+``python docs/pictures/demo.py``, or ``make docs-pictures``. What is shown is what was printed; the README leaves out
+most of the lines of the middle.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+HERE = Path(__file__).resolve().parent
+README = HERE.parents[1] / "README.md"
+COLUMNS = 112
+
+# rich's own template asks a server for a font.
+TEMPLATE = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
+<style>
+.{unique_id}-matrix {{ font-family: "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: {char_height}px; line-height: {line_height}px; }}
+{styles}
+</style>
+<defs>
+<clipPath id="{unique_id}-clip-terminal"><rect x="0" y="0" width="{terminal_width}" height="{terminal_height}"/></clipPath>
+{lines}
+</defs>
+<rect fill="#1c1f26" x="0" y="0" width="{width}" height="{height}" rx="8"/>
+<g transform="translate({terminal_x}, {terminal_y})" clip-path="url(#{unique_id}-clip-terminal)">
+{backgrounds}
+<g class="{unique_id}-matrix">
+{matrix}
+</g>
+</g>
+</svg>
+"""  # noqa: E501
+
+STYLES = {
+    r"\bexact\b": "green",
+    r"\bstale\b": "bold red",
+    r"pod-\d+ is killed": "bold red",
+    r"pod-\d+ is started again.*": "yellow",
+    r"answers equal to the engines'.*": "bold green",
+    r"hit rate +[\d.]+%": "bold cyan",
+}
+
+
+def run() -> list[str]:
+    command = [sys.executable, "-m", "kvindex", "demo"]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "COLUMNS": str(COLUMNS)}
+    )
+    return [line.rstrip() for line in done.stdout.splitlines()]
+
+
+def draw(lines: list[str]) -> str:
+    text = Text("$ kvindex demo\n" + "\n".join(lines))
+    for pattern, style in STYLES.items():
+        text.highlight_regex(pattern, style)
+    console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"), color_system="truecolor")  # noqa: SIM115
+    console.print(text)
+    return console.export_svg(title="", code_format=TEMPLATE, unique_id="demo")
+
+
+def shortened(lines: list[str]) -> list[str]:
+    """What happens, without the table, and every third of the lines that say how it goes on."""
+    at = next(number for number, line in enumerate(lines) if line.startswith("kvindex demo:"))
+    end = next(number for number, line in enumerate(lines) if line.startswith("round-robin routing"))
+    shown, progress = [], 0
+    for line in lines[1:at]:
+        if " requests, " in line:
+            progress += 1
+            if progress % 4 != 2:
+                continue
+            line = line.partition(", match")[0]
+        shown.append(line)
+    return [*shown, "", *lines[end:]]
+
+
+def main() -> None:
+    lines = run()
+    (HERE / "demo.svg").write_text(draw(lines))
+    block = "```text\n$ kvindex demo\n" + "\n".join(shortened(lines)) + "\n```\n"
+    page = README.read_text()
+    README.write_text(
+        re.sub(r"(?<=<!-- demo -->\n).*?(?=<!-- /demo -->)", lambda _: block, page, count=1, flags=re.DOTALL)
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Docstrings are read in terminals and editors, with Sphinx's roles; the site wants Markdown and its links."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import Any
+
+import griffe
+
+_ROLE = re.compile(r":(?:class|meth|func|attr|mod|exc|data):`~?(?P<name>[\w.]+)`")
+_LITERAL = re.compile(r"::\n\n(?P<code>(?:(?: {4}.*)?\n)+)")
+_ARGUMENT = re.compile(r"(?P<before>^|[.;] )(?P<name>\w+): ", flags=re.MULTILINE)
+
+
+def markdown(text: str, arguments: Collection[str] = ()) -> str:
+    """One docstring; names become code, and an indented block after a double colon a block of Python."""
+
+    def fenced(match: re.Match[str]) -> str:
+        lines = match["code"].rstrip("\n").split("\n")
+        language = "yaml" if lines[0].lstrip().startswith("- ") else "python"
+        code = "\n".join(line[4:] for line in lines)
+        return f":\n\n```{language}\n{code}\n```\n"
+
+    def strong(match: re.Match[str]) -> str:
+        name = match["name"]
+        return f"{match['before']}`{name}`: " if name in arguments else match[0]
+
+    text = _LITERAL.sub(fenced, text + "\n").rstrip("\n")
+    text = _ROLE.sub(lambda match: f"`{match['name'].removeprefix('kvindex.')}`", text)
+    return _ARGUMENT.sub(strong, text)
+
+
+class Roles(griffe.Extension):
+    """Applies :func:`markdown` to every docstring, and shows how to make what is made by compiled code."""
+
+    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
+        # The stub of the compiled base says what its __new__ takes; a reader looks for it at the class that is public.
+        index, base = pkg["index.PrefixIndex"], pkg["_core.Index"]
+        made = base.members["__new__"]
+        index.set_member(
+            "__init__", griffe.Function("__init__", parameters=made.parameters, parent=index, analysis="static")
+        )
+        self._walk(pkg, set())
+
+    def _walk(self, obj: griffe.Object, seen: set[int]) -> None:
+        if id(obj) in seen:
+            return
+        seen.add(id(obj))
+        if obj.docstring is not None:
+            takes: Any = obj if isinstance(obj, griffe.Function) else obj.members.get("__init__")
+            names = [parameter.name for parameter in takes.parameters] if isinstance(takes, griffe.Function) else []
+            obj.docstring.value = markdown(obj.docstring.value, names)
+        for member in obj.members.values():
+            if not member.is_alias:
+                self._walk(member, seen)

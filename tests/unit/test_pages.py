@@ -1,0 +1,185 @@
+"""The README and the documentation keep their word: every block of code in them runs, in the order of the page.
+
+Python runs in this process, one namespace a page. Shell runs in bash, in a directory that looks like the checkout: the
+commands of kvindex are the real ones, with the page's ports moved to free ones; what installs, builds, takes long or is
+an engine is a stand-in that checks its arguments (``tests/stand_in.py``). YAML and JSON are parsed. Blocks of text are
+figures and output.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kvindex import EventManager
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+FENCED = re.compile(r"^(?P<indent> *)```(?P<language>[\w-]*)[^\n]*\n(?P<code>.*?)^(?P=indent)```", re.M | re.S)
+PORT = re.compile(r"\b5[56]\d\d\b")
+ELSEWHERE = re.compile(r"\b10\.0\.0\.\d+\b")
+TEXT = ("", "text")
+
+# Bash stops a page at its first command that fails, wherever in a line it stands.
+BASH = ["bash", "-euo", "pipefail", "-c"]
+PATIENCE = 60
+
+
+def blocks(page):
+    for found in FENCED.finditer(page.read_text()):
+        indent = len(found["indent"])
+        yield found["language"], "".join(line[indent:] for line in found["code"].splitlines(keepends=True))
+
+
+def runs(page):
+    return any(language not in TEXT for language, _ in blocks(page))
+
+
+def named(path):
+    return str(path.relative_to(ROOT))
+
+
+class Reader:
+    """Somebody who types a page's blocks one after another into a shell and an interpreter."""
+
+    def __init__(self, directory):
+        self.directory = directory / "kvindex"
+        self.namespace = {"__name__": "__main__"}
+        self.sessions = []
+        self.moved = 0
+        self._lay_out()
+
+    def _lay_out(self):
+        self.directory.mkdir()
+        for path in ROOT.iterdir():
+            if not path.name.startswith("."):
+                (self.directory / path.name).symlink_to(path)
+        installed = self.directory / ".venv" / "bin"
+        installed.mkdir(parents=True)
+        stand_in = f'exec "{sys.executable}" "{ROOT / "tests" / "stand_in.py"}"'
+        real = f'case "$1" in -m) {stand_in} python "$@";; *) exec "{sys.executable}" "$@";; esac'
+        commands = {name: f'{stand_in} {name} "$@"' for name in ("kvindex", "make", "pip", "vllm")}
+        commands |= dict.fromkeys(("python", "python3"), real)
+        commands |= dict.fromkeys(("git", "sudo", "trtllm-serve"), ":")
+        commands["activate"] = ":"
+        for name, does in commands.items():
+            (installed / name).write_text(f"#!/bin/sh\n{does}\n")
+            (installed / name).chmod(0o755)
+        self.environment = {
+            **os.environ,
+            "PATH": f"{installed}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT / "src"),
+            "COLUMNS": "140",
+        }
+        # What a reader brings along: a trace of requests, as Mooncake's are.
+        with gzip.open(self.directory / "trace.jsonl.gz", "wt") as trace:
+            for number in range(40):
+                ids = [0, number % 4 + 1, number % 8 + 10]
+                request = {"timestamp": number * 500, "input_length": 1500, "output_length": 20, "hash_ids": ids}
+                trace.write(json.dumps(request) + "\n")
+
+    def move_ports(self, page):
+        """Find a distance at which all of the page's ports are free, and those 100 higher, where replays are."""
+        wanted = {int(port) for _, code in blocks(page) for port in PORT.findall(code)}
+        for _ in range(100):
+            self.moved = random.randrange(10_000, 50_000)
+            with suppress(OSError):
+                for port in sorted(wanted | {port + 100 for port in wanted}):
+                    with socket.socket() as probe:
+                        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                        probe.bind(("127.0.0.1", port + self.moved))
+                return
+        raise OSError("no free ports")
+
+    def type(self, language, code, page):
+        code = ELSEWHERE.sub("127.0.0.1", PORT.sub(lambda found: str(int(found[0]) + self.moved), code))
+        if language == "python":
+            exec(compile(code, str(page), "exec"), self.namespace)
+        elif language == "sh":
+            self._shell(code)
+        elif language == "yaml":
+            assert yaml.safe_load(code) is not None
+        elif language == "json":
+            json.loads(code)
+        else:
+            assert language in TEXT, f"nothing runs blocks of {language!r}"
+
+    def _shell(self, code):
+        # Into a file: what a block leaves running in the background would hold a pipe open.
+        with open(self.directory / "printed", "w+") as printed:
+            session = subprocess.Popen(
+                [*BASH, code], cwd=self.directory, env=self.environment, stdin=subprocess.DEVNULL, stdout=printed,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+            self.sessions.append(session)
+            status = session.wait(PATIENCE)
+            printed.seek(0)
+            assert status == 0, f"{code}\n{printed.read()}"
+
+    def leave(self):
+        for value in self.namespace.values():
+            if isinstance(value, EventManager):
+                value.close()
+        for session in self.sessions:
+            # Its group is what it has left running in the background.
+            with suppress(ProcessLookupError):
+                os.killpg(session.pid, signal.SIGKILL)
+            session.wait()
+
+
+@pytest.fixture
+def reader(tmp_path, monkeypatch):
+    reader = Reader(tmp_path)
+    monkeypatch.chdir(reader.directory)
+    monkeypatch.syspath_prepend(ROOT)
+    yield reader
+    reader.leave()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if runs(page)], ids=named)
+def test_a_page_runs_from_its_first_block_to_its_last(page, reader):
+    reader.move_ports(page)
+    for language, code in blocks(page):
+        reader.type(language, code, page)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_what_a_page_links_to_is_there(page):
+    outside = FENCED.sub("", page.read_text())
+    for link in re.findall(r"\]\((?!http)([^)#\s]+)", outside):
+        assert (page.parent / link).exists(), link
+
+
+def test_the_two_commands_come_first():
+    commands = [code for language, code in blocks(ROOT / "README.md") if language == "sh"]
+    assert [line.split("#")[0].strip() for line in commands[0].splitlines()] == ["make demo", "make test"]
+
+
+def test_a_block_that_fails_is_noticed(reader, tmp_path):
+    """Or the tests above would show nothing."""
+    page = tmp_path / "page.md"
+    for language, code in (
+        ("python", "assert 1 + 1 == 3"),
+        ("sh", "false | true"),
+        ("sh", "make nothing-of-the-kind"),
+        ("sh", "kvindex demo --no-such-option"),
+        ("sh", """vllm serve MODEL --kv-events-config '{"publisher": "zmq", "endpont": "tcp://*:5557"}'"""),
+        ("sh", "pip install 'kvindex[everything]'"),
+        ("json", "{"),
+    ):
+        page.write_text(f"```{language}\n{code}\n```\n")
+        [(language, code)] = blocks(page)
+        with pytest.raises((AssertionError, ValueError)):
+            reader.type(language, code, page)
