@@ -44,15 +44,18 @@ def enter(module: str, argv: Sequence[str]) -> None:
     why."""
     if _MARK in os.environ:
         return
-    command = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-    if os.geteuid() != 0:
-        command[1:1] = ["--user", "--map-root-user"]
     # What the tools keep under /run (names of namespaces, a lock of iptables) is this run's alone.
     prepare = "mount -t tmpfs tmpfs /run && ip link set lo up"
-    try:
-        run(*command, "sh", "-c", f"{prepare} && ip netns add try && ip netns del try")
-    except (OSError, subprocess.TimeoutExpired) as error:
-        os.environ[_MARK] = f"no rights to make namespaces: {error}"
+    refused = ""
+    for rights in ([], ["--user", "--map-root-user"]):
+        command = ["unshare", *rights, "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        try:
+            run(*command, "sh", "-c", f"{prepare} && ip netns add try && ip netns del try")
+            break
+        except (OSError, subprocess.TimeoutExpired) as error:
+            refused = str(error)
+    else:
+        os.environ[_MARK] = f"no rights to make namespaces: {refused}"
         return
     os.environ[_MARK] = "made"
     again = [sys.executable, "-m", module, *argv]
