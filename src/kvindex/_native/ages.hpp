@@ -102,6 +102,8 @@ public:
             put(id, newest_end(now_ - age));
         }
     }
+    // Whether nothing is older than this generation.
+    bool all_fresh() { return oldest() == kNone || oldest_ == now_; }
     // `id` is as old as the oldest: it is that now.
     void next(u32 id) {
         unlink(id);

@@ -92,10 +92,13 @@ protected:
         // A monster is refused before anything is shed for it.
         if (fixed_ + media_.bytes() + more + blocks * (sizeof(Page) + sizeof(PageHome)) / kPageBlocks + RefTable().growth(names) > limit) return false;
         if (bytes() + growth(id, names, blocks) + more <= limit) return true;
-        // What the event hangs on goes last: if it comes to that, there is no room for the event.
-        for (u32 chain = pinned; chain != kNone; chain = chains_[chain].parent) chains_.ages().renew(chain);
-        while (bytes() + growth(id, names, blocks) + more > limit) {
+        for (bool renewed = false; bytes() + growth(id, names, blocks) + more > limit;) {
             if (lot_bytes_ > max_ / 8 && shed_waiting()) continue;
+            if (!renewed && chains_.ages().all_fresh()) {
+                // What the event hangs on goes last: if it comes to that, there is no room for the event.
+                for (u32 chain = pinned; chain != kNone; chain = chains_[chain].parent) chains_.ages().renew(chain);
+                renewed = true;
+            }
             if (!shed_oldest(kPiece, shed_, pinned) && !shed_waiting()) return false;
         }
         return true;
