@@ -490,6 +490,20 @@ def test_endpoints_that_are_none(index, pod):
         assert manager.status()["pod"].workers[0].counters.get("disconnects", 0) == 0
 
 
+def test_attempts_to_connect_leave_nothing_in_memory(index):
+    """pyzmq's own reader of socket events makes an enum member of the random time in each, and keeps it for ever."""
+    free = socket.create_server(("127.0.0.1", 0))
+    endpoint = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    free.close()
+    with EventManager(index, policy=Policy(reconnect=(0.01, 0.01))) as manager:
+        manager.add_pod(PodSource("pod", endpoint=endpoint))
+        until(lambda: manager.status()["pod"].workers[0].counters.get("failed_connects", 0) >= 2)
+        known = len(zmq.Event._value2member_map_)
+        until(lambda: manager.status()["pod"].workers[0].counters["failed_connects"] >= 20)
+        assert "nobody accepts connections" in manager.status()["pod"].reason
+    assert len(zmq.Event._value2member_map_) == known
+
+
 def test_replay_endpoints_that_are_none(index, pod):
     """The stream itself is fine, and what it brings is applied; but nobody says what was before."""
     http = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import random
 import socket
+import struct
 import threading
 from collections.abc import Callable
 from typing import Any, Final, Protocol, cast
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from .frames import replay_request
 from .source import is_address, join_tcp, split_tcp
@@ -38,6 +38,11 @@ _LOST: Final = (
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
+
+
+# Not by pyzmq's recv_monitor_message: it makes a member of an enum of every value, and those are kept for ever. A pod
+# that can not be reached costs 1 kB of that at each attempt, for the value is a random time.
+_EVENT: Final = struct.Struct("=Hi")
 
 
 class Loop(Protocol):
@@ -134,11 +139,12 @@ class _Watched:
         self._monitor_fd = cast(int, self._monitor.fd)
         self._loop.watch(self._monitor_fd, self)
 
-    def _events(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = []
+    def _events(self) -> list[tuple[int, int]]:
+        """What has happened to the socket: events, and their values (a descriptor, a time, an error)."""
+        found: list[tuple[int, int]] = []
         while self._monitor is not None:
             try:
-                found.append(dict(recv_monitor_message(self._monitor, zmq.NOBLOCK)))
+                found.append(_EVENT.unpack(_receive(self._monitor)[0].bytes))
             except zmq.Again:
                 break
         return found
@@ -195,10 +201,10 @@ class Subscription(_Watched):
         self._or_close(lambda: sock.connect(endpoint))
 
     def ready(self, now: float) -> bool:
-        for event in self._events():
+        for event, _ in self._events():
             if self._over:
                 continue
-            if event["event"] == _MADE:
+            if event == _MADE:
                 self._made(now)
             else:
                 self._over = True
@@ -220,11 +226,10 @@ class Subscription(_Watched):
             self._lost(now, f"closed here: {error!r}")
 
 
-def _why(event: dict[str, Any]) -> str:
-    kind = event["event"]
-    if kind == zmq.EVENT_DISCONNECTED:
+def _why(event: int) -> str:
+    if event == zmq.EVENT_DISCONNECTED:
         return "the connection was lost"
-    if kind == zmq.EVENT_CONNECT_RETRIED:
+    if event == zmq.EVENT_CONNECT_RETRIED:
         return "nobody accepts connections there"
     return "what answers there is no ZMQ publisher, or does not answer"
 
@@ -288,9 +293,8 @@ class Bound(_Watched):
         self._watch_events(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
 
     def _note_connections(self, now: float) -> None:
-        for event in self._events():
-            fd = event["value"]
-            if event["event"] == zmq.EVENT_ACCEPTED:
+        for event, fd in self._events():
+            if event == zmq.EVENT_ACCEPTED:
                 self._count += 1
                 self._connections[fd] = self._count
             elif (connection := self._connections.pop(fd, None)) is not None:
