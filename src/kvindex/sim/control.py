@@ -81,7 +81,11 @@ class ToldProcess:
         self._context: zmq.Context[Any] = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
         self._process: subprocess.Popen[str] | None = None
-        self.launch()
+        try:
+            self.launch()
+        except BaseException:
+            self.stop()
+            raise
 
     def launch(self) -> None:
         """Start the process and wait until it is ready."""

@@ -1,0 +1,78 @@
+"""An index process that dies and starts again from what it saved, while the fleet went on without it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvindex import StreamError
+
+from .fleet import IndexProcess, Pods, at_rest, own_prompts
+
+
+@pytest.mark.quick
+def test_an_index_that_was_killed_goes_on_from_its_snapshot(pods: Pods, equal, tmp_path: Path) -> None:
+    """Between the snapshot and the new process: events that only the dead one knew, events that nobody heard, a pod
+    that was started again, and one that went for good."""
+    path = tmp_path / "index.snapshot"
+    pods.start(
+        plain={}, ranks={"ranks": 2, "window": 64}, again={"form": "vllm-0.22.0"}, gone={"form": "sglang-0.5.22"},
+        blocks=400,
+    )  # fmt: skip
+    with IndexProcess(snapshot=path) as index:
+        index.follow(*pods)
+        pods.run(30)
+        at_rest(index, pods)
+        prompts = own_prompts(pods["plain"].config, 50)
+        equal(index, pods, prompts)
+        index.ask("save", path=str(path))
+        pods.run(10)
+        at_rest(index, pods)
+        index.kill()
+        pods.run(5)
+        pods["again"].kill()
+        pods["again"].launch()
+        pods["again"].ask("run", requests=4)
+        pods.remove("gone")
+
+        index.launch()
+        # What was saved is there at once, and nobody may take it for the truth.
+        answers = index.match(prompts)["answers"]
+        assert {name for answer in answers for name in answer} == {"plain", "ranks", "again", "gone"}
+        assert {found["state"] for answer in answers for found in answer.values()} == {"stale"}
+        assert not any(index.match(prompts, only_exact=True)["answers"])
+        index.follow(*pods)
+        at_rest(index, pods)
+        equal(index, pods, prompts)
+        told = [found["state"] for answer in index.match(prompts)["answers"] for found in answer.values()]
+        assert set(told) <= {"exact", "stale"}
+        assert not any("gone" in answer for answer in index.match(prompts, only_exact=True)["answers"])
+        # And on, live.
+        pods.run(5)
+        at_rest(index, pods)
+        equal(index, pods, prompts)
+        assert {status["lost_batches"] for status in index.status().values()} == {0}
+
+
+def test_a_snapshot_that_is_not_there_or_damaged_is_a_fresh_start_or_an_error(
+    pods: Pods, equal, tmp_path: Path
+) -> None:
+    path = tmp_path / "index.snapshot"
+    (pod,) = pods.start("a")
+    pod.ask("run", requests=10)
+    with IndexProcess(snapshot=path) as index:
+        index.follow(pod)
+        at_rest(index, pods)
+        equal(index, pods, own_prompts(pod.config, 20))
+        index.ask("save", path=str(path))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(StreamError, match="did not come up"):
+        IndexProcess(snapshot=path)
+    path.unlink()
+    with IndexProcess(snapshot=path) as index:
+        assert not any(index.match(own_prompts(pod.config, 20))["answers"])
+        index.follow(pod)
+        at_rest(index, pods)
+        equal(index, pods, own_prompts(pod.config, 20))
