@@ -154,7 +154,8 @@ bench-peers: .venv/.bench-tools $(PEERS)/.tried
 	$(BENCH) benchmarks.peers --out docs/performance
 
 # asv measures what is committed, in an environment of its own. Its exit status is 2 when a benchmark fails.
-ASV := $(BIN)/asv
+# Without PYTHONPATH, whose directories it takes off the path, the checkout among them if it is there.
+ASV := env -u PYTHONPATH $(BIN)/asv
 .asv/.machine: | .venv/.bench-tools
 	$(ASV) machine --yes
 	mkdir -p $(@D) && touch $@
