@@ -1,7 +1,7 @@
 """Makes the picture of the home page, and the capture in the README, of one run of ``kvindex demo``.
 
-``python docs/pictures/demo.py``, or ``make docs-pictures``. What is shown is what was printed; the README leaves out
-most of the lines of the middle.
+``make docs-pictures``. What is shown is what was printed, without most of the lines
+that say how it goes on; the picture has the table without its upright lines, the README has none.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.text import Text
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parents[1] / "README.md"
-COLUMNS = 112
+COLUMNS = 108
 
 # rich's own template asks a server for a font.
 TEMPLATE = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
@@ -30,7 +30,7 @@ TEMPLATE = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="h
 {lines}
 </defs>
 <rect fill="#1c1f26" x="0" y="0" width="{width}" height="{height}" rx="8"/>
-<g transform="translate({terminal_x}, {terminal_y})" clip-path="url(#{unique_id}-clip-terminal)">
+<g transform="translate({terminal_x}, 12)" clip-path="url(#{unique_id}-clip-terminal)">
 {backgrounds}
 <g class="{unique_id}-matrix">
 {matrix}
@@ -61,13 +61,14 @@ def draw(lines: list[str]) -> str:
     text = Text("$ kvindex demo\n" + "\n".join(lines))
     for pattern, style in STYLES.items():
         text.highlight_regex(pattern, style)
-    console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"), color_system="truecolor")  # noqa: SIM115
-    console.print(text)
-    return console.export_svg(title="", code_format=TEMPLATE, unique_id="demo")
+    with open(os.devnull, "w") as nowhere:
+        console = Console(record=True, width=COLUMNS, file=nowhere, color_system="truecolor")
+        console.print(text)
+        return console.export_svg(title="", code_format=TEMPLATE, unique_id="demo")
 
 
-def shortened(lines: list[str]) -> list[str]:
-    """What happens, without the table, and every third of the lines that say how it goes on."""
+def parts(lines: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """What happens, every fourth of the lines between; the table; the last words."""
     at = next(number for number, line in enumerate(lines) if line.startswith("kvindex demo:"))
     end = next(number for number, line in enumerate(lines) if line.startswith("round-robin routing"))
     shown, progress = [], 0
@@ -78,13 +79,21 @@ def shortened(lines: list[str]) -> list[str]:
                 continue
             line = line.partition(", match")[0]
         shown.append(line)
-    return [*shown, "", *lines[end:]]
+    table = [line for line in lines[at + 1 : end] if line and line[0] in "┃│├┡"]
+    return shown, [ruled(line) for line in table], lines[end:]
+
+
+def ruled(line: str) -> str:
+    """A line of the table; fonts leave gaps between upright lines that stand on one another."""
+    if line[0] in "┡├":
+        return "─" * len(line)
+    return line.replace("┃", " ").replace("│", " ").rstrip()
 
 
 def main() -> None:
-    lines = run()
-    (HERE / "demo.svg").write_text(draw(lines))
-    block = "```text\n$ kvindex demo\n" + "\n".join(shortened(lines)) + "\n```\n"
+    story, table, end = parts(run())
+    (HERE / "demo.svg").write_text(draw([*story, "", *table, "", *end]))
+    block = "\n".join(["```text", "$ kvindex demo", *story, "", *end, "```", ""])
     page = README.read_text()
     README.write_text(
         re.sub(r"(?<=<!-- demo -->\n).*?(?=<!-- /demo -->)", lambda _: block, page, count=1, flags=re.DOTALL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import griffe
@@ -35,12 +36,12 @@ class Roles(griffe.Extension):
     """Applies :func:`markdown` to every docstring, and shows how to make what is made by compiled code."""
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
-        # The stub of the compiled base says what its __new__ takes; a reader looks for it at the class that is public.
-        index, base = pkg["index.PrefixIndex"], pkg["_core.Index"]
-        made = base.members["__new__"]
-        index.set_member(
-            "__init__", griffe.Function("__init__", parameters=made.parameters, parent=index, analysis="static")
-        )
+        # Of the compiled base, the stub alone says what its __new__ takes; a reader looks for it at the public class.
+        stub = Path(str(pkg.filepath)).with_name("_core.pyi")
+        core = griffe.visit("_core", stub, stub.read_text())
+        index, made = pkg["index.PrefixIndex"], core["Index.__new__"]
+        kept = [parameter for parameter in made.parameters if parameter.name != "cls"]
+        index.set_member("__init__", griffe.Function("__init__", parameters=griffe.Parameters(*kept), parent=index))
         self._walk(pkg, set())
 
     def _walk(self, obj: griffe.Object, seen: set[int]) -> None:
