@@ -217,7 +217,7 @@ def _leaks_a_thread(story: Story) -> None:
 
 
 def _slow_questions(story: Story) -> None:
-    story.question = lambda at: 1e-5 if at < story.DIES else 5e-5
+    story.question = lambda at: 1e-4 if at < story.DIES else 5e-4
 
 
 def _slow_machine(story: Story) -> None:
