@@ -3,6 +3,8 @@
 // Puts blocks where they belong: below their parent, on content that exists already or on new content.
 #pragma once
 
+#include <iterator>
+
 #include "knowledge.hpp"
 #include "xxh3.hpp"
 
@@ -49,21 +51,13 @@ public:
             extend(w.space, tail, prefixes + done, n - done, set);
             holders_[w.guess].blocks += n - done;
         }
-        guesses_.push_back(Guess{id, until, std::vector<u64>(prefixes, prefixes + n)});
-        mem_.add(sizeof(Guess) + n * sizeof(u64));
-        next_expiry_ = std::min(next_expiry_, until);
+        const auto it = guesses_.emplace(until < kNever ? until : kNever, Guess{id, std::vector<u64>(prefixes, prefixes + n)});
+        guess_paths_[id].insert(it);
+        mem_.add(kGuessBytes + n * sizeof(u64));
     }
-    double next_expiry() const { return next_expiry_; }
+    double next_expiry() const { return guesses_.empty() ? kNever : guesses_.begin()->first; }
     void expire(double now) {
-        for (std::size_t i = 0; i < guesses_.size();) {
-            if (guesses_[i].until <= now) {
-                drop_guess(i);
-            } else {
-                ++i;
-            }
-        }
-        next_expiry_ = kNever;
-        for (const Guess& g : guesses_) next_expiry_ = std::min(next_expiry_, g.until);
+        while (next_expiry() <= now) drop_guess(guesses_.begin());
     }
 
 protected:
@@ -268,28 +262,21 @@ protected:
 
     // ---- guesses ----------------------------------------------------------------------------------------------------------------
 
-    void drop_guess(std::size_t i) {
-        const Guess g = std::move(guesses_[i]);
-        guesses_[i] = std::move(guesses_.back());
-        guesses_.pop_back();
-        mem_.sub(sizeof(Guess) + g.prefixes.size() * sizeof(u64));
-        Worker& w = *workers_[g.worker];
-        // What another live guess of the worker covers stays.
+    void drop_guess(Guesses::iterator it) {
+        const u32 id = it->second.worker;
+        Worker& w = *workers_[id];
+        const auto all = guess_paths_.find(id);
+        const auto at = all->second.find(it);
+        // What another live guess of the worker covers stays; its neighbours cover most.
         std::size_t keep = 0;
-        bool last = true;
-        for (const Guess& o : guesses_) {
-            if (o.worker != g.worker) continue;
-            last = false;
-            // A prefix hash stands for all blocks before it, so the place where two paths part is found by halving.
-            for (std::size_t end = std::min(o.prefixes.size(), g.prefixes.size()); keep < end;) {
-                const std::size_t middle = keep + (end - keep) / 2;
-                if (o.prefixes[middle] == g.prefixes[middle]) {
-                    keep = middle + 1;
-                } else {
-                    end = middle;
-                }
-            }
-        }
+        if (at != all->second.begin()) keep = together((*std::prev(at))->second.prefixes, it->second.prefixes);
+        if (std::next(at) != all->second.end()) keep = std::max(keep, together((*std::next(at))->second.prefixes, it->second.prefixes));
+        all->second.erase(at);
+        const bool last = all->second.empty();
+        if (last) guess_paths_.erase(all);
+        const Guess g = std::move(it->second);
+        guesses_.erase(it);
+        mem_.sub(kGuessBytes + g.prefixes.size() * sizeof(u64));
         locate(w.space, {kNone, kNone}, g.prefixes.data(), static_cast<u32>(g.prefixes.size()));
         u32 bottom = kNone;
         for (const Segment& s : segs_) {
@@ -302,22 +289,19 @@ protected:
         if (last) {
             free_holder(w.guess);
             w.guess = kNone;
-            refresh(g.worker);
+            refresh(id);
         }
     }
     void drop_guesses(u32 id) {
-        for (std::size_t i = 0; i < guesses_.size();) {
-            if (guesses_[i].worker == id) {
-                drop_guess(i);
-            } else {
-                ++i;
-            }
-        }
+        for (auto all = guess_paths_.find(id); all != guess_paths_.end(); all = guess_paths_.find(id)) drop_guess(*all->second.begin());
     }
 
     BlockHasher hasher_;
-    std::vector<Guess> guesses_;
-    double next_expiry_ = kNever;
+    // With the nodes of what it stands in.
+    static constexpr std::size_t kGuessBytes = sizeof(Guess) + sizeof(double) + 88;
+
+    Guesses guesses_;
+    std::unordered_map<u32, std::set<Guesses::iterator, ByPath>> guess_paths_;  // each worker's
 
     // Scratch of the one writer.
     std::vector<u64> prefixes_;

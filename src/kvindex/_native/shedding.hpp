@@ -230,7 +230,7 @@ private:
             return true;
         }
         if (guesses_.empty()) return false;
-        const u32 id = guesses_.back().worker;
+        const u32 id = guesses_.begin()->second.worker;
         const std::size_t n = guesses_.size();
         drop_guesses(id);
         shed_.guesses += n - guesses_.size();

@@ -1,6 +1,7 @@
 // Who holds: pods, their workers, the workers' holders, and what a worker knows that fits no chain (yet).
 #pragma once
 
+#include <algorithm>
 #include <cctype>
 #include <map>
 #include <memory>
@@ -124,8 +125,32 @@ struct Worker {
 // Entries of add_prefix: the whole path, so that it is found again whatever became of the chains.
 struct Guess {
     u32 worker;
-    double until;
     std::vector<u64> prefixes;
+};
+using Guesses = std::multimap<double, Guess>;  // by when they end
+
+// Along how many blocks two paths are one. A prefix hash stands for all blocks before it, so the place where they part is found by halving.
+inline std::size_t together(const std::vector<u64>& a, const std::vector<u64>& b) {
+    std::size_t same = 0;
+    for (std::size_t end = std::min(a.size(), b.size()); same < end;) {
+        const std::size_t middle = same + (end - same) / 2;
+        if (a[middle] == b[middle]) {
+            same = middle + 1;
+        } else {
+            end = middle;
+        }
+    }
+    return same;
+}
+
+// In this order, whoever shares most of a path stands next to it.
+struct ByPath {
+    bool operator()(Guesses::const_iterator x, Guesses::const_iterator y) const {
+        const std::vector<u64>&a = x->second.prefixes, &b = y->second.prefixes;
+        const std::size_t same = together(a, b);
+        if (same < a.size() && same < b.size()) return a[same] < b[same];
+        return a.size() != b.size() ? a.size() < b.size() : &*x < &*y;
+    }
 };
 
 // How far the stream of one rank has been applied.
