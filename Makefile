@@ -62,7 +62,7 @@ help:
 	@echo 'make demo              build, then a simulated fleet with its events flowing into the index'
 	@echo 'make test              every test'
 	@echo 'make sanitize          the tests with the core under the address and undefined-behaviour sanitizers'
-	@echo 'make fuzz SECONDS=60   a coverage-guided fuzzer on the event decoder'
+	@echo 'make fuzz SECONDS=60   coverage-guided fuzzers on the event decoder and on snapshots'
 	@echo 'make bench-peers       kvindex beside Dynamo, a dict of sets and the floor: one process, one table'
 	@echo 'make bench             the asv suite on what is committed; bench-quick: each of it once, to see that it runs'
 	@echo 'make bench-html        the history of it as pages in .asv/html'
@@ -123,7 +123,7 @@ FUZZ := .build/fuzz
 CLANG := $$(command -v clang++ || command -v clang++-14)
 FUZZ_FLAGS := -std=c++17 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all
 
-$(FUZZ)/fuzz_ingest: tests/fuzz/fuzz_ingest.cpp $(wildcard src/kvindex/_native/*.hpp)
+$(FUZZ)/fuzz_%: tests/fuzz/fuzz_%.cpp $(wildcard src/kvindex/_native/*.hpp)
 	$(call need,echo 'extern "C" int LLVMFuzzerTestOneInput(const char*$(comma) unsigned long) { return 0; }' \
 		| $(CLANG) $(FUZZ_FLAGS) -x c++ - -o /dev/null,clang-14 libclang-rt-14-dev)
 	mkdir -p $(@D)
@@ -131,10 +131,13 @@ $(FUZZ)/fuzz_ingest: tests/fuzz/fuzz_ingest.cpp $(wildcard src/kvindex/_native/*
 
 comma := ,
 
-fuzz: .venv/.installed $(FUZZ)/fuzz_ingest
+# Half of the time for each.
+fuzz: .venv/.test-tools $(FUZZ)/fuzz_ingest $(FUZZ)/fuzz_snapshot
 	$(BIN)/python tests/fuzz/seeds.py $(FUZZ)/corpus
-	$(FUZZ)/fuzz_ingest -max_total_time=$(SECONDS) -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 \
-		-artifact_prefix=$(FUZZ)/ $(FUZZ)/corpus
+	$(BIN)/python tests/fuzz/snapshots.py $(FUZZ)/snapshots
+	for of in ingest:corpus snapshot:snapshots; do \
+		$(FUZZ)/fuzz_$${of%:*} -max_total_time=$$(( ($(SECONDS) + 1) / 2 )) -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 \
+			-artifact_prefix=$(FUZZ)/ $(FUZZ)/$${of#*:}; done
 
 # Measuring. What is compared with lies apart and without its dependencies: it must not decide what the package runs with.
 PEERS := .build/peers

@@ -14,13 +14,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgpack
 import zmq
 
+from kvindex import EventDecodeError, PrefixIndex
 from kvindex.sim.publisher import Publisher
 from kvindex.sync.stream import (
     CancelReplay,
@@ -237,6 +238,40 @@ class World:
             assert truth is not None, "exact, though a batch never left the engine"
             assert self.held == truth
         assert self.verdict == self.stream.verdict
+
+
+class Router(World):
+    """A world whose index keeps places, so that another stream may go on where this one was."""
+
+    def __init__(self, **options: Any) -> None:
+        self.index = PrefixIndex()
+        self.index.configure_pod("pod")
+        self.replay = options.get("replay", True)
+        super().__init__(**options)
+
+    def do(self, actions: list) -> None:
+        for action in actions:
+            if isinstance(action, Ingest):
+                with suppress(EventDecodeError):
+                    self.index.ingest("pod", action.payload, seq=action.seq)
+            elif isinstance(action, Clear):
+                self.index.clear_worker("pod")
+        super().do(actions)
+
+    def restart_router(self) -> None:
+        """The router's process ends and another one takes its place, with what the first had saved."""
+        self.connection_open = False
+        self.channel.clear()
+        self.request = None
+        self.answer.clear()
+        self.answering = False
+        place = self.index.stream_places("pod").get(0) if self.replay else None
+        if place is None:
+            self.held = []
+            self.index.clear_worker("pod")
+        self.verdict = "stale"
+        self.stream = WorkerStream(replay=self.replay, policy=self.stream.policy, uniform=lambda: 0.5, place=place)
+        self.do(self.stream.tick(self.now))
 
 
 BRISK = Policy(

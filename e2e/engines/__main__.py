@@ -72,12 +72,14 @@ class Recorder:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._index, name)
 
-    def ingest(self, pod: str, payload: bytes, *, model: str = "", dp_rank: int | None = None) -> Any:
-        seq = self._seqs[pod, dp_rank]
+    def ingest(
+        self, pod: str, payload: bytes, *, model: str = "", dp_rank: int | None = None, seq: int | None = None
+    ) -> Any:
+        at = self._seqs[pod, dp_rank]
         self._seqs[pod, dp_rank] += 1
         topic = f"kv@{pod}@{model}"
-        self._writer.write(Message(pod, topic, seq, payload))
-        return self._index.ingest(pod, payload, model=model, dp_rank=dp_rank)
+        self._writer.write(Message(pod, topic, at, payload))
+        return self._index.ingest(pod, payload, model=model, dp_rank=dp_rank, seq=seq)
 
 
 class Here:

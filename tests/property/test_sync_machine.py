@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from sync_support import GARBAGE, World
+from sync_support import GARBAGE, Router, World
 
 from kvindex.sync.stream import Policy
 
@@ -15,6 +15,7 @@ few = st.integers(1, 4)
 class FaultyChannel(RuleBasedStateMachine):
     """Drops, duplicates, reorders, damages, restarts; replays that are cut, late, endless or never come."""
 
+    kind: type[World] = World
     world: World
 
     @initialize(
@@ -32,7 +33,7 @@ class FaultyChannel(RuleBasedStateMachine):
         # With nobody to ask, a copy that comes later than the memory reaches can not be told from a restart.
         memory = memory if replay else 1024
         policy = Policy(memory=memory, max_pending=max_pending, replay_confirm=confirm)
-        self.world = World(replay=replay, policy=policy, buffer_steps=buffer_steps)
+        self.world = self.kind(replay=replay, policy=policy, buffer_steps=buffer_steps)
         self.replay = replay
         # Most of what can go wrong goes wrong with a stream that was well.
         self.world.publish(before)
@@ -186,3 +187,27 @@ class FaultyChannel(RuleBasedStateMachine):
 
 FaultyChannel.TestCase.settings = settings(max_examples=settings.default.max_examples * 3 // 2)
 TestSyncMachine = FaultyChannel.TestCase
+
+
+class Restarting(FaultyChannel):
+    """And the router ends too, and another one goes on from what it had saved."""
+
+    kind = Router
+    world: Router
+
+    @rule(missed=st.integers(0, 6), engine=st.booleans(), back=st.booleans(), up=st.booleans())
+    def restart_router(self, missed: int, engine: bool, back: bool, up: bool) -> None:
+        """While it is away the engine goes on, or starts anew too, under a clock that may be set back."""
+        self.world.restart_router()
+        if engine:
+            self.world.restart()
+            self.world.clock += -50.0 if back else 1.0
+        self.world.publish(missed)
+        self.world.connect()
+        if up:
+            self.world.publish()
+            self.world.up()
+
+
+Restarting.TestCase.settings = settings(max_examples=settings.default.max_examples // 2)
+TestSyncResume = Restarting.TestCase

@@ -182,3 +182,42 @@ def test_restarts_in_any_order_while_everybody_serves(index, manager, fleet):
     at_rest(manager, fleet)
     assert compare(index, fleet) > 0
     assert all(not status.workers[0].waiting for status in manager.status().values())
+
+
+def test_a_router_that_starts_warm_replays_only_the_rest(index, manager, fleet, tmp_path):
+    """While the router is away one engine starts anew and the others go on."""
+    newcomer, *others = fleet
+    for pod in fleet:
+        pod.ask("run", requests=40)
+    follow(manager, fleet)
+    at_rest(manager, fleet)
+    index.save(tmp_path / "snapshot")
+    manager.close()
+    seen = {pod.config.name: pod.seqs() for pod in fleet}
+    newcomer.kill()
+    newcomer.launch()
+    # About as far as the one before was, so that numbers alone would not tell.
+    newcomer.ask("run", requests=45)
+    for pod in others:
+        pod.ask("run", requests=10)
+    loaded = PrefixIndex.load(tmp_path / "snapshot")
+    assert [loaded.pod_state(pod.config.name) for pod in fleet] == ["stale"] * len(fleet)
+    with EventManager(loaded, policy=BRISK) as second:
+        follow(second, fleet)
+        at_rest(second, fleet)
+        assert compare(loaded, fleet) > 10_000
+        table = second.status()
+        for pod in others:
+            status = table[pod.config.name]
+            for rank, seq in pod.seqs().items():
+                worker = status.workers[rank]
+                assert worker.batches == seq - seen[pod.config.name][rank], "only what was missed is applied"
+                assert (worker.counters["resumed"], worker.restarts) == (1, 0)
+        worker = table[newcomer.config.name].workers[0]
+        assert (worker.batches, worker.restarts) == (newcomer.seqs()[0], 1)
+        assert "resumed" not in worker.counters
+        # And both are followed from here on as ever.
+        for pod in fleet:
+            pod.ask("run", requests=10)
+        at_rest(second, fleet)
+        assert compare(loaded, fleet) > 10_000

@@ -1,6 +1,7 @@
 """Not run: mypy reads it. assert_type says what a public name is, and an ignored error that is none is one itself."""
 
 from array import array
+from pathlib import Path
 from typing import Any, assert_type
 
 import numpy as np
@@ -18,6 +19,7 @@ from kvindex import (
     PrefixIndex,
     PrefixMatch,
 )
+from kvindex.answers import StreamPlace
 from kvindex.capture import CaptureWriter, Forget, Message, Query, read_capture
 
 index = PrefixIndex(block_size=16, hash_seed=1337, presence="count", max_parked=10, max_bytes=1 << 20, ttl=60.0)
@@ -61,6 +63,12 @@ assert_type(index.process_block_removed(BlockRemoved(pod="a", block_hashes=[1]))
 assert_type(index.process_all_blocks_cleared(AllBlocksCleared(pod="a")), IngestReport)
 
 assert_type(index.stats(), dict[str, Any])
+assert_type(index.stream_places("a"), dict[int, StreamPlace])
+assert_type(index.stream_places("a")[0].seq, int)
+assert_type(PrefixIndex.load("path", max_parked=5), PrefixIndex)
+assert_type(PrefixIndex.load(Path("path"), max_bytes=1 << 20, ttl=5.0), PrefixIndex)
+index.save("path")
+index.save(b"path")  # type: ignore[arg-type]
 assert_type(kvindex.local_hashes([1]), npt.NDArray[np.uint64])
 assert_type(kvindex.prefix_hashes([1], lora_name="a", cache_salt=None), npt.NDArray[np.uint64])
 assert_type(kvindex.decode_batch(b""), EventBatch)

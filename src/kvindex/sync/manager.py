@@ -14,6 +14,7 @@ from typing import Any, Final, Self, TypeVar
 
 import zmq
 
+from ..answers import StreamPlace
 from ..errors import InvalidTypeError, InvalidValueError, StreamError, UnknownPodError
 from .frames import FrameFault, batch_rank, parse_live, parse_topic
 from .loop import StreamLoop
@@ -38,6 +39,7 @@ class _Pod:
         self.source = source
         self.came_to = came_to  # the bound endpoint at which it appeared by itself
         self.workers: dict[int, Worker] = {}
+        self.places: dict[int, StreamPlace] = {}  # how far streams were applied before this one began
 
 
 def _enter(table: list[T], item: T) -> Callable[[], None]:
@@ -112,7 +114,9 @@ class EventManager:
     def add_pod(self, source: PodSource) -> None:
         """Follow a pod. It is ``stale`` until its history is applied.
 
-        What the index holds under that name is forgotten: only what this stream shows counts. Raises
+        What the index holds under that name is forgotten: only what this stream shows counts. Except where a stream was
+        applied to it before (by another manager, or before it was saved and loaded), and this one has a replay that
+        shows that stream's last batch again: then only what came later is applied. Raises
         :class:`StreamError` when a pod of that name is followed already, or :class:`InvalidValueError` when its blocks
         can not be placed.
         """
@@ -302,13 +306,20 @@ class EventManager:
         self._index.configure_pod(
             source.name, presence=source.presence, clear_media=source.clear_media, chunk_size=source.chunk_size
         )
+        ends = source.workers()
+        pod.places = {
+            rank: place
+            for rank, place in self._index.stream_places(source.name).items()
+            if rank in ends and ends[rank].replay_endpoint is not None and place.model == source.model
+        }
         # A count that is already there would be counted twice, and what no stream vouches for is not known.
         for rank in self._index.worker_stats(source.name):
-            self._index.clear_worker(source.name, rank)
+            if rank not in pod.places:
+                self._index.clear_worker(source.name, rank)
         self._pods[source.name] = pod
 
     def _employ(self, pod: _Pod, rank: int, at: Endpoints) -> Worker:
-        worker = Worker(self._loop, self._setting, pod.source, rank, at)
+        worker = Worker(self._loop, self._setting, pod.source, rank, at, pod.places.pop(rank, None))
         pod.workers[rank] = worker
         worker.begin(time.monotonic())
         return worker

@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Literal, NamedTuple, TypeAlias
 
+from .._core import _xxh3_64
+from ..answers import StreamPlace
 from .frames import batch_time
 
 __all__ = [
@@ -155,11 +157,12 @@ class _Replay:
 
     __slots__ = (
         "bound", "contiguous", "deadline", "expect", "first", "frames", "jump", "matched", "pos", "progress", "purpose",
-        "surplus",
+        "start", "surplus",
     )  # fmt: skip
 
     def __init__(self, purpose: _Purpose, start: int, expect: int) -> None:
         self.purpose = purpose
+        self.start = start
         # Of the whole answer.
         self.first: int | None = None
         self.pos = start - 1  # highest seq so far
@@ -195,7 +198,8 @@ class WorkerStream:
     """The stream of one (pod, rank). See the module's text; belongs to one thread.
 
     ``replay`` says whether the publisher has a replay endpoint. ``uniform`` gives numbers in [0, 1), which jitter is
-    made of.
+    made of. ``place`` is how far a stream was applied by somebody before: if this one shows that batch again it goes on
+    behind it, otherwise all of it is cleared.
 
     Feed it by :meth:`connected`, :meth:`disconnected`, :meth:`live`, :meth:`replayed`, :meth:`replay_ended`,
     :meth:`replay_sent`, :meth:`suspect` and :meth:`tick`; after an :class:`Ingest` say :meth:`cleared` or
@@ -205,7 +209,12 @@ class WorkerStream:
     """
 
     def __init__(
-        self, *, replay: bool, policy: Policy | None = None, uniform: Callable[[], float] = random.random
+        self,
+        *,
+        replay: bool,
+        policy: Policy | None = None,
+        uniform: Callable[[], float] = random.random,
+        place: StreamPlace | None = None,
     ) -> None:
         self.policy = policy or Policy()
         self.counts: Counter[str] = Counter()
@@ -256,6 +265,14 @@ class WorkerStream:
         self._verified_at = float("-inf")
         self._heal_at: float | None = None
         self._heal_wait = self.policy.heal[0]
+        # The last batch of what was applied before this stream began, until it is recognised.
+        self._place = place
+        if place is not None:
+            self._known = True
+            self._next = self._base = place.seq + 1
+            self.last_ts = place.ts
+            if not place.whole:
+                self._holes, self._holes_end = 1, place.seq + 1
 
     # ------------------------------------------------------------------------------------------------------ questions
 
@@ -308,7 +325,9 @@ class WorkerStream:
         self._verified = not self._known
         if self._trust_replay:
             self._started = False
-            self._ask(_Purpose.VERIFY if self._known else _Purpose.START, 0)
+            # What a snapshot goes back to may be most of the history: then its last batch has to do.
+            start = 0 if self._place is None else self._place.seq
+            self._ask(_Purpose.VERIFY if self._known else _Purpose.START, start)
         elif not self._known:
             self._started = self._unproven = True
         return self._settle(now)
@@ -390,6 +409,7 @@ class WorkerStream:
         if replay is None:
             self.counts["late_replay"] += 1
             return []
+        self._recognise(seq, payload)
         replay.deadline = now + self.policy.replay_pause
         replay.frames += 1
         if replay.first is None:
@@ -665,6 +685,7 @@ class WorkerStream:
 
     def _judge(self, seq: int, payload: bytes, ts: float | None) -> None:
         """After a reconnect with no replay to ask: is this the process we knew?"""
+        self._recognise(seq, payload)
         if self._recall(seq) == _fingerprint(payload):
             self.counts["duplicates"] += 1
             self._verified = self._started = True
@@ -672,13 +693,24 @@ class WorkerStream:
         # A new process can only be ahead of the old one if it had the time to publish as much.
         since = self._lost_at if self._lost_at is not None else self._connected_at
         ahead = seq > self._next and seq < (self._heard_at - since) * self.policy.restart_rate
-        if seq < self._next or ahead or self._older(ts):
+        # And what was applied before this stream began has to be shown: nobody knows how long ago that was.
+        if seq < self._next or ahead or self._older(ts) or self._place is not None:
             self._restarted(f"batch {seq} came after {self._next - 1}, over a new connection")
         else:
             self._verified = self._started = self._unproven = True
         self._hold(seq, payload, ts)
         self._drain()
         self._accept_all("no replay can be had")
+
+    def _recognise(self, seq: int, payload: bytes) -> None:
+        """If this is the last batch of what was applied before, it is remembered like any other from here on."""
+        place = self._place
+        if place is not None and seq == place.seq and _xxh3_64(payload, 0) == place.fingerprint:
+            self._place = None
+            self._base = seq
+            self._memory[seq % len(self._memory)] = _fingerprint(payload)
+            self.counts["resumed"] += 1
+            self._say("resumed", f"batch {seq} is the last of what was there: going on behind it")
 
     def _compare(self, replay: _Replay, seq: int, payload: bytes, now: float) -> None:
         """A replay brings a batch that is applied, or given up: is it the same?"""
@@ -702,7 +734,7 @@ class WorkerStream:
         """A replay shows that what is applied is not of the process that answers."""
         if self._too_many_conflicts(now):
             return
-        if replay.purpose is _Purpose.VERIFY and replay.frames == 1 and replay.first == seq:
+        if replay.purpose is _Purpose.VERIFY and replay.frames == 1 and replay.first == seq and replay.start == 0:
             # The first batch of an answer from 0: the worker is rebuilt from this very answer, and what has arrived
             # live since the connection was made is of the same process.
             waiting, size, seen = self._waiting, self._waiting_bytes, self._seen
@@ -746,6 +778,7 @@ class WorkerStream:
         self._known = self._started = self._unproven = self._mixed = False
         self._verified = True
         self._next = self._base = 0
+        self._place = None
         self.last_ts = None
 
     def _forget_holes(self) -> None:

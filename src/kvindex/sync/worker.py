@@ -12,6 +12,7 @@ from typing import Any, Final, Protocol
 
 import zmq
 
+from ..answers import StreamPlace
 from ..errors import EventDecodeError
 from .frames import END, FrameFault, parse_live, parse_replay
 from .sockets import Loop, Replay, SocketOptions, Subscription, resolve
@@ -47,7 +48,9 @@ class Index(Protocol):
     @property
     def block_size(self) -> int: ...
 
-    def ingest(self, pod: str, payload: bytes, *, model: str = "", dp_rank: int | None = None) -> Any: ...
+    def ingest(
+        self, pod: str, payload: bytes, *, model: str = "", dp_rank: int | None = None, seq: int | None = None
+    ) -> Any: ...
 
     def mark_worker(self, pod: str, dp_rank: int, verdict: Verdict) -> None: ...
 
@@ -61,6 +64,8 @@ class Index(Protocol):
     def remove_pod(self, pod: str) -> None: ...
 
     def worker_stats(self, pod: str) -> dict[int, dict[str, Any]]: ...
+
+    def stream_places(self, pod: str) -> dict[int, StreamPlace]: ...
 
 
 class Host(Loop, Protocol):
@@ -107,7 +112,9 @@ class Worker:
     :meth:`describe` belongs to the loop's thread.
     """
 
-    def __init__(self, host: Host, setting: Setting, source: PodSource, rank: int, at: Endpoints) -> None:
+    def __init__(
+        self, host: Host, setting: Setting, source: PodSource, rank: int, at: Endpoints, place: StreamPlace | None
+    ) -> None:
         self._host = host
         self._setting = setting
         self.pod = source.name
@@ -115,7 +122,7 @@ class Worker:
         self.at = at
         self.source = source
         self.model = source.model
-        self.stream = WorkerStream(replay=at.replay_endpoint is not None, policy=setting.policy)
+        self.stream = WorkerStream(replay=at.replay_endpoint is not None, policy=setting.policy, place=place)
         self.topic = None if source.topic is None else source.topic.encode()
         self.seen_topic: bytes | None = self.topic
         self.replay_topic: bytes | None = None
@@ -342,7 +349,9 @@ class Worker:
             topic = self.replay_topic if self.seen_topic is None else self.seen_topic
             self._setting.show(Batch(self.pod, self.rank, self.model, topic, action.seq, action.payload))
         try:
-            report = self._setting.index.ingest(self.pod, action.payload, model=self.model, dp_rank=self.rank)
+            report = self._setting.index.ingest(
+                self.pod, action.payload, model=self.model, dp_rank=self.rank, seq=action.seq
+            )
         except EventDecodeError as error:
             self.errors["undecodable"] += 1
             actions += self.stream.rejected(action.seq, action.payload, now, str(error))

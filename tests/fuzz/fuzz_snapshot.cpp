@@ -1,0 +1,108 @@
+// A fuzzer of snapshots: whatever a file says, it is refused, or it makes an index in which nothing is broken, now and later.
+//
+// The input is a file; its size and its checksum are set right, so that what is tried is what the file says and not whether it is
+// damaged. What is accepted has to pass _check(), is used, has to pass again, can be saved and loaded once more, and leaves nothing behind
+// when its pods are gone.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "shared.hpp"
+
+using namespace kvindex;
+
+namespace {
+
+[[noreturn]] void die(const std::string& what) {
+    std::fprintf(stderr, "kvindex fuzz: %s\n", what.c_str());
+    std::abort();
+}
+
+void sound(SharedIndex& ix, const char* when) {
+    const std::string broken = ix.check();
+    if (!broken.empty()) die(std::string(when) + ": " + broken);
+}
+
+Event event(EventKind kind, Batch& b, std::vector<u64> hashes, std::vector<u32> tokens, u32 block_size, bool has_parent, u64 parent) {
+    Event e;
+    e.kind = kind;
+    e.hash_at = static_cast<u32>(b.hashes.size());
+    e.n_hashes = static_cast<u32>(hashes.size());
+    e.token_at = static_cast<u32>(b.tokens.size());
+    e.n_tokens = static_cast<u32>(tokens.size());
+    e.block_size = block_size;
+    e.has_parent = has_parent;
+    e.parent = parent;
+    b.hashes.insert(b.hashes.end(), hashes.begin(), hashes.end());
+    b.tokens.insert(b.tokens.end(), tokens.begin(), tokens.end());
+    return e;
+}
+
+void use(SharedIndex& ix, u32 size) {
+    Batch b;
+    std::vector<u32> tokens;
+    for (u32 i = 0; i < 4 * size; ++i) tokens.push_back(7);
+    b.events.push_back(event(EventKind::stored, b, {1000, 1001, 1002, 1003}, tokens, size, false, 0));
+    b.events.push_back(event(EventKind::removed, b, {1, 2, 1001, 2000}, {}, 0, false, 0));
+    b.events.push_back(event(EventKind::stored, b, {2001, 2002}, std::vector<u32>(tokens.begin(), tokens.begin() + 2 * size), size, true, 2000));
+    for (const auto& pod : ix.pods())
+        for (const char* model : {"", "m"}) {
+            Report r;
+            ix.apply(pod.first, 0, model, b, Place(), r);
+            MatchResult m;
+            Prompt p;
+            p.tokens = tokens.data();
+            p.n_tokens = tokens.size();
+            ix.match(p, model, nullptr, false, true, m);
+        }
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const u8* data, std::size_t n) {
+    if (n < kSnapshotHead) return 0;
+    // Eight-byte aligned, as bytes objects and files in memory are.
+    std::vector<u64> room(n / 8 + 1);
+    u8* file = reinterpret_cast<u8*>(room.data());
+    std::memcpy(file, data, n);
+    SnapshotHeader h;
+    std::memcpy(&h, file, sizeof h);
+    std::memcpy(h.magic, kSnapshotMagic, sizeof h.magic);
+    h.version = kSnapshotVersion;
+    h.zero = 0;
+    h.bytes = n;
+    h.sections = kSections;
+    // Small blocks, or using the index is mostly hashing.
+    h.block_size = h.block_size % 8 + 1;
+    h.set_presence &= 1;
+    h.max_parked &= 0xFFFF;
+    std::memcpy(file, &h, sizeof h);
+    h.checksum = xxh3_64(file + kChecksumFrom, n - kChecksumFrom, 0);
+    std::memcpy(file, &h, sizeof h);
+    SharedIndex ix(h.block_size, h.seed, h.set_presence != 0, h.max_parked);
+    try {
+        ix.load(file, n);
+    } catch (const SnapshotRefused&) {
+        return 0;
+    }
+    sound(ix, "loaded");
+    SnapshotBytes again;
+    ix.save(again);
+    SharedIndex second(h.block_size, h.seed, h.set_presence != 0, h.max_parked);
+    second.load(again.data(), again.size());
+    sound(second, "loaded again");
+    SnapshotBytes third;
+    second.save(third);
+    if (third.size() != again.size() || std::memcmp(third.data(), again.data(), again.size()) != 0) die("what was loaded is saved as something else");
+    use(ix, h.block_size);
+    sound(ix, "used");
+    for (const auto& pod : ix.pods()) {
+        ix.clear_worker(pod.first, 0);
+        sound(ix, "cleared");
+    }
+    for (const auto& pod : ix.pods()) ix.remove_pod(pod.first);
+    sound(ix, "removed");
+    if (ix.figures().blocks != 0) die("blocks are left when all pods are gone");
+    return 0;
+}
