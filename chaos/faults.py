@@ -83,6 +83,10 @@ class Fault(ABC):
     @abstractmethod
     def heal(self, scene: Scene) -> None: ...
 
+    def recovered(self, scene: Scene) -> None:
+        """Everything is well again, or its time is over."""
+        self.pods = []
+
     def expect(self, so: object, otherwise: str) -> None:
         """Note a problem unless it is so: above all where a fault turns out to have done nothing."""
         if not so:
@@ -111,16 +115,16 @@ class Partition(_Network):
         direction = self.spec.get("direction", "to")
         ports = self.experiment.local.get("ports")
         for pod in self.pods:
-            into: list[list[str]] = [[]]
-            out: list[list[str]] = [[]]
+            into: list[str] = []
+            out: list[str] = []
             if ports is not None:
                 endpoint = scene.pods[pod].ranks[0][("events", "replay").index(ports)]
                 port = str(endpoint).rpartition(":")[2]
-                into, out = [["-p", "tcp", "--dport", port]], [["-p", "tcp", "--sport", port]]
-            for what in into if direction in ("from", "both") else []:
-                scene.hosts[pod].rule("INPUT", "-i", "e0", *what, "-j", "DROP")
-            for what in out if direction in ("to", "both") else []:
-                scene.hosts[pod].rule("OUTPUT", "-o", "e0", *what, "-j", "DROP")
+                into, out = ["-p", "tcp", "--dport", port], ["-p", "tcp", "--sport", port]
+            if direction in ("from", "both"):
+                scene.hosts[pod].rule("INPUT", "-i", "e0", *into, "-j", "DROP")
+            if direction in ("to", "both"):
+                scene.hosts[pod].rule("OUTPUT", "-o", "e0", *out, "-j", "DROP")
 
 
 class Loss(_Network):

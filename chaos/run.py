@@ -119,6 +119,7 @@ def _run(fault: Fault, where: Path, reports: Path, result: Result, repeats: int,
                 fault.hold(scene)
             _settle(scene, RECOVER + 2.0)
             cycle.ended = time.monotonic()
+            fault.recovered(scene)
             cycle.resources = _resources(scene, before)
             if number < repeats and _connections_lost(scene) != lost:
                 # A connection that does not last is tried again later and later. Repetitions stand for themselves, and
