@@ -241,6 +241,11 @@ class IndexKill(Fault):
             scene.index.launch()
             scene.follow()
 
+    def recovered(self, scene: Scene) -> None:
+        for name, status in scene.index.status().items():
+            anew = status["batches"] > (status["last_seq"] or 0)
+            self.expect(not anew, f"{name}: its history was applied anew, the snapshot was of no use")
+
 
 class Stress(Fault):
     tools = ("stress-ng",)
