@@ -69,6 +69,21 @@ def test_an_empty_index_is_loaded_as_one(tmp_path):
     assert wider.ingest("a", payload(stored([5, 6, 7, 8], [0] * 128, size=32, parent=4))).parked == 4
 
 
+def test_a_filter_made_for_one_index_is_right_for_the_one_that_takes_its_place(tmp_path):
+    def made(pods: str) -> PrefixIndex:
+        index = PrefixIndex()
+        for pod in pods:
+            index.ingest(pod, payload(stored([1], [1] * 16, size=16)))
+        return index
+
+    index = made("ab")
+    ready = index.pod_set(["a"])
+    assert index.match_prefix([1] * 16, ready_pods=ready).tokens == {"a": 16}
+    made("ba").save(tmp_path / "snapshot")
+    for other in (PrefixIndex.load(tmp_path / "snapshot"), made("ba"), index):
+        assert other.match_prefix([1] * 16, ready_pods=ready).tokens == {"a": 16}
+
+
 def test_what_does_not_fit_is_shed_while_loading(tmp_path):
     path, index = tmp_path / "snapshot", PrefixIndex()
     for pod in ("a", "b"):

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 
 #include "workers.hpp"
 
@@ -290,6 +291,13 @@ protected:
         w.groups.clear();
     }
 
+    // No two indexes have a version in common: a filter that was compiled for one must not be taken for another's, such as one that
+    // was loaded in its place.
+    static u64 first_version() {
+        static std::atomic<u64> made{0};
+        return ++made << 32;
+    }
+
     Memory mem_;
     std::size_t fixed_ = 0;
     bool set_presence_;
@@ -306,7 +314,7 @@ protected:
     std::vector<u32> stands_for_;   // by guess: the holder
     std::vector<Space> spaces_;
     std::unordered_map<std::string, u32> space_ids_;
-    u64 pods_version_ = 1;
+    u64 pods_version_ = first_version();
     u64 pods_made_ = 0;
     u64 holders_version_ = 1;
 };
