@@ -227,7 +227,7 @@ def add_parser(commands: Any) -> None:
 def command(args: argparse.Namespace, argv: Sequence[str]) -> int:
     console = Console()
     if not console.is_terminal:
-        console.width = 130  # as wide as the table is, in a log
+        console.width = 150  # as wide as the table is, in a log
     try:
         experiments = [experiment for path in args.files for experiment in load(path)]
         for experiment in experiments:
