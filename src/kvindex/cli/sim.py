@@ -64,6 +64,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the workload (%(default)s)")
     parser.add_argument("--adapters", type=int, default=0, metavar="N", help="that the workload uses (%(default)s)")
     parser.add_argument("--salts", type=int, default=0, metavar="N", help="that the workload uses (%(default)s)")
+    parser.add_argument("--curve", metavar="FILE", help="encrypt its streams: a .key_secret file of zmq.auth")
     # For whoever starts this as a part of something larger: it must not outlive it, however that one ends.
     parser.add_argument("--follow-parent", action="store_true", help=argparse.SUPPRESS)
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import zmq
+import zmq.auth
 
 from ..errors import InvalidValueError
 from .control import Control, ToldProcess
@@ -76,6 +77,21 @@ class SimConfig:
     """How many LoRA adapters the workload uses beside none."""
     salts: int = 0
     """How many cache salts the workload uses beside none."""
+    curve: str | None = None
+    """File of a CURVE certificate with a secret key, as ``zmq.auth.create_certificates`` makes them: its streams are
+    then encrypted, and the line it prints has the public key."""
+
+    def keys(self) -> tuple[bytes | None, bytes | None]:
+        """(public, secret) of ``curve``. Raises :class:`InvalidValueError` where the file has none."""
+        if self.curve is None:
+            return None, None
+        try:
+            public, secret = zmq.auth.load_certificate(self.curve)
+        except (OSError, ValueError) as error:
+            raise InvalidValueError(f"{self.curve} is no CURVE certificate: {error}") from None
+        if secret is None:
+            raise InvalidValueError(f"{self.curve} has no secret key: name the .key_secret file of the pair")
+        return public, secret
 
 
 def own_workload(config: SimConfig) -> Iterator[Arrival]:
@@ -103,6 +119,7 @@ class SimPod:
         self.requests = 0
         self.rate = config.rate
         self.stopping = False
+        self._public_key, self._secret_key = config.keys()
         self._context: zmq.Context[Any] = zmq.Context()
         self._engines = [self._engine() for _ in range(config.ranks)]
         self._running: list[deque[tuple[Request, Tokens]]] = [deque() for _ in range(config.ranks)]
@@ -141,6 +158,7 @@ class SimPod:
         return Publisher(
             self._context, config.connect or own, answers, topic=topic, buffer_steps=config.buffer_steps,
             with_topic=topic_in_replay(config.form), connect=config.connect is not None,
+            secret_key=self._secret_key,
         )  # fmt: skip
 
     def _watch(self) -> None:
@@ -160,6 +178,7 @@ class SimPod:
             },
             "control": self._control.endpoint,
             "pid": os.getpid(),
+            "server_key": None if self._public_key is None else self._public_key.decode(),
         }
 
     # Serving

@@ -74,15 +74,19 @@ class Publisher:
 
     ``endpoint`` is bound, or connected to where ``connect`` (for subscribers that bind); ``replay_endpoint`` is bound.
     A wildcard port is replaced by the one that was found: see the attributes of the same names. ``buffer_steps``
-    batches are kept for replays. ``with_topic`` is the framing of replays, see :func:`topic_in_replay`.
+    batches are kept for replays. ``with_topic`` is the framing of replays, see :func:`topic_in_replay`. With a
+    ``secret_key`` (CURVE, Z85) only those are served who know the public key to it.
     """
 
     def __init__(
         self, context: zmq.Context[Any], endpoint: str, replay_endpoint: str | None = None, *, topic: str = "",
         buffer_steps: int = 10_000, with_topic: bool = True, connect: bool = False, queue: int = 100_000,
+        secret_key: bytes | None = None,
     ) -> None:  # fmt: skip
         if buffer_steps < 1:
             raise InvalidValueError(f"buffer_steps must be at least 1, not {buffer_steps}")
+        if connect and secret_key is not None:
+            raise InvalidValueError("a publisher that connects has no secret_key: who binds is the one with the key")
         self.faults = Faults()
         self.seq = 0
         self.endpoint = endpoint
@@ -93,6 +97,7 @@ class Publisher:
         self._with_topic = with_topic
         self._connect = connect
         self._queue = queue
+        self._secret_key = secret_key
         self._buffer: deque[tuple[int, bytes]] = deque(maxlen=buffer_steps)
         self._held: bytes | None = None
         self._held_seq = 0
@@ -105,6 +110,7 @@ class Publisher:
         self._pub: zmq.Socket[bytes] = self._context.socket(zmq.PUB)
         self._pub.linger = 0
         self._pub.sndhwm = self._queue
+        self._encrypt(self._pub)
         self._router: zmq.Socket[bytes] | None = None
         if self._connect:
             self._pub.connect(self.endpoint)
@@ -113,7 +119,13 @@ class Publisher:
         if self.replay_endpoint is not None:
             self._router = self._context.socket(zmq.ROUTER)
             self._router.linger = 0
+            self._encrypt(self._router)
             self.replay_endpoint = _bind(self._router, self.replay_endpoint)
+
+    def _encrypt(self, sock: zmq.Socket[bytes]) -> None:
+        if self._secret_key is not None:
+            sock.curve_server = True
+            sock.curve_secretkey = self._secret_key
 
     @property
     def router(self) -> zmq.Socket[bytes] | None:

@@ -20,7 +20,7 @@ from typing import Any, Final, Protocol, cast
 import zmq
 
 from .frames import replay_request
-from .source import is_address, join_tcp, split_tcp
+from .source import Curve, is_address, join_tcp, split_tcp
 
 __all__ = ["Bound", "Replay", "SocketOptions", "Subscription", "resolve"]
 
@@ -79,6 +79,12 @@ class SocketOptions:
             # stays unanswered, which may be one beat after the silence began: three and a half beats in all, at most.
             sock.setsockopt(zmq.HEARTBEAT_IVL, max(1, int(self.heartbeat * 1000)))
             sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, max(1, int(self.heartbeat * 2500)))
+
+
+def _authenticate(sock: zmq.Socket[bytes], curve: Curve | None) -> None:
+    """Believe only who has the secret key to ``curve.server``."""
+    if curve is not None:
+        sock.curve_serverkey, sock.curve_publickey, sock.curve_secretkey = curve
 
 
 def resolve(endpoint: str, then: Callable[[str | None, str], None]) -> None:
@@ -183,16 +189,18 @@ class Subscription(_Watched):
     def __init__(
         self, loop: Loop, context: zmq.Context[Any], options: SocketOptions, endpoint: str, topic: bytes, *,
         made: Callable[[float], None], lost: Callable[[float, str], None],
-        message: Callable[[list[bytes], float], None],
+        message: Callable[[list[bytes], float], None], curve: Curve | None = None,
     ) -> None:  # fmt: skip
         sock: zmq.Socket[bytes] = context.socket(zmq.SUB)
         options.apply(sock)
+        _authenticate(sock, curve)
         sock.ipv6 = endpoint.startswith("tcp://[")
         sock.subscribe(topic)
         super().__init__(loop, sock)
         self._made = made
         self._lost = lost
         self._message = message
+        self._keyed = curve is not None
         self._over = False
         # No process of this kind has connections inside itself but for tests; libzmq reports no events for those.
         self.immediate = endpoint.startswith("inproc://")
@@ -208,7 +216,7 @@ class Subscription(_Watched):
                 self._made(now)
             else:
                 self._over = True
-                self._lost(now, _why(event))
+                self._lost(now, _why(event, self._keyed))
         for _ in range(BUDGET):
             if self.closed:
                 return False
@@ -226,12 +234,14 @@ class Subscription(_Watched):
             self._lost(now, f"closed here: {error!r}")
 
 
-def _why(event: int) -> str:
+def _why(event: int, keyed: bool) -> str:
     if event == zmq.EVENT_DISCONNECTED:
         return "the connection was lost"
     if event == zmq.EVENT_CONNECT_RETRIED:
         return "nobody accepts connections there"
-    return "what answers there is no ZMQ publisher, or does not answer"
+    if keyed:
+        return "what answers there is not who has the server_key, or does not answer"
+    return "what answers there is no ZMQ publisher, or one with keys, or does not answer"
 
 
 class Replay(_Watched):
@@ -242,10 +252,11 @@ class Replay(_Watched):
 
     def __init__(
         self, loop: Loop, context: zmq.Context[Any], options: SocketOptions, endpoint: str, start: int, *,
-        message: Callable[[list[bytes], float], None],
+        message: Callable[[list[bytes], float], None], curve: Curve | None = None,
     ) -> None:  # fmt: skip
         sock: zmq.Socket[bytes] = context.socket(zmq.DEALER)
         options.apply(sock, queue=self.QUEUE)
+        _authenticate(sock, curve)
         sock.ipv6 = endpoint.startswith("tcp://[")
         super().__init__(loop, sock)
         self._message = message

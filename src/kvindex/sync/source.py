@@ -5,16 +5,20 @@ from __future__ import annotations
 import ipaddress
 import json
 import re
+import struct
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Mapping
-from dataclasses import KW_ONLY, dataclass, fields, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple, Self, TypeAlias
+
+import zmq
+from zmq.utils import z85
 
 from ..errors import InvalidTypeError, InvalidValueError, StreamError
 
-__all__ = ["Endpoints", "PodSource", "bind_endpoint"]
+__all__ = ["Curve", "Endpoints", "PodSource", "bind_endpoint"]
 
 _TCP = re.compile(r"tcp://(?:\[(?P<v6>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^\[\]:/\s]+)):(?P<port>\d{1,5})/?")
 _WILDCARDS = ("*", "0.0.0.0", "::", "[::]", "")
@@ -31,6 +35,14 @@ class Endpoints(NamedTuple):
 
     endpoint: str | None
     replay_endpoint: str | None
+
+
+class Curve(NamedTuple):
+    """Keys of one encrypted connection, Z85: whom to believe, and who we are."""
+
+    server: bytes
+    public: bytes
+    secret: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,28 +84,31 @@ class PodSource:
     lora: str | None = None
     """The adapter that the pod is said to serve (a label): for the router's queries; blocks are placed by their
     events."""
+    server_key: str | None = None
+    """The publisher's CURVE public key (Z85, 40 characters). With it, connections are encrypted, and nobody is believed
+    who has not the secret key to it; None takes whatever the network leads to."""
+    client_keys: tuple[str, str] | None = field(default=None, repr=False)
+    """Our own (public, secret) keys, for publishers that admit only some; None makes a pair."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise InvalidTypeError(f"name must be a str, not {type(self.name).__name__}")
         if not self.name:
             raise InvalidValueError("name must not be empty")
-        for field in ("endpoint", "replay_endpoint", "topic", "lora"):
-            value = getattr(self, field)
+        for name in ("endpoint", "replay_endpoint", "topic", "lora", "server_key"):
+            value = getattr(self, name)
             if value is not None and not isinstance(value, str):
-                raise InvalidTypeError(
-                    f"{field} of pod {self.name!r} must be a str or None, not {type(value).__name__}"
-                )
+                raise InvalidTypeError(f"{name} of pod {self.name!r} must be a str or None, not {type(value).__name__}")
         if not isinstance(self.model, str):
             raise InvalidTypeError(f"model of pod {self.name!r} must be a str, not {type(self.model).__name__}")
-        for field, lowest in (("dp_size", 1), ("block_size", 1), ("chunk_size", 1)):
-            value = getattr(self, field)
-            if value is None and field != "dp_size":
+        for name, lowest in (("dp_size", 1), ("block_size", 1), ("chunk_size", 1)):
+            value = getattr(self, name)
+            if value is None and name != "dp_size":
                 continue
             if not isinstance(value, int) or isinstance(value, bool):
-                raise InvalidTypeError(f"{field} of pod {self.name!r} must be an int, not {type(value).__name__}")
+                raise InvalidTypeError(f"{name} of pod {self.name!r} must be an int, not {type(value).__name__}")
             if value < lowest:
-                raise InvalidValueError(f"{field} of pod {self.name!r} must be at least {lowest}, not {value}")
+                raise InvalidValueError(f"{name} of pod {self.name!r} must be at least {lowest}, not {value}")
         if self.presence not in (None, "count", "set"):
             raise InvalidValueError(f"presence of pod {self.name!r} must be 'count' or 'set', not {self.presence!r}")
         if self.clear_media is not None:
@@ -108,7 +123,39 @@ class PodSource:
             table = {rank: Endpoints(*self._pair(rank, pair)) for rank, pair in self.ranks.items()}
             object.__setattr__(self, "ranks", table)
             object.__setattr__(self, "dp_size", len(table))
+        self._check_keys()
         self.workers()
+
+    def _check_keys(self) -> None:
+        pair = self.client_keys
+        if self.server_key is None:
+            if pair is not None:
+                raise InvalidValueError(f"client_keys of pod {self.name!r} say nothing without a server_key")
+            return
+        if not zmq.has("curve"):
+            raise StreamError(f"pod {self.name!r} has a server_key, but libzmq is built without CURVE here")
+        if not _is_key(self.server_key):
+            raise InvalidValueError(f"server_key of pod {self.name!r} must be a CURVE key, 40 characters of Z85")
+        if pair is None:
+            return
+        if isinstance(pair, str) or not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise InvalidTypeError(f"client_keys of pod {self.name!r} must be (public, secret), each a str")
+        # Not the keys themselves: one of them is secret, and errors end up in logs.
+        if not all(map(_is_key, pair)) or zmq.curve_public(pair[1].encode()) != pair[0].encode():
+            raise InvalidValueError(
+                f"client_keys of pod {self.name!r} must be a CURVE key pair: (public, secret), both Z85"
+            )
+        object.__setattr__(self, "client_keys", tuple(pair))
+
+    def curve(self) -> Curve | None:
+        """The keys of its connections, with a pair of our own made anew where it has none; None where they are not
+        encrypted."""
+        if self.server_key is None:
+            return None
+        if self.client_keys is None:
+            return Curve(self.server_key.encode(), *zmq.curve_keypair())
+        public, secret = self.client_keys
+        return Curve(self.server_key.encode(), public.encode(), secret.encode())
 
     def _pair(self, rank: object, pair: object) -> tuple[str | None, str | None]:
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
@@ -179,7 +226,7 @@ class PodSource:
         """A source from what a file says; the fields' own names. Raises an error that names what is not a field."""
         if not isinstance(item, Mapping):
             raise InvalidTypeError(f"a pod is described by a map of its fields, not by {item!r:.60}")
-        known = {field.name for field in fields(cls)}
+        known = {each.name for each in fields(cls)}
         if strange := sorted(map(str, set(item) - known)):
             raise InvalidValueError(f"unknown fields {', '.join(strange)}; a pod has {', '.join(sorted(known))}")
         if "name" not in item:
@@ -325,6 +372,13 @@ def is_address(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _is_key(key: object) -> bool:
+    try:
+        return isinstance(key, str) and len(key) == 40 and len(z85.decode(key.encode())) == 32
+    except (KeyError, ValueError, struct.error):
+        return False
 
 
 def _host(url: str) -> tuple[str, int]:

@@ -122,6 +122,7 @@ class Worker:
         self.at = at
         self.source = source
         self.model = source.model
+        self._curve = source.curve()
         self.stream = WorkerStream(replay=at.replay_endpoint is not None, policy=setting.policy, place=place)
         self.topic = None if source.topic is None else source.topic.encode()
         self.seen_topic: bytes | None = self.topic
@@ -199,6 +200,7 @@ class Worker:
                 made=partial(self._made, attempt),
                 lost=partial(self._lost, attempt),
                 message=self._live,
+                curve=self._curve,
             )  # fmt: skip
         except zmq.ZMQError as failure:
             self._lost(attempt, now, f"{endpoint}: {failure}")
@@ -420,6 +422,7 @@ class Worker:
                     endpoint,
                     start,
                     message=partial(self._reply, question),
+                    curve=self._curve,
                 )
             except zmq.ZMQError as failure:
                 error = str(failure)
