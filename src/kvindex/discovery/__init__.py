@@ -6,5 +6,6 @@ themselves are the manager's business. Both are context managers; when one is cl
 """
 
 from .file import PodFile, read_pods
+from .kubernetes import KubernetesPods
 
-__all__ = ["PodFile", "read_pods"]
+__all__ = ["KubernetesPods", "PodFile", "read_pods"]

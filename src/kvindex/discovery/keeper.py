@@ -88,9 +88,12 @@ class Watcher:
     def close(self) -> None:
         """Watch no longer. The pods that were added stay in the manager."""
         self._closing.set()
-        self._interrupt()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+        if self._thread is None or self._thread is threading.current_thread():
+            return
+        while self._thread.is_alive():
+            # More than once: it may just be about to wait.
+            self._interrupt()
+            self._thread.join(0.05)
 
     def __enter__(self) -> Self:
         self.start()

@@ -1,0 +1,219 @@
+"""Pods of a Kubernetes cluster, by label: :class:`KubernetesPods`. Needs ``pip install "kvindex[k8s]"``.
+
+The labels are AIBrix's, so a cluster that was labelled for it needs nothing new:
+
+======================================  ==================================================
+``model.aibrix.ai/kv-events-enabled``   ``"true"``: this pod publishes KV events
+``model.aibrix.ai/name``                the model that it serves
+``model.aibrix.ai/lora-id``             the adapter that it serves, if it is made for one
+======================================  ==================================================
+
+A pod is followed while it is running and has an address. Its name is ``NAMESPACE/NAME``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import logging
+import os
+import random
+import socket
+import threading
+import time
+from typing import Any, Final
+
+from ..errors import InvalidTypeError, InvalidValueError, KVIndexError, StreamError
+from ..sync.manager import EventManager
+from ..sync.source import PodSource, join_tcp
+from .keeper import Watcher
+
+__all__ = ["ENABLED", "LORA", "MODEL", "KubernetesPods"]
+
+ENABLED: Final = "model.aibrix.ai/kv-events-enabled"
+MODEL: Final = "model.aibrix.ai/name"
+LORA: Final = "model.aibrix.ai/lora-id"
+
+# Seconds. How long one watch lasts before the API server ends it (it is taken up again where it was), and the back-off
+# while it can not be asked.
+WATCH: Final = 240
+BACK_OFF: Final = (1.0, 30.0)
+
+_GONE: Final = 410
+
+log = logging.getLogger("kvindex.discovery")
+
+
+class KubernetesPods(Watcher):
+    """Keeps a manager's pods equal to those that a cluster runs.
+
+    ``namespace`` limits it to one (None: all, which needs a ClusterRole); the account it runs under needs ``list`` and
+    ``watch`` of pods. ``selector`` is what a pod's labels have to be. Engines publish at ``port`` and answer replays
+    at ``replay_port`` (None where they do not), each data-parallel rank at the port one higher; ``options`` are
+    further fields of :class:`~kvindex.PodSource` (``dp_size``, ``presence``, …) for all of them. ``api`` is a
+    ``kubernetes.client.CoreV1Api`` to use; None takes the account of the pod that this runs in, or else the
+    ``kubeconfig`` of whoever runs it.
+
+    Starting lists the pods, and raises :class:`StreamError` when the API server can not be asked. From then on the
+    pods stay as they are while it can not, which is logged once. A pod that can not be followed is logged once and
+    stands in :attr:`refused`.
+    """
+
+    def __init__(
+        self, manager: EventManager, *, namespace: str | None = None, selector: str = f"{ENABLED}=true",
+        port: int = 5557, replay_port: int | None = 5558, api: Any = None, **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(manager, "kvindex-kubernetes")
+        self._namespace = namespace
+        self._selector = selector
+        self._port = port
+        self._replay_port = replay_port
+        self._options = options
+        self._api = api
+        self._found: dict[str, PodSource] = {}
+        self._odd: dict[str, str] = {}
+        self._version: str | None = None
+        self._guard = threading.Lock()
+        self._line: socket.socket | None = None  # the connection of the watch, by a descriptor of our own
+        self._trouble = ""
+        self._wait = BACK_OFF[0]
+        self._source("example", "127.0.0.1", {MODEL: "example"})  # a mistake in the options shows here
+
+    @property
+    def refused(self) -> dict[str, str]:
+        return {**super().refused, **self._odd}
+
+    def _begin(self) -> None:
+        try:
+            self._kubernetes: Any = importlib.import_module("kubernetes")
+        except ImportError:
+            raise StreamError(
+                'Kubernetes is asked by its own client, which is not installed: pip install "kvindex[k8s]"'
+            ) from None
+        if self._api is None:
+            try:
+                self._kubernetes.config.load_config()
+            except Exception as error:
+                raise StreamError(f"no account for Kubernetes: {error}") from error
+            self._api = self._kubernetes.client.CoreV1Api()
+        try:
+            self._list()
+        except KVIndexError:
+            raise
+        except Exception as error:
+            raise StreamError(f"Kubernetes can not be asked for pods: {_told(error)}") from error
+
+    # The client has no base class for what it raises: ApiException, urllib3's errors, and ValueErrors of its models.
+    def _turn(self) -> None:
+        try:
+            start = time.monotonic()
+            if self._version is None:
+                self._list()
+            self._watch()
+            # A proxy may end every watch at once.
+            self._closing.wait(max(0.0, start + BACK_OFF[0] - time.monotonic()))
+        except StreamError:
+            raise
+        except Exception as error:
+            # Whatever it was: from here on only a list shows what is there.
+            self._version = None
+            if self._closing.is_set() or getattr(error, "status", None) == _GONE:
+                return
+            if _told(error) != self._trouble:
+                self._trouble = _told(error)
+                log.warning("Kubernetes can not be watched, the pods stay as they are: %s", self._trouble)
+            self._closing.wait(self._wait * (1.0 + 0.25 * random.random()))
+            self._wait = min(BACK_OFF[1], 2 * self._wait)
+
+    def _ask(self, **how: Any) -> Any:
+        if self._namespace is None:
+            return self._api.list_pod_for_all_namespaces(label_selector=self._selector, **how)
+        return self._api.list_namespaced_pod(self._namespace, label_selector=self._selector, **how)
+
+    def _list(self) -> None:
+        answer = self._ask(_request_timeout=(5, 30))
+        self._found.clear()
+        self._odd.clear()
+        for pod in answer.items:
+            self._note(pod)
+        self._keeper.keep(self._found)
+        self._version = answer.metadata.resource_version
+        if self._trouble:
+            log.info("Kubernetes can be asked again")
+        self._trouble, self._wait = "", BACK_OFF[0]
+
+    def _watch(self) -> None:
+        @functools.wraps(self._api.list_namespaced_pod)
+        def ask(**how: Any) -> Any:
+            response = self._ask(**how)
+            with self._guard:
+                self._line = socket.socket(fileno=os.dup(response.fileno()))
+            return response
+
+        watch = self._kubernetes.watch.Watch(return_type="V1Pod")
+        try:
+            for event in watch.stream(
+                ask, resource_version=self._version, timeout_seconds=WATCH, allow_watch_bookmarks=True,
+                _request_timeout=(5, WATCH + 15),
+            ):  # fmt: skip
+                if self._closing.is_set():
+                    return
+                if event is None:
+                    raise ValueError("an event that is no JSON")
+                if event["type"] in ("ADDED", "MODIFIED"):
+                    self._note(event["object"])
+                elif event["type"] == "DELETED":
+                    self._forget(_name(event["object"]))
+                self._keeper.keep(self._found)
+                self._version = watch.resource_version
+                self._wait = BACK_OFF[0]
+        finally:
+            with self._guard:
+                if self._line is not None:
+                    self._line.close()
+                    self._line = None
+
+    def _interrupt(self) -> None:
+        # The watch waits in a read, which only the end of the connection ends. The client's own stop() does not do that
+        # in releases up to 35, nor in 37 where the server has said that it will close the connection.
+        with self._guard, contextlib.suppress(OSError):
+            if self._line is not None:
+                self._line.shutdown(socket.SHUT_RDWR)
+
+    def _note(self, pod: Any) -> None:
+        name, status = _name(pod), pod.status
+        running = status is not None and status.phase == "Running" and status.pod_ip
+        if not running or pod.metadata.deletion_timestamp is not None:
+            self._forget(name)
+            return
+        try:
+            self._found[name] = self._source(name, status.pod_ip, pod.metadata.labels or {})
+            self._odd.pop(name, None)
+        except (InvalidValueError, InvalidTypeError) as error:
+            self._found.pop(name, None)
+            if self._odd.get(name) != str(error):
+                log.warning("%s: can not be followed: %s", name, error)
+            self._odd[name] = str(error)
+
+    def _forget(self, name: str) -> None:
+        self._found.pop(name, None)
+        self._odd.pop(name, None)
+
+    def _source(self, name: str, address: str, labels: dict[str, str]) -> PodSource:
+        if not labels.get(MODEL):
+            raise InvalidValueError(f"it has no label {MODEL}, which names its model")
+        replay = None if self._replay_port is None else join_tcp(address, self._replay_port)
+        return PodSource(
+            name, endpoint=join_tcp(address, self._port), replay_endpoint=replay, model=labels[MODEL],
+            lora=labels.get(LORA) or None, **self._options,
+        )  # fmt: skip
+
+
+def _name(pod: Any) -> str:
+    return f"{pod.metadata.namespace}/{pod.metadata.name}"
+
+
+def _told(error: Exception) -> str:
+    status, reason = getattr(error, "status", None), getattr(error, "reason", None)
+    return f"{status} {reason}" if status is not None else f"{type(error).__name__}: {' '.join(str(error).split())}"
