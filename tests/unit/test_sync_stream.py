@@ -683,6 +683,22 @@ def test_a_history_that_is_gone_is_asked_for_once():
     assert world.stream.counts["replays_asked"] == asked
 
 
+def test_a_history_that_is_gone_is_no_reason_not_to_ask_whether_it_is_the_same_process():
+    """After a reconnect nobody answers for a while and nothing is published; then the replay endpoint is back."""
+    world = World(buffer_steps=4)
+    world.publish(10)
+    world.connect()
+    world.wait(20.0)
+    assert (world.verdict, world.stream._hopeless) == ("degraded", True)
+    world.disconnect()
+    world.connect()
+    world.wait(30.0, serve=False)
+    assert world.verdict == "stale"
+    held = list(world.held)
+    world.wait(30.0)
+    assert (world.verdict, world.held, world.clears) == ("degraded", held, 0)
+
+
 def test_a_suspicion_finds_what_was_damaged_and_still_readable():
     world = well()
     world.publish(1)

@@ -992,7 +992,9 @@ class WorkerStream:
     def _settle(self, now: float) -> list[Action]:
         if self.is_connected:
             self._plan_probe(now)
-            if (self._holes or self._unproven or not self._verified) and not self._hopeless and not self.replaying:
+            # That a history can not be had any more is no reason not to ask who is there.
+            wanting = (self._holes or self._unproven) and not self._hopeless
+            if (wanting or not self._verified) and not self.replaying:
                 self._plan_heal(now)
         self._mark(*self._judgement())
         whole = self._hole_at is None and not self._missing()
