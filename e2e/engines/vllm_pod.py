@@ -127,6 +127,7 @@ class VllmRank(Rank):
         self.scheduler.encoder_cache_manager = EncoderCacheManager(cache_size=100 * _LONGEST)
         self._block_size = gcd(*sizes)
         self._hasher = get_request_block_hasher(gcd(*sizes), hash_with)
+        self._extra = {"kv_cache_report_mode": options.get("report", "incremental")}
         self._numbers = count()
         self._outputs: dict[str, list[int]] = {}
         publisher = self.scheduler.kv_event_publisher
@@ -149,19 +150,20 @@ class VllmRank(Rank):
 
         publisher.publish = counted
 
-    def _request(self, prompt: Prompt, length: int = 1) -> Request:
+    def _request(self, prompt: Prompt, length: int = 1, asking: bool = True) -> Request:
         name = f"r{next(self._numbers)}"
         adapter = None
         if prompt.lora_name is not None:
             adapter = LoRARequest(prompt.lora_name, prompt.lora_id or 1, "/nowhere")
+        sampling = SamplingParams(max_tokens=length, ignore_eos=True, extra_args=None if asking else self._extra)
         return Request(
-            name, prompt.tokens.tolist(), SamplingParams(max_tokens=length, ignore_eos=True), None,
+            name, prompt.tokens.tolist(), sampling, None,
             lora_request=adapter, cache_salt=prompt.cache_salt, block_hasher=self._hasher,
             mm_features=_images(prompt, self._block_size),
         )  # fmt: skip
 
     def add(self, prompt: Prompt, output: list[int]) -> None:
-        request = self._request(prompt, max(1, len(output)))
+        request = self._request(prompt, max(1, len(output)), False)
         self._outputs[request.request_id] = output or [0]
         self.scheduler.add_request(request)
 
