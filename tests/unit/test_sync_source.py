@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+import contextlib
+import http.server
+import json
+import socket
+import threading
 
-from kvindex import InvalidTypeError, InvalidValueError, PodSource
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvindex import InvalidTypeError, InvalidValueError, KVIndexError, PodSource, StreamError
 
 # As a text
 
@@ -53,3 +61,288 @@ def test_a_word_that_is_no_pod_is_refused(text):
 def test_a_pod_that_is_no_text_is_refused():
     with pytest.raises(InvalidTypeError):
         PodSource.from_string(b"tcp://h:5557")
+
+
+# From the engine's own server
+
+
+class Server:
+    """Answers GET by path: bytes as they are, anything else as JSON, a number as a status, a function by what it does
+    with the request."""
+
+    def __init__(self):
+        self.answers = {}
+        self.headers = []
+        self.closing = threading.Event()
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                outer.headers.append((self.path, dict(self.headers)))
+                answer = outer.answers.get(self.path, 404)
+                if callable(answer):
+                    with contextlib.suppress(OSError):
+                        answer(self)
+                    return
+                status = answer if type(answer) is int else 200
+                body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = False
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01})
+        self.thread.start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def close(self):
+        self.closing.set()
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+
+@pytest.fixture(scope="module")
+def running():
+    made = Server()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def server(running):
+    running.answers = {}
+    running.headers.clear()
+    return running
+
+
+MODELS = {"object": "list", "data": [{"id": "llama", "object": "model"}, {"id": "adapter"}]}
+
+
+def vllm(server, sources, models=MODELS):
+    server.answers = {"/kv_event_sources": sources, "/v1/models": models}
+
+
+def test_a_vllm_server_says_where_its_ranks_are(server):
+    sources = [
+        {"endpoint": "tcp://*:5557", "replay_endpoint": "tcp://0.0.0.0:5657", "topic": "kv", "data_parallel_rank": 0},
+        {"endpoint": "tcp://10.0.0.9:5558", "replay_endpoint": None, "topic": "kv", "data_parallel_rank": 1},
+    ]
+    vllm(server, sources)
+    host = server.url.removeprefix("http://")
+    expected = {
+        0: ("tcp://127.0.0.1:5557", "tcp://127.0.0.1:5657"),
+        1: ("tcp://10.0.0.9:5558", None),
+    }
+    source = PodSource.from_vllm(server.url, headers={"Authorization": "Bearer x"}, presence="set")
+    assert source == PodSource(host, model="llama", topic="kv", ranks=expected, presence="set")
+    assert {(path, sent["Authorization"]) for path, sent in server.headers} == {
+        ("/kv_event_sources", "Bearer x"),
+        ("/v1/models", "Bearer x"),
+    }
+    server.headers.clear()
+    named = PodSource.from_vllm(server.url + "/", name="a", model="m")
+    assert named == PodSource("a", model="m", topic="kv", ranks=expected)
+    assert [path for path, _ in server.headers] == ["/kv_event_sources"], "what is known is not asked for"
+
+
+def test_what_a_vllm_server_leaves_out(server):
+    vllm(server, [{"endpoint": "ipc:///run/kv"}])
+    source = PodSource.from_vllm(server.url)
+    assert source.workers() == {0: ("ipc:///run/kv", None)}
+    assert source.topic is None
+    vllm(server, [{"endpoint": "tcp://*:1", "topic": "a"}, {"endpoint": "tcp://*:2", "topic": "b",
+                                                           "data_parallel_rank": 1}])  # fmt: skip
+    assert PodSource.from_vllm(server.url).topic is None, "a topic of each rank's own is none of the pod's"
+
+
+@pytest.mark.parametrize(
+    ("sources", "models", "message"),
+    [
+        (404, MODELS, "404"),
+        (500, MODELS, "500"),
+        ([], MODELS, "--kv-events-config"),
+        ({}, MODELS, "no list of sources"),
+        (None, MODELS, "no list of sources"),
+        ([1], MODELS, "no source"),
+        ([{}], MODELS, "no source"),
+        ([{"endpoint": 5557}], MODELS, "no source"),
+        ([{"endpoint": "tcp://*:1", "data_parallel_rank": "first"}], MODELS, "no source"),
+        ([{"endpoint": "tcp://*:1", "data_parallel_rank": -1}], MODELS, "-1"),
+        ([{"endpoint": "tcp://*:1"}, {"endpoint": "tcp://*:2"}], MODELS, "twice"),
+        ([{"endpoint": "nonsense"}], MODELS, "nonsense"),
+        ([{"endpoint": "tcp://*:99999"}], MODELS, "99999"),
+        ([{"endpoint": None}], MODELS, "no source"),
+        (b"<html>", MODELS, "no JSON"),
+        (b"", MODELS, "no JSON"),
+        (b"\xff\xfe", MODELS, "no JSON"),
+        (b"[" * 100_000, MODELS, "no JSON"),
+        (b" " * (5 << 20), MODELS, "more than"),
+        ([{"endpoint": "tcp://*:1"}], 404, "404"),
+        ([{"endpoint": "tcp://*:1"}], {"data": []}, "names no model"),
+        ([{"endpoint": "tcp://*:1"}], [], "names no model"),
+    ],
+)
+def test_a_vllm_server_that_says_nothing_useful(server, sources, models, message):
+    vllm(server, sources, models)
+    with pytest.raises(KVIndexError) as caught:
+        PodSource.from_vllm(server.url)
+    assert message in str(caught.value)
+
+
+SGLANG = {
+    "served_model_name": "llama",
+    "model_path": "/models/llama",
+    "page_size": 64,
+    "dp_size": 2,
+    "kv_events_config": '{"publisher": "zmq", "endpoint": "tcp://*:6557", "replay_endpoint": "tcp://*:6657",'
+    ' "topic": "kv"}',
+}
+
+
+def test_an_older_sglang_server_says_it_in_its_arguments(server):
+    server.answers = {"/server_info": SGLANG}
+    host = server.url.removeprefix("http://")
+    assert PodSource.from_sglang(server.url) == PodSource(
+        host, endpoint="tcp://127.0.0.1:6557", replay_endpoint="tcp://127.0.0.1:6657", dp_size=2, model="llama",
+        topic="kv", block_size=64,
+    )  # fmt: skip
+    server.answers = {"/get_server_info": {**SGLANG, "served_model_name": None, "dp_size": None}}
+    source = PodSource.from_sglang(server.url, name="a", block_size=16)
+    assert (source.name, source.model, source.dp_size, source.block_size) == ("a", "/models/llama", 1, 16)
+    server.answers = {"/server_info": {"kv_events_config": {"publisher": "zmq"}}}
+    source = PodSource.from_sglang(server.url)
+    assert source.workers() == {0: ("tcp://127.0.0.1:5557", None)}
+    assert (source.model, source.block_size) == ("", None)
+
+
+def test_a_newer_sglang_server_has_a_block_for_it(server):
+    block = {"endpoint_host": "*", "endpoint_port_base": 7000, "dp_size": 2, "block_size": 32, "topic": "kv"}
+    server.answers = {"/server_info": {**SGLANG, "kv_events": block}}
+    source = PodSource.from_sglang(server.url)
+    assert source.workers() == {
+        0: ("tcp://127.0.0.1:7000", "tcp://127.0.0.1:6657"),
+        1: ("tcp://127.0.0.1:7001", "tcp://127.0.0.1:6658"),
+    }
+    assert source.block_size == 32
+    block["publishers"] = [
+        {"dp_rank": 0, "endpoint": "tcp://10.0.0.1:7000", "replay_endpoint": "tcp://*:8000"},
+        {"dp_rank": 1, "endpoint": "tcp://*:7001"},
+    ]
+    assert PodSource.from_sglang(server.url).workers() == {
+        0: ("tcp://10.0.0.1:7000", "tcp://127.0.0.1:8000"),
+        1: ("tcp://127.0.0.1:7001", "tcp://127.0.0.1:6658"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("info", "message"),
+    [
+        (404, "404"),
+        (503, "503"),
+        ([], "no description"),
+        ({}, "--kv-events-config"),
+        ({"kv_events_config": '{"publisher": "null"}'}, "--kv-events-config"),
+        ({"kv_events_config": "{"}, "describes its events as"),
+        ({**SGLANG, "kv_events": []}, None),
+        ({**SGLANG, "kv_events": [1]}, "describes its events as"),
+        ({**SGLANG, "dp_size": "many"}, "describes its events as"),
+        ({**SGLANG, "dp_size": 200}, "ports that are apart"),
+        ({**SGLANG, "dp_size": -1}, "dp_size"),
+        ({**SGLANG, "page_size": "large"}, "describes its events as"),
+        ({**SGLANG, "page_size": [1]}, "describes its events as"),
+        ({**SGLANG, "kv_events": {"endpoint_port_base": "high"}}, "describes its events as"),
+        ({**SGLANG, "kv_events": {"publishers": [{}]}}, "describes its events as"),
+        ({**SGLANG, "kv_events": {"publishers": 3}}, "describes its events as"),
+        ({**SGLANG, "served_model_name": 5}, "model"),
+        (b"<html>", "no JSON"),
+    ],
+)
+def test_an_sglang_server_that_says_nothing_useful(server, info, message):
+    server.answers = {"/server_info": info}
+    if message is None:
+        PodSource.from_sglang(server.url)
+        return
+    with pytest.raises(KVIndexError) as caught:
+        PodSource.from_sglang(server.url)
+    assert message in str(caught.value)
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_whatever_a_server_says_it_is_a_source_or_an_error_of_ours(running, data):
+    junk = st.recursive(
+        st.none() | st.booleans() | st.integers(-2, 70_000) | st.text(max_size=4) | st.just("tcp://*:5557"),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+        max_leaves=5,
+    )
+    fields = ["endpoint", "replay_endpoint", "topic", "data_parallel_rank", "dp_size", "publishers", "dp_rank",
+              "kv_events", "kv_events_config", "page_size", "endpoint_port_base", "endpoint_host"]  # fmt: skip
+    answer = data.draw(st.dictionaries(st.sampled_from(fields), junk, max_size=5))
+    if data.draw(st.booleans()):
+        answer["kv_events"] = data.draw(st.dictionaries(st.sampled_from(fields), junk, max_size=5))
+    running.answers = {"/kv_event_sources": [answer], "/server_info": answer}
+    for ask in (PodSource.from_vllm, PodSource.from_sglang):
+        with contextlib.suppress(KVIndexError):
+            assert isinstance(ask(running.url, model="m"), PodSource)
+
+
+# By servers that are none
+
+
+@pytest.mark.parametrize("ask", [PodSource.from_vllm, PodSource.from_sglang])
+def test_servers_that_can_not_be_asked(server, ask):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        refuses = f"http://127.0.0.1:{free.getsockname()[1]}"
+    for url in (refuses, "http://no-such-host.invalid:8000"):
+        with pytest.raises(StreamError, match="can not be asked"):
+            ask(url)
+    for url in ("127.0.0.1:8000", "tcp://h:5557", "http://", "", None, 7):
+        with pytest.raises(InvalidValueError, match="no URL"):
+            ask(url)
+
+
+@pytest.mark.parametrize("ask", [PodSource.from_vllm, PodSource.from_sglang])
+def test_servers_that_are_slow(server, ask):
+    def silent(request):
+        server.closing.wait(0.6)
+
+    def drips(request):
+        request.send_response(200)
+        request.send_header("Content-Length", "1000")
+        request.end_headers()
+        for _ in range(1000):
+            # Until whoever asked has hung up.
+            if server.closing.wait(0.02):
+                return
+            request.wfile.write(b" ")
+
+    for slow in (silent, drips):
+        server.answers = {"/kv_event_sources": slow, "/server_info": slow}
+        with pytest.raises(StreamError, match="can not be asked"):
+            ask(server.url, timeout=0.3)
+
+
+@pytest.mark.parametrize("ask", [PodSource.from_vllm, PodSource.from_sglang])
+@pytest.mark.parametrize(
+    "greeting", [b"", b"SSH-2.0-x\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n[]", b"\xff" * 50]
+)
+def test_servers_that_do_not_speak_http(ask, greeting):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve():
+            client, _ = listener.accept()
+            with client:
+                client.recv(4096)
+                client.sendall(greeting)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(StreamError):
+            ask(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        thread.join()

@@ -6,6 +6,7 @@ import ipaddress
 import json
 import re
 import struct
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -262,9 +263,12 @@ class PodSource:
         for item in answer:
             try:
                 rank = int(item.get("data_parallel_rank") or 0)
-                ranks[rank] = Endpoints(
-                    _reachable(item["endpoint"], host), _reachable(item.get("replay_endpoint"), host)
-                )
+                if rank in ranks:
+                    raise ValueError(f"rank {rank} is there twice")
+                endpoint = _reachable(item["endpoint"], host)
+                if endpoint is None:
+                    raise ValueError("it has no endpoint")
+                ranks[rank] = Endpoints(endpoint, _reachable(item.get("replay_endpoint"), host))
                 topics.add(item.get("topic") or None)
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise StreamError(f"{url}/kv_event_sources gave {item!r:.80}, which is no source: {error!r}") from error
@@ -309,13 +313,13 @@ class PodSource:
                     "ranks": {
                         int(p["dp_rank"]): Endpoints(
                             _reachable(p["endpoint"], host),
-                            p.get("replay_endpoint")
+                            _reachable(p.get("replay_endpoint"), host)
                             or base.get(int(p["dp_rank"]), Endpoints(None, None)).replay_endpoint,
                         )
                         for p in block["publishers"]
                     }
                 }
-            tokens = block.get("block_size") or info.get("page_size")
+            tokens = int(block.get("block_size") or info.get("page_size") or 0) or None
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, (InvalidValueError, InvalidTypeError)):
                 raise StreamError(f"{url}/server_info describes streams that can not be: {error}") from error
@@ -324,7 +328,7 @@ class PodSource:
             ) from error
         if model is None:
             model = info.get("served_model_name") or info.get("model_path") or ""
-        options.setdefault("block_size", int(tokens) if tokens else None)
+        options.setdefault("block_size", tokens)
         return cls(name or f"{host}:{port}", model=model, topic=topic, **found, **options)
 
     def named(self, name: str) -> Self:
@@ -392,8 +396,16 @@ def _get(url: str, path: str, timeout: float, headers: Mapping[str, str] | None)
     where = url.rstrip("/") + path
     request = urllib.request.Request(where, headers={"Accept": "application/json", **(headers or {})})
     try:
+        until = time.monotonic() + timeout
         with urllib.request.urlopen(request, timeout=timeout) as response:
-            body = response.read(_LONGEST_ANSWER + 1)
+            body = b""
+            # In pieces: the timeout is of each read, and a server may send a byte a second.
+            while len(body) <= _LONGEST_ANSWER and (piece := response.read1(1 << 16)):
+                body += piece
+                if time.monotonic() > until:
+                    raise TimeoutError(f"no whole answer within {timeout} s")
+            if response.length and len(body) <= _LONGEST_ANSWER:
+                raise OSError(f"the answer ends {response.length} bytes early")
     except urllib.error.HTTPError as error:
         hint = ": it may be older than this; name its endpoints to PodSource" if error.code == 404 else ""
         error.close()
@@ -406,7 +418,7 @@ def _get(url: str, path: str, timeout: float, headers: Mapping[str, str] | None)
         raise StreamError(f"{where} answered with more than {_LONGEST_ANSWER} bytes")
     try:
         return json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StreamError(f"{where} gave no JSON: {body[:40]!r}") from error
 
 
