@@ -420,8 +420,8 @@ cdef class Index:
             with nogil: self.ix.expire(now)
 
     # Primitives of index.py, which checks what it hands over.
-    def _configure(self, pod, int counted, cbool has_media, vector[string] media, int64_t chunk):
-        self.ix.configure(self.uid(pod), counted, has_media, media, chunk)
+    def _configure(self, pod, int counted, cbool has_media, vector[string] media, int64_t chunk, int64_t max_blocks):
+        self.ix.configure(self.uid(pod), counted, has_media, media, chunk, max_blocks)
 
     def _remove(self, pod):
         cdef uint64_t uid = self.known(pod)

@@ -132,7 +132,7 @@ cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
         SharedIndex(uint32_t block_size, uint64_t seed, cbool set_presence, uint32_t max_parked, uint64_t max_bytes, double ttl) except +
         uint64_t open_pod(const string&) except +
         cbool remove_pod(uint64_t) except +
-        void configure(uint64_t, int set_presence, cbool has_media, const vector[string]&, int64_t chunk) except +
+        void configure(uint64_t, int set_presence, cbool has_media, const vector[string]&, int64_t chunk, int64_t max_blocks) except +
         void mark(uint64_t, int64_t rank, int verdict) except +
         void clear_worker(uint64_t, int64_t rank) except +
         Taken ingest(uint64_t, const uint8_t*, uint64_t, const string& model, int64_t rank, int64_t seq, cbool wait, Report&, double& ts,

@@ -98,16 +98,20 @@ class PrefixIndex(Index):
         presence: Literal["count", "set"] | None = None,
         clear_media: Iterable[str] | None = None,
         chunk_size: int | None = None,
+        max_blocks: int | None = None,
     ) -> None:
         """What events do not say of a pod; None leaves it as it is.
 
         presence: "count" or "set"; clear_media: the media that its clears clear; chunk_size: tokens per chunk of
-        chunked-local attention. O(media).
+        chunked-local attention; max_blocks: index blocks that it may hold, over all ranks, media and groups (0: any
+        number), those that wait included. A stored event beyond that is skipped as ``over_limit``, and the pod is
+        degraded: it holds more than is known. O(media).
         """
         counted = -1 if presence is None else arguments.choice(presence, "presence", ("count", "set"))
         media = arguments.names(clear_media or (), "clear_media")
         chunk = -1 if chunk_size is None else arguments.whole(chunk_size, "chunk_size", 1, 0x7FFFFFFF)
-        self._configure(pod, counted, clear_media is not None, media, chunk)
+        most = -1 if max_blocks is None else arguments.whole(max_blocks, "max_blocks", 0, (1 << 63) - 1)
+        self._configure(pod, counted, clear_media is not None, media, chunk, most)
 
     def remove_pod(self, pod: str) -> None:
         """Forgets the pod and all it holds; what is on its way to it is dropped. O(its blocks).

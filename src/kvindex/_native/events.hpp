@@ -42,6 +42,7 @@ enum class Reason : uint8_t {
     misaligned,
     over_budget,
     shed,
+    over_limit,
     COUNT
 };
 
@@ -59,6 +60,7 @@ inline const char* reason_name(Reason r) {
         case Reason::misaligned: return "misaligned";
         case Reason::over_budget: return "over_budget";
         case Reason::shed: return "shed";
+        case Reason::over_limit: return "over_limit";
         case Reason::COUNT: break;
     }
     return "?";

@@ -214,6 +214,7 @@ private:
         refresh(id);
         // All its blocks masked: that the group exists is all there is to learn, and it limits what the worker can reuse.
         if (n == 0) return;
+        if (over_limit(w.pod, static_cast<u64>(n) * factor)) return turn_away(id, ids_.data(), n, Reason::over_limit, r);
         if (!make_room_for(id, e, n, factor, whole)) return turn_away(id, ids_.data(), n, Reason::over_budget, r);
         if (!whole) {
             for (u32 i = 0; i < n; ++i) place_known(id, h, ids_[i], r);
@@ -246,6 +247,19 @@ private:
                 spoil(id);
                 break;
         }
+    }
+    // Whether so many blocks more are more than this pod may have. What it re-announces counts as new, and what waits as if it were
+    // placed, which it will be without being asked again.
+    bool over_limit(u32 pod, u64 more) const {
+        const Pod& p = pods_[pod];
+        if (p.max_blocks == 0) return false;
+        for (u32 id : p.workers) {
+            const Worker& w = *workers_[id];
+            u64 factor = 1;
+            for (const Group& g : w.groups) factor = std::max<u64>(factor, g.factor);
+            more += held(w) + w.parked() * factor;
+        }
+        return more > p.max_blocks;
     }
     bool make_room_for(u32 id, const Event& e, u32 n, u32 factor, bool whole) {
         if (!chains_.ages().on()) return true;

@@ -89,7 +89,7 @@ public:
         note_expiry();
         return pod != kNone;
     }
-    void configure(u64 uid, int set_presence, bool has_media, const std::vector<std::string>& media, i64 chunk) {
+    void configure(u64 uid, int set_presence, bool has_media, const std::vector<std::string>& media, i64 chunk, i64 max_blocks) {
         Writing w(*this);
         const u32 pod = ix_.slot(uid);
         if (pod == kNone) return;
@@ -100,6 +100,7 @@ public:
             p.clear_media.clear();
             for (const std::string& m : media) p.clear_media.push_back(ix_.media().id(m.data(), m.size()));
         }
+        if (max_blocks >= 0) p.max_blocks = static_cast<u64>(max_blocks);
         if (chunk >= 0) ix_.set_chunk(pod, static_cast<u32>(chunk));
     }
     void mark(u64 uid, i64 rank, int verdict) {

@@ -134,6 +134,7 @@ private:
             Pod& p = ix_.pods_[i];
             p.set_presence = flag();
             p.chunk_tokens = get<u32>();
+            p.max_blocks = get<u64>();
             p.shed = flag();
             p.has_clear_media = flag();
             p.clear_media.resize(count(4));

@@ -146,6 +146,7 @@ private:
             out_.text(p.name);
             out_.put(static_cast<u32>(p.set_presence));
             out_.put(p.chunk_tokens);
+            out_.put(p.max_blocks);
             out_.put(static_cast<u32>(p.shed));
             out_.put(static_cast<u32>(p.has_clear_media));
             out_.put(static_cast<u32>(p.clear_media.size()));

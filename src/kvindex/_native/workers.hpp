@@ -173,6 +173,7 @@ struct Pod {
     std::vector<u32> clear_media;
     bool shed = false;  // not even one of its workers fitted into the budget
     u32 chunk_tokens = 0;
+    u64 max_blocks = 0;  // index blocks, over all workers, media and groups; 0: no limit
     Verdict verdict = Verdict::exact;  // the worst of all
 };
 

@@ -129,7 +129,7 @@ class EventManager:
 
     def bind(
         self, endpoint: str, *, presence: Presence | None = None, clear_media: Iterable[str] | None = None,
-        chunk_size: int | None = None, max_pods: int = 1024,
+        chunk_size: int | None = None, max_blocks: int | None = None, max_pods: int = 1024,
     ) -> str:  # fmt: skip
         """Let pods connect here instead of connecting to them; gives the endpoint, with the port where it was a
         wildcard.
@@ -142,6 +142,7 @@ class EventManager:
             "presence": presence,
             "clear_media": None if clear_media is None else frozenset(clear_media),
             "chunk_size": chunk_size,
+            "max_blocks": max_blocks,
         }
         PodSource("options", **options)
         return self._loop.call(partial(self._bind, bind_endpoint(endpoint), options, max_pods))
@@ -304,8 +305,9 @@ class EventManager:
     def _enlist(self, pod: _Pod) -> None:
         source = pod.source
         self._index.configure_pod(
-            source.name, presence=source.presence, clear_media=source.clear_media, chunk_size=source.chunk_size
-        )
+            source.name, presence=source.presence, clear_media=source.clear_media, chunk_size=source.chunk_size,
+            max_blocks=source.max_blocks or 0,
+        )  # fmt: skip
         ends = source.workers()
         pod.places = {
             rank: place

@@ -85,6 +85,10 @@ class PodSource:
     lora: str | None = None
     """The adapter that the pod is said to serve (a label): for the router's queries; blocks are placed by their
     events."""
+    max_blocks: int | None = None
+    """Blocks of the index that the pod may hold, over all ranks, media and groups: what it announces beyond that is
+    counted as ``over_limit`` and makes it degraded. Some blocks more than the engine has, times its groups, never limit
+    an honest one. None is no limit."""
     server_key: str | None = None
     """The publisher's CURVE public key (Z85, 40 characters). With it, connections are encrypted, and nobody is believed
     who has not the secret key to it; None takes whatever the network leads to."""
@@ -102,7 +106,7 @@ class PodSource:
                 raise InvalidTypeError(f"{name} of pod {self.name!r} must be a str or None, not {type(value).__name__}")
         if not isinstance(self.model, str):
             raise InvalidTypeError(f"model of pod {self.name!r} must be a str, not {type(self.model).__name__}")
-        for name, lowest in (("dp_size", 1), ("block_size", 1), ("chunk_size", 1)):
+        for name, lowest in (("dp_size", 1), ("block_size", 1), ("chunk_size", 1), ("max_blocks", 1)):
             value = getattr(self, name)
             if value is None and name != "dp_size":
                 continue

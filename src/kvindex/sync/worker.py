@@ -58,7 +58,7 @@ class Index(Protocol):
 
     def configure_pod(
         self, pod: str, *, presence: Presence | None = None, clear_media: Iterable[str] | None = None,
-        chunk_size: int | None = None,
+        chunk_size: int | None = None, max_blocks: int | None = None,
     ) -> None: ...  # fmt: skip
 
     def remove_pod(self, pod: str) -> None: ...

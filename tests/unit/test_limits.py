@@ -1,0 +1,106 @@
+"""One pod must not fill the index: how many blocks it may hold."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from support import cleared, payload, removed, stored
+
+from kvindex import InvalidTypeError, InvalidValueError, PodSource, PrefixIndex
+
+
+def tokens(*blocks: int) -> list[int]:
+    return [token for block in blocks for token in range(block * 4, block * 4 + 4)]
+
+
+@pytest.fixture
+def index():
+    index = PrefixIndex(block_size=4)
+    index.configure_pod("a", max_blocks=4)
+    return index
+
+
+def test_what_is_over_the_limit_is_refused_and_said(index):
+    assert index.ingest("a", payload(stored([1, 2, 3], tokens(1, 2, 3), size=4))).stored == 3
+    report = index.ingest("a", payload(stored([4, 5], tokens(4, 5), parent=3, size=4)))
+    assert (report.stored, report.skipped, report.reasons) == (0, 2, {"over_limit": 2})
+    assert index.match_prefix(tokens(1, 2, 3, 4, 5)).tokens == {"a": 12}
+    assert index.pod_state("a") == "degraded"
+    index._check()
+
+
+def test_room_that_is_given_back_may_be_taken_again(index):
+    index.ingest("a", payload(stored([1, 2, 3, 4], tokens(1, 2, 3, 4), size=4)))
+    assert index.pod_state("a") == "exact"
+    index.ingest("a", payload(removed(4), stored([5], tokens(5), parent=3, size=4)))
+    assert index.match_prefix(tokens(1, 2, 3, 5)).tokens == {"a": 16}
+    assert index.pod_state("a") == "exact"
+    index.ingest("a", payload(stored([6], tokens(6), parent=3, size=4), cleared()))
+    index.ingest("a", payload(stored([1, 2, 3, 4], tokens(1, 2, 3, 4), size=4)))
+    assert index.match_prefix(tokens(1, 2, 3, 4)).tokens == {"a": 16}
+    assert index.pod_state("a") == "exact"
+
+
+def test_ranks_media_and_groups_count_together(index):
+    index.ingest("a", payload(stored([1, 2], tokens(1, 2), size=4)), dp_rank=0)
+    index.ingest("a", payload(stored([1], tokens(1), size=4, medium="CPU")), dp_rank=1)
+    report = index.ingest("a", payload(stored([1, 2], tokens(1, 2), size=4, group_idx=1)), dp_rank=1, model="other")
+    assert report.reasons == {"over_limit": 2}
+
+
+def test_other_pods_have_their_own(index):
+    index.ingest("b", payload(stored(list(range(1, 41)), tokens(*range(1, 41)), size=4)))
+    assert index.ingest("a", payload(stored([1, 2], tokens(1, 2), size=4))).stored == 2
+    assert index.match_prefix(tokens(*range(1, 41))).tokens == {"a": 8, "b": 160}
+
+
+def test_a_limit_can_be_changed_and_taken_away(index):
+    index.configure_pod("a", max_blocks=1)
+    assert index.ingest("a", payload(stored([1, 2], tokens(1, 2), size=4))).stored == 0
+    index.configure_pod("a", presence="count")
+    assert index.ingest("a", payload(stored([1, 2], tokens(1, 2), size=4))).stored == 0
+    index.configure_pod("a", max_blocks=0)
+    assert index.ingest("a", payload(stored([1, 2], tokens(1, 2), size=4))).stored == 2
+
+
+def test_a_snapshot_keeps_the_limit(index, tmp_path):
+    index.save(tmp_path / "index")
+    index = PrefixIndex.load(tmp_path / "index")
+    assert index.ingest("a", payload(stored([1, 2, 3, 4, 5], tokens(1, 2, 3, 4, 5), size=4))).stored == 0
+
+
+def test_a_hostile_pod_stays_within_and_never_counts_for_more():
+    """Whatever it announces, against an index without limits that was told the same."""
+    rng = random.Random(5)
+    limited, free = PrefixIndex(block_size=4), PrefixIndex(block_size=4)
+    limited.configure_pod("a", max_blocks=20)
+    for _ in range(600):
+        name, parent = rng.randrange(60), rng.choice([None, *range(60)])
+        if rng.random() < 0.3:
+            event = removed(name)
+        else:
+            count = rng.randrange(1, 5)
+            hashes = [(name + step) % 60 for step in range(count)]
+            event = stored(hashes, tokens(*[h % 7 for h in hashes]), parent=parent, size=4)
+        for index in (limited, free):
+            index.ingest("a", payload(event))
+        stats = limited.worker_stats("a")[0]
+        assert stats["blocks"] + stats["parked"] <= 20
+        prompt = tokens(*[rng.randrange(7) for _ in range(5)])
+        told, most = (index.match_prefix(prompt).tokens.get("a", 0) for index in (limited, free))
+        assert told <= most
+        if limited.pod_state("a") == "exact":
+            assert told == most
+    limited._check()
+    assert limited.stats()["skipped_reasons"]["over_limit"] > 0
+
+
+@pytest.mark.parametrize(
+    ("value", "error"), [(-1, InvalidValueError), (1.5, InvalidTypeError), ("9", InvalidTypeError)]
+)
+def test_a_limit_that_is_none_is_refused(value, error):
+    with pytest.raises(error, match="max_blocks"):
+        PrefixIndex().configure_pod("a", max_blocks=value)
+    with pytest.raises(error, match="max_blocks of pod 'p'"):
+        PodSource("p", endpoint="tcp://127.0.0.1:5557", max_blocks=value)
