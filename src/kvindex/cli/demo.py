@@ -38,6 +38,9 @@ FORMS: tuple[WireForm, ...] = (
     wire_form("sglang-0.5.22"),
 )
 
+# Requests that count as a pod's load.
+RECENT = 100
+
 # Every pod is asked for its own answer at every so many requests; the one that serves a request tells its own anyway.
 ASK_ALL_EVERY = 10
 # At the end, when every pod is exact again, with so many of the last prompts.
@@ -83,7 +86,7 @@ class Pod:
         self.process: SimProcess | None = None
         self.up = False
         self.seq = 0  # the next one that it will publish
-        self.load = 0  # a request is over before the next one comes
+        self.load = 0  # tokens of the last requests, by which the router keeps an empty pod from staying empty
         self.served = 0
 
     def engine(self) -> Engine:
@@ -177,6 +180,7 @@ class Demo:
         self.number = 0
         self.not_asked = 0  # comparisons with a pod that was not exact
         self.notes: deque[tuple[float, str]] = deque()
+        self._recent: deque[tuple[Pod, int]] = deque()
         self.start = time.monotonic()
         # The accident.
         self.victim = self.pods[len(self.pods) // 3]
@@ -266,6 +270,11 @@ class Demo:
         hit = pod.serve(arrival)
         self._compare(pod, told, hit)
         self.routed.add(pod.name, len(arrival.prompt), hit)
+        self._recent.append((pod, len(arrival.prompt)))
+        pod.load += len(arrival.prompt)
+        if len(self._recent) > RECENT:
+            earlier, tokens = self._recent.popleft()
+            earlier.load -= tokens
 
     def _wait_for(self, ready: Any) -> Iterator[None]:
         until = time.monotonic() + PATIENCE
