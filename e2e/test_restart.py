@@ -8,7 +8,7 @@ import pytest
 
 from kvindex import StreamError
 
-from .fleet import IndexProcess, Pods, at_rest, own_prompts
+from .fleet import IndexProcess, Pods, at_rest, own_prompts, until
 
 
 @pytest.mark.quick
@@ -76,3 +76,35 @@ def test_a_snapshot_that_is_not_there_or_damaged_is_a_fresh_start_or_an_error(
         index.follow(pod)
         at_rest(index, pods)
         equal(index, pods, own_prompts(pod.config, 20))
+
+
+@pytest.mark.quick
+def test_a_snapshot_is_continued_where_a_whole_history_is_not_there_any_more(pods: Pods, equal, tmp_path: Path) -> None:
+    """Pods that keep 60 batches for replays and have published more: only from the snapshot's places on is the rest
+    still to be had."""
+    path = tmp_path / "index.snapshot"
+    pods.start(a={}, b={"form": "sglang-0.5.22"}, blocks=400, buffer_steps=60)
+    with IndexProcess(snapshot=path) as index:
+        index.follow(*pods)
+        for _ in range(8):
+            pods.run(5)
+            at_rest(index, pods)
+        assert min(min(pod.seqs().values()) for pod in pods) > 60
+        index.ask("save", path=str(path))
+        saved = {pod.name: pod.seqs()[0] for pod in pods}
+        index.kill()
+        pods.run(3)
+        index.launch()
+        index.follow(*pods)
+        at_rest(index, pods)
+        prompts = own_prompts(pods["a"].config, 60)
+        equal(index, pods, prompts)
+        for pod in pods:
+            status = index.status()[pod.name]
+            assert status["lost_batches"] == 0
+            assert status["batches"] == pod.seqs()[0] - saved[pod.name]
+    # Without it the beginning is lost, and said to be.
+    with IndexProcess() as late:
+        late.follow(*pods)
+        until(lambda: {status["state"] for status in late.status().values()} == {"degraded"}, late.status)
+        assert all(status["lost_batches"] > 0 for status in late.status().values())
