@@ -57,7 +57,7 @@ public:
     }
     double next_expiry() const { return guesses_.empty() ? kNever : guesses_.begin()->first; }
     void expire(double now) {
-        while (next_expiry() <= now) drop_guess(guesses_.begin());
+        while (!guesses_.empty() && guesses_.begin()->first <= now) drop_guess(guesses_.begin());
     }
 
 protected:

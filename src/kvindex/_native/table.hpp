@@ -43,14 +43,19 @@ public:
     // Inserts unless a place with the same key is there already; false if so.
     template <class Same>
     bool insert_new(Memory& m, u64 key, u32 ref, Same&& same) {
-        if (find(key, same) != kNone) return false;
-        insert(m, key, ref);
+        if (!slots_ || crowded(n_ + 1, lg_)) rehash(m, slots_ ? lg_ + 1 : 3);
+        const u32 h = half(key), mask = (1u << lg_) - 1;
+        u32 i = h >> shift();
+        for (; ref_of(slots_[i]) != kNone; i = (i + 1) & mask)
+            if (half_of(slots_[i]) == h && same(ref_of(slots_[i]))) return false;
+        slots_[i] = pack(h, ref);
+        ++n_;
         return true;
     }
     // Makes room for so many entries at once.
     void reserve(Memory& m, u32 n) {
         u32 lg = slots_ ? lg_ : 3;
-        while (n > ((1u << lg) / 10) * 7 + ((1u << lg) < 16 ? 4 : 0)) ++lg;
+        while (crowded(n, lg)) ++lg;
         if (!slots_ || lg > lg_) rehash(m, lg);
     }
     // Recognises the entry by its reference, without looking at the place: false if (key, ref) is not in the table.
