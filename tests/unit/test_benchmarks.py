@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import data, reach, workloads  # noqa: E402
+from benchmarks import baseline, data, reach, workloads  # noqa: E402
+from benchmarks.gate.builds import Build  # noqa: E402
 from benchmarks.gate.compare import FEWEST, MOST, Comparison  # noqa: E402
 from benchmarks.interleave import Timings, interleaved  # noqa: E402
 from benchmarks.peers.contenders import DictOfSets, KVIndex  # noqa: E402
@@ -157,3 +158,62 @@ def test_a_broken_run_is_no_regression(module: str) -> None:
         assert "no-such-revision" in done.stderr
     else:
         assert "no such workload" in json.loads(done.stdout)["failed"]
+
+
+MATCH, INGEST = "match numpy full 512 blocks 8 pods", "ingest 64 blocks an event"
+KEPT = {
+    "commit": "0123456789abcdef",
+    "machine": "a machine",
+    "toolchain": "a toolchain",
+    "exact": {"bytes per block, 1 pod": 34.0, "sets, 1 pod": 2},
+    "instructions": {MATCH: 1000, INGEST: 1000},
+    "over floor": {MATCH: 6.0, INGEST: 0.2},
+    "peers over kvindex": {"Dynamo": 20.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "votes", "expected", "said"),
+    [
+        ({}, {}, 0, "Nothing is worse"),
+        (
+            {"exact": {"bytes per block, 1 pod": 34.1, "sets, 1 pod": 2}},
+            {},
+            1,
+            "bytes per block, 1 pod: 34 → 34.1, +0.3%",
+        ),
+        ({"exact": {"bytes per block, 1 pod": 30.0, "sets, 1 pod": 2}}, {}, 0, "better"),
+        ({"instructions": {MATCH: 1090, INGEST: 1000}}, {}, 0, "Nothing is worse"),
+        ({"instructions": {MATCH: 1150, INGEST: 1000}}, {}, 1, f"{MATCH}: 1000 → 1150, +15.0% since 0123456789"),
+        ({"over floor": {MATCH: 6.9, INGEST: 0.2}}, {MATCH: 1.15}, 1, f"time, {MATCH}: +15.0% since 0123456789"),
+        ({"over floor": {MATCH: 6.9, INGEST: 0.2}}, {MATCH: 1.01}, 0, "Nothing is worse"),
+        ({"peers over kvindex": {"Dynamo": 15.0}}, {MATCH: 1.2}, 1, f"time, {MATCH}: +20.0%"),
+        ({"peers over kvindex": {}}, {}, 0, "Nothing is worse"),
+        ({"toolchain": "another", "instructions": {MATCH: 2000, INGEST: 1000}}, {}, 0, "Nothing is worse"),
+    ],
+)
+def test_the_baseline_names_what_is_worse_by_how_much_and_since_when(
+    changed: dict[str, object],
+    votes: dict[str, float],
+    expected: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    kept = tmp_path / "baseline.json"
+    kept.write_text(json.dumps(KEPT))
+    monkeypatch.setattr(baseline, "FILE", kept)
+    monkeypatch.setattr(baseline, "CORE", dict.fromkeys([MATCH, INGEST]))
+    monkeypatch.setattr(baseline, "built", lambda revision, changes=False: Build(revision, revision, tmp_path))
+    monkeypatch.setattr(baseline, "measured", lambda build, names: {**KEPT, **changed})
+    monkeypatch.setattr(baseline, "toolchain", lambda: changed.get("toolchain", KEPT["toolchain"]))
+
+    def compare(base: Build, new: Build, names: list[str], limit: float, say: object) -> list[Comparison]:
+        # Nobody is suspected but those whose votes are given, and they are compared with the baseline's own commit.
+        assert (base.name, new.name, set(names)) == (KEPT["commit"], "HEAD", set(votes))
+        return [Comparison(name, [votes[name]] * FEWEST) for name in names]
+
+    monkeypatch.setattr(baseline, "compare", compare)
+    assert baseline.check(0.10, "") == expected
+    assert said in capsys.readouterr().out
