@@ -119,11 +119,11 @@ public:
         Report one, other;
         double ts = 0;
         i64 used = at, ignored = at;
-        if (all_->ingest(pods_[pod], p, n, kModels[model], rank, true, one, ts, used, again) != (sound ? Taken::yes : Taken::no_batch)) die("one payload, two opinions");
+        if (all_->ingest(pods_[pod], p, n, kModels[model], rank, -1, true, one, ts, used, again) != (sound ? Taken::yes : Taken::no_batch)) die("one payload, two opinions");
         if (!sound && (fault.offset > n || again.offset != fault.offset)) die("a fault outside the payload");
         if (used != at) die("another rank than the batch's");
         Solo& s = solo(pod, at);
-        s.index->ingest(s.uid, p, n, kModels[model], rank, true, other, ts, ignored, again);
+        s.index->ingest(s.uid, p, n, kModels[model], rank, -1, true, other, ts, ignored, again);
         same(one, other);
         for (const Event& e : batch.events)
             if (sound && e.bad == Reason::none) remember(batch, e, model);
@@ -172,7 +172,7 @@ private:
             s.index = make();
             s.uid = s.index->open_pod(kPodNames[pod]);
             const Configuration& c = configured_[pod];
-            s.index->configure(s.uid, c.presence, c.has_media, c.media, c.chunk);
+            s.index->configure(s.uid, c.presence, c.has_media, c.media, c.chunk, -1);
         }
         return s;
     }
@@ -249,9 +249,9 @@ private:
         const i64 rank = rank_of(r);
         if (kShow) print(pod, rank, model, e);
         Report one, other;
-        all_->apply(pods_[pod], rank, kModels[model], batch_, one);
+        all_->apply(pods_[pod], rank, kModels[model], batch_, Place(), one);
         Solo& s = solo(pod, rank);
-        s.index->apply(s.uid, rank, kModels[model], batch_, other);
+        s.index->apply(s.uid, rank, kModels[model], batch_, Place(), other);
         same(one, other);
     }
     // Blocks cut..end of a path, below the name of what is before them.
@@ -412,9 +412,9 @@ private:
             for (const std::string& m : c.media) std::printf("'%s', ", m.c_str());
             std::printf("], %d, %lld)\n", c.has_media, static_cast<long long>(c.chunk));
         }
-        all_->configure(pods_[pod_of(r)], c.presence, c.has_media, c.media, c.chunk);
+        all_->configure(pods_[pod_of(r)], c.presence, c.has_media, c.media, c.chunk, -1);
         for (auto& s : solos_)
-            if (s.first.first == pod_of(r)) s.second.index->configure(s.second.uid, c.presence, c.has_media, c.media, c.chunk);
+            if (s.first.first == pod_of(r)) s.second.index->configure(s.second.uid, c.presence, c.has_media, c.media, c.chunk, -1);
         // What a later worker's own index has to be told is all that was said so far, not only the last of it.
         Configuration& said = configured_[pod_of(r)];
         if (c.presence >= 0) said.presence = c.presence;
