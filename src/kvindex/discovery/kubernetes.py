@@ -166,7 +166,8 @@ class KubernetesPods(Watcher):
                 elif event["type"] == "DELETED":
                     self._forget(_name(event["object"]))
                 self._keeper.keep(self._found)
-                self._version = watch.resource_version
+                # Not the watch's own, which older clients do not move on a bookmark.
+                self._version = event["raw_object"]["metadata"]["resourceVersion"]
                 self._wait = BACK_OFF[0]
         finally:
             with self._guard:
