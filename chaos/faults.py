@@ -398,7 +398,12 @@ class SlowDisk(Fault):
 
     def heal(self, scene: Scene) -> None:
         self._recorder.send_signal(signal.SIGINT)
-        self.expect(self._recorder.wait(20) == 0, "the recorder failed")
+        try:
+            self.expect(self._recorder.wait(10) == 0, "the recorder failed")
+        except subprocess.TimeoutExpired:
+            self.expect(False, "the recorder does not end")
+            self._recorder.kill()
+            self._recorder.wait()
         (scene.where / "disk-delay").unlink()
         found = [record for record in read_capture(self._recording) if isinstance(record, Message)]
         self.expect(len(found) > 20, "nothing was recorded")

@@ -113,8 +113,9 @@ class Recorder:
                 self._writer.flush()
 
     def close(self) -> None:
+        # Before the lock: on a slow disk the streams' thread takes it again and again, and would never let this one in.
+        self.over.set()
         with self._lock:
-            self.over.set()
             if self._writer is None:
                 self._open()
             assert self._writer is not None
