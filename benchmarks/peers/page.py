@@ -32,7 +32,7 @@ WEAK = """\
 ## Where kvindex is weak
 
 - *Short prompts.* Of a call on 8 blocks, most is crossing from Python into native code and back.
-- *Lists.* A list is read object by object, and for a long one that is most of the time; an array costs half of it.
+- *Lists.* A list is read object by object, and for a long one that is most of the time; an array costs a quarter.
 - *Own names.* Pods that disagree on the engine's hashes (vLLM before 0.29 without a fixed seed) cost memory per pod and
   block: removals come by name, so the names have to be kept. Dynamo's tree refuses such events.
 - *Reading the whole answer* builds a dict of all pods, which costs more than a short match. `best()` does not.
