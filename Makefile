@@ -232,7 +232,7 @@ lint: .venv/.lint-tools
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/cython-lint src/kvindex
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint src/kvindex
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 # Which lines the tests run, of Python and of the native core. The core is built apart, with counters in it, as for the

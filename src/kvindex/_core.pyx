@@ -19,11 +19,8 @@ from .answers import PodMatch
 from .errors import CapacityError, EventDecodeError, InvalidTypeError, InvalidValueError, UnknownPodError
 
 _ISAS, _KINDS = ("portable", "sse2", "avx2"), ("stored", "removed", "cleared", "other")
-# Below this many tokens a match (5 us) is not worth a release of the interpreter lock: getting it back beside a thread that ingests
-# took 45 us at p50 and 10 ms at p99.9.
-cdef Py_ssize_t RELEASE_FROM = 16384
-# The same for a payload, in bytes: one of a few blocks.
-cdef Py_ssize_t INGEST_RELEASE_FROM = 4096
+# Tokens, and bytes of a payload, up to which the interpreter lock is kept: getting it back from a busy thread took 10 ms at p99.9.
+cdef Py_ssize_t RELEASE_FROM = 16384, INGEST_RELEASE_FROM = 4096
 
 
 @freelist(8)
@@ -161,8 +158,7 @@ cdef class IngestReport:
         return f"IngestReport({', '.join(f'{k}={getattr(self, k)!r}' for k in answers.REPORT)})"
 
 
-cdef dict _reasons(Report& r):
-    return {reason_name(<Reason>i).decode(): r.reasons[i] for i in range(REASONS) if r.reasons[i]}
+cdef dict _reasons(Report& r): return {reason_name(<Reason>i).decode(): r.reasons[i] for i in range(REASONS) if r.reasons[i]}
 
 
 cdef class PodSet:
@@ -176,8 +172,7 @@ cdef class PodSet:
         self.names = new PodNames(arguments.names(pods, "pods"))
         self.pods = frozenset(pods)
 
-    def __dealloc__(self):
-        del self.names
+    def __dealloc__(self): del self.names
 
 
 @freelist(8)
@@ -199,15 +194,26 @@ cdef class PrefixMatch:
         return [(self.pod_name(h[0][i].pod), h[0][i].rank, None if h[0][i].medium == NO_MEDIUM else self.index.ix.medium(h[0][i].medium),
                  h[0][i].alone, h[0][i].blocks, <int>h[0][i].verdict) for i in range(h.size())]
 
+    cdef dict best_ranks(self, uint64_t times, uint64_t over):
+        cdef Hit h
+        best = {}
+        for i in range(self.r.hits.size()):
+            h = self.r.hits[i]
+            if (h.alone or h.medium == NO_MEDIUM) and (pod := self.pod_name(h.pod)) is not None:
+                share = h.blocks * times // over
+                if best.setdefault(pod, share) < share:
+                    best[pod] = share
+        return best
+
     @property
     def tokens(self):
         """``{pod: tokens}`` held by the pod's best rank in any medium. Pods that hold nothing are left out."""
-        return answers.best_ranks(self.rows(), self.index.block_size, 1)
+        return self.best_ranks(self.index.block_size, 1)
 
     @property
     def percent(self):
         """``{pod: percent}`` of the prompt's complete blocks, floored (what AIBrix's MatchPrefix returns)."""
-        return answers.best_ranks(self.rows(), 100, self.blocks)
+        return self.best_ranks(100, self.blocks)
 
     @property
     def hashes(self):
@@ -249,8 +255,7 @@ cdef class Index:
                                   arguments.whole(max_parked, "max_parked", 0, 0x7FFFFFFF), arguments.budget(max_bytes), arguments.lifetime(ttl))
         self.uids, self.names, self._clock, self.timed = {}, {}, clock, ttl is not None
 
-    def __dealloc__(self):
-        del self.ix
+    def __dealloc__(self): del self.ix
 
     cdef uint64_t uid(self, object pod) except 0:
         found = self.uids.get(pod) if isinstance(pod, str) else None
@@ -487,8 +492,7 @@ cdef object _no_batch(_Ints payload, DecodeFault& fault):
     return EventDecodeError(f"payload of {payload.n} bytes is no event batch: {fault.what.decode()} at byte {fault.offset}", fault.offset)
 
 
-def _isas():
-    return _ISAS[:<int>best_isa() + 1]
+def _isas(): return _ISAS[:<int>best_isa() + 1]
 
 
 def _xxh3_64(bytes data, seed, isa=None):

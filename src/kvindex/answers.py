@@ -45,15 +45,6 @@ class StreamPlace(NamedTuple):
     model: str
 
 
-def best_ranks(rows: Iterable[Row], times: int, over: int) -> dict[str, int]:
-    """``{pod: blocks of its best rank * times // over}``."""
-    best: dict[str, int] = {}
-    for pod, _, medium, alone, blocks, _ in rows:
-        if (alone or medium is None) and pod is not None:
-            best[pod] = max(best.get(pod, 0), blocks * times // over)
-    return best
-
-
 def pod_match(rows: Iterable[Row], wanted: str, block_size: int) -> PodMatch | None:
     """The rows of one pod put together; None if there are none."""
     media: dict[str, int] = {}
