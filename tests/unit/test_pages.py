@@ -183,3 +183,13 @@ def test_a_block_that_fails_is_noticed(reader, tmp_path):
         [(language, code)] = blocks(page)
         with pytest.raises((AssertionError, ValueError)):
             reader.type(language, code, page)
+
+
+def test_what_stands_for_a_claim_of_security_is_there():
+    rows = [line.split("|") for line in (ROOT / "SECURITY.md").read_text().splitlines() if line.startswith("| ")]
+    rows = [row for row in rows if not row[4].strip().startswith("test")]
+    assert rows
+    for _, _, claim, stands, proof, _ in rows:
+        files = [ROOT / name for name in re.findall(r"`((?:tests|chaos)/[^`]+)`", proof)]
+        assert all(path.is_file() for path in files), claim
+        assert files or "**nothing**" in stands, claim
