@@ -155,6 +155,18 @@ class _Watched:
                 break
         return found
 
+    def _take(self, handle: Callable[[list[zmq.Frame]], None]) -> bool:
+        """Hand over what has arrived, up to the budget; gives whether there may be more."""
+        for _ in range(BUDGET):
+            if self.closed:
+                return False
+            try:
+                frames = _receive(self._sock)
+            except zmq.Again:
+                return False
+            handle(frames)
+        return True
+
     def close(self) -> None:
         if self.closed:
             return
@@ -217,15 +229,7 @@ class Subscription(_Watched):
             else:
                 self._over = True
                 self._lost(now, _why(event, self._keyed))
-        for _ in range(BUDGET):
-            if self.closed:
-                return False
-            try:
-                frames = _receive(self._sock)
-            except zmq.Again:
-                return False
-            self._message([frame.bytes for frame in frames], now)
-        return True
+        return self._take(lambda frames: self._message([frame.bytes for frame in frames], now))
 
     def failed(self, now: float, error: Exception) -> None:
         self.close()
@@ -264,15 +268,7 @@ class Replay(_Watched):
         self._or_close(lambda: sock.send_multipart(replay_request(start), zmq.NOBLOCK))
 
     def ready(self, now: float) -> bool:
-        for _ in range(BUDGET):
-            if self.closed:
-                return False
-            try:
-                frames = _receive(self._sock)
-            except zmq.Again:
-                return False
-            self._message([frame.bytes for frame in frames], now)
-        return True
+        return self._take(lambda frames: self._message([frame.bytes for frame in frames], now))
 
 
 class Bound(_Watched):
@@ -313,22 +309,17 @@ class Bound(_Watched):
 
     def ready(self, now: float) -> bool:
         self._note_connections(now)
-        for _ in range(BUDGET):
-            if self.closed:
-                return False
-            try:
-                frames = _receive(self._sock)
-            except zmq.Again:
-                return False
-            # libzmq puts the descriptor that a message was read from among its properties; inproc has none.
-            try:
-                fd = int(frames[0].get("__fd"))
-            except (zmq.ZMQError, ValueError, TypeError):
-                fd = -1
-            if fd not in self._connections and fd != -1:
-                self._note_connections(now)
-            self._message([frame.bytes for frame in frames], self._connections.get(fd), now)
-        return True
+        return self._take(lambda frames: self._hand_over(frames, now))
+
+    def _hand_over(self, frames: list[zmq.Frame], now: float) -> None:
+        # libzmq puts the descriptor that a message was read from among its properties; inproc has none.
+        try:
+            fd = int(frames[0].get("__fd"))
+        except (zmq.ZMQError, ValueError, TypeError):
+            fd = -1
+        if fd not in self._connections and fd != -1:
+            self._note_connections(now)
+        self._message([frame.bytes for frame in frames], self._connections.get(fd), now)
 
     def failed(self, now: float, error: Exception) -> None:
         # It stays open: one of its pods has caused that, and nobody would open it again for the others.
