@@ -48,20 +48,20 @@ static void wait_fd(int fd) {
     wait_for(path);
 }
 
-#define REAL(result, name, ...)                                   \
-    static result (*real)(__VA_ARGS__);                           \
+#define REAL(result, name, ...)         \
+    static result (*real)(__VA_ARGS__); \
     if (!real) real = (result (*)(__VA_ARGS__))dlsym(RTLD_NEXT, #name)
 
-#define OPEN(name)                                                \
-    int name(const char *path, int flags, ...) {                  \
-        static int (*real)(const char *, int, ...);               \
+#define OPEN(name)                                                                  \
+    int name(const char *path, int flags, ...) {                                    \
+        static int (*real)(const char *, int, ...);                                 \
         if (!real) real = (int (*)(const char *, int, ...))dlsym(RTLD_NEXT, #name); \
-        va_list rest;                                             \
-        va_start(rest, flags);                                    \
-        int mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(rest, int) : 0; \
-        va_end(rest);                                             \
-        wait_for(path);                                           \
-        return real(path, flags, mode);                           \
+        va_list rest;                                                               \
+        va_start(rest, flags);                                                      \
+        int mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(rest, int) : 0;           \
+        va_end(rest);                                                               \
+        wait_for(path);                                                             \
+        return real(path, flags, mode);                                             \
     }
 OPEN(open)
 OPEN(open64)

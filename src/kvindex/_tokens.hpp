@@ -8,8 +8,9 @@
 
 namespace kvindex {
 
-// Reads ints straight from their objects. Stops at the first item that is not exactly an int of 0 .. 2^32-1 and returns its index, or n.
-// PyLong_AsLong costs 5 ns an item, which is as much as hashing; the digits lie open, and stable, in 3.11.
+// Reads ints straight from their objects. Stops at the first item that is not
+// exactly an int of 0 .. 2^32-1 and returns its index, or n. PyLong_AsLong costs 5
+// ns an item, which is as much as hashing; the digits lie open, and stable, in 3.11.
 inline Py_ssize_t read_tokens(PyObject* const* items, Py_ssize_t n, uint32_t* out) {
     for (Py_ssize_t i = 0; i < n; ++i) {
         PyObject* o = items[i];
@@ -49,8 +50,10 @@ inline int int_width(const Py_buffer* view, bool* is_signed) {
     return *f && !f[1] && std::strchr("ilqILQ", *f) ? static_cast<int>(view->itemsize) : 0;
 }
 
-// The same for arrays of 4- or 8-byte integers, `stride` bytes apart. Returns the index of the first value out of range, or n.
-inline Py_ssize_t narrow_tokens(const char* p, Py_ssize_t n, Py_ssize_t stride, int width, bool is_signed, uint32_t* out) {
+// The same for arrays of 4- or 8-byte integers, `stride` bytes apart.
+// Returns the index of the first value out of range, or n.
+inline Py_ssize_t narrow_tokens(const char* p, Py_ssize_t n, Py_ssize_t stride, int width, bool is_signed,
+                                uint32_t* out) {
     for (Py_ssize_t i = 0; i < n; ++i, p += stride) {
         if (width == 4) {
             uint32_t v;

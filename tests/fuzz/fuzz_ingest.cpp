@@ -1,8 +1,9 @@
 // A coverage-guided fuzzer of everything that changes the index and everything that asks it.
 //
 // An input is a header of eight bytes and a list of operations. Bit 0 of the header chooses how they are read:
-//   raw         payloads as they come over the wire, one msgpack value each or with a length before it, between records;
-//   structured  records of eight bytes, each one event or call over a handful of contents, hashes, groups and media.
+//   raw         payloads as they come over the wire, one msgpack value each or with a length before it, between
+//   records; structured  records of eight bytes, each one event or call over a handful of contents, hashes, groups and
+//   media.
 // Structured records reach what bytes rarely do (a hole, a fork that goes away again, an orphan of an orphan), and the
 // mutator below moves whole records about.
 //
@@ -60,8 +61,8 @@ using Answer = std::multiset<Line>;
 std::string text(const Answer& a) {
     std::string s;
     for (const Line& l : a)
-        s += std::string(" ") + kPodNames[std::get<0>(l)] + "/" + std::to_string(std::get<1>(l)) + " " + std::get<2>(l) + "=" +
-             std::to_string(std::get<3>(l));
+        s += std::string(" ") + kPodNames[std::get<0>(l)] + "/" + std::to_string(std::get<1>(l)) + " " +
+             std::get<2>(l) + "=" + std::to_string(std::get<3>(l));
     return s.empty() ? " nothing" : s;
 }
 
@@ -119,7 +120,9 @@ public:
         Report one, other;
         double ts = 0;
         i64 used = at, ignored = at;
-        if (all_->ingest(pods_[pod], p, n, kModels[model], rank, -1, true, one, ts, used, again) != (sound ? Taken::yes : Taken::no_batch)) die("one payload, two opinions");
+        if (all_->ingest(pods_[pod], p, n, kModels[model], rank, -1, true, one, ts, used, again) !=
+            (sound ? Taken::yes : Taken::no_batch))
+            die("one payload, two opinions");
         if (!sound && (fault.offset > n || again.offset != fault.offset)) die("a fault outside the payload");
         if (used != at) die("another rank than the batch's");
         Solo& s = solo(pod, at);
@@ -144,7 +147,9 @@ public:
         const char* const names[] = {"blocks", "chains", "sets", "holders", "workers", "parked", "guesses"};
         for (u32 i = 0; i < 7; ++i)
             if (left[i]) die(std::string(names[i]) + " are left when all pods are gone: " + std::to_string(left[i]));
-        if (f.bytes != bytes_at_start_) die(std::to_string(f.bytes) + " bytes when all pods are gone, " + std::to_string(bytes_at_start_) + " at the start");
+        if (f.bytes != bytes_at_start_)
+            die(std::to_string(f.bytes) + " bytes when all pods are gone, " + std::to_string(bytes_at_start_) +
+                " at the start");
     }
 
 private:
@@ -165,7 +170,9 @@ private:
         bool lora, salt;
     };
 
-    std::unique_ptr<SharedIndex> make() const { return std::make_unique<SharedIndex>(size_, 1337, set_presence_, max_parked_); }
+    std::unique_ptr<SharedIndex> make() const {
+        return std::make_unique<SharedIndex>(size_, 1337, set_presence_, max_parked_);
+    }
     Solo& solo(u32 pod, i64 rank) {
         Solo& s = solos_[{pod, rank}];
         if (!s.index) {
@@ -182,7 +189,9 @@ private:
     static u32 pod_of(const u8* r) { return r[1] % kPods; }
     static i64 rank_of(const u8* r) { return (r[1] >> 2 & 7) == 7; }
     static u32 model_of(const u8* r) { return (r[1] >> 5) == 7; }
-    u32 factor_of(const u8* r) const { return head_[2] & 1 ? 1 : (r[5] >> 4 & 3) == 3 ? 1 + (head_[2] >> 1 & 1) : (r[5] >> 4 & 3) == 2 ? 2 : 1; }
+    u32 factor_of(const u8* r) const {
+        return head_[2] & 1 ? 1 : (r[5] >> 4 & 3) == 3 ? 1 + (head_[2] >> 1 & 1) : (r[5] >> 4 & 3) == 2 ? 2 : 1;
+    }
 
     Path path_of(const u8* r) const {
         Path p;
@@ -193,7 +202,8 @@ private:
         p.salt = r[5] >> 7;
         return p;
     }
-    // Types 0 and 3 are the same tokens; 3 has an extra key. Extra keys belong to the first index block of an engine block.
+    // Types 0 and 3 are the same tokens; 3 has an extra key.
+    // Extra keys belong to the first index block of an engine block.
     void tokens(const u8* types, std::size_t n, std::vector<u32>& out) const {
         for (std::size_t i = 0; i < n; ++i)
             for (u32 k = 0; k < size_; ++k) out.push_back(types[i] == 3 ? 7 : 7 + (k + 1 == size_ ? types[i] : 0));
@@ -292,7 +302,8 @@ private:
         begin(EventKind::stored);
         Event& e = batch_.events[0];
         const Path p = path_of(r);
-        const u32 factor = factor_of(r), n = std::max<u32>(1, std::min<u32>(static_cast<u32>(p.types.size()) / factor, 1 + (r[7] & 3)));
+        const u32 factor = factor_of(r),
+                  n = std::max<u32>(1, std::min<u32>(static_cast<u32>(p.types.size()) / factor, 1 + (r[7] & 3)));
         for (u32 j = 0; j < n; ++j) batch_.hashes.push_back((r[6] + j * (1 + (r[7] >> 2 & 1))) % 24);
         e.has_parent = r[7] >> 3 & 1;
         if (e.has_parent) e.parent = (r[7] >> 4) + 8 * (r[6] >> 7);
@@ -348,7 +359,8 @@ private:
             if ((r[6] & 3) == 3 && i % 3 == 0) continue;
             begin(EventKind::removed);
             Event& e = batch_.events[0];
-            for (std::size_t k = 0; k < t.hashes.size(); ++k) batch_.hashes.push_back(t.hashes[r[2] & 2 ? k : t.hashes.size() - 1 - k]);
+            for (std::size_t k = 0; k < t.hashes.size(); ++k)
+                batch_.hashes.push_back(t.hashes[r[2] & 2 ? k : t.hashes.size() - 1 - k]);
             e.group = t.group;
             e.medium = t.medium;
             u8 as[kRecord];
@@ -390,7 +402,8 @@ private:
         if (kShow) std::printf("remove_pod(%u)\n", pod);
         if (!all_->remove_pod(pods_[pod]) || all_->remove_pod(pods_[pod])) die("a pod is removed once");
         pods_[pod] = all_->open_pod(kPodNames[pod]);
-        for (auto it = solos_.begin(); it != solos_.end();) it = it->first.first == pod ? solos_.erase(it) : std::next(it);
+        for (auto it = solos_.begin(); it != solos_.end();)
+            it = it->first.first == pod ? solos_.erase(it) : std::next(it);
         configured_[pod] = Configuration();
         told_[pod].clear();
     }
@@ -414,7 +427,8 @@ private:
         }
         all_->configure(pods_[pod_of(r)], c.presence, c.has_media, c.media, c.chunk, -1);
         for (auto& s : solos_)
-            if (s.first.first == pod_of(r)) s.second.index->configure(s.second.uid, c.presence, c.has_media, c.media, c.chunk, -1);
+            if (s.first.first == pod_of(r))
+                s.second.index->configure(s.second.uid, c.presence, c.has_media, c.media, c.chunk, -1);
         // What a later worker's own index has to be told is all that was said so far, not only the last of it.
         Configuration& said = configured_[pod_of(r)];
         if (c.presence >= 0) said.presence = c.presence;
@@ -433,7 +447,8 @@ private:
         begin(r[2] & 1 ? EventKind::stored : static_cast<EventKind>(r[6] & 3));
         Event& e = batch_.events[0];
         const Path p = path_of(r);
-        if (e.kind == EventKind::stored || e.kind == EventKind::removed) batch_.hashes.push_back(name(pod_of(r), p, 1, false));
+        if (e.kind == EventKind::stored || e.kind == EventKind::removed)
+            batch_.hashes.push_back(name(pod_of(r), p, 1, false));
         if (e.kind == EventKind::stored) {
             static const u64 sizes[8] = {0, 1, 3, 15, 24, 1ull << 32, ~0ull, 0x10000};
             e.block_size = sizes[r[7] & 7] * (r[7] >> 3 & 1 ? size_ : 1);
@@ -450,12 +465,14 @@ private:
     // ---- what must hold ---------------------------------------------------------------------------------------------
 
     void same(const Report& a, const Report& b) const {
-        bool equal = a.stored == b.stored && a.removed == b.removed && a.cleared == b.cleared && a.parked == b.parked && a.skipped == b.skipped && a.errors == b.errors;
+        bool equal = a.stored == b.stored && a.removed == b.removed && a.cleared == b.cleared && a.parked == b.parked &&
+                     a.skipped == b.skipped && a.errors == b.errors;
         for (u32 i = 0; i < kReasons; ++i) equal &= a.reasons[i] == b.reasons[i];
         if (!equal)
-            die("a report depends on other workers: stored " + std::to_string(a.stored) + "/" + std::to_string(b.stored) + ", removed " +
-                std::to_string(a.removed) + "/" + std::to_string(b.removed) + ", parked " + std::to_string(a.parked) + "/" + std::to_string(b.parked) +
-                ", skipped " + std::to_string(a.skipped) + "/" + std::to_string(b.skipped));
+            die("a report depends on other workers: stored " + std::to_string(a.stored) + "/" +
+                std::to_string(b.stored) + ", removed " + std::to_string(a.removed) + "/" + std::to_string(b.removed) +
+                ", parked " + std::to_string(a.parked) + "/" + std::to_string(b.parked) + ", skipped " +
+                std::to_string(a.skipped) + "/" + std::to_string(b.skipped));
     }
     void verify() {
         if (const std::string bad = all_->check(); !bad.empty()) die("check: " + bad);
@@ -467,8 +484,10 @@ private:
                 worst = std::max(worst, s.second.index->verdict(s.second.uid));
                 const std::vector<PodFigures> alone = s.second.index->pod_figures(s.second.uid);
                 for (const PodFigures& f : alone) {
-                    const auto it = std::find_if(figures.begin(), figures.end(), [&](const PodFigures& o) { return o.rank == f.rank; });
-                    if (it == figures.end() || it->blocks != f.blocks || it->parked != f.parked || it->state != f.state) die("figures depend on other workers");
+                    const auto it = std::find_if(figures.begin(), figures.end(),
+                                                 [&](const PodFigures& o) { return o.rank == f.rank; });
+                    if (it == figures.end() || it->blocks != f.blocks || it->parked != f.parked || it->state != f.state)
+                        die("figures depend on other workers");
                 }
             }
             if (all_->verdict(pods_[pod]) != worst) die("a verdict is not the worst of the ranks'");
@@ -526,7 +545,8 @@ private:
         p.adapter = q.lora;
         p.adapted = !q.lora.empty();
         // Keys that come from a payload are sound there, but may start with a name of its adapter: still sound here.
-        if (!read_extra(reinterpret_cast<const u8*>(q.extra.data()), q.extra.size(), q.salt, 1337, q.tokens.size() / size_, p))
+        if (!read_extra(reinterpret_cast<const u8*>(q.extra.data()), q.extra.size(), q.salt, 1337,
+                        q.tokens.size() / size_, p))
             die("extra keys of an event cannot be read as a prompt's");
     }
     Answer answer(const SharedIndex& ix, const MatchResult& m, u32 only, u32 blocks) const {
@@ -537,16 +557,21 @@ private:
             for (u32 p = 0; only == kNone && p < kPods; ++p)
                 if (pods_[p] == h.pod) pod = p;
             if (pod == kNone) die("an answer of a pod that is gone");
-            if (h.blocks == 0 || h.blocks > blocks) die("an answer of " + std::to_string(h.blocks) + " to " + std::to_string(blocks) + " blocks");
+            if (h.blocks == 0 || h.blocks > blocks)
+                die("an answer of " + std::to_string(h.blocks) + " to " + std::to_string(blocks) + " blocks");
             if (h.alone) a.insert({pod, h.rank, "*", h.blocks});
             if (h.alone || h.medium == kNone) best = std::max(best, h.blocks);
             a.insert({pod, h.rank, h.medium == kNone ? "*" : lower_case(ix.medium(h.medium)), h.blocks});
         }
-        if (m.best == kNone ? best != 0 : m.hits[m.best].blocks != best || !(m.hits[m.best].alone || m.hits[m.best].medium == kNone)) die("the best answer is not the best");
+        if (m.best == kNone
+                ? best != 0
+                : m.hits[m.best].blocks != best || !(m.hits[m.best].alone || m.hits[m.best].medium == kNone))
+            die("the best answer is not the best");
         return a;
     }
     static std::string lower_case(const std::string& s) { return lower(s.data(), s.size()); }
-    Answer matched(const SharedIndex& ix, const Prompt& p, u32 model, u32 only, PodNames* names = nullptr, bool only_exact = false) {
+    Answer matched(const SharedIndex& ix, const Prompt& p, u32 model, u32 only, PodNames* names = nullptr,
+                   bool only_exact = false) {
         ix.match(p, kModels[model], names, only_exact, true, out_);
         return answer(ix, out_, only, static_cast<u32>(p.n_tokens / size_));
     }
@@ -585,7 +610,8 @@ private:
             if (whole) lengths.insert(std::get<3>(l));
             // No medium alone gives more than all of them together.
             if (!whole && std::none_of(got.begin(), got.end(), [&](const Line& o) {
-                    return std::get<2>(o) == "*" && std::get<0>(o) == std::get<0>(l) && std::get<1>(o) == std::get<1>(l) && std::get<3>(o) >= std::get<3>(l);
+                    return std::get<2>(o) == "*" && std::get<0>(o) == std::get<0>(l) &&
+                           std::get<1>(o) == std::get<1>(l) && std::get<3>(o) >= std::get<3>(l);
                 }))
                 die("a medium alone gives more than all:" + text(got));
         }
@@ -608,13 +634,16 @@ private:
         std::printf("')\n");
     }
     void print(u32 pod, i64 rank, u32 model, const Event& e) const {
-        std::printf("event(%u, %lld, '%s', %d, %d, [", pod, static_cast<long long>(rank), kModels[model], static_cast<int>(e.kind), static_cast<int>(e.bad));
+        std::printf("event(%u, %lld, '%s', %d, %d, [", pod, static_cast<long long>(rank), kModels[model],
+                    static_cast<int>(e.kind), static_cast<int>(e.bad));
         for (u64 h : batch_.hashes) std::printf("%llu,", static_cast<unsigned long long>(h));
         std::printf("], %s, [", e.has_parent ? std::to_string(e.parent).c_str() : "None");
         for (u32 t : batch_.tokens) std::printf("%u,", t);
-        std::printf("], %llu, group=%s, medium=%s, kind=%s, window=%lld, lora=%s, salt=%s, extra='", static_cast<unsigned long long>(e.block_size),
-                    e.group < 0 ? "None" : std::to_string(e.group).c_str(), python(e.medium).c_str(), python(e.spec_kind).c_str(),
-                    static_cast<long long>(e.window), python(e.lora_name).c_str(), python(e.cache_salt).c_str());
+        std::printf("], %llu, group=%s, medium=%s, kind=%s, window=%lld, lora=%s, salt=%s, extra='",
+                    static_cast<unsigned long long>(e.block_size),
+                    e.group < 0 ? "None" : std::to_string(e.group).c_str(), python(e.medium).c_str(),
+                    python(e.spec_kind).c_str(), static_cast<long long>(e.window), python(e.lora_name).c_str(),
+                    python(e.cache_salt).c_str());
         for (char c : keys_) std::printf("%02x", static_cast<u8>(c));
         std::printf("')\n");
     }
@@ -689,7 +718,8 @@ void run_raw(World& world, const u8* p, std::size_t n) {
 extern "C" std::size_t LLVMFuzzerMutate(std::uint8_t* data, std::size_t size, std::size_t max_size);
 
 // Structured inputs: half of the time whole records are moved, copied, dropped or changed in place.
-extern "C" std::size_t LLVMFuzzerCustomMutator(std::uint8_t* data, std::size_t size, std::size_t max_size, unsigned seed) {
+extern "C" std::size_t LLVMFuzzerCustomMutator(std::uint8_t* data, std::size_t size, std::size_t max_size,
+                                               unsigned seed) {
     const std::size_t n = size / kRecord;
     if (n < 2 || !(data[0] & 1) || seed % 2) return LLVMFuzzerMutate(data, size, max_size);
     seed /= 2;
@@ -703,9 +733,7 @@ extern "C" std::size_t LLVMFuzzerCustomMutator(std::uint8_t* data, std::size_t s
     std::uint8_t copy[kRecord];
     std::memcpy(copy, from, kRecord);
     switch (draw(5)) {
-        case 0:
-            std::memmove(at, at + kRecord, rest - kRecord);
-            return size - kRecord;
+        case 0: std::memmove(at, at + kRecord, rest - kRecord); return size - kRecord;
         case 1:
             std::memcpy(data + (from - data), at, kRecord);
             std::memcpy(at, copy, kRecord);

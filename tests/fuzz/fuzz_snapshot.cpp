@@ -1,8 +1,9 @@
-// A fuzzer of snapshots: whatever a file says, it is refused, or it makes an index in which nothing is broken, now and later.
+// A fuzzer of snapshots: whatever a file says, it is refused,
+// or it makes an index in which nothing is broken, now and later.
 //
-// The input is a file; its size and its checksum are set right, so that what is tried is what the file says and not whether it is
-// damaged. What is accepted has to pass _check(), is used, has to pass again, can be saved and loaded once more, and leaves nothing behind
-// when its pods are gone.
+// The input is a file; its size and its checksum are set right, so that what is tried is what the file says and not
+// whether it is damaged. What is accepted has to pass _check(), is used, has to pass again, can be saved and loaded
+// once more, and leaves nothing behind when its pods are gone.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -24,7 +25,8 @@ void sound(SharedIndex& ix, const char* when) {
     if (!broken.empty()) die(std::string(when) + ": " + broken);
 }
 
-Event event(EventKind kind, Batch& b, std::vector<u64> hashes, std::vector<u32> tokens, u32 block_size, bool has_parent, u64 parent) {
+Event event(EventKind kind, Batch& b, std::vector<u64> hashes, std::vector<u32> tokens, u32 block_size, bool has_parent,
+            u64 parent) {
     Event e;
     e.kind = kind;
     e.hash_at = static_cast<u32>(b.hashes.size());
@@ -45,7 +47,8 @@ void use(SharedIndex& ix, u32 size) {
     for (u32 i = 0; i < 4 * size; ++i) tokens.push_back(7);
     b.events.push_back(event(EventKind::stored, b, {1000, 1001, 1002, 1003}, tokens, size, false, 0));
     b.events.push_back(event(EventKind::removed, b, {1, 2, 1001, 2000}, {}, 0, false, 0));
-    b.events.push_back(event(EventKind::stored, b, {2001, 2002}, std::vector<u32>(tokens.begin(), tokens.begin() + 2 * size), size, true, 2000));
+    b.events.push_back(event(EventKind::stored, b, {2001, 2002},
+                             std::vector<u32>(tokens.begin(), tokens.begin() + 2 * size), size, true, 2000));
     for (const auto& pod : ix.pods())
         for (const char* model : {"", "m"}) {
             Report r;
@@ -94,7 +97,8 @@ extern "C" int LLVMFuzzerTestOneInput(const u8* data, std::size_t n) {
     sound(second, "loaded again");
     SnapshotBytes third;
     second.save(third);
-    if (third.size() != again.size() || std::memcmp(third.data(), again.data(), again.size()) != 0) die("what was loaded is saved as something else");
+    if (third.size() != again.size() || std::memcmp(third.data(), again.data(), again.size()) != 0)
+        die("what was loaded is saved as something else");
     use(ix, h.block_size);
     sound(ix, "used");
     for (const auto& pod : ix.pods()) {

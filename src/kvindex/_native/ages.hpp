@@ -2,10 +2,11 @@
 //
 // When each chain was last stored to or matched, roughly: who goes first when there is too much.
 //
-// Time is cut into generations. Whoever touches a chain writes the generation's number into it, if another one stands there: that is all
-// that a reader ever writes, at most once per chain and generation. The lists that say who is oldest belong to the writer, and it puts a chain where its
-// number says only when it comes across it at the old end. So a touch costs a comparison, and finding the oldest is O(1) amortised: each
-// chain is moved at most once per generation in which something touched it.
+// Time is cut into generations. Whoever touches a chain writes the generation's number into it, if
+// another one stands there: that is all that a reader ever writes, at most once per chain and generation.
+// The lists that say who is oldest belong to the writer, and it puts a chain where its number says only
+// when it comes across it at the old end. So a touch costs a comparison, and finding the oldest is O(1)
+// amortised: each chain is moved at most once per generation in which something touched it.
 //
 // A parent is never older than its children: who touches a chain touches what it hangs on, too.
 #pragma once
@@ -32,7 +33,8 @@ public:
     Ages(const Ages&) = delete;
     Ages& operator=(const Ages&) = delete;
 
-    // Before the first item. span: seconds that the generations must be able to tell apart in steps of a hundredth, or 0.
+    // Before the first item. span: seconds that the generations
+    // must be able to tell apart in steps of a hundredth, or 0.
     void open(double span) {
         rings_ = new Ring[kRings];
         m_.add(sizeof(Ring) * kRings);
@@ -53,7 +55,8 @@ public:
     }
     // Where everything that readers may not write is read too; any number of them at once.
     void seen(const Age& age) const {
-        if (__atomic_load_n(&age.touched, __ATOMIC_RELAXED) != now_) __atomic_store_n(&age.touched, now_, __ATOMIC_RELAXED);
+        if (__atomic_load_n(&age.touched, __ATOMIC_RELAXED) != now_)
+            __atomic_store_n(&age.touched, now_, __ATOMIC_RELAXED);
     }
     bool fresh(u32 id) const { return __atomic_load_n(&items_[id].age.touched, __ATOMIC_RELAXED) == now_; }
     // What the writer touches is the newest at once.
@@ -87,7 +90,8 @@ public:
     double next_step() const { return rings_[slot(now_)].began + step_; }
     double began_oldest() const { return rings_[slot(oldest_)].began; }
 
-    // The one that was touched longest ago, or kNone. Of two in one generation, the one that was so in the one before, or came first.
+    // The one that was touched longest ago, or kNone.
+    // Of two in one generation, the one that was so in the one before, or came first.
     u32 oldest() {
         for (;;) {
             const u32 end = kSentinel + slot(oldest_), id = at(end).newer;
@@ -111,7 +115,9 @@ public:
     }
 
     // For _check().
-    bool younger(u32 id, u32 than) const { return on() && now_ - items_[id].age.touched < now_ - items_[than].age.touched; }
+    bool younger(u32 id, u32 than) const {
+        return on() && now_ - items_[id].age.touched < now_ - items_[than].age.touched;
+    }
     // For _check(): how many are in the lists; false if a list is broken.
     bool count(u32& n) const {
         n = 0;

@@ -1,5 +1,6 @@
-// Chains: content stored once. A chain is a run of blocks, each the child of the one before; it hangs below a block of its parent chain,
-// and forks only where content does. Which holders have which blocks is kept as runs over interned sets.
+// Chains: content stored once. A chain is a run of blocks, each the child of the
+// one before; it hangs below a block of its parent chain, and forks only where
+// content does. Which holders have which blocks is kept as runs over interned sets.
 #pragma once
 
 #include "ages.hpp"
@@ -10,9 +11,9 @@ namespace kvindex {
 inline constexpr u32 kPageBlocks = 8;
 inline constexpr u32 kPageShift = 3;
 
-// Eight blocks: one cache line of prefix hashes, which is all that a match reads, and one of the engine hashes that name them.
-// Small pages rather than one array per chain: appending never copies, a block's reference never changes while its chain grows,
-// and the mean loss at both ends of a chain is one page.
+// Eight blocks: one cache line of prefix hashes, which is all that a match reads, and one of the engine hashes that
+// name them. Small pages rather than one array per chain: appending never copies, a block's reference never changes
+// while its chain grows, and the mean loss at both ends of a chain is one page.
 struct alignas(64) Page {
     u64 prefix[kPageBlocks];
     u64 name[kPageBlocks];
@@ -40,7 +41,9 @@ public:
 
     T& operator[](u32 id) { return slabs_[id >> 6]->items[id & 63]; }
     const T& operator[](u32 id) const { return slabs_[id >> 6]->items[id & 63]; }
-    bool alive(u32 id) const { return (id >> 6) < slabs_.size() && slabs_[id >> 6] && !(slabs_[id >> 6]->free >> (id & 63) & 1); }
+    bool alive(u32 id) const {
+        return (id >> 6) < slabs_.size() && slabs_[id >> 6] && !(slabs_[id >> 6]->free >> (id & 63) & 1);
+    }
     u32 size() const { return n_; }
     // How many bytes more it takes to have so many items more.
     std::size_t growth(u32 more) const {
@@ -86,7 +89,8 @@ public:
     void each(F&& f) const {
         for (u32 s = 0; s < slabs_.size(); ++s)
             if (slabs_[s])
-                for (u64 used = ~slabs_[s]->free; used; used &= used - 1) f(s * 64 + static_cast<u32>(__builtin_ctzll(used)));
+                for (u64 used = ~slabs_[s]->free; used; used &= used - 1)
+                    f(s * 64 + static_cast<u32>(__builtin_ctzll(used)));
     }
 
 private:
@@ -138,8 +142,8 @@ struct OwnNames {
     Buf<u64> ids;
 };
 
-// "No name" in a page or in OwnNames, and "this worker knows the block, but has no name for it". Both are legal engine hashes too:
-// whoever reads one asks the table of names before believing it.
+// "No name" in a page or in OwnNames, and "this worker knows the block, but has no name for it". Both are legal engine
+// hashes too: whoever reads one asks the table of names before believing it.
 inline constexpr u64 kNoName = 0x9B1D5A3C77E0F24Bull;
 inline constexpr u64 kNameless = 0x64E2A5C3881F0DB4ull;
 
@@ -182,7 +186,8 @@ public:
     u64 blocks() const { return blocks_; }
     Ages<Pool<Chain>>& ages() { return ages_; }
     const Ages<Pool<Chain>>& ages() const { return ages_; }
-    // How many bytes more so many blocks more in so many chains more would take at most, without what is kept of a chain's length.
+    // How many bytes more so many blocks more in so many chains more would take at most,
+    // without what is kept of a chain's length.
     std::size_t growth(u32 blocks, u32 chains) const {
         const u32 pages = blocks / kPageBlocks + 2;
         return pages_.growth(pages) + homes_.growth(pages) + chains_.growth(chains);
@@ -193,7 +198,9 @@ public:
     }
 
     // A block's reference: 32 bits that stay the same as long as the block exists.
-    u32 ref(const Chain& c, u32 depth) const { return c.pages[(depth >> kPageShift) - (c.base >> kPageShift)] * kPageBlocks + (depth & (kPageBlocks - 1)); }
+    u32 ref(const Chain& c, u32 depth) const {
+        return c.pages[(depth >> kPageShift) - (c.base >> kPageShift)] * kPageBlocks + (depth & (kPageBlocks - 1));
+    }
     u32 ref(Pos p) const { return ref(chains_[p.chain], p.depth); }
     Pos pos(u32 ref) const {
         const PageHome& h = homes_[ref >> kPageShift];
@@ -204,8 +211,11 @@ public:
     u64 prefix(u32 ref) const { return pages_[ref >> kPageShift].prefix[ref & (kPageBlocks - 1)]; }
     u64 prefix(Pos p) const { return prefix(ref(p)); }
     u64 head(u32 c) const { return prefix(ref(chains_[c], chains_[c].base)); }
-    // The part of a page that belongs to the chain from `depth` on: a pointer to its prefix hashes, and how many there are.
-    const Page& page(const Chain& c, u32 depth) const { return pages_[c.pages[(depth >> kPageShift) - (c.base >> kPageShift)]]; }
+    // The part of a page that belongs to the chain from `depth` on:
+    // a pointer to its prefix hashes, and how many there are.
+    const Page& page(const Chain& c, u32 depth) const {
+        return pages_[c.pages[(depth >> kPageShift) - (c.base >> kPageShift)]];
+    }
 
     // Asks for pages of prefix hashes ahead of their use.
     void prefetch(const Chain& c, u32 from, u32 to) const {
@@ -236,7 +246,8 @@ public:
         c.pages.reserve(m_, need);
         while (c.pages.size() < need) {
             const u32 p = pages_.take();
-            if (const u32 h = homes_.take(); h != p) __builtin_trap();  // both pools give the same ids for the same calls
+            if (const u32 h = homes_.take(); h != p)
+                __builtin_trap();  // both pools give the same ids for the same calls
             homes_[p] = {id, (c.base >> kPageShift) + c.pages.size()};
             c.pages.push(m_, p);
         }
@@ -327,8 +338,9 @@ public:
         if (stop - lo > fresh_.size()) c.runs.trim(m_);
     }
 
-    // Moves all of `kid`, which starts where `id` ends, to the end of `id`. moved(from_ref, to_ref) is told of every block whose
-    // reference changes: at most those of one page. Names, kids and own names have been seen to by the caller.
+    // Moves all of `kid`, which starts where `id` ends, to the end of `id`.
+    // moved(from_ref, to_ref) is told of every block whose reference changes: at most
+    // those of one page. Names, kids and own names have been seen to by the caller.
     template <class F>
     void join(u32 id, u32 kid, F&& moved) {
         Chain& c = chains_[id];
@@ -336,7 +348,8 @@ public:
         u32 i = 0;
         if (k.base & (kPageBlocks - 1)) {
             const u32 from = k.pages[0], to = c.pages.back();
-            const u32 stop = k.end() < ((k.base | (kPageBlocks - 1)) + 1) ? ((k.end() - 1) & (kPageBlocks - 1)) + 1 : kPageBlocks;
+            const u32 stop =
+                k.end() < ((k.base | (kPageBlocks - 1)) + 1) ? ((k.end() - 1) & (kPageBlocks - 1)) + 1 : kPageBlocks;
             for (u32 s = k.base & (kPageBlocks - 1); s < stop; ++s) {
                 pages_[to].prefix[s] = pages_[from].prefix[s];
                 pages_[to].name[s] = pages_[from].name[s];

@@ -15,7 +15,8 @@ inline std::string Index::check() const {
         return bad.str();
     };
     u64 blocks = 0;
-    std::vector<u64> refs(1, 0), held(holders_.size(), 0), own(workers_.size(), 0), names(spaces_.size(), 0), heads(spaces_.size(), 0);
+    std::vector<u64> refs(1, 0), held(holders_.size(), 0), own(workers_.size(), 0), names(spaces_.size(), 0),
+        heads(spaces_.size(), 0);
     std::vector<std::unordered_map<u64, u32>> kids(workers_.size()), chains(workers_.size());
     std::unordered_map<u32, u32> set_refs;
     std::string error;
@@ -25,23 +26,28 @@ inline std::string Index::check() const {
         if (!c.len || c.runs.empty()) return void(error = fail("empty chain", id, c.len));
         blocks += c.len;
         ++heads[c.space];
-        if (spaces_[c.space].heads.find(chains_.head(id), [&](u32 k) { return k == id; }) != id) return void(error = fail("chain without head entry", id, c.base));
+        if (spaces_[c.space].heads.find(chains_.head(id), [&](u32 k) { return k == id; }) != id)
+            return void(error = fail("chain without head entry", id, c.base));
         if (c.parent != kNone) {
             if (!chains_.alive(c.parent)) return void(error = fail("parent chain is gone", id, c.parent));
             const Chain& p = chains_[c.parent];
-            if (c.base <= p.base || c.base > p.end() || p.space != c.space) return void(error = fail("chain hangs outside its parent", id, c.parent));
+            if (c.base <= p.base || c.base > p.end() || p.space != c.space)
+                return void(error = fail("chain hangs outside its parent", id, c.parent));
         } else if (c.base) {
             return void(error = fail("root chain does not start at 0", id, c.base));
         }
         u32 n = 0;
         for (u32 k = c.first_kid, last = kNone; k != kNone; last = k, k = chains_[k].kid_after, ++n)
-            if (!chains_.alive(k) || chains_[k].parent != id || chains_[k].kid_before != last) return void(error = fail("broken list of children", id, k));
+            if (!chains_.alive(k) || chains_[k].parent != id || chains_[k].kid_before != last)
+                return void(error = fail("broken list of children", id, k));
         if (n != c.kids) return void(error = fail("wrong number of children", id, n));
-        if (c.pages.size() != ((c.end() - 1) >> kPageShift) - (c.base >> kPageShift) + 1) return void(error = fail("wrong number of pages", id, c.pages.size()));
+        if (c.pages.size() != ((c.end() - 1) >> kPageShift) - (c.base >> kPageShift) + 1)
+            return void(error = fail("wrong number of pages", id, c.pages.size()));
         for (u32 r = 0; r < c.runs.size(); ++r) {
             const Run& run = c.runs[r];
             ++set_refs[run.set];
-            if (r == 0 ? run.start != c.base : run.start <= c.runs[r - 1].start) return void(error = fail("runs out of order", id, r));
+            if (r == 0 ? run.start != c.base : run.start <= c.runs[r - 1].start)
+                return void(error = fail("runs out of order", id, r));
             if (r && run.set == c.runs[r - 1].set) return void(error = fail("equal runs not joined", id, r));
             if (run.start >= c.end()) return void(error = fail("run beyond the chain", id, r));
             if (run.set == kEmptySet) return void(error = fail("blocks that nobody knows", id, run.start));
@@ -60,21 +66,25 @@ inline std::string Index::check() const {
             const u64 name = chains_.name(ref);
             if (name == kNoName) continue;
             ++names[c.space];
-            if (!spaces_[c.space].names.contains(name, ref)) return void(error = fail("name is not in the table", id, d));
+            if (!spaces_[c.space].names.contains(name, ref))
+                return void(error = fail("name is not in the table", id, d));
         }
         for (u32 i = 0; i < c.own.size(); ++i) {
             const OwnNames& o = c.own[i];
             if (i && o.worker <= c.own[i - 1].worker) return void(error = fail("own names out of order", id, o.worker));
-            if (o.worker >= workers_.size() || !workers_[o.worker]) return void(error = fail("own names of a dead worker", id, o.worker));
+            if (o.worker >= workers_.size() || !workers_[o.worker])
+                return void(error = fail("own names of a dead worker", id, o.worker));
             u32 used = 0;
             for (u32 k = 0; k < o.ids.size(); ++k) {
                 if (o.ids[k] == kNoName) continue;
                 ++used;
                 const u32 d = o.start + k;
-                if (d < c.base || d >= c.end() || !knows(*workers_[o.worker], chains_.set_at(c, d))) return void(error = fail("own name of an unknown block", id, d));
+                if (d < c.base || d >= c.end() || !knows(*workers_[o.worker], chains_.set_at(c, d)))
+                    return void(error = fail("own name of an unknown block", id, d));
                 if (o.ids[k] == kNameless) continue;
                 ++own[o.worker];
-                if (!workers_[o.worker]->own.contains(o.ids[k], chains_.ref(c, d))) return void(error = fail("own name is not in the table", id, d));
+                if (!workers_[o.worker]->own.contains(o.ids[k], chains_.ref(c, d)))
+                    return void(error = fail("own name is not in the table", id, d));
             }
             if (used != o.used || !used) return void(error = fail("own names miscounted", id, o.worker));
         }
@@ -86,7 +96,8 @@ inline std::string Index::check() const {
         if (heads[s] != spaces_[s].heads.size()) return fail("heads miscounted", heads[s], spaces_[s].heads.size());
     }
     sets_.each_live([&](u32 set, u32 n) {
-        if (set != kEmptySet && (n != set_refs[set] || !sets_.interned(set))) error = fail("set miscounted or not interned", set, n);
+        if (set != kEmptySet && (n != set_refs[set] || !sets_.interned(set)))
+            error = fail("set miscounted or not interned", set, n);
     });
     if (!error.empty()) return error;
     for (const auto& s : set_refs)
@@ -94,9 +105,11 @@ inline std::string Index::check() const {
     if (sets_.live() != set_refs.size() + 1) return fail("set that nothing uses", sets_.live(), set_refs.size());
 
     u32 listed = 0;
-    if (!chains_.ages().count(listed) || (chains_.ages().on() && listed != chains_.count())) return fail("lists of ages are wrong", listed, chains_.count());
+    if (!chains_.ages().count(listed) || (chains_.ages().on() && listed != chains_.count()))
+        return fail("lists of ages are wrong", listed, chains_.count());
     chains_.each([&](u32 id) {
-        if (chains_[id].parent != kNone && chains_.ages().younger(id, chains_[id].parent)) error = fail("touched after its parent", id, chains_[id].parent);
+        if (chains_[id].parent != kNone && chains_.ages().younger(id, chains_[id].parent))
+            error = fail("touched after its parent", id, chains_[id].parent);
     });
     if (!error.empty()) return error;
 
@@ -107,34 +120,44 @@ inline std::string Index::check() const {
         const Worker& w = *workers_[id];
         if (own[id] != w.own.size()) return fail("own names miscounted", own[id], w.own.size());
         fixed += kWorkerBytes + sizeof(Group) * w.groups.size();
-        if (w.shed && (w.lot || !w.sticky)) return fail("something waits for what was shed, or it goes unsaid", id, w.parked());
+        if (w.shed && (w.lot || !w.sticky))
+            return fail("something waits for what was shed, or it goes unsaid", id, w.parked());
         for (u32 h : w.holders)
             if (holders_[h].worker != id || held[h] != holders_[h].blocks) return fail("holder miscounted", h, held[h]);
-        if (w.ghost != kNone && held[w.ghost] != holders_[w.ghost].blocks) return fail("remembered blocks miscounted", w.ghost, held[w.ghost]);
-        if (w.guess != kNone && held[w.guess] != holders_[w.guess].blocks) return fail("guessed blocks miscounted", w.guess, held[w.guess]);
+        if (w.ghost != kNone && held[w.ghost] != holders_[w.ghost].blocks)
+            return fail("remembered blocks miscounted", w.ghost, held[w.ghost]);
+        if (w.guess != kNone && held[w.guess] != holders_[w.guess].blocks)
+            return fail("guessed blocks miscounted", w.guess, held[w.guess]);
         std::vector<u64> mask;
         for (u32 h : w.holders) set_bit(mask, h, true);
         if (w.ghost != kNone) set_bit(mask, w.ghost, true);
         for (u32 i = 0; i < std::max(mask.size(), w.mask.size()); ++i)
-            if ((i < mask.size() ? mask[i] : 0) != (i < w.mask.size() ? w.mask[i] : 0)) return fail("mask is wrong", id, i);
+            if ((i < mask.size() ? mask[i] : 0) != (i < w.mask.size() ? w.mask[i] : 0))
+                return fail("mask is wrong", id, i);
         if (face_of(w) != w.face) return fail("worker sorted wrongly", id, w.face);
-        const auto bit = [](const std::vector<u64>& mask, u32 h) { return (h >> 6) < mask.size() && (mask[h >> 6] >> (h & 63) & 1); };
+        const auto bit = [](const std::vector<u64>& mask, u32 h) {
+            return (h >> 6) < mask.size() && (mask[h >> 6] >> (h & 63) & 1);
+        };
         std::vector<u32> all = w.holders;
         if (w.guess != kNone) all.push_back(w.guess);
         for (u32 h : all) {
             if (bit(simple_, h) != (h == w.face)) return fail("face is not the bit that says all", id, h);
             const bool stands = w.face != kNone && h == w.guess && h != w.face;
-            if (bit(guessed_, h) != stands || (stands && stands_for_[h] != w.face)) return fail("guess stands for the wrong holder", id, h);
+            if (bit(guessed_, h) != stands || (stands && stands_for_[h] != w.face))
+                return fail("guess stands for the wrong holder", id, h);
         }
         if (w.face != kNone) {
             const Face& f = faces_[w.face];
             const Holder& h = holders_[w.face];
-            if (f.pod != pods_[w.pod].uid || static_cast<i64>(f.rank) != w.rank || f.medium != h.medium || f.factor != h.factor || f.verdict != pods_[w.pod].verdict)
+            if (f.pod != pods_[w.pod].uid || static_cast<i64>(f.rank) != w.rank || f.medium != h.medium ||
+                f.factor != h.factor || f.verdict != pods_[w.pod].verdict)
                 return fail("face is not the worker's", id, w.face);
         }
         const std::vector<u32>& hybrids = spaces_[w.space].hybrids;
         const bool listed = w.in_hybrid_list != kNone;
-        if (listed != (w.face == kNone && (!w.holders.empty() || w.guess != kNone)) || (listed && hybrids[w.in_hybrid_list] != id)) return fail("list of hybrids is wrong", id, listed);
+        if (listed != (w.face == kNone && (!w.holders.empty() || w.guess != kNone)) ||
+            (listed && hybrids[w.in_hybrid_list] != id))
+            return fail("list of hybrids is wrong", id, listed);
 
         std::map<u64, u32> known_chains, known_kids;
         chains_.each([&](u32 chain) {
@@ -150,7 +173,8 @@ inline std::string Index::check() const {
             ++known_chains[chain];
             if (c.parent == kNone) return;
             ++known_kids[kid_key(c.parent, c.base - 1)];
-            if (!knows(w, set_at({c.parent, c.base - 1}))) error = fail("knows a chain but not its parent", chain, c.parent);
+            if (!knows(w, set_at({c.parent, c.base - 1})))
+                error = fail("knows a chain but not its parent", chain, c.parent);
         });
         if (!error.empty()) return error;
         std::map<u64, u32> got;
@@ -176,7 +200,8 @@ inline std::string Index::check() const {
                 for (u32 h : w.holders) {
                     const bool bit = sets_.has(set, h);
                     if ((d + 1) % holders_[h].factor) {
-                        if (bit != child_has(w, p, h)) return fail("part of an engine block disagrees with its end", chain, d);
+                        if (bit != child_has(w, p, h))
+                            return fail("part of an engine block disagrees with its end", chain, d);
                         continue;
                     }
                     if (list == w.copies.end()) {
@@ -192,7 +217,8 @@ inline std::string Index::check() const {
         for (const auto& list : w.copies) {
             if (!chains_.alive(chains_.pos(list.first).chain)) return fail("copies of a dead block", id, list.first);
             for (const Copy& x : list.second)
-                if (x.holder == kNone && (!w.second.count(x.id) || w.second.at(x.id) != list.first)) return fail("second name is lost", id, x.id);
+                if (x.holder == kNone && (!w.second.count(x.id) || w.second.at(x.id) != list.first))
+                    return fail("second name is lost", id, x.id);
         }
         for (const auto& s : w.second)
             if (!w.copies.count(s.second)) return fail("second name without copies", id, s.first);
@@ -206,17 +232,22 @@ inline std::string Index::check() const {
                 u32 left = 0;
                 for (u32 i = 0; i < p.ids.size(); ++i, ++entries) {
                     left += p.live[i];
-                    const auto at = lot.by_id.find(ParkedHash{p.ids[i], !p.live[i], tier.medium, tier.group, rec.first});
-                    if (at == lot.by_id.end() || at->second != i) return fail("parked block is not in the table", id, rec.first);
+                    const auto at =
+                        lot.by_id.find(ParkedHash{p.ids[i], !p.live[i], tier.medium, tier.group, rec.first});
+                    if (at == lot.by_id.end() || at->second != i)
+                        return fail("parked block is not in the table", id, rec.first);
                 }
-                if (!lot.waiting.count({p.waits_for, rec.first})) return fail("parked record waits for nothing", id, rec.first);
-                if (left != p.left || lot.dead.count(rec.first) != (left == 0)) return fail("parked record miscounted", id, rec.first);
+                if (!lot.waiting.count({p.waits_for, rec.first}))
+                    return fail("parked record waits for nothing", id, rec.first);
+                if (left != p.left || lot.dead.count(rec.first) != (left == 0))
+                    return fail("parked record miscounted", id, rec.first);
                 n += left;
                 lots += weight(p);
                 dead += left == 0;
             }
             if (n != lot.hashes || lot.records.empty()) return fail("parked blocks miscounted", id, n);
-            if (entries != lot.by_id.size() || dead != lot.dead.size() || lot.records.size() != lot.waiting.size()) return fail("parking lot's tables are wrong", id, entries);
+            if (entries != lot.by_id.size() || dead != lot.dead.size() || lot.records.size() != lot.waiting.size())
+                return fail("parking lot's tables are wrong", id, entries);
             parked += n;
         }
     }

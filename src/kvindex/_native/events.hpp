@@ -200,7 +200,7 @@ inline bool fold_hash(const MsgValue& v, uint64_t& hash) {
 // fault); what is merely wrong with one field is kept in bad_ and judged when the event's type is known: a map may name
 // its type last, and what is wrong with a field that this type does not have is nobody's business.
 class BatchDecoder {
-  public:
+public:
     BatchDecoder(const uint8_t* p, size_t n, Batch& out) : r_(p, n), out_(out) {}
 
     bool batch() {
@@ -224,7 +224,7 @@ class BatchDecoder {
 
     const MsgReader& reader() const { return r_; }
 
-  private:
+private:
     bool batch_map(uint32_t pairs, const uint8_t* map_at) {
         bool has_ts = false;
         bool has_events = false;

@@ -97,8 +97,8 @@ public:
     const std::vector<u64>& guessed() const { return guessed_; }
     const Face& face(u32 holder) const { return faces_[holder]; }
     u32 stands_for(u32 guess) const { return stands_for_[guess]; }
-    // The holder whose bit says all of the worker, or kNone if its groups and media must be looked at. A guess says "GPU", so beside
-    // copies on the GPU it is one more bit for the same.
+    // The holder whose bit says all of the worker, or kNone if its groups and media must be looked at. A guess says
+    // "GPU", so beside copies on the GPU it is one more bit for the same.
     u32 face_of(const Worker& w) const {
         if (w.holders.empty()) return w.groups.empty() ? w.guess : kNone;
         if (w.holders.size() != 1 || w.groups.size() != 1 || w.groups[0].kind != Attention::full) return kNone;
@@ -275,9 +275,11 @@ protected:
         free_workers_.push_back(id);
     }
 
-    // What streams make and nothing but a clear or the pod's end takes away: in a bounded index it must not be all there is room for.
-    static constexpr std::size_t kWorkerBytes = sizeof(Worker) + sizeof(void*) + 64;  // with its places in pods and lists
-    static constexpr std::size_t kHolderBytes = sizeof(Holder) + 64;                  // with its places in masks and lists
+    // What streams make and nothing but a clear or the pod's end takes away:
+    // in a bounded index it must not be all there is room for.
+    static constexpr std::size_t kWorkerBytes =
+        sizeof(Worker) + sizeof(void*) + 64;                          // with its places in pods and lists
+    static constexpr std::size_t kHolderBytes = sizeof(Holder) + 64;  // with its places in masks and lists
     void charge(std::size_t n) {
         mem_.add(n);
         fixed_ += n;
@@ -291,8 +293,8 @@ protected:
         w.groups.clear();
     }
 
-    // No two indexes have a version in common: a filter that was compiled for one must not be taken for another's, such as one that
-    // was loaded in its place.
+    // No two indexes have a version in common: a filter that was compiled for one must not be taken for another's,
+    // such as one that was loaded in its place.
     static u64 first_version() {
         static std::atomic<u64> made{0};
         return ++made << 32;
@@ -310,8 +312,8 @@ protected:
     std::vector<Holder> holders_;
     std::vector<u32> free_holders_;
     std::vector<u64> simple_, guessed_;
-    std::vector<Face> faces_;       // by holder
-    std::vector<u32> stands_for_;   // by guess: the holder
+    std::vector<Face> faces_;      // by holder
+    std::vector<u32> stands_for_;  // by guess: the holder
     std::vector<Space> spaces_;
     std::unordered_map<std::string, u32> space_ids_;
     u64 pods_version_ = first_version();

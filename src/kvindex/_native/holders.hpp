@@ -1,5 +1,5 @@
-// Holder sets: interned bitsets over dense holder ids. Equal sets have equal ids, so a run of blocks stores one number, and a walk
-// looks into a set only where the number changes.
+// Holder sets: interned bitsets over dense holder ids. Equal sets have equal ids, so a run of blocks stores one number,
+// and a walk looks into a set only where the number changes.
 #pragma once
 
 #include "table.hpp"
@@ -38,10 +38,12 @@ public:
         if (--recs_[set].refs == 0 && set != kEmptySet) drop(set);
     }
 
-    // The set without holder `less` and with holder `plus` (kNone for neither). The answer may be new and unreferenced: the caller refs it.
+    // The set without holder `less` and with holder `plus` (kNone for neither).
+    // The answer may be new and unreferenced: the caller refs it.
     u32 change(u32 set, u32 less, u32 plus) {
         Memo& memo = memo_at(set, less, plus);
-        if (memo.set == set && memo.less == less && memo.plus == plus && memo.from_gen == recs_[set].gen && memo.to_gen == recs_[memo.to].gen)
+        if (memo.set == set && memo.less == less && memo.plus == plus && memo.from_gen == recs_[set].gen &&
+            memo.to_gen == recs_[memo.to].gen)
             return memo.to;
         load(set, plus == kNone ? 0 : (plus >> 6) + 1);
         if (less != kNone && (less >> 6) < scratch_.size()) scratch_[less >> 6] &= ~(1ull << (less & 63));
@@ -110,10 +112,12 @@ private:
             if (!memo_) throw std::bad_alloc();
             for (u32 i = 0; i < kMemo; ++i) memo_[i] = Memo{kNone, kNone, kNone, 0, 0, 0};
         }
-        const u64 h = (static_cast<u64>(set) * 0x9E3779B97F4A7C15ull) ^ (static_cast<u64>(less) * 0xC2B2AE3D27D4EB4Full) ^
+        const u64 h = (static_cast<u64>(set) * 0x9E3779B97F4A7C15ull) ^
+                      (static_cast<u64>(less) * 0xC2B2AE3D27D4EB4Full) ^
                       (static_cast<u64>(plus) * 0x165667B19E3779F9ull);
         Memo& memo = memo_[(h >> 32) & (kMemo - 1)];
-        if (memo.to >= recs_.size() || (memo.set != kNone && memo.set >= recs_.size())) memo = Memo{kNone, kNone, kNone, 0, 0, 0};
+        if (memo.to >= recs_.size() || (memo.set != kNone && memo.set >= recs_.size()))
+            memo = Memo{kNone, kNone, kNone, 0, 0, 0};
         return memo;
     }
     void load(u32 set, u32 at_least) {
@@ -133,7 +137,8 @@ private:
         return h;
     }
     u32 find(const u64* w, u32 n) const {
-        return table_.find(digest(w, n), [&](u32 s) { return recs_[s].n == n && std::memcmp(recs_[s].w, w, sizeof(u64) * n) == 0; });
+        return table_.find(digest(w, n),
+                           [&](u32 s) { return recs_[s].n == n && std::memcmp(recs_[s].w, w, sizeof(u64) * n) == 0; });
     }
     u32 intern() {
         u32 n = scratch_.size();

@@ -2,9 +2,9 @@
 //
 // The index: events in, chains and holder sets changed. Matching reads what it keeps (match.hpp).
 //
-// It is built in layers, each of which uses only those below: who is there (fleet.hpp), what each worker knows (knowledge.hpp), how blocks
-// are put into their place (placing.hpp), what waits for a place (parking.hpp), what goes when there is too much (shedding.hpp), and here
-// what events mean.
+// It is built in layers, each of which uses only those below: who is there (fleet.hpp), what each worker knows
+// (knowledge.hpp), how blocks are put into their place (placing.hpp), what waits for a place (parking.hpp), what goes
+// when there is too much (shedding.hpp), and here what events mean.
 #pragma once
 
 #include <algorithm>
@@ -30,7 +30,8 @@ public:
     u64 seed() const { return seed_; }
 
     // A batch of this stream has been applied. `clean`: whatever was lost before it does not matter any more.
-    void advance(u32 pod, i64 rank, const std::string& model, u64 seq, double ts, u64 fingerprint, bool clean, bool lost) {
+    void advance(u32 pod, i64 rank, const std::string& model, u64 seq, double ts, u64 fingerprint, bool clean,
+                 bool lost) {
         std::map<i64, Position>& all = pods_[pod].positions;
         const auto it = all.find(rank);
         const bool whole = it == all.end() ? seq == 0 : it->second.whole && seq == it->second.seq + 1;
@@ -72,11 +73,12 @@ public:
         }
     }
 
-    // ---- events -----------------------------------------------------------------------------------------------------------------
+    // ---- events -----------------------------------------------------------------------------------------------------
 
     // One event of one stream. Never throws for what an engine may send; what could not be applied is in the report.
     void apply(u32 pod, i64 rank, const std::string& model, const Batch& b, const Event& e, Report& r) {
-        if (e.kind == EventKind::stored && !admits(kWorkerBytes) && find_worker(pod, rank, find_space(model)) == kNone) {
+        if (e.kind == EventKind::stored && !admits(kWorkerBytes) &&
+            find_worker(pod, rank, find_space(model)) == kNone) {
             r.skip(Reason::over_budget, e.bad == Reason::none ? e.n_hashes : 1);
             fall_short(pod, kNone);
             return;
@@ -138,15 +140,19 @@ public:
         judge(pod);
     }
 
-    // ---- figures ----------------------------------------------------------------------------------------------------------------
+    // ---- figures ----------------------------------------------------------------------------------------------------
 
     struct Figures {
         u64 blocks, chains, sets, holders, pods, workers, parked, guesses, bytes;
         u64 shed_blocks, shed_chains, shed_parked, shed_guesses, expired_blocks, expired_chains, expired_guesses;
     };
     Figures figures() const {
-        return {chains_.blocks(), chains_.count(), sets_.live(), holders_.size() - free_holders_.size(), pod_ids_.size(), workers_.size() - free_workers_.size(), parked_,
-                guesses_.size(), mem_.bytes, shed().blocks, shed().chains, shed().parked, shed().guesses, expired().blocks, expired().chains, expired().guesses};
+        // clang-format off
+        return {chains_.blocks(), chains_.count(), sets_.live(), holders_.size() - free_holders_.size(), pod_ids_.size(),
+                workers_.size() - free_workers_.size(), parked_, guesses_.size(), mem_.bytes,
+                shed().blocks, shed().chains, shed().parked, shed().guesses,
+                expired().blocks, expired().chains, expired().guesses};
+        // clang-format on
     }
     // Walks everything and returns the first broken invariant, or an empty string. O(size of the index).
     std::string check() const;
@@ -158,7 +164,7 @@ private:
     // The two marks of pages are not available as names; 2^-63 by chance, and then a neighbour's name.
     static u64 name_of(u64 id) { return id == kNoName || id == kNameless ? id + 1 : id; }
 
-    // ---- stored -----------------------------------------------------------------------------------------------------------------
+    // ---- stored -----------------------------------------------------------------------------------------------------
 
     void stored(u32 id, const Batch& b, const Event& e, Report& r) {
         Worker& w = *workers_[id];
@@ -197,7 +203,8 @@ private:
         const bool whole = !bare && e.n_tokens == static_cast<u64>(e.n_hashes) * e.block_size;
         u32 n = first_repeat(ids_.data(), e.n_hashes);
         // A block below itself: what repeats the parent is a repeat as much as what repeats a sibling.
-        if (whole && e.has_parent) n = static_cast<u32>(std::find(ids_.begin(), ids_.begin() + n, name_of(e.parent)) - ids_.begin());
+        if (whole && e.has_parent)
+            n = static_cast<u32>(std::find(ids_.begin(), ids_.begin() + n, name_of(e.parent)) - ids_.begin());
         if (n < e.n_hashes) {
             r.skip(Reason::duplicate_hash, e.n_hashes - n);
             spoil(id);
@@ -212,9 +219,11 @@ private:
         const u32 medium = media_.id(e.medium.p, e.medium.n);
         const u32 h = holder_for(id, medium, g, factor);
         refresh(id);
-        // All its blocks masked: that the group exists is all there is to learn, and it limits what the worker can reuse.
+        // All its blocks masked: that the group exists is all there is to learn,
+        // and it limits what the worker can reuse.
         if (n == 0) return;
-        if (over_limit(w.pod, static_cast<u64>(n) * factor)) return turn_away(id, ids_.data(), n, Reason::over_limit, r);
+        if (over_limit(w.pod, static_cast<u64>(n) * factor))
+            return turn_away(id, ids_.data(), n, Reason::over_limit, r);
         if (!make_room_for(id, e, n, factor, whole)) return turn_away(id, ids_.data(), n, Reason::over_budget, r);
         if (!whole) {
             for (u32 i = 0; i < n; ++i) place_known(id, h, ids_[i], r);
@@ -248,8 +257,8 @@ private:
                 break;
         }
     }
-    // Whether so many blocks more are more than this pod may have. What it re-announces counts as new, and what waits as if it were
-    // placed, which it will be without being asked again.
+    // Whether so many blocks more are more than this pod may have. What it re-announces counts as new, and what waits
+    // as if it were placed, which it will be without being asked again.
     bool over_limit(u32 pod, u64 more) const {
         const Pod& p = pods_[pod];
         if (p.max_blocks == 0) return false;
@@ -266,7 +275,8 @@ private:
         // What is announced by name alone costs a place in a list of copies, or in a lot.
         if (!whole) return make_room(id, 0, 0, static_cast<std::size_t>(n) * 128, kNone);
         const u32 parent = e.has_parent ? find(id, name_of(e.parent)) : kNone;
-        if (e.has_parent && parent == kNone) return workers_[id]->shed || make_room(id, 0, 0, parked_weight(n, n * factor), kNone);
+        if (e.has_parent && parent == kNone)
+            return workers_[id]->shed || make_room(id, 0, 0, parked_weight(n, n * factor), kNone);
         return make_room(id, n, n * factor, 0, parent);
     }
     // Whether what the event says of its worker is known, or may be kept for good.
@@ -275,7 +285,8 @@ private:
         return std::any_of(w.holders.begin(), w.holders.end(), [&](u32 h) {
             const Holder& o = holders_[h];
             const Group& g = w.groups[o.group];
-            return g.id == std::max<i64>(e.group, 0) && o.medium == media_.find(e.medium.p, e.medium.n) && o.factor == (e.block_size ? factor : g.factor);
+            return g.id == std::max<i64>(e.group, 0) && o.medium == media_.find(e.medium.p, e.medium.n) &&
+                   o.factor == (e.block_size ? factor : g.factor);
         });
     }
     void mute(u32 id) {
@@ -301,14 +312,17 @@ private:
             hasher_.locals(tokens, blocks, locals_.data());
         }
         if (!e.extra_keys && !e.cache_salt.set()) return true;
-        if (!extra_key_digests(e.extra_keys, e.extra_keys_bytes, adapter, e.cache_salt, !e.has_parent, seed_, n, extra_)) return false;
+        if (!extra_key_digests(e.extra_keys, e.extra_keys_bytes, adapter, e.cache_salt, !e.has_parent, seed_, n,
+                               extra_))
+            return false;
         if (extra_.any)
             for (u32 j = 0; j < n; ++j)
                 if (extra_.has[j]) locals_[j * factor] = mix_extra(locals_[j * factor], extra_.digest[j], seed_);
         return true;
     }
 
-    // Index of the first id that occurred before, or n. A bitmap rules repeats out; only what it can't is compared one by one.
+    // Index of the first id that occurred before, or n.
+    // A bitmap rules repeats out; only what it can't is compared one by one.
     u32 first_repeat(const u64* ids, u32 n) {
         if (n < 2) return n;
         u32 lg = 10;
@@ -325,11 +339,12 @@ private:
         return n;
     }
 
-    // ---- removed, cleared -------------------------------------------------------------------------------------------------------
+    // ---- removed, cleared -------------------------------------------------------------------------------------------
 
     void removed(u32 id, const Event& e, const u64* ids, Report& r) {
         const Worker& w = *workers_[id];
-        if (!admits(192 + 2 * e.medium.n) && media_.find(e.medium.p, e.medium.n) == kNone) return r.skip(Reason::unknown_hash, e.n_hashes);
+        if (!admits(192 + 2 * e.medium.n) && media_.find(e.medium.p, e.medium.n) == kNone)
+            return r.skip(Reason::unknown_hash, e.n_hashes);
         Holder tier;
         tier.medium = media_.id(e.medium.p, e.medium.n);
         while (tier.group < w.groups.size() && w.groups[tier.group].id != std::max<i64>(e.group, 0)) ++tier.group;
@@ -359,10 +374,12 @@ private:
                 return true;
             }
             Copies& list = it->second;
-            auto c = std::find_if(list.begin(), list.end(), [&](const Copy& x) { return x.id == name && x.holder == h && x.count; });
+            auto c = std::find_if(list.begin(), list.end(),
+                                  [&](const Copy& x) { return x.id == name && x.holder == h && x.count; });
             if (c == list.end()) continue;
             --c->count;
-            const bool last = std::none_of(list.begin(), list.end(), [&](const Copy& x) { return x.holder == h && x.count; });
+            const bool last =
+                std::none_of(list.begin(), list.end(), [&](const Copy& x) { return x.holder == h && x.count; });
             tidy_copies(id, p, ref);
             if (last) take_copy(id, h, p);
             return true;
@@ -373,7 +390,9 @@ private:
     std::vector<u32> own_chains(const Worker& w) const {
         std::vector<u32> list;
         w.chains.each([&](u64 chain, u32) { list.push_back(static_cast<u32>(chain)); });
-        std::sort(list.begin(), list.end(), [&](u32 a, u32 b) { return chains_[a].base != chains_[b].base ? chains_[a].base > chains_[b].base : a < b; });
+        std::sort(list.begin(), list.end(), [&](u32 a, u32 b) {
+            return chains_[a].base != chains_[b].base ? chains_[a].base > chains_[b].base : a < b;
+        });
         return list;
     }
     void clear_all(u32 id) {
@@ -381,12 +400,13 @@ private:
         drop_guesses(id);
         const std::vector<u32> list = own_chains(w);
         const u32 words = static_cast<u32>(w.mask.size());
-        // Chain by chain, children first: a parent must not lose its last holder while a child hangs on it, and joining on the way may
-        // have made a child part of its parent, which then comes later.
+        // Chain by chain, children first: a parent must not lose its last holder while a child hangs on it, and joining
+        // on the way may have made a child part of its parent, which then comes later.
         for (u32 chain : list) {
             if (!chains_.alive(chain)) continue;
             Chain& c = chains_[chain];
-            chains_.change(chain, c.base, c.end(), [&](u32 set, u32) { return sets_.minus(set, w.mask.data(), words); });
+            chains_.change(chain, c.base, c.end(),
+                           [&](u32 set, u32) { return sets_.minus(set, w.mask.data(), words); });
             chains_.drop_own(chain, id);
             lose_chain(w, chain);
             trim(chain);
@@ -445,7 +465,8 @@ private:
         std::vector<u32> refs;
         for (const auto& rec : w.copies) refs.push_back(rec.first);
         for (u32 ref : refs) tidy_copies(id, chains_.pos(ref), ref);
-        // Children first, as in clear_all: a chain's last known block decides whether anything of it must be remembered.
+        // Children first, as in clear_all: a chain's last known
+        // block decides whether anything of it must be remembered.
         for (u32 chain : list) {
             if (!chains_.alive(chain)) continue;
             Chain& c = chains_[chain];

@@ -2,10 +2,10 @@
 //
 // What each worker knows: which blocks, by which names, in how many copies.
 //
-// It is a tree closed towards the root: a block is only ever attached below a block that its worker knows by name, and a position
-// stays known while anything below it is. Most questions become local through that: "does this worker have something below this
-// block" is "does it know a child", in a chain its blocks are a prefix of the chain, and a block that nobody knows is the last one of
-// its chain and has no children.
+// It is a tree closed towards the root: a block is only ever attached below a block that its worker knows by name, and
+// a position stays known while anything below it is. Most questions become local through that: "does this worker have
+// something below this block" is "does it know a child", in a chain its blocks are a prefix of the chain, and a block
+// that nobody knows is the last one of its chain and has no children.
 #pragma once
 
 #include "fleet.hpp"
@@ -65,7 +65,8 @@ protected:
         if (p.depth + 1 < c.end() && sets_.has(chains_.set_at(c, p.depth + 1), holder)) return true;
         if (!c.kids || !w.kids.get(kid_key(p.chain, p.depth))) return false;
         for (u32 k = c.first_kid; k != kNone; k = chains_[k].kid_after)
-            if (chains_[k].base == p.depth + 1 && sets_.has(chains_.set_at(chains_[k], p.depth + 1), holder)) return true;
+            if (chains_[k].base == p.depth + 1 && sets_.has(chains_.set_at(chains_[k], p.depth + 1), holder))
+                return true;
         return false;
     }
     Pos before(Pos p) const {
@@ -93,7 +94,7 @@ protected:
         return sets_.change(set, holder, kNone);
     }
 
-    // ---- names ------------------------------------------------------------------------------------------------------------------
+    // ---- names ------------------------------------------------------------------------------------------------------
 
     u64 own_name(u32 worker, Pos p) const { return chains_.own_name(chains_[p.chain], worker, p.depth); }
 
@@ -176,7 +177,9 @@ protected:
         const auto it = w.copies.find(ref);
         if (it == w.copies.end()) return;
         Copies& list = it->second;
-        list.erase(std::remove_if(list.begin(), list.end(), [](const Copy& c) { return c.holder != kNone && c.count == 0; }), list.end());
+        list.erase(
+            std::remove_if(list.begin(), list.end(), [](const Copy& c) { return c.holder != kNone && c.count == 0; }),
+            list.end());
         u64 name = 0;
         const bool named = first_name(id, p, ref, name);
         for (const Copy& c : list)
@@ -195,12 +198,14 @@ protected:
             if (c.id != name || c.holder == kNone) continue;
             c.count = 0;
             const u32 h = c.holder;
-            if (std::none_of(list.begin(), list.end(), [&](const Copy& o) { return o.holder == h && o.count; })) gone.push_back(h);
+            if (std::none_of(list.begin(), list.end(), [&](const Copy& o) { return o.holder == h && o.count; }))
+                gone.push_back(h);
         }
         u64 first = 0;
         const bool second = !(first_name(id, p, ref, first) && first == name);
         if (second) {
-            list.erase(std::remove_if(list.begin(), list.end(), [&](const Copy& c) { return c.id == name; }), list.end());
+            list.erase(std::remove_if(list.begin(), list.end(), [&](const Copy& c) { return c.id == name; }),
+                       list.end());
             w.second.erase(name);
         } else {
             if (own_name(id, p) != kNoName) w.own.erase(mem_, name, ref);
@@ -212,10 +217,10 @@ protected:
         if (gone.empty()) settle(id, p);
     }
 
-    // ---- copies -----------------------------------------------------------------------------------------------------------------
+    // ---- copies -----------------------------------------------------------------------------------------------------
 
-    // Sets or clears no counts: makes the worker hold (or, `live` false, only know) one engine block that ends at `path[0]`, whose
-    // index blocks are path[0], path[1], ... towards the root.
+    // Sets or clears no counts: makes the worker hold (or, `live` false, only know) one engine block that ends at
+    // `path[0]`, whose index blocks are path[0], path[1], ... towards the root.
     void hold(u32 id, u32 h, const Pos* path, u32 factor, bool live) {
         Worker& w = *workers_[id];
         for (u32 s = factor; s-- > 0;) {
@@ -234,8 +239,11 @@ protected:
             }
         }
     }
-    bool same_tier(u32 a, u32 b) const { return holders_[a].medium == holders_[b].medium && holders_[a].group == holders_[b].group; }
-    // Whether a block of another size has a copy under this name in the same medium and group: where copies do not count, that is it.
+    bool same_tier(u32 a, u32 b) const {
+        return holders_[a].medium == holders_[b].medium && holders_[a].group == holders_[b].group;
+    }
+    // Whether a block of another size has a copy under this name in the same medium and group:
+    // where copies do not count, that is it.
     bool counted_otherwise(u32 id, u32 h, Pos p, u32 ref, u64 name) const {
         const Worker& w = *workers_[id];
         const auto list = w.copies.find(ref);
@@ -277,7 +285,8 @@ protected:
         const bool held = sets_.has(set, h);
         if (knew && (held || w.copies.count(ref))) {
             Copies& list = list_copies(id, p, ref);
-            auto it = std::find_if(list.begin(), list.end(), [&](const Copy& c) { return c.id == name && c.holder == h; });
+            auto it =
+                std::find_if(list.begin(), list.end(), [&](const Copy& c) { return c.id == name && c.holder == h; });
             if (it == list.end()) {
                 list.push_back({name, h, 1});
             } else if (it->count == 0 || (!pods_[w.pod].set_presence && it->count != 0xFFFFFFFFu)) {
@@ -360,8 +369,9 @@ protected:
             chain = parent;
         }
     }
-    // A chain whose only child at its end goes on where it ends is one chain with it: forks that have gone leave no trace.
-    // Chains with very many children are left alone; joining costs time in their number, and gains one lookup per match.
+    // A chain whose only child at its end goes on where it ends is one chain with it:
+    // forks that have gone leave no trace. Chains with very many children are left
+    // alone; joining costs time in their number, and gains one lookup per match.
     void join_tail(u32 chain) {
         Chain& c = chains_[chain];
         if (c.kids == 0 || c.kids > 16) return;
@@ -425,7 +435,8 @@ protected:
         sets_.each(set, [&](u32 h) {
             const u32 id = holders_[h].worker;
             if (workers_[id]->guess == h) return;
-            if (std::find(scratch_ids_.begin(), scratch_ids_.end(), id) == scratch_ids_.end()) scratch_ids_.push_back(id);
+            if (std::find(scratch_ids_.begin(), scratch_ids_.end(), id) == scratch_ids_.end())
+                scratch_ids_.push_back(id);
         });
         for (u32 id : scratch_ids_) f(id, *workers_[id]);
     }

@@ -1,5 +1,5 @@
-// One writer or many readers, in turns: a waiting writer lets no new reader in, and a writer that leaves lets every waiting reader in
-// before the next writer. Neither side can starve the other, however busy it is.
+// One writer or many readers, in turns: a waiting writer lets no new reader in, and a writer that leaves lets every
+// waiting reader in before the next writer. Neither side can starve the other, however busy it is.
 #pragma once
 
 #include <atomic>
@@ -14,7 +14,8 @@ public:
     bool try_lock_shared() {
         unsigned s = state_.load(std::memory_order_relaxed);
         while (!(s & (kWriter | kQueued)))
-            if (state_.compare_exchange_weak(s, s + kReader, std::memory_order_acquire, std::memory_order_relaxed)) return true;
+            if (state_.compare_exchange_weak(s, s + kReader, std::memory_order_acquire, std::memory_order_relaxed))
+                return true;
         return false;
     }
     void lock_shared() {
@@ -23,7 +24,8 @@ public:
         for (;;) {
             unsigned s = state_.load(std::memory_order_relaxed);
             if (!(s & (kWriter | kQueued))) {
-                if (state_.compare_exchange_weak(s, s + kReader, std::memory_order_acquire, std::memory_order_relaxed)) return;
+                if (state_.compare_exchange_weak(s, s + kReader, std::memory_order_acquire, std::memory_order_relaxed))
+                    return;
                 continue;
             }
             // A writer that leaves without the mutex must find that it can't.
@@ -54,7 +56,9 @@ public:
             unsigned s = state_.load(std::memory_order_relaxed);
             if (!(s & kWriter) && s / kReader == 0) {
                 const unsigned rest = (writers_waiting_ > 1 ? kQueued : 0) | (s & kSleeper);
-                if (state_.compare_exchange_weak(s, kWriter | rest, std::memory_order_acquire, std::memory_order_relaxed)) break;
+                if (state_.compare_exchange_weak(s, kWriter | rest, std::memory_order_acquire,
+                                                 std::memory_order_relaxed))
+                    break;
                 continue;
             }
             if (!(s & kQueued)) {

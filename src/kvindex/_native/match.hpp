@@ -1,14 +1,15 @@
 // The question: how many leading blocks of this prompt does each worker hold?
 //
-// A prompt is walked along the chains it shares content with. Work is done per run of equal holder sets, not per block or per pod, and
-// blocks are hashed only as far as somebody still holds them. A reader writes nothing.
+// A prompt is walked along the chains it shares content with. Work is done per run of equal holder sets, not per block
+// or per pod, and blocks are hashed only as far as somebody still holds them. A reader writes nothing.
 #pragma once
 
 #include "index.hpp"
 
 namespace kvindex {
 
-// One worker's answer; medium kNone: all media together. `alone`: the worker has no other medium, so it stands for that as well.
+// One worker's answer; medium kNone: all media together. `alone`:
+// the worker has no other medium, so it stands for that as well.
 struct Hit {
     u64 pod;  // Pod::uid
     u32 rank;
@@ -24,19 +25,24 @@ struct Filter {
     std::vector<u64> holders;
     u64 pods_version = 0, holders_version = 0;
 
-    Filter(const Index& ix, const std::vector<std::string>& names) : pods_version(ix.pods_version()), holders_version(ix.holders_version()) {
+    Filter(const Index& ix, const std::vector<std::string>& names)
+        : pods_version(ix.pods_version()), holders_version(ix.holders_version()) {
         pods.assign(ix.pod_slots() / 64 + 1, 0);
         holders.assign(ix.holder_slots() / 64 + 1, 0);
         for (const std::string& name : names)
             if (const u32 id = ix.find_pod(name); id != kNone) pods[id >> 6] |= 1ull << (id & 63);
         for (u32 h = 0; h < ix.holder_slots(); ++h)
-            if (const u32 w = ix.holder(h).worker; w != kNone && pod(ix.worker_at(w).pod)) holders[h >> 6] |= 1ull << (h & 63);
+            if (const u32 w = ix.holder(h).worker; w != kNone && pod(ix.worker_at(w).pod))
+                holders[h >> 6] |= 1ull << (h & 63);
     }
     bool pod(u32 id) const { return (id >> 6) < pods.size() && (pods[id >> 6] >> (id & 63) & 1); }
-    bool current(const Index& ix) const { return pods_version == ix.pods_version() && holders_version == ix.holders_version(); }
+    bool current(const Index& ix) const {
+        return pods_version == ix.pods_version() && holders_version == ix.holders_version();
+    }
 };
 
-// A vector that neither clears what will be written nor asks at each step whether there is room: at 256 pods that is half of the time.
+// A vector that neither clears what will be written nor asks at each step whether there is room:
+// at 256 pods that is half of the time.
 class Hits {
 public:
     Hits() = default;
@@ -68,8 +74,8 @@ private:
 
 struct MatchResult {
     Hits hits;
-    u32 best = kNone;        // index of the best hit
-    u64 compared = 0;        // blocks compared with a chain
+    u32 best = kNone;  // index of the best hit
+    u64 compared = 0;  // blocks compared with a chain
     void clear() {
         hits.clear();
         best = kNone;
@@ -93,8 +99,9 @@ struct TokenPath {
         if (extra && i < extra->has.size() && extra->has[i]) h = mix_extra(h, extra->digest[i], ix.seed());
         return i ? roll.roll(prev, h) : h;
     }
-    // How many of the blocks i, i+1, ... have the prefix hashes `expect`. Each step takes its predecessor from `expect`, not from the
-    // step before: once that one agreed they are the same number, and so the steps do not wait for one another.
+    // How many of the blocks i, i+1, ... have the prefix hashes `expect`. Each step
+    // takes its predecessor from `expect`, not from the step before: once that one
+    // agreed they are the same number, and so the steps do not wait for one another.
     u32 agree(const u64* expect, u32 i, u32 count, u64 prev) const {
         const std::size_t step = BT ? BT : local.block_tokens();
         u32 k = 0;
@@ -138,7 +145,8 @@ public:
         for (u32 i = 0; i < words; ++i) n += static_cast<std::size_t>(__builtin_popcountll(alive_[i]));
         out.hits.reserve(n);
         for (u32 i = 0; i < words; ++i)
-            for (u64 bits = alive_[i]; bits; bits &= bits - 1) show(ix.face(i * 64 + static_cast<u32>(__builtin_ctzll(bits))), end, only_exact, out);
+            for (u64 bits = alive_[i]; bits; bits &= bits - 1)
+                show(ix.face(i * 64 + static_cast<u32>(__builtin_ctzll(bits))), end, only_exact, out);
         for (const Ended& e : ended_) show(ix.face(e.holder), e.blocks, only_exact, out);
         u32 blocks = 0;
         u64 pod = 0;
@@ -167,14 +175,16 @@ private:
 
     static void show(const Face& f, u32 blocks, bool only_exact, MatchResult& out) {
         if (f.factor != 1) blocks -= blocks % f.factor;
-        if (blocks && !(only_exact && f.verdict != Verdict::exact)) out.hits.push({f.pod, f.rank, f.medium, blocks, f.verdict, true});
+        if (blocks && !(only_exact && f.verdict != Verdict::exact))
+            out.hits.push({f.pod, f.rank, f.medium, blocks, f.verdict, true});
     }
     static void emit(const Index& ix, const Worker& w, u32 medium, u32 blocks, bool only_exact, MatchResult& out) {
         const Pod& pod = ix.pod_at(w.pod);
         if (blocks == 0 || (only_exact && pod.verdict != Verdict::exact)) return;
         if (medium == kNone) {
             const Hit* best = out.best == kNone ? nullptr : &out.hits[out.best];
-            if (!best || blocks > best->blocks || (blocks == best->blocks && pod.uid < best->pod)) out.best = out.hits.size();
+            if (!best || blocks > best->blocks || (blocks == best->blocks && pod.uid < best->pod))
+                out.best = out.hits.size();
         }
         if (out.hits.full()) out.hits.reserve(2 * out.hits.size() + 4);
         out.hits.push({pod.uid, static_cast<u32>(w.rank), medium, blocks, pod.verdict, false});
@@ -208,7 +218,8 @@ private:
             for (u32 r = 0; depth < stop; ++r) {
                 const u32 set = c.runs[r].set;
                 if (set != last_set) {
-                    // The set says something about the prompt only if its block is the prompt's: the path may leave the chain just here.
+                    // The set says something about the prompt only if its block is the prompt's:
+                    // the path may leave the chain just here.
                     if (!path.agree(chains.page(c, depth).prefix + (depth & (kPageBlocks - 1)), i, 1, prev)) goto fork;
                     const bool some = narrow(ix, set, i, last_set == kNone, filter);
                     if (hybrid_alive) hybrid_alive = narrow_hybrids(ix, set);
@@ -273,7 +284,8 @@ private:
         }
         for (u32 i = 0; i < alive_.size(); ++i) {
             const u64 now = i < n ? words[i] : 0;
-            for (u64 gone = alive_[i] & ~now; gone; gone &= gone - 1) ended_.push_back({i * 64 + static_cast<u32>(__builtin_ctzll(gone)), at});
+            for (u64 gone = alive_[i] & ~now; gone; gone &= gone - 1)
+                ended_.push_back({i * 64 + static_cast<u32>(__builtin_ctzll(gone)), at});
             alive_[i] &= now;
             any |= alive_[i];
         }
@@ -313,7 +325,8 @@ private:
     u32 agreed(const Index& ix, const Worker& w, u32 length, u32 medium) {
         const u32 groups = std::max<u32>(1, static_cast<u32>(w.groups.size()));
         // A guess says "GPU" and nothing of groups: where it stands alone, any group's rule will do.
-        const bool only_guess = std::none_of(w.holders.begin(), w.holders.end(), [&](u32 h) { return medium == kNone || ix.holder(h).medium == medium; });
+        const bool only_guess = std::none_of(w.holders.begin(), w.holders.end(),
+                                             [&](u32 h) { return medium == kNone || ix.holder(h).medium == medium; });
         for (bool changed = true; changed && length;) {
             changed = false;
             for (u32 g = 0; g < groups; ++g) {
@@ -324,7 +337,8 @@ private:
                 changed |= now != length;
                 length = now;
             }
-            // Rules that ask for no block at all (chunked attention at the end of a chunk) must not promise what other pods hold.
+            // Rules that ask for no block at all (chunked attention at
+            // the end of a chunk) must not promise what other pods hold.
             const u32 now = back_to_some(ix, w, medium, length);
             changed |= now != length;
             length = now;
@@ -344,7 +358,9 @@ private:
         if (w.guess != kNone && (medium == kNone || medium == 0) && ix.sets().has(set, w.guess)) return true;
         for (u32 h : w.holders) {
             const Holder& holder = ix.holder(h);
-            if ((group == kNone || holder.group == group) && (medium == kNone || holder.medium == medium) && ix.sets().has(set, h)) return true;
+            if ((group == kNone || holder.group == group) && (medium == kNone || holder.medium == medium) &&
+                ix.sets().has(set, h))
+                return true;
         }
         return false;
     }
@@ -371,7 +387,8 @@ private:
             case Attention::sliding: {
                 if (group.window == 0) break;
                 const u64 own = block * group.factor;
-                // vLLM looks for cached blocks from the right and counts them, so a window of one token still asks for one block.
+                // vLLM looks for cached blocks from the right and counts them,
+                // so a window of one token still asks for one block.
                 const u64 need = std::max<u64>(1, (group.window - 1 + own - 1) / own) * group.factor;
                 for (;;) {
                     length = back_to_held(length);

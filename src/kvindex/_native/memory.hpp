@@ -27,10 +27,10 @@ struct Memory {
     void sub(std::size_t n) { bytes -= n; }
 };
 
-// 16 bytes against std::vector's 24, and growth of a quarter instead of doubling: chains keep several of these, and half-empty
-// tails would cost more than the copies do (a chain that grows block by block copies each element about five times).
-// Elements are moved with realloc, hence the restriction. The first kHere of them may lie in the place of the pointer: most chains
-// of a busy fleet are short, and each allocation is a cache miss for whoever reads.
+// 16 bytes against std::vector's 24, and growth of a quarter instead of doubling: chains keep several of these, and
+// half-empty tails would cost more than the copies do (a chain that grows block by block copies each element about five
+// times). Elements are moved with realloc, hence the restriction. The first kHere of them may lie in the place of the
+// pointer: most chains of a busy fleet are short, and each allocation is a cache miss for whoever reads.
 template <class T, u32 kHere = 0>
 class Buf {
     static_assert(std::is_trivially_copyable<T>::value, "Buf relocates with realloc");
@@ -74,7 +74,8 @@ public:
     }
     void pop() { --n_; }
     void truncate(u32 n) { n_ = n; }
-    // Gives back slack once half of the space is unused; called where things shrink, so that memory follows the content down.
+    // Gives back slack once half of the space is unused;
+    // called where things shrink, so that memory follows the content down.
     void trim(Memory& m) {
         if (n_ == 0) {
             release(m);
@@ -117,7 +118,8 @@ private:
         cap_ = cap;
     }
 
-    // The pointer, or the items themselves; copied byte by byte, so that the compiler sees that the two are the same memory.
+    // The pointer, or the items themselves; copied byte by byte,
+    // so that the compiler sees that the two are the same memory.
     T* heap() const {
         T* p;
         std::memcpy(&p, place_, sizeof p);
@@ -150,9 +152,13 @@ struct Counted {
     }
     using propagate_on_container_move_assignment = std::true_type;
     template <class U>
-    bool operator==(const Counted<U>& o) const { return m == o.m; }
+    bool operator==(const Counted<U>& o) const {
+        return m == o.m;
+    }
     template <class U>
-    bool operator!=(const Counted<U>& o) const { return m != o.m; }
+    bool operator!=(const Counted<U>& o) const {
+        return m != o.m;
+    }
 };
 
 }  // namespace kvindex

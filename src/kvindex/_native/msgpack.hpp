@@ -33,9 +33,7 @@ inline uint32_t load_be32(const uint8_t* p) {
            static_cast<uint32_t>(p[3]);
 }
 
-inline uint64_t load_be64(const uint8_t* p) {
-    return static_cast<uint64_t>(load_be32(p)) << 32 | load_be32(p + 4);
-}
+inline uint64_t load_be64(const uint8_t* p) { return static_cast<uint64_t>(load_be32(p)) << 32 | load_be32(p + 4); }
 
 // What a value is, not how it was written: an integer of a signed format that is not negative is `uint`.
 enum class MsgType : uint8_t { nil, boolean, uint, negative, real, str, bin, array, map, ext };
@@ -110,7 +108,7 @@ struct MsgReader {
         return true;
     }
 
-  private:
+private:
     // Kept out of line: with the switch inlined into every caller, a field of an event costs 1.2 times as much.
     KVINDEX_MSGPACK_NOINLINE bool next_long(MsgValue& v, uint8_t t, const uint8_t* at) {
         if (t >= 0xe0) return set(v, MsgType::negative, static_cast<uint64_t>(static_cast<int64_t>(t) - 256));

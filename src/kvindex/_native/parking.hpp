@@ -10,7 +10,8 @@ namespace kvindex {
 
 class Parker : public Placer {
 public:
-    Parker(u32 block_size, u64 seed, bool set_presence, u32 max_parked) : Placer(block_size, seed, set_presence), max_parked_(max_parked) {}
+    Parker(u32 block_size, u64 seed, bool set_presence, u32 max_parked)
+        : Placer(block_size, seed, set_presence), max_parked_(max_parked) {}
 
     u32 max_parked() const { return max_parked_; }
 
@@ -43,11 +44,14 @@ protected:
         if (!w.lot) w.lot.reset(new ParkingLot());
         return *w.lot;
     }
-    static std::size_t parked_weight(std::size_t ids, std::size_t locals) { return sizeof(Parked) + 160 + ids * (sizeof(u64) + 1 + 96) + locals * sizeof(u64); }
+    static std::size_t parked_weight(std::size_t ids, std::size_t locals) {
+        return sizeof(Parked) + 160 + ids * (sizeof(u64) + 1 + 96) + locals * sizeof(u64);
+    }
     static std::size_t weight(const Parked& p) { return parked_weight(p.ids.size(), p.locals.size()); }
 
-    // Of a worker of which something was shed nothing is parked: what it would wait for is most likely what was shed, and its engine will not announce that
-    // again. The names mean something else now than what they meant here, if anything: keeping that would be answering too much.
+    // Of a worker of which something was shed nothing is parked: what it would wait for is most likely what was shed,
+    // and its engine will not announce that again. The names mean something else now than what they meant here, if
+    // anything: keeping that would be answering too much.
     void turn_away(u32 id, const u64* ids, u32 n, Reason why, Report& r) {
         for (u32 i = 0; i < n; ++i) forget_name(id, ids[i]);
         r.skip(why, n);
@@ -141,7 +145,8 @@ protected:
         lot_bytes_ -= weight(p);
         l.records.erase(it);
         const Holder& tier = holders_[p.holder];
-        for (u32 i = 0; i < p.ids.size(); ++i) l.by_id.erase(ParkedHash{p.ids[i], !p.live[i], tier.medium, tier.group, serial});
+        for (u32 i = 0; i < p.ids.size(); ++i)
+            l.by_id.erase(ParkedHash{p.ids[i], !p.live[i], tier.medium, tier.group, serial});
         l.waiting.erase({p.waits_for, serial});
         if (!p.left) l.dead.erase(serial);
         l.hashes -= p.left;
@@ -172,7 +177,8 @@ protected:
         --l.hashes;
         --parked_;
     }
-    // A removal that found no counted copy takes back the latest parked one. Its position stays for the sake of what follows it.
+    // A removal that found no counted copy takes back the latest parked one.
+    // Its position stays for the sake of what follows it.
     bool cancel(u32 id, const Holder& tier, u64 name) {
         Worker& w = *workers_[id];
         if (!w.lot) return false;
@@ -200,7 +206,8 @@ protected:
                 const Parked& p = l.records.at(below[i]);
                 if (!p.orphan) continue;
                 for (u64 name : p.ids) {
-                    for (auto k = l.waiting.lower_bound({name, 0}); k != l.waiting.end() && k->first == name && !needed; ++k) {
+                    for (auto k = l.waiting.lower_bound({name, 0}); k != l.waiting.end() && k->first == name && !needed;
+                         ++k) {
                         if (!seen.insert(k->second).second) continue;
                         needed = l.records.at(k->second).left != 0;
                         below.push_back(k->second);
@@ -209,7 +216,9 @@ protected:
             }
             if (needed) continue;
             for (u64 s : below) unpark(l, s);
-            for (auto k = l.by_id.lower_bound(ParkedHash{above, true, 0, 0, 0}); k != l.by_id.end() && k->first.name == above; ++k) todo.push_back(k->first.serial);
+            for (auto k = l.by_id.lower_bound(ParkedHash{above, true, 0, 0, 0});
+                 k != l.by_id.end() && k->first.name == above; ++k)
+                todo.push_back(k->first.serial);
         }
     }
     // Attaches what waited for the names in fresh_, and what waited for those, until nothing moves.
@@ -221,7 +230,8 @@ protected:
             const u64 name = fresh_.back();
             fresh_.pop_back();
             std::vector<u64> serials;
-            for (auto it = w.lot->waiting.lower_bound({name, 0}); it != w.lot->waiting.end() && it->first == name; ++it) serials.push_back(it->second);
+            for (auto it = w.lot->waiting.lower_bound({name, 0}); it != w.lot->waiting.end() && it->first == name; ++it)
+                serials.push_back(it->second);
             for (u64 serial : serials) {
                 if (!w.lot || !w.lot->records.count(serial)) continue;
                 const u32 ref = find(id, name);
@@ -232,7 +242,14 @@ protected:
                     if (p.live[0] && !add_known(id, p.holder, name, ref)) spoil(id);
                     continue;
                 }
-                const Placing a{id, p.holder, true, p.waits_for, p.ids.data(), static_cast<u32>(p.ids.size()), p.locals.data(), p.live.data()};
+                const Placing a{id,
+                                p.holder,
+                                true,
+                                p.waits_for,
+                                p.ids.data(),
+                                static_cast<u32>(p.ids.size()),
+                                p.locals.data(),
+                                p.live.data()};
                 switch (place(a)) {
                     case Placed::yes:
                         fresh_.insert(fresh_.end(), p.ids.begin(), p.ids.end());

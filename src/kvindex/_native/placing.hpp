@@ -27,7 +27,7 @@ public:
 
     const BlockHasher& hasher() const { return hasher_; }
 
-    // ---- entries that no event announced ----------------------------------------------------------------------------------------
+    // ---- entries that no event announced ----------------------------------------------------------------------------
 
     void guess(u32 pod, i64 rank, const std::string& model, const u64* prefixes, u32 n, double until) {
         const u32 id = worker(pod, rank, space(model));
@@ -51,7 +51,8 @@ public:
             extend(w.space, tail, prefixes + done, n - done, set);
             holders_[w.guess].blocks += n - done;
         }
-        const auto it = guesses_.emplace(until < kNever ? until : kNever, Guess{id, std::vector<u64>(prefixes, prefixes + n)});
+        const auto it =
+            guesses_.emplace(until < kNever ? until : kNever, Guess{id, std::vector<u64>(prefixes, prefixes + n)});
         guess_paths_[id].insert(it);
         mem_.add(kGuessBytes + n * sizeof(u64));
     }
@@ -67,7 +68,8 @@ protected:
         u32 i = 0;
         while (i < n) {
             u32 chain, depth;
-            if (at.chain != kNone && at.depth + 1 < chains_[at.chain].end() && chains_.prefix({at.chain, at.depth + 1}) == prefixes[i]) {
+            if (at.chain != kNone && at.depth + 1 < chains_[at.chain].end() &&
+                chains_.prefix({at.chain, at.depth + 1}) == prefixes[i]) {
                 chain = at.chain;
                 depth = at.depth + 1;
             } else {
@@ -136,13 +138,15 @@ protected:
             hasher_.chain(a.locals, blocks, prev, prefixes_.data());
             locate(w.space, at, prefixes_.data(), blocks);
             if (const u64* other = conflict(a, factor)) {
-                // From the start again: the name may have been the parent's, and blocks may have gone with it. All such names at once:
-                // one at a time, an event whose names all mean something else now would cost the square of its length. The first in any
+                // From the start again: the name may have been the parent's, and blocks may have
+                // gone with it. All such names at once: one at a time, an event whose names all
+                // mean something else now would cost the square of its length. The first in any
                 // case, for where prefix hashes collide the same hash may be another block's.
                 const u32 first = static_cast<u32>(other - a.ids);
                 for (u32 j = first; j < a.n; ++j) {
                     const u32 known = find(a.worker, a.ids[j]);
-                    if (known == kNone || (j != first && chains_.prefix(known) == prefixes_[(j + 1) * factor - 1])) continue;
+                    if (known == kNone || (j != first && chains_.prefix(known) == prefixes_[(j + 1) * factor - 1]))
+                        continue;
                     forget_name(a.worker, a.ids[j]);
                     if (a.has_parent && find(a.worker, a.parent) == kNone) return Placed::orphan;
                 }
@@ -194,7 +198,8 @@ protected:
         for (const Segment& s : segs_)
             for (u32 i = 0; i < s.n; ++i) path_[blocks - 1 - (s.at + i)] = {s.chain, s.depth + i};
         // From the root down, so that what the worker knows is closed towards the root at every step.
-        for (u32 j = 0; j < a.n; ++j) add_copy(a.worker, a.holder, path_.data() + (blocks - (j + 1) * factor), a.ids[j], !a.live || a.live[j]);
+        for (u32 j = 0; j < a.n; ++j)
+            add_copy(a.worker, a.holder, path_.data() + (blocks - (j + 1) * factor), a.ids[j], !a.live || a.live[j]);
     }
     // Blocks of size 1 that exist already: whole runs at a time where the worker's state is the same.
     void hold_old(const Placing& a, const Segment& s) {
@@ -210,8 +215,9 @@ protected:
             }
         }
         // Blocks of several sizes in one medium and group have one presence together where it does not count.
-        const bool one_of_sizes = pods_[w.pod].set_presence &&
-                                  std::any_of(w.holders.begin(), w.holders.end(), [&](u32 o) { return o != a.holder && same_tier(o, a.holder); });
+        const bool one_of_sizes =
+            pods_[w.pod].set_presence && std::any_of(w.holders.begin(), w.holders.end(),
+                                                     [&](u32 o) { return o != a.holder && same_tier(o, a.holder); });
         for (const Segment& piece : pieces_) {
             const u32 set = piece.chain, from = piece.depth, to = piece.at;
             const u64* ids = a.ids + s.at + (from - s.depth);
@@ -228,7 +234,8 @@ protected:
                 for (u32 d = from; d < to && bits; ++d) {
                     const u32 ref = chains_.ref(chains_[s.chain], d);
                     u64 first;
-                    bits = first_name(a.worker, {s.chain, d}, ref, first) && first == ids[d - from] && (w.copies.empty() || !w.copies.count(ref));
+                    bits = first_name(a.worker, {s.chain, d}, ref, first) && first == ids[d - from] &&
+                           (w.copies.empty() || !w.copies.count(ref));
                 }
             }
             if (bits) {
@@ -260,7 +267,7 @@ protected:
         if (s.depth == c.base) gain_chain(w, s.chain);
     }
 
-    // ---- guesses ----------------------------------------------------------------------------------------------------------------
+    // ---- guesses ----------------------------------------------------------------------------------------------------
 
     void drop_guess(Guesses::iterator it) {
         const u32 id = it->second.worker;
@@ -270,7 +277,8 @@ protected:
         // What another live guess of the worker covers stays; its neighbours cover most.
         std::size_t keep = 0;
         if (at != all->second.begin()) keep = together((*std::prev(at))->second.prefixes, it->second.prefixes);
-        if (std::next(at) != all->second.end()) keep = std::max(keep, together((*std::next(at))->second.prefixes, it->second.prefixes));
+        if (std::next(at) != all->second.end())
+            keep = std::max(keep, together((*std::next(at))->second.prefixes, it->second.prefixes));
         all->second.erase(at);
         const bool last = all->second.empty();
         if (last) guess_paths_.erase(all);
@@ -293,7 +301,8 @@ protected:
         }
     }
     void drop_guesses(u32 id) {
-        for (auto all = guess_paths_.find(id); all != guess_paths_.end(); all = guess_paths_.find(id)) drop_guess(*all->second.begin());
+        for (auto all = guess_paths_.find(id); all != guess_paths_.end(); all = guess_paths_.find(id))
+            drop_guess(*all->second.begin());
     }
 
     BlockHasher hasher_;

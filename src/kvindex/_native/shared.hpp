@@ -89,7 +89,8 @@ public:
         note_expiry();
         return pod != kNone;
     }
-    void configure(u64 uid, int set_presence, bool has_media, const std::vector<std::string>& media, i64 chunk, i64 max_blocks) {
+    void configure(u64 uid, int set_presence, bool has_media, const std::vector<std::string>& media, i64 chunk,
+                   i64 max_blocks) {
         Writing w(*this);
         const u32 pod = ix_.slot(uid);
         if (pod == kNone) return;
@@ -113,10 +114,11 @@ public:
         note_expiry();
     }
 
-    // The whole payload is decoded before the lock is taken, and nothing is applied if it is no batch. rank -1: the batch's own.
-    // `wait` false: gives up rather than wait for others, so that a caller may try a small one with the interpreter locked.
-    Taken ingest(u64 uid, const u8* payload, u64 bytes, const std::string& model, i64 rank, i64 seq, bool wait, Report& r, double& ts, i64& dp_rank,
-                 DecodeFault& fault) {
+    // The whole payload is decoded before the lock is taken, and nothing is applied if
+    // it is no batch. rank -1: the batch's own. `wait` false: gives up rather than wait
+    // for others, so that a caller may try a small one with the interpreter locked.
+    Taken ingest(u64 uid, const u8* payload, u64 bytes, const std::string& model, i64 rank, i64 seq, bool wait,
+                 Report& r, double& ts, i64& dp_rank, DecodeFault& fault) {
         static thread_local Batch kept;
         Batch& batch = kept;
         Place place;
@@ -138,9 +140,10 @@ public:
         if (batch.tokens.capacity() > (1u << 22)) batch = Batch();
         return Taken::yes;
     }
-    bool apply(u64 uid, i64 rank, const std::string& model, const Batch& batch, const Place& place, Report& r, bool wait = true) {
-        // The lock is given up between events, so that a reader waits for about this many blocks at most (some microseconds);
-        // taking it for each one-block event would double their cost.
+    bool apply(u64 uid, i64 rank, const std::string& model, const Batch& batch, const Place& place, Report& r,
+               bool wait = true) {
+        // The lock is given up between events, so that a reader waits for about this many blocks at most (some
+        // microseconds); taking it for each one-block event would double their cost.
         constexpr u64 kTurn = 128;
         std::size_t i = 0;
         do {
@@ -180,14 +183,17 @@ public:
         return true;
     }
 
-    // `wait` false: gives up (and returns false) rather than wait for a writer, so that a caller may try with the interpreter locked.
-    bool match(const Prompt& prompt, const std::string& model, PodNames* names, bool only_exact, bool wait, MatchResult& out) const {
+    // `wait` false: gives up (and returns false) rather than wait for a writer,
+    // so that a caller may try with the interpreter locked.
+    bool match(const Prompt& prompt, const std::string& model, PodNames* names, bool only_exact, bool wait,
+               MatchResult& out) const {
         Reading g(*this, wait);
         if (!g.on) return false;
         const std::shared_ptr<const Filter> filter = names ? names->compile(ix_) : nullptr;
         const u32 space = ix_.find_space(model);
         if (prompt.prefixes) {
-            matcher().match(ix_, space, HashPath{prompt.prefixes, static_cast<u32>(prompt.n_prefixes)}, filter.get(), only_exact, out);
+            matcher().match(ix_, space, HashPath{prompt.prefixes, static_cast<u32>(prompt.n_prefixes)}, filter.get(),
+                            only_exact, out);
             return true;
         }
         const u32 n = static_cast<u32>(prompt.n_tokens / ix_.block_size());
@@ -208,7 +214,8 @@ public:
     }
     void guess(u64 uid, i64 rank, const std::string& model, const std::vector<u64>& prefixes, double until) {
         Writing w(*this);
-        if (const u32 pod = ix_.slot(uid); pod != kNone) ix_.guess(pod, rank, model, prefixes.data(), static_cast<u32>(prefixes.size()), until);
+        if (const u32 pod = ix_.slot(uid); pod != kNone)
+            ix_.guess(pod, rank, model, prefixes.data(), static_cast<u32>(prefixes.size()), until);
         note_expiry();
     }
     double next_expiry() const { return expiry_.load(std::memory_order_relaxed); }
@@ -251,14 +258,16 @@ public:
         const u32 pod = ix_.slot(uid);
         if (pod == kNone) return out;
         for (const auto& s : ix_.pod_at(pod).positions)
-            out.push_back({s.first, s.second.seq, s.second.fingerprint, s.second.ts, s.second.whole, ix_.space_at(s.second.space).model});
+            out.push_back({s.first, s.second.seq, s.second.fingerprint, s.second.ts, s.second.whole,
+                           ix_.space_at(s.second.space).model});
         return out;
     }
 
-    // ---- snapshots --------------------------------------------------------------------------------------------------------------
+    // ---- snapshots --------------------------------------------------------------------------------------------------
 
-    // Matches go on meanwhile. Writers wait where they disturb nobody: one that waited for the lock would keep new readers out of it.
-    // Batches that have been applied in part are waited for, since the rest would be replayed as a whole.
+    // Matches go on meanwhile. Writers wait where they disturb nobody: one that
+    // waited for the lock would keep new readers out of it. Batches that have been
+    // applied in part are waited for, since the rest would be replayed as a whole.
     void save(SnapshotBytes& out) const {
         std::lock_guard<std::mutex> one(saver_);
         copy(out);
@@ -372,7 +381,9 @@ private:
     }
     // Everything that has been counted since the start, in the order in which a snapshot has it.
     static std::vector<u64*> counted(Totals& t, Report& r, Losses& shed, Losses& expired) {
-        std::vector<u64*> all{&t.batches, &t.bad_payloads, &t.events_stored, &t.events_removed, &t.events_cleared, &r.stored, &r.removed, &r.cleared, &r.parked, &r.skipped, &r.errors};
+        std::vector<u64*> all{&t.batches,        &t.bad_payloads, &t.events_stored, &t.events_removed,
+                              &t.events_cleared, &r.stored,       &r.removed,       &r.cleared,
+                              &r.parked,         &r.skipped,      &r.errors};
         for (u64& n : r.reasons) all.push_back(&n);
         for (Losses* l : {&shed, &expired}) all.insert(all.end(), {&l->blocks, &l->chains, &l->parked, &l->guesses});
         return all;

@@ -2,14 +2,18 @@
 //
 // What goes when there is too much (max_bytes) or when nobody has asked for it in a long time (ttl).
 //
-// Content goes, for all workers at once: the chain that was stored to or matched longest ago, from its end, children before parents. Who
-// held any of it is degraded from then on, since it holds more than is known here. Everything that is known of a worker stays a part
-// of what would be known without a budget, so an answer can be too small and never too large:
+// Content goes, for all workers at once: the chain that was stored to or matched longest ago,
+// from its end, children before parents. Who held any of it is degraded from then on, since
+// it holds more than is known here. Everything that is known of a worker stays a part of what
+// would be known without a budget, so an answer can be too small and never too large:
 //   - a removal of what was shed finds no copy, and there is none to take;
-//   - a store below what was shed is turned away, not parked, and what its names meant before is forgotten (see Parker::turn_away);
-//   - what an event says of its group is learned even if its blocks are refused: a group that is not known would object to nothing.
-// Room is made before an event, by what it may need at most. That keeps tables from doubling and pages from being taken one by one, so what
-// is shed is about what is stored; only what such an estimate cannot know is made up for afterwards.
+//   - a store below what was shed is turned away, not parked, and what its names meant before is forgotten (see
+//   Parker::turn_away);
+//   - what an event says of its group is learned even if its blocks are refused: a group that is not known would object
+//   to nothing.
+// Room is made before an event, by what it may need at most. That keeps tables from
+// doubling and pages from being taken one by one, so what is shed is about what is
+// stored; only what such an estimate cannot know is made up for afterwards.
 #pragma once
 
 #include "parking.hpp"
@@ -28,7 +32,8 @@ public:
         if (max_ || ttl_ > 0) chains_.ages().open(ttl_);
     }
 
-    // When expire() has something to do. The reader that finds it overdue does it, so that its answer counts nothing that is over.
+    // When expire() has something to do. The reader that finds it overdue does it,
+    // so that its answer counts nothing that is over.
     double next_expiry() const {
         const double guesses = Placer::next_expiry();
         if (!(ttl_ > 0)) return guesses;
@@ -47,7 +52,8 @@ public:
         if (max_) {
             const u32 id = find_worker(pod, rank, find_space(model));
             // Without what was to be learned of the worker, a guess may promise more than its groups would agree to.
-            const bool able = id == kNone ? !pods_[pod].shed && admits(kWorkerBytes + kHolderBytes) : !workers_[id]->muted;
+            const bool able =
+                id == kNone ? !pods_[pod].shed && admits(kWorkerBytes + kHolderBytes) : !workers_[id]->muted;
             if (!able || !make_room(id, 0, n, n * sizeof(u64), kNone)) {
                 ++shed_.guesses;
                 fall_short(pod, id);
@@ -69,16 +75,18 @@ public:
 protected:
     bool bounded() const { return max_ != 0; }
     u64 budget() const { return max_; }
-    // What the budget is about: all that streams can make grow. Media are never forgotten, but no part of what a figure shows.
+    // What the budget is about: all that streams can make grow.
+    // Media are never forgotten, but no part of what a figure shows.
     std::size_t bytes() const { return mem_.bytes + media_.bytes(); }
     // Whether something may be made that only a clear takes away again. Half of the budget is for content.
     bool admits(std::size_t more) const { return !max_ || fixed_ + media_.bytes() + more <= max_ / 2; }
 
-    // Makes room for an event that may add so many names and index blocks below a known parent, and `more` bytes besides. False if
-    // it cannot be had: then nothing may be added.
+    // Makes room for an event that may add so many names and index blocks below a known parent, and `more` bytes
+    // besides. False if it cannot be had: then nothing may be added.
     bool make_room(u32 id, u32 names, u32 blocks, std::size_t more, u32 parent) {
         if (!chains_.ages().on()) return true;
-        // Without a clock, time is what is stored: as many generations as there are rings while everything is replaced once.
+        // Without a clock, time is what is stored: as many generations
+        // as there are rings while everything is replaced once.
         recent_ += blocks;
         if (!(ttl_ > 0) && recent_ * 128 > chains_.blocks()) {
             chains_.ages().advance(0);
@@ -90,7 +98,10 @@ protected:
         // The share that is kept free for what cannot be estimated: sets, runs, tables of chains.
         const std::size_t limit = max_ - max_ / 32;
         // A monster is refused before anything is shed for it.
-        if (fixed_ + media_.bytes() + more + blocks * (sizeof(Page) + sizeof(PageHome)) / kPageBlocks + RefTable().growth(names) > limit) return false;
+        if (fixed_ + media_.bytes() + more + blocks * (sizeof(Page) + sizeof(PageHome)) / kPageBlocks +
+                RefTable().growth(names) >
+            limit)
+            return false;
         if (bytes() + growth(id, names, blocks) + more <= limit) return true;
         for (bool renewed = false; bytes() + growth(id, names, blocks) + more > limit;) {
             if (lot_bytes_ > max_ / 8 && shed_waiting()) continue;
@@ -134,14 +145,16 @@ protected:
     }
 
 private:
-    // Blocks that are shed at a time: enough to make finding the oldest cheap, few enough to leave most of a long chain.
+    // Blocks that are shed at a time: enough to make finding the oldest cheap,
+    // few enough to leave most of a long chain.
     static constexpr u32 kPiece = 128;
 
     std::size_t growth(u32 id, u32 names, u32 blocks) const {
         std::size_t n = chains_.growth(blocks, 1);
         if (id == kNone) return n;
         const Worker& w = *workers_[id];
-        n += spaces_[w.space].names.growth(names) + spaces_[w.space].heads.growth(1) + w.chains.growth(1) + w.kids.growth(1);
+        n += spaces_[w.space].names.growth(names) + spaces_[w.space].heads.growth(1) + w.chains.growth(1) +
+             w.kids.growth(1);
         if (w.own.size()) n += w.own.growth(names) + names * sizeof(u64) * 5 / 4;
         return n;
     }
@@ -155,7 +168,8 @@ private:
         }
         return id;
     }
-    // Sheds at most so many blocks of the oldest chain. False if there is none but `pinned`, which is renewed and therefore the last.
+    // Sheds at most so many blocks of the oldest chain.
+    // False if there is none but `pinned`, which is renewed and therefore the last.
     bool shed_oldest(u32 piece, Losses& losses, u32 pinned = kNone) {
         const u32 id = oldest_leaf();
         if (id == kNone || id == pinned) return false;
@@ -224,7 +238,9 @@ private:
     bool shed_waiting() {
         u32 fullest = kNone;
         for (u32 id = 0; id < workers_.size(); ++id)
-            if (workers_[id] && workers_[id]->lot && (fullest == kNone || workers_[id]->lot->by_id.size() > workers_[fullest]->lot->by_id.size())) fullest = id;
+            if (workers_[id] && workers_[id]->lot &&
+                (fullest == kNone || workers_[id]->lot->by_id.size() > workers_[fullest]->lot->by_id.size()))
+                fullest = id;
         if (fullest != kNone) {
             fall_short(workers_[fullest]->pod, fullest);
             return true;

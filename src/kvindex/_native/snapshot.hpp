@@ -2,10 +2,11 @@
 //
 // The whole index as bytes, and back.
 //
-// A snapshot has what cannot be computed: content, names, who holds what, what waits. Tables, counts, masks and lists of children are
-// made again while it is read, so that most of the structure's invariants hold by construction; the rest is verified. Checksums are no
-// protection against intent: whatever bytes come in, what is accepted passes Index::check(), and what is allocated is in proportion to
-// the file. Nothing is replayed: content goes back into its pages by memcpy.
+// A snapshot has what cannot be computed: content, names, who holds what, what waits. Tables, counts,
+// masks and lists of children are made again while it is read, so that most of the structure's
+// invariants hold by construction; the rest is verified. Checksums are no protection against intent:
+// whatever bytes come in, what is accepted passes Index::check(), and what is allocated is in
+// proportion to the file. Nothing is replayed: content goes back into its pages by memcpy.
 //
 //   header    magic, version, file size, XXH3 of all that follows, seed, block size ..., sizes of the sections
 //   sections  in the order of `Section`, each from a multiple of 8 bytes on; little-endian
@@ -34,14 +35,32 @@ inline constexpr u64 kChecksumFrom = 32;
 // What cannot be saved or is refused, in words. A standard exception, for these go through to Python as they are.
 using SnapshotRefused = std::invalid_argument;
 
-[[noreturn]] inline void refuse_snapshot(const std::string& what, u64 offset) { throw SnapshotRefused(what + ", seen at byte " + std::to_string(offset)); }
+[[noreturn]] inline void refuse_snapshot(const std::string& what, u64 offset) {
+    throw SnapshotRefused(what + ", seen at byte " + std::to_string(offset));
+}
 
-enum class Section : u32 { media, models, pods, workers, sets, chains, runs, prefixes, names, own, own_ids, copies, parked, counters, COUNT };
+enum class Section : u32 {
+    media,
+    models,
+    pods,
+    workers,
+    sets,
+    chains,
+    runs,
+    prefixes,
+    names,
+    own,
+    own_ids,
+    copies,
+    parked,
+    counters,
+    COUNT
+};
 inline constexpr u32 kSections = static_cast<u32>(Section::COUNT);
 inline constexpr u64 kSnapshotHead = sizeof(SnapshotHeader) + 8 * kSections;
 
-// A worker's mask spans the holders up to its last one, so very many workers cost the square of their number. Real fleets stay far
-// below this; a file made up of workers does not.
+// A worker's mask spans the holders up to its last one, so very many workers cost the square of their number. Real
+// fleets stay far below this; a file made up of workers does not.
 inline constexpr u64 kFreeMasks = 64ull << 20;
 
 struct ChainRecord {
@@ -107,14 +126,16 @@ inline void seal_snapshot(SnapshotBytes& out) {
 inline SnapshotHeader snapshot_head(const u8* data, u64 bytes, u64 file_bytes) {
     SnapshotHeader h = {};
     if (bytes) std::memcpy(&h, data, std::min<u64>(bytes, sizeof h));
-    if (std::memcmp(h.magic, kSnapshotMagic, std::min<u64>(bytes, sizeof h.magic)) != 0) refuse_snapshot("it is no snapshot of an index", 0);
+    if (std::memcmp(h.magic, kSnapshotMagic, std::min<u64>(bytes, sizeof h.magic)) != 0)
+        refuse_snapshot("it is no snapshot of an index", 0);
     if (bytes < sizeof h) refuse_snapshot("it ends within its header", bytes);
     if (h.version > kSnapshotVersion) refuse_snapshot("it was written by a newer version of kvindex", 8);
     if (h.version != kSnapshotVersion) refuse_snapshot("its version is none", 8);
     if (h.zero != 0) refuse_snapshot("its header is damaged", 12);
     if (h.bytes > file_bytes) refuse_snapshot("it is cut short", file_bytes);
     if (h.bytes < file_bytes) refuse_snapshot("something follows its end", h.bytes);
-    if (h.sections != kSections || h.bytes < kSnapshotHead || h.set_presence > 1 || h.block_size == 0 || h.block_size > 65536 || h.max_parked > 0x7FFFFFFF)
+    if (h.sections != kSections || h.bytes < kSnapshotHead || h.set_presence > 1 || h.block_size == 0 ||
+        h.block_size > 65536 || h.max_parked > 0x7FFFFFFF)
         refuse_snapshot("its header is damaged", kChecksumFrom);
     return h;
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The bytes of a snapshot into an index. Everything is verified: where it is used, or at the end where it needs everything else.
+// The bytes of a snapshot into an index. Everything is verified:
+// where it is used, or at the end where it needs everything else.
 #pragma once
 
 #include "snapshot.hpp"
@@ -14,7 +15,8 @@ public:
 
     void read(std::vector<u64>& counters) {
         const SnapshotHeader h = snapshot_head(data_, bytes_, bytes_);
-        if (xxh3_64(data_ + kChecksumFrom, bytes_ - kChecksumFrom, 0) != h.checksum) refuse_snapshot("its content does not fit its checksum, so it is damaged", kChecksumFrom);
+        if (xxh3_64(data_ + kChecksumFrom, bytes_ - kChecksumFrom, 0) != h.checksum)
+            refuse_snapshot("its content does not fit its checksum, so it is damaged", kChecksumFrom);
         need(h.block_size == ix_.block_size() && h.seed == ix_.seed() && ix_.pods_.empty(), "it is of another index");
         split();
         read_media();
@@ -35,7 +37,8 @@ public:
     // What does not fit into this index's budget goes, as always.
     void fit() {
         ix_.fit();
-        if (ix_.bounded() && ix_.bytes() > ix_.budget()) throw SnapshotRefused("it does not fit into max_bytes, with nothing left to shed");
+        if (ix_.bounded() && ix_.bytes() > ix_.budget())
+            throw SnapshotRefused("it does not fit into max_bytes, with nothing left to shed");
     }
 
 private:
@@ -43,7 +46,7 @@ private:
         if (!ok) refuse_snapshot(std::string("it contradicts itself: ") + what, at_);
     }
 
-    // ---- sections ---------------------------------------------------------------------------------------------------------------
+    // ---- sections ---------------------------------------------------------------------------------------------------
 
     void split() {
         u64 at = kSnapshotHead;
@@ -107,7 +110,7 @@ private:
         return data_ + at_;
     }
 
-    // ---- who is there -----------------------------------------------------------------------------------------------------------
+    // ---- who is there -----------------------------------------------------------------------------------------------
 
     void read_media() {
         enter(Section::media);
@@ -189,7 +192,9 @@ private:
                 const u32 kind = get<u32>();
                 g.window = get<u32>();
                 g.factor = get<u32>();
-                need((kind & 255) <= static_cast<u32>(Attention::chunked) && kind < 512 && ids.insert(g.id).second && factor(g.factor), "a group is none");
+                need((kind & 255) <= static_cast<u32>(Attention::chunked) && kind < 512 && ids.insert(g.id).second &&
+                         factor(g.factor),
+                     "a group is none");
                 g.kind = static_cast<Attention>(kind & 255);
                 g.told_kind = kind >> 8;
             }
@@ -197,7 +202,8 @@ private:
             first_.push_back(ix_.holder_slots());
             for (u32 k = count(12); k; --k) {
                 const u32 medium = get<u32>(), group = get<u32>(), size = get<u32>();
-                need(medium < ix_.media_.size() && group < w.groups.size() && factor(size), "a holder's medium, group or size is none");
+                need(medium < ix_.media_.size() && group < w.groups.size() && factor(size),
+                     "a holder's medium, group or size is none");
                 need(tiers.emplace(medium, group, size).second, "a holder is there twice");
                 w.holders.push_back(ix_.new_holder(i, medium, group, size));
                 if (size > 1) Index::set_bit(wide_, w.holders.back(), true);
@@ -215,7 +221,7 @@ private:
     }
     static bool factor(u32 f) { return f >= 1 && f <= 0xFFFF; }
 
-    // ---- who holds --------------------------------------------------------------------------------------------------------------
+    // ---- who holds --------------------------------------------------------------------------------------------------
 
     void read_sets() {
         enter(Section::sets);
@@ -240,7 +246,8 @@ private:
                 const u32 w = ix_.holders_[h].worker, k = knower_no_[w];
                 knowers_[at + (k >> 6)] |= 1ull << (k & 63);
                 if (ix_.workers_[w]->ghost != h) return;
-                for (u32 o = first_[w]; o < h; ++o) need(!ix_.sets_.has(i, o), "a block is held and only remembered at once");
+                for (u32 o = first_[w]; o < h; ++o)
+                    need(!ix_.sets_.has(i, o), "a block is held and only remembered at once");
             });
         }
         set_at_.push_back(knowers_.size());
@@ -252,7 +259,7 @@ private:
     }
     std::size_t words(u32 set) const { return set_at_[set + 1] - set_at_[set]; }
 
-    // ---- content ----------------------------------------------------------------------------------------------------------------
+    // ---- content ----------------------------------------------------------------------------------------------------
 
     void read_chains() {
         const std::vector<Run> runs = all<Run>(Section::runs);
@@ -265,7 +272,8 @@ private:
         for (ChainRecord& r : records_) {
             take(&r, sizeof r);
             at_ -= sizeof r;
-            need(r.space < ix_.spaces_.size() && r.len && r.runs && u64{r.base} + r.len < (1u << 31), "a chain is none");
+            need(r.space < ix_.spaces_.size() && r.len && r.runs && u64{r.base} + r.len < (1u << 31),
+                 "a chain is none");
             at_ += sizeof r;
             blocks += r.len;
             pages += r.len / kPageBlocks + 2;
@@ -276,7 +284,8 @@ private:
         need(run == runs.size(), "there are more or fewer runs than the chains have");
         need(pages < (1u << 29), "there is more content than an index can hold");
         enter(Section::own);
-        need(own <= left() / sizeof(OwnRecord) && left() == own * sizeof(OwnRecord), "there are more or fewer names than the chains have");
+        need(own <= left() / sizeof(OwnRecord) && left() == own * sizeof(OwnRecord),
+             "there are more or fewer names than the chains have");
         const u8* prefix = raw(Section::prefixes, blocks);
         const u8* name = raw(Section::names, blocks);
         u64 block = 0;
@@ -315,7 +324,8 @@ private:
             }
             Space& space = ix_.spaces_[r.space];
             const u64 head = chains.head(i);
-            need(space.heads.insert_new(ix_.mem_, head, i, [&](u32 k) { return chains.head(k) == head; }), "content is there twice");
+            need(space.heads.insert_new(ix_.mem_, head, i, [&](u32 k) { return chains.head(k) == head; }),
+                 "content is there twice");
             read_names(space, c, name);
             name += u64{8} * r.len;
             attach(i, r);
@@ -343,7 +353,9 @@ private:
             if (v == kNoName) continue;
             const u32 ref = ix_.chains_.ref(c, d);
             ix_.chains_.name(ref) = v;
-            need(v != kNameless && space.names.insert_new(ix_.mem_, v, ref, [&](u32 o) { return ix_.chains_.name(o) == v; }), "a name is there twice");
+            need(v != kNameless &&
+                     space.names.insert_new(ix_.mem_, v, ref, [&](u32 o) { return ix_.chains_.name(o) == v; }),
+                 "a name is there twice");
         }
     }
     // Below its parent, which has been read; and what workers know is closed towards the root.
@@ -360,7 +372,9 @@ private:
         }
         for (u32 k = 0; k < c.runs.size(); ++k) {
             const u32 set = c.runs[k].set;
-            for (std::size_t x = 0; x < words(set); ++x) need(above == kNone || !(knowers(set, x) & ~knowers(above, x)), "a worker knows a block, but not the one before it");
+            for (std::size_t x = 0; x < words(set); ++x)
+                need(above == kNone || !(knowers(set, x) & ~knowers(above, x)),
+                     "a worker knows a block, but not the one before it");
             above = set;
         }
         each_bit(c.runs[0].set, [&](u32 id) {
@@ -373,10 +387,11 @@ private:
     template <class F>
     void each_bit(u32 set, F&& f) const {
         for (std::size_t x = 0; x < words(set); ++x)
-            for (u64 bits = knowers(set, x); bits; bits &= bits - 1) f(knower_[x * 64 + static_cast<u32>(__builtin_ctzll(bits))]);
+            for (u64 bits = knowers(set, x); bits; bits &= bits - 1)
+                f(knower_[x * 64 + static_cast<u32>(__builtin_ctzll(bits))]);
     }
 
-    // ---- names of one's own -----------------------------------------------------------------------------------------------------
+    // ---- names of one's own -----------------------------------------------------------------------------------------
 
     void read_own() {
         const std::vector<OwnRecord> list = all<OwnRecord>(Section::own);
@@ -427,12 +442,13 @@ private:
             ++o.used;
             if (v == kNameless) continue;
             const auto same = [&](u32 ref) { return ix_.own_name(o.worker, ix_.chains_.pos(ref)) == v; };
-            need(table.insert_new(ix_.mem_, v, ix_.chains_.ref(c, o.start + i), same), "a name of a worker's own is there twice");
+            need(table.insert_new(ix_.mem_, v, ix_.chains_.ref(c, o.start + i), same),
+                 "a name of a worker's own is there twice");
         }
         need(o.used, "there are no names in a list of names");
     }
 
-    // ---- what fits no chain -----------------------------------------------------------------------------------------------------
+    // ---- what fits no chain -----------------------------------------------------------------------------------------
 
     u32 holder_of(u32 worker) {
         const u32 h = get<u32>();
@@ -449,7 +465,8 @@ private:
                 const Pos p{static_cast<u32>(where >> 32), static_cast<u32>(where)};
                 need(p.chain < records_.size(), "copies of a block that is not there");
                 const Chain& c = ix_.chains_[p.chain];
-                need(p.depth >= c.base && p.depth < c.end() && ix_.knows(w, ix_.set_at(p)), "copies of a block that is not there");
+                need(p.depth >= c.base && p.depth < c.end() && ix_.knows(w, ix_.set_at(p)),
+                     "copies of a block that is not there");
                 const u32 ref = ix_.chains_.ref(p);
                 need(!w.copies.count(ref), "a block's copies are there twice");
                 Copies& list = w.copies.try_emplace(ref, Counted<Copy>(ix_.mem_)).first->second;
@@ -470,7 +487,8 @@ private:
                 }
                 for (u32 h : w.holders) {
                     if ((p.depth + 1) % ix_.holders_[h].factor) continue;
-                    const bool any = std::any_of(list.begin(), list.end(), [&](const Copy& x) { return x.holder == h && x.count; });
+                    const bool any =
+                        std::any_of(list.begin(), list.end(), [&](const Copy& x) { return x.holder == h && x.count; });
                     need(any == ix_.sets_.has(ix_.set_at(p), h), "copies and holders disagree");
                 }
                 for (const Copy& copy : list) need(ix_.find(id, copy.id) == ref, "a copy's name is another block's");
@@ -497,7 +515,8 @@ private:
                 take(p.ids.data(), u64{8} * n);
                 std::vector<u64> sorted = p.ids;
                 std::sort(sorted.begin(), sorted.end());
-                need(std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end(), "a block waits twice in one event");
+                need(std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end(),
+                     "a block waits twice in one event");
                 p.live.resize(n);
                 take(p.live.data(), n);
                 for (u8 live : p.live) need(live <= 1, "a switch is neither on nor off");
@@ -512,10 +531,10 @@ private:
         done();
     }
 
-    // ---- what must agree --------------------------------------------------------------------------------------------------------
+    // ---- what must agree --------------------------------------------------------------------------------------------
 
-    // Once everything is in place: each worker's names lead to its blocks, nothing is remembered for nothing, and blocks of larger
-    // sizes are whole.
+    // Once everything is in place: each worker's names lead to its blocks,
+    // nothing is remembered for nothing, and blocks of larger sizes are whole.
     void look_around() {
         const u64 start = from_[static_cast<u32>(Section::chains)];
         std::vector<std::pair<u32, u32>> ends;  // workers that know something of a chain, and where that ends
@@ -524,9 +543,11 @@ private:
             const Chain& c = ix_.chains_[i];
             ends.clear();
             bool unnamed = false;
-            for (u32 d = c.base; d < c.end() && !unnamed; ++d) unnamed = ix_.chains_.name(ix_.chains_.ref(c, d)) == kNoName;
+            for (u32 d = c.base; d < c.end() && !unnamed; ++d)
+                unnamed = ix_.chains_.name(ix_.chains_.ref(c, d)) == kNoName;
             for (u32 r = 0; r < c.runs.size(); ++r) {
-                const u32 set = c.runs[r].set, next = r + 1 < c.runs.size() ? c.runs[r + 1].set : kEmptySet, stop = ix_.chains_.run_end(c, r);
+                const u32 set = c.runs[r].set, next = r + 1 < c.runs.size() ? c.runs[r + 1].set : kEmptySet,
+                          stop = ix_.chains_.run_end(c, r);
                 for (std::size_t x = 0; x < words(set); ++x)
                     for (u64 bits = knowers(set, x) & ~(next ? knowers(next, x) : 0); bits; bits &= bits - 1)
                         ends.emplace_back(knower_[x * 64 + static_cast<u32>(__builtin_ctzll(bits))], stop);
@@ -537,7 +558,8 @@ private:
             for (const auto& e : ends) {
                 const Worker& w = *ix_.workers_[e.first];
                 const Pos last{i, e.second - 1};
-                if (w.ghost != kNone && ix_.sets_.has(ix_.set_at(last), w.ghost)) need(ix_.knows_child(w, last), "a block is remembered for nothing");
+                if (w.ghost != kNone && ix_.sets_.has(ix_.set_at(last), w.ghost))
+                    need(ix_.knows_child(w, last), "a block is remembered for nothing");
                 const bool own = o < c.own.size() && c.own[o].worker == e.first;
                 named(e.first, i, e.second, own ? &c.own[o] : nullptr, unnamed);
                 o += own;
@@ -546,15 +568,17 @@ private:
         }
         for (u32 p = 0; p < ix_.pods_.size(); ++p) ix_.judge(p);
     }
-    // An engine block of several index blocks is held as one: a part of it is held exactly if a block below it is. Where nothing
-    // changes from a block to the next and nothing forks, that is so.
+    // An engine block of several index blocks is held as one: a part of it is held exactly if a block below it is.
+    // Where nothing changes from a block to the next and nothing forks, that is so.
     void whole(const Chain& c) const {
         std::map<u32, std::vector<u64>> below;  // depth -> who has a block below it
         const auto join = [&](std::vector<u64>& to, u32 set) {
             if (to.size() < wide_.size()) to.resize(wide_.size());
-            for (u32 x = 0; x < ix_.sets_.words(set) && x < wide_.size(); ++x) to[x] |= ix_.sets_.data(set)[x] & wide_[x];
+            for (u32 x = 0; x < ix_.sets_.words(set) && x < wide_.size(); ++x)
+                to[x] |= ix_.sets_.data(set)[x] & wide_[x];
         };
-        for (u32 r = 0; r < c.runs.size(); ++r) join(below[ix_.chains_.run_end(c, r) - 1], r + 1 < c.runs.size() ? c.runs[r + 1].set : kEmptySet);
+        for (u32 r = 0; r < c.runs.size(); ++r)
+            join(below[ix_.chains_.run_end(c, r) - 1], r + 1 < c.runs.size() ? c.runs[r + 1].set : kEmptySet);
         for (u32 k = c.first_kid; k != kNone; k = ix_.chains_[k].kid_after) {
             const u32 base = ix_.chains_[k].base;
             std::vector<u64>& to = below[base - 1];
@@ -564,15 +588,18 @@ private:
         for (const auto& at : below) {
             const u32 set = ix_.chains_.set_at(c, at.first);
             for (u32 x = 0; x < wide_.size(); ++x)
-                for (u64 bits = ((x < ix_.sets_.words(set) ? ix_.sets_.data(set)[x] & wide_[x] : 0) ^ at.second[x]); bits; bits &= bits - 1)
-                    need((at.first + 1) % ix_.holders_[x * 64 + static_cast<u32>(__builtin_ctzll(bits))].factor == 0, "part of a block is held without the rest");
+                for (u64 bits = ((x < ix_.sets_.words(set) ? ix_.sets_.data(set)[x] & wide_[x] : 0) ^ at.second[x]);
+                     bits; bits &= bits - 1)
+                    need((at.first + 1) % ix_.holders_[x * 64 + static_cast<u32>(__builtin_ctzll(bits))].factor == 0,
+                         "part of a block is held without the rest");
         }
     }
     void named(u32 id, u32 chain, u32 end, const OwnNames* o, bool unnamed) const {
         const Worker& w = *ix_.workers_[id];
         const Chain& c = ix_.chains_[chain];
         if (o)
-            for (u32 k = end > o->start ? end - o->start : 0; k < o->ids.size(); ++k) need(o->ids[k] == kNoName, "a name for a block that its worker does not know");
+            for (u32 k = end > o->start ? end - o->start : 0; k < o->ids.size(); ++k)
+                need(o->ids[k] == kNoName, "a name for a block that its worker does not know");
         if (!o && !unnamed && !w.own.size()) return;
         for (u32 r = 0; r < c.runs.size() && c.runs[r].start < end; ++r) {
             const u32 stop = std::min(end, ix_.chains_.run_end(c, r));
@@ -586,7 +613,9 @@ private:
                     continue;
                 }
                 if (w.copies.count(ref)) continue;
-                for (u32 h : w.holders) need((d + 1) % ix_.holders_[h].factor || !ix_.sets_.has(c.runs[r].set, h), "a block is held without a name");
+                for (u32 h : w.holders)
+                    need((d + 1) % ix_.holders_[h].factor || !ix_.sets_.has(c.runs[r].set, h),
+                         "a block is held without a name");
             }
         }
     }
@@ -597,11 +626,11 @@ private:
     u64 at_ = 0, end_ = 0;
     u64 from_[kSections] = {}, to_[kSections] = {};
     u64 n_sets_ = 0;
-    std::vector<u32> first_;              // a worker's first holder; its others follow, then its ghost
-    std::vector<u64> wide_;               // holders of blocks of several index blocks
+    std::vector<u32> first_;               // a worker's first holder; its others follow, then its ghost
+    std::vector<u64> wide_;                // holders of blocks of several index blocks
     std::vector<u32> knower_, knower_no_;  // workers that have holders, and which of them a worker is
-    std::vector<std::size_t> set_at_;     // where a set's words begin in
-    std::vector<u64> knowers_;            // the workers that know a block with this set, as bits
+    std::vector<std::size_t> set_at_;      // where a set's words begin in
+    std::vector<u64> knowers_;             // the workers that know a block with this set, as bits
     std::vector<ChainRecord> records_;
 };
 

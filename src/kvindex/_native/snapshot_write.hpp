@@ -41,7 +41,8 @@ public:
                 out_.put(&r, sizeof r);
             });
         });
-        section(Section::own_ids, [&] { each_own([&](u32, const OwnNames& o) { out_.put(o.ids.data(), u64{8} * o.ids.size()); }); });
+        section(Section::own_ids,
+                [&] { each_own([&](u32, const OwnNames& o) { out_.put(o.ids.data(), u64{8} * o.ids.size()); }); });
         section(Section::copies, [&] { write_copies(); });
         section(Section::parked, [&] { write_parked(); });
         section(Section::counters, [&] { out_.put(counters.data(), counters.size() * sizeof(u64)); });
@@ -55,12 +56,13 @@ public:
         h.set_presence = ix_.set_presence_;
         h.sections = kSections;
         std::memcpy(out_.at(0), &h, sizeof h);
-        if (masks_ > kFreeMasks + out_.size() * 16) throw SnapshotRefused("there are more workers than a reader would believe");
+        if (masks_ > kFreeMasks + out_.size() * 16)
+            throw SnapshotRefused("there are more workers than a reader would believe");
     }
 
 private:
-    // Dense numbers in place of ids: pods in the order in which they were opened (which decides between equals), their workers, and
-    // each worker's holders one after another, its ghost last. Guesses are left out.
+    // Dense numbers in place of ids: pods in the order in which they were opened (which decides between equals), their
+    // workers, and each worker's holders one after another, its ghost last. Guesses are left out.
     void number() {
         for (u32 i = 0; i < ix_.pods_.size(); ++i)
             if (ix_.pods_[i].uid && ix_.find_pod(ix_.pods_[i].name) == i) pods_.push_back(i);
@@ -103,7 +105,8 @@ private:
             if (id >= chain_no_.size()) chain_no_.resize(id + 1, kNone);
             chain_no_[id] = static_cast<u32>(chains_.size());
             chains_.push_back(id);
-            records_.push_back({c.space, parent, c.base, end - c.base, static_cast<u32>(runs_.size()) - first, c.own.size()});
+            records_.push_back(
+                {c.space, parent, c.base, end - c.base, static_cast<u32>(runs_.size()) - first, c.own.size()});
             blocks_ += end - c.base;
             kids.clear();
             for (u32 k = c.first_kid; k != kNone; k = ix_.chains_[k].kid_after) kids.push_back(k);
@@ -177,7 +180,8 @@ private:
             out_.put(pod_no[w.pod]);
             out_.put(w.space);
             out_.put(w.rank);
-            out_.put(w.placed_full | w.small_blocks * 2u | w.sticky * 4u | (w.ghost != kNone) * 8u | w.shed * 16u | w.muted * 32u);
+            out_.put(w.placed_full | w.small_blocks * 2u | w.sticky * 4u | (w.ghost != kNone) * 8u | w.shed * 16u |
+                     w.muted * 32u);
             out_.put(static_cast<u32>(w.groups.size()));
             for (const Group& g : w.groups) {
                 out_.put(g.id);

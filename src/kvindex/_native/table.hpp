@@ -5,9 +5,10 @@
 
 namespace kvindex {
 
-// Maps 64-bit keys that already stand somewhere else (in a page, in a chain's head, in a set) to the 32-bit reference of that place.
-// A slot is 8 bytes: 32 bits of the mixed key, 32 bits of reference. The kept half is enough to find the home slot again, so neither
-// deleting nor growing touches the places referred to; the full key is compared there only when the halves agree (2^-32 by chance).
+// Maps 64-bit keys that already stand somewhere else (in a page, in a chain's head, in a set) to the 32-bit reference
+// of that place. A slot is 8 bytes: 32 bits of the mixed key, 32 bits of reference. The kept half is enough to find the
+// home slot again, so neither deleting nor growing touches the places referred to; the full key is compared there only
+// when the halves agree (2^-32 by chance).
 class RefTable {
 public:
     u32 size() const { return n_; }

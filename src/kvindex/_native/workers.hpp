@@ -37,8 +37,8 @@ struct Holder {
     u64 blocks = 0;  // index blocks whose set has this holder
 };
 
-// What an answer says of a worker that one bit describes: side by side, because reading it from worker and pod costs three cache
-// misses for each of 256 pods (3.9 us of an answer to 8 blocks, against 0.4).
+// What an answer says of a worker that one bit describes: side by side, because reading it from worker and pod costs
+// three cache misses for each of 256 pods (3.9 us of an answer to 8 blocks, against 0.4).
 struct Face {
     u64 pod = 0;  // Pod::uid
     u32 rank = 0;
@@ -59,14 +59,14 @@ struct Parked {
     u64 waits_for = 0;
     bool orphan = false;
     u32 holder = 0;
-    u32 left = 0;             // how many are live
+    u32 left = 0;  // how many are live
     std::vector<u64> ids;
     std::vector<u64> locals;  // orphans: ids.size() * factor local hashes
     std::vector<u8> live;     // 0: its copy has been removed since, the position still counts
 };
 
-// One hash of one record, ordered so that the latest live one of a medium and group is found without looking at others: a lot may
-// have thousands of one hash, in one record or each.
+// One hash of one record, ordered so that the latest live one of a medium and group is found without looking at others:
+// a lot may have thousands of one hash, in one record or each.
 struct ParkedHash {
     u64 name;
     bool dead;
@@ -105,18 +105,18 @@ struct Worker {
     u32 guess = kNone;         // holds what add_prefix announced
     std::vector<u64> mask;     // bits of holders and ghost
     std::vector<Group> groups;
-    RefTable own;                                      // own names -> block
-    CountedMap<u64, u32> second;                       // further names of a block -> block
-    CountedMap<u32, Copies> copies;                    // block -> copies, where bits do not suffice
-    CountTable chains;                                 // chains in which this worker knows a block
-    CountTable kids;                                   // (chain, depth) -> child chains there in which it knows a block
+    RefTable own;                    // own names -> block
+    CountedMap<u64, u32> second;     // further names of a block -> block
+    CountedMap<u32, Copies> copies;  // block -> copies, where bits do not suffice
+    CountTable chains;               // chains in which this worker knows a block
+    CountTable kids;                 // (chain, depth) -> child chains there in which it knows a block
     std::unique_ptr<ParkingLot> lot;
     bool placed_full = false;   // has placed a block of a size that fits
     bool small_blocks = false;  // has only sent single blocks that are too small: partial ones or a wrong size?
     bool sticky = false;        // something could not be placed, for good
     bool shed = false;          // something that it holds was forgotten: nothing waits for what may have been that
-    bool muted = false;         // not even what it is could be kept in the budget: nothing of it is, until it starts anew
-    u32 face = kNone;           // the holder whose bit is all that a match needs, if one is
+    bool muted = false;  // not even what it is could be kept in the budget: nothing of it is, until it starts anew
+    u32 face = kNone;    // the holder whose bit is all that a match needs, if one is
     u32 in_hybrid_list = kNone;
 
     u32 parked() const { return lot ? lot->hashes : 0; }
@@ -129,7 +129,8 @@ struct Guess {
 };
 using Guesses = std::multimap<double, Guess>;  // by when they end
 
-// Along how many blocks two paths are one. A prefix hash stands for all blocks before it, so the place where they part is found by halving.
+// Along how many blocks two paths are one. A prefix hash stands for all blocks before it,
+// so the place where they part is found by halving.
 inline std::size_t together(const std::vector<u64>& a, const std::vector<u64>& b) {
     std::size_t same = 0;
     for (std::size_t end = std::min(a.size(), b.size()); same < end;) {
@@ -166,21 +167,21 @@ struct Pod {
     u64 uid = 0;  // slot and a count of all pods ever opened: a removed pod's number never means another pod
     std::string name;
     std::vector<u32> workers;
-    std::map<i64, Verdict> streams;  // per rank, from the stream layer
+    std::map<i64, Verdict> streams;     // per rank, from the stream layer
     std::map<i64, Position> positions;  // per rank, where batches came with their sequence numbers
     bool set_presence = false;
     bool has_clear_media = false;
     std::vector<u32> clear_media;
     bool shed = false;  // not even one of its workers fitted into the budget
     u32 chunk_tokens = 0;
-    u64 max_blocks = 0;  // index blocks, over all workers, media and groups; 0: no limit
+    u64 max_blocks = 0;                // index blocks, over all workers, media and groups; 0: no limit
     Verdict verdict = Verdict::exact;  // the worst of all
 };
 
 struct Space {
     std::string model;
-    RefTable heads;  // prefix hash of a chain's first block -> chain
-    RefTable names;  // engine hash in a page -> block
+    RefTable heads;            // prefix hash of a chain's first block -> chain
+    RefTable names;            // engine hash in a page -> block
     std::vector<u32> hybrids;  // workers whose groups and media must be looked at
 };
 
@@ -202,7 +203,8 @@ public:
         const std::string key = lower(p, n);
         const auto found = ids_.find(key);
         if (found != ids_.end()) return found->second;
-        static const char* const known[] = {"GPU", "CPU", "CPU_PINNED", "DISK", "STORAGE", "EXTERNAL", "CPU_TIER1", "CPU_TIER2"};
+        static const char* const known[] = {"GPU",     "CPU",      "CPU_PINNED", "DISK",
+                                            "STORAGE", "EXTERNAL", "CPU_TIER1",  "CPU_TIER2"};
         std::string show(p, n);
         for (const char* k : known)
             if (lower(k, std::strlen(k)) == key) show = k;

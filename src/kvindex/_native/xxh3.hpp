@@ -96,6 +96,7 @@ inline constexpr std::size_t SCRAMBLE_AT = SECRET_BYTES - STRIPE_BYTES;
 inline constexpr std::size_t LAST_STRIPE_AT = SECRET_BYTES - 71;
 inline constexpr std::size_t MERGE_AT = 11;
 
+// clang-format off
 alignas(64) inline constexpr Byte SECRET[SECRET_BYTES] = {
     0xb8, 0xfe, 0x6c, 0x39, 0x23, 0xa4, 0x4b, 0xbe, 0x7c, 0x01, 0x81, 0x2c, 0xf7, 0x21, 0xad, 0x1c,
     0xde, 0xd4, 0x6d, 0xe9, 0x83, 0x90, 0x97, 0xdb, 0x72, 0x40, 0xa4, 0xa4, 0xb7, 0xb3, 0x67, 0x1f,
@@ -110,9 +111,10 @@ alignas(64) inline constexpr Byte SECRET[SECRET_BYTES] = {
     0x2b, 0x16, 0xbe, 0x58, 0x7d, 0x47, 0xa1, 0xfc, 0x8f, 0xf8, 0xb8, 0xd1, 0x7a, 0xd0, 0x31, 0xce,
     0x45, 0xcb, 0x3a, 0x8f, 0x95, 0x16, 0x04, 0x28, 0xaf, 0xd7, 0xfb, 0xca, 0xbb, 0x4b, 0x40, 0x7e,
 };
+// clang-format on
 
-alignas(32) inline constexpr std::uint64_t INITIAL[8] = {
-    PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3, PRIME64_4, PRIME32_2, PRIME64_5, PRIME32_1};
+alignas(32) inline constexpr std::uint64_t INITIAL[8] = {PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3,
+                                                         PRIME64_4, PRIME32_2, PRIME64_5, PRIME32_1};
 
 // memcpy and not a cast: token buffers and the secret's odd offsets are unaligned, and compilers make one load of it.
 KVINDEX_XXH3_INLINE std::uint64_t load64(const Byte* p) noexcept {
@@ -375,9 +377,8 @@ struct LanesAvx2 {
         KVINDEX_XXH3_UNROLL
         for (std::size_t i = 0; i < 2; ++i) {
             const __m256i x = _mm256_add_epi64(acc[i], _mm256_shuffle_epi32(sum[i], _MM_SHUFFLE(1, 0, 3, 2)));
-            const __m256i keyed =
-                _mm256_xor_si256(_mm256_xor_si256(x, _mm256_srli_epi64(x, 47)),
-                                 _mm256_loadu_si256(reinterpret_cast<const __m256i*>(secret) + i));
+            const __m256i keyed = _mm256_xor_si256(_mm256_xor_si256(x, _mm256_srli_epi64(x, 47)),
+                                                   _mm256_loadu_si256(reinterpret_cast<const __m256i*>(secret) + i));
             const __m256i high = _mm256_mul_epu32(_mm256_srli_epi64(keyed, 32), prime);
             acc[i] = _mm256_add_epi64(_mm256_mul_epu32(keyed, prime), _mm256_slli_epi64(high, 32));
             sum[i] = _mm256_setzero_si256();
@@ -388,9 +389,8 @@ struct LanesAvx2 {
         KVINDEX_XXH3_UNROLL
         for (std::size_t i = 0; i < 2; ++i) {
             const __m256i x = _mm256_add_epi64(acc[i], _mm256_shuffle_epi32(sum[i], _MM_SHUFFLE(1, 0, 3, 2)));
-            _mm256_storeu_si256(
-                reinterpret_cast<__m256i*>(keyed) + i,
-                _mm256_xor_si256(x, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(secret) + i)));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(keyed) + i,
+                                _mm256_xor_si256(x, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(secret) + i)));
         }
     }
 };
@@ -620,7 +620,8 @@ private:
         const std::uint64_t* s = xxh3::settle(&secret_.words[0]);
         std::uint64_t acc = BYTES * xxh3::PRIME64_1;
         ((acc = xxh3::settle(acc + xxh3::mix16(p + 16 * I, s[4 * I], s[4 * I + 1])),
-          acc = xxh3::settle(acc + xxh3::mix16(p + BYTES - 16 - 16 * I, s[4 * I + 2], s[4 * I + 3]))), ...);
+          acc = xxh3::settle(acc + xxh3::mix16(p + BYTES - 16 - 16 * I, s[4 * I + 2], s[4 * I + 3]))),
+         ...);
         return xxh3::avalanche(acc);
     }
 
