@@ -228,11 +228,14 @@ docs-pictures: .venv/.installed
 	$(call listed,["project"]["optional-dependencies"]["lint"])
 	touch $@
 
+NATIVE := $(wildcard src/kvindex/*.hpp src/kvindex/_native/*.hpp tests/fuzz/*.cpp chaos/*.c)
+
 lint: .venv/.lint-tools
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint src/kvindex
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 # Which lines the tests run, of Python and of the native core. The core is built apart, with counters in it, as for the
