@@ -1,9 +1,8 @@
 // A coverage-guided fuzzer of everything that changes the index and everything that asks it.
 //
 // An input is a header of eight bytes and a list of operations. Bit 0 of the header chooses how they are read:
-//   raw         payloads as they come over the wire, one msgpack value each or with a length before it, between
-//   records; structured  records of eight bytes, each one event or call over a handful of contents, hashes, groups and
-//   media.
+//   raw         payloads as they come over the wire, one msgpack value each or prefixed by a length, between records
+//   structured  records of eight bytes, each one event or call over a handful of contents, hashes, groups and media
 // Structured records reach what bytes rarely do (a hole, a fork that goes away again, an orphan of an orphan), and the
 // mutator below moves whole records about.
 //

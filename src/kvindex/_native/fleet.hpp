@@ -277,9 +277,9 @@ protected:
 
     // What streams make and nothing but a clear or the pod's end takes away:
     // in a bounded index it must not be all there is room for.
-    static constexpr std::size_t kWorkerBytes =
-        sizeof(Worker) + sizeof(void*) + 64;                          // with its places in pods and lists
-    static constexpr std::size_t kHolderBytes = sizeof(Holder) + 64;  // with its places in masks and lists
+    // Each with its places in lists, pods and masks.
+    static constexpr std::size_t kWorkerBytes = sizeof(Worker) + sizeof(void*) + 64;
+    static constexpr std::size_t kHolderBytes = sizeof(Holder) + 64;
     void charge(std::size_t n) {
         mem_.add(n);
         fixed_ += n;

@@ -8,8 +8,8 @@
 
 namespace kvindex {
 
-// One worker's answer; medium kNone: all media together. `alone`:
-// the worker has no other medium, so it stands for that as well.
+// One worker's answer; medium kNone: all media together.
+// `alone`: the worker has no other medium, so it stands for that as well.
 struct Hit {
     u64 pod;  // Pod::uid
     u32 rank;

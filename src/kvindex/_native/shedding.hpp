@@ -7,10 +7,10 @@
 // it holds more than is known here. Everything that is known of a worker stays a part of what
 // would be known without a budget, so an answer can be too small and never too large:
 //   - a removal of what was shed finds no copy, and there is none to take;
-//   - a store below what was shed is turned away, not parked, and what its names meant before is forgotten (see
-//   Parker::turn_away);
-//   - what an event says of its group is learned even if its blocks are refused: a group that is not known would object
-//   to nothing.
+//   - a store below what was shed is turned away, not parked, and what its names meant before is forgotten
+//     (see Parker::turn_away);
+//   - what an event says of its group is learned even if its blocks are refused: a group that is not known would
+//     object to nothing.
 // Room is made before an event, by what it may need at most. That keeps tables from
 // doubling and pages from being taken one by one, so what is shed is about what is
 // stored; only what such an estimate cannot know is made up for afterwards.
