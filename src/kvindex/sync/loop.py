@@ -42,7 +42,9 @@ class StreamLoop:
         max_replays: int,
         ending: Callable[[], None],
         ended: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.clock = clock
         self._own_context = context is None
         self._context = context
         self._max_replays = max_replays
@@ -188,7 +190,7 @@ class StreamLoop:
             self._end()
 
     def _turn(self) -> None:
-        now = time.monotonic()
+        now = self.clock()
         wait = 0.0 if self._hot else max(0.0, self._timers[0][0] - now) if self._timers else None
         for key, _ in self._selector.select(wait):
             if key.data is None:
@@ -201,7 +203,7 @@ class StreamLoop:
                 self._hot.add(key.data)
         while self._commands:
             self._do(self._commands.popleft())
-        now = time.monotonic()
+        now = self.clock()
         hot, self._hot = self._hot, set()
         for handler in hot:
             try:

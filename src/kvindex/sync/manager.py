@@ -323,7 +323,7 @@ class EventManager:
     def _employ(self, pod: _Pod, rank: int, at: Endpoints) -> Worker:
         worker = Worker(self._loop, self._setting, pod.source, rank, at, pod.places.pop(rank, None))
         pod.workers[rank] = worker
-        worker.begin(time.monotonic())
+        worker.begin(self._loop.clock())
         return worker
 
     def _remove(self, name: str) -> None:

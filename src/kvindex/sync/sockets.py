@@ -1,8 +1,8 @@
 """The sockets of streams: one connection to one publisher, one replay, one bound endpoint.
 
-Each is driven by the poll loop of the manager's thread: :meth:`ready` takes what has arrived, up to a budget, and says
-whether there may be more. ZMQ's file descriptors are edge-triggered: they are readable when something has *changed*, so
-whoever stops before a socket is empty has to come back without being woken.
+Each is driven by the poll loop of the manager's thread: :meth:`ready` takes what has arrived, up to a budget or until
+its turn is over, and says whether there may be more. ZMQ's file descriptors are edge-triggered: they are readable when
+something has *changed*, so whoever stops before a socket is empty has to come back without being woken.
 
 A connection is made by a socket of its own, and closed when it is lost: what one socket delivers is therefore of one
 TCP connection and so of one process, and libzmq's own reconnecting, which would hide a restart, never happens.
@@ -24,8 +24,11 @@ from .source import Curve, is_address, join_tcp, split_tcp
 
 __all__ = ["Bound", "Replay", "SocketOptions", "Subscription", "resolve"]
 
-# Messages taken from one socket before the others have their turn: with 256 a flood costs its neighbours about 2 ms.
+# What is taken from one socket before the others have their turn: so many messages, and none after so many seconds. By
+# messages alone, batches of 4 MB from one pod kept the others waiting for nine seconds. What a pod waits for another's
+# flood is therefore this and one message (32 MB, which is 0.3 s, unless `max_message` says otherwise).
 BUDGET: Final = 256
+TURN: Final = 0.002
 
 # Longer than any process lives: a lost connection is closed and made anew by us, see above.
 _NEVER_MS: Final = 24 * 3600 * 1000
@@ -51,6 +54,8 @@ class Loop(Protocol):
     def watch(self, fd: int, handler: Any) -> None: ...
 
     def unwatch(self, fd: int) -> None: ...
+
+    def clock(self) -> float: ...
 
 
 class SocketOptions:
@@ -155,8 +160,11 @@ class _Watched:
                 break
         return found
 
-    def _take(self, handle: Callable[[list[zmq.Frame]], None]) -> bool:
+    def _take(self, handle: Callable[[list[zmq.Frame], float], None]) -> bool:
         """Hand over what has arrived, up to the budget; gives whether there may be more."""
+        clock = self._loop.clock
+        now = clock()
+        end = now + TURN
         for _ in range(BUDGET):
             if self.closed:
                 return False
@@ -164,7 +172,10 @@ class _Watched:
                 frames = _receive(self._sock)
             except zmq.Again:
                 return False
-            handle(frames)
+            handle(frames, now)
+            now = clock()
+            if now >= end:
+                break
         return True
 
     def close(self) -> None:
@@ -229,7 +240,7 @@ class Subscription(_Watched):
             else:
                 self._over = True
                 self._lost(now, _why(event, self._keyed))
-        return self._take(lambda frames: self._message([frame.bytes for frame in frames], now))
+        return self._take(lambda frames, at: self._message([frame.bytes for frame in frames], at))
 
     def failed(self, now: float, error: Exception) -> None:
         self.close()
@@ -268,7 +279,7 @@ class Replay(_Watched):
         self._or_close(lambda: sock.send_multipart(replay_request(start), zmq.NOBLOCK))
 
     def ready(self, now: float) -> bool:
-        return self._take(lambda frames: self._message([frame.bytes for frame in frames], now))
+        return self._take(lambda frames, at: self._message([frame.bytes for frame in frames], at))
 
 
 class Bound(_Watched):
@@ -309,7 +320,7 @@ class Bound(_Watched):
 
     def ready(self, now: float) -> bool:
         self._note_connections(now)
-        return self._take(lambda frames: self._hand_over(frames, now))
+        return self._take(self._hand_over)
 
     def _hand_over(self, frames: list[zmq.Frame], now: float) -> None:
         # libzmq puts the descriptor that a message was read from among its properties; inproc has none.

@@ -189,7 +189,7 @@ class Worker:
     def _subscribe(self, attempt: int, endpoint: str | None, error: str) -> None:
         if self.gone or self.attempt != attempt or self.opened_at is None:
             return
-        now = time.monotonic()
+        now = self._host.clock()
         if endpoint is None:
             self._lost(attempt, now, error)
             return
@@ -412,7 +412,7 @@ class Worker:
     def _send(self, question: int, start: int, endpoint: str | None, error: str) -> None:
         if self.gone or not self._asking or self.replay is not None or question != self.question:
             return
-        now = time.monotonic()
+        now = self._host.clock()
         if endpoint is not None:
             try:
                 self.replay = Replay(
