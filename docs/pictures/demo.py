@@ -29,7 +29,7 @@ TEMPLATE = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="h
 <clipPath id="{unique_id}-clip-terminal"><rect x="0" y="0" width="{terminal_width}" height="{terminal_height}"/></clipPath>
 {lines}
 </defs>
-<rect fill="#1c1f26" x="0" y="0" width="{width}" height="{height}" rx="8"/>
+<rect fill="#1c1f26" stroke="#57606a" x="0" y="0" width="{width}" height="{height}" rx="8"/>
 <g transform="translate({terminal_x}, 12)" clip-path="url(#{unique_id}-clip-terminal)">
 {backgrounds}
 <g class="{unique_id}-matrix">
