@@ -1,8 +1,14 @@
 // One writer or many readers, in turns: a waiting writer lets no new reader in, and a writer that leaves lets every
 // waiting reader in before the next writer. Neither side can starve the other, however busy it is.
+//
+// Who has to wait looks again and again at first, for as long as going to sleep and being woken would take. Turns are
+// shorter than that: with readers that slept at once, the slowest of a thousand matches of 8 blocks beside a busy
+// writer took 110 us to 1.4 ms (of them 45 us for waking up, the rest for getting the interpreter lock back), and 1 us
+// since they do not.
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 
@@ -18,8 +24,11 @@ public:
                 return true;
         return false;
     }
+    bool spin_lock_shared() {
+        return spin([&] { return try_lock_shared(); });
+    }
     void lock_shared() {
-        if (try_lock_shared()) return;
+        if (spin_lock_shared()) return;
         std::unique_lock<std::mutex> g(m_);
         for (;;) {
             unsigned s = state_.load(std::memory_order_relaxed);
@@ -49,7 +58,7 @@ public:
         return state_.compare_exchange_strong(none, kWriter, std::memory_order_acquire, std::memory_order_relaxed);
     }
     void lock() {
-        if (try_lock()) return;
+        if (spin([&] { return try_lock(); })) return;
         std::unique_lock<std::mutex> g(m_);
         ++writers_waiting_;
         for (;;) {
@@ -87,6 +96,27 @@ public:
     }
 
 private:
+    template <class Take>
+    static bool spin(Take&& take) {
+        if (take()) return true;
+        const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
+        do {
+            for (int i = 0; i < 16; ++i) {
+                rest();
+                if (take()) return true;
+            }
+        } while (std::chrono::steady_clock::now() < end);
+        return false;
+    }
+    // Tells the processor that this is a loop that waits.
+    static void rest() {
+#if defined(__x86_64__) || defined(__i386__)
+        __builtin_ia32_pause();
+#elif defined(__aarch64__)
+        asm volatile("yield");
+#endif
+    }
+
     // Who comes and goes alone needs no mutex: two of its operations were a tenth of a one-block ingest.
     static constexpr unsigned kWriter = 1, kQueued = 2, kSleeper = 4, kReader = 8;
     std::atomic<unsigned> state_{0};

@@ -334,7 +334,7 @@ private:
         }
     };
     struct Reading {
-        Reading(const SharedIndex& s, bool wait) : s_(s), on(wait || s.lock_.try_lock_shared()) {
+        Reading(const SharedIndex& s, bool wait) : s_(s), on(wait || s.lock_.spin_lock_shared()) {
             if (wait) s.lock_.lock_shared();
         }
         ~Reading() {
