@@ -3,10 +3,10 @@
 On a shared machine the slowest calls are those during which the system ran something else on this core. It counts those
 (``ru_nivcsw`` of the thread), so the distribution is given twice: of all calls, and of those that were left alone.
 
-From 16,384 tokens on a match gives the interpreter lock up and has to get it back, for which Python makes it wait until
-the other thread lets go. What that costs whoever does it is measured as a control: a checksum that takes as long, shares
-nothing with the index, and gives the lock up too. Shorter ones keep it, and then the flood gets the interpreter only
-when Python takes it away from who asks, every 5 ms.
+From 16,384 tokens on a match gives the interpreter lock up and has to get it back, for which Python makes it wait
+until the other thread lets go. What that costs whoever does it is measured as a control: a checksum that takes as long,
+shares nothing with the index, and gives the lock up too. Shorter matches keep it, and then the flood gets the
+interpreter only when Python takes it away from who asks, every 5 ms.
 """
 
 from __future__ import annotations
