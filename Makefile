@@ -71,7 +71,7 @@ help:
 	@echo 'make bench-streams     events over TCP from one publisher, until they are applied'
 	@echo 'make bench-gate BASE=REV  exit 1 when something got slower or larger than in REV; 2 when nothing is known'
 	@echo 'make bench-rows        growth, threads, tail, snapshot and churn, each beside what was promised'
-	@echo 'make lint              style and types'
+	@echo 'make lint              style, types and clang-tidy'
 	@echo 'make coverage          which lines the tests run, Python and native'
 	@echo 'make ci                everything that a pull request has to pass, in the order of the pipeline'
 	@echo 'make nightly           the long runs, and everything that is measured'
@@ -228,6 +228,7 @@ docs-pictures: .venv/.installed
 	$(call listed,["project"]["optional-dependencies"]["lint"])
 	touch $@
 
+# The fuzzers include every header of _native; _tokens.hpp stands apart from those, with Python.h.
 NATIVE := $(wildcard src/kvindex/*.hpp src/kvindex/_native/*.hpp tests/fuzz/*.cpp chaos/*.c)
 
 lint: .venv/.lint-tools
@@ -236,6 +237,9 @@ lint: .venv/.lint-tools
 	$(BIN)/mypy
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint src/kvindex
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+	$(BIN)/clang-tidy --quiet tests/fuzz/*.cpp -- -std=c++17 -Isrc/kvindex/_native
+	$(BIN)/clang-tidy --quiet src/kvindex/_tokens.hpp -- -xc++ -std=c++17 -isystem "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')"
+	$(BIN)/clang-tidy --quiet chaos/slow_disk.c --
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 # Which lines the tests run, of Python and of the native core. The core is built apart, with counters in it, as for the

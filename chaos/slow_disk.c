@@ -27,12 +27,12 @@ static long milliseconds(void) {
     if (fd < 0) return 0;
     if (take(fd, text, sizeof text - 1) < 0) text[0] = 0;
     close(fd);
-    return atol(text);
+    return strtol(text, NULL, 10);
 }
 
 static void wait_for(const char *path) {
     const char *below = getenv("CHAOS_DISK");
-    if (!below || strncmp(path, below, strlen(below))) return;
+    if (!below || strncmp(path, below, strlen(below)) != 0) return;
     long ms = milliseconds();
     struct timespec pause = {ms / 1000, ms % 1000 * 1000000};
     if (ms > 0) nanosleep(&pause, NULL);

@@ -155,7 +155,7 @@ private:
     // The index that one (pod, rank) would have to itself.
     struct Solo {
         std::unique_ptr<SharedIndex> index;
-        u64 uid;
+        u64 uid = 0;
     };
     struct Configuration {
         int presence = -1;
@@ -166,7 +166,7 @@ private:
     // One path of contents, as a record says it.
     struct Path {
         std::vector<u8> types;
-        bool lora, salt;
+        bool lora = false, salt = false;
     };
 
     std::unique_ptr<SharedIndex> make() const {
@@ -220,8 +220,8 @@ private:
     // The engine's name for a prefix: shared by all pods, the pod's own, or a small number that clashes with others.
     u64 name(u32 pod, const Path& p, std::size_t blocks, bool alias) const {
         const u32 style = head_[3] >> (2 * pod) & 3;
-        u64 seed = alias + 2 * (p.lora + 2 * p.salt);
-        if (style == 1) seed += 8 * (pod + 1);
+        u64 seed = alias + u64{2} * (p.lora + 2 * p.salt);
+        if (style == 1) seed += u64{8} * (pod + 1);
         const u64 h = xxh3_64(p.types.data(), blocks, seed);
         return style == 3 ? h % 24 : h;
     }
@@ -288,7 +288,7 @@ private:
     }
     void content(Event& e, const Path& p, u32 cut, u32 blocks, u32 factor) {
         tokens(p.types.data() + cut, blocks, batch_.tokens);
-        e.block_size = size_ * factor;
+        e.block_size = u64{size_} * factor;
         if (p.lora) ref(e.lora_name, "L");
         if (p.salt) ref(e.cache_salt, "s");
         keys_ = extra(p.types.data() + cut, blocks, factor);
@@ -307,7 +307,7 @@ private:
         e.has_parent = r[7] >> 3 & 1;
         if (e.has_parent) e.parent = (r[7] >> 4) + 8 * (r[6] >> 7);
         Path q = p;
-        q.types.resize(n * factor);
+        q.types.resize(std::size_t{n} * factor);
         content(e, q, 0, n * factor, factor);
         describe(e, r);
         apply(r);
@@ -320,7 +320,8 @@ private:
         const Path p = path_of(r);
         const u32 factor = factor_of(r), n = static_cast<u32>(p.types.size()) / factor;
         for (u32 j = 0; j < n; ++j)
-            if (j >= 8 || r[7] >> j & 1) batch_.hashes.push_back(name(pod_of(r), p, (j + 1) * factor, r[2] >> 6 & 1));
+            if (j >= 8 || r[7] >> j & 1)
+                batch_.hashes.push_back(name(pod_of(r), p, std::size_t{j + 1} * factor, r[2] >> 6 & 1));
         if (r[2] & 0x80) {
             if (n && batch_.hashes.size() == n) batch_.hashes.pop_back();
             content(e, p, 0, n * factor, factor);

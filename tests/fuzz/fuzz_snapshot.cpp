@@ -43,12 +43,12 @@ Event event(EventKind kind, Batch& b, std::vector<u64> hashes, std::vector<u32> 
 
 void use(SharedIndex& ix, u32 size) {
     Batch b;
-    std::vector<u32> tokens;
-    for (u32 i = 0; i < 4 * size; ++i) tokens.push_back(7);
+    const std::vector<u32> tokens(std::size_t{4} * size, 7);
     b.events.push_back(event(EventKind::stored, b, {1000, 1001, 1002, 1003}, tokens, size, false, 0));
     b.events.push_back(event(EventKind::removed, b, {1, 2, 1001, 2000}, {}, 0, false, 0));
     b.events.push_back(event(EventKind::stored, b, {2001, 2002},
-                             std::vector<u32>(tokens.begin(), tokens.begin() + 2 * size), size, true, 2000));
+                             std::vector<u32>(tokens.begin(), tokens.begin() + std::ptrdiff_t{2} * size), size, true,
+                             2000));
     for (const auto& pod : ix.pods())
         for (const char* model : {"", "m"}) {
             Report r;
@@ -69,7 +69,7 @@ extern "C" int LLVMFuzzerTestOneInput(const u8* data, std::size_t n) {
     std::vector<u64> room(n / 8 + 1);
     u8* file = reinterpret_cast<u8*>(room.data());
     std::memcpy(file, data, n);
-    SnapshotHeader h;
+    SnapshotHeader h{};
     std::memcpy(&h, file, sizeof h);
     std::memcpy(h.magic, kSnapshotMagic, sizeof h.magic);
     h.version = kSnapshotVersion;

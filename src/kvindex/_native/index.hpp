@@ -276,12 +276,12 @@ private:
         if (!whole) return make_room(id, 0, 0, static_cast<std::size_t>(n) * 128, kNone);
         const u32 parent = e.has_parent ? find(id, name_of(e.parent)) : kNone;
         if (e.has_parent && parent == kNone)
-            return workers_[id]->shed || make_room(id, 0, 0, parked_weight(n, n * factor), kNone);
+            return workers_[id]->shed || make_room(id, 0, 0, parked_weight(n, u64{n} * factor), kNone);
         return make_room(id, n, n * factor, 0, parent);
     }
     // Whether what the event says of its worker is known, or may be kept for good.
     bool can_learn(const Worker& w, const Event& e, u32 factor) const {
-        if (admits(kHolderBytes + sizeof(Group) + 192 + 2 * e.medium.n)) return true;
+        if (admits(kHolderBytes + sizeof(Group) + 192 + u64{2} * e.medium.n)) return true;
         return std::any_of(w.holders.begin(), w.holders.end(), [&](u32 h) {
             const Holder& o = holders_[h];
             const Group& g = w.groups[o.group];
@@ -317,7 +317,7 @@ private:
             return false;
         if (extra_.any)
             for (u32 j = 0; j < n; ++j)
-                if (extra_.has[j]) locals_[j * factor] = mix_extra(locals_[j * factor], extra_.digest[j], seed_);
+                if (u64& h = locals_[std::size_t{j} * factor]; extra_.has[j]) h = mix_extra(h, extra_.digest[j], seed_);
         return true;
     }
 
@@ -343,7 +343,7 @@ private:
 
     void removed(u32 id, const Event& e, const u64* ids, Report& r) {
         const Worker& w = *workers_[id];
-        if (!admits(192 + 2 * e.medium.n) && media_.find(e.medium.p, e.medium.n) == kNone)
+        if (!admits(192 + u64{2} * e.medium.n) && media_.find(e.medium.p, e.medium.n) == kNone)
             return r.skip(Reason::unknown_hash, e.n_hashes);
         Holder tier;
         tier.medium = media_.id(e.medium.p, e.medium.n);

@@ -122,10 +122,10 @@ private:
     // so that the compiler sees that the two are the same memory.
     T* heap() const {
         T* p;
-        std::memcpy(&p, place_, sizeof p);
+        std::memcpy(&p, place_, sizeof(T*));
         return p;
     }
-    void point(T* p) { std::memcpy(place_, &p, sizeof p); }
+    void point(T* p) { std::memcpy(place_, &p, sizeof(T*)); }
 
     alignas(T*) unsigned char place_[sizeof(T*)] = {};
     u32 n_ = 0;
@@ -140,7 +140,7 @@ struct Counted {
 
     explicit Counted(Memory& memory) : m(&memory) {}
     template <class U>
-    Counted(const Counted<U>& o) : m(o.m) {}
+    Counted(const Counted<U>& o) : m(o.m) {}  // NOLINT(misc-explicit-constructor): containers turn one into another
     T* allocate(std::size_t n) {
         T* p = std::allocator<T>().allocate(n);
         m->add(n * sizeof(T));

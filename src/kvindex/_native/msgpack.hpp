@@ -279,7 +279,7 @@ __attribute__((target("ssse3"))) inline size_t read_u32s_ssse3(const uint8_t*& p
     size_t done = 0;
     while (n - done >= 4) {
         const size_t left = static_cast<size_t>(end - p);
-        if (left < 4 * 5 + slack) break;
+        if (left < size_t{4} * 5 + slack) break;
         size_t m = (left - slack) / 5;
         if (m > stretch) m = stretch;
         if (m > n - done) m = n - done;

@@ -324,6 +324,8 @@ public:
 private:
     struct Written {
         explicit Written(SharedIndex& s) : s_(s) {}
+        Written(const Written&) = delete;
+        Written& operator=(const Written&) = delete;
         ~Written() { s_.lock_.unlock(); }
         SharedIndex& s_;
     };
@@ -337,6 +339,8 @@ private:
         Reading(const SharedIndex& s, bool wait) : s_(s), on(wait || s.lock_.spin_lock_shared()) {
             if (wait) s.lock_.lock_shared();
         }
+        Reading(const Reading&) = delete;
+        Reading& operator=(const Reading&) = delete;
         ~Reading() {
             if (on) s_.lock_.unlock_shared();
         }
@@ -360,6 +364,8 @@ private:
     // Holds off who would begin to write.
     struct Gate {
         explicit Gate(const SharedIndex& s) : s_(s) { s_.saving_.store(true); }
+        Gate(const Gate&) = delete;
+        Gate& operator=(const Gate&) = delete;
         ~Gate() {
             std::lock_guard<std::mutex> g(s_.gate_);
             s_.saving_.store(false);

@@ -39,7 +39,7 @@ using SnapshotRefused = std::invalid_argument;
     throw SnapshotRefused(what + ", seen at byte " + std::to_string(offset));
 }
 
-enum class Section : u32 {
+enum class Section : u8 {
     media,
     models,
     pods,
@@ -57,7 +57,7 @@ enum class Section : u32 {
     COUNT
 };
 inline constexpr u32 kSections = static_cast<u32>(Section::COUNT);
-inline constexpr u64 kSnapshotHead = sizeof(SnapshotHeader) + 8 * kSections;
+inline constexpr u64 kSnapshotHead = sizeof(SnapshotHeader) + u64{8} * kSections;
 
 // A worker's mask spans the holders up to its last one, so very many workers cost the square of their number. Real
 // fleets stay far below this; a file made up of workers does not.
@@ -116,7 +116,7 @@ private:
 
 // The last step of writing. It reads nothing but the bytes, so no lock is needed for it.
 inline void seal_snapshot(SnapshotBytes& out) {
-    SnapshotHeader h;
+    SnapshotHeader h{};
     std::memcpy(&h, out.data(), sizeof h);
     h.checksum = xxh3_64(out.data() + kChecksumFrom, out.size() - kChecksumFrom, 0);
     std::memcpy(out.at(0), &h, sizeof h);

@@ -140,7 +140,7 @@ private:
         const u64 from = out_.size();
         f();
         const u64 bytes = out_.size() - from;
-        std::memcpy(out_.at(sizeof(SnapshotHeader) + 8 * static_cast<u32>(s)), &bytes, sizeof bytes);
+        std::memcpy(out_.at(sizeof(SnapshotHeader) + u64{8} * static_cast<u32>(s)), &bytes, sizeof bytes);
     }
     void write_pods() {
         out_.put(static_cast<u32>(pods_.size()));
