@@ -43,6 +43,7 @@ listed = $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.t
 .venv/.installed: .venv/.build-tools setup.py $(CORE)
 	$(call need,command -v $${CXX:-g++},g++)
 	$(call need,$(PYTHON) -c 'import sysconfig; open(sysconfig.get_path("include") + "/Python.h")',python3-dev)
+	@echo 'compiling the core, about half a minute'
 	$(PIP) install --quiet --no-build-isolation --editable '.[terminal]'
 	touch $@
 

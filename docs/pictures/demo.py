@@ -1,7 +1,8 @@
 """Makes the picture of the home page, and the capture in the README, of one run of ``kvindex demo``.
 
 ``make docs-pictures``. What is shown is what was printed, without most of the lines
-that say how it goes on; the picture has the table without its upright lines, the README has none.
+that say how it goes on; the picture has the table without its upright lines. The README has only what fits on its first
+screen.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def parts(lines: list[str]) -> tuple[list[str], list[str], list[str]]:
     for line in lines[1:at]:
         if " requests, " in line:
             progress += 1
-            if progress % 4 != 2:
+            if progress % 4 != 1:
                 continue
             line = line.partition(", match")[0]
         shown.append(line)
@@ -93,7 +94,11 @@ def ruled(line: str) -> str:
 def main() -> None:
     story, table, end = parts(run())
     (HERE / "demo.svg").write_text(draw([*story, "", *table, "", *end]))
-    block = "\n".join(["```text", "$ kvindex demo", *story, "", *end, "```", ""])
+    first = next(number for number, line in enumerate(story) if " requests, " in line)
+    last = max(number for number, line in enumerate(story) if " requests, " in line)
+    brief = [line for number, line in enumerate(story) if " requests, " not in line or number in (first, last)]
+    words = [line for line in end if not line.startswith(("round-robin", "prefix-aware", "match call", "pod-"))]
+    block = "\n".join(["```text", "$ make demo", *brief, *words, "```", ""])
     page = README.read_text()
     README.write_text(
         re.sub(r"(?<=<!-- demo -->\n).*?(?=<!-- /demo -->)", lambda _: block, page, count=1, flags=re.DOTALL)

@@ -391,7 +391,7 @@ def show_live(out: Console, demo: Demo) -> None:
 def show_lines(out: Console, demo: Demo) -> None:
     """Where nothing can be drawn over: a line every two seconds and one for whatever happens, and the table at the
     end."""
-    due = 0.0
+    due = time.monotonic() + 2
     for _ in demo.serve():
         while demo.notes:
             at, text = demo.notes.popleft()
@@ -453,7 +453,7 @@ def summary(out: Console, demo: Demo) -> int:
     index, routed, plain = demo.index, demo.routed, demo.plain
     out.print()
     for name, tally in (("round-robin", plain), ("prefix-aware", routed)):
-        saved = f"{tally.hit_tokens.total():>10,} of {tally.prompt_tokens.total():,} prompt tokens not computed again"
+        saved = f"{tally.hit_tokens.total():>10,} of {tally.prompt_tokens.total():,} prompt tokens reused"
         out.print(f"{name + ' routing':<21} hit rate {tally.rate():6.1%}, {saved}")
     more = routed.hit_tokens.total() - plain.hit_tokens.total()
     out.print(f"prefill tokens saved  {more:,} more than by round-robin")
