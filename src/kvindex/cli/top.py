@@ -93,7 +93,9 @@ class View:
         shown = Table(box=SIMPLE_HEAD, caption=summed(status), caption_justify="left", pad_edge=False)
         for column in ("pod", "state"):
             shown.add_column(column, no_wrap=True)
-        for column in ("lag", "blocks", "events/s", "gaps", "lost", "restarts", "errors"):
+        limited = any(pod.throttled for pod in status.values())
+        columns = ["lag", "blocks", "events/s", "gaps", "lost", "restarts", "errors"]
+        for column in [*columns, "throttled"] if limited else columns:
             shown.add_column(column, justify="right", no_wrap=True, min_width=len(column))
         shown.add_column("why", overflow="ellipsis", no_wrap=height is not None)
         rows = [row for name in sorted(status) for row in lines(status[name])]
@@ -106,7 +108,7 @@ class View:
             shown.add_row(
                 Text(name), Text(row.state, STYLES[row.state]), lag(row.lag), f"{row.blocks:,}", f"{rate:,.0f}",
                 f"{row.gaps:,}", f"{row.lost_batches:,}", f"{row.restarts:,}", f"{sum(row.errors.values()):,}",
-                Text(row.reason),
+                *([f"{row.throttled:,}"] if limited else []), Text(row.reason),
             )  # fmt: skip
         return shown
 

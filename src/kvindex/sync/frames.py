@@ -28,6 +28,7 @@ __all__ = [
     "FrameFault",
     "LiveMessage",
     "ReplayMessage",
+    "batch_events",
     "batch_rank",
     "batch_time",
     "parse_live",
@@ -153,6 +154,34 @@ def _seconds(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
         return None
     return value / 1000.0 if abs(value) >= _MILLISECONDS_FROM else float(value)
+
+
+def batch_events(payload: bytes) -> int:
+    """How many events a batch says that it has, at least one; what is no batch is one.
+
+    Looks at the first bytes only, so it is no promise; it can not be more than there is room for. O(1) for the array
+    form that every released engine writes.
+    """
+    count = 1
+    unpacker = msgpack.Unpacker(raw=True, strict_map_key=False)
+    try:
+        # The list's own header comes within these in the array form: 1 byte, a time of at most 9, and 5.
+        array = payload[:1] and (payload[0] & 0xF0 == 0x90 or payload[0] in (0xDC, 0xDD))
+        unpacker.feed(payload[:32] if array else payload)
+        if array:
+            if unpacker.read_array_header() >= 2:
+                unpacker.skip()
+                count = unpacker.read_array_header()
+        else:
+            for _ in range(unpacker.read_map_header()):
+                if unpacker.unpack() == b"events":
+                    count = unpacker.read_array_header()
+                    break
+                unpacker.skip()
+    except Exception:
+        return 1
+    # An event is an array or a map with a name in it: three bytes. A damaged length must not cost a pod years.
+    return max(1, min(count, len(payload) // 3))
 
 
 def batch_rank(payload: bytes) -> int:

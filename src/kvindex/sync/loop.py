@@ -153,6 +153,10 @@ class StreamLoop:
     def unwatch(self, fd: int) -> None:
         self._selector.unregister(fd)
 
+    def again(self, handler: Any) -> None:
+        """Call its ``ready`` before the loop waits again."""
+        self._hot.add(handler)
+
     def wake_at(self, due: float, worker: Worker) -> None:
         """Call :meth:`Worker.tick` then, unless the worker's ``due`` has changed."""
         heapq.heappush(self._timers, (due, next(self._order), worker))

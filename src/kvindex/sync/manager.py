@@ -16,6 +16,7 @@ import zmq
 
 from ..answers import StreamPlace
 from ..errors import InvalidTypeError, InvalidValueError, StreamError, UnknownPodError
+from .allowance import Allowance
 from .frames import FrameFault, batch_rank, parse_live, parse_topic
 from .loop import StreamLoop
 from .sockets import Bound, SocketOptions
@@ -35,8 +36,10 @@ _MOST_RANKS: Final = 1024
 
 
 class _Pod:
-    def __init__(self, source: PodSource, came_to: Bound | None = None) -> None:
+    def __init__(self, source: PodSource, burst: float, came_to: Bound | None = None) -> None:
         self.source = source
+        limits = (source.max_event_rate, source.max_byte_rate)
+        self.allowance = None if limits == (None, None) else Allowance(*limits, burst)
         self.came_to = came_to  # the bound endpoint at which it appeared by itself
         self.workers: dict[int, Worker] = {}
         self.places: dict[int, StreamPlace] = {}  # how far streams were applied before this one began
@@ -81,6 +84,7 @@ class EventManager:
         self._callbacks: list[Callable[[StateChange], None]] = []
         self._wakers: list[Callable[[], None]] = []
         self._taps: list[Callable[[Batch | Forgotten], None]] = []
+        self._burst = (policy or Policy()).burst
         self._setting = Setting(index, policy, self._options, self._taps, self._tell)
         self._loop = StreamLoop(
             context=context, max_replays=max_replays, ending=self._end, ended=self._wake_all
@@ -129,7 +133,8 @@ class EventManager:
 
     def bind(
         self, endpoint: str, *, presence: Presence | None = None, clear_media: Iterable[str] | None = None,
-        chunk_size: int | None = None, max_blocks: int | None = None, max_pods: int = 1024,
+        chunk_size: int | None = None, max_blocks: int | None = None, max_event_rate: float | None = None,
+        max_byte_rate: float | None = None, max_pods: int = 1024,
     ) -> str:  # fmt: skip
         """Let pods connect here instead of connecting to them; gives the endpoint, with the port where it was a
         wildcard.
@@ -143,6 +148,8 @@ class EventManager:
             "clear_media": None if clear_media is None else frozenset(clear_media),
             "chunk_size": chunk_size,
             "max_blocks": max_blocks,
+            "max_event_rate": max_event_rate,
+            "max_byte_rate": max_byte_rate,
         }
         PodSource("options", **options)
         return self._loop.call(partial(self._bind, bind_endpoint(endpoint), options, max_pods))
@@ -294,7 +301,7 @@ class EventManager:
             raise StreamError(f"topic {topic.decode()!r} is pod {self._topics[topic]!r}'s already")
         if present is not None:
             self._remove(source.name)  # it came by itself, before anybody could say what it is
-        pod = _Pod(source)
+        pod = _Pod(source, self._burst)
         self._enlist(pod)
         if bound:
             self._topics[topic] = source.name
@@ -321,7 +328,9 @@ class EventManager:
         self._pods[source.name] = pod
 
     def _employ(self, pod: _Pod, rank: int, at: Endpoints) -> Worker:
-        worker = Worker(self._loop, self._setting, pod.source, rank, at, pod.places.pop(rank, None))
+        worker = Worker(
+            self._loop, self._setting, pod.source, rank, at, pod.places.pop(rank, None), pod.allowance
+        )  # fmt: skip
         pod.workers[rank] = worker
         worker.begin(self._loop.clock())
         return worker
@@ -392,7 +401,7 @@ class EventManager:
         elif connection < worker.connection:
             worker.errors["late_frames"] += 1
             return
-        worker.hear(seq, payload, now)
+        worker.offer(frames, seq, payload, now)
 
     def _bound_fault(self, reason: str, detail: str) -> None:
         self._faults[reason] += 1
@@ -423,7 +432,7 @@ class EventManager:
                 return None
             self._topics[topic] = name
             source = PodSource(name, model=model, topic=topic.decode(), **template["options"])
-            self._enlist(_Pod(source, bound))
+            self._enlist(_Pod(source, self._burst, bound))
             log.info("%s: connected to %s", name, bound.endpoint)
         pod = self._pods[name]
         rank = batch_rank(payload)

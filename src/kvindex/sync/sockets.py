@@ -133,11 +133,20 @@ def _receive(sock: zmq.Socket[bytes]) -> list[zmq.Frame]:
 
 
 class _Watched:
-    """A socket in the loop, with or without a monitor."""
+    """A socket in the loop, with or without a monitor.
 
-    def __init__(self, loop: Loop, sock: zmq.Socket[bytes]) -> None:
+    ``admits`` is asked before each message whether it may be taken; who says no sees to it that :meth:`ready` is called
+    again. ``waiting`` is told whether something is there that may not be taken.
+    """
+
+    def __init__(
+        self, loop: Loop, sock: zmq.Socket[bytes], *, admits: Callable[[float], bool] | None = None,
+        waiting: Callable[[float, bool], None] | None = None,
+    ) -> None:  # fmt: skip
         self._loop = loop
         self._sock = sock
+        self._admits = admits
+        self._waiting = waiting
         self._monitor: zmq.Socket[bytes] | None = None
         self._fd = cast(int, sock.fd)  # asked for once: a closed socket has none
         self._monitor_fd = -1
@@ -168,9 +177,17 @@ class _Watched:
         for _ in range(BUDGET):
             if self.closed:
                 return False
+            if self._admits is not None and not self._admits(now):
+                # libzmq rings until somebody asks, so this is asked even where nobody wants to know.
+                some = bool(cast(int, self._sock.events) & zmq.POLLIN)
+                if self._waiting is not None:
+                    self._waiting(now, some)
+                return False
             try:
                 frames = _receive(self._sock)
             except zmq.Again:
+                if self._waiting is not None:
+                    self._waiting(now, False)
                 return False
             handle(frames, now)
             now = clock()
@@ -213,13 +230,14 @@ class Subscription(_Watched):
         self, loop: Loop, context: zmq.Context[Any], options: SocketOptions, endpoint: str, topic: bytes, *,
         made: Callable[[float], None], lost: Callable[[float, str], None],
         message: Callable[[list[bytes], float], None], curve: Curve | None = None,
+        admits: Callable[[float], bool] | None = None, waiting: Callable[[float, bool], None] | None = None,
     ) -> None:  # fmt: skip
         sock: zmq.Socket[bytes] = context.socket(zmq.SUB)
         options.apply(sock)
         _authenticate(sock, curve)
         sock.ipv6 = endpoint.startswith("tcp://[")
         sock.subscribe(topic)
-        super().__init__(loop, sock)
+        super().__init__(loop, sock, admits=admits, waiting=waiting)
         self._made = made
         self._lost = lost
         self._message = message
@@ -268,12 +286,13 @@ class Replay(_Watched):
     def __init__(
         self, loop: Loop, context: zmq.Context[Any], options: SocketOptions, endpoint: str, start: int, *,
         message: Callable[[list[bytes], float], None], curve: Curve | None = None,
+        admits: Callable[[float], bool] | None = None,
     ) -> None:  # fmt: skip
         sock: zmq.Socket[bytes] = context.socket(zmq.DEALER)
         options.apply(sock, queue=self.QUEUE)
         _authenticate(sock, curve)
         sock.ipv6 = endpoint.startswith("tcp://[")
-        super().__init__(loop, sock)
+        super().__init__(loop, sock, admits=admits)
         self._message = message
         self._or_close(lambda: sock.connect(endpoint))
         self._or_close(lambda: sock.send_multipart(replay_request(start), zmq.NOBLOCK))

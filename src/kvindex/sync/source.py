@@ -89,6 +89,12 @@ class PodSource:
     """Blocks of the index that the pod may hold, over all ranks, media and groups: what it announces beyond that is
     counted as ``over_limit`` and makes it degraded. Some blocks more than the engine has, times its groups, never limit
     an honest one. None is no limit."""
+    max_event_rate: float | None = None
+    """Events a second that are taken from the pod, over all ranks, live or replayed; every message counts as one at
+    least. What comes faster waits where it is, the pod is stale as long, and what no queue on the way keeps is a gap
+    that a replay fills. :attr:`Policy.burst` seconds of it are saved up. None is no limit."""
+    max_byte_rate: float | None = None
+    """The same for the bytes of its messages."""
     server_key: str | None = None
     """The publisher's CURVE public key (Z85, 40 characters). With it, connections are encrypted, and nobody is believed
     who has not the secret key to it; None takes whatever the network leads to."""
@@ -114,6 +120,14 @@ class PodSource:
                 raise InvalidTypeError(f"{name} of pod {self.name!r} must be an int, not {type(value).__name__}")
             if value < lowest:
                 raise InvalidValueError(f"{name} of pod {self.name!r} must be at least {lowest}, not {value}")
+        for name in ("max_event_rate", "max_byte_rate"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise InvalidTypeError(f"{name} of pod {self.name!r} must be a number, not {type(value).__name__}")
+            if not 0 < value < float("inf"):
+                raise InvalidValueError(f"{name} of pod {self.name!r} must be above 0 and finite, not {value}")
         if self.presence not in (None, "count", "set"):
             raise InvalidValueError(f"presence of pod {self.name!r} must be 'count' or 'set', not {self.presence!r}")
         if self.clear_media is not None:

@@ -73,6 +73,8 @@ class WorkerStatus:
     restarts: int
     reconnects: int
     duplicates: int
+    throttled: int
+    """Times that it had to wait for its limit: :attr:`PodSource.max_event_rate`."""
     errors: Mapping[str, int]
     """By reason: frames that are no message, payloads that are no batch, and events that could not be applied."""
     events: Mapping[str, int]
@@ -104,6 +106,7 @@ class PodStatus:
     lost_batches: int
     replays: int
     restarts: int
+    throttled: int
     errors: Mapping[str, int]
     blocks: int
     parked: int
@@ -135,6 +138,7 @@ def pod_status(pod: str, model: str, workers: Mapping[int, WorkerStatus]) -> Pod
         lost_batches=sum(worker.lost_batches for worker in table),
         replays=sum(worker.replays for worker in table),
         restarts=sum(worker.restarts for worker in table),
+        throttled=sum(worker.throttled for worker in table),
         errors=errors,
         blocks=sum(worker.blocks for worker in table),
         parked=sum(worker.parked for worker in table),

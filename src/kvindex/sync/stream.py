@@ -140,6 +140,8 @@ class Policy:
     """Bytes that may wait for a hole to be filled."""
     memory: int = 1024
     """Fingerprints of applied batches that are kept. One would do; more tell duplicates from restarts."""
+    burst: float = 2.0
+    """How many seconds of its limit a silent pod saves up (:attr:`PodSource.max_event_rate`)."""
     max_conflicts: int = 3
     """Restarts that replays claim within one connection before the replay endpoint counts as somebody else's."""
 
@@ -259,6 +261,8 @@ class WorkerStream:
         self._retry_at = 0.0
         self._tries = 0
         self._tries_at = -1
+        self._held_up_until = float("-inf")
+        self._behind = False  # something has arrived that may not be taken yet
         self._heard_at = 0.0
         self._probe_at: float | None = None
         self._probe_wait = 0.0
@@ -317,7 +321,7 @@ class WorkerStream:
         self.is_connected = True
         self._connected_at = self._heard_at = now
         self._conflicts = 0
-        self._mixed = False
+        self._mixed = self._behind = False
         self._trust_replay = self._has_replay
         self._stop_replay()
         # What waited came over the connection before: a replay brings it again, and nobody else could place it.
@@ -400,8 +404,9 @@ class WorkerStream:
     def replay_sent(self, now: float) -> None:
         """The request of the last :class:`RequestReplay` is on its way; its time counts from here."""
         if self._replay is not None and self._replay.bound is None:
-            self._replay.deadline = now + self.policy.replay_timeout
-            self._replay.bound = now + self.policy.replay_deadline
+            since = max(now, self._held_up_until)
+            self._replay.deadline = since + self.policy.replay_timeout
+            self._replay.bound = since + self.policy.replay_deadline
 
     def replayed(self, seq: int, payload: bytes, now: float) -> list[Action]:
         """A batch of the running replay has arrived."""
@@ -452,6 +457,40 @@ class WorkerStream:
     def suspect(self, now: float) -> list[Action]:
         """A message of this connection was not readable: look whether what was applied is what was published."""
         self._plan_heal(now)
+        return self._settle(now)
+
+    # ------------------------------------------------------------------------------------------------ limits of ours
+
+    def hold_up(self, now: float, until: float) -> None:
+        """Nothing of this stream is taken before ``until``: what is late meanwhile is so by our own will, and the
+        publisher's silence is none."""
+        self.counts["throttled"] += 1
+        more = until - max(now, self._held_up_until)
+        if more <= 0.0:
+            return
+        self._held_up_until = until
+        self._heard_at = max(self._heard_at, until)
+        if self._replay is not None and self._replay.bound is not None and self._replay.deadline is not None:
+            self._replay.deadline += more
+            self._replay.bound += more
+
+    def behind(self, now: float, why: str) -> list[Action]:
+        """Something has arrived that may not be taken yet: ``why``. Nothing does any more where that is empty."""
+        if bool(why) == self._behind:
+            return []
+        self._behind = bool(why)
+        if why:
+            self._say("throttled", why)
+        return self._settle(now)
+
+    def overlooked(self, seq: int, now: float) -> list[Action]:
+        """Batch ``seq`` has arrived and was let go, for want of room to wait in. What arrived before and was not let go
+        has been handed in."""
+        if seq > self._next + self.policy.seq_jump:
+            return self.suspect(now)
+        self._seen = max(self._seen, seq)
+        if self._verified:
+            self._look_at_hole(now)
         return self._settle(now)
 
     # --------------------------------------------------------------------------------------- what came of an Ingest
@@ -967,6 +1006,8 @@ class WorkerStream:
     def _judgement(self) -> tuple[Verdict, str]:
         if not self.is_connected:
             return "stale", self._why_lost
+        if self._behind:
+            return "stale", "it sends more than its limit allows"
         if not self._verified:
             asking = "asking" if self.replaying else "nothing has shown yet"
             return "stale", f"{asking} whether this is still the process it was"

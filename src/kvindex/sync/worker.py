@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import random
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +15,9 @@ import zmq
 
 from ..answers import StreamPlace
 from ..errors import EventDecodeError
-from .frames import END, FrameFault, parse_live, parse_replay
-from .sockets import Loop, Replay, SocketOptions, Subscription, resolve
+from .allowance import PAUSE, Allowance
+from .frames import END, FrameFault, batch_events, parse_live, parse_replay
+from .sockets import BUDGET, Loop, Replay, SocketOptions, Subscription, resolve
 from .source import Endpoints, PodSource, Presence
 from .status import WORST_FIRST, Batch, Forgotten, StateChange, WorkerStatus
 from .stream import (
@@ -38,8 +40,11 @@ log = logging.getLogger("kvindex.sync")
 
 # What an operator has to look at; everything else is the stream looking after itself.
 _SERIOUS: Final = frozenset(
-    {"gap_accepted", "rejected", "replay_conflict", "replay_endless", "replay_failed", "unreachable", "bad_frames"}
-)
+    {
+        "gap_accepted", "rejected", "replay_conflict", "replay_endless", "replay_failed", "unreachable", "bad_frames",
+        "throttled",
+    }
+)  # fmt: skip
 
 
 class Index(Protocol):
@@ -75,6 +80,8 @@ class Host(Loop, Protocol):
     def context(self) -> zmq.Context[Any]: ...
 
     def within(self, command: Callable[[], None]) -> None: ...
+
+    def again(self, handler: Any) -> None: ...
 
     def wake_at(self, due: float, worker: Worker) -> None: ...
 
@@ -113,8 +120,9 @@ class Worker:
     """
 
     def __init__(
-        self, host: Host, setting: Setting, source: PodSource, rank: int, at: Endpoints, place: StreamPlace | None
-    ) -> None:
+        self, host: Host, setting: Setting, source: PodSource, rank: int, at: Endpoints, place: StreamPlace | None,
+        allowance: Allowance | None = None,
+    ) -> None:  # fmt: skip
         self._host = host
         self._setting = setting
         self.pod = source.name
@@ -123,6 +131,11 @@ class Worker:
         self.source = source
         self.model = source.model
         self._curve = source.curve()
+        self._allowance = allowance
+        self._resume_at: float | None = None  # nothing is taken before
+        self._backlog: deque[tuple[int, bytes]] = deque()  # of a bound endpoint, which can not wait for one pod
+        self._backlog_bytes = 0
+        self._overlooked = -1  # the highest that was let go for want of room there
         self.stream = WorkerStream(replay=at.replay_endpoint is not None, policy=setting.policy, place=place)
         self.topic = None if source.topic is None else source.topic.encode()
         self.seen_topic: bytes | None = self.topic
@@ -201,6 +214,8 @@ class Worker:
                 lost=partial(self._lost, attempt),
                 message=self._live,
                 curve=self._curve,
+                admits=None if self._allowance is None else self._admits,
+                waiting=None if self._allowance is None else self._waiting,
             )  # fmt: skip
         except zmq.ZMQError as failure:
             self._lost(attempt, now, f"{endpoint}: {failure}")
@@ -215,6 +230,8 @@ class Worker:
 
     def disconnected(self, now: float, why: str) -> None:
         """The connection is gone."""
+        self._backlog.clear()
+        self._backlog_bytes, self._overlooked = 0, -1
         self._carry(self.stream.disconnected(now, why), now)
         self.schedule()
 
@@ -238,6 +255,13 @@ class Worker:
             self._connect(now)
         if self.opened_at is not None and now >= self.opened_at + self._setting.options.patience:
             self._lost(self.attempt, now, "no connection came about")
+        if self._resume_at is not None and now >= self._resume_at:
+            self._resume_at = None
+            for sock in (self.subscription, self.replay):
+                if sock is not None:
+                    self._host.again(sock)
+            if self.at.endpoint is None:
+                self._work_off(now)
         self._carry(self.stream.tick(now), now)
         self.schedule()
 
@@ -246,7 +270,8 @@ class Worker:
         if self.gone:
             return
         patience = None if self.opened_at is None else self.opened_at + self._setting.options.patience
-        due = min((at for at in (self.stream.deadline(), self.reconnect_at, patience) if at is not None), default=None)
+        times = (self.stream.deadline(), self.reconnect_at, patience, self._resume_at)
+        due = min((at for at in times if at is not None), default=None)
         if due is not None and due != self.due:
             self.due = due
             self._host.wake_at(due, self)
@@ -255,9 +280,69 @@ class Worker:
 
     # -------------------------------------------------------------------------------------------------- messages
 
+    def _admits(self, now: float) -> bool:
+        """Whether the pod's limit lets one more message be taken; :meth:`tick` comes when it does again."""
+        assert self._allowance is not None
+        if self._resume_at is not None:
+            return False
+        opens = self._allowance.opens()
+        if opens <= now:
+            return True
+        # Of several ranks none is always the first to be let in again.
+        self._resume_at = max(opens, now + PAUSE) + PAUSE * random.random()
+        self.stream.hold_up(now, self._resume_at)
+        self.schedule()
+        return False
+
+    def _waiting(self, now: float, some: bool) -> None:
+        self._carry(self.stream.behind(now, "more than its limit allows: what comes has to wait" if some else ""), now)
+        self.schedule()
+
+    def _charge(self, frames: list[bytes], now: float) -> None:
+        if self._allowance is not None:
+            self._allowance.charge(batch_events(frames[-1]), sum(map(len, frames)), now)
+
+    def offer(self, frames: list[bytes], seq: int, payload: bytes, now: float) -> None:
+        """Hear a batch of a bound endpoint, which other pods share: what has to wait does so here."""
+        if self._allowance is None:
+            self.hear(seq, payload, now)
+        elif not self._backlog and self._admits(now):
+            self._charge(frames, now)
+            self.hear(seq, payload, now)
+        else:
+            policy = self.stream.policy
+            if (
+                len(self._backlog) < policy.max_pending
+                and self._backlog_bytes + len(payload) <= policy.max_pending_bytes
+            ):
+                self._backlog.append((seq, payload))
+                self._backlog_bytes += len(payload)
+            else:
+                self.stream.counts["overflow"] += 1
+                self._overlooked = max(self._overlooked, seq)
+            self._waiting(now, True)
+
+    def _work_off(self, now: float) -> None:
+        """Hear what has waited here."""
+        for _ in range(BUDGET):
+            if not self._backlog:
+                if self._overlooked >= 0:
+                    self._carry(self.stream.overlooked(self._overlooked, now), now)
+                    self._overlooked = -1
+                self._waiting(now, False)
+                return
+            if not self._admits(now):
+                return
+            seq, payload = self._backlog.popleft()
+            self._backlog_bytes -= len(payload)
+            self._charge([payload], now)
+            self.hear(seq, payload, now)
+        self._resume_at = now + PAUSE  # the other pods have their turn
+
     def _live(self, frames: list[bytes], now: float) -> None:
         if self.gone:
             return
+        self._charge(frames, now)
         try:
             topic, seq, payload = parse_live(frames)
         except FrameFault as fault:
@@ -299,6 +384,7 @@ class Worker:
     def _reply(self, question: int, frames: list[bytes], now: float) -> None:
         if self.gone or self.replay is None or question != self.question:
             return
+        self._charge(frames, now)
         try:
             reply = parse_replay(frames)
         except FrameFault as fault:
@@ -423,6 +509,7 @@ class Worker:
                     start,
                     message=partial(self._reply, question),
                     curve=self._curve,
+                    admits=None if self._allowance is None else self._admits,
                 )
             except zmq.ZMQError as failure:
                 error = str(failure)
@@ -492,6 +579,7 @@ class Worker:
             restarts=counts["restarts"],
             reconnects=counts["reconnects"],
             duplicates=counts["duplicates"],
+            throttled=counts["throttled"],
             errors=dict(self.errors),
             events={"stored": self.stored, "removed": self.removed, **self.events},
             blocks=figures.get("blocks", 0),
