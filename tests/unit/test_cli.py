@@ -1,10 +1,12 @@
 """The command line: what it prints, and the status it ends with."""
 
+import argparse
 import gzip
 import itertools
 import json
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from sync_support import until
 
 import kvindex
 from kvindex.capture import CaptureWriter, Message, Query, read_capture
-from kvindex.cli import _timed, demo, main
+from kvindex.cli import _timed, demo, main, parser
 from kvindex.sim import write_sample
 from kvindex.sim.wire import Stored, encode_batch, wire_form
 
@@ -390,6 +392,33 @@ def test_no_command_is_an_error_that_lists_them(capsys):
         main([])
     assert caught.value.code == 2
     assert "COMMAND" in capsys.readouterr().err
+
+
+def subcommands():
+    (commands,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return commands.choices
+
+
+@pytest.mark.parametrize("name", ["demo", "sim", "top", "doctor", "record", "replay"])
+def test_help_says_what_each_option_is_and_its_examples_are_understood(name):
+    found = subcommands()[name]
+    assert all(action.help for action in found._actions)
+    text = found.format_help()
+    assert "exit status: 0 " in text
+    lines = re.findall(r"^  kvindex (.*)$", text.partition("\nexamples:\n")[2], re.M)
+    assert lines
+    for line in lines:
+        assert parser().parse_args(shlex.split(line)).command == name
+
+
+def test_every_command_is_in_the_help_above():
+    assert set(subcommands()) == {"demo", "sim", "top", "doctor", "record", "replay"}
+
+
+def test_without_a_command_the_help_is_printed(command):
+    status, out, err = command()
+    assert (status, out) == (2, "")
+    assert err == parser().format_help()
 
 
 def test_python_m_kvindex_is_the_same_command():

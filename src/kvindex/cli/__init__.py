@@ -9,22 +9,34 @@ from collections.abc import Sequence
 import kvindex
 
 from . import demo, doctor, record, replay, sim, top
+from ._terminal import Layout, examples
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line: what ``main`` reads, and the page of the commands shows."""
+    made = argparse.ArgumentParser(
+        prog="kvindex",
+        description=kvindex.__doc__,
+        formatter_class=Layout,
+        epilog=examples("kvindex demo", "kvindex top a=tcp://10.0.0.1:5557,5558", "kvindex doctor http://10.0.0.1:8000")
+        + "\n\nkvindex COMMAND --help says what each takes.",
+    )
+    made.add_argument("--version", action="version", version=f"kvindex {kvindex.__version__}")
+    commands = made.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for command in (demo, sim, top, doctor, record, replay):
+        command.add_parser(commands)
+    return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and give its exit status: 0, 1 when an answer is wrong, 2 when it could not be asked."""
-    parser = argparse.ArgumentParser(prog="kvindex", description=kvindex.__doc__)
-    parser.add_argument("--version", action="version", version=f"kvindex {kvindex.__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    demo.add_parser(commands)
-    doctor.add_parser(commands)
-    record.add_parser(commands)
-    replay.add_parser(commands)
-    sim.add_parser(commands)
-    top.add_parser(commands)
-    args = parser.parse_args(argv)
+    whole = parser()
+    args = whole.parse_args(argv)
+    if args.command is None:
+        whole.print_help(sys.stderr)
+        return 2
     try:
         status: int = args.run(args)
     except (kvindex.KVIndexError, OSError) as error:

@@ -12,21 +12,34 @@ from ._terminal import CommandError, positive
 
 __all__ = ["add_arguments", "followed", "sources"]
 
-POD = "[NAME=]ENDPOINT[,REPLAY_ENDPOINT] (a port alone is one at the same host), or http://HOST:PORT of vLLM or SGLang"
+POD = (
+    "[NAME=]tcp://HOST:PORT[,REPLAY], where REPLAY is an endpoint, or a port at the same host; or the URL of a vLLM or "
+    "SGLang server, http://HOST:PORT, which is asked where it publishes"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, several: bool = True) -> None:
     """What says which pods, and what their events do not say about themselves."""
     if several:
         parser.add_argument("pods", nargs="*", metavar="POD", help=POD)
-        parser.add_argument("--pods", dest="file", metavar="FILE", help="a list of pods, as YAML or JSON")
+        parser.add_argument("--pods", dest="file", metavar="FILE", help="a YAML or JSON file that lists pods")
     else:
         parser.add_argument("pods", nargs=1, metavar="POD", help=POD)
     parser.add_argument(
-        "--replay", action="append", default=[], metavar="ENDPOINT", help="or port, of the first POD without one"
+        "--replay",
+        action="append",
+        default=[],
+        metavar="ENDPOINT",
+        help="replay endpoint, or its port, of the first POD that names none",
     )
-    parser.add_argument("--ranks", type=positive, default=1, metavar="N", help="of each, at following ports (1)")
-    parser.add_argument("--model", help="that they serve; prompts are asked for the same")
+    parser.add_argument(
+        "--ranks",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="data-parallel ranks of each POD, at following ports (default 1; a server says it itself)",
+    )
+    parser.add_argument("--model", help="model that the pods serve (default: what a server says, else none)")
 
 
 def sources(args: argparse.Namespace) -> list[PodSource]:

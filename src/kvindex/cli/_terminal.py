@@ -10,7 +10,7 @@ import argparse
 import math
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,11 +19,44 @@ from ..errors import KVIndexError
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["CommandError", "console", "missing", "percentiles", "positive", "seconds"]
+__all__ = [
+    "CommandError",
+    "Layout",
+    "add_command",
+    "console",
+    "examples",
+    "missing",
+    "percentiles",
+    "positive",
+    "seconds",
+]
 
 
 class CommandError(KVIndexError):
     """The command line asks for something that can not be done."""
+
+
+class Layout(argparse.HelpFormatter):
+    """Fills paragraphs, and leaves lines that are indented as they are: examples."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        parts = text.split("\n\n")
+        return "\n\n".join(
+            part if "\n  " in part else super(Layout, self)._fill_text(part, width, indent) for part in parts
+        )
+
+
+def examples(*lines: str) -> str:
+    """A paragraph of command lines, for the end of a help text."""
+    return "\n  ".join(("examples:", *lines))
+
+
+def add_command(commands: Any, name: str, *, help: str, description: str, status: str, lines: Sequence[str]) -> Any:
+    """A subcommand's parser. ``status`` says what 0 and 1 mean; ``lines`` are examples that can be typed."""
+    status = f"exit status: {status}; 2 when it could not be done"
+    return commands.add_parser(
+        name, help=help, description=description, epilog=f"{examples(*lines)}\n\n{status}", formatter_class=Layout
+    )
 
 
 def missing(package: str) -> CommandError:

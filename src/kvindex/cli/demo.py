@@ -17,7 +17,7 @@ from ..sim.fleet import PrefixAware, RoundRobin, adapter_name
 from ..sim.process import SimConfig, SimProcess
 from ..sim.wire import WireForm, wire_form
 from ..sim.workload import Arrival, chat
-from ._terminal import CommandError, console, percentiles
+from ._terminal import CommandError, add_command, console, percentiles
 from ._timed import SHOWN_DIFFERENCES, TimedIndex
 
 if TYPE_CHECKING:
@@ -52,18 +52,25 @@ PATIENCE = 60.0
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "demo",
-        help="a simulated fleet, live",
+        help="a simulated fleet, routed by the index, and checked",
         description="Simulated pods, each a process that publishes its events over TCP, serve conversations of many "
         "turns; an EventManager follows their streams, and the prompts are routed by the index. On the way one pod is "
-        "killed and started again. Answers are compared with the pods' own. Exit status 1 on any difference.",
+        "killed and started again. Answers are compared with the pods' own.",
+        status="0 when every answer was equal, 1 on any difference",
+        lines=["kvindex demo", "kvindex demo --pods 16 --seconds 60"],
     )
-    parser.add_argument("--pods", type=int, default=8, metavar="N", help="pods in the fleet (%(default)s)")
-    parser.add_argument("--conversations", type=int, default=150, metavar="N", help="to be served (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=20.0, help="to spread them over, at least (%(default)s)")
-    parser.add_argument("--blocks-per-pod", type=int, default=3000, metavar="N", help="KV cache of a pod (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the workload (%(default)s)")
+    parser.add_argument("--pods", type=int, default=8, metavar="N", help="pods in the fleet (default %(default)s)")
+    parser.add_argument(
+        "--conversations", type=int, default=150, metavar="N", help="conversations to be served (default %(default)s)"
+    )
+    parser.add_argument("--seconds", type=float, default=20.0, metavar="N",
+                        help="seconds to spread them over, at least (default %(default)g)")  # fmt: skip
+    parser.add_argument("--blocks-per-pod", type=int, default=3000, metavar="N",
+                        help="blocks in the KV cache of a pod (default %(default)s)")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the workload (default %(default)s)")
     parser.set_defaults(run=run)
 
 

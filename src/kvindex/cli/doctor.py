@@ -18,7 +18,7 @@ from ..sync.status import Batch, Forgotten, WorkerStatus
 from ._facts import Facts
 from ._pods import add_arguments, sources
 from ._probe import what_answers
-from ._terminal import CommandError, console, positive, seconds
+from ._terminal import CommandError, add_command, console, positive, seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,18 +63,29 @@ STYLES = {"ok": "green", "note": "cyan", "WRONG": "bold red"}
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "doctor",
         help="why is my hit rate zero?",
         description="Connect to one pod, watch its events, and say in plain words what keeps prompts from being found: "
-        "addresses, topics, block sizes, adapters and salts, gaps. Exit status 1 when something is wrong.",
+        "addresses, topics, block sizes, adapters and salts, gaps.",
+        status="0 when nothing is wrong, 1 when something is",
+        lines=[
+            "kvindex doctor tcp://10.0.0.1:5557,5558",
+            "kvindex doctor http://10.0.0.1:8000 --seconds 30 --tokens prompt.json",
+        ],
     )
     add_arguments(parser, several=False)
     parser.add_argument("--block-size", type=positive, default=16, metavar="TOKENS",
-                        help="of the index that the router has (%(default)s)")  # fmt: skip
-    parser.add_argument("--topic", help="that the router subscribes to, if it names one")
-    parser.add_argument("--seconds", type=seconds, default=5.0, metavar="N", help="to watch live events (%(default)s)")
-    parser.add_argument("--tokens", metavar="FILE", help="a prompt, as a JSON list of token ids (-: standard input)")
+                        help="block size of the router's index (default %(default)s)")  # fmt: skip
+    parser.add_argument("--topic", help="topic that the router subscribes to, if it names one")
+    parser.add_argument("--seconds", type=seconds, default=5.0, metavar="N",
+                        help="seconds to watch live events (default %(default)g)")  # fmt: skip
+    parser.add_argument(
+        "--tokens",
+        metavar="FILE",
+        help="a prompt to look for: a file with a JSON list of token ids, - for standard input",
+    )
     parser.set_defaults(run=run)
 
 

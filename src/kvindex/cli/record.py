@@ -16,7 +16,7 @@ from ..capture import CaptureWriter, Forget, Message
 from ..sync.status import Batch, Forgotten
 from ._facts import Facts
 from ._pods import add_arguments, sources
-from ._terminal import console, positive, seconds
+from ._terminal import add_command, console, positive, seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,19 +32,26 @@ PATIENCE = 1000
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "record",
-        help="capture live streams",
+        help="live streams into a capture",
         description="Follow live streams and write every batch, as it was published, in the order in which an index "
         "applies them, with the time of its arrival. With a replay endpoint the capture starts with what the publisher "
-        "still has. Ends by Ctrl-C, or when --seconds or --batches are over. Exit status 1 when there was no batch.",
+        "still has. Ends by Ctrl-C, or when --seconds or --batches are over. A capture contains token ids: prompts can "
+        "be read from it.",
+        status="0 when something was recorded, 1 when there was no batch",
+        lines=[
+            "kvindex record a=tcp://10.0.0.1:5557,5558 -o a.msgpack.gz --seconds 60",
+            "kvindex record --pods pods.yaml -o fleet.msgpack.gz",
+        ],
     )
     add_arguments(parser)
-    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="to write; gzip over msgpack")
-    parser.add_argument("--seconds", type=seconds, metavar="N", help="to record")
-    parser.add_argument("--batches", type=positive, metavar="N", help="to record, of all pods together")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="capture to write")
+    parser.add_argument("--seconds", type=seconds, metavar="N", help="end after so many seconds")
+    parser.add_argument("--batches", type=positive, metavar="N", help="end after so many batches of all pods together")
     parser.add_argument("--block-size", type=positive, metavar="TOKENS",
-                        help="of the index that will read this (what the engines say)")  # fmt: skip
+                        help="block size to note in the capture (default: what the events say)")  # fmt: skip
     parser.set_defaults(run=run)
 
 

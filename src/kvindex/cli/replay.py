@@ -18,7 +18,7 @@ from ..sim.engine import Engine
 from ..sim.fleet import Fleet, Pod, PrefixAware, RandomChoice, RoundRobin, Route
 from ..sim.wire import wire_form
 from ..sim.workload import MOONCAKE_BLOCK, Arrival, endless_hit_rate, mooncake
-from ._terminal import CommandError, console, missing, percentiles, positive
+from ._terminal import CommandError, add_command, console, missing, percentiles, positive
 from ._timed import SHOWN_DIFFERENCES, TimedIndex
 
 if TYPE_CHECKING:
@@ -34,21 +34,33 @@ LAST_TOKEN_RECOMPUTED = frozenset({"vllm"})
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "replay",
-        help="replay captures or traces",
+        help="a capture against the engine's own numbers, or a trace under three routings",
         description="Replay captures of engines' event streams and compare every answer with the engine's own number; "
-        "serve Mooncake-style traces by a simulated fleet under three routings. Exit status 1 on any difference.",
+        "serve Mooncake-style traces by a simulated fleet under three routings.",
+        status="0 when every answer was equal, 1 on any difference",
+        lines=[
+            "kvindex replay tests/samples/vllm-0.33.0-full-attention.msgpack.gz",
+            "kvindex replay trace.jsonl.gz --pods 8 --limit 2000 --plot hit-rates.png",
+        ],
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="a capture, or a trace of JSON lines, plain or gzip")
     trace = parser.add_argument_group("traces only")
-    trace.add_argument("--pods", type=positive, default=8, metavar="N", help="pods in the fleet (%(default)s)")
+    trace.add_argument("--pods", type=positive, default=8, metavar="N", help="pods in the fleet (default %(default)s)")
     trace.add_argument("--limit", type=positive, metavar="N", help="only the first N requests")
-    trace.add_argument("--seed", type=int, default=0, help="of the random routing and the tokens (%(default)s)")
-    trace.add_argument("--block-size", type=positive, default=16, metavar="TOKENS", help="of the engines (%(default)s)")
+    trace.add_argument("--seed", type=int, default=0, metavar="N",
+                       help="seed of the random routing and the tokens (default %(default)s)")  # fmt: skip
+    trace.add_argument("--block-size", type=positive, default=16, metavar="TOKENS",
+                       help="block size of the engines (default %(default)s)")  # fmt: skip
     # 32,768 blocks of 16 are what an 8B model with grouped-query attention leaves room for on one 80 GB GPU.
     trace.add_argument(
-        "--blocks-per-pod", type=positive, default=32_768, metavar="N", help="KV cache of each (%(default)s)"
+        "--blocks-per-pod",
+        type=positive,
+        default=32_768,
+        metavar="N",
+        help="blocks in the KV cache of each (default %(default)s)",
     )
     trace.add_argument("--plot", metavar="FILE.png", help="draw the hit rates over time")
     parser.set_defaults(run=run)

@@ -17,54 +17,84 @@ from ..errors import KVIndexError, StreamError
 from ..sim.control import follow_parent
 from ..sim.process import SimConfig, SimPod
 from ..sim.wire import FORMS
+from ._terminal import add_command
 
 __all__ = ["add_parser", "main", "run"]
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "sim",
-        help="one simulated pod, over TCP",
+        help="one simulated pod, which publishes as an engine does",
         description="An engine without a model: it serves a made-up workload, allocates and evicts KV blocks, and "
         "publishes its events as the real ones do (ZMQ PUB, and ROUTER for replays). Prints one line of JSON that says "
         "where everything is, then runs until it is interrupted.",
+        status="0 when it was interrupted",
+        lines=[
+            "kvindex sim --name a --port 5557",
+            "kvindex sim --name b --port 5560 --ranks 2 --form sglang-0.5.22 --seed 1",
+        ],
     )
     arguments(parser)
     parser.set_defaults(run=run)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--name", default="pod-0", help="of the pod (%(default)s)")
-    parser.add_argument("--model", default="sim", help="that it serves (%(default)s)")
-    parser.add_argument("--form", default="vllm-0.33.0", choices=list(FORMS), metavar="FORM",
-                        help=f"what its events look like: {', '.join(FORMS)} (%(default)s)")  # fmt: skip
-    parser.add_argument("--hashes", choices=["u64", "i64", "bytes16", "bytes32"], help="instead of what the form has")
-    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="data-parallel ranks (%(default)s)")
-    parser.add_argument("--blocks", type=int, default=4000, metavar="N", help="KV cache of a rank (%(default)s)")
-    parser.add_argument("--block-size", type=int, default=16, metavar="TOKENS", help="(%(default)s)")
-    parser.add_argument("--window", type=int, metavar="TOKENS", help="of a second, sliding-window group")
-    parser.add_argument("--window-block-size", type=int, metavar="TOKENS", help="of that group (the block size)")
-    parser.add_argument("--window-interval", type=int, metavar="TOKENS", help="at which that group keeps its blocks")
-    parser.add_argument("--hash-seed", default="", metavar="TEXT", help="pods that share it name equal blocks equally")
-    parser.add_argument("--offload-blocks", type=int, default=0, metavar="N", help="of a second tier (%(default)s)")
-    parser.add_argument("--offload-medium", default="CPU", metavar="NAME", help="of the second tier (%(default)s)")
-    parser.add_argument("--offload-tokens", action="store_true", help="the second tier's events say their tokens")
-    parser.add_argument("--host", default="127.0.0.1", help="to bind (%(default)s)")
-    parser.add_argument("--port", type=int, default=5557, help="of rank 0; 0 is any (%(default)s)")
-    parser.add_argument("--replay-port", type=int, help="of rank 0; 0 is any (port + 100)")
-    parser.add_argument("--no-replay", action="store_true", help="answer no replays")
-    parser.add_argument("--control-port", type=int, default=0, help="where it can be told things; 0 is any")
-    parser.add_argument("--connect", metavar="ENDPOINT", help="publish to an endpoint that somebody else has bound")
-    parser.add_argument("--topic", help="of its messages (kv@NAME@MODEL)")
-    parser.add_argument(
-        "--buffer-steps", type=int, default=10_000, metavar="N", help="batches for replays (%(default)s)"
-    )
-    parser.add_argument("--rate", type=float, default=4.0, help="requests a second; 0 waits to be told (%(default)s)")
-    parser.add_argument("--concurrent", type=int, default=4, metavar="N", help="requests at a time (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the workload (%(default)s)")
-    parser.add_argument("--adapters", type=int, default=0, metavar="N", help="that the workload uses (%(default)s)")
-    parser.add_argument("--salts", type=int, default=0, metavar="N", help="that the workload uses (%(default)s)")
-    parser.add_argument("--curve", metavar="FILE", help="encrypt its streams: a .key_secret file of zmq.auth")
+    parser.add_argument("--name", default="pod-0", help="name of the pod (default %(default)s)")
+    parser.add_argument("--model", default="sim", help="model that it serves (default %(default)s)")
+
+    events = parser.add_argument_group("its events")
+    events.add_argument("--form", default="vllm-0.33.0", choices=list(FORMS), metavar="FORM",
+                        help=f"release with their wire form (default %(default)s): {', '.join(FORMS)}")  # fmt: skip
+    events.add_argument("--hashes", choices=["u64", "i64", "bytes16", "bytes32"],
+                        help="kind of block hashes, instead of the form's own")  # fmt: skip
+    events.add_argument("--hash-seed", default="", metavar="TEXT",
+                        help="seed of the block hashes: pods that share it name equal blocks equally")  # fmt: skip
+    events.add_argument("--topic", help="topic of its messages (default kv@NAME@MODEL)")
+    events.add_argument("--buffer-steps", type=int, default=10_000, metavar="N",
+                        help="batches kept for replays (default %(default)s)")  # fmt: skip
+
+    cache = parser.add_argument_group("its cache")
+    cache.add_argument("--ranks", type=int, default=1, metavar="N", help="data-parallel ranks (default %(default)s)")
+    cache.add_argument("--blocks", type=int, default=4000, metavar="N",
+                       help="blocks in the KV cache of a rank (default %(default)s)")  # fmt: skip
+    cache.add_argument("--block-size", type=int, default=16, metavar="TOKENS",
+                       help="tokens in a block (default %(default)s)")  # fmt: skip
+    cache.add_argument("--window", type=int, metavar="TOKENS",
+                       help="window of a second, sliding-window group (default: there is none)")  # fmt: skip
+    cache.add_argument("--window-block-size", type=int, metavar="TOKENS",
+                       help="tokens in a block of that group (default: as --block-size)")  # fmt: skip
+    cache.add_argument("--window-interval", type=int, metavar="TOKENS",
+                       help="that group keeps only what a hit at a multiple of it needs (default: all)")  # fmt: skip
+    cache.add_argument("--offload-blocks", type=int, default=0, metavar="N",
+                       help="blocks in a second tier (default %(default)s)")  # fmt: skip
+    cache.add_argument("--offload-medium", default="CPU", metavar="NAME",
+                       help="medium of the second tier (default %(default)s)")  # fmt: skip
+    cache.add_argument("--offload-tokens", action="store_true", help="the second tier's events say their tokens")
+
+    network = parser.add_argument_group("its sockets")
+    network.add_argument("--host", default="127.0.0.1", help="address to bind (default %(default)s)")
+    network.add_argument("--port", type=int, default=5557, metavar="N",
+                         help="where rank 0 publishes, 0 for any free port (default %(default)s)")  # fmt: skip
+    network.add_argument("--replay-port", type=int, metavar="N",
+                         help="where rank 0 answers replays, 0 for any free port (default --port + 100)")  # fmt: skip
+    network.add_argument("--no-replay", action="store_true", help="answer no replays")
+    network.add_argument("--control-port", type=int, default=0, metavar="N",
+                         help="where tests tell it what to do, 0 for any free port (default %(default)s)")  # fmt: skip
+    network.add_argument("--connect", metavar="ENDPOINT", help="publish to an endpoint that a router has bound")
+    network.add_argument("--curve", metavar="FILE", help="encrypt its streams: a .key_secret file of zmq.auth")
+
+    work = parser.add_argument_group("its workload")
+    work.add_argument("--rate", type=float, default=4.0, metavar="N",
+                      help="requests a second, 0 to wait until it is told (default %(default)g)")  # fmt: skip
+    work.add_argument("--concurrent", type=int, default=4, metavar="N",
+                      help="requests at a time (default %(default)s)")  # fmt: skip
+    work.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the workload (default %(default)s)")
+    work.add_argument("--adapters", type=int, default=0, metavar="N",
+                      help="LoRA adapters that requests use (default %(default)s)")  # fmt: skip
+    work.add_argument("--salts", type=int, default=0, metavar="N",
+                      help="cache salts that requests use (default %(default)s)")  # fmt: skip
     # For whoever starts this as a part of something larger: it must not outlive it, however that one ends.
     parser.add_argument("--follow-parent", action="store_true", help=argparse.SUPPRESS)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .. import EventManager, PrefixIndex
 from ..sync.status import PodStatus, WorkerStatus
 from ._pods import add_arguments, followed
-from ._terminal import CommandError, console, positive, seconds
+from ._terminal import CommandError, add_command, console, positive, seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,21 +23,27 @@ STYLES = {"exact": "green", "degraded": "yellow", "stale": "bold red"}
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "top",
-        help="a live view of pods",
+        help="a live view of pods: states, lag, blocks, losses",
         description="Follow live streams and show what state every pod is in, how far behind, what it holds and what "
-        "was lost. Where there is no terminal, or with --once, one plain table. Exit status 1 when it ends with a pod "
-        "that is stale.",
+        "was lost. Where there is no terminal, or with --once, one plain table.",
+        status="0 when no pod is stale at the end, 1 when one is",
+        lines=[
+            "kvindex top a=tcp://10.0.0.1:5557,5558 b=tcp://10.0.0.2:5557,5558",
+            "kvindex top http://10.0.0.1:8000 --once",
+            "kvindex top --pods pods.yaml",
+        ],
     )
     add_arguments(parser)
     parser.add_argument("--once", action="store_true", help="print the table once, when every pod is current")
     parser.add_argument("--wait", type=seconds, default=5.0, metavar="SECONDS",
-                        help="for pods to become current, with --once (%(default)s)")  # fmt: skip
-    parser.add_argument("--interval", type=seconds, default=1.0, metavar="SECONDS", help="of the view (%(default)s)")
-    parser.add_argument(
-        "--block-size", type=positive, default=16, metavar="TOKENS", help="of the engines (%(default)s)"
-    )
+                        help="how long pods may take to become current, with --once (default %(default)g)")  # fmt: skip
+    parser.add_argument("--interval", type=seconds, default=1.0, metavar="SECONDS",
+                        help="between two views (default %(default)g)")  # fmt: skip
+    parser.add_argument("--block-size", type=positive, default=16, metavar="TOKENS",
+                        help="block size of the index (default %(default)s)")  # fmt: skip
     parser.set_defaults(run=run)
 
 

@@ -234,7 +234,9 @@ class PodSource:
         name, named, scheme = head.rpartition("=")
         endpoint, several, answers = f"{scheme}://{tail}".partition(",")
         if not tail or (named and not name) or (several and not answers) or "," in answers:
-            raise InvalidValueError(f"{text!r:.120} is no [NAME=]ENDPOINT[,REPLAY_ENDPOINT]")
+            raise InvalidValueError(
+                f"{text!r:.120} is no [NAME=]ENDPOINT[,REPLAY_ENDPOINT], as in a=tcp://10.0.0.1:5557,5558"
+            )
         if answers.isascii() and answers.isdigit() and (at := split_tcp(endpoint)) is not None:
             answers = join_tcp(at[0], int(answers))
         name = name or endpoint.partition("://")[2]
@@ -430,8 +432,10 @@ def _get(url: str, path: str, timeout: float, headers: Mapping[str, str] | None)
         raise StreamError(f"{where} answered {error.code} {error.reason}{hint}") from error
     except (OSError, ValueError) as error:  # no route, no name, no answer in time, no HTTP
         raise StreamError(f"{where} can not be asked: {getattr(error, 'reason', error)}") from error
-    except Exception as error:  # http.client has no base class below Exception for what is no HTTP
-        raise StreamError(f"{where} does not speak HTTP: {error!r}") from error
+    except Exception as error:
+        # http.client has no base class below Exception for what is no HTTP. Its message is what came instead: at a port
+        # of events kilobytes of token ids, which belong into no log.
+        raise StreamError(f"{where} does not speak HTTP ({type(error).__name__})") from None
     if len(body) > _LONGEST_ANSWER:
         raise StreamError(f"{where} answered with more than {_LONGEST_ANSWER} bytes")
     try:
