@@ -387,13 +387,6 @@ def test_a_missing_extra_is_told_with_what_to_install(command, monkeypatch, tmp_
     assert 'pip install "kvindex[cli]"' in err
 
 
-def test_no_command_is_an_error_that_lists_them(capsys):
-    with pytest.raises(SystemExit) as caught:
-        main([])
-    assert caught.value.code == 2
-    assert "COMMAND" in capsys.readouterr().err
-
-
 def subcommands():
     (commands,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
     return commands.choices
@@ -415,7 +408,7 @@ def test_every_command_is_in_the_help_above():
     assert set(subcommands()) == {"demo", "sim", "top", "doctor", "record", "replay"}
 
 
-def test_without_a_command_the_help_is_printed(command):
+def test_no_command_is_an_error_that_lists_them(command):
     status, out, err = command()
     assert (status, out) == (2, "")
     assert err == parser().format_help()
