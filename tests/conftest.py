@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -22,6 +23,12 @@ settings.register_profile("default", max_examples=100, stateful_step_count=40, *
 settings.register_profile("sanitized", max_examples=30, stateful_step_count=40, **_COMMON)
 settings.register_profile("nightly", max_examples=5000, stateful_step_count=80, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+# A shell that starts a job in the background makes it deaf to SIGINT, and whatever that starts: a command that a test
+# interrupts would go on for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
