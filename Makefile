@@ -78,6 +78,7 @@ help:
 	@echo 'make nightly           the long runs, and everything that is measured'
 	@echo 'make wheel-check       the tests against the wheel in an empty environment'
 	@echo 'make docs              this documentation as a site, in .build/site'
+	@echo 'make links             every link of every page, by its form where it leads elsewhere; links-outside: all the way'
 	@echo 'make dist              sdist and wheel'
 	@echo 'make test-kv-sync-e2e  pods, an index and routers as processes, against what the pods know themselves'
 	@echo 'make chaos-storm       64 publishing pods, 200 restarts in any order, and each accounted for'
@@ -218,9 +219,22 @@ chaos-storm: .venv/.test-tools
 	$(call listed,["project"]["optional-dependencies"]["docs"])
 	touch $@
 
+# Not --quiet: warnings that mkdocs does not print it does not count either, and --strict is in vain.
 docs: .venv/.docs-tools
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo 'the site is in .build/site: open .build/site/index.html'
+
+# Links of every page, those outside docs/ among them: mkdocs looks for files and headings, linkchecker at what is HTML
+# and at the form of what leads elsewhere; `make links-outside` goes there. linkchecker gives up the rights of root, and
+# could not read a checkout of root's, so it reads a copy.
+.PHONY: links links-outside
+links-outside: ELSEWHERE := --check-extern
+links links-outside: .venv/.docs-tools
+	rm -rf .build/links && mkdir -p .build/links/pages
+	git ls-files -z | tar -cf - --null -T - | tar -xf - -C .build/links/pages
+	site=$$(mktemp -d) && trap 'rm -rf "$$site"' EXIT && chmod 755 "$$site" && \
+		NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file .github/links.yml --site-dir "$$site" && \
+		$(BIN)/linkchecker --no-status $(ELSEWHERE) "$$site/index.html"
 
 docs-pictures: .venv/.installed
 	$(BIN)/python docs/pictures/demo.py

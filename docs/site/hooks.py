@@ -10,12 +10,14 @@ from typing import Any
 from kvindex.cli import parser
 
 ROOT = Path(__file__).resolve().parents[2]
+FROM_ROOT = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 
 
 def on_page_read_source(*, page: Any, **_: Any) -> str | None:
-    """CONTRIBUTING.md is a page too, and written for the root of the checkout, where docs/ is a directory below."""
-    if page.file.src_uri == "contributing.md":
-        return (ROOT / "CONTRIBUTING.md").read_text().replace("](docs/", "](")
+    """Two pages stand in the root of the checkout, where docs/ is a directory below."""
+    if name := FROM_ROOT.get(page.file.src_uri):
+        text = (ROOT / name).read_text().replace("](docs/", "](")
+        return text.replace("](CHANGELOG.md)", "](changelog.md)")
     return None
 
 
