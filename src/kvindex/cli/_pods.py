@@ -10,7 +10,7 @@ from .. import EventManager, PodSource, StreamError
 from ..discovery import PodFile, read_pods
 from ._terminal import CommandError, positive
 
-__all__ = ["add_arguments", "followed", "sources"]
+__all__ = ["add_arguments", "followed", "one_source", "sources"]
 
 POD = (
     "[NAME=]tcp://HOST:PORT[,REPLAY], where REPLAY is an endpoint, or a port at the same host; or the URL of a vLLM or "
@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, several: bool = True) -> N
         parser.add_argument("pods", nargs="*", metavar="POD", help=POD)
         parser.add_argument("--pods", dest="file", metavar="FILE", help="a YAML or JSON file that lists pods")
     else:
-        parser.add_argument("pods", nargs=1, metavar="POD", help=POD)
+        parser.add_argument("pods", nargs="*", metavar="POD", help=f"{POD}; or the name of one in --pods")
+        parser.add_argument("--pods", dest="file", metavar="FILE", help="a YAML or JSON file that lists pods")
     parser.add_argument(
         "--replay",
         action="append",
@@ -39,12 +40,31 @@ def add_arguments(parser: argparse.ArgumentParser, *, several: bool = True) -> N
         metavar="N",
         help="data-parallel ranks of each POD, at following ports (default 1; a server says it itself)",
     )
+    parser.add_argument(
+        "--server-key",
+        metavar="KEY",
+        help="CURVE public key of each POD's publisher: believe nobody else (40 characters)",
+    )
     parser.add_argument("--model", help="model that the pods serve (default: what a server says, else none)")
 
 
 def sources(args: argparse.Namespace) -> list[PodSource]:
     """The pods that the command line names; asks servers over HTTP. Raises a KVIndexError that says what is wrong."""
     return _different(_named(args) + (list(read_pods(args.file).values()) if getattr(args, "file", None) else []))
+
+
+def one_source(args: argparse.Namespace) -> PodSource:
+    """The only pod that the command line names: by its endpoints, or out of its file by its name. Raises as
+    :func:`sources`."""
+    if args.file and len(args.pods) == 1 and "://" not in args.pods[0]:
+        listed = read_pods(args.file)
+        if args.pods[0] not in listed:
+            raise CommandError(f"{args.file} has no pod {args.pods[0]!r}, but {', '.join(listed) or 'none'}")
+        return listed[args.pods[0]]
+    found = sources(args)
+    if len(found) > 1:
+        raise CommandError(f"one POD at a time, not {', '.join(source.name for source in found)}: name one")
+    return found[0]
 
 
 @contextmanager
@@ -80,17 +100,17 @@ def _different(found: list[PodSource]) -> list[PodSource]:
 
 def _source(text: str, args: argparse.Namespace, answers: list[str]) -> PodSource:
     if text.startswith(("http://", "https://")):
-        return _ask(text, args.model)
+        return _ask(text, args.model, args.server_key)
     if answers and "," not in text:
         text = f"{text},{answers.pop(0)}"
-    return PodSource.from_string(text, model=args.model or "", dp_size=args.ranks)
+    return PodSource.from_string(text, model=args.model or "", dp_size=args.ranks, server_key=args.server_key)
 
 
-def _ask(url: str, model: str | None) -> PodSource:
+def _ask(url: str, model: str | None, key: str | None) -> PodSource:
     try:
-        return PodSource.from_vllm(url, model=model)
+        return PodSource.from_vllm(url, model=model, server_key=key)
     except StreamError as as_vllm:
         try:
-            return PodSource.from_sglang(url, model=model)
+            return PodSource.from_sglang(url, model=model, server_key=key)
         except StreamError as as_sglang:
             raise CommandError(f"asked as vLLM: {as_vllm}; asked as SGLang: {as_sglang}") from None

@@ -10,20 +10,26 @@ from typing import Final
 __all__ = ["what_answers"]
 
 # ZMTP 3 (rfc.zeromq.org/spec/23): the greeting of a peer without security. It is answered by a greeting and a command
-# that names the type of the socket, which libzmq tells nobody. Nothing more is said, so no handshake fails.
+# that names the type of the socket, which libzmq tells nobody. Nothing more is said, so no handshake fails. A socket
+# with keys hangs up on it, answers who has keys too, and says no more than that before it has seen them.
 _GREETING: Final = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
+_KEYED: Final = _GREETING.replace(b"NULL\0", b"CURVE")
 _SOCKET_TYPE: Final = b"\x0bSocket-Type"
 
 
 def what_answers(host: str, port: int, timeout: float) -> str:
-    """The type of the ZMQ socket at an address (``PUB``, ``ROUTER``, …), or what is there instead: ``HTTP``,
-    ``silence``, ``something else``, ``refused``, ``no answer``, ``unknown host``. Blocks, for some ``timeout``s."""
+    """The type of the ZMQ socket at an address (``PUB``, ``ROUTER``, …; ``CURVE`` of one that is encrypted and does not
+    say more), or what is there instead: ``HTTP``, ``silence``, ``something else``, ``refused``, ``no answer``,
+    ``unknown host``. Blocks, for some ``timeout``s."""
     try:
         found = _ask(host, port, timeout, _GREETING)
         if found.startswith(b"HTTP/"):
             return "HTTP"
+        kind = _socket_type(found)
+        if not kind and found[:1] in (b"\xff", b"") and _KEYED[12:17] == _ask(host, port, timeout, _KEYED)[12:17]:
+            return "CURVE"
         if found[:1] == b"\xff" and found[9:10] == b"\x7f":
-            return _socket_type(found) or "something else"
+            return kind or "something else"
         if not found:
             # Servers that wait for the end of a line before they complain.
             found = _ask(host, port, timeout, b"GET / HTTP/1.0\r\n\r\n")
@@ -52,7 +58,7 @@ def _ask(host: str, port: int, timeout: float, question: bytes) -> bytes:
                 if not more:
                     break
                 said += more
-                if _socket_type(said) or said.startswith(b"HTTP/"):
+                if _socket_type(said) or (question is _KEYED and len(said) >= len(_KEYED)) or said.startswith(b"HTTP/"):
                     break
         except (TimeoutError, ConnectionError):
             pass

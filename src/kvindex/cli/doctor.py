@@ -16,7 +16,7 @@ from .. import EventManager, PodSource, PrefixIndex
 from ..sync.source import Endpoints, split_tcp
 from ..sync.status import Batch, Forgotten, WorkerStatus
 from ._facts import Facts
-from ._pods import add_arguments, sources
+from ._pods import add_arguments, one_source
 from ._probe import what_answers
 from ._terminal import CommandError, add_command, console, positive, seconds
 
@@ -91,12 +91,12 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     out = console()
-    (source,) = sources(args)
+    source = one_source(args)
     tokens = None if args.tokens is None else read_tokens(args.tokens)
     # What it would say there is said here, in order.
     logging.getLogger("kvindex").addHandler(logging.NullHandler())
     findings: list[Finding] = []
-    patients = [Patient(rank, at) for rank, at in source.workers().items()]
+    patients = [Patient(rank, at, source.server_key is not None) for rank, at in source.workers().items()]
     for patient in patients:
         patient.probe()
         findings += patient.labelled(addresses(patient), len(patients))
@@ -122,6 +122,8 @@ class Patient:
 
     rank: int
     at: Endpoints
+    keyed: bool = False
+    """Whether only who has a secret key is believed."""
     answers: str = ""
     replay_answers: str = ""
     next_answers: str = ""
@@ -138,7 +140,7 @@ class Patient:
 
     @property
     def publishes(self) -> bool:
-        return self.answers in (*PUBLISHERS, "")
+        return self.answers in (("CURVE", "") if self.keyed else (*PUBLISHERS, ""))
 
     def behind(self) -> str | None:
         found = split_tcp(self.at.endpoint or "")
@@ -185,7 +187,7 @@ def watch(
         status = manager.status()[source.name]
         for patient in patients:
             worker = status.workers[patient.rank]
-            yield from patient.labelled(events(patient, worker, expected, args), len(patients))
+            yield from patient.labelled(events(patient, worker, expected, args, source.dp_size), len(patients))
             yield from patient.labelled(contents(patient, worker, source, args.block_size), len(patients))
             yield from patient.labelled(losses(patient, worker), len(patients))
         if tokens is not None:
@@ -206,18 +208,28 @@ def addresses(patient: Patient) -> Iterator[Finding]:
         "unknown host": f"{host!r} resolves to nothing",
         "silence": f"{endpoint} takes connections and says nothing: that is no ZMQ socket",
         "something else": f"what answers at {endpoint} is no ZMQ socket",
+        "CURVE": f"{endpoint} is encrypted: who has not its public key gets nothing (--server-key, or server_key= of "
+        "PodSource)",
         "HTTP": f"{endpoint} speaks HTTP: the engine's API, not its events; kvindex doctor http://{host}:{port} "
         "asks it where they are",
         "ROUTER": f"{endpoint} is a ROUTER, as replay endpoints are: events come from another port, this is --replay",
     }
-    if patient.publishes:
+    if patient.keyed:
+        unkeyed = "has no keys: whoever it is, it is not who has the secret key to the server_key, and is ignored"
+        wrong.update(dict.fromkeys(PUBLISHERS, f"what publishes at {endpoint} {unkeyed}"))
+    if patient.publishes and answers == "CURVE":
+        yield Finding("ok", f"what answers at {endpoint} is encrypted")
+    elif patient.publishes:
         yield Finding("ok", f"a publisher is at {endpoint}" if answers else f"connecting to {endpoint}")
     else:
         yield Finding("WRONG", wrong.get(answers, f"{endpoint} is a ZMQ {answers} socket, not a publisher"))
     if (replays := patient.at.replay_endpoint) is None:
         return
     answers = patient.replay_answers
-    if answers in ("ROUTER", ""):
+    if answers and (answers == "CURVE") != patient.keyed and answers in ("ROUTER", "CURVE"):
+        how = "has no keys, as the publisher should" if patient.keyed else "is encrypted, the publisher not"
+        yield Finding("WRONG", f"the replay endpoint {replays} {how}: nothing comes from it")
+    elif answers in ("ROUTER", "CURVE", ""):
         yield Finding("ok", f"replays are asked at {replays}")
     elif answers in PUBLISHERS:
         yield Finding("WRONG", f"the replay endpoint {replays} is a publisher: a ROUTER should be there")
@@ -227,7 +239,9 @@ def addresses(patient: Patient) -> Iterator[Finding]:
         yield Finding("WRONG", f"at the replay endpoint {replays} is {answers}, not a ZMQ ROUTER")
 
 
-def events(patient: Patient, worker: WorkerStatus, expected: str | None, args: argparse.Namespace) -> Iterator[Finding]:
+def events(
+    patient: Patient, worker: WorkerStatus, expected: str | None, args: argparse.Namespace, ranks: int
+) -> Iterator[Finding]:  # fmt: skip
     """Whether events come, by which name, and for whom."""
     facts = patient.facts
     if not facts.batches and not worker.errors:
@@ -259,7 +273,7 @@ def events(patient: Patient, worker: WorkerStatus, expected: str | None, args: a
             f"batches here are of rank {', '.join(map(str, others))}, not {patient.rank}: each rank has an endpoint of "
             "its own (--ranks, or ranks= of PodSource)",
         )
-    if patient.next_answers in PUBLISHERS and patient.rank == args.ranks - 1:
+    if patient.next_answers in PUBLISHERS and patient.rank == ranks - 1:
         yield Finding(
             "note", f"{patient.behind()} publishes as well: if that is a data-parallel rank of this pod, --ranks"
         )

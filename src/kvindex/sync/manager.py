@@ -263,7 +263,8 @@ class EventManager:
         for pod in list(self._pods.values()):
             for worker in list(pod.workers.values()):
                 worker.close()
-                worker.verdict, worker.stream.reason = "stale", "the manager is closed"
+                worker.verdict = worker.stream.verdict = "stale"
+                worker.stream.reason = "the manager is closed"
                 try:
                     self._index.mark_worker(worker.pod, worker.rank, "stale")
                 except Exception:

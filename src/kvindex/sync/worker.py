@@ -549,6 +549,8 @@ class Worker:
         own = figures.get("state", self.verdict)
         if WORST_FIRST.index(own) < WORST_FIRST.index(self.verdict):
             return own, "blocks could not be placed"
+        if self.verdict != self.stream.verdict:
+            return self.verdict, "what has arrived is being applied"  # by the loop's thread, at this moment
         return self.verdict, self.stream.reason
 
     def describe(self, figures: dict[str, Any]) -> WorkerStatus:
