@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, several: bool = True) -> N
         parser.add_argument("pods", nargs="*", metavar="POD", help=POD)
         parser.add_argument("--pods", dest="file", metavar="FILE", help="a YAML or JSON file that lists pods")
     else:
-        parser.add_argument("pods", nargs="*", metavar="POD", help=f"{POD}; or the name of one in --pods")
+        parser.add_argument("pods", nargs="?", metavar="POD", help=f"{POD}; or the name of one in --pods")
         parser.add_argument("--pods", dest="file", metavar="FILE", help="a YAML or JSON file that lists pods")
     parser.add_argument(
         "--replay",
@@ -56,6 +56,7 @@ def sources(args: argparse.Namespace) -> list[PodSource]:
 def one_source(args: argparse.Namespace) -> PodSource:
     """The only pod that the command line names: by its endpoints, or out of its file by its name. Raises as
     :func:`sources`."""
+    args.pods = [args.pods] if args.pods else []
     if args.file and len(args.pods) == 1 and "://" not in args.pods[0]:
         listed = read_pods(args.file)
         if args.pods[0] not in listed:
