@@ -670,6 +670,26 @@ def test_a_hole_accepted_while_nobody_answered_is_healed_when_somebody_does():
     assert world.held == world.process.truth(5)
 
 
+@pytest.mark.parametrize("lost", [1, 5, 20])
+@pytest.mark.parametrize("memory", [2, 8, 1024])
+def test_what_was_given_up_last_is_newer_than_what_is_applied_and_no_restart(memory, lost):
+    """Of batches that did not fit among those that wait only the numbers are known, and they are given up when nobody
+    answers. When somebody does they are newer than the last batch that is applied, which no other process has made."""
+    world = well(policy=Policy(memory=memory, max_pending=2))
+    for _ in range(5):
+        world.publish(1)
+        world.channel.clear()
+        world.publish(3 + lost)
+        world.deliver()
+        world.wait(30.0, serve=False)
+        assert world.verdict == "degraded"
+        assert world.applied_upto() == len(world.process.published)
+    world.wait(20.0)
+    assert (world.stream.counts["restarts"], world.stream.counts["rebuilds"]) == (0, 1)
+    assert world.verdict == "exact"
+    assert world.held == world.process.truth(len(world.process.published))
+
+
 def test_a_history_that_is_gone_is_asked_for_once():
     world = well(3, buffer_steps=4)
     world.publish(encodable=False)

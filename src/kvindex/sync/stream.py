@@ -235,6 +235,7 @@ class WorkerStream:
         self._next = 0
         self._memory = array("q", bytes(8 * self.policy.memory))
         self._base = 0  # the first seq that the memory knows
+        self._dated = -1  # the batch that last_ts is of
         # What is given up since the last clean start.
         self._holes = 0
         self._holes_end = 0
@@ -274,7 +275,7 @@ class WorkerStream:
         if place is not None:
             self._known = True
             self._next = self._base = place.seq + 1
-            self.last_ts = place.ts
+            self.last_ts, self._dated = place.ts, place.seq
             if not place.whole:
                 self._holes, self._holes_end = 1, place.seq + 1
 
@@ -368,7 +369,7 @@ class WorkerStream:
         if ts is not None:
             if self.last_ts is not None and ts < self.last_ts - self.policy.clock_step:
                 return None
-            self.last_ts = ts
+            self.last_ts, self._dated = ts, seq
         self._heard_at = now
         self._note(seq, payload)
         return Ingest(seq, payload, ts)
@@ -564,7 +565,7 @@ class WorkerStream:
             self._known = True
             self._unproven = False  # seq is 0: whatever comes later has nothing before it that could be missing
         if ts is not None:
-            self.last_ts = ts
+            self.last_ts, self._dated = ts, seq
         self._out.append(Ingest(seq, payload, ts))
 
     def _recall(self, seq: int) -> int | None:
@@ -578,12 +579,9 @@ class WorkerStream:
         self.counts["lost_batches"] += upto - at
         self._say("gap_accepted", f"{upto - at} batches from {at} to {upto - 1} are lost: {why}")
         size = len(self._memory)
-        if upto - at >= size:
-            self._base = upto
-        else:
-            for seq in range(at, upto):
-                self._memory[seq % size] = _LOST
-            self._base = max(self._base, upto - size)
+        for seq in range(max(at, upto - size), upto):
+            self._memory[seq % size] = _LOST
+        self._base = max(self._base, upto - size)
         self._known = True
         self._next = self._holes_end = upto
         self._holes += 1
@@ -764,7 +762,8 @@ class WorkerStream:
                 self._drain()
         elif known is None:
             ts = batch_time(payload)
-            if ts is not None and self.last_ts is not None and ts > self.last_ts:
+            # What was given up behind the last batch that is applied is newer than that one by rights.
+            if ts is not None and self.last_ts is not None and ts > self.last_ts and seq <= self._dated:
                 self._not_ours(replay, seq, payload, now, f"batch {seq} is newer than {self._next - 1}")
         elif known != _LOST:
             self._not_ours(replay, seq, payload, now, f"batch {seq} is another one than before")
