@@ -17,8 +17,8 @@ namespace kvindex {
 
 // What a chain has of this.
 struct Age {
-    u32 older = kNone, newer = kNone;  // its neighbours in a list
     mutable u32 touched = 0;           // generation
+    u32 older = kNone, newer = kNone;  // its neighbours in a list
 };
 
 // Items: a container of things with a member `age`, addressed by number.

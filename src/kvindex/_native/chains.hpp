@@ -5,6 +5,7 @@
 
 #include "ages.hpp"
 #include "holders.hpp"
+#include "pool.hpp"
 
 namespace kvindex {
 
@@ -22,111 +23,6 @@ struct alignas(64) Page {
 struct PageHome {
     u32 chain;
     u32 index;  // depth / kPageBlocks of the page's first slot
-};
-
-// Stable addresses and dense ids, 64 items to a slab; an empty slab goes back to the allocator.
-template <class T>
-class Pool {
-public:
-    explicit Pool(Memory& m) : m_(m) {}
-    ~Pool() {
-        for (Slab* s : slabs_)
-            if (s) drop(s);
-        slabs_.release(m_);
-        open_.release(m_);
-        holes_.release(m_);
-    }
-    Pool(const Pool&) = delete;
-    Pool& operator=(const Pool&) = delete;
-
-    T& operator[](u32 id) { return slabs_[id >> 6]->items[id & 63]; }
-    const T& operator[](u32 id) const { return slabs_[id >> 6]->items[id & 63]; }
-    bool alive(u32 id) const {
-        return (id >> 6) < slabs_.size() && slabs_[id >> 6] && !(slabs_[id >> 6]->free >> (id & 63) & 1);
-    }
-    u32 size() const { return n_; }
-    // How many bytes more it takes to have so many items more.
-    std::size_t growth(u32 more) const {
-        const u32 spare = (slabs_.size() - holes_.size()) * 64 - n_;
-        return more > spare ? static_cast<std::size_t>((more - spare + 63) / 64) * (sizeof(Slab) + sizeof(Slab*)) : 0;
-    }
-
-    u32 take() {
-        if (open_.empty()) open();
-        const u32 s = open_.back();
-        Slab* slab = slabs_[s];
-        const u32 i = static_cast<u32>(__builtin_ctzll(slab->free));
-        slab->free &= slab->free - 1;
-        if (!slab->free) open_.pop();
-        ++n_;
-        new (&slab->items[i]) T();
-        return s * 64 + i;
-    }
-    void give(u32 id) {
-        const u32 s = id >> 6;
-        Slab* slab = slabs_[s];
-        if (!slab->free) {
-            slab->open_at = open_.size();
-            open_.push(m_, s);
-        }
-        slab->free |= 1ull << (id & 63);
-        --n_;
-        if (~slab->free) return;
-        const u32 last = open_.back();
-        open_[slab->open_at] = last;
-        slabs_[last]->open_at = slab->open_at;
-        open_.pop();
-        drop(slab);
-        slabs_[s] = nullptr;
-        holes_.push(m_, s);
-        if (n_ == 0) {
-            slabs_.release(m_);
-            open_.release(m_);
-            holes_.release(m_);
-        }
-    }
-    template <class F>
-    void each(F&& f) const {
-        for (u32 s = 0; s < slabs_.size(); ++s)
-            if (slabs_[s])
-                for (u64 used = ~slabs_[s]->free; used; used &= used - 1)
-                    f(s * 64 + static_cast<u32>(__builtin_ctzll(used)));
-    }
-
-private:
-    struct Slab {
-        T items[64];
-        u64 free;
-        u32 open_at;
-    };
-    void open() {
-        void* p = std::aligned_alloc(64, (sizeof(Slab) + 63) / 64 * 64);
-        if (!p) throw std::bad_alloc();
-        m_.add(sizeof(Slab));
-        Slab* slab = static_cast<Slab*>(p);
-        slab->free = ~0ull;
-        slab->open_at = 0;
-        u32 s;
-        if (!holes_.empty()) {
-            s = holes_.back();
-            holes_.pop();
-            slabs_[s] = slab;
-        } else {
-            s = slabs_.size();
-            slabs_.push(m_, slab);
-        }
-        open_.push(m_, s);
-    }
-    void drop(Slab* slab) {
-        std::free(slab);
-        m_.sub(sizeof(Slab));
-    }
-
-    Memory& m_;
-    Buf<Slab*> slabs_;
-    Buf<u32> open_;   // slabs with a free item
-    Buf<u32> holes_;  // slab numbers to use again
-    u32 n_ = 0;
 };
 
 struct Run {
@@ -147,17 +43,20 @@ struct OwnNames {
 inline constexpr u64 kNoName = 0x9B1D5A3C77E0F24Bull;
 inline constexpr u64 kNameless = 0x64E2A5C3881F0DB4ull;
 
+// What a match reads comes first.
 struct Chain {
-    u32 space = 0;
     u32 parent = kNone;
     u32 base = 0;  // depth of the first block; the parent's block is at base - 1
     u32 len = 0;
-    u32 first_kid = kNone, kids = 0;
-    u32 kid_before = kNone, kid_after = kNone;
+    u32 kids = 0;
     Buf<u32, 2> pages;
     Buf<Run, 1> runs;
-    Buf<OwnNames> own;  // ordered by worker
     Age age;
+    u32 space = 0;
+    u32 first_kid = kNone;
+    u32 kid_before = kNone, kid_after = kNone;
+    u32 row = 0;        // how many of the first pages have numbers that follow one another: nobody need look those up
+    Buf<OwnNames> own;  // ordered by worker
 
     u32 end() const { return base + len; }
 };
@@ -211,15 +110,30 @@ public:
     u64 prefix(u32 ref) const { return pages_[ref >> kPageShift].prefix[ref & (kPageBlocks - 1)]; }
     u64 prefix(Pos p) const { return prefix(ref(p)); }
     u64 head(u32 c) const { return prefix(ref(chains_[c], chains_[c].base)); }
+    u32 first_page(u32 c) const { return chains_[c].pages[0]; }
     // The part of a page that belongs to the chain from `depth` on:
     // a pointer to its prefix hashes, and how many there are.
     const Page& page(const Chain& c, u32 depth) const {
         return pages_[c.pages[(depth >> kPageShift) - (c.base >> kPageShift)]];
     }
 
+    // The number of page `i` of a chain that begins with page `first`, and the prefix hashes in it.
+    static u32 page_number(const Chain& c, u32 first, u32 i) { return i < c.row ? first + i : c.pages[i]; }
+    const u64* prefixes(u32 page) const { return pages_[page].prefix; }
+
+    // Asks for a chain and for the first `pages` of its pages before it is known which they are: they are mostly
+    // neighbours, since they were taken for one event.
+    KVINDEX_INLINE void prefetch(const HeadSlot& head, u32 pages) const {
+        const Chain& c = chains_[head.chain];
+        __builtin_prefetch(&c);
+        __builtin_prefetch(reinterpret_cast<const char*>(&c) + 64);
+        const Page* page = &pages_[head.page];
+        pages = pages_.together(head.page, pages);
+        for (u32 i = 0; i < pages; ++i) __builtin_prefetch(page[i].prefix);
+    }
     // Asks for pages of prefix hashes ahead of their use.
-    void prefetch(const Chain& c, u32 from, u32 to) const {
-        for (u32 i = from; i < to && i < c.pages.size(); ++i) __builtin_prefetch(pages_[c.pages[i]].prefix);
+    KVINDEX_INLINE void prefetch(const Chain& c, u32 first, u32 from, u32 to) const {
+        for (u32 i = from; i < to; ++i) __builtin_prefetch(prefixes(page_number(c, first, i)));
     }
 
     u32 create(u32 space, u32 parent, u32 base) {
@@ -249,7 +163,7 @@ public:
             if (const u32 h = homes_.take(); h != p)
                 __builtin_trap();  // both pools give the same ids for the same calls
             homes_[p] = {id, (c.base >> kPageShift) + c.pages.size()};
-            c.pages.push(m_, p);
+            add_page(c, p);
         }
         for (u32 d = first; d < last;) {
             Page& page = pages_[c.pages[(d >> kPageShift) - (c.base >> kPageShift)]];
@@ -281,6 +195,7 @@ public:
         }
         c.len = end - c.base;
         c.pages.trim(m_);
+        c.row = c.row < keep ? c.row : keep;
         c.runs.trim(m_);
     }
     void destroy(u32 id) {
@@ -361,7 +276,7 @@ public:
         }
         for (; i < k.pages.size(); ++i) {
             homes_[k.pages[i]].chain = id;
-            c.pages.push(m_, k.pages[i]);
+            add_page(c, k.pages[i]);
         }
         u32 r = 0;
         if (c.runs.back().set == k.runs[0].set) {
@@ -371,6 +286,7 @@ public:
         for (; r < k.runs.size(); ++r) c.runs.push(m_, k.runs[r]);
         c.len += k.len;
         k.pages.truncate(0);
+        k.row = 0;
         k.runs.truncate(0);
         k.len = 0;
     }
@@ -467,9 +383,19 @@ public:
     }
 
     // Gives back what was only needed while changing.
-    void shrink() { fresh_.release(m_); }
+    void shrink() {
+        fresh_.release(m_);
+        chains_.shrink();
+        pages_.shrink();
+        homes_.shrink();
+    }
 
 private:
+    void add_page(Chain& c, u32 page) {
+        const u32 at = c.pages.size();
+        if (c.row == at && (at == 0 || page == c.pages[0] + at)) ++c.row;
+        c.pages.push(m_, page);
+    }
     static u32 own_at(const Chain& c, u32 worker) {
         u32 lo = 0, hi = c.own.size();
         while (lo < hi) {

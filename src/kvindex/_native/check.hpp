@@ -26,7 +26,7 @@ inline std::string Index::check() const {
         if (!c.len || c.runs.empty()) return void(error = fail("empty chain", id, c.len));
         blocks += c.len;
         ++heads[c.space];
-        if (spaces_[c.space].heads.find(chains_.head(id), [&](u32 k) { return k == id; }) != id)
+        if (!spaces_[c.space].heads.contains(chains_.head(id), id, chains_.first_page(id)))
             return void(error = fail("chain without head entry", id, c.base));
         if (c.parent != kNone) {
             if (!chains_.alive(c.parent)) return void(error = fail("parent chain is gone", id, c.parent));
@@ -43,6 +43,9 @@ inline std::string Index::check() const {
         if (n != c.kids) return void(error = fail("wrong number of children", id, n));
         if (c.pages.size() != ((c.end() - 1) >> kPageShift) - (c.base >> kPageShift) + 1)
             return void(error = fail("wrong number of pages", id, c.pages.size()));
+        u32 row = 0;
+        while (row < c.pages.size() && c.pages[row] == c.pages[0] + row) ++row;
+        if (row != c.row) return void(error = fail("wrong row of pages", id, c.row));
         for (u32 r = 0; r < c.runs.size(); ++r) {
             const Run& run = c.runs[r];
             ++set_refs[run.set];

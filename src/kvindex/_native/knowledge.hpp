@@ -18,12 +18,14 @@ public:
 
     const SetPool& sets() const { return sets_; }
     const Chains& chains() const { return chains_; }
-    u32 child(u32 space, Pos parent, u64 prefix) const {
-        const u32 c = spaces_[space].heads.find(prefix, [&](u32 k) { return chains_.head(k) == prefix; });
-        if (c == kNone) return kNone;
-        const Chain& k = chains_[c];
+    // The chain that begins with this block below `parent`, and its first page; `pages` of them may be wanted.
+    HeadSlot child(u32 space, Pos parent, u64 prefix, u32 pages) const {
+        const HeadSlot head = spaces_[space].heads.find(prefix);
+        if (head.chain == kNone) return head;
+        chains_.prefetch(head, pages);
+        const Chain& k = chains_[head.chain];
         // A different place for the same 64-bit prefix hash would be a collision; never follow it.
-        return k.parent == parent.chain && k.base == parent.depth + 1 ? c : kNone;
+        return k.parent == parent.chain && k.base == parent.depth + 1 ? head : HeadSlot::none();
     }
 
 protected:

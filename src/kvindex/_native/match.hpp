@@ -163,6 +163,8 @@ public:
 private:
     // Pages of a chain that a walk asks for before it is there: 16 take longer to compare than memory takes to answer.
     static constexpr u32 kAhead = 16;
+    // Pages of a chain that a walk asks for before it knows which they are.
+    static constexpr u32 kGuessed = 8;
 
     struct Ended {
         u32 holder;
@@ -201,8 +203,8 @@ private:
         u32 i = 0, last_set = kNone;
         u64 prev = 0;
         bool hybrid_alive = false;
-        u32 chain = ix.child(space, {kNone, kNone}, path.hash(0, 0));
-        if (chain == kNone) return 0;
+        HeadSlot head = enter(ix, space, {kNone, kNone}, path, 0, 0);
+        if (head.chain == kNone) return 0;
         for (u32 id : ix.space_at(space).hybrids) {
             if (filter && !filter->pod(ix.worker_at(id).pod)) continue;
             hybrids_.push_back(id);
@@ -210,32 +212,43 @@ private:
         }
         living_ = hybrids_;
         for (;;) {
-            const Chain& c = chains[chain];
+            const Chain& c = chains[head.chain];
             chains.ages().seen(c.age);
-            const u32 first = i, stop = std::min(c.end(), c.base + (path.n - i));
-            u32 depth = c.base, page = 0;
-            chains.prefetch(c, 0, kAhead);
+            const u32 stop = std::min(c.end(), c.base + (path.n - i));
+            const auto page_of = [&](u32 d) { return (d >> kPageShift) - (c.base >> kPageShift); };
+            const auto prefixes = [&](u32 d) {
+                return chains.prefixes(chains.page_number(c, head.page, page_of(d))) + (d & (kPageBlocks - 1));
+            };
+            const u32 pages = page_of(stop - 1) + 1;
+            u32 depth = c.base;
+            chains.prefetch(c, head.page, std::min(c.row, kGuessed), std::min(kAhead, pages));
             for (u32 r = 0; depth < stop; ++r) {
                 const u32 set = c.runs[r].set;
                 if (set != last_set) {
-                    // The set says something about the prompt only if its block is the prompt's:
-                    // the path may leave the chain just here.
-                    if (!path.agree(chains.page(c, depth).prefix + (depth & (kPageBlocks - 1)), i, 1, prev)) goto fork;
+                    // The set says something about the prompt only if its block is the prompt's: the path may leave the
+                    // chain just here, though not at its first block, by which it was found.
+                    if (depth != c.base && !path.agree(prefixes(depth), i, 1, prev)) goto fork;
                     const bool some = narrow(ix, set, i, last_set == kNone, filter);
                     if (hybrid_alive) hybrid_alive = narrow_hybrids(ix, set);
                     if (!some && !hybrid_alive) return i;
                     pieces_.push_back({i, set});
                     last_set = set;
                 }
+                if (depth == c.base) {
+                    prev = head.prefix;
+                    ++i;
+                    ++depth;
+                    ++out.compared;
+                }
                 const u32 run_stop = std::min(stop, chains.run_end(c, r));
                 while (depth < run_stop) {
                     const u32 slot = depth & (kPageBlocks - 1);
                     const u32 count = std::min(kPageBlocks - slot, run_stop - depth);
                     if (slot == 0) {
-                        ++page;
-                        chains.prefetch(c, page + kAhead - 1, page + kAhead);
+                        const u32 next = page_of(depth) + kAhead - 1;
+                        if (next < pages) chains.prefetch(c, head.page, next, next + 1);
                     }
-                    const u64* expect = chains.page(c, depth).prefix + slot;
+                    const u64* expect = prefixes(depth);
                     const u32 k = path.agree(expect, i, count, prev);
                     out.compared += k;
                     i += k;
@@ -245,10 +258,16 @@ private:
                 }
             }
         fork:
-            if (i == path.n || c.kids == 0 || i == first) return i;
-            chain = ix.child(space, {chain, depth - 1}, path.hash(i, prev));
-            if (chain == kNone) return i;
+            if (i == path.n || c.kids == 0) return i;
+            head = enter(ix, space, {head.chain, depth - 1}, path, i, prev);
+            if (head.chain == kNone) return i;
         }
+    }
+    // The chain below `parent` that begins with block `i` of the prompt.
+    template <class Path>
+    static HeadSlot enter(const Index& ix, u32 space, Pos parent, const Path& path, u32 i, u64 prev) {
+        const u32 pages = ((path.n - 1) >> kPageShift) - (i >> kPageShift) + 1;
+        return ix.child(space, parent, path.hash(i, prev), std::min(pages, kGuessed));
     }
     // Takes out of alive_ what the set lacks. Returns whether anybody is left.
     bool narrow(const Index& ix, u32 set, u32 at, bool first, const Filter* filter) {

@@ -73,7 +73,7 @@ protected:
                 chain = at.chain;
                 depth = at.depth + 1;
             } else {
-                chain = child(space, at, prefixes[i]);
+                chain = child(space, at, prefixes[i], 1).chain;
                 if (chain == kNone) return;
                 depth = chains_[chain].base;
             }
@@ -100,9 +100,10 @@ protected:
         } else {
             depth = chain == kNone ? 0 : at.depth + 1;
             chain = chains_.create(space, at.chain, depth);
-            spaces_[space].heads.insert(mem_, prefixes[0], chain);
         }
         chains_.append(chain, prefixes, n, set);
+        if (depth == chains_[chain].base)
+            spaces_[space].heads.insert(mem_, prefixes[0], chain, chains_.first_page(chain));
         return {chain, depth};
     }
 

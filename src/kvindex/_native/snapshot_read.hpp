@@ -324,8 +324,8 @@ private:
             }
             Space& space = ix_.spaces_[r.space];
             const u64 head = chains.head(i);
-            need(space.heads.insert_new(ix_.mem_, head, i, [&](u32 k) { return chains.head(k) == head; }),
-                 "content is there twice");
+            need(space.heads.find(head).chain == kNone, "content is there twice");
+            space.heads.insert(ix_.mem_, head, i, chains.first_page(i));
             read_names(space, c, name);
             name += u64{8} * r.len;
             attach(i, r);

@@ -180,7 +180,7 @@ struct Pod {
 
 struct Space {
     std::string model;
-    RefTable heads;            // prefix hash of a chain's first block -> chain
+    HeadTable heads;           // chains by the prefix hash of their first block
     RefTable names;            // engine hash in a page -> block
     std::vector<u32> hybrids;  // workers whose groups and media must be looked at
 };
