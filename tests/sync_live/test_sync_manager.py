@@ -434,6 +434,71 @@ def test_a_batch_that_the_index_can_not_take_is_a_hole_and_nothing_worse(pod):
         assert manager.status()["pod"].workers[0].counters.get("disconnects", 0) == 0
 
 
+class Failing(PrefixIndex):
+    """Raises in one of its methods, for ``pod`` only, as often as it is set to."""
+
+    failing = ""
+    times = 0
+
+    def _fail(self, method: str, pod: str) -> None:
+        if (method, pod) == (self.failing, "pod") and self.times:
+            self.times -= 1
+            raise MemoryError("no more")
+
+    def clear_worker(self, pod, *args, **options):
+        self._fail("clear_worker", pod)
+        super().clear_worker(pod, *args, **options)
+
+    def mark_worker(self, pod, *args, **options):
+        self._fail("mark_worker", pod)
+        super().mark_worker(pod, *args, **options)
+
+
+@pytest.mark.parametrize("failing", ["clear_worker", "mark_worker"])
+def test_an_index_that_fails_for_one_pod_is_asked_again_and_another_pod_notices_nothing(pod, failing):
+    index = Failing(block_size=4)
+    with LivePublisher(name="other") as other, EventManager(index, policy=BRISK) as manager:
+        changes = []
+        for each in (pod, other):
+            each.publish(5)
+            manager.add_pod(source(each))
+        assert manager.wait_until_current(20.0)
+        manager.on_change(lambda change: changes.append(change.pod))
+        index.failing, index.times = failing, 1
+        pod.restart()
+        pod.publish(3)
+        other.publish(3)
+        until(lambda: not index.times and all(caught_up(manager, each) for each in (pod, other)))
+        until(lambda: index.pod_state("pod") == "exact")
+        # Nothing of the process that is gone: its blocks were the new one's too, had it not been cleared after all.
+        assert index.worker_stats("pod")[0]["blocks"] == 3
+        for each in (pod, other):
+            check_equal(index, each)
+        assert "other" not in changes
+
+
+def test_a_pod_that_can_not_be_cleared_claims_nothing_until_it_can(pod):
+    index = Failing(block_size=4)
+    with EventManager(index, policy=BRISK) as manager:
+        pod.publish(5)
+        manager.add_pod(source(pod))
+        assert manager.wait_until_current(20.0)
+        index.failing, index.times = "clear_worker", 1 << 30
+        pod.restart()
+        pod.publish(3)
+        until(lambda: manager.status()["pod"].lost_batches == 3)
+        assert (manager.status()["pod"].state, index.pod_state("pod")) == ("stale", "stale")
+        assert index.match_prefix(pod.chain(), model="m", only_exact=True).tokens == {}
+        index.times = 0
+        pod.publish(2)
+        until(lambda: caught_up(manager, pod) and index.pod_state("pod") == "degraded")
+        pod.publish(1, clear=True)
+        pod.publish(2)
+        until(lambda: caught_up(manager, pod) and index.pod_state("pod") == "exact")
+        check_equal(index, pod)
+        assert index.worker_stats("pod")[0]["blocks"] == 2
+
+
 @contextmanager
 def listener(answer: bytes | None) -> Iterator[str]:
     """A TCP server that is no publisher: it says ``answer`` and hangs up, or never says anything."""

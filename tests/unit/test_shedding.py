@@ -94,6 +94,30 @@ def test_what_was_matched_stays():
     assert held(index, 2, 8) == {}
 
 
+def test_the_order_of_last_use_outlives_the_ages_that_are_told_apart():
+    """Ages are kept in 128 classes; what grows older than those is still told from what is older yet."""
+    index = PrefixIndex(SIZE, max_bytes=4 * LEAST)
+
+    def pass_time() -> None:
+        for _ in range(150):  # each of these begins an age, for the index is small
+            store(index, "passing", 1000, 8)
+            index.ingest("passing", payload(removed(*names(1000, 8))))
+
+    pods = [f"pod{number}" for number in range(6)]
+    for number, pod in enumerate(pods):
+        store(index, pod, number, 64)
+        pass_time()
+    assert held(index, 2, 64) == {"pod2": 64}
+    assert index.stats()["shed_blocks"] == 0
+    gone: list[str] = []
+    for number in range(2000, 4000):
+        store(index, "filling", number, 64)  # few of these, so that few ages begin
+        gone += [pod for pod in pods if pod not in gone and index.pod_state(pod) == "degraded"]
+        if len(gone) == len(pods):
+            break
+    assert gone == ["pod0", "pod1", "pod3", "pod4", "pod5", "pod2"]
+
+
 def test_a_long_chain_goes_from_its_end():
     index = PrefixIndex(SIZE, max_bytes=LEAST)
     store(index, "a", 1, 300)
@@ -251,6 +275,37 @@ def test_guesses_are_part_of_the_budget():
         assert index.stats()["bytes"] <= LEAST
     assert index.stats()["shed_guesses"] > 0
     assert index.pod_state("a") == "degraded"
+
+
+def test_a_guess_that_is_a_monster_is_refused_and_costs_nobody_anything():
+    index = PrefixIndex(SIZE, max_bytes=LEAST)
+    store(index, "a", 1, 8)
+    index.add_prefix("a", prompt(2, 20_000), ttl=1000)
+    index.add_prefix("b", prompt(2, 20_000), ttl=1000)
+    index._check()
+    assert (held(index, 1, 8), held(index, 2, 20_000)) == ({"a": 8}, {})
+    # A router was promised that it would be counted, so what it asks of these pods may be less than they have.
+    assert (index.pod_state("a"), index.pod_state("b")) == ("degraded", "degraded")
+    assert (index.stats()["shed_guesses"], index.stats()["guesses"]) == (2, 0)
+
+
+def test_guesses_go_before_what_an_event_hangs_on():
+    base = prompt(1, 100)
+    for blocks in range(100, 400, 20):  # the first that is too much beside the guesses, and would fit without them
+        index = PrefixIndex(SIZE, max_bytes=LEAST)
+        store(index, "a", 1, 100)
+        for less in range(8):
+            index.add_prefix("b", base[: (100 - less) * SIZE], ttl=1000)
+        tail = prompt(2, blocks)
+        index.ingest("a", payload(stored(names(2, blocks), tail, parent=names(1, 100)[-1])))
+        index._check()
+        expected = {"a": (100 + blocks) * SIZE}
+        if index.stats()["shed_guesses"]:
+            break
+        assert index.match_prefix(base + tail).tokens == {**expected, "b": 100 * SIZE}
+    assert index.match_prefix(base + tail).tokens == expected
+    assert (index.stats()["shed_guesses"], index.stats()["shed_blocks"]) == (8, 0)
+    assert (index.pod_state("a"), index.pod_state("b")) == ("exact", "degraded")
 
 
 def test_blocks_of_two_go_whole():

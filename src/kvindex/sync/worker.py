@@ -159,6 +159,7 @@ class Worker:
         self.events: Counter[str] = Counter()  # those that are not in every batch
         self.errors: Counter[str] = Counter()
         self.explained: set[str] = set()
+        self._uncleared = False  # the index still has what it was told to forget
         self.tokens = 10.0  # of the log's bucket
         self.tokens_at = 0.0
         self.unsaid = 0
@@ -419,9 +420,11 @@ class Worker:
                 case Clear():
                     if self._setting.taps:
                         self._setting.show(Forgotten(self.pod, self.rank))
-                    self._setting.index.clear_worker(self.pod, self.rank)
-                    self.explained.clear()
+                    self._uncleared = True
+                    self._clear(now)
                 case Mark(verdict):
+                    if self._uncleared and verdict != "stale" and not self._clear(now):
+                        verdict = "stale"
                     self._setting.index.mark_worker(self.pod, self.rank, verdict)
                     self.verdict, self.last_seq = verdict, self.stream.last_seq
                     self.compare_state()
@@ -432,10 +435,28 @@ class Worker:
                     self._say(what, detail, now)
         self.last_seq = self.stream.last_seq
 
+    def _clear(self, now: float) -> bool:
+        """Forget what a former process held. Where the index can not, nothing is applied and no more is claimed than
+        that it is stale, until it can: it is asked again before each batch."""
+        try:
+            self._setting.index.clear_worker(self.pod, self.rank)
+        except Exception as error:
+            self.errors["refused"] += 1
+            self._say("refused", f"the index can not forget what was before, and is asked again: {error!r}", now)
+            return False
+        self._uncleared = False
+        self.explained.clear()
+        return True
+
     def _ingest(self, action: Ingest, actions: list[Action], now: float) -> None:
         if self._setting.taps:
             topic = self.replay_topic if self.seen_topic is None else self.seen_topic
             self._setting.show(Batch(self.pod, self.rank, self.model, topic, action.seq, action.payload))
+        if self._uncleared:
+            if not self._clear(now):
+                actions += self.stream.rejected(action.seq, action.payload, now, "what was before can not be cleared")
+                return
+            actions.append(Mark(self.stream.verdict, self.stream.reason))
         try:
             report = self._setting.index.ingest(
                 self.pod, action.payload, model=self.model, dp_rank=self.rank, seq=action.seq
