@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import zmq
 import zmq.auth
 from sync_support import BRISK, LivePublisher, nothing_left_behind, until
 
-from kvindex import InvalidTypeError, InvalidValueError, PodSource, PrefixIndex
+from kvindex import InvalidTypeError, InvalidValueError, PodSource, PrefixIndex, StreamError
 from kvindex.sim.process import SimConfig, SimProcess
+from kvindex.sim.publisher import Publisher
 from kvindex.sync.manager import EventManager
 
 PUBLIC, SECRET = (key.decode() for key in zmq.curve_keypair())
@@ -115,3 +118,138 @@ def test_a_source_does_not_show_its_secret():
             "client_keys": [OTHER_PUBLIC, OTHER_SECRET],
         }
     )
+
+
+# Pods that connect
+
+SERVER = tuple(key.decode() for key in zmq.curve_keypair())
+
+
+def connecting(endpoint: str, name: str, secret: str | None, **options) -> LivePublisher:
+    keys = {} if secret is None else {"secret_key": secret.encode(), "server_key": SERVER[0].encode()}
+    return LivePublisher(name=name, endpoint=endpoint, connect=True, **{"replay_endpoint": None, **keys, **options})
+
+
+def heard(index: PrefixIndex, manager: EventManager, pod: LivePublisher) -> None:
+    """Publish until it is heard; then nothing that was not matters any more, and all of it is there."""
+    until(lambda: pod.publish() or pod.name in manager.status() or time.sleep(0.01))
+    pod.publish(clear=True)
+    pod.publish(5)
+    until(lambda: held(index, pod) == len(pod.chain(0)))
+
+
+def test_pods_that_connect_are_encrypted_and_who_has_no_keys_is_ignored(index, manager):
+    endpoint = manager.bind("tcp://127.0.0.1:*", server_keys=SERVER)
+    with (
+        connecting(endpoint, "stranger", None) as stranger,
+        connecting(endpoint, "lost", SECRET, server_key=OTHER_PUBLIC.encode()) as lost,
+        connecting(endpoint, "known", SECRET) as known,
+    ):
+        for _ in range(20):
+            stranger.publish()
+            lost.publish()
+        heard(index, manager, known)
+        for _ in range(20):
+            stranger.publish()
+            lost.publish()
+            known.publish()
+        until(lambda: held(index, known) == len(known.chain(0)))
+        assert set(manager.status()) == {"known"}
+        assert index.pod_state("known") == "exact"
+
+
+def test_only_those_publishers_connect_that_are_admitted(index, manager):
+    endpoint = manager.bind("tcp://127.0.0.1:*", server_keys=SERVER, publisher_keys=[PUBLIC])
+    with connecting(endpoint, "other", OTHER_SECRET) as other, connecting(endpoint, "known", SECRET) as known:
+        other.publish(20)
+        heard(index, manager, known)
+        other.publish(20)
+        known.publish()
+        until(lambda: held(index, known) == len(known.chain(0)))
+        assert set(manager.status()) == {"known"}
+        # A pod that is declared later is admitted by its own key, the next time that it tries.
+        manager.add_pod(PodSource("other", model="m", server_key=OTHER_PUBLIC))
+        until(lambda: other.publish() or manager.status()["other"].batches or time.sleep(0.01))
+        other.publish(clear=True)
+        other.publish(5)
+        until(lambda: held(index, other) == len(other.chain(0)))
+
+
+@pytest.mark.parametrize("declared", [False, True])
+def test_nobody_speaks_for_another_ones_pod(index, manager, declared):
+    endpoint = manager.bind("tcp://127.0.0.1:*", server_keys=SERVER)
+    if declared:
+        manager.add_pod(PodSource("pod", model="m", server_key=PUBLIC))
+    with connecting(endpoint, "pod", SECRET) as pod, connecting(endpoint, "pod", OTHER_SECRET) as liar:
+        if declared:
+            # Even before the pod itself has said anything.
+            until(lambda: liar.publish() or manager.faults().get("foreign_key") or time.sleep(0.01))
+            until(lambda: pod.publish() or manager.status()["pod"].batches or time.sleep(0.01))
+        heard(index, manager, pod)
+        before = manager.faults().get("foreign_key", 0)
+        liar.life = 7  # with blocks of its own
+        until(lambda: liar.publish() or manager.faults().get("foreign_key", 0) > before + 10 or time.sleep(0.01))
+        liar.publish(clear=True)
+        pod.publish(3)
+        until(lambda: held(index, pod) == len(pod.chain(0)))
+        assert index.pod_state("pod") == "exact"
+        assert held(index, liar) == 0
+        assert manager.status()["pod"].restarts == 0
+
+
+def test_a_declared_pod_that_connects_answers_replays_with_the_same_key(index, manager):
+    endpoint = manager.bind("tcp://127.0.0.1:*", server_keys=SERVER)
+    with connecting(endpoint, "pod", SECRET, replay_endpoint="tcp://127.0.0.1:*") as pod:
+        pod.publish(7)
+        manager.add_pod(PodSource("pod", replay_endpoint=pod.ranks[0][1], model="m", server_key=PUBLIC))
+        until(lambda: pod.publish() or index.pod_state("pod") == "exact" or time.sleep(0.01))
+        until(lambda: held(index, pod) == len(pod.chain(0)))
+        assert manager.status()["pod"].replays >= 1
+
+
+def test_a_pod_with_a_key_is_not_believed_where_nobody_has_to_show_one(index, manager):
+    with pytest.raises(InvalidValueError, match="nothing is bound with keys"):
+        manager.bind("tcp://127.0.0.1:*")
+        manager.add_pod(PodSource("pod", model="m", server_key=PUBLIC))
+    manager.bind("tcp://127.0.0.1:*", server_keys=SERVER)
+    open_to_all = manager.bind("tcp://127.0.0.1:*")
+    manager.add_pod(PodSource("pod", model="m", server_key=PUBLIC))
+    with connecting(open_to_all, "pod", None) as liar:
+        until(lambda: liar.publish() or manager.faults().get("foreign_key") or time.sleep(0.01))
+        assert manager.status()["pod"].batches == 0
+
+
+def test_a_simulated_pod_that_connects(index, manager, tmp_path):
+    _, secret = zmq.auth.create_certificates(tmp_path, "pod")
+    endpoint = manager.bind("tcp://127.0.0.1:*", server_keys=SERVER)
+    config = SimConfig(
+        name="pod", block_size=4, curve=secret, connect=endpoint, server_key=SERVER[0], rate=50.0, replay_port=None
+    )
+    with SimProcess(config):
+        until(lambda: "pod" in manager.status() and manager.status()["pod"].batches > 0, 30.0)
+    for wrong in ({"server_key": SERVER[0].encode()}, {"connect": True, "secret_key": SECRET.encode()}):
+        with zmq.Context() as context, pytest.raises(InvalidValueError, match="a publisher that connects"):
+            Publisher(context, endpoint, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "named"),
+    [
+        ({"server_keys": SERVER[0]}, InvalidTypeError, r"server_keys must be \(public, secret\)"),
+        ({"server_keys": (SERVER[1], SERVER[0])}, InvalidValueError, "server_keys must be a CURVE key pair"),
+        ({"publisher_keys": [PUBLIC]}, InvalidValueError, "publisher_keys say nothing without server_keys"),
+        ({"server_keys": SERVER, "publisher_keys": ["short"]}, InvalidValueError, "not 'short'"),
+        ({"server_keys": SERVER, "publisher_keys": PUBLIC}, InvalidValueError, "publisher_keys must be CURVE keys"),
+    ],
+)
+def test_keys_that_are_none_are_refused_where_pods_connect_to(manager, options, error, named):
+    with pytest.raises(error, match=named) as raised:
+        manager.bind("tcp://127.0.0.1:*", **options)
+    assert SERVER[1] not in str(raised.value)
+
+
+def test_a_context_has_one_doorkeeper(index):
+    with zmq.Context() as context, context.socket(zmq.REP) as other:
+        other.bind("inproc://zeromq.zap.01")
+        with EventManager(index, context=context) as manager, pytest.raises(StreamError, match="can not be bound"):
+            manager.bind("tcp://127.0.0.1:*", server_keys=SERVER)

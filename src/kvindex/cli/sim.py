@@ -84,6 +84,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
                          help="where tests tell it what to do, 0 for any free port (default %(default)s)")  # fmt: skip
     network.add_argument("--connect", metavar="ENDPOINT", help="publish to an endpoint that a router has bound")
     network.add_argument("--curve", metavar="FILE", help="encrypt its streams: a .key_secret file of zmq.auth")
+    network.add_argument("--server-key", metavar="KEY", help="CURVE public key of the endpoint in --connect")
 
     work = parser.add_argument_group("its workload")
     work.add_argument("--rate", type=float, default=4.0, metavar="N",

@@ -80,6 +80,8 @@ class SimConfig:
     curve: str | None = None
     """File of a CURVE certificate with a secret key, as ``zmq.auth.create_certificates`` makes them: its streams are
     then encrypted, and the line it prints has the public key."""
+    server_key: str | None = None
+    """CURVE public key of the endpoint that the pod connects to; None where that has none."""
 
     def keys(self) -> tuple[bytes | None, bytes | None]:
         """(public, secret) of ``curve``. Raises :class:`InvalidValueError` where the file has none."""
@@ -158,7 +160,7 @@ class SimPod:
         return Publisher(
             self._context, config.connect or own, answers, topic=topic, buffer_steps=config.buffer_steps,
             with_topic=topic_in_replay(config.form), connect=config.connect is not None,
-            secret_key=self._secret_key,
+            secret_key=self._secret_key, server_key=None if config.server_key is None else config.server_key.encode(),
         )  # fmt: skip
 
     def _watch(self) -> None:

@@ -75,18 +75,21 @@ class Publisher:
     ``endpoint`` is bound, or connected to where ``connect`` (for subscribers that bind); ``replay_endpoint`` is bound.
     A wildcard port is replaced by the one that was found: see the attributes of the same names. ``buffer_steps``
     batches are kept for replays. ``with_topic`` is the framing of replays, see :func:`topic_in_replay`. With a
-    ``secret_key`` (CURVE, Z85) only those are served who know the public key to it.
+    ``secret_key`` (CURVE, Z85) only those are served who know the public key to it; where ``connect``, it says who is
+    there to the one with the ``server_key``.
     """
 
     def __init__(
         self, context: zmq.Context[Any], endpoint: str, replay_endpoint: str | None = None, *, topic: str = "",
         buffer_steps: int = 10_000, with_topic: bool = True, connect: bool = False, queue: int = 100_000,
-        secret_key: bytes | None = None,
+        secret_key: bytes | None = None, server_key: bytes | None = None,
     ) -> None:  # fmt: skip
         if buffer_steps < 1:
             raise InvalidValueError(f"buffer_steps must be at least 1, not {buffer_steps}")
-        if connect and secret_key is not None:
-            raise InvalidValueError("a publisher that connects has no secret_key: who binds is the one with the key")
+        if (server_key is not None) != (connect and secret_key is not None):
+            raise InvalidValueError(
+                "a publisher that connects has a secret_key and the server_key of who binds, or none"
+            )
         self.faults = Faults()
         self.seq = 0
         self.endpoint = endpoint
@@ -98,6 +101,7 @@ class Publisher:
         self._connect = connect
         self._queue = queue
         self._secret_key = secret_key
+        self._server_key = server_key
         self._buffer: deque[tuple[int, bytes]] = deque(maxlen=buffer_steps)
         self._held: bytes | None = None
         self._held_seq = 0
@@ -110,11 +114,15 @@ class Publisher:
         self._pub: zmq.Socket[bytes] = self._context.socket(zmq.PUB)
         self._pub.linger = 0
         self._pub.sndhwm = self._queue
-        self._encrypt(self._pub)
         self._router: zmq.Socket[bytes] | None = None
         if self._connect:
+            if self._server_key is not None and self._secret_key is not None:
+                self._pub.curve_serverkey = self._server_key
+                self._pub.curve_publickey = zmq.curve_public(self._secret_key)
+                self._pub.curve_secretkey = self._secret_key
             self._pub.connect(self.endpoint)
         else:
+            self._encrypt(self._pub)
             self.endpoint = _bind(self._pub, self.endpoint)
         if self.replay_endpoint is not None:
             self._router = self._context.socket(zmq.ROUTER)

@@ -19,8 +19,8 @@ from ..errors import InvalidTypeError, InvalidValueError, StreamError, UnknownPo
 from .allowance import Allowance
 from .frames import FrameFault, batch_rank, parse_live, parse_topic
 from .loop import StreamLoop
-from .sockets import Bound, SocketOptions
-from .source import Endpoints, PodSource, Presence, bind_endpoint
+from .sockets import Bound, Doorkeeper, SocketOptions
+from .source import Endpoints, PodSource, Presence, bind_endpoint, check_pair, is_key
 from .status import Batch, Forgotten, PodStatus, StateChange, pod_status
 from .stream import Policy
 from .worker import Index, Setting, Worker
@@ -41,6 +41,7 @@ class _Pod:
         limits = (source.max_event_rate, source.max_byte_rate)
         self.allowance = None if limits == (None, None) else Allowance(*limits, burst)
         self.came_to = came_to  # the bound endpoint at which it appeared by itself
+        self.key = source.server_key  # whose messages are its own, at bound endpoints with keys
         self.workers: dict[int, Worker] = {}
         self.places: dict[int, StreamPlace] = {}  # how far streams were applied before this one began
 
@@ -91,6 +92,8 @@ class EventManager:
         )  # fmt: skip
         self._pods: dict[str, _Pod] = {}
         self._bound: list[Bound] = []
+        self._door: Doorkeeper | None = None
+        self._admitted: dict[bytes, frozenset[str] | None] = {}  # by domain; None is everybody
         self._templates: dict[Bound, dict[str, Any]] = {}
         self._topics: dict[bytes, str] = {}
         # Names that were removed: what is still on its way must not bring them back. Bounded, oldest first.
@@ -134,14 +137,22 @@ class EventManager:
     def bind(
         self, endpoint: str, *, presence: Presence | None = None, clear_media: Iterable[str] | None = None,
         chunk_size: int | None = None, max_blocks: int | None = None, max_event_rate: float | None = None,
-        max_byte_rate: float | None = None, max_pods: int = 1024,
+        max_byte_rate: float | None = None, max_pods: int = 1024, server_keys: tuple[str, str] | None = None,
+        publisher_keys: Iterable[str] | None = None,
     ) -> str:  # fmt: skip
         """Let pods connect here instead of connecting to them; gives the endpoint, with the port where it was a
         wildcard.
 
         Topics are ``kv@POD@MODEL``. A pod appears with its first message, with these options, up to ``max_pods`` of
         them; one that :meth:`add_pod` was told of (a :class:`PodSource` without endpoint) has its own, and may have a
-        replay endpoint. Raises :class:`StreamError` when it can not be bound.
+        replay endpoint.
+
+        ``server_keys`` are our own (public, secret) CURVE keys (Z85): connections are then encrypted, and only
+        publishers that have keys too and know our public one are heard. ``publisher_keys`` are the public keys of those
+        that are admitted beside the declared pods' ``server_key``; None admits every one. A pod belongs to a key: to
+        its ``server_key``, or else to the first that speaks for it.
+
+        Raises :class:`StreamError` when it can not be bound, :class:`InvalidValueError` for what are no keys.
         """
         options: dict[str, Any] = {
             "presence": presence,
@@ -152,7 +163,14 @@ class EventManager:
             "max_byte_rate": max_byte_rate,
         }
         PodSource("options", **options)
-        return self._loop.call(partial(self._bind, bind_endpoint(endpoint), options, max_pods))
+        if server_keys is not None:
+            server_keys = check_pair(server_keys, "server_keys")
+        elif publisher_keys is not None:
+            raise InvalidValueError("publisher_keys say nothing without server_keys")
+        admitted = None if publisher_keys is None else frozenset(publisher_keys)
+        if strange := [key for key in admitted or () if not is_key(key)]:
+            raise InvalidValueError(f"publisher_keys must be CURVE keys, 40 characters of Z85, not {strange[0]!r:.60}")
+        return self._loop.call(partial(self._bind, bind_endpoint(endpoint), options, max_pods, server_keys, admitted))
 
     def status(self) -> dict[str, PodStatus]:
         """What every followed pod is like at this moment, by name. O(workers); does not wait for the thread."""
@@ -272,6 +290,8 @@ class EventManager:
                 worker.state = "stale"
         for bound in self._bound:
             bound.close()
+        if self._door is not None:
+            self._door.close()
 
     # --------------------------------------------------------------------------------------------------- pods
 
@@ -296,6 +316,10 @@ class EventManager:
         if bound and not self._bound:
             raise InvalidValueError(
                 f"pod {source.name!r} has no endpoint, and nothing is bound that it could connect to"
+            )
+        if bound and source.server_key is not None and self._door is None:
+            raise InvalidValueError(
+                f"pod {source.name!r} has a server_key, and nothing is bound with keys: bind(..., server_keys=...)"
             )
         topic = (source.topic or f"kv@{source.name}@{source.model}").encode()
         if bound and self._topics.get(topic, source.name) != source.name:
@@ -360,32 +384,46 @@ class EventManager:
 
     # -------------------------------------------------------------------------------------------- bound endpoints
 
-    def _bind(self, endpoint: str, options: dict[str, Any], max_pods: int) -> str:
+    def _bind(
+        self, endpoint: str, options: dict[str, Any], max_pods: int, keys: tuple[str, str] | None,
+        admitted: frozenset[str] | None,
+    ) -> str:  # fmt: skip
         self._alive()
+        domain = f"kvindex-{len(self._bound)}".encode()
         try:
+            if keys is not None and self._door is None:
+                self._door = Doorkeeper(self._loop, self._loop.context, self._admits)
             bound = Bound(
                 self._loop, self._loop.context, self._options, endpoint,
                 lost=lambda connection, now: self._bound_lost(bound, connection, now),
-                message=lambda frames, connection, now: self._bound_message(bound, frames, connection, now),
+                message=lambda frames, connection, key, now: self._bound_message(bound, frames, connection, key, now),
+                secret=None if keys is None else keys[1].encode(), domain=domain,
             )  # fmt: skip
         except zmq.ZMQError as error:
             raise StreamError(f"{endpoint} can not be bound: {error}") from error
+        self._admitted[domain] = admitted
         self._bound.append(bound)
         self._templates[bound] = {"options": options, "max_pods": max_pods, "by_connection": {}}
         return bound.endpoint
+
+    def _admits(self, domain: bytes, key: str) -> bool:
+        admitted = self._admitted.get(domain, frozenset())
+        return admitted is None or key in admitted or any(pod.source.server_key == key for pod in self._pods.values())
 
     def _bound_lost(self, bound: Bound, connection: int, now: float) -> None:
         for worker in self._templates[bound]["by_connection"].pop(connection, ()):
             if worker.connection == connection and not worker.gone:
                 worker.disconnected(now, "the pod's connection was lost")
 
-    def _bound_message(self, bound: Bound, frames: list[bytes], connection: int | None, now: float) -> None:
+    def _bound_message(
+        self, bound: Bound, frames: list[bytes], connection: int | None, key: str | None, now: float
+    ) -> None:
         try:
             topic, seq, payload = parse_live(frames)
         except FrameFault as fault:
             self._bound_fault(fault.reason, str(fault))
             return
-        worker = self._bound_worker(bound, topic, payload)
+        worker = self._bound_worker(bound, topic, payload, key)
         if worker is None:
             return
         if connection is None:
@@ -409,7 +447,7 @@ class EventManager:
         if self._faults[reason] == 1:
             log.warning("bound endpoint: %s (further ones are only counted)", detail)
 
-    def _bound_worker(self, bound: Bound, topic: bytes, payload: bytes) -> Worker | None:
+    def _bound_worker(self, bound: Bound, topic: bytes, payload: bytes, key: str | None) -> Worker | None:
         template = self._templates[bound]
         name = self._topics.get(topic)
         if name is None:
@@ -436,6 +474,11 @@ class EventManager:
             self._enlist(_Pod(source, self._burst, bound))
             log.info("%s: connected to %s", name, bound.endpoint)
         pod = self._pods[name]
+        if pod.key is None:
+            pod.key = key
+        if pod.key != key:
+            self._bound_fault("foreign_key", f"pod {name!r} is another key's than who speaks for it here")
+            return None
         rank = batch_rank(payload)
         worker = pod.workers.get(rank)
         if worker is None:

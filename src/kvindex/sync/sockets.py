@@ -18,11 +18,12 @@ from collections.abc import Callable
 from typing import Any, Final, Protocol, cast
 
 import zmq
+from zmq.utils import z85
 
 from .frames import replay_request
 from .source import Curve, is_address, join_tcp, split_tcp
 
-__all__ = ["Bound", "Replay", "SocketOptions", "Subscription", "resolve"]
+__all__ = ["Bound", "Doorkeeper", "Replay", "SocketOptions", "Subscription", "resolve"]
 
 # What is taken from one socket before the others have their turn: so many messages, and none after so many seconds. By
 # messages alone, batches of 4 MB from one pod kept the others waiting for nine seconds. What a pod waits for another's
@@ -304,18 +305,26 @@ class Replay(_Watched):
 class Bound(_Watched):
     """One SUB socket that many publishers connect to.
 
-    Calls ``message(frames, connection, now)`` with a number that is higher for a later connection (None when the
-    connection is already gone), and ``lost(connection, now)`` when one is over.
+    Calls ``message(frames, connection, key, now)`` with a number that is higher for a later connection (None when the
+    connection is already gone), and ``lost(connection, now)`` when one is over. With a ``secret`` key only those
+    connections are made that a :class:`Doorkeeper` admits to the ``domain``, and ``key`` is the publisher's own, public
+    one.
     """
 
     def __init__(
         self, loop: Loop, context: zmq.Context[Any], options: SocketOptions, endpoint: str, *,
-        lost: Callable[[int, float], None], message: Callable[[list[bytes], int | None, float], None],
+        lost: Callable[[int, float], None], message: Callable[[list[bytes], int | None, str | None, float], None],
+        secret: bytes | None = None, domain: bytes = b"",
     ) -> None:  # fmt: skip
         sock: zmq.Socket[bytes] = context.socket(zmq.SUB)
         options.apply(sock)
         sock.ipv6 = endpoint.startswith("tcp://[")
         sock.subscribe(b"")
+        self._keyed = secret is not None
+        if secret is not None:
+            sock.curve_server = True
+            sock.curve_secretkey = secret
+            sock.zap_domain = domain
         try:
             sock.bind(endpoint)
         except zmq.ZMQError:
@@ -349,8 +358,43 @@ class Bound(_Watched):
             fd = -1
         if fd not in self._connections and fd != -1:
             self._note_connections(now)
-        self._message([frame.bytes for frame in frames], self._connections.get(fd), now)
+        key = cast(str, frames[0].get("User-Id")) if self._keyed else None
+        self._message([frame.bytes for frame in frames], self._connections.get(fd), key, now)
 
     def failed(self, now: float, error: Exception) -> None:
         # It stays open: one of its pods has caused that, and nobody would open it again for the others.
+        pass
+
+
+class Doorkeeper(_Watched):
+    """Says which publishers may connect to endpoints with keys, and has libzmq note with each message whose it is: ZAP,
+    rfc.zeromq.org/spec/27. pyzmq's own authenticators need a thread or an event loop of theirs.
+
+    Asks ``admits(domain, key)``. Who is not admitted may try again, for he may be a moment later. There is one in a
+    context: a second one raises ``zmq.ZMQError``.
+    """
+
+    def __init__(self, loop: Loop, context: zmq.Context[Any], admits: Callable[[bytes, str], bool]) -> None:
+        sock: zmq.Socket[bytes] = context.socket(zmq.REP)
+        sock.linger = 0
+        try:
+            sock.bind("inproc://zeromq.zap.01")
+        except zmq.ZMQError:
+            sock.close(0)
+            raise
+        super().__init__(loop, sock)
+        self._admits_to = admits
+
+    def ready(self, now: float) -> bool:
+        return self._take(self._answer)
+
+    def _answer(self, frames: list[zmq.Frame], now: float) -> None:
+        version, request, domain, _, _, mechanism, *credentials = [frame.bytes for frame in frames]
+        key = z85.encode(credentials[0]).decode() if mechanism == b"CURVE" else ""
+        admitted = key != "" and self._admits_to(domain, key)
+        verdict = [b"200", b"OK", key.encode()] if admitted else [b"300", b"not admitted", b""]
+        self._sock.send_multipart([version, request, *verdict, b""], zmq.NOBLOCK)
+
+    def failed(self, now: float, error: Exception) -> None:
+        # It stays: without it nobody could connect any more.
         pass

@@ -19,7 +19,7 @@ from zmq.utils import z85
 
 from ..errors import InvalidTypeError, InvalidValueError, StreamError
 
-__all__ = ["Curve", "Endpoints", "PodSource", "bind_endpoint"]
+__all__ = ["Curve", "Endpoints", "PodSource", "bind_endpoint", "check_pair", "is_key"]
 
 _TCP = re.compile(r"tcp://(?:\[(?P<v6>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^\[\]:/\s]+)):(?P<port>\d{1,5})/?")
 _WILDCARDS = ("*", "0.0.0.0", "::", "[::]", "")
@@ -97,7 +97,8 @@ class PodSource:
     """The same for the bytes of its messages."""
     server_key: str | None = None
     """The publisher's CURVE public key (Z85, 40 characters). With it, connections are encrypted, and nobody is believed
-    who has not the secret key to it; None takes whatever the network leads to."""
+    who has not the secret key to it; None takes whatever the network leads to. Of a pod that connects to
+    :meth:`EventManager.bind`, the key that it connects with."""
     client_keys: tuple[str, str] | None = field(default=None, repr=False)
     """Our own (public, secret) keys, for publishers that admit only some; None makes a pair."""
 
@@ -153,18 +154,11 @@ class PodSource:
             return
         if not zmq.has("curve"):
             raise StreamError(f"pod {self.name!r} has a server_key, but libzmq is built without CURVE here")
-        if not _is_key(self.server_key):
+        if not is_key(self.server_key):
             raise InvalidValueError(f"server_key of pod {self.name!r} must be a CURVE key, 40 characters of Z85")
         if pair is None:
             return
-        if isinstance(pair, str) or not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise InvalidTypeError(f"client_keys of pod {self.name!r} must be (public, secret), each a str")
-        # Not the keys themselves: one of them is secret, and errors end up in logs.
-        if not all(map(_is_key, pair)) or zmq.curve_public(pair[1].encode()) != pair[0].encode():
-            raise InvalidValueError(
-                f"client_keys of pod {self.name!r} must be a CURVE key pair: (public, secret), both Z85"
-            )
-        object.__setattr__(self, "client_keys", tuple(pair))
+        object.__setattr__(self, "client_keys", check_pair(pair, f"client_keys of pod {self.name!r}"))
 
     def curve(self) -> Curve | None:
         """The keys of its connections, with a pair of our own made anew where it has none; None where they are not
@@ -398,7 +392,17 @@ def is_address(host: str) -> bool:
     return True
 
 
-def _is_key(key: object) -> bool:
+def check_pair(pair: object, what: str) -> tuple[str, str]:
+    """A CURVE key pair (public, secret), or an error that says ``what`` is none."""
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise InvalidTypeError(f"{what} must be (public, secret), each a str")
+    # Not the keys themselves: one of them is secret, and errors end up in logs.
+    if not all(map(is_key, pair)) or zmq.curve_public(pair[1].encode()) != pair[0].encode():
+        raise InvalidValueError(f"{what} must be a CURVE key pair: (public, secret), both Z85")
+    return pair[0], pair[1]
+
+
+def is_key(key: object) -> bool:
     try:
         return isinstance(key, str) and len(key) == 40 and len(z85.decode(key.encode())) == 32
     except (KeyError, ValueError, struct.error):
