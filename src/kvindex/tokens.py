@@ -25,9 +25,12 @@ def tokens_from_bytes(
     """
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise InvalidTypeError(f"data is {type(data).__name__}; it must be bytes, bytearray or memoryview")
-    size = memoryview(data).nbytes
+    view = memoryview(data)
+    size = view.nbytes
     if size % 4:
         raise InvalidValueError(f"data has {size} bytes; tokens of 4 bytes need a multiple of 4")
+    if not view.c_contiguous:
+        data = view.tobytes()
     return np.frombuffer(data, dtype=_dtype(byteorder)).astype(np.uint32, copy=False)
 
 
@@ -37,7 +40,11 @@ def tokens_to_bytes(tokens: npt.ArrayLike, byteorder: Literal["big", "little"] =
     O(tokens); any thread. Raises :class:`InvalidTypeError` if the tokens are no integers, :class:`InvalidValueError`
     naming the position of the first that is no u32.
     """
-    array = np.asarray(tokens)
+    order = _dtype(byteorder)
+    try:
+        array = np.asarray(tokens)
+    except ValueError as error:  # lists of several lengths
+        raise InvalidTypeError(f"tokens are no sequence of ints: {error}") from None
     if array.size == 0:
         return b""
     if array.dtype.kind not in "iu" or array.ndim != 1:
@@ -45,10 +52,10 @@ def tokens_to_bytes(tokens: npt.ArrayLike, byteorder: Literal["big", "little"] =
     wrong = np.flatnonzero((array < 0) | (array > 0xFFFFFFFF))
     if wrong.size:
         raise InvalidValueError(f"tokens[{wrong[0]}] is {array[wrong[0]]}; token ids are 0 to 4294967295")
-    return array.astype(_dtype(byteorder)).tobytes()
+    return array.astype(order).tobytes()
 
 
 def _dtype(byteorder: str) -> str:
-    if byteorder not in _DTYPES:
+    if byteorder not in ("big", "little"):
         raise InvalidValueError(f"byteorder is {byteorder!r}; it must be 'big' or 'little'")
     return _DTYPES[byteorder]

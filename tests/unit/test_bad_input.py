@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import msgpack
@@ -504,3 +505,45 @@ def test_a_verdict_that_cannot_be(index, args, builtin, said):
 def test_a_place_that_a_batch_cannot_come_from(index, where, builtin, said):
     refused(index, builtin, said, index.ingest, "new", payload(stored([1], A)), **where)
     refused(index, Exception, ("pod",), index.ingest, None, payload(stored([1], A)))
+
+
+# ------------------------------------------------------------------------------------------------- tokens as bytes
+
+
+@pytest.mark.parametrize("order", ["big", "little"])
+def test_tokens_as_bytes_are_what_struct_makes_of_them(order):
+    tokens = [0, 1, 255, 65_536, 2**31, 2**32 - 1]
+    data = struct.pack(("<" if order == "little" else ">") + "6I", *tokens)
+    assert kvindex.tokens_to_bytes(tokens, byteorder=order) == data
+    assert kvindex.tokens_to_bytes([], byteorder=order) == b""
+    spread = bytearray(2 * len(data))
+    spread[::2] = data
+    for kind in (data, bytearray(data), memoryview(data), memoryview(spread)[::2]):
+        read = kvindex.tokens_from_bytes(kind, byteorder=order)
+        assert (read.dtype, read.tolist()) == (np.uint32, tokens)
+
+
+@pytest.mark.parametrize(
+    ("call", "builtin", "said"),
+    [
+        (lambda: kvindex.tokens_from_bytes("12345678"), TypeError, "str"),
+        (lambda: kvindex.tokens_from_bytes([1, 2]), TypeError, "list"),
+        (lambda: kvindex.tokens_from_bytes(b"1234567"), ValueError, "7 bytes"),
+        (lambda: kvindex.tokens_from_bytes(b"", byteorder="middle"), ValueError, "'middle'"),
+        (lambda: kvindex.tokens_to_bytes([], byteorder="middle"), ValueError, "'middle'"),
+        (lambda: kvindex.tokens_to_bytes([1], byteorder=["big"]), ValueError, "['big']"),
+        (lambda: kvindex.tokens_to_bytes("abc"), TypeError, "0-dimensional"),
+        (lambda: kvindex.tokens_to_bytes([1.0]), TypeError, "float64"),
+        (lambda: kvindex.tokens_to_bytes([True]), TypeError, "bool"),
+        (lambda: kvindex.tokens_to_bytes([[1, 2]]), TypeError, "2-dimensional"),
+        (lambda: kvindex.tokens_to_bytes([[1], [1, 2]]), TypeError, "no sequence of ints"),
+        (lambda: kvindex.tokens_to_bytes([1, 2**70]), TypeError, "object"),
+        (lambda: kvindex.tokens_to_bytes([7, 8, -1]), ValueError, "tokens[2] is -1"),
+        (lambda: kvindex.tokens_to_bytes(np.array([7, 2**32])), ValueError, "tokens[1] is 4294967296"),
+    ],
+)
+def test_what_is_no_token_is_refused_in_bytes_too(call, builtin, said):
+    with pytest.raises(KVIndexError) as caught:
+        call()
+    assert isinstance(caught.value, builtin)
+    assert said in str(caught.value)

@@ -8,6 +8,7 @@ import random
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 from sync_support import until
 
 import kvindex
-from kvindex.capture import CaptureWriter, Message, Query, read_capture
+from kvindex.capture import CaptureWriter, Forget, Message, Query, read_capture
 from kvindex.cli import _timed, demo, main, parser
 from kvindex.sim import write_sample
 from kvindex.sim.wire import Stored, encode_batch, wire_form
@@ -144,6 +145,23 @@ def test_vllm_is_compared_without_the_last_token_and_others_with_it(command, tmp
         assert command("replay", path)[0] == 0, engine
 
 
+def test_a_capture_may_name_an_adapter_by_its_number_and_forget_a_worker(command, tmp_path):
+    tokens = np.arange(32, dtype=np.uint32)
+    form = wire_form("sglang-0.5.22")
+    path = tmp_path / "forgotten.msgpack.gz"
+    with CaptureWriter(path, {"engine": "sglang", "block_size": 16}) as writer:
+        for rank, adapter in ((0, None), (1, 3)):
+            event = Stored([b"1" * 8, b"2" * 8], None, tokens, 16, lora_id=adapter)
+            writer.write(Message("a", "", 0, encode_batch([event], form), rank=rank))
+        writer.write(Query("by number", tokens, {"a": 32}, lora_id=3))
+        writer.write(Forget("a", 1))
+        writer.write(Query("forgotten", tokens, {"a": 0}, lora_id=3))
+        writer.write(Query("the other rank", tokens, {"a": 32}))
+    status, out, _ = command("replay", path)
+    assert status == 0, out
+    assert row(out, "a")[4] == "3"
+
+
 def test_a_capture_that_is_cut_off_counts_until_then_and_ends_with_2(command, sample, tmp_path):
     path = tmp_path / "cut.msgpack.gz"
     data = sample.read_bytes()
@@ -174,8 +192,13 @@ def test_a_batch_that_is_none_is_counted_and_the_replay_goes_on(command, sample,
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "cut off at byte 0"), (b"hello", "is no gzip file"), (gzip.compress(b"\x01"), "starts with a header map")],
-    ids=["empty", "text", "number"],
+    [
+        (b"", "cut off at byte 0"),
+        (b"hello", "is no gzip file"),
+        (gzip.compress(b"\x01"), "starts with a header map"),
+        (gzip.compress(b"\x80")[:12] + b"\xff" * 20, "is no gzip file"),
+    ],
+    ids=["empty", "text", "number", "damaged"],
 )
 def test_what_is_no_capture_is_refused_with_2(command, tmp_path, content, message):
     path = tmp_path / "x"
@@ -239,6 +262,13 @@ def test_plot_draws_a_picture(command, tmp_path):
     assert status == 0
     assert str(picture) in out
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_of_an_unknown_kind_is_refused(command, tmp_path):
+    path = write_trace(tmp_path / "trace", 5)
+    status, _, err = command("replay", path, "--pods", 1, "--plot", tmp_path / "rates.nonsense")
+    assert status == 2
+    assert "rates.nonsense" in err
 
 
 def test_plot_needs_one_trace(command, tmp_path, sample):
@@ -372,6 +402,10 @@ def test_a_simulated_pod_that_can_not_be_is_refused(command):
     status, out, err = command("sim", "--port", 0, "--ranks", 0)
     assert (status, out) == (2, "")
     assert "must be positive" in err
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        status, out, err = command("sim", "--port", taken.getsockname()[1], "--no-replay")
+    assert (status, out) == (2, "")
+    assert "can not have the ports" in err
 
 
 def test_a_missing_extra_is_told_with_what_to_install(command, monkeypatch, tmp_path):

@@ -63,6 +63,49 @@ def test_a_pod_that_is_no_text_is_refused():
         PodSource.from_string(b"tcp://h:5557")
 
 
+AT = "tcp://10.0.0.1:5557"
+
+
+@pytest.mark.parametrize(
+    ("options", "builtin", "said"),
+    [
+        ({"name": 7}, TypeError, "int"),
+        ({"name": ""}, ValueError, "name"),
+        ({"endpoint": 5557}, TypeError, "endpoint"),
+        ({"topic": b"kv"}, TypeError, "topic"),
+        ({"model": None}, TypeError, "model"),
+        ({"dp_size": 0}, ValueError, "dp_size"),
+        ({"dp_size": True}, TypeError, "dp_size"),
+        ({"block_size": 16.0}, TypeError, "block_size"),
+        ({"chunk_size": 0}, ValueError, "chunk_size"),
+        ({"presence": "counts"}, ValueError, "counts"),
+        ({"clear_media": "GPU"}, TypeError, "clear_media"),
+        ({"clear_media": 1}, TypeError, "clear_media"),
+        ({"ranks": [AT]}, TypeError, "map"),
+        ({"ranks": {}}, ValueError, "at least one rank"),
+        ({"ranks": {-1: (AT, None)}}, ValueError, "-1"),
+        ({"ranks": {0: AT}}, TypeError, "rank 0"),
+        ({"ranks": {0: (AT, None), 1: (AT, None)}}, ValueError, "twice"),
+        ({"endpoint": "tcp://h:65535", "dp_size": 2}, ValueError, "65536"),
+        ({"endpoint": "ipc:///run/live", "dp_size": 2}, ValueError, "ipc:///run/live"),
+        ({"endpoint": AT, "replay_endpoint": "tcp://10.0.0.1:5558", "dp_size": 2}, ValueError, "twice"),
+    ],
+)
+def test_a_pod_that_can_not_be_is_refused_by_name(options, builtin, said):
+    with pytest.raises(KVIndexError) as caught:
+        PodSource(**{"name": "the pod", "endpoint": AT, **options})
+    assert isinstance(caught.value, builtin)
+    assert said in str(caught.value)
+    assert "name" in options or "the pod" in str(caught.value)
+
+
+def test_ranks_inside_one_process_are_told_apart_by_name():
+    source = PodSource("a", endpoint="inproc://a", replay_endpoint="inproc://replay", dp_size=3)
+    assert {rank: pair.endpoint for rank, pair in source.workers().items()} == {
+        0: "inproc://a", 1: "inproc://a_dp1", 2: "inproc://a_dp2",
+    }  # fmt: skip
+
+
 # From the engine's own server
 
 

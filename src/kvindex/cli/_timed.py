@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from .. import PrefixIndex, PrefixMatch, UnknownPodError
+from .. import PrefixIndex, PrefixMatch
 from ..sim.engine import Prompt
 from ..sim.fleet import Fleet
 
@@ -53,17 +53,3 @@ class TimedIndex:
         self.differences += len(compared.differences)
         for pod, got, expected in compared.differences[: SHOWN_DIFFERENCES - len(self.wrong)]:
             self.wrong.append(f"prompt {self.prompts}, pod {pod}: expected {expected} tokens, got {got}")
-
-    def held(self, pod: str) -> int:
-        """Blocks that the index knows this pod to hold, over all ranks; 0 for a pod that never said anything."""
-        try:
-            return sum(worker["blocks"] for worker in self.index.worker_stats(pod).values())
-        except UnknownPodError:
-            return 0
-
-    def state(self, pod: str) -> str:
-        """The pod's verdict, or nothing for a pod that never said anything."""
-        try:
-            return self.index.pod_state(pod)
-        except UnknownPodError:
-            return ""

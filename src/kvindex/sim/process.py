@@ -125,8 +125,12 @@ class SimPod:
         self._context: zmq.Context[Any] = zmq.Context()
         self._engines = [self._engine() for _ in range(config.ranks)]
         self._running: list[deque[tuple[Request, Tokens]]] = [deque() for _ in range(config.ranks)]
-        self._publishers = [self._publisher(rank) for rank in range(config.ranks)]
-        self._control = Control(self._context, self, config.host, config.control_port)
+        try:
+            self._publishers = [self._publisher(rank) for rank in range(config.ranks)]
+            self._control = Control(self._context, self, config.host, config.control_port)
+        except BaseException:
+            self._context.destroy(linger=0)  # with the sockets that could be had
+            raise
         self._poller = zmq.Poller()
         self._poller.register(self._control.socket, zmq.POLLIN)
         self._watch()

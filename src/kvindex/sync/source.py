@@ -212,7 +212,8 @@ class PodSource:
         if endpoint.startswith("inproc://"):
             return f"{endpoint}_dp{rank}"
         raise InvalidValueError(
-            f"{endpoint} has no port to count ranks by: say where each of them is, by ranks={{...}}"
+            f"{endpoint} of pod {self.name!r} has no port to count ranks by: say where each of them is, by"
+            " ranks={...}"
         )
 
     @classmethod
