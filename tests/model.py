@@ -180,7 +180,9 @@ class Pod:
 
     def state(self, worker: Worker) -> str:
         unruled = self.chunk_size is None and any(g.rule == "chunked" for g in worker.groups.values())
-        return STATES[worker.damaged or worker.partial_first or worker.parked_copies > 0 or unruled]
+        # Nothing counts what comes and goes with a window or a state.
+        uncounted = self.presence == "set" and any(g.rule != "full" for g in worker.groups.values())
+        return STATES[worker.damaged or worker.partial_first or worker.parked_copies > 0 or unruled or uncounted]
 
 
 # ---------------------------------------------------------------------------------------------- values off the wire

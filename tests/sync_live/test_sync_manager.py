@@ -283,7 +283,7 @@ def test_blocks_of_another_size_are_explained_once(index, manager, pod, caplog):
     assert len(told) == 1
     assert "6 tokens" in told[0]
     assert "counts in 4" in told[0]
-    assert manager.status()["pod"].reason == "blocks could not be placed"
+    assert manager.status()["pod"].reason == "blocks could not be placed, or not be followed exactly"
 
 
 class SlowIndex(PrefixIndex):

@@ -218,6 +218,31 @@ def test_an_index_may_hold_sets_by_default():
     assert pair.tokens(A) == {"b": 4}
 
 
+@pytest.mark.parametrize(
+    ("group", "state"),
+    [
+        (FULL, "exact"),
+        ({"group_idx": 1, "kv_cache_spec_kind": "mla_attention"}, "exact"),
+        (sliding(9), "degraded"),
+        ({"group_idx": 1, "kv_cache_spec_kind": "mamba"}, "degraded"),
+        ({"group_idx": 1, "kv_cache_spec_kind": "chunked_local_attention"}, "degraded"),
+    ],
+)
+def test_a_set_can_not_say_what_a_window_has_left(pair, group, state):
+    """The number is given all the same, and the answer says that it may be wrong; copies that are counted are exact."""
+    pair.do("configure_pod", "a", presence="set", chunk_size=16)
+    pair.do("configure_pod", "b", chunk_size=16)
+    for pod in "ab":
+        pair.ingest(pod, stored([1, 2], A + B, **FULL), stored([1, 2], A + B, **group))
+    assert (pair.state("a"), pair.state("b")) == (state, "exact")
+    assert pair.tokens(A + B) == {"a": 8, "b": 8}
+    pair.do("configure_pod", "a", presence="count")
+    pair.do("configure_pod", "b", presence="set")
+    assert (pair.state("a"), pair.state("b")) == ("exact", state)
+    pair.ingest("b", cleared())  # it has no groups any more that would be known
+    assert pair.state("b") == "exact"
+
+
 def test_counts_start_again_after_a_clear(pair):
     pair.ingest("a", stored([1], A), stored([1], A), cleared(), stored([1], A), removed(1))
     assert pair.tokens(A) == {}

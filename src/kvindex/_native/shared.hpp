@@ -95,7 +95,7 @@ public:
         const u32 pod = ix_.slot(uid);
         if (pod == kNone) return;
         Pod& p = ix_.pod_at(pod);
-        if (set_presence >= 0) p.set_presence = set_presence != 0;
+        if (set_presence >= 0) ix_.set_presence(pod, set_presence != 0);
         if (has_media) {
             p.has_clear_media = true;
             p.clear_media.clear();

@@ -569,7 +569,7 @@ class Worker:
                 figures = {}
         own = figures.get("state", self.verdict)
         if WORST_FIRST.index(own) < WORST_FIRST.index(self.verdict):
-            return own, "blocks could not be placed"
+            return own, "blocks could not be placed, or not be followed exactly"
         if self.verdict != self.stream.verdict:
             return self.verdict, "what has arrived is being applied"  # by the loop's thread, at this moment
         return self.verdict, self.stream.reason
