@@ -216,6 +216,27 @@ def test_a_batch_that_comes_after_its_hole_was_accepted_is_too_late():
     assert world.clears == 0
 
 
+def test_a_batch_that_is_late_behind_one_that_says_no_time_is_no_restart():
+    world = well(1, replay=False)
+    world.publish(1)
+    world.deliver()
+    assert world.verdict == "degraded"
+    world.publish(1, clear=True)
+    world.deliver()
+    assert world.verdict == "exact"
+    world.publish(1, clear=True)
+    world.publish(1, readable=False)
+    world.publish(1, clear=True)
+    late = world.channel.popleft()
+    world.channel.insert(1, late)
+    world.deliver(2)
+    assert (world.stream.counts["late"], world.stream.counts["restarts"], world.clears) == (1, 0, 0)
+    assert world.verdict == "degraded"
+    world.deliver()
+    assert world.verdict == "exact"
+    world.check()
+
+
 def test_duplicates_are_dropped_and_are_no_restart():
     world = well()
     world.publish(2)

@@ -673,7 +673,7 @@ class WorkerStream:
 
     def _backwards(self, seq: int, payload: bytes, ts: float | None, now: float) -> None:
         known = self._recall(seq)
-        newer = ts is not None and self.last_ts is not None and ts > self.last_ts
+        newer = self._newer(seq, ts)
         if known == _fingerprint(payload):
             self.counts["duplicates"] += 1
         elif known == _LOST and not newer:
@@ -710,6 +710,11 @@ class WorkerStream:
 
     def _older(self, ts: float | None) -> bool:
         return ts is not None and self.last_ts is not None and ts < self.last_ts - self.policy.clock_step
+
+    def _newer(self, seq: int, ts: float | None) -> bool:
+        """Whether a batch that is behind us says a time that is not: no batch of this process does."""
+        # What was given up behind the last batch with a time is newer than that one by rights.
+        return ts is not None and self.last_ts is not None and ts > self.last_ts and seq <= self._dated
 
     def _may_verify(self, now: float) -> bool:
         # Rarely, for a publisher with an unsteady clock would otherwise be asked all the time.
@@ -762,8 +767,7 @@ class WorkerStream:
                 self._drain()
         elif known is None:
             ts = batch_time(payload)
-            # What was given up behind the last batch that is applied is newer than that one by rights.
-            if ts is not None and self.last_ts is not None and ts > self.last_ts and seq <= self._dated:
+            if self._newer(seq, ts):
                 self._not_ours(replay, seq, payload, now, f"batch {seq} is newer than {self._next - 1}")
         elif known != _LOST:
             self._not_ours(replay, seq, payload, now, f"batch {seq} is another one than before")
