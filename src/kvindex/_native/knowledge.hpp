@@ -103,14 +103,23 @@ protected:
     // The block that this worker knows under this name, or kNone.
     u32 find(u32 id, u64 name) const {
         const Worker& w = *workers_[id];
-        if (w.own.size()) {
-            const u32 r = w.own.find(name, [&](u32 ref) { return own_name(id, chains_.pos(ref)) == name; });
-            if (r != kNone) return r;
-        }
-        const u32 r = spaces_[w.space].names.find(name, [&](u32 ref) { return chains_.name(ref) == name; });
-        if (r != kNone) {
-            const Pos p = chains_.pos(r);
-            if (knows(w, set_at(p)) && own_name(id, p) == kNoName) return r;
+        const u32 own = find_own(id, name);
+        return own != kNone ? own : find_not_own(id, name, find_shared(w, name));
+    }
+    // The block under this name in the pages, whichever worker knows it.
+    u32 find_shared(const Worker& w, u64 name) const {
+        return spaces_[w.space].names.find(name, [&](u32 ref) { return chains_.name(ref) == name; });
+    }
+    u32 find_own(u32 id, u64 name) const {
+        const Worker& w = *workers_[id];
+        if (!w.own.size()) return kNone;
+        return w.own.find(name, [&](u32 ref) { return own_name(id, chains_.pos(ref)) == name; });
+    }
+    u32 find_not_own(u32 id, u64 name, u32 shared) const {
+        const Worker& w = *workers_[id];
+        if (shared != kNone) {
+            const Pos p = chains_.pos(shared);
+            if (knows(w, set_at(p)) && own_name(id, p) == kNoName) return shared;
         }
         if (!w.second.empty()) {
             const auto it = w.second.find(name);

@@ -73,6 +73,7 @@ protected:
                 chain = at.chain;
                 depth = at.depth + 1;
             } else {
+                if (at.chain != kNone && chains_[at.chain].kids == 0) return;
                 chain = child(space, at, prefixes[i], 1).chain;
                 if (chain == kNone) return;
                 depth = chains_[chain].base;
@@ -158,7 +159,8 @@ protected:
         }
     }
     // The first of the names that this worker already knows for another block, or nullptr.
-    const u64* conflict(const Placing& a, u32 factor) const {
+    // Notes of the blocks that are new content whether anybody has their names.
+    const u64* conflict(const Placing& a, u32 factor) {
         const Worker& w = *workers_[a.worker];
         const RefTable& names = spaces_[w.space].names;
         u32 j = 0;
@@ -173,8 +175,13 @@ protected:
             }
         }
         for (u32 k = j; k < a.n; ++k) names.prefetch(a.ids[k]);
-        for (; j < a.n; ++j)
-            if (find(a.worker, a.ids[j]) != kNone) return a.ids + j;
+        taken_.resize(a.n);
+        for (; j < a.n; ++j) {
+            const u32 shared = find_shared(w, a.ids[j]);
+            if (find_own(a.worker, a.ids[j]) != kNone || find_not_own(a.worker, a.ids[j], shared) != kNone)
+                return a.ids + j;
+            taken_[j] = shared != kNone;
+        }
         return nullptr;
     }
     void commit(const Placing& a, u32 factor, u32 blocks, Pos at) {
@@ -256,7 +263,7 @@ protected:
         const Chain& c = chains_[s.chain];
         for (u32 i = 0; i < s.n; ++i) {
             const u32 ref = chains_.ref(c, s.depth + i);
-            if (names.find(ids[i], [&](u32 r) { return chains_.name(r) == ids[i]; }) == kNone) {
+            if (!taken_[s.at + i]) {
                 chains_.name(ref) = ids[i];
                 names.insert(mem_, ids[i], ref);
             } else {
@@ -315,6 +322,7 @@ protected:
 
     // Scratch of the one writer.
     std::vector<u64> prefixes_;
+    std::vector<u8> taken_;  // by block of the event: a worker, whichever, has its name
     std::vector<Segment> segs_, pieces_;
     std::vector<Pos> path_;
 };

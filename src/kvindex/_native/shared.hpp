@@ -145,6 +145,7 @@ public:
         // The lock is given up between events, so that a reader waits for about this many blocks at most (some
         // microseconds); taking it for each one-block event would double their cost.
         constexpr u64 kTurn = 128;
+        constexpr std::size_t kAhead = 4;
         std::size_t i = 0;
         do {
             const bool on = i != 0;
@@ -163,13 +164,17 @@ public:
                 for (; i < batch.events.size(); ++i) ++r.skipped;
                 return true;
             }
+            Speaker by(pod, rank, model, ix_.find_space(model));
+            std::size_t ahead = i;
             for (u64 work = 0; i < batch.events.size() && work < kTurn; ++i) {
+                for (; ahead < batch.events.size() && ahead <= i + kAhead; ++ahead)
+                    ix_.expect(by, batch, batch.events[ahead]);
                 const Event& e = batch.events[i];
                 work += 1 + e.n_hashes;
                 totals_.events_stored += e.kind == EventKind::stored;
                 totals_.events_removed += e.kind == EventKind::removed;
                 totals_.events_cleared += e.kind == EventKind::cleared;
-                ix_.apply(pod, rank, model, batch, e, r);
+                ix_.apply(by, batch, e, r);
             }
             if (i == batch.events.size()) {
                 ++totals_.batches;
