@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 from sync_support import BRISK, nothing_left_behind, until
 
-from kvindex import PrefixIndex
+from kvindex import PrefixIndex, StreamError
 from kvindex.sim.process import SimProcess
 from kvindex.sim.workload import chat
 from kvindex.sync.manager import EventManager
@@ -221,3 +222,36 @@ def test_a_router_that_starts_warm_replays_only_the_rest(index, manager, fleet, 
             pod.ask("run", requests=10)
         at_rest(second, fleet)
         assert compare(loaded, fleet) > 10_000
+
+
+def test_what_a_pod_can_not_do_is_the_askers_error_and_the_pod_goes_on(fleet):
+    pod = fleet[2]  # with 400 blocks
+    tokens = np.arange(1, 65, dtype=np.uint32)
+    with pytest.raises(StreamError, match=r"sglang: .*no faults \['nonsense'\]"):
+        pod.ask("fault", nonsense=1)
+    with pytest.raises(StreamError, match="_op_nonsense"):
+        pod.ask("nonsense")
+    with pytest.raises(StreamError, match="does not fit"):
+        pod.serve(np.arange(400 * 16 + 17))
+    before = pod.serve(tokens, [7, 8])["hit"]
+    # SGLang gives back what it holds to the last token, and this is all that it was asked for since.
+    assert (before, pod.serve(tokens)["hit"], pod.truth(tokens)) == (0, 64, (64, {0: 64}))
+    pod.pause()
+    with pytest.raises(StreamError, match="does not answer 'status'"):
+        pod.ask("status", patience=0.1)
+    pod.go_on()
+    assert pod.ask("status")["requests"] >= 2
+
+
+def test_a_pod_that_does_not_come_up_says_with_what(capfd):
+    with pytest.raises(StreamError, match="wrong did not come up: exit status 2"):
+        SimProcess(name="wrong", ranks=0)
+    assert "must be positive" in capfd.readouterr().err
+
+
+def test_a_pod_without_a_replay_has_none():
+    with SimProcess(name="deaf", replay_port=None) as pod:
+        assert [answers for _, answers in pod.ranks.values()] == [None]
+        assert pod.alive
+        pod.kill()
+        assert not pod.alive

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from model import NotABatch
-from support import Pair, cleared, removed, stored
+from support import Pair, cleared, payload, removed, stored
 
 import kvindex
 
@@ -947,3 +947,12 @@ def test_memory_goes_back_when_the_blocks_go():
     for pod in ("a", "b", "c"):
         index.remove_pod(pod)
     assert index.stats()["bytes"] == start
+
+
+def test_reports_and_answers_show_what_is_in_them():
+    index = kvindex.PrefixIndex(4)
+    report = index.ingest("a", payload(stored([1, 2], A + B), removed(2, 9), stored([5], C, parent=4)))
+    assert repr(report) == (
+        "IngestReport(stored=2, removed=1, cleared=0, parked=1, skipped=1, errors=0, reasons={'unknown_hash': 1})"
+    )
+    assert repr(index.match_prefix(A + B)) == "PrefixMatch({'a': 4})"

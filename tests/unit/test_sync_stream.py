@@ -665,6 +665,19 @@ def test_a_batch_that_is_unreadable_at_its_publisher_too_is_not_rebuilt_for_ever
     assert world.clears == 0
 
 
+def test_more_that_is_unreadable_than_can_be_remembered_is_not_rebuilt_for_ever_either():
+    world = well()
+    for _ in range(300):
+        world.publish(readable=False)
+    world.publish(2)
+    world.deliver()
+    world.wait(120.0)
+    assert world.verdict == "degraded"
+    assert (world.stream.counts["rebuilds"], world.clears) == (0, 0)
+    assert world.stream.counts["lost_batches"] == 300
+    assert world.stream.last_seq == 304
+
+
 def test_a_clear_by_the_engine_is_a_clean_start():
     world = well()
     world.publish(encodable=False)
