@@ -1,12 +1,30 @@
-"""Figures that repeat exactly: sizes and counts of what is stored, the same on every run of one build."""
+"""Figures that repeat exactly: sizes and counts of what is stored, and of what a match or a look-up has to look at, the
+same on every run of one build."""
 
 from __future__ import annotations
 
 from kvindex import PrefixIndex
 
 from .data import BLOCK, Chain, chains, fill, own, payloads
+from .workloads import KINDS, match
 
-__all__ = ["exact"]
+__all__ = ["DEPTHS", "KINDS", "compared", "exact"]
+
+DEPTHS = (64, 2048)
+
+
+def compared() -> dict[str, float]:
+    """Blocks that a match compares with what is stored, for every kind of hit, on average."""
+    figures: dict[str, float] = {}
+    for kind in KINDS:
+        for depth in DEPTHS:
+            made = match(kind, depth, 8, content=32768)
+            index = made.call.__self__  # type: ignore[attr-defined]
+            # Builds from before these counters have none.
+            if hasattr(index, "_compared"):
+                found = [index._compared(index.match_prefix(tokens)) for tokens in made.items(0)]
+                figures[f"blocks compared, {kind} {depth}"] = sum(found) / len(found)
+    return figures
 
 
 def exact() -> dict[str, float]:
@@ -23,6 +41,8 @@ def exact() -> dict[str, float]:
         figures[f"bytes per block, {case}"] = stats["bytes"] / blocks
         figures[f"sets, {case}"] = stats["sets"]
         figures[f"chains, {case}"] = stats["chains"]
+        if hasattr(index, "_probes"):
+            figures[f"probes, {case}"] = index._probes()
         for number, name in enumerate(names):
             back = contents if agree else [Chain(each.tokens, own(each.hashes, number)) for each in contents]
             for payload in payloads(back, 256, back=True):
@@ -31,4 +51,4 @@ def exact() -> dict[str, float]:
         assert stats["blocks"] == 0, stats
         figures[f"bytes when all blocks are gone, {case}"] = stats["bytes"]
     figures["bytes of an unused index"] = PrefixIndex(block_size=BLOCK).stats()["bytes"]
-    return figures
+    return {**figures, **compared()}

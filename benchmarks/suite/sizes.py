@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvindex import PrefixIndex
 
 from ..data import BLOCK, chain, fill
-from ..exact import exact
+from ..exact import DEPTHS, KINDS, compared, exact
 from ..gate import instructions
 from ..gate.builds import importing
 from ..workloads import CORE
@@ -32,8 +32,25 @@ class Exact:
     def track_chains(self, figures: dict[str, float], case: str) -> float:
         return figures[f"chains, {case}"]
 
+    def track_probes(self, figures: dict[str, float], case: str) -> float:
+        """Slots of the tables that are looked at to find a name or the beginning of a chain."""
+        return figures[f"probes, {case}"]
+
     def track_bytes_when_all_blocks_are_gone(self, figures: dict[str, float], case: str) -> float:
         return figures[f"bytes when all blocks are gone, {case}"]
+
+
+class Compared:
+    """Blocks compared with what is stored, a match."""
+
+    params = (list(KINDS), list(DEPTHS))
+    param_names = ("kind", "depth")
+
+    def setup_cache(self) -> dict[str, float]:
+        return compared()
+
+    def track_blocks_compared(self, figures: dict[str, float], kind: str, depth: int) -> float:
+        return figures[f"blocks compared, {kind} {depth}"]
 
 
 class Instructions:

@@ -312,8 +312,7 @@ cdef class Index:
         cdef StrRef* texts[4]
         e.kind, e.n_hashes, e.group = <EventKind><int>_KINDS.index(kind), <uint32_t>len(hashes), group
         _refer(medium, &e.medium)
-        if e.n_hashes:
-            batch.hashes.assign(&hashes[0], &hashes[0] + e.n_hashes)
+        if e.n_hashes: batch.hashes.assign(&hashes[0], &hashes[0] + e.n_hashes)
         if stored is not None:
             tokens = _tokens(stored[0], "token_ids")
             e.n_tokens = <uint32_t>tokens.n
@@ -415,8 +414,7 @@ cdef class Index:
     def _guess(self, pod, int64_t rank, string model, const uint64_t[::1] hashes, double until):
         cdef vector[uint64_t] prefixes
         cdef uint64_t uid = self.uid(pod)
-        if len(hashes):
-            prefixes.assign(&hashes[0], &hashes[0] + len(hashes))
+        if len(hashes): prefixes.assign(&hashes[0], &hashes[0] + len(hashes))
         if self.timed: self._expire(self._clock())
         with nogil: self.ix.guess(uid, rank, model, prefixes, until)
 
@@ -444,6 +442,8 @@ cdef class Index:
     def _workers(self, pod): return self.ix.pod_figures(self.known(pod))
     def _places(self, pod): return self.ix.places(self.known(pod))
     def _broken(self): return self.ix.check()
+    def _probes(self): return self.ix.probes()
+    def _compared(self, PrefixMatch match): return match.r.compared
 
     def _save(self, write):
         cdef SnapshotBytes out

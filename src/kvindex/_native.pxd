@@ -141,6 +141,7 @@ cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
         cbool match(const Prompt&, const string& model, PodNames*, cbool only_exact, cbool wait, MatchResult&) except +
         void guess(uint64_t, int64_t rank, const string& model, const vector[uint64_t]&, double until) except +
         double next_expiry()
+        double probes()
         void expire(double now) except +
         int verdict(uint64_t) except +
         vector[PodFigures] pod_figures(uint64_t) except +

@@ -97,6 +97,21 @@ public:
         return degraded ? Verdict::degraded : Verdict::exact;
     }
     const Space& space_at(u32 id) const { return spaces_[id]; }
+    // Slots that are looked at for every name and every beginning of a chain that is there, by the number of these.
+    double probes() const {
+        u64 looked = 0, found = 0;
+        const auto count = [&](const auto& table) {
+            looked += table.probes();
+            found += table.size();
+        };
+        for (const Space& s : spaces_) {
+            count(s.heads);
+            count(s.names);
+        }
+        for (const auto& w : workers_)
+            if (w) count(w->own);
+        return found ? static_cast<double>(looked) / static_cast<double>(found) : 0;
+    }
     const Worker& worker_at(u32 id) const { return *workers_[id]; }
     const Holder& holder(u32 id) const { return holders_[id]; }
     u32 holder_slots() const { return static_cast<u32>(holders_.size()); }

@@ -316,6 +316,10 @@ public:
         Reading g(*this, true);
         return report_;
     }
+    double probes() const {
+        Reading g(*this, true);
+        return ix_.probes();
+    }
     std::string medium(u32 id) const {
         Reading g(*this, true);
         return ix_.media().name(id);

@@ -27,6 +27,13 @@ public:
         while (crowded(n, lg)) ++lg;
         if (!slots_ || lg > lg_) rehash(m, lg);
     }
+    // Slots that are looked at to find each entry once. O(capacity).
+    u64 probes() const {
+        u64 n = 0;
+        for (u32 i = 0; i < capacity(); ++i)
+            if (!slots_[i].free()) n += ((i - home(slots_[i].half())) & ((1u << lg_) - 1)) + 1;
+        return n;
+    }
     KVINDEX_INLINE void prefetch(u64 key) const {
         if (slots_) __builtin_prefetch(slots_ + home(mixed(key)));
     }
