@@ -19,7 +19,8 @@ def markdown(text: str, arguments: Collection[str] = ()) -> str:
 
     def fenced(match: re.Match[str]) -> str:
         lines = match["code"].rstrip("\n").split("\n")
-        language = "yaml" if lines[0].lstrip().startswith("- ") else "python"
+        # A list of pods, a file's layout, or code.
+        language = {"- ": "yaml", '{"': "text"}.get(lines[0].lstrip()[:2], "python")
         code = "\n".join(line[4:] for line in lines)
         return f":\n\n```{language}\n{code}\n```\n"
 

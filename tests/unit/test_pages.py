@@ -72,7 +72,7 @@ class Reader:
         real = f'case "$1" in -m) {stand_in} python "$@";; *) exec "{sys.executable}" "$@";; esac'
         commands = {name: f'{stand_in} {name} "$@"' for name in ("kvindex", "make", "pip", "vllm")}
         commands |= dict.fromkeys(("python", "python3"), real)
-        commands |= dict.fromkeys(("git", "sudo", "trtllm-serve"), ":")
+        commands |= dict.fromkeys(("git", "sudo", "trtllm-serve", "valgrind", "callgrind_annotate", "perf"), ":")
         commands["activate"] = ":"
         for name, does in commands.items():
             (installed / name).write_text(f"#!/bin/sh\n{does}\n")
@@ -160,6 +160,18 @@ def test_what_a_page_links_to_is_there(page):
     outside = FENCED.sub("", page.read_text())
     for link in re.findall(r"\]\((?!http)([^)#\s]+)", outside):
         assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_no_code_hides_where_nothing_runs(page):
+    """As text, which is for figures and output, or between marks that are not found as a block."""
+    text = page.read_text()
+    assert text.count("```") == 2 * len(list(blocks(page)))
+    assert not re.search(r"^ *~~~", text, re.M)
+    code = re.compile(r"(kvindex|make|pip|python3?|source|import|export|def|class|async|>>>)\b|from [\w.]+ import\b")
+    for language, block in blocks(page):
+        if language in TEXT:
+            assert not [line for line in block.splitlines() if code.match(line)], block
 
 
 def test_the_two_commands_come_first():
