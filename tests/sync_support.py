@@ -105,6 +105,7 @@ class World:
         self.reconnect_in: float | None = None
         self.names = 0
         self.owed = -1  # the last batch that an exact answer must include
+        self.held_back = False  # something has arrived that may not be taken yet
         self.do(self.stream.tick(self.now))
 
     def do(self, actions: list) -> None:
@@ -145,6 +146,7 @@ class World:
     def connect(self) -> None:
         self.connection_open = True
         self.channel.clear()
+        self.held_back = False
         self.owed = self.process.last_sent
         self.do(self.stream.connected(self.now))
 
@@ -176,6 +178,22 @@ class World:
             seq, payload = self.channel.popleft()
             self.owed = max(self.owed, seq)
             self.do(self.stream.live(seq, payload, self.now))
+
+    def limit(self, seconds: float) -> None:
+        """What arrives is over the limit, and nothing of it is taken for so long."""
+        self.held_back = bool(seconds)
+        if seconds:
+            self.stream.hold_up(self.now, self.now + seconds)
+        self.do(self.stream.behind(self.now, "over the limit" if seconds else ""))
+
+    def overlook(self, count: int) -> None:
+        """All that has arrived is handed in, but for the last, for which there was no room."""
+        self.deliver(max(0, len(self.channel) - count))
+        if self.channel:
+            highest = max(seq for seq, _ in self.channel)
+            self.channel.clear()
+            self.owed = max(self.owed, highest)
+            self.do(self.stream.overlooked(highest, self.now))
 
     def serve(self, *, upto: int | None = None, end: bool = True) -> None:
         """The publisher answers the request that waits; ``upto`` batches of the answer leave its queue."""
@@ -233,6 +251,7 @@ class World:
         """``exact`` means equal to the publisher's truth up to the last batch that was applied."""
         if self.verdict == "exact":
             assert self.connection_open, "exact without a connection"
+            assert not self.held_back, "exact, though something waits"
             assert self.applied_upto() > self.owed, "exact, though something is known to be missing"
             truth = self.process.truth(self.applied_upto())
             assert truth is not None, "exact, though a batch never left the engine"

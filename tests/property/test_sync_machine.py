@@ -137,6 +137,16 @@ class FaultyChannel(RuleBasedStateMachine):
             self.world.serve()
             self.world.receive()
 
+    @precondition(lambda self: self.world.connection_open)
+    @rule(seconds=st.sampled_from([0.0, 0.05, 3.0]))
+    def limit(self, seconds: float) -> None:
+        self.world.limit(seconds)
+
+    @precondition(lambda self: self.world.connection_open)
+    @rule(count=few)
+    def overlook(self, count: int) -> None:
+        self.world.overlook(count)
+
     @rule(upto=st.none() | st.integers(0, 6), end=st.booleans())
     def serve(self, upto: int | None, end: bool) -> None:
         self.world.serve(upto=upto, end=end)
@@ -168,6 +178,7 @@ class FaultyChannel(RuleBasedStateMachine):
         world = self.world
         if not world.connection_open:
             world.connect()
+        world.limit(0.0)
         world.deliver()
         world.wait(120.0)
         world.check()
