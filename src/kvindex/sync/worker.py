@@ -570,6 +570,8 @@ class Worker:
         own = figures.get("state", self.verdict)
         if WORST_FIRST.index(own) < WORST_FIRST.index(self.verdict):
             return own, "blocks could not be placed, or not be followed exactly"
+        if self._uncleared:
+            return self.verdict, "the index can not forget what was before"
         if self.verdict != self.stream.verdict:
             return self.verdict, "what has arrived is being applied"  # by the loop's thread, at this moment
         return self.verdict, self.stream.reason
