@@ -442,6 +442,23 @@ def test_seq_moving_backwards_clears_even_without_a_replay():
     assert world.stream.counts["lost_batches"] == 1
 
 
+def test_without_a_replay_a_clear_does_not_make_up_for_what_came_before_it_in_the_wrong_order():
+    """The first batches of a new process change places: what came first is taken for the old one's, and forgotten."""
+    world = well(0, replay=False)
+    world.publish(1)
+    world.deliver()
+    world.restart()
+    world.connect()
+    world.publish(3, clear=True)
+    world.channel[0], world.channel[1] = world.channel[1], world.channel[0]
+    world.deliver(2)
+    assert (world.applied_upto(), world.stream.counts["restarts"]) == (1, 1)
+    assert world.verdict == "degraded"
+    world.deliver()
+    assert world.verdict == "exact"
+    world.check()
+
+
 def test_a_reconnect_to_the_same_process_keeps_everything_and_catches_up():
     world = well(5)
     world.disconnect()
@@ -796,6 +813,24 @@ def test_a_restart_behind_the_same_connection_is_found_in_silence():
     assert world.clears == 1
     assert world.held == []
     assert world.stream.counts["restarts"] == 1
+
+
+def test_the_first_batch_of_an_answer_is_not_all_of_it():
+    """Nobody answers for a while, in whatever state that leaves the stream; then somebody does, and is cut short."""
+    answered = 0
+    for tenths in range(1, 300, 7):
+        world = World()
+        world.publish(2)
+        world.connect()
+        world.wait(tenths / 10, serve=False)
+        world.serve(upto=1)
+        world.receive()
+        answered += world.applied_upto() == 1
+        assert world.verdict != "exact"
+        world.wait(30.0)
+        assert world.verdict == "exact"
+        assert world.held == world.process.truth(2)
+    assert answered > 20
 
 
 def test_a_hole_that_only_a_question_in_silence_has_shown_is_accepted_too():

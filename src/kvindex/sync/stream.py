@@ -694,6 +694,7 @@ class WorkerStream:
 
     def _start_over(self, seq: int, payload: bytes, ts: float | None, now: float) -> None:
         """This batch is the first that we see of a new process."""
+        reached = max(self._next, self._seen + 1)
         self._restarted(f"batch {seq} came after {self._next - 1}")
         self._hold(seq, payload, ts)
         # One connection leads to one process. If two lives come over it, something between mixes them, and what was
@@ -705,6 +706,9 @@ class WorkerStream:
             self._drain()
             self._look_at_hole(now)
             self._started = self._unproven = True
+            # And those are forgotten: a clear that comes before them does not make up for that.
+            self._holes += 1
+            self._holes_end = max(self._holes_end, reached)
 
     # -------------------------------------------------------------------------------------------------- who is there?
 
@@ -874,8 +878,9 @@ class WorkerStream:
 
     def _take(self, replay: _Replay, seq: int, payload: bytes, now: float) -> None:
         """A replay brings a batch that is not applied yet."""
-        if replay.purpose is _Purpose.START and not self._known:
-            self._started = False  # where it was given up before: somebody answers after all
+        if not self._known and replay.purpose in (_Purpose.START, _Purpose.IDLE):
+            # Where it was given up before: somebody answers after all, and has more than this one batch.
+            replay.purpose, self._started = _Purpose.START, False
         if seq > self._next:
             if replay.purpose is _Purpose.HEAL:
                 return
