@@ -180,16 +180,17 @@ private:
         if (blocks && !(only_exact && f.verdict != Verdict::exact))
             out.hits.push({f.pod, f.rank, f.medium, blocks, f.verdict, true});
     }
-    static void emit(const Index& ix, const Worker& w, u32 medium, u32 blocks, bool only_exact, MatchResult& out) {
+    static void emit(const Index& ix, const Worker& w, u32 medium, u32 blocks, bool alone, bool only_exact,
+                     MatchResult& out) {
         const Pod& pod = ix.pod_at(w.pod);
         if (blocks == 0 || (only_exact && pod.verdict != Verdict::exact)) return;
-        if (medium == kNone) {
+        if (medium == kNone || alone) {
             const Hit* best = out.best == kNone ? nullptr : &out.hits[out.best];
             if (!best || blocks > best->blocks || (blocks == best->blocks && pod.uid < best->pod))
                 out.best = out.hits.size();
         }
         if (out.hits.full()) out.hits.reserve(2 * out.hits.size() + 4);
-        out.hits.push({pod.uid, static_cast<u32>(w.rank), medium, blocks, pod.verdict, false});
+        out.hits.push({pod.uid, static_cast<u32>(w.rank), medium, blocks, pod.verdict, alone});
     }
 
     // Walks the prompt as far as content goes and somebody holds it; fills pieces_, ended_, alive_ and hybrids_.
@@ -331,15 +332,16 @@ private:
     // Several groups, media or kinds of attention: the rule of semantics.md, group by group, until none objects.
     void answer_hybrid(const Index& ix, const Worker& w, u32 end, bool only_exact, MatchResult& out) {
         const u32 all = agreed(ix, w, end, kNone);
-        emit(ix, w, kNone, all, only_exact, out);
         media_.clear();
         if (w.guess != kNone) media_.push_back(0);
         for (u32 h : w.holders) {
             const u32 m = ix.holder(h).medium;
             if (std::find(media_.begin(), media_.end(), m) == media_.end()) media_.push_back(m);
         }
-        // No medium alone gives more than all of them together.
-        for (u32 m : media_) emit(ix, w, m, agreed(ix, w, all, m), only_exact, out);
+        // No medium alone gives more than all of them together, and the only one gives as much.
+        if (media_.size() == 1 && w.guess == kNone) return emit(ix, w, media_[0], all, true, only_exact, out);
+        emit(ix, w, kNone, all, false, only_exact, out);
+        for (u32 m : media_) emit(ix, w, m, agreed(ix, w, all, m), false, only_exact, out);
     }
     u32 agreed(const Index& ix, const Worker& w, u32 length, u32 medium) {
         const u32 groups = std::max<u32>(1, static_cast<u32>(w.groups.size()));
@@ -347,6 +349,7 @@ private:
         const bool only_guess = std::none_of(w.holders.begin(), w.holders.end(),
                                              [&](u32 h) { return medium == kNone || ix.holder(h).medium == medium; });
         for (bool changed = true; changed && length;) {
+            bool last_held = false;
             changed = false;
             for (u32 g = 0; g < groups; ++g) {
                 bool seen = medium == kNone || only_guess;
@@ -355,9 +358,11 @@ private:
                 const u32 now = fit(ix, w, g, medium, length);
                 changed |= now != length;
                 length = now;
+                last_held |= g >= w.groups.size() || w.groups[g].kind != Attention::chunked;
             }
             // Rules that ask for no block at all (chunked attention at
             // the end of a chunk) must not promise what other pods hold.
+            if (last_held) continue;
             const u32 now = back_to_some(ix, w, medium, length);
             changed |= now != length;
             length = now;
