@@ -2,6 +2,8 @@
 
 import inspect
 import pickle
+import subprocess
+import sys
 
 import pytest
 
@@ -46,3 +48,11 @@ def test_shows_the_bare_sentence_and_survives_pickling(name):
 
 def test_an_unknown_pod_without_a_message_is_still_printable():
     assert str(errors.UnknownPodError()) == ""
+
+
+def test_without_its_core_the_package_says_how_to_build_it():
+    code = "import sys; sys.modules['kvindex._core'] = None; import kvindex"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith("ImportError: kvindex's compiled core is not built")
+    assert "pip install --editable ." in ended.stderr

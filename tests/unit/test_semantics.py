@@ -536,6 +536,14 @@ def test_a_larger_block_must_start_where_one_can(pair):
     assert pair.state("a") == "degraded"
 
 
+def test_a_masked_block_of_another_size_may_end_where_such_a_block_can_not(pair):
+    pair.ingest("a", stored([1, 2, 3], A + B + C))
+    report = pair.ingest("a", stored([1], [], size=8))
+    assert report["reasons"] == {"misaligned": 1}
+    # The group has blocks of two from here on, as far as anybody knows, and is asked for whole ones.
+    assert (pair.state("a"), pair.tokens(A + B + C)) == ("degraded", {"a": 8})
+
+
 @pytest.mark.parametrize(("hashes", "size"), [([1, 2], 2), ([1, 2], 3), ([1], 6), ([1, 2], 5), ([1], 7)])
 def test_a_size_that_is_no_multiple_is_skipped_and_named(pair, hashes, size):
     report = pair.ingest("a", stored(hashes, [1] * size * len(hashes), size=size))
@@ -956,3 +964,25 @@ def test_reports_and_answers_show_what_is_in_them():
         "IngestReport(stored=2, removed=1, cleared=0, parked=1, skipped=1, errors=0, reasons={'unknown_hash': 1})"
     )
     assert repr(index.match_prefix(A + B)) == "PrefixMatch({'a': 4})"
+
+
+def test_an_index_whose_tables_are_larger_than_a_large_page_is_as_right_and_gives_everything_back():
+    """From 2 MiB on, memory comes from the system instead of malloc, and moves when a table grows."""
+    index = kvindex.PrefixIndex(1)
+    start = index.stats()["bytes"]
+    rng = np.random.default_rng(2)
+    blocks = 600_000
+    tokens = rng.integers(0, 2**32, blocks, dtype=np.uint32)
+    hashes = rng.permutation(np.arange(1, blocks + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    for pod in ("a", "b"):
+        index.process_block_stored(kvindex.BlockStored(pod=pod, block_hashes=hashes, token_ids=tokens, block_size=1))
+    assert index.stats()["bytes"] > blocks * 16  # a prefix hash and an engine's hash, at least
+    index.process_block_removed(kvindex.BlockRemoved(pod="a", block_hashes=hashes[200_000:]))
+    index._check()
+    assert index.match_prefix(tokens).tokens == {"a": 200_000, "b": 600_000}
+    fork = tokens.copy()
+    fork[-1] ^= 1
+    assert index.match_prefix(fork).tokens == {"a": 200_000, "b": 599_999}
+    for pod in ("a", "b"):
+        index.remove_pod(pod)
+    assert (index.stats()["bytes"], index.stats()["blocks"]) == (start, 0)
