@@ -114,8 +114,7 @@ private:
         u32 touched;  // slabs, ever
     };
     // As many items as fit into a large page, rounded down to a power of two.
-    static constexpr u32 log2(std::size_t n) { return n < 2 ? 0 : 1 + log2(n / 2); }
-    static constexpr u32 kLg = log2(kHugePage / sizeof(T)), kMask = (1u << kLg) - 1;
+    static constexpr u32 kLg = 63 - static_cast<u32>(__builtin_clzll(kHugePage / sizeof(T))), kMask = (1u << kLg) - 1;
     static constexpr std::size_t kArenaBytes = sizeof(T) << kLg;
     // Large pages take memory as a whole: only where three arenas are full before.
     static constexpr u32 kHugeFrom = 3;
