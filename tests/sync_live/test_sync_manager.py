@@ -915,6 +915,31 @@ def test_a_declared_pod_may_have_a_replay_endpoint(index, manager):
         check_equal(index, pod)
 
 
+def test_a_later_connection_takes_a_stream_over_and_what_the_earlier_one_still_says_is_only_counted(index, manager):
+    endpoint = manager.bind("tcp://127.0.0.1:*")
+    with connected_publisher(endpoint, "kv@pod@m", replay_endpoint=None) as old:
+        hear(old, manager, "pod")
+        with connected_publisher(endpoint, "kv@pod@m", replay_endpoint=None) as new:
+            new.life = 1  # its blocks are its own
+            before = manager.status()["pod"].batches
+            until(lambda: new.publish(1) or manager.status()["pod"].batches > before)
+            until(lambda: old.publish(1) or manager.status()["pod"].errors.get("late_frames", 0) > 2)
+            new.publish(1, clear=True)
+            new.publish(3)
+            until(lambda: caught_up(manager, new) and index.pod_state("pod") == "exact")
+            check_equal(index, new)
+            assert index.worker_stats("pod")[0]["blocks"] == 3
+            assert index.match_prefix(old.chain(), model="m").tokens == {}
+
+
+def test_a_topic_is_one_pods(manager):
+    manager.bind("tcp://127.0.0.1:*")
+    manager.add_pod(PodSource("a", topic="kv"))
+    with pytest.raises(StreamError, match="'kv' belongs to pod 'a' already"):
+        manager.add_pod(PodSource("b", topic="kv"))
+    assert set(manager.status()) == {"a"}
+
+
 def test_what_belongs_to_nobody_is_counted_at_a_bound_endpoint(index, manager):
     endpoint = manager.bind("tcp://127.0.0.1:*", max_pods=1)
     context = zmq.Context()

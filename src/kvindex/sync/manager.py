@@ -323,7 +323,7 @@ class EventManager:
             )
         topic = (source.topic or f"kv@{source.name}@{source.model}").encode()
         if bound and self._topics.get(topic, source.name) != source.name:
-            raise StreamError(f"topic {topic.decode()!r} is pod {self._topics[topic]!r}'s already")
+            raise StreamError(f"topic {topic.decode()!r} belongs to pod {self._topics[topic]!r} already")
         if present is not None:
             self._remove(source.name)  # it came by itself, before anybody could say what it is
         pod = _Pod(source, self._burst)
