@@ -921,9 +921,14 @@ def test_a_later_connection_takes_a_stream_over_and_what_the_earlier_one_still_s
         hear(old, manager, "pod")
         with connected_publisher(endpoint, "kv@pod@m", replay_endpoint=None) as new:
             new.life = 1  # its blocks are its own
-            before = manager.status()["pod"].batches
-            until(lambda: new.publish(1) or manager.status()["pod"].batches > before)
-            until(lambda: old.publish(1) or manager.status()["pod"].errors.get("late_frames", 0) > 2)
+
+            def both_speak() -> bool:
+                new.publish(1)
+                old.publish(1)
+                time.sleep(0.002)
+                return manager.status()["pod"].errors.get("late_frames", 0) > 2
+
+            until(both_speak)
             new.publish(1, clear=True)
             new.publish(3)
             until(lambda: caught_up(manager, new) and index.pod_state("pod") == "exact")
