@@ -186,8 +186,9 @@ class FaultyChannel(RuleBasedStateMachine):
         if self.replay:
             assert world.verdict != "stale", world.stream.reason
             assert world.applied_upto() == len(process.published) or process.published[-1] is None
-            if process.truth(len(process.published)) is not None and len(process.buffer) == len(process.published):
-                # Its whole history can still be had, so there is no excuse.
+            whole = len(process.buffer) == len(process.published) and all(each != GARBAGE for _, each in process.buffer)
+            if whole and process.truth(len(process.published)) is not None:
+                # Its whole history can still be had, and be read, so there is no excuse.
                 assert world.verdict == "exact", world.stream.reason
         # Left alone it comes to rest: it does not clear and rebuild for ever.
         clears = world.clears
