@@ -433,6 +433,7 @@ class Model:
                 worker.parked.remove(thing)
                 if not placed:
                     worker.parked.append(thing)
+        worker.forget_parked()
         worker.forget()
 
     def _removed(self, pod: Pod, worker: Worker, model: str, event: dict, report: Report) -> None:

@@ -536,6 +536,14 @@ def test_a_larger_block_must_start_where_one_can(pair):
     assert pair.state("a") == "degraded"
 
 
+def test_an_orphan_that_was_taken_back_does_not_move_a_name_that_was_announced_since(pair):
+    pair.ingest("a", stored([1], A, parent=2), stored([4], B, parent=1), removed(1))
+    pair.ingest("a", stored([1], C))  # what waited for 1 follows this one, so the orphan is waited for no more
+    assert pair.tokens(C + B) == {"a": 8}
+    pair.ingest("a", stored([2], D, parent=4))
+    assert (pair.tokens(C + B + D), pair.state("a")) == ({"a": 12}, "exact")
+
+
 def test_a_masked_block_of_another_size_may_end_where_such_a_block_can_not(pair):
     pair.ingest("a", stored([1, 2, 3], A + B + C))
     report = pair.ingest("a", stored([1], [], size=8))
