@@ -99,9 +99,10 @@ test: .venv/.test-tools
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 # The sanitized core lies in a tree of its own, before the checkout on the path; everything else comes from .venv.
-# -UNDEBUG because Python's own flags switch the core's assertions off; -O1 keeps the stack traces readable.
+# -UNDEBUG because Python's own flags switch the core's assertions off; -O1 keeps the stack traces readable. Tables grow
+# bit by bit from 8 slots on, not 65,536, so that tests see it.
 SANITIZED := .build/sanitize
-SANITIZE_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g -UNDEBUG
+SANITIZE_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g -UNDEBUG -DKVINDEX_GRADUAL_FROM=8
 
 $(SANITIZED)/.built: setup.py $(CORE) $(shell find src/kvindex -name '*.py') | .venv/.test-tools
 	rm -rf $(SANITIZED)
@@ -123,7 +124,7 @@ sanitize: .venv/.test-tools $(SANITIZED)/.built
 
 FUZZ := .build/fuzz
 CLANG := $$(command -v clang++ || command -v clang++-14)
-FUZZ_FLAGS := -std=c++17 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all
+FUZZ_FLAGS := -std=c++17 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -DKVINDEX_GRADUAL_FROM=8
 
 $(FUZZ)/fuzz_%: tests/fuzz/fuzz_%.cpp $(wildcard src/kvindex/_native/*.hpp)
 	$(call need,echo 'extern "C" int LLVMFuzzerTestOneInput(const char*$(comma) unsigned long) { return 0; }' \

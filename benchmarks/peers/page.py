@@ -42,8 +42,6 @@ WEAK = """\
 - *Events of one block* cost two and a half times as much per block as long ones: there is a name to find for each.
 - *Hybrid models and offloading*: a worker with several groups or media costs some 35 ns a match, 10 µs for 256 of them,
   where one with a single group costs one.
-- *Growing past a power of two*: the table of names doubles at once. At 3 million names that is 20 to 200 ms, once, in
-  which nobody is answered.
 - *A router that never rests*: Python gives the thread that ingests its turn every 5 ms, and batches wait for it.
 - *What is not compared*: contenders that Python cannot call (the routers in Go and Rust), and networks: all of this is
   one process."""

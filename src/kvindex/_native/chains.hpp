@@ -124,7 +124,7 @@ public:
     // Asks for a chain and for the first `pages` of its pages before it is known which they are: they are mostly
     // neighbours, since they were taken for one event.
     KVINDEX_INLINE void prefetch(const HeadSlot& head, u32 pages) const {
-        const Chain& c = chains_[head.chain];
+        const Chain& c = chains_[head.chain()];
         __builtin_prefetch(&c);
         __builtin_prefetch(reinterpret_cast<const char*>(&c) + 64);
         const Page* page = &pages_[head.page];

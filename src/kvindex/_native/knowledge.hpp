@@ -21,9 +21,9 @@ public:
     // The chain that begins with this block below `parent`, and its first page; `pages` of them may be wanted.
     HeadSlot child(u32 space, Pos parent, u64 prefix, u32 pages) const {
         const HeadSlot head = spaces_[space].heads.find(prefix);
-        if (head.chain == kNone) return head;
+        if (head.chain() == kNone) return head;
         chains_.prefetch(head, pages);
-        const Chain& k = chains_[head.chain];
+        const Chain& k = chains_[head.chain()];
         // A different place for the same 64-bit prefix hash would be a collision; never follow it.
         return k.parent == parent.chain && k.base == parent.depth + 1 ? head : HeadSlot::none();
     }

@@ -205,7 +205,7 @@ private:
         u64 prev = 0;
         bool hybrid_alive = false;
         HeadSlot head = enter(ix, space, {kNone, kNone}, path, 0, 0);
-        if (head.chain == kNone) return 0;
+        if (head.chain() == kNone) return 0;
         for (u32 id : ix.space_at(space).hybrids) {
             if (filter && !filter->pod(ix.worker_at(id).pod)) continue;
             hybrids_.push_back(id);
@@ -213,7 +213,7 @@ private:
         }
         living_ = hybrids_;
         for (;;) {
-            const Chain& c = chains[head.chain];
+            const Chain& c = chains[head.chain()];
             chains.ages().seen(c.age);
             const u32 stop = std::min(c.end(), c.base + (path.n - i));
             const auto page_of = [&](u32 d) { return (d >> kPageShift) - (c.base >> kPageShift); };
@@ -260,8 +260,8 @@ private:
             }
         fork:
             if (i == path.n || c.kids == 0) return i;
-            head = enter(ix, space, {head.chain, depth - 1}, path, i, prev);
-            if (head.chain == kNone) return i;
+            head = enter(ix, space, {head.chain(), depth - 1}, path, i, prev);
+            if (head.chain() == kNone) return i;
         }
     }
     // The chain below `parent` that begins with block `i` of the prompt.

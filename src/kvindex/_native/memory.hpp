@@ -29,12 +29,18 @@ inline constexpr u32 kNone = 0xFFFFFFFFu;
 // One counter per index. Everything native goes through it, so `bytes` is exact without asking the allocator.
 struct Memory {
     std::size_t bytes = 0;
+    bool tight = false;  // there is a budget
     void add(std::size_t n) { bytes += n; }
     void sub(std::size_t n) { bytes -= n; }
 };
 
 inline constexpr std::size_t kHugePage = std::size_t{2} << 20;
 
+inline void make_huge([[maybe_unused]] void* p, [[maybe_unused]] std::size_t bytes) {
+#ifdef MADV_HUGEPAGE
+    madvise(p, bytes, MADV_HUGEPAGE);
+#endif
+}
 // Address space straight from the system, of which only what is touched takes memory. `huge`: in large pages where the
 // system has them to give. In an index of 10 million blocks nearly every access is to a page of memory that the
 // processor has forgotten the way to, and finding it again was a quarter of the time of a short match.
@@ -48,15 +54,14 @@ inline void* map_memory(std::size_t bytes, bool huge) {
     const std::size_t before = (kHugePage - reinterpret_cast<std::uintptr_t>(from) % kHugePage) % kHugePage;
     if (before) munmap(from, before);
     munmap(from + before + bytes, most - before - bytes);
-#ifdef MADV_HUGEPAGE
-    madvise(from + before, bytes, MADV_HUGEPAGE);
-#endif
+    make_huge(from + before, bytes);
     return from + before;
 }
-// What is large enough for large pages gets them, the rest comes from malloc.
-inline void* take_memory(std::size_t bytes) {
-    if (bytes >= kHugePage) return map_memory(bytes, true);
-    void* p = std::malloc(bytes);
+// What is large enough for large pages gets them, at once or, not `soon`, when make_huge says so; the rest comes from
+// malloc.
+inline void* take_zeros(std::size_t bytes, bool soon = true) {
+    if (bytes >= kHugePage) return map_memory(bytes, soon);
+    void* p = std::calloc(1, bytes);
     if (!p) throw std::bad_alloc();
     return p;
 }

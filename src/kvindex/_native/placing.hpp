@@ -74,7 +74,7 @@ protected:
                 depth = at.depth + 1;
             } else {
                 if (at.chain != kNone && chains_[at.chain].kids == 0) return;
-                chain = child(space, at, prefixes[i], 1).chain;
+                chain = child(space, at, prefixes[i], 1).chain();
                 if (chain == kNone) return;
                 depth = chains_[chain].base;
             }

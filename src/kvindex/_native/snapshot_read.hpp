@@ -324,7 +324,7 @@ private:
             }
             Space& space = ix_.spaces_[r.space];
             const u64 head = chains.head(i);
-            need(space.heads.find(head).chain == kNone, "content is there twice");
+            need(space.heads.find(head).chain() == kNone, "content is there twice");
             space.heads.insert(ix_.mem_, head, i, chains.first_page(i));
             read_names(space, c, name);
             name += u64{8} * r.len;

@@ -9,7 +9,8 @@ namespace kvindex {
 inline u32 mixed(u64 key) { return static_cast<u32>(((key ^ (key >> 32)) * 0x9E3779B97F4A7C15ull) >> 32); }
 
 // What the tables have in common: a power of two of slots, at most kTenths tenths of them taken. A Slot knows its mixed
-// key (`half`), whether it is `free`, and what a free one looks like (`none`).
+// key (`half`), whether it is `free`, and what a free one looks like (`none`): zeros, which cost nothing where the
+// memory comes from the system.
 template <class Slot, u32 kTenths, u32 kLeast>
 class Slots {
 public:
@@ -52,8 +53,25 @@ protected:
     Slot& at(u32 i) { return slots_[i]; }
     const Slot& at(u32 i) const { return slots_[i]; }
 
+    bool full() const { return !slots_ || crowded(n_ + 1, lg_); }
     void make_room(Memory& m) {
-        if (!slots_ || crowded(n_ + 1, lg_)) rehash(m, slots_ ? lg_ + 1 : kLeast);
+        if (full()) rehash(m, slots_ ? lg_ + 1 : kLeast);
+    }
+    // An empty table of so many slots, a power of two. Its memory is touched here and there at first: in large pages,
+    // 256 insertions would have the system clear all of it.
+    void open(Memory& m, u32 slots) {
+        while ((1u << lg_) < slots) ++lg_;
+        slots_ = static_cast<Slot*>(take_zeros(sizeof(Slot) << lg_, false));
+        m.add(sizeof(Slot) << lg_);
+    }
+    void filled() {
+        if (sizeof(Slot) << lg_ >= kHugePage) make_huge(slots_, sizeof(Slot) << lg_);
+    }
+    Slot lift(u32 i) {
+        const Slot s = slots_[i];
+        slots_[i] = Slot::none();
+        --n_;
+        return s;
     }
     // Where there is room, and nothing of that key.
     void put(const Slot& s) {
@@ -65,7 +83,8 @@ protected:
         slots_[i] = s;
         ++n_;
     }
-    void remove(Memory& m, u32 i) {
+    // `keep`: the table as large as it is.
+    void remove(Memory& m, u32 i, bool keep = false) {
         const u32 mask = (1u << lg_) - 1;
         for (u32 j = next(i); !slots_[j].free(); j = next(j)) {
             if (((j - home(slots_[j].half())) & mask) >= ((j - i) & mask)) {
@@ -75,6 +94,7 @@ protected:
         }
         slots_[i] = Slot::none();
         --n_;
+        if (keep) return;
         if (n_ == 0) {
             release(m);
         } else if (lg_ > kLeast && n_ < capacity() / 8) {
@@ -94,9 +114,8 @@ private:
         if (lg > 31) throw std::bad_alloc();
         Slot* old = slots_;
         const u32 old_cap = capacity();
-        slots_ = static_cast<Slot*>(take_memory(sizeof(Slot) << lg));
+        slots_ = static_cast<Slot*>(take_zeros(sizeof(Slot) << lg));
         m.add(sizeof(Slot) << lg);
-        for (u32 i = 0; i < (1u << lg); ++i) slots_[i] = Slot::none();
         lg_ = lg;
         n_ = 0;
         for (u32 i = 0; i < old_cap; ++i)
@@ -112,24 +131,23 @@ private:
     u32 lg_ = 0;
 };
 
-// 32 bits of the mixed key, 32 bits of reference.
+// 32 bits of the mixed key, 32 bits of reference, turned over so that none is zero.
 struct RefSlot {
     u64 both;
 
-    RefSlot(u32 half, u32 ref) : both((u64{half} << 32) | ref) {}
+    RefSlot(u32 half, u32 ref) : both((u64{half} << 32) | static_cast<u32>(~ref)) {}
     static RefSlot none() { return {0, kNone}; }
     u32 half() const { return static_cast<u32>(both >> 32); }
-    u32 ref() const { return static_cast<u32>(both); }
-    bool free() const { return ref() == kNone; }
+    u32 ref() const { return ~static_cast<u32>(both); }
+    bool free() const { return static_cast<u32>(both) == 0; }
 };
 
-// Maps 64-bit keys that already stand somewhere else (in a page, in a set) to the 32-bit reference of that place. The
-// kept half is enough to find the home slot again, so neither deleting nor growing touches the places referred to; the
-// full key is compared there only when the halves agree (2^-32 by chance). It grows at 0.7: slots are small (8 to a
-// cache line), and 0.5 would cost 6 bytes a block more.
-class RefTable : public Slots<RefSlot, 7, 3> {
+class RefSlots : public Slots<RefSlot, 7, 3> {
 public:
-    // `same(ref)` tells whether the place holds the wanted key. Returns kNone when absent.
+    using Slots::filled;
+    using Slots::full;
+    using Slots::open;
+
     template <class Same>
     u32 find(u64 key, Same&& same) const {
         if (!size()) return kNone;
@@ -138,12 +156,10 @@ public:
             if (at(i).half() == h && same(at(i).ref())) return at(i).ref();
         return kNone;
     }
-    // The key must be absent.
-    void insert(Memory& m, u64 key, u32 ref) {
+    void insert(Memory& m, const RefSlot& s) {
         make_room(m);
-        put({mixed(key), ref});
+        put(s);
     }
-    // Inserts unless a place with the same key is there already; false if so.
     template <class Same>
     bool insert_new(Memory& m, u64 key, u32 ref, Same&& same) {
         make_room(m);
@@ -154,11 +170,10 @@ public:
         fill(i, {h, ref});
         return true;
     }
-    // Recognises the entry by its reference, without looking at the place: false if (key, ref) is not in the table.
-    bool erase(Memory& m, u64 key, u32 ref) {
+    bool erase(Memory& m, u64 key, u32 ref, bool keep) {
         const u32 i = slot_of(key, ref);
         if (i == kNone) return false;
-        remove(m, i);
+        remove(m, i, keep);
         return true;
     }
     bool contains(u64 key, u32 ref) const { return slot_of(key, ref) != kNone; }
@@ -172,6 +187,21 @@ public:
     void each(F&& f) const {
         each_slot([&](const RefSlot& s) { f(s.ref()); });
     }
+    // Where a cluster may begin: behind a free slot.
+    u32 behind_a_gap() const {
+        u32 i = 0;
+        while (!at(i).free()) i = next(i);
+        return next(i);
+    }
+    // Takes everything out of the slots from `i` on, `least` of them and then up to a free one, but not of more than
+    // `most`: whole clusters, so that what stays is found as before. Returns how many slots that were.
+    template <class F>
+    u32 drain(u32 i, u32 least, u32 most, F&& f) {
+        u32 done = 0;
+        for (; done < most && (done < least || !at(i).free()); ++done, i = next(i))
+            if (!at(i).free()) f(lift(i));
+        return done;
+    }
 
 private:
     u32 slot_of(u64 key, u32 ref) const {
@@ -183,13 +213,104 @@ private:
     }
 };
 
+// From so many slots on a table grows bit by bit. Smaller ones than in earnest where tests are to see it.
+#ifndef KVINDEX_GRADUAL_FROM
+#define KVINDEX_GRADUAL_FROM (1u << 16)
+#endif
+
+// Maps 64-bit keys that already stand somewhere else (in a page, in a set) to the 32-bit reference of that place. The
+// kept half is enough to find the home slot again, so neither deleting nor growing touches the places referred to; the
+// full key is compared there only when the halves agree (2^-32 by chance). It grows at 0.7: slots are small (8 to a
+// cache line), and 0.5 would cost 6 bytes a block more.
+//
+// A large table that is full becomes the old one beside a new one of twice the size, and whatever changes it takes some
+// of that over: at once, everybody would wait 300 ms at 5.9 million names. A budget has no room for both.
+class RefTable {
+public:
+    u32 size() const { return now_.size() + was_.size(); }
+    std::size_t growth(u32 more) const { return now_.growth(more + was_.size()); }
+    void reserve(Memory& m, u32 n) {
+        take_over(m, was_.capacity());
+        now_.reserve(m, n);
+    }
+    u64 probes() const { return now_.probes() + was_.probes(); }
+    KVINDEX_INLINE void prefetch(u64 key) const {
+        now_.prefetch(key);
+        if (was_.size()) was_.prefetch(key);
+    }
+    void release(Memory& m) {
+        now_.release(m);
+        was_.release(m);
+    }
+    // `same(ref)` tells whether the place holds the wanted key. Returns kNone when absent.
+    template <class Same>
+    u32 find(u64 key, Same&& same) const {
+        const u32 ref = now_.find(key, same);
+        return ref == kNone && was_.size() ? was_.find(key, same) : ref;
+    }
+    // The key must be absent.
+    void insert(Memory& m, u64 key, u32 ref) {
+        if (was_.capacity()) {
+            take_over(m, kStep);
+        } else if (now_.capacity() >= KVINDEX_GRADUAL_FROM && now_.capacity() < (1u << 30) && now_.full() && !m.tight) {
+            RefSlots fresh;
+            fresh.open(m, 2 * now_.capacity());
+            was_ = now_;
+            now_ = fresh;
+            at_ = was_.behind_a_gap();
+            left_ = was_.capacity();
+        }
+        now_.insert(m, {mixed(key), ref});
+    }
+    // Inserts unless a place with the same key is there already; false if so.
+    template <class Same>
+    bool insert_new(Memory& m, u64 key, u32 ref, Same&& same) {
+        take_over(m, was_.capacity());
+        return now_.insert_new(m, key, ref, same);
+    }
+    // Recognises the entry by its reference, without looking at the place: false if (key, ref) is not in the table.
+    bool erase(Memory& m, u64 key, u32 ref) {
+        take_over(m, kStep);
+        const bool two = was_.capacity() != 0;
+        const bool found = now_.erase(m, key, ref, two) || (two && was_.erase(m, key, ref, true));
+        if (two && size() == 0) release(m);
+        return found;
+    }
+    bool contains(u64 key, u32 ref) const { return now_.contains(key, ref) || was_.contains(key, ref); }
+    bool move(u64 key, u32 from, u32 to) { return now_.move(key, from, to) || was_.move(key, from, to); }
+    template <class F>
+    void each(F&& f) const {
+        now_.each(f);
+        was_.each(f);
+    }
+
+private:
+    // More than enough to be done before the new one is full: that takes as many insertions as a third of its slots.
+    static constexpr u32 kStep = 32;
+
+    void take_over(Memory& m, u32 slots) {
+        if (!was_.capacity()) return;
+        const u32 done = was_.drain(at_, slots, left_, [&](const RefSlot& s) { now_.insert(m, s); });
+        at_ = (at_ + done) & (was_.capacity() - 1);
+        left_ -= done;
+        if (left_) return;
+        was_.release(m);
+        now_.filled();
+    }
+
+    RefSlots now_, was_;
+    u32 at_ = 0, left_ = 0;  // the next slot to take over, and how many there are
+};
+
 struct HeadSlot {
     u64 prefix;
-    u32 chain, page;
+    u32 above, page;  // the chain's number and one
 
-    static HeadSlot none() { return {0, kNone, kNone}; }
+    HeadSlot(u64 prefix, u32 chain, u32 page) : prefix(prefix), above(chain + 1), page(page) {}
+    static HeadSlot none() { return {0, kNone, 0}; }
+    u32 chain() const { return above - 1; }
     u32 half() const { return mixed(prefix); }
-    bool free() const { return chain == kNone; }
+    bool free() const { return above == 0; }
 };
 
 // Maps the prefix hash of a chain's first block to the chain and to the page where it begins. All three in the slot,
@@ -220,7 +341,7 @@ private:
     u32 slot_of(u64 prefix, u32 chain) const {
         if (!size()) return kNone;
         u32 i = home(mixed(prefix));
-        while (!at(i).free() && (at(i).prefix != prefix || at(i).chain != chain)) i = next(i);
+        while (!at(i).free() && (at(i).prefix != prefix || at(i).chain() != chain)) i = next(i);
         return at(i).free() ? kNone : i;
     }
 };
@@ -229,12 +350,12 @@ struct CountSlot {
     u64 key;
     u32 count;
 
-    static CountSlot none() { return {~0ull, 0}; }
+    static CountSlot none() { return {0, 0}; }
     u32 half() const { return mixed(key); }
-    bool free() const { return key == ~0ull; }
+    bool free() const { return count == 0; }
 };
 
-// Counts small things by a 64-bit key that is never all ones (a chain and a depth). A count of zero is no entry.
+// Counts small things by a 64-bit key (a chain and a depth). A count of zero is no entry.
 class CountTable : public Slots<CountSlot, 5, 2> {
 public:
     u32 get(u64 key) const {
@@ -245,8 +366,11 @@ public:
         make_room(m);
         u32 i = home(mixed(key));
         while (!at(i).free() && at(i).key != key) i = next(i);
-        if (at(i).free()) fill(i, {key, 0});
-        at(i).count += by;
+        if (at(i).free()) {
+            fill(i, {key, by});
+        } else {
+            at(i).count += by;
+        }
     }
     void sub(Memory& m, u64 key, u32 by = 1) {
         const u32 i = slot_of(key);
