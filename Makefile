@@ -292,7 +292,7 @@ WHEEL := .build/wheel
 wheel-check: dist
 	rm -rf $(WHEEL) && $(PYTHON) -m venv $(WHEEL)
 	$(WHEEL)/bin/python -m pip --disable-pip-version-check --no-input install --quiet "$$(ls dist/*.whl)[test]"
-	cp -r tests pyproject.toml README.md examples $(WHEEL)/
+	cp -r $(filter-out src build dist Makefile setup.py,$(shell git ls-files | cut -d/ -f1 | sort -u)) Makefile $(WHEEL)/
 	[ ! -d ../shared ] || ln -sfn $$(cd ../shared && pwd) .build/shared
 	cd $(WHEEL) && bin/python -c 'import kvindex, sys; assert kvindex.__file__.startswith(sys.prefix), kvindex.__file__'
 	cd $(WHEEL) && bin/python -m pytest -q -n $(JOBS) --dist loadfile --ignore tests/packaging --ignore tests/typing

@@ -88,13 +88,12 @@ def markdown(out: Result) -> str:
     """The page; also what is printed."""
     parts = ["# Beside others", "Made by `make bench-peers`."]
     parts += [f"Left out: {reason}." for reason in out.skipped]
-    parts += ["## What was promised"]
-    parts += [verdicts(out.reached())]
     parts += ["![Time per call by depth of the prompt](peers.svg)"]
     parts += ["## From tokens", _times(out, "tokens"), "## From tokens to what a router reads", _times(out, "answer")]
     parts += ["## From hashes", _times(out, "hashes"), "## Events", _ingest(out)]
     if out.memory:
         parts += ["## Memory", _memory(out)]
+    parts += ["## What was promised", verdicts(out.reached())]
     parts += [WEAK, "## Measured on", table(["", ""], [[name, value] for name, value in out.machine.items()])]
     parts += [METHOD.format(rounds=out.rounds)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
