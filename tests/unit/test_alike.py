@@ -138,3 +138,23 @@ def test_what_is_cut_short_is_refused_wherever_it_is_cut():
     assert index.stats()["blocks"] == 0
     assert index.stats()["parked"] == 0
     assert index.ingest("a", whole).parked == len(events)
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 600])
+@pytest.mark.parametrize("ahead", range(8))
+def test_parents_that_go_before_their_turn(ahead, blocks):
+    """What later events hang on is looked for ahead, and may be gone, with all of its memory, when they come."""
+    first = stored(range(1000, 1000 + blocks), range(SIZE * blocks), **FIELDS)
+    last = 999 + blocks
+    below = [stored([number], tokens(number), parent=last, **FIELDS) for number in range(1, 9)]
+    for gone in (cleared(), removed(*range(999 + blocks, 999, -1))):
+        events = [*below[:ahead], gone, *below[ahead:]]
+        together, alone = kvindex.PrefixIndex(SIZE), kvindex.PrefixIndex(SIZE)
+        for index in (together, alone):
+            index.ingest("a", payload(first))
+        report = together.ingest("a", payload(*events))
+        reports = [alone.ingest("a", payload(event)) for event in events]
+        assert report.stored == sum(each.stored for each in reports)
+        assert report.parked == sum(each.parked for each in reports)
+        assert together.worker_stats("a") == alone.worker_stats("a")
+        together._check()

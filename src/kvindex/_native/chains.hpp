@@ -131,6 +131,20 @@ public:
         pages = pages_.together(head.page, pages);
         for (u32 i = 0; i < pages; ++i) __builtin_prefetch(page[i].prefix);
     }
+    // Asks for a block's page and for who has it; and, when that has come, for the chain.
+    KVINDEX_INLINE void prefetch_block(u32 ref) const {
+        const Page& page = pages_[ref >> kPageShift];
+        __builtin_prefetch(page.prefix);
+        __builtin_prefetch(page.name);
+        __builtin_prefetch(&homes_[ref >> kPageShift]);
+    }
+    KVINDEX_INLINE void prefetch_chain(u32 ref) const {
+        // What was a block when its page was asked for may be none any more.
+        if (!homes_.alive(ref >> kPageShift)) return;
+        const Chain& c = chains_[homes_[ref >> kPageShift].chain];
+        __builtin_prefetch(&c);
+        __builtin_prefetch(reinterpret_cast<const char*>(&c) + 64);
+    }
     // Asks for pages of prefix hashes ahead of their use.
     KVINDEX_INLINE void prefetch(const Chain& c, u32 first, u32 from, u32 to) const {
         for (u32 i = from; i < to; ++i) __builtin_prefetch(prefixes(page_number(c, first, i)));

@@ -145,7 +145,6 @@ public:
         // The lock is given up between events, so that a reader waits for about this many blocks at most (some
         // microseconds); taking it for each one-block event would double their cost.
         constexpr u64 kTurn = 128;
-        constexpr std::size_t kAhead = 4;
         std::size_t i = 0;
         do {
             const bool on = i != 0;
@@ -165,10 +164,11 @@ public:
                 return true;
             }
             Speaker by(pod, rank, model, ix_.find_space(model));
-            std::size_t ahead = i;
+            for (std::size_t k = i; k < i + 6; ++k) ix_.expect_names(by, batch, k);
             for (u64 work = 0; i < batch.events.size() && work < kTurn; ++i) {
-                for (; ahead < batch.events.size() && ahead <= i + kAhead; ++ahead)
-                    ix_.expect(by, batch, batch.events[ahead]);
+                ix_.expect_names(by, batch, i + 6);
+                ix_.expect_page(by, batch, i + 4);
+                ix_.expect_chain(by, i + 2);
                 const Event& e = batch.events[i];
                 work += 1 + e.n_hashes;
                 totals_.events_stored += e.kind == EventKind::stored;

@@ -156,6 +156,14 @@ public:
             if (at(i).half() == h && same(at(i).ref())) return at(i).ref();
         return kNone;
     }
+    // Where a key that is there most probably is.
+    u32 guess(u64 key) const {
+        if (!size()) return kNone;
+        const u32 h = mixed(key);
+        u32 i = home(h);
+        while (!at(i).free() && at(i).half() != h) i = next(i);
+        return at(i).ref();
+    }
     void insert(Memory& m, const RefSlot& s) {
         make_room(m);
         put(s);
@@ -247,6 +255,10 @@ public:
     u32 find(u64 key, Same&& same) const {
         const u32 ref = now_.find(key, same);
         return ref == kNone && was_.size() ? was_.find(key, same) : ref;
+    }
+    u32 guess(u64 key) const {
+        const u32 ref = now_.guess(key);
+        return ref == kNone ? was_.guess(key) : ref;
     }
     // The key must be absent.
     void insert(Memory& m, u64 key, u32 ref) {
