@@ -63,7 +63,9 @@ public:
         p_ = p;
         room_ = n;
     }
-    // Where room is reserved.
+    // What is written from room() on, where room is reserved, counts up to `end`.
+    Hit* room() { return p_ + n_; }
+    void grow(const Hit* end) { n_ = static_cast<u32>(end - p_); }
     void push(const Hit& hit) { p_[n_++] = hit; }
 
 private:
@@ -144,19 +146,26 @@ public:
         std::size_t n = ended_.size();
         for (u32 i = 0; i < words; ++i) n += static_cast<std::size_t>(__builtin_popcountll(alive_[i]));
         out.hits.reserve(n);
+        u32 most = 0;
+        u64 first = 0;
+        const Hit* best = nullptr;
+        Hit* to = out.hits.room();
+        const auto show = [&](const Face& f, u32 blocks) {
+            if (f.factor != 1) blocks -= blocks % f.factor;
+            if (!blocks || (only_exact && f.verdict != Verdict::exact)) return;
+            if (blocks > most || (blocks == most && f.pod < first)) {
+                most = blocks;
+                first = f.pod;
+                best = to;
+            }
+            *to++ = {f.pod, f.rank, f.medium, blocks, f.verdict, true};
+        };
         for (u32 i = 0; i < words; ++i)
             for (u64 bits = alive_[i]; bits; bits &= bits - 1)
-                show(ix.face(i * 64 + static_cast<u32>(__builtin_ctzll(bits))), end, only_exact, out);
-        for (const Ended& e : ended_) show(ix.face(e.holder), e.blocks, only_exact, out);
-        u32 blocks = 0;
-        u64 pod = 0;
-        for (u32 i = 0; i < out.hits.size(); ++i) {
-            const Hit& h = out.hits[i];
-            if (h.blocks < blocks || (h.blocks == blocks && h.pod >= pod)) continue;
-            blocks = h.blocks;
-            pod = h.pod;
-            out.best = i;
-        }
+                show(ix.face(i * 64 + static_cast<u32>(__builtin_ctzll(bits))), end);
+        for (const Ended& e : ended_) show(ix.face(e.holder), e.blocks);
+        out.hits.grow(to);
+        if (best) out.best = static_cast<u32>(best - out.hits.begin());
         for (u32 id : hybrids_) answer_hybrid(ix, ix.worker_at(id), end, only_exact, out);
     }
 
@@ -175,11 +184,6 @@ private:
         u32 set;
     };
 
-    static void show(const Face& f, u32 blocks, bool only_exact, MatchResult& out) {
-        if (f.factor != 1) blocks -= blocks % f.factor;
-        if (blocks && !(only_exact && f.verdict != Verdict::exact))
-            out.hits.push({f.pod, f.rank, f.medium, blocks, f.verdict, true});
-    }
     static void emit(const Index& ix, const Worker& w, u32 medium, u32 blocks, bool alone, bool only_exact,
                      MatchResult& out) {
         const Pod& pod = ix.pod_at(w.pod);
