@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from support import cleared, payload, removed, stored
 
@@ -72,3 +73,23 @@ def test_a_prompt_may_hand_on_the_keys_of_an_event_with_its_adapter_first() -> N
     for same in (keys, [["image"], None]):
         assert index.match_prefix([7, 7, 8, 8], lora_name="adapter", extra_keys=same).tokens == {"a": 4}
     assert index.match_prefix([7, 7, 8, 8], extra_keys=keys).tokens == {}
+
+
+@pytest.mark.parametrize("end", ["expire", "remove"])
+def test_a_guess_ends_where_its_prefix_hashes_collide_with_others(end) -> None:
+    """Tokens for such hashes take 2**32 attempts where the seed is known; a holder that was gone stood on in a set."""
+    index = PrefixIndex(4, clock=lambda: 0.0)
+    paths = {"a": [1, 2, 3, 4], "b": [1, 2, 3, 1, 5], "c": [2, 1], "d": [1, 2, 3, 1, 5, 1]}
+    hashes = {pod: np.array(path, np.uint64) for pod, path in paths.items()}
+    for pod in paths:
+        index._guess(pod, 0, b"", hashes[pod], 1.0)
+        index._check()
+    for pod, path in paths.items():
+        assert index.match_hashes(hashes[pod]).tokens[pod] == 4 * len(path)
+    for pod in paths:
+        if end == "remove":
+            index.remove_pod(pod)
+        else:
+            index._expire(1.0)
+        index._check()
+    assert index.stats()["blocks"] == 0

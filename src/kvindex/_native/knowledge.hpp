@@ -20,12 +20,17 @@ public:
     const Chains& chains() const { return chains_; }
     // The chain that begins with this block below `parent`, and its first page; `pages` of them may be wanted.
     HeadSlot child(u32 space, Pos parent, u64 prefix, u32 pages) const {
-        const HeadSlot head = spaces_[space].heads.find(prefix);
+        const HeadTable& heads = spaces_[space].heads;
+        const HeadSlot head = heads.find(prefix);
         if (head.chain() == kNone) return head;
         chains_.prefetch(head, pages);
-        const Chain& k = chains_[head.chain()];
-        // A different place for the same 64-bit prefix hash would be a collision; never follow it.
-        return k.parent == parent.chain && k.base == parent.depth + 1 ? head : HeadSlot::none();
+        const auto here = [&](const HeadSlot& slot) {
+            const Chain& k = chains_[slot.chain()];
+            return k.parent == parent.chain && k.base == parent.depth + 1;
+        };
+        // A different place for the same 64-bit prefix hash would be a collision; never follow it. But what is here is
+        // found all the same: a guess is known by its path only, and would stay when it is over.
+        return here(head) ? head : heads.find_among(prefix, here);
     }
 
 protected:

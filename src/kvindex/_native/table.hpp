@@ -336,6 +336,13 @@ public:
         while (!at(i).free() && at(i).prefix != prefix) i = next(i);
         return at(i);
     }
+    // Of those whose prefix hashes collide, the one that is `right`. Apart, since nobody comes here by chance.
+    template <class Right>
+    [[gnu::noinline, gnu::cold]] HeadSlot find_among(u64 prefix, Right&& right) const {
+        u32 i = home(mixed(prefix));
+        while (!at(i).free() && !(at(i).prefix == prefix && right(at(i)))) i = next(i);
+        return at(i);
+    }
     void insert(Memory& m, u64 prefix, u32 chain, u32 page) {
         make_room(m);
         put({prefix, chain, page});
