@@ -93,3 +93,14 @@ def test_a_guess_ends_where_its_prefix_hashes_collide_with_others(end) -> None:
             index._expire(1.0)
         index._check()
     assert index.stats()["blocks"] == 0
+
+
+@pytest.mark.parametrize("blocks", range(100, 800, 50))
+def test_room_is_made_for_what_hangs_on_a_chain_that_becomes_one_with_its_parent(blocks) -> None:
+    """Two chains fork at their parent's end: when one is shed the other is joined, and its number means nothing."""
+    index = PrefixIndex(1, max_bytes=1 << 15)
+    forks = [stored([number], [number], parent=2, size=1) for number in (3, 4, 5)]
+    ingest(index, "a", stored([1, 2], [1, 2], size=1), *forks, removed(3))
+    many = range(100, 100 + blocks)
+    for _ in range(3):
+        ingest(index, "a", stored(many, many, parent=5, size=1))

@@ -381,6 +381,7 @@ protected:
                 return;
             }
             const u32 parent = c.parent;
+            if (chain == pinned_) pinned_ = kNone;
             chains_.destroy(chain);
             chain = parent;
         }
@@ -425,6 +426,7 @@ protected:
         });
         for (u32 i = 0; i < n; ++i) rename(space, moved[i][0], moved[i][1]);
         k.parent = kNone;
+        if (kid == pinned_) pinned_ = chain;
         chains_.destroy(kid);
     }
     // A block has a new reference: every table that had the old one follows.
@@ -459,6 +461,7 @@ protected:
 
     SetPool sets_;
     Chains chains_;
+    u32 pinned_ = kNone;  // the chain that the event at hand hangs on, followed through joins; kNone when it is gone
 
 private:
     std::vector<u32> scratch_ids_;

@@ -93,8 +93,8 @@ protected:
             chains_.ages().advance(0);
             recent_ = 0;
         }
-        const u32 pinned = parent == kNone ? kNone : chains_.pos(parent).chain;
-        chains_.touch(pinned);
+        pinned_ = parent == kNone ? kNone : chains_.pos(parent).chain;
+        chains_.touch(pinned_);
         if (!max_) return true;
         // The share that is kept free for what cannot be estimated: sets, runs, tables of chains.
         const std::size_t limit = max_ - max_ / 32;
@@ -108,10 +108,10 @@ protected:
             if (lot_bytes_ > max_ / 8 && shed_waiting()) continue;
             if (!renewed && chains_.ages().all_fresh()) {
                 // What the event hangs on goes last: if it comes to that, there is no room for the event.
-                for (u32 chain = pinned; chain != kNone; chain = chains_[chain].parent) chains_.ages().renew(chain);
+                for (u32 chain = pinned_; chain != kNone; chain = chains_[chain].parent) chains_.ages().renew(chain);
                 renewed = true;
             }
-            if (!shed_oldest(kPiece, shed_, pinned) && !shed_waiting()) return false;
+            if (!shed_oldest(kPiece, shed_, true) && !shed_waiting()) return false;
         }
         return true;
     }
@@ -170,10 +170,10 @@ private:
         return id;
     }
     // Sheds at most so many blocks of the oldest chain.
-    // False if there is none but `pinned`, which is renewed and therefore the last.
-    bool shed_oldest(u32 piece, Losses& losses, u32 pinned = kNone) {
+    // False if there is none but, where it is to stay, the pinned one, which is renewed and therefore the last.
+    bool shed_oldest(u32 piece, Losses& losses, bool but_pinned = false) {
         const u32 id = oldest_leaf();
-        if (id == kNone || id == pinned) return false;
+        if (id == kNone || (but_pinned && id == pinned_)) return false;
         const Chain& c = chains_[id];
         const u64 blocks = chains_.blocks();
         const u32 chains = chains_.count();
