@@ -59,7 +59,9 @@ def built(revision: str, *, changes: bool = False) -> Build:
         source = place / "source"
         archive = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True, check=True).stdout
         with tarfile.open(fileobj=io.BytesIO(archive)) as files:
-            files.extractall(source, filter="data")
+            # Python 3.11.2, which is Debian 12's, has no filters yet; what is unpacked is our own.
+            files.extraction_filter = getattr(tarfile, "data_filter", None)
+            files.extractall(source)
         into = ["--build-base", str(place / "objects"), "--build-lib", str(library)]
         done = subprocess.run(
             [sys.executable, "setup.py", "--quiet", "build", *into],
