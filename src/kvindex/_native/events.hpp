@@ -288,7 +288,7 @@ private:
         MsgValue v;
         if (!r_.next(v)) return false;
         if (v.type != MsgType::array) return r_.fail("the batch's events are no array", at);
-        model_ = nullptr;
+        before_ = nullptr;
         for (uint32_t i = 0; i < v.n; ++i) {
             if (!event()) return false;
         }
@@ -297,7 +297,7 @@ private:
 
     bool event() {
         const uint8_t* const at = r_.p;
-        if (model_ != nullptr && alike()) return true;
+        if (before_ != nullptr && alike()) return true;
         out_.events.emplace_back();
         begin(at);
         MsgValue v;
@@ -312,7 +312,7 @@ private:
         e_->bytes = static_cast<uint32_t>(r_.p - at);
         judge();
         const bool fit = e_->kind == EventKind::stored && e_->bad == Reason::none && !repeated_ && parts_.ordered();
-        model_ = fit ? at : nullptr;
+        before_ = fit ? at : nullptr;
         return true;
     }
 
@@ -334,9 +334,9 @@ private:
         if (patience_ != 0) return --patience_, false;
         const uint8_t* const at = r_.p;
         const Parts was = parts_;
-        const uint8_t* const model = model_;
-        const Event before = out_.events.back();
-        out_.events.push_back(before);
+        const uint8_t* const before = before_;
+        const Event last = out_.events.back();
+        out_.events.push_back(last);
         begin(at);
         e_->like = true;
         const auto same = [&](const uint8_t* from, const uint8_t* to) {
@@ -345,13 +345,13 @@ private:
             r_.p += n;
             return true;
         };
-        if (same(model, was.at[0]) && field(f_hashes) && same(was.at[1], was.at[2]) && field(f_parent) &&
+        if (same(before, was.at[0]) && field(f_hashes) && same(was.at[1], was.at[2]) && field(f_parent) &&
             same(was.at[3], was.at[4]) && field(f_tokens) && bad_ == 0 && !bad_token_ &&
-            same(was.at[5], model + before.bytes)) {
+            same(was.at[5], before + last.bytes)) {
             e_->bytes = static_cast<uint32_t>(r_.p - at);
             e_->n_hashes = static_cast<uint32_t>(out_.hashes.size()) - e_->hash_at;
             e_->n_tokens = static_cast<uint32_t>(out_.tokens.size()) - e_->token_at;
-            model_ = at;
+            before_ = at;
             return true;
         }
         // Where groups take turns, no two events that follow one another are alike.
@@ -656,10 +656,10 @@ private:
     uint32_t seen_ = 0;
     uint32_t bad_ = 0;
     bool bad_token_ = false;
-    bool repeated_ = false;           // a field came twice
-    const uint8_t* model_ = nullptr;  // the event before, if the next may be compared with it
-    Parts parts_;                     // of the event that is or was read
-    uint32_t patience_ = 0;           // events that are read without comparing first
+    bool repeated_ = false;            // a field came twice
+    const uint8_t* before_ = nullptr;  // the event before, if the next may be compared with it
+    Parts parts_;                      // of the event that is or was read
+    uint32_t patience_ = 0;            // events that are read without comparing first
 };
 
 }  // namespace events_detail

@@ -21,8 +21,8 @@ inline u64 mix_extra(u64 local, u64 digest, u64 seed) {
     return xxh3_64(both, sizeof both, seed ^ 0x9E3779B97F4A7C15ull);
 }
 
-// Whose events are applied, one after the other under one lock, and what need not be looked up for each.
-struct Speaker {
+// Events of one stream that are applied under one lock, one after the other, and what need not be looked up for each.
+struct Turn {
     u32 pod;
     i64 rank;
     const std::string& model;
@@ -33,8 +33,7 @@ struct Speaker {
     static constexpr std::size_t kParents = 4;
     u32 parents[kParents] = {kNone, kNone, kNone, kNone};
 
-    Speaker(u32 pod, i64 rank, const std::string& model, u32 space)
-        : pod(pod), rank(rank), model(model), space(space) {}
+    Turn(u32 pod, i64 rank, const std::string& model, u32 space) : pod(pod), rank(rank), model(model), space(space) {}
 };
 
 class Index : public Shedder {
@@ -92,36 +91,45 @@ public:
     // ---- events -----------------------------------------------------------------------------------------------------
 
     // One event of one stream. Never throws for what an engine may send; what could not be applied is in the report.
-    void apply(Speaker& by, const Batch& b, const Event& e, Report& r) {
-        if (e.kind == EventKind::stored && !admits(kWorkerBytes) && find_worker(by) == kNone) {
+    void apply(Turn& turn, const Batch& b, const Event& e, Report& r) {
+        if (e.kind == EventKind::stored && !admits(kWorkerBytes) && find_worker(turn) == kNone) {
             r.skip(Reason::over_budget, e.bad == Reason::none ? e.n_hashes : 1);
-            fall_short(by.pod, kNone);
+            fall_short(turn.pod, kNone);
             return;
         }
-        const u32 holder = by.holder;
-        by.holder = kNone;
-        act(by, b, e, e.like ? holder : kNone, r);
+        const u32 holder = turn.holder;
+        turn.holder = kNone;
+        act(turn, b, e, e.like ? holder : kNone, r);
         fit();
     }
+    static constexpr std::size_t kNamesAhead = 6;
     // Ask for what event `i` will need before its turn has come: the places of its names, then its parent's page, then
     // the chain. Each is known only when the one before has come, so several events are on their way at a time. One
     // block an event, each in another chain, after the processor has done something else: 255 ns a block became 190.
-    KVINDEX_INLINE void expect_names(const Speaker& by, const Batch& b, std::size_t i) const {
-        if (i >= b.events.size() || by.space == kNone) return;
+    KVINDEX_INLINE void expect_names(const Turn& turn, const Batch& b, std::size_t i) const {
+        if (i >= b.events.size() || turn.space == kNone) return;
         const Event& e = b.events[i];
-        const RefTable& names = spaces_[by.space].names;
+        const RefTable& names = spaces_[turn.space].names;
         if (e.has_parent) names.prefetch(name_of(e.parent));
         for (u32 k = 0; k < e.n_hashes && k < 4; ++k) names.prefetch(name_of(b.hashes[e.hash_at + k]));
     }
-    KVINDEX_INLINE void expect_page(Speaker& by, const Batch& b, std::size_t i) const {
-        if (i >= b.events.size() || by.space == kNone) return;
+    KVINDEX_INLINE void expect_page(Turn& turn, const Batch& b, std::size_t i) const {
+        if (i >= b.events.size() || turn.space == kNone) return;
         const Event& e = b.events[i];
-        u32& parent = by.parents[i % Speaker::kParents];
-        parent = e.has_parent ? spaces_[by.space].names.guess(name_of(e.parent)) : kNone;
+        u32& parent = turn.parents[i % Turn::kParents];
+        parent = e.has_parent ? spaces_[turn.space].names.guess(name_of(e.parent)) : kNone;
         if (parent != kNone) chains_.prefetch_block(parent);
     }
-    KVINDEX_INLINE void expect_chain(const Speaker& by, std::size_t i) const {
-        if (const u32 parent = by.parents[i % Speaker::kParents]; parent != kNone) chains_.prefetch_chain(parent);
+    KVINDEX_INLINE void expect_chain(const Turn& turn, std::size_t i) const {
+        if (const u32 parent = turn.parents[i % Turn::kParents]; parent != kNone) chains_.prefetch_chain(parent);
+    }
+    KVINDEX_INLINE void expect(Turn& turn, const Batch& b, std::size_t i) const {
+        expect_names(turn, b, i + kNamesAhead);
+        expect_page(turn, b, i + 4);
+        expect_chain(turn, i + 2);
+    }
+    KVINDEX_INLINE void expect_first(const Turn& turn, const Batch& b, std::size_t i) const {
+        for (std::size_t k = i; k < i + kNamesAhead; ++k) expect_names(turn, b, k);
     }
     // A payload of this worker was lost.
     void lost_payload(u32 pod, i64 rank) {
@@ -174,29 +182,29 @@ private:
 
     using Shedder::find_worker;
     using Shedder::worker;
-    u32 find_worker(Speaker& by) const {
-        if (by.worker == kNone) by.worker = find_worker(by.pod, by.rank, by.space);
-        return by.worker;
+    u32 find_worker(Turn& turn) const {
+        if (turn.worker == kNone) turn.worker = find_worker(turn.pod, turn.rank, turn.space);
+        return turn.worker;
     }
-    u32 worker(Speaker& by) {
-        if (by.worker == kNone) by.worker = worker(by.pod, by.rank, by.space = space(by.model));
-        return by.worker;
+    u32 worker(Turn& turn) {
+        if (turn.worker == kNone) turn.worker = worker(turn.pod, turn.rank, turn.space = space(turn.model));
+        return turn.worker;
     }
-    void act(Speaker& by, const Batch& b, const Event& e, u32 known, Report& r) {
+    void act(Turn& turn, const Batch& b, const Event& e, u32 known, Report& r) {
         if (e.bad != Reason::none) {
             r.skip(e.bad);
             if (e.kind == EventKind::stored) {
-                spoil(worker(by));
+                spoil(worker(turn));
             } else if (e.kind == EventKind::removed) {
-                if (const u32 w = find_worker(by); w != kNone) spoil(w);
+                if (const u32 w = find_worker(turn); w != kNone) spoil(w);
             }
             return;
         }
         switch (e.kind) {
-            case EventKind::stored: stored(by, b, e, known, r); break;
+            case EventKind::stored: stored(turn, b, e, known, r); break;
             case EventKind::removed: {
                 const u64* ids = b.hashes.data() + e.hash_at;
-                if (const u32 w = find_worker(by); w == kNone) {
+                if (const u32 w = find_worker(turn); w == kNone) {
                     r.skip(Reason::unknown_hash, e.n_hashes);
                 } else {
                     removed(w, e, ids, r);
@@ -204,7 +212,7 @@ private:
                 break;
             }
             case EventKind::cleared:
-                cleared(by.pod, by.rank);
+                cleared(turn.pod, turn.rank);
                 ++r.cleared;
                 break;
             case EventKind::other: r.skip(Reason::unknown_event); break;
@@ -214,8 +222,8 @@ private:
     // ---- stored -----------------------------------------------------------------------------------------------------
 
     // `known`: the holder that events like this one store to, if it is known.
-    void stored(Speaker& by, const Batch& b, const Event& e, u32 known, Report& r) {
-        const u32 id = worker(by);
+    void stored(Turn& turn, const Batch& b, const Event& e, u32 known, Report& r) {
+        const u32 id = worker(turn);
         Worker& w = *workers_[id];
         if (w.muted) return r.skip(Reason::over_budget, e.n_hashes);
         const bool bare = e.n_tokens == 0;
@@ -269,7 +277,7 @@ private:
             known = holder_for(id, media_.id(e.medium.p, e.medium.n), g, factor);
             refresh(id);
         }
-        const u32 h = by.holder = known;
+        const u32 h = turn.holder = known;
         factor = holders_[h].factor;
         // All its blocks masked: that the group exists is all there is to learn,
         // and it limits what the worker can reuse.

@@ -103,16 +103,14 @@ struct TokenPath {
     }
     // How many of the blocks i, i+1, ... have the prefix hashes `expect`. Each step
     // takes its predecessor from `expect`, not from the step before: once that one
-    // agreed they are the same number, and so the steps do not wait for one another.
+    // agreed they are the same number, and so the steps do not wait for one another. i is
+    // not 0: a chain's first block is not compared, the chain was found by it.
     u32 agree(const u64* expect, u32 i, u32 count, u64 prev) const {
         const std::size_t step = BT ? BT : local.block_tokens();
         u32 k = 0;
-        if (i == 0 || extra) {
-            for (; k < count; ++k) {
-                if (hash(i + k, prev) != expect[k]) return k;
-                prev = expect[k];
-                if (!extra && ++k) break;
-            }
+        if (extra) {
+            for (; k < count && hash(i + k, prev) == expect[k]; ++k) prev = expect[k];
+            return k;
         }
         for (; k < count; ++k) {
             if (roll.roll(prev, local.template local_fixed<BT>(tokens + step * (i + k))) != expect[k]) return k;

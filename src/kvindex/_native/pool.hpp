@@ -131,11 +131,10 @@ private:
             arena.touched = 0;
             ASAN_POISON_MEMORY_REGION(arena.items, kArenaBytes);
         }
+        open_.push(m_, s);
         if (again) {
-            open_.push(m_, s);
             holes_.pop();
         } else {
-            open_.push(m_, s);
             slabs_.push(m_, {~0ull, 0});
         }
         slabs_[s].open_at = open_.size() - 1;

@@ -163,18 +163,16 @@ public:
                 for (; i < batch.events.size(); ++i) ++r.skipped;
                 return true;
             }
-            Speaker by(pod, rank, model, ix_.find_space(model));
-            for (std::size_t k = i; k < i + 6; ++k) ix_.expect_names(by, batch, k);
+            Turn turn(pod, rank, model, ix_.find_space(model));
+            ix_.expect_first(turn, batch, i);
             for (u64 work = 0; i < batch.events.size() && work < kTurn; ++i) {
-                ix_.expect_names(by, batch, i + 6);
-                ix_.expect_page(by, batch, i + 4);
-                ix_.expect_chain(by, i + 2);
+                ix_.expect(turn, batch, i);
                 const Event& e = batch.events[i];
                 work += 1 + e.n_hashes;
                 totals_.events_stored += e.kind == EventKind::stored;
                 totals_.events_removed += e.kind == EventKind::removed;
                 totals_.events_cleared += e.kind == EventKind::cleared;
-                ix_.apply(by, batch, e, r);
+                ix_.apply(turn, batch, e, r);
             }
             if (i == batch.events.size()) {
                 ++totals_.batches;

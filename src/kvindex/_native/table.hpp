@@ -50,6 +50,13 @@ public:
 protected:
     u32 home(u32 half) const { return half >> (32 - lg_); }
     u32 next(u32 i) const { return (i + 1) & ((1u << lg_) - 1); }
+    // The first slot from the home of `half` on that is wanted, or free: then none is. Where there are slots.
+    template <class Wanted>
+    u32 seek(u32 half, Wanted&& wanted) const {
+        u32 i = home(half);
+        while (!slots_[i].free() && !wanted(slots_[i])) i = next(i);
+        return i;
+    }
     Slot& at(u32 i) { return slots_[i]; }
     const Slot& at(u32 i) const { return slots_[i]; }
 
@@ -75,9 +82,7 @@ protected:
     }
     // Where there is room, and nothing of that key.
     void put(const Slot& s) {
-        u32 i = home(s.half());
-        while (!slots_[i].free()) i = next(i);
-        fill(i, s);
+        fill(seek(s.half(), [](const Slot&) { return false; }), s);
     }
     void fill(u32 i, const Slot& s) {
         slots_[i] = s;
@@ -152,17 +157,13 @@ public:
     u32 find(u64 key, Same&& same) const {
         if (!size()) return kNone;
         const u32 h = mixed(key);
-        for (u32 i = home(h); !at(i).free(); i = next(i))
-            if (at(i).half() == h && same(at(i).ref())) return at(i).ref();
-        return kNone;
+        return at(seek(h, [&](const RefSlot& s) { return s.half() == h && same(s.ref()); })).ref();
     }
     // Where a key that is there most probably is.
     u32 guess(u64 key) const {
         if (!size()) return kNone;
         const u32 h = mixed(key);
-        u32 i = home(h);
-        while (!at(i).free() && at(i).half() != h) i = next(i);
-        return at(i).ref();
+        return at(seek(h, [&](const RefSlot& s) { return s.half() == h; })).ref();
     }
     void insert(Memory& m, const RefSlot& s) {
         make_room(m);
@@ -172,9 +173,8 @@ public:
     bool insert_new(Memory& m, u64 key, u32 ref, Same&& same) {
         make_room(m);
         const u32 h = mixed(key);
-        u32 i = home(h);
-        for (; !at(i).free(); i = next(i))
-            if (at(i).half() == h && same(at(i).ref())) return false;
+        const u32 i = seek(h, [&](const RefSlot& s) { return s.half() == h && same(s.ref()); });
+        if (!at(i).free()) return false;
         fill(i, {h, ref});
         return true;
     }
@@ -215,9 +215,8 @@ private:
     u32 slot_of(u64 key, u32 ref) const {
         if (!size()) return kNone;
         const RefSlot want{mixed(key), ref};
-        for (u32 i = home(want.half()); !at(i).free(); i = next(i))
-            if (at(i).both == want.both) return i;
-        return kNone;
+        const u32 i = seek(want.half(), [&](const RefSlot& s) { return s.both == want.both; });
+        return at(i).free() ? kNone : i;
     }
 };
 
@@ -332,16 +331,12 @@ public:
     // `chain` is kNone when absent. Of two chains whose prefix hashes collide, the one that was inserted first.
     HeadSlot find(u64 prefix) const {
         if (!size()) return HeadSlot::none();
-        u32 i = home(mixed(prefix));
-        while (!at(i).free() && at(i).prefix != prefix) i = next(i);
-        return at(i);
+        return at(seek(mixed(prefix), [&](const HeadSlot& s) { return s.prefix == prefix; }));
     }
     // Of those whose prefix hashes collide, the one that is `right`. Apart, since nobody comes here by chance.
     template <class Right>
     [[gnu::noinline, gnu::cold]] HeadSlot find_among(u64 prefix, Right&& right) const {
-        u32 i = home(mixed(prefix));
-        while (!at(i).free() && !(at(i).prefix == prefix && right(at(i)))) i = next(i);
-        return at(i);
+        return at(seek(mixed(prefix), [&](const HeadSlot& s) { return s.prefix == prefix && right(s); }));
     }
     void insert(Memory& m, u64 prefix, u32 chain, u32 page) {
         make_room(m);
@@ -359,8 +354,7 @@ public:
 private:
     u32 slot_of(u64 prefix, u32 chain) const {
         if (!size()) return kNone;
-        u32 i = home(mixed(prefix));
-        while (!at(i).free() && (at(i).prefix != prefix || at(i).chain() != chain)) i = next(i);
+        const u32 i = seek(mixed(prefix), [&](const HeadSlot& s) { return s.prefix == prefix && s.chain() == chain; });
         return at(i).free() ? kNone : i;
     }
 };
@@ -383,8 +377,7 @@ public:
     }
     void add(Memory& m, u64 key, u32 by = 1) {
         make_room(m);
-        u32 i = home(mixed(key));
-        while (!at(i).free() && at(i).key != key) i = next(i);
+        const u32 i = seek(mixed(key), [&](const CountSlot& s) { return s.key == key; });
         if (at(i).free()) {
             fill(i, {key, by});
         } else {
@@ -403,8 +396,7 @@ public:
 private:
     u32 slot_of(u64 key) const {
         if (!size()) return kNone;
-        u32 i = home(mixed(key));
-        while (!at(i).free() && at(i).key != key) i = next(i);
+        const u32 i = seek(mixed(key), [&](const CountSlot& s) { return s.key == key; });
         return at(i).free() ? kNone : i;
     }
 };
