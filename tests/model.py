@@ -146,6 +146,18 @@ class Worker:
                 at = at.parent
         self.names = {h: at for h, at in self.names.items() if at in needed}
 
+    def forget_above(self, at: Position) -> None:
+        """The same from one position towards the root. What waits for a name there is no reason to keep it: what was
+        announced before its parent ends as if it had come after it."""
+        while at.parent is not None:
+            named = {h for h, p in self.names.items() if p is at}
+            if any(ks for (_, _, h), ks in self.copies.items() if h in named):
+                return
+            if any(at in p.last(p.depth) for p in self.names.values() if p is not at):
+                return
+            self.names = {h: p for h, p in self.names.items() if h not in named}
+            at = at.parent
+
     def forget_parked(self) -> None:
         """Drop parked events without a copy that nothing parked (directly or in turn) hangs below."""
         kept = [p for p in self.parked if any(p.live)]
@@ -390,9 +402,9 @@ class Model:
             if not moved:
                 break
             # The last announcement of a hash wins, over all copies that its old place had. The parent may go with it.
-            del worker.names[moved[0]]
+            at = worker.names.pop(moved[0])
             worker.copies = {key: ks for key, ks in worker.copies.items() if key[2] != moved[0]}
-            worker.forget()
+            worker.forget_above(at)
         for h, at, live in zip(thing.hashes, targets, thing.live, strict=True):
             worker.names[h] = at
             copies = worker.copies.setdefault((thing.medium, thing.group, h), [])
