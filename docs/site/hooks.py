@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
+import pydoc
+import re
 from pathlib import Path
 from typing import Any
 
+import kvindex
 from kvindex.cli import parser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,10 +26,36 @@ def on_page_read_source(*, page: Any, **_: Any) -> str | None:
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """The page of the commands shows what ``--help`` prints, each under a heading of its own."""
-    if page.file.src_uri != "reference/commands.md":
-        return markdown
+    """The page of the commands shows what ``--help`` prints; those of classes begin with a table of their names."""
+    if page.file.src_uri == "reference/commands.md":
+        return markdown + commands()
+    return markdown.replace("<!-- names -->", names(markdown))
+
+
+def commands() -> str:
     os.environ["COLUMNS"] = "100"
-    (commands,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
-    parts = [f"## kvindex {name}\n\n```text\n{each.format_help()}```\n" for name, each in commands.choices.items()]
-    return "\n".join([markdown, *parts])
+    (each,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
+    parts = [f"\n## kvindex {name}\n\n```text\n{one.format_help()}```\n" for name, one in each.choices.items()]
+    return "".join(parts)
+
+
+def names(markdown: str) -> str:
+    lines = ["| name | what it is |", "|---|---|"]
+    for path in re.findall(r"^::: ([\w.]+)", markdown, flags=re.MULTILINE):
+        thing: Any = pydoc.locate(path)
+        if inspect.ismodule(thing):
+            parts = {f"{path}.{name}": getattr(thing, name) for name in thing.__all__}
+            lines += [
+                line(name, part) for name, part in parts.items() if inspect.isroutine(part) or isinstance(part, type)
+            ]
+        else:
+            lines.append(line(path, thing))
+    return "\n".join(lines)
+
+
+def line(path: str, thing: Any) -> str:
+    """A name, linked to where it is explained, and the first sentence about it."""
+    said, *_ = re.split(r"(?<=\.)\s|\n\n", inspect.getdoc(thing) or "", maxsplit=1)
+    said = re.sub(r":\w+:`~?(?:kvindex\.)?([\w.]+)`", r"`\1`", " ".join(said.split()))
+    name = path.rpartition(".")[2]
+    return f"| [`{name if getattr(kvindex, name, None) is thing else path}`](#{path}) | {said} |"

@@ -33,6 +33,26 @@ def markdown(text: str, arguments: Collection[str] = ()) -> str:
     return _ARGUMENT.sub(strong, text)
 
 
+def listed(fields: Collection[griffe.Attribute], *, shown: bool) -> str:
+    """What a class has, a line each where something is said of it: a heading and a signature each would be ten screens.
+
+    ``shown``: its signature has the names and types already.
+    """
+
+    def kind(field: griffe.Attribute) -> str:
+        # The default of a field that has one; a property has none, and what `field()` is told is of no use here.
+        given = "property" not in field.labels and field.value is not None and not str(field.value).startswith("field(")
+        return f"`{field.annotation} = {field.value}`" if given else f"`{field.annotation}`"
+
+    said = [field for field in fields if field.docstring]
+    rest = [f"`{field.name}`: {kind(field)}" for field in fields if not field.docstring]
+    lines = ["| field | type | |", "|---|---|---|"] if said else []
+    lines += [f"| `{field.name}` | {kind(field)} | {' '.join(field.docstring.value.split())} |" for field in said]
+    if rest and not (shown and not said):
+        lines += ["", ("Also " if said else "Fields: ") + ", ".join(rest) + "."]
+    return "\n".join(lines)
+
+
 class Roles(griffe.Extension):
     """Applies :func:`markdown` to every docstring, and shows how to make what is made by compiled code."""
 
@@ -56,3 +76,16 @@ class Roles(griffe.Extension):
         for member in obj.members.values():
             if not member.is_alias:
                 self._walk(member, seen)
+        if isinstance(obj, griffe.Class):
+            self._fold(obj)
+
+    def _fold(self, cls: griffe.Class) -> None:
+        own = [each for each in cls.members.values() if isinstance(each, griffe.Attribute)]
+        fields = [each for each in own if each.annotation and not each.name.startswith("_")]
+        if not fields:
+            return
+        said = cls.docstring.value if cls.docstring else ""
+        fields_too = f"{said}\n\n{listed(fields, shown='__init__' in cls.members)}"
+        cls.docstring = griffe.Docstring(fields_too.rstrip(), parent=cls)
+        for each in fields:
+            cls.del_member(each.name)

@@ -3,14 +3,19 @@
 The streams are those of :class:`kvindex.EventManager`, in its one thread: nothing here decides anything about them, and
 no method holds up the event loop. Asking the index takes microseconds and needs no ``await``::
 
+    import asyncio
     from kvindex import PodSource, PrefixIndex
     from kvindex.aio import EventManager
 
     index = PrefixIndex(block_size=16)
-    async with EventManager(index) as manager:
-        await manager.add_pod(PodSource("a", endpoint="tcp://10.0.0.1:5557", replay_endpoint="tcp://10.0.0.1:5558"))
-        await manager.wait_until_current(timeout=5.0)
-        best = index.match_prefix(tokens, only_exact=True).best()
+
+    async def best_pod(tokens):
+        async with EventManager(index) as manager:
+            await manager.add_pod(PodSource("a", endpoint="tcp://10.0.0.1:5557", replay_endpoint="tcp://10.0.0.1:5558"))
+            await manager.wait_until_current(timeout=1.0)
+            return index.match_prefix(tokens, only_exact=True).best()
+
+    print(asyncio.run(best_pod(range(64))))             # ("a", 48), or None: nobody is known to have it
 """
 
 from __future__ import annotations
@@ -34,6 +39,9 @@ T = TypeVar("T")
 
 class EventManager:
     """:class:`kvindex.EventManager` for asyncio: the same arguments, behaviour and errors.
+
+    To be awaited: ``close``, ``add_pod``, ``remove_pod``, ``bind``, ``wait_until_current``; not to be awaited, since
+    they wait for nobody: ``status``, ``faults``, ``is_current``. :meth:`changes` takes the place of ``on_change``.
 
     An async context manager. Belongs to no event loop: each method may be awaited in any. A method that is cancelled
     while it waits has either taken effect or never will.

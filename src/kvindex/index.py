@@ -203,10 +203,11 @@ class PrefixIndex(Index):
     def stats(self) -> dict[str, Any]:
         """Figures of the whole index, O(1).
 
-        blocks (distinct content), chains, sets, holders, pods, workers, parked, guesses, bytes (native memory: all that
-        events make grow, without the names of pods and models and without scratch), and since the start: what max_bytes
-        (shed_*) and ttl (expired_*) took in blocks, chains, parked hashes and guesses; batches, bad_payloads, events_*
-        by type, blocks_* by fate, skipped, errors, skipped_reasons.
+        Now: ``blocks`` (distinct content), ``chains``, ``sets``, ``holders``, ``pods``, ``workers``, ``parked``,
+        ``guesses`` (of :meth:`add_prefix`), ``bytes`` (native memory: all that events make grow, without the names of
+        pods and models and without scratch). Since the start: what ``max_bytes`` (``shed_*``) and ``ttl``
+        (``expired_*``) took in blocks, chains, parked hashes and guesses; ``batches``, ``bad_payloads``, ``events_*``
+        by type, ``blocks_*`` by fate, ``skipped``, ``errors``, ``skipped_reasons``.
         """
         return self._figures()
 

@@ -1,4 +1,4 @@
-"""The README and the documentation keep their word: every block of code in them runs, in the order of the page.
+"""The README, the documentation and the docstrings keep their word: every block of code in them runs, in order.
 
 Python runs in this process, one namespace a page. Shell runs in bash, in a directory that looks like the checkout: the
 commands of kvindex are the real ones, with the page's ports moved to free ones; what installs, builds, takes long or is
@@ -8,7 +8,9 @@ figures and output.
 
 from __future__ import annotations
 
+import ast
 import gzip
+import inspect
 import json
 import os
 import random
@@ -27,10 +29,15 @@ from kvindex import EventManager
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+MODULES = sorted((ROOT / "src" / "kvindex").rglob("*.py"))
 FENCED = re.compile(r"^(?P<indent> *)```(?P<language>[\w-]*)[^\n]*\n(?P<code>.*?)^(?P=indent)```", re.M | re.S)
 PORT = re.compile(r"\b5[56]\d\d\b")
 ELSEWHERE = re.compile(r"\b10\.0\.0\.\d+\b")
 TEXT = ("", "text")
+# An example in a docstring: what is indented after a double colon. docs/site/roles.py makes blocks of it on the site.
+EXAMPLE = re.compile(r"::\n\n(?P<code>(?:(?: {4}.*)?\n)+)")
+# A list of pods, or a file's layout; all else is Python.
+NO_PYTHON = {"- ": "yaml", '{"': "text"}
 
 # Bash stops a page at its first command that fails, wherever in a line it stands.
 BASH = ["bash", "-euo", "pipefail", "-c"]
@@ -41,6 +48,15 @@ def blocks(page):
     for found in FENCED.finditer(page.read_text()):
         indent = len(found["indent"])
         yield found["language"], "".join(line[indent:] for line in found["code"].splitlines(keepends=True))
+
+
+def examples(module):
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(ast.parse(module.read_text())):
+        said = ast.get_docstring(node) if isinstance(node, documented) else None
+        for found in EXAMPLE.finditer((said or "") + "\n"):
+            code = inspect.cleandoc(found["code"])
+            yield NO_PYTHON.get(code[:2], "python"), code
 
 
 def runs(page):
@@ -90,9 +106,9 @@ class Reader:
                 request = {"timestamp": number * 500, "input_length": 1500, "output_length": 20, "hash_ids": ids}
                 trace.write(json.dumps(request) + "\n")
 
-    def move_ports(self, page):
-        """Find a distance at which all of the page's ports are free, and those 100 higher, where replays are."""
-        wanted = {int(port) for _, code in blocks(page) for port in PORT.findall(code)}
+    def move_ports(self, codes):
+        """Find a distance at which all of a page's ports are free, and those 100 higher, where replays are."""
+        wanted = {int(port) for _, code in codes for port in PORT.findall(code)}
         for _ in range(100):
             self.moved = random.randrange(10_000, 50_000)
             with suppress(OSError):
@@ -150,9 +166,23 @@ def reader(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if runs(page)], ids=named)
 def test_a_page_runs_from_its_first_block_to_its_last(page, reader):
-    reader.move_ports(page)
+    reader.move_ports(blocks(page))
     for language, code in blocks(page):
         reader.type(language, code, page)
+
+
+@pytest.mark.parametrize("module", [path for path in MODULES if [*examples(path)]], ids=named)
+def test_the_examples_in_docstrings_run(module, reader):
+    reader.move_ports(examples(module))
+    for language, code in examples(module):
+        reader.type(language, code, module)
+
+
+def test_no_example_in_a_docstring_is_overlooked():
+    """The text of a docstring is found as a block or has no double colon; and there are some, or nothing was tried."""
+    assert sum(len([*examples(path)]) for path in MODULES) == sum(path.read_text().count("::\n\n") for path in MODULES)
+    assert {language for path in MODULES for language, _ in examples(path)} >= {"python", "yaml"}
+    assert not [path for path in MODULES if re.search(r"^ *>>> ", path.read_text(), re.M)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)

@@ -53,26 +53,36 @@ class WorkerStatus:
     state: str
     """``exact``, ``degraded`` or ``stale``: the worse of what the stream and the index say."""
     reason: str
+    """Why, for people; empty where it is ``exact``."""
     connected: bool
+    """Whether the subscription stands."""
     last_seq: int | None
+    """The number of the last applied batch."""
     last_ts: float | None
     """When the engine made the last applied batch, seconds since 1970."""
     lag: float | None
     """From the last batch's own time to its application here; clocks that disagree show in it."""
     replaying: bool
+    """Whether a replay has been asked for that is not over."""
     waiting: int
     """Batches that wait for a hole to be filled."""
     batches: int
     """Batches applied."""
     gaps: int
+    """Holes in the sequence of what arrived."""
     lost_batches: int
+    """Batches that no replay had any more, and that were given up."""
     replays: int
     """Replays asked for."""
     replays_healed: int
+    """Times that a replay has filled a hole."""
     replays_failed: int
+    """Times that a hole was given up, since no replay filled it."""
     restarts: int
+    """Times that another process was found behind the endpoint."""
     reconnects: int
     duplicates: int
+    """Batches that came again, and were dropped."""
     throttled: int
     """Times that it had to wait for its limit: :attr:`PodSource.max_event_rate`."""
     errors: Mapping[str, int]
@@ -89,7 +99,7 @@ class WorkerStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PodStatus:
-    """A pod at one moment: the sums, and the worst, of its workers."""
+    """A pod at one moment: of each field of :class:`WorkerStatus` the sum, or the worst, over its workers."""
 
     pod: str
     model: str
