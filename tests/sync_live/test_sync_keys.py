@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 import zmq
 import zmq.auth
+from chaos.proxy import Proxy
 from sync_support import BRISK, LivePublisher, nothing_left_behind, until
 
 from kvindex import InvalidTypeError, InvalidValueError, PodSource, PrefixIndex, StreamError
@@ -63,6 +65,74 @@ def test_a_publisher_without_the_secret_key_is_ignored(index, manager, publisher
         assert (status.state, status.connected, status.batches) == ("stale", False, 0)
         assert held(index, stranger) == 0
         assert index.stats()["blocks"] == 5
+
+
+class Wire(Proxy):
+    """Keeps what passes, and changes a bit of the last token of a batch, once, when it is told to."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.seen = b""
+        self.spoil = False
+        super().__init__("127.0.0.1", int(endpoint.rpartition(":")[2]))
+
+    def _damaged(self, data: bytes) -> bytes:
+        self.seen += data
+        # Longer than a heartbeat. A batch ends with that token, the block size, no adapter and the rank.
+        if self.spoil and len(data) > 60:
+            self.spoil = False
+            return data[:-4] + bytes([data[-4] ^ 1]) + data[-3:]
+        return data
+
+
+@pytest.fixture
+def wired(manager):
+    """Follow a pod over a :class:`Wire`; the replays of one with keys are asked for without it."""
+    wires = []
+
+    def follow(pod: LivePublisher, **options: Any) -> Wire:
+        endpoint, replay = pod.ranks[0]
+        wires.append(Wire(endpoint))
+        ranks = {0: (f"tcp://127.0.0.1:{wires[0].port}", replay if "server_key" in options else None)}
+        manager.add_pod(source(pod, ranks=ranks, **options))
+        assert manager.wait_until_current(30)
+        return wires[0]
+
+    yield follow
+    for wire in wires:
+        wire.close()
+
+
+@pytest.mark.parametrize("keys", [True, False])
+def test_what_passes_can_be_read_only_without_keys(index, manager, wired, keys):
+    with LivePublisher(secret_key=SECRET.encode() if keys else None) as pod:
+        wire = wired(pod, server_key=PUBLIC) if keys else wired(pod)
+        until(lambda: pod.publish(clear=True) or manager.status()["pod"].batches or time.sleep(0.01))
+        pod.publish(5)
+        until(lambda: held(index, pod) == len(pod.chain(0)))
+        assert (b"BlockStored" in wire.seen) != keys
+
+
+def test_what_is_changed_on_the_way_is_not_believed(index, manager, wired):
+    with LivePublisher(secret_key=SECRET.encode()) as pod:
+        wire = wired(pod, server_key=PUBLIC)
+        pod.publish(5)
+        wire.spoil = True
+        until(lambda: pod.publish() or not wire.spoil or time.sleep(0.01))
+        until(lambda: held(index, pod) == len(pod.chain(0)) and index.pod_state("pod") == "exact")
+        assert index.stats()["blocks"] == pod.count[0]
+        assert manager.status()["pod"].errors == {}
+
+
+def test_what_is_changed_on_the_way_is_believed_without_keys(index, manager, wired):
+    """Or the test above would show nothing; events carry no checksum."""
+    with LivePublisher() as pod:
+        wire = wired(pod)
+        until(lambda: pod.publish(clear=True) or manager.status()["pod"].batches or time.sleep(0.01))
+        pod.publish(5)
+        wire.spoil = True
+        until(lambda: pod.publish() or not wire.spoil or time.sleep(0.01))
+        until(lambda: index.stats()["blocks"] == len(pod.chain(0)) // pod.block_size)
+        assert held(index, pod) < len(pod.chain(0))
 
 
 def test_a_publisher_with_keys_does_not_talk_to_who_has_none(index, manager):

@@ -547,3 +547,13 @@ def test_what_is_no_token_is_refused_in_bytes_too(call, builtin, said):
         call()
     assert isinstance(caught.value, builtin)
     assert said in str(caught.value)
+
+
+def test_a_long_prompt_costs_no_more_than_what_somebody_holds(index):
+    """Whoever writes prompts decides how long they are, not how much is looked at."""
+    prompt = np.arange(4_000_000, dtype=np.uint32)
+    held = kvindex.BlockStored(pod="long", block_hashes=range(1, 101), token_ids=prompt[:400], block_size=4)
+    index.process_block_stored(held)
+    compared = [index._compared(index.match_prefix(prompt[:length])) for length in (400, 404, 40_000, 4_000_000)]
+    assert compared[0] >= 100
+    assert compared[0] <= compared[1] <= compared[2] == compared[3] <= compared[0] + 8
