@@ -11,6 +11,9 @@ JOBS ?= $(shell nproc)
 SECONDS ?= 60
 
 BIN := .venv/bin
+# What a run found, for .github/summary.py and other machines.
+REPORTS := .build/reports
+JUNIT = --junit-xml=$(REPORTS)/junit-$@.xml
 CORE := $(wildcard $(foreach kind,pyx pxd pxi hpp,src/kvindex/*.$(kind)) src/kvindex/_native/*.hpp)
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 
@@ -54,14 +57,14 @@ listed = $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.t
 	touch $@
 
 .PHONY: ci nightly coverage test-nightly wheel-check release-check
-.PHONY: help build demo test sanitize fuzz lint dist clean bench-peers bench-rows bench-streams bench-gate
+.PHONY: help build demo test test-unit test-wire sanitize fuzz lint dist clean bench-peers bench-rows bench-streams bench-gate
 .PHONY: bench bench-quick bench-html bench-replay bench-baseline bench-check
 
 .PHONY: test-kv-sync-chaos test-kv-sync-all chaos-quick chaos-storm
 
 help:
 	@echo 'make demo              build, then a simulated fleet with its events flowing into the index'
-	@echo 'make test              every test'
+	@echo 'make test              every test; test-wire: those of what engines really wrote, test-unit: the others'
 	@echo 'make sanitize          the tests with the core under the address and undefined-behaviour sanitizers'
 	@echo 'make fuzz SECONDS=60   coverage-guided fuzzers on the event decoder and on snapshots'
 	@echo 'make bench-peers       kvindex beside Dynamo, a dict of sets and the floor: one process, one table'
@@ -96,7 +99,15 @@ demo: .venv/.installed
 
 # A file's tests stay together: two of them share builds that take long.
 test: .venv/.test-tools
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(JUNIT)
+
+# The same in two, as the pipeline runs it: what engines really wrote, and everything else.
+RECORDED := tests/wire tests/captures
+test-unit: .venv/.test-tools
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(JUNIT) $(addprefix --ignore=,$(RECORDED))
+
+test-wire: .venv/.test-tools
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(JUNIT) $(RECORDED)
 
 # The sanitized core lies in a tree of its own, before the checkout on the path; everything else comes from .venv.
 # -UNDEBUG because Python's own flags switch the core's assertions off; -O1 keeps the stack traces readable. Tables grow
@@ -120,7 +131,7 @@ SANITIZE_RUN = env LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print
 
 sanitize: .venv/.test-tools $(SANITIZED)/.built
 	$(SANITIZE_RUN) $(BIN)/python -c 'import kvindex._core as c; assert "$(SANITIZED)" in c.__file__, c.__file__'
-	HYPOTHESIS_PROFILE=sanitized $(SANITIZE_RUN) $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -k 'not plot' --ignore tests/packaging --ignore tests/typing
+	HYPOTHESIS_PROFILE=sanitized $(SANITIZE_RUN) $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(JUNIT) -k 'not plot' --ignore tests/packaging --ignore tests/typing
 
 FUZZ := .build/fuzz
 CLANG := $$(command -v clang++ || command -v clang++-14)
@@ -180,7 +191,7 @@ bench-baseline: .venv/.bench-tools $(PEERS)/.tried
 	$(BENCH) benchmarks.baseline make
 
 bench-check: .venv/.bench-tools $(PEERS)/.tried
-	$(BENCH) benchmarks.baseline check $(ONLY)
+	$(BENCH) benchmarks.baseline check --out $(REPORTS) $(ONLY)
 
 bench-replay: .venv/.bench-tools
 	$(BENCH) benchmarks.replay $(TRACE)
@@ -277,15 +288,15 @@ $(COVERED)/.built: setup.py $(CORE) $(shell find src/kvindex -name '*.py') | .ve
 coverage: .venv/.coverage-tools $(COVERED)/.built
 	rm -rf $(COVERED)/report && mkdir -p $(COVERED)/report
 	find $(COVERED) -name '*.gcda' -delete
-	PYTHONPATH=$(CURDIR)/$(COVERED)/lib $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --ignore tests/packaging --ignore tests/typing \
-		--cov=kvindex --cov-report=html:$(COVERED)/report/python --cov-report=term
+	PYTHONPATH=$(CURDIR)/$(COVERED)/lib $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(JUNIT) --ignore tests/packaging --ignore tests/typing \
+		--cov=kvindex --cov-report=html:$(COVERED)/report/python --cov-report=json:$(REPORTS)/coverage-python.json --cov-report=term
 	$(BIN)/gcovr --root . --object-directory $(COVERED) --filter 'src/kvindex/_native/' --filter 'src/kvindex/_tokens.hpp' \
-		--exclude-throw-branches --html-details $(COVERED)/report/native.html --txt --gcov-ignore-parse-errors=suspicious_hits.warn \
+		--exclude-throw-branches --html-details $(COVERED)/report/native.html --txt --json-summary $(REPORTS)/coverage-native.json --gcov-ignore-parse-errors=suspicious_hits.warn \
 		--fail-under-line 98
 
 # The long runs of what `make test` does in minutes.
 test-nightly: .venv/.test-tools
-	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -q -n $(JOBS) tests/property tests/threads
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -q -n $(JOBS) $(JUNIT) tests/property tests/threads
 
 # What a release would be made of: the sdist, the wheel that is built from it, installed where there is nothing else.
 WHEEL := .build/wheel
@@ -303,6 +314,7 @@ release-check: $(BIN)/python
 # The pipelines, here: the steps of the workflows in their order.
 ci: .venv/.test-tools
 	$(BIN)/python .github/stages.py .github/workflows/complete-testing.yml
+	$(BIN)/python .github/summary.py $(REPORTS) chaos/reports
 
 nightly: .venv/.test-tools
 	$(BIN)/python .github/stages.py .github/workflows/nightly-performance.yml
@@ -323,10 +335,10 @@ clean:
 	touch $@
 
 test-kv-sync-e2e: .venv/.e2e-tools
-	$(BIN)/python -m pytest -q e2e
+	$(BIN)/python -m pytest -q $(JUNIT) e2e
 
 e2e-quick: .venv/.e2e-tools
-	$(BIN)/python -m pytest -q e2e -m quick
+	$(BIN)/python -m pytest -q $(JUNIT) e2e -m quick
 
 # Real engines, in an environment of their own that is about 4 GB.
 ENGINES := .build/engines

@@ -23,6 +23,9 @@ def problems(tag: str, version: str, changelog: str) -> list[str]:
         found.append(f"the newest entry of CHANGELOG.md is {entry['version']}, the package says {version}")
     elif entry["date"] is None:
         found.append(f"the entry {version} of CHANGELOG.md has no date")
+    waiting = re.search(r"^## \[Unreleased\]$(?P<text>.*?)(?=^## |\Z)", changelog, re.MULTILINE | re.DOTALL)
+    if entry is not None and waiting is not None and waiting["text"].strip():
+        found.append(f"CHANGELOG.md has changes under [Unreleased]: they belong under [{version}]")
     return found
 
 

@@ -106,7 +106,7 @@ def make() -> int:
     return 0
 
 
-def check(threshold: float, only: str) -> int:
+def check(threshold: float, only: str, out: Path | None) -> int:
     try:
         kept = json.loads(FILE.read_text())
     except OSError as error:
@@ -123,7 +123,7 @@ def check(threshold: float, only: str) -> int:
         rows.append([kind, name, f"{before:g}", f"{after:g}", f"{after / before:.3f}" if before else "", verdict])
         if verdict.startswith("worse"):
             worse.append(
-                f"{kind}, {name}: {before:g} → {after:g}, {after / before - 1:+.1%} since {kept['commit'][:10]}"
+                f"{kind}, {name}: {before:g} → {after:g}, {_change(after, before)} since {kept['commit'][:10]}"
             )
 
     for name, before in kept["exact"].items():
@@ -152,10 +152,36 @@ def check(threshold: float, only: str) -> int:
                 suspects.append("match numpy full 512 blocks 8 pods")
     if suspects:
         worse += _again(kept["commit"], suspects, limit)
-    print(table(["figure", "", "baseline", "now", "now / baseline", ""], rows))
-    print(f"baseline of {kept['commit'][:10]} on {kept['machine']}; now {commit()}, threshold {threshold:.0%}")
-    print("\n".join(["", "WORSE THAN THE BASELINE:", *worse]) if worse else "Nothing is worse than the baseline.")
+    columns = ["figure", "", "baseline", "now", "now / baseline", ""]
+    since = f"baseline of {kept['commit'][:10]} on {kept['machine']}; now {commit()}, threshold {threshold:.0%}"
+    verdict = ["WORSE THAN THE BASELINE:", *worse] if worse else ["Nothing is worse than the baseline."]
+    text = "\n".join([table(columns, rows), since, "", *verdict])
+    print(text)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "bench-check.md").write_text(text + "\n")
+        plot(rows, limit, since, out / "bench-check.svg")
     return bool(worse)
+
+
+def plot(rows: Sequence[Sequence[str]], limit: float, title: str, path: Path) -> None:
+    """Each figure as a point: where it stands beside the baseline, and beside the threshold."""
+    from matplotlib.figure import Figure
+
+    kinds = {"time over floor": "o", "instructions": "x"}
+    names = sorted({row[1] for row in rows if row[0] in kinds}, reverse=True)
+    figure = Figure(figsize=(9, 1 + 0.22 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    for kind, marker in kinds.items():
+        points = [(float(row[4]), names.index(row[1])) for row in rows if row[0] == kind and row[4]]
+        axes.plot([ratio for ratio, _ in points], [place for _, place in points], marker, markersize=5, label=kind)
+    axes.axvline(1, color="black", linewidth=0.6)
+    axes.axvline(limit, color="red", linewidth=0.8, linestyle="--", label="threshold")
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.set_xlabel("now / baseline")
+    axes.set_title(title, fontsize=7, loc="left")
+    axes.legend(fontsize=7)
+    figure.savefig(path)
 
 
 def _change(after: float, before: float) -> str:
@@ -178,9 +204,10 @@ def main() -> int:
     parser.add_argument("what", choices=("make", "check"))
     parser.add_argument("--threshold", type=float, default=0.10)
     parser.add_argument("--only", default="", help="check only workloads whose name contains this")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="put the table and a plot of it there, too")
     options = parser.parse_args()
     try:
-        return make() if options.what == "make" else check(options.threshold, options.only)
+        return make() if options.what == "make" else check(options.threshold, options.only, options.out)
     except BrokenRun as error:
         print(f"BROKEN: {error}\nNothing is known about speed.", file=sys.stderr)
         return 2

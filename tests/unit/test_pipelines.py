@@ -1,0 +1,130 @@
+"""What stands between a change and its users: the stages, their summary, and what may become a release."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / ".github" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+stages, summary, release = script("stages"), script("summary"), script("release")
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+def test_jobs_stand_in_the_order_of_their_needs(workflow):
+    """Which is the order that they run in here, one after another."""
+    before: set[str] = set()
+    for name, job in yaml.safe_load(workflow.read_text())["jobs"].items():
+        needs = job.get("needs", [])
+        assert before.issuperset([needs] if isinstance(needs, str) else needs), name
+        before.add(name)
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+def test_every_step_is_a_target(workflow):
+    targets = set(re.findall(r"^([a-z0-9-]+)(?=[^=\n]*:(?!=))", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for command, _ in stages.stages(workflow):
+        assert command.split()[1] in targets, command
+
+
+def test_the_summary_waits_for_every_job():
+    jobs = yaml.safe_load((ROOT / ".github/workflows/complete-testing.yml").read_text())["jobs"]
+    assert set(jobs["summary"]["needs"]) == set(jobs) - {"summary"}
+
+
+def test_stages_stop_at_the_first_that_fails_and_say_what_was_left_out(tmp_path):
+    commands = ["make first", "make second", "make third"]
+    steps = [{"uses": "checkout"}, *({"run": command} for command in commands)]
+    steps.insert(2, {"run": "make weekly", "if": "github.event_name == 'schedule'"})
+    (tmp_path / "workflow.yml").write_text(yaml.safe_dump({"jobs": {"one": {"steps": steps}}}))
+    (tmp_path / "Makefile").write_text("first:\n\t@echo ran first\nsecond:\n\t@false\nthird weekly:\n\t@echo ran $@\n")
+    ran = subprocess.run(
+        [sys.executable, ROOT / ".github/stages.py", "workflow.yml"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 1
+    assert re.findall(r"ran (\w+)", ran.stdout) == ["first"]
+    table = [line.split(" s  ")[1].split("  ") for line in ran.stdout.splitlines() if " s  " in line]
+    assert [(row[0].strip(), row[-1].strip()) for row in table] == [
+        ("passed", "make first"),
+        ("left out: it has a condition", "make weekly"),
+        ("failed", "make second"),
+    ]
+
+
+def test_the_summary_counts_what_the_reports_say(tmp_path, capsys, monkeypatch):
+    tests = tmp_path / "test_some.py"
+    tests.write_text(
+        "import pytest\n"
+        "def test_good(): pass\n"
+        "def test_fine(): pass\n"
+        "def test_bad(): assert False\n"
+        "def test_left_out(): pytest.skip('no engine here')\n"
+    )
+    job = tmp_path / "reports" / "unit-3.11"
+    junit = f"--junit-xml={job / 'junit-test-unit.xml'}"
+    subprocess.run([sys.executable, "-m", "pytest", "-q", tests, junit], cwd=tmp_path, capture_output=True, check=False)
+    (job / "coverage-python.json").write_text('{"totals": {"percent_covered": 97.25}}')
+    (job / "coverage-native.json").write_text('{"line_percent": 98.6}')
+    (job / "bench-check.md").write_text("Nothing is worse than the baseline.\n")
+    chaos = tmp_path / "reports" / "chaos"
+    chaos.mkdir()
+    (chaos / "results.json").write_text(
+        '[{"experiment": "kill", "verdict": "passed"}, {"experiment": "lag", "verdict": "failed"}]'
+    )
+    (chaos / "junit-cut.xml").write_text("<testsuites><testsu")
+
+    monkeypatch.setattr(sys, "argv", ["summary.py", str(tmp_path / "reports")])
+    assert summary.main() == 0
+    said = capsys.readouterr().out
+    rows = dict(line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("| "))
+    assert rows["unit-3.11/test-unit"].startswith("**1 failures**, 2 passed, 1 skipped in ")
+    assert rows["unit-3.11/coverage-python"] == "97.2 % of the lines"
+    assert rows["unit-3.11/coverage-native"] == "98.6 % of the lines"
+    assert rows["chaos/chaos"] == "**lag failed**, 1 passed"
+    assert rows["chaos/cut"].startswith("**not readable")
+    assert "Nothing is worse than the baseline." in said
+
+
+CHANGES = "# Changelog\n\n## [Unreleased]\n\n## [1.2.3] - 2030-01-31\n\n- Something.\n"
+
+
+def test_a_release_whose_names_agree_has_no_problems():
+    assert release.problems("v1.2.3", "1.2.3", CHANGES) == []
+
+
+@pytest.mark.parametrize(
+    ("tag", "version", "changes", "said"),
+    [
+        ("v1.2.4", "1.2.3", CHANGES, "the tag is v1.2.4"),
+        ("1.2.3", "1.2.3", CHANGES, "tag v1.2.3"),
+        ("v1.2.4", "1.2.4", CHANGES, "newest entry of CHANGELOG.md is 1.2.3"),
+        ("v1.2.3", "1.2.3", CHANGES.replace(" - 2030-01-31", ""), "no date"),
+        ("v1.2.3", "1.2.3", "## [Unreleased]\n", "no entry of a version"),
+        ("v1.2.3", "1.2.3", CHANGES.replace("d]\n", "d]\n\n- Forgotten.\n"), "under [Unreleased]"),
+    ],
+)
+def test_a_release_whose_names_differ_is_refused(tag, version, changes, said):
+    (problem,) = release.problems(tag, version, changes)
+    assert said in problem
