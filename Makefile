@@ -298,15 +298,16 @@ coverage: .venv/.coverage-tools $(COVERED)/.built
 test-nightly: .venv/.test-tools
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -q -n $(JOBS) $(JUNIT) tests/property tests/threads
 
-# What a release would be made of: the sdist, the wheel that is built from it, installed where there is nothing else.
+# What a release would be made of: the sdist, and the wheel that is built from it, installed where there is nothing else
+# and tested by the tests that the sdist brings, without the sources beside them.
 WHEEL := .build/wheel
 wheel-check: dist
 	rm -rf $(WHEEL) && $(PYTHON) -m venv $(WHEEL)
 	$(WHEEL)/bin/python -m pip --disable-pip-version-check --no-input install --quiet "$$(ls dist/*.whl)[test]"
-	cp -r $(filter-out src build dist Makefile setup.py,$(shell git ls-files | cut -d/ -f1 | sort -u)) Makefile $(WHEEL)/
-	[ ! -d ../shared ] || ln -sfn $$(cd ../shared && pwd) .build/shared
-	cd $(WHEEL) && bin/python -c 'import kvindex, sys; assert kvindex.__file__.startswith(sys.prefix), kvindex.__file__'
-	cd $(WHEEL) && bin/python -m pytest -q -n $(JOBS) --dist loadfile --ignore tests/packaging --ignore tests/typing
+	mkdir $(WHEEL)/sdist && tar -xzf dist/*.tar.gz -C $(WHEEL)/sdist --strip-components=1 && rm -r $(WHEEL)/sdist/src
+	[ ! -d ../shared ] || ln -sfn $$(cd ../shared && pwd) $(WHEEL)/shared
+	cd $(WHEEL)/sdist && ../bin/python -c 'import kvindex, sys; assert kvindex.__file__.startswith(sys.prefix), kvindex.__file__'
+	cd $(WHEEL)/sdist && ../bin/python -m pytest -q -n $(JOBS) --dist loadfile --ignore tests/packaging --ignore tests/typing
 
 release-check: $(BIN)/python
 	$(BIN)/python .github/release.py '$(TAG)'

@@ -180,7 +180,7 @@ def plot(rows: Sequence[Sequence[str]], limit: float, title: str, path: Path) ->
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.set_xlabel("now / baseline")
     axes.set_title(title, fontsize=7, loc="left")
-    axes.legend(fontsize=7)
+    figure.legend(loc="outside lower left", ncols=3, fontsize=7)
     figure.savefig(path)
 
 

@@ -2,6 +2,7 @@
 
 import email
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -56,12 +57,13 @@ def test_the_sdist_has_every_source_and_nothing_that_was_generated(dist):
     (path,) = dist.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    package = ROOT / "src" / "kvindex"
-    patterns = ("*.py", "*.pyx", "*.pxd", "*.pxi", "*.pyi", "*.hpp", "py.typed")
-    sources = {str(p.relative_to(ROOT)) for pattern in patterns for p in package.rglob(pattern)}
-    tests = {str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("*.py")}
-    assert sources
-    assert sources | tests | {"LICENSE", "README.md", "CHANGELOG.md", "Makefile", "setup.py", "pyproject.toml"} <= names
+    folders = (".github", "benchmarks", "chaos", "docs", "e2e", "examples", "src", "tests")
+    generated = re.compile(r"__pycache__|\.egg-info|\.so$|_core\.cpp$|^chaos/reports/")
+    files = {p.relative_to(ROOT).as_posix() for folder in folders for p in (ROOT / folder).rglob("*") if p.is_file()}
+    sources = {name for name in files if not generated.search(name)}
+    assert {name.partition("/")[0] for name in sources} == set(folders)
+    alone = {"LICENSE", "Makefile", "asv.conf.json", "mkdocs.yml", "pyproject.toml", "setup.py"}
+    assert sources | alone | {p.name for p in ROOT.glob("*.md")} <= names
     assert not [name for name in names if name.endswith((".so", ".pyc", "_core.cpp"))]
 
 
