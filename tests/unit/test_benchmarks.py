@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import msgpack
 import numpy as np
@@ -165,7 +166,7 @@ KEPT = {
     "commit": "0123456789abcdef",
     "machine": "a machine",
     "toolchain": "a toolchain",
-    "exact": {"bytes per block, 1 pod": 34.0, "sets, 1 pod": 2},
+    "exact": {"bytes per block, 1 pod": 34.0, "sets, 1 pod": 2, "lost": 0},
     "instructions": {MATCH: 1000, INGEST: 1000},
     "over floor": {MATCH: 6.0, INGEST: 0.2},
     "peers over kvindex": {"Dynamo": 20.0},
@@ -183,6 +184,7 @@ KEPT = {
             "bytes per block, 1 pod: 34 → 34.1, +0.3%",
         ),
         ({"exact": {"bytes per block, 1 pod": 30.0, "sets, 1 pod": 2}}, {}, 0, "better"),
+        ({"exact": {"bytes per block, 1 pod": 34, "sets, 1 pod": 2, "lost": 3}}, {}, 1, "lost: 0 → 3, from nothing"),
         ({"instructions": {MATCH: 1090, INGEST: 1000}}, {}, 0, "Nothing is worse"),
         ({"instructions": {MATCH: 1150, INGEST: 1000}}, {}, 1, f"{MATCH}: 1000 → 1150, +15.0% since 0123456789"),
         ({"over floor": {MATCH: 6.9, INGEST: 0.2}}, {MATCH: 1.15}, 1, f"time, {MATCH}: +15.0% since 0123456789"),
@@ -215,5 +217,9 @@ def test_the_baseline_names_what_is_worse_by_how_much_and_since_when(
         return [Comparison(name, [votes[name]] * FEWEST) for name in names]
 
     monkeypatch.setattr(baseline, "compare", compare)
-    assert baseline.check(0.10, "") == expected
+    out = tmp_path / "reports"
+    assert baseline.check(0.10, "", out) == expected
     assert said in capsys.readouterr().out
+    assert said in (out / "bench-check.md").read_text()
+    plotted = ElementTree.parse(out / "bench-check.svg")
+    assert plotted.getroot().tag.endswith("svg")
