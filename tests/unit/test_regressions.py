@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from support import cleared, payload, removed, stored
@@ -104,3 +106,21 @@ def test_room_is_made_for_what_hangs_on_a_chain_that_becomes_one_with_its_parent
     many = range(100, 100 + blocks)
     for _ in range(3):
         ingest(index, "a", stored(many, many, parent=5, size=1))
+
+
+@pytest.mark.parametrize("first", ["a", "b"])
+def test_what_is_remembered_for_a_block_goes_when_the_half_of_it_in_a_fork_is_shed(first) -> None:
+    """An engine block of two index blocks lies across a fork, below one that was removed and is only remembered."""
+    index = PrefixIndex(1, max_bytes=1 << 15)
+    events = {
+        "a": [stored([12, 34], [1, 2, 3, 4], size=2), removed(12)],
+        "b": [stored([1, 2, 3, 5], [1, 2, 3, 5], size=1)],
+    }
+    for pod in sorted(events, reverse=first == "b"):
+        ingest(index, pod, *events[pod])
+    assert index.match_prefix([1, 2, 3, 4]).tokens == {"b": 3}
+    assert index.match_prefix([1, 2, 3, 5]).tokens == {"b": 4}
+    for number in itertools.count(1000):
+        ingest(index, "c", stored([number], [number], size=1))
+        if index.pod_state("a") == index.pod_state("b") == "degraded":
+            break

@@ -225,11 +225,13 @@ private:
         // An engine block of several index blocks goes as one, whatever of it lies before the cut or in a parent.
         for (u32 h : straddling_) {
             const u32 id = holders_[h].worker;
-            for (Pos p = above; (p.depth + 1) % holders_[h].factor && !child_has(*workers_[id], p, h);) {
+            Pos p = above;
+            while ((p.depth + 1) % holders_[h].factor && !child_has(*workers_[id], p, h)) {
                 const Pos up = before(p);
                 lose_bit(id, h, p);
                 p = up;
             }
+            climb(id, p);
         }
         for (u32 id : losers_) climb(id, above);
         trim(chain);
