@@ -299,18 +299,101 @@ def test_a_sequence_number_from_nowhere_is_damage_and_not_a_gap():
 # Replays
 
 
-def test_a_missing_end_marker_costs_time_and_nothing_else():
+def without_an_end_marker(world: World, seconds: float, **cut) -> set[str | None]:
+    """Time goes by, no answer comes with its end marker: the verdicts meanwhile."""
+    verdicts = {world.verdict}
+    until = world.now + seconds
+    while world.now < until:
+        world.serve(end=False, **cut)
+        world.receive()
+        world.wait(0.1, serve=False)
+        verdicts.add(world.verdict)
+    return verdicts
+
+
+def test_a_missing_end_marker_costs_no_batch_and_is_made_up_for_by_the_next_live_one():
     world = World()
     world.publish(3)
     world.connect()
-    for _ in range(3):
-        world.serve(end=False)
-        world.receive()
-        world.wait(0.6, serve=False)
+    assert without_an_end_marker(world, 2.0) == {"stale", "degraded"}
+    assert "end marker" in world.stream.reason
+    assert world.held == world.process.truth(3)
+    assert world.stream.counts["lost_batches"] == 0
+    world.publish()
+    world.deliver()
+    assert world.verdict == "exact"
+    assert world.held == world.process.truth(4)
+
+
+def test_an_answer_that_is_cut_at_the_same_place_again_is_not_taken_for_whole():
+    world = World()
+    world.publish(3)
+    world.connect()
+    assert world.owed == 2
+    assert without_an_end_marker(world, 20.0, upto=1) == {"stale", "degraded"}
+    assert world.applied_upto() == 1
+    # Asked on, but ever more rarely: twice a question, since a cut answer has to be asked for its rest.
+    assert len(world.requests) <= 2 * 7
+    world.wait(40.0)
     assert world.verdict == "exact"
     assert world.held == world.process.truth(3)
-    assert world.stream.counts["missing_end_markers"] == 1
-    assert world.stream.counts["lost_batches"] == 0
+
+
+def test_an_end_marker_that_comes_in_the_end_is_enough():
+    world = World()
+    world.publish(3)
+    world.connect()
+    assert without_an_end_marker(world, 1.4) == {"stale", "degraded"}
+    world.wait(2.0)
+    assert world.verdict == "exact"
+    assert world.held == world.process.truth(3)
+    assert world.clears == 0
+
+
+def test_a_reconnect_that_is_answered_without_an_end_marker_is_not_taken_for_all_that_was_missed():
+    world = well()
+    world.disconnect()
+    world.publish(3)
+    world.connect()
+    world.serve(upto=4, end=False)
+    world.receive()
+    assert without_an_end_marker(world, 5.0, upto=1) == {"stale", "degraded"}
+    assert world.applied_upto() == 4
+    world.publish()
+    world.deliver()  # and shows what is missing, which is asked for
+    world.wait(5.0)
+    assert world.verdict == "exact"
+    assert world.held == world.process.truth(7)
+
+
+def test_a_live_batch_that_a_replay_has_brought_before_makes_up_for_its_end_marker_too():
+    world = World()
+    world.publish(2)
+    world.connect()
+    world.publish(1)
+    assert without_an_end_marker(world, 2.0) == {"stale", "degraded"}
+    assert world.applied_upto() == 3
+    world.deliver()
+    assert world.verdict == "exact"
+    assert world.stream.counts["duplicates"] == 1
+
+
+def test_a_stream_that_is_well_does_not_need_the_end_markers_of_its_idle_probes():
+    world = well()
+    before = len(world.requests)
+    assert without_an_end_marker(world, 130.0) == {"exact"}
+    assert len(world.requests) - before <= 2 * 11
+
+
+def test_a_lost_end_that_comes_without_an_end_marker_may_go_on():
+    world = well()
+    world.publish(3)
+    world.channel.clear()
+    assert without_an_end_marker(world, 3.0, upto=2) == {"exact", "degraded"}
+    assert world.applied_upto() > 3
+    world.wait(30.0)
+    assert world.verdict == "exact"
+    assert world.held == world.process.truth(6)
 
 
 def test_a_replay_that_is_cut_goes_on_where_it_stopped():
@@ -739,6 +822,47 @@ def test_what_was_given_up_last_is_newer_than_what_is_applied_and_no_restart(mem
     assert (world.stream.counts["restarts"], world.stream.counts["rebuilds"]) == (0, 1)
     assert world.verdict == "exact"
     assert world.held == world.process.truth(len(world.process.published))
+
+
+@pytest.mark.parametrize("memory", [1, 2])
+def test_a_stream_that_remembers_only_losses_still_knows_its_process(memory):
+    """More is given up than the memory holds, again and again, and each time an old copy makes it ask who is there: the
+    answer shows the last batch that was applied, which is all that can be asked of it."""
+    world = well(policy=Policy(memory=memory, max_pending=2))
+    for _ in range(6):
+        world.publish(1)
+        world.channel.clear()
+        world.publish(6)
+        world.deliver()
+        world.wait(32.0, serve=False)
+        assert world.verdict == "degraded"
+        assert world.applied_upto() == len(world.process.published)
+        world.do(world.stream.live(0, world.process.published[0], world.now))
+        world.wait(0.05)
+        assert world.verdict == "degraded"
+    counted = world.stream.counts
+    assert (counted["replay_conflicts"], counted["restarts"], world.clears) == (0, 0, 0)
+    world.wait(30.0)
+    assert world.verdict == "exact"
+    assert world.held == world.process.truth(len(world.process.published))
+    assert (counted["rebuilds"], counted["restarts"]) == (1, 0)
+
+
+def test_another_process_is_found_out_behind_losses_too():
+    world = well(policy=Policy(memory=2, max_pending=2))
+    world.publish(1)
+    world.channel.clear()
+    world.publish(6)
+    world.deliver()
+    world.wait(32.0, serve=False)
+    world.process, old = Process(), world.process
+    world.publish(12)
+    world.channel.clear()
+    world.do(world.stream.live(0, old.published[0], world.now))
+    world.wait(1.0)
+    assert world.stream.counts["restarts"] == 1
+    assert world.verdict == "exact"
+    assert world.held == world.process.truth(12)
 
 
 def test_a_history_that_is_gone_is_asked_for_once():

@@ -158,8 +158,8 @@ class _Replay:
     """One question to the publisher, over all the requests that its answer takes."""
 
     __slots__ = (
-        "bound", "contiguous", "deadline", "expect", "first", "frames", "jump", "matched", "pos", "progress", "purpose",
-        "start", "surplus",
+        "bound", "brought", "contiguous", "deadline", "expect", "first", "frames", "jump", "matched", "pos", "progress",
+        "purpose", "start", "surplus",
     )  # fmt: skip
 
     def __init__(self, purpose: _Purpose, start: int, expect: int) -> None:
@@ -171,6 +171,7 @@ class _Replay:
         self.jump = -1  # where the answer left something out for the first time
         self.contiguous = start == 0  # it starts at 0 and leaves out nothing
         self.matched = False  # a batch that is applied came with the same bytes
+        self.brought = False  # something was applied that had not come live
         self.surplus = 0  # batches that repeated earlier ones
         self.again(expect)
 
@@ -235,6 +236,9 @@ class WorkerStream:
         self._next = 0
         self._memory = array("q", bytes(8 * self.policy.memory))
         self._base = 0  # the first seq that the memory knows
+        # The last batch that is applied, with its fingerprint, once so many behind it are given up that the memory has
+        # no other: without it a stream that lost much could not tell its own process from another.
+        self._anchor: tuple[int, int] | None = None
         self._dated = -1  # the batch that last_ts is of
         # What is given up since the last clean start.
         self._holes = 0
@@ -250,6 +254,9 @@ class WorkerStream:
         self._started = False  # and everything up to the first live batch is applied
         self._unproven = False  # as far as can be said without a replay
         self._mixed = False  # more than one process has come over this connection
+        # An answer has stopped without its end marker: there may be more of it until another one shows its end, or a
+        # live batch behind this one is applied.
+        self._open: int | None = None
         self._conflicts = 0
         # What waits.
         self._waiting: dict[int, _Waiting] = {}
@@ -323,6 +330,7 @@ class WorkerStream:
         self._connected_at = self._heard_at = now
         self._conflicts = 0
         self._mixed = self._behind = False
+        self._open = None
         self._trust_replay = self._has_replay
         self._stop_replay()
         # What waited came over the connection before: a replay brings it again, and nobody else could place it.
@@ -511,7 +519,9 @@ class WorkerStream:
         self._say("rejected", f"batch {seq}: {why}")
         self._holes += 1
         self._holes_end = max(self._holes_end, seq + 1)
-        if self._recall(seq) is not None:
+        if self._anchor is not None and self._anchor[0] == seq:
+            self._anchor = None
+        if self._base <= seq < self._next:
             self._memory[seq % len(self._memory)] = _LOST
         if len(self._bad) < 256:
             self._bad[seq] = _fingerprint(payload)
@@ -570,7 +580,9 @@ class WorkerStream:
 
     def _recall(self, seq: int) -> int | None:
         """The fingerprint of an applied batch, ``_LOST`` when it was given up, None when it is not remembered."""
-        return self._memory[seq % len(self._memory)] if self._base <= seq < self._next else None
+        if self._base <= seq < self._next:
+            return self._memory[seq % len(self._memory)]
+        return self._anchor[1] if self._anchor is not None and self._anchor[0] == seq else None
 
     def _accept(self, upto: int, why: str) -> None:
         """Give up everything from the next batch to ``upto``, which is not included."""
@@ -579,6 +591,9 @@ class WorkerStream:
         self.counts["lost_batches"] += upto - at
         self._say("gap_accepted", f"{upto - at} batches from {at} to {upto - 1} are lost: {why}")
         size = len(self._memory)
+        last = self._recall(at - 1)
+        if last is not None and last != _LOST:
+            self._anchor = (at - 1, last)
         for seq in range(max(at, upto - size), upto):
             self._memory[seq % size] = _LOST
         self._base = max(self._base, upto - size)
@@ -619,6 +634,7 @@ class WorkerStream:
             return
         if self._seen >= 0 and not self._mixed:
             self._started = True  # live and applied meet, so nothing before the live batches is missing
+            self._meet(self._seen)
         if self._hole_at is not None and self._hole_at < self._next:
             self._hole_at = None
             self.counts["gaps_healed"] += 1
@@ -626,6 +642,11 @@ class WorkerStream:
         for replay in (self._replay, self._retry):
             if replay is not None and replay.purpose is _Purpose.GAP and self._hole_at is None:
                 self._stop_replay()
+
+    def _meet(self, seq: int) -> None:
+        """Everything up to this live batch is applied."""
+        if self._open is not None and seq > self._open and not self._mixed:
+            self._open = None
 
     def _drop_waiting(self) -> None:
         self._waiting.clear()
@@ -676,6 +697,7 @@ class WorkerStream:
         newer = self._newer(seq, ts)
         if known == _fingerprint(payload):
             self.counts["duplicates"] += 1
+            self._meet(seq)
         elif known == _LOST and not newer:
             self.counts["late"] += 1  # what came after it is applied, so its time is over
         elif known is None and not newer and ts is not None and seq < self._base:
@@ -824,7 +846,7 @@ class WorkerStream:
         self._known = self._started = self._unproven = self._mixed = False
         self._verified = True
         self._next = self._base = 0
-        self._place = None
+        self._open = self._place = self._anchor = None
         self.last_ts = None
 
     def _forget_holes(self) -> None:
@@ -894,11 +916,12 @@ class WorkerStream:
         if seq == self._next:
             if replay.purpose is _Purpose.IDLE:
                 self.counts["tails_recovered"] += 1
+            replay.brought = True
             self._apply(seq, payload, batch_time(payload))
         self._drain()
 
-    def _end(self, replay: _Replay, now: float) -> None:
-        """The answer is complete."""
+    def _end(self, replay: _Replay, now: float, *, marked: bool = True) -> None:
+        """The answer is complete; without its end marker, as far as anybody can tell."""
         self._stop_replay()
         short = replay.pos < replay.expect
         unlike = not replay.matched and (short or replay.purpose is _Purpose.VERIFY)
@@ -916,6 +939,12 @@ class WorkerStream:
                 self._later(replay, now)
             return
         self._verified = True
+        if marked:
+            self._open = self._open if short else None
+        elif replay.purpose in (_Purpose.START, _Purpose.VERIFY) or self._unproven:
+            self._open = -1
+        elif replay.purpose is _Purpose.IDLE and replay.brought:
+            self._open = self._seen
         self._drain()
         shown = self._seen if self._hole_at is None else max(self._seen, replay.pos)
         if shown >= self._next:
@@ -928,7 +957,8 @@ class WorkerStream:
             self._drain()
         self._hole_at = None
         self._started = True
-        self._mixed = self._unproven = False
+        self._mixed = self._mixed and not marked
+        self._unproven = False
         if replay.purpose is _Purpose.HEAL:
             self._healed(replay)
         self._look_at_hole(now)
@@ -951,9 +981,10 @@ class WorkerStream:
             self._out.append(CancelReplay())
             self._continue(replay)
         elif replay.frames and replay.pos >= replay.expect:
-            # Just the batch that is known, and nothing behind it: this is the end, only its marker is missing.
+            # Just the batch that is known, and nothing behind it: as an end without its marker looks, and as an answer
+            # does that was cut at the same place again. It is not asked for ever, nor believed.
             self.counts["missing_end_markers"] += 1
-            self._end(replay, now)
+            self._end(replay, now, marked=False)
         else:
             self._unanswered(replay, now)
 
@@ -1027,6 +1058,8 @@ class WorkerStream:
             return "degraded", f"{self._holes} hole(s) in the stream had to be accepted"
         if self._unproven:
             return "degraded", "no replay has shown what was before"
+        if self._open is not None:
+            return "degraded", f"a replay stopped without its end marker, there may be more than {self.last_seq}"
         return "exact", ""
 
     def _mark(self, verdict: Verdict, reason: str) -> None:
@@ -1047,6 +1080,7 @@ class WorkerStream:
                 self._plan_heal(now)
         self._mark(*self._judgement())
         whole = self._hole_at is None and not self._missing()
-        self._steady = self.is_connected and self._known and self._verified and self._started and whole
+        well = self._known and self._verified and self._started and self._open is None
+        self._steady = self.is_connected and well and whole
         out, self._out = self._out, []
         return out
