@@ -68,7 +68,7 @@ def pods(request, pod, tmp_path):
 def test_a_view(command, pods):
     status, out = command("top", *pods, "--once", "--block-size", 4, "--wait", 30, "--interval", 0.01)
     assert status == 0
-    assert "1 pods: 1 exact" in out
+    assert "1 pod: 1 exact" in out
 
 
 def test_a_recording(command, pods, tmp_path):

@@ -187,7 +187,7 @@ def test_an_interrupt_ends_a_recording_well_and_a_restart_is_in_it(pod, tmp_path
         out, _ = recording.process.communicate(timeout=LONG)
         assert recording.process.returncode == 0, out
     assert "12 batches" in out
-    assert ("1 restarts" in out) == bool(restarts)
+    assert ("1 restart;" in out) == bool(restarts)
     _, records = recorded(path)
     assert [type(each) for each in records] == [Message] * 10 + [Forget] * restarts + [Message] * 2
     assert [each.seq for each in records[-2:]] == ([0, 1] if restarts else [10, 11])
@@ -262,7 +262,7 @@ def test_once_prints_a_pod_that_is_exact(command, pod):
     line = cells(out, "pod")
     assert (line["state"], line["blocks"], line["gaps"], line["errors"]) == ("exact", "12", "0", "0")
     assert line["lag"].endswith("s")
-    assert "1 pods: 1 exact; 12 blocks" in out
+    assert "1 pod: 1 exact; 12 blocks" in out
 
 
 def test_once_prints_a_pod_that_is_not_there(command, refusing):
@@ -337,7 +337,7 @@ def test_on_a_terminal_it_lives_until_it_is_interrupted():
             seen.clear()
 
         try:
-            read(b"1 pods: 1 exact; 5 blocks")
+            read(b"1 pod: 1 exact; 5 blocks")
             pod.publish(7)
             read(b"12 blocks")
             process.send_signal(signal.SIGINT)

@@ -286,6 +286,27 @@ def test_blocks_of_another_size_are_explained_once(index, manager, pod, caplog):
     assert manager.status()["pod"].reason == "blocks could not be placed, or not be followed exactly"
 
 
+def test_events_of_unknown_kind_leave_the_verdict_and_say_so_where_nothing_is_held(index, manager, pod):
+    changes = []
+    manager.on_change(changes.append)
+    for number in range(2):
+        pod.publish_raw(msgpack.packb([time.time(), [["BlockMoved", [number]]], 0]))
+    manager.add_pod(source(pod))
+    assert manager.wait_until_current(20.0)
+    until(lambda: manager.status()["pod"].errors == {"unknown_event": 2})
+    status = manager.status()["pod"]
+    assert (status.state, status.reason) == ("exact", "2 events of unknown kind were ignored, and no block is held")
+    assert status.workers[0].reason == status.reason
+    assert [(change.new, change.reason) for change in changes] == [("exact", "")]
+    pod.publish_raw(msgpack.packb([time.time(), [["BlockStored", [7], None, [1, 2, 3, 4], 4, None]], 0]))
+    until(lambda: manager.status()["pod"].blocks == 1)
+    status = manager.status()["pod"]
+    assert (status.state, status.reason, status.errors) == ("exact", "", {"unknown_event": 2})
+    pod.publish_raw(msgpack.packb([time.time(), [["BlockMoved", [1]], ["AllBlocksCleared"]], 0]))
+    until(lambda: manager.status()["pod"].blocks == 0)
+    assert manager.status()["pod"].reason == "3 events of unknown kind were ignored, and no block is held"
+
+
 class SlowIndex(PrefixIndex):
     """Takes 1 ms a batch."""
 
@@ -833,10 +854,17 @@ def test_a_tap_sees_what_the_index_sees(index, manager, caplog):
 
 
 def test_a_callback_may_remove_the_pod_it_is_told_of(index, manager, pod):
-    manager.on_change(lambda change: manager.remove_pod(change.pod))
+    removed = threading.Event()
+
+    def remove(change):
+        manager.remove_pod(change.pod)
+        removed.set()  # its status goes a moment before what it held does
+
+    manager.on_change(remove)
     pod.publish(3)
     manager.add_pod(source(pod))
-    until(lambda: "pod" not in manager.status())
+    until(removed.is_set)
+    assert "pod" not in manager.status()
     with pytest.raises(UnknownPodError):
         index.pod_state("pod")
 

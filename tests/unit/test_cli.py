@@ -21,6 +21,7 @@ from sync_support import until
 import kvindex
 from kvindex.capture import CaptureWriter, Forget, Message, Query, read_capture
 from kvindex.cli import _timed, demo, main, parser
+from kvindex.cli._terminal import counted
 from kvindex.sim import write_sample
 from kvindex.sim.wire import Stored, encode_batch, wire_form
 
@@ -122,7 +123,7 @@ def test_a_difference_is_named_and_ends_with_1(command, sample, tmp_path):
     rewritten(sample, path, change)
     status, out, _ = command("replay", path)
     assert status == 1
-    assert "1 differences" in out
+    assert "1 difference from" in out
     true = truth["pod-1"]
     assert f"wrong.msgpack.gz: query q30, pod pod-1: expected {true + 16} tokens, got {true}" in out
     assert row(out, "pod-1", "exact")[5] == "1"
@@ -452,3 +453,17 @@ def test_python_m_kvindex_is_the_same_command():
     done = subprocess.run([sys.executable, "-m", "kvindex", "--help"], capture_output=True, text=True, check=True)
     assert "demo" in done.stdout
     assert "replay" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("number", "words", "told"),
+    [
+        (0, ("pod",), "0 pods"),
+        (1, ("pod",), "1 pod"),
+        (2000, ("pod",), "2,000 pods"),
+        (1, ("batch was", "batches were"), "1 batch was"),
+        (3, ("batch was", "batches were"), "3 batches were"),
+    ],
+)
+def test_numbers_agree_with_their_words(number, words, told):
+    assert counted(number, *words) == told

@@ -4,6 +4,7 @@ hash."""
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import msgpack
@@ -46,6 +47,9 @@ class Facts:
         self.media: Counter[str] = Counter()
         self.ranks: Counter[int | None] = Counter()
         self.first_ts: float | None = None
+        self.unknown = 0
+        """Events of a kind that is not known, and what some of them call themselves."""
+        self.kinds: set[str] = set()
 
     @property
     def block_size(self) -> int | None:
@@ -64,6 +68,9 @@ class Facts:
             self.first_ts = batch.ts
         self.ranks[batch.dp_rank] += 1
         self._note_hashes(payload)
+        if unknown := [place for place, reason in batch.skipped if reason == "unknown_event"]:
+            self.unknown += len(unknown)
+            self._note_kinds(payload, unknown)
         for event in batch.events:
             if isinstance(event, BlockStored):
                 self._stored(event)
@@ -110,18 +117,31 @@ class Facts:
         if others:
             self.other_keys += count
 
+    def _note_kinds(self, payload: bytes, places: list[int]) -> None:
+        """What unknown events call themselves, which the decoded ones do not tell."""
+        with suppress(*_BROKEN):
+            events = _raw(payload)
+            for event in (events[place] for place in places):
+                kind = event.get("type") if isinstance(event, dict) else event[0]
+                if len(self.kinds) < EXAMPLES:
+                    self.kinds.add("one without a type" if kind is None else f"{kind!r:.40}")
+
     def _note_hashes(self, payload: bytes) -> None:
         """How the wire writes hashes, which the decoded events do not tell any more."""
-        try:
-            batch: Any = msgpack.unpackb(payload, strict_map_key=False, unicode_errors="surrogateescape")
-            events = batch.get("events", ()) if isinstance(batch, dict) else batch[1]
-            for event in events:
+        with suppress(*_BROKEN):
+            for event in _raw(payload):
                 hashes = event["block_hashes"] if isinstance(event, dict) else event[1]
                 for each in hashes[:1]:
                     self.hashes[_form(each)] += len(hashes)
-        # What is broken is counted by whoever decodes it.
-        except (ValueError, TypeError, IndexError, KeyError, AttributeError, RecursionError, msgpack.UnpackException):
-            return
+
+
+# What is broken is counted by whoever decodes it.
+_BROKEN = (ValueError, TypeError, IndexError, KeyError, AttributeError, RecursionError, msgpack.UnpackException)
+
+
+def _raw(payload: bytes) -> Any:
+    batch = msgpack.unpackb(payload, strict_map_key=False, unicode_errors="surrogateescape")
+    return batch.get("events", ()) if isinstance(batch, dict) else batch[1]
 
 
 def _form(value: Any) -> str:

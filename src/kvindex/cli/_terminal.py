@@ -24,6 +24,7 @@ __all__ = [
     "Layout",
     "add_command",
     "console",
+    "counted",
     "examples",
     "missing",
     "percentiles",
@@ -75,6 +76,11 @@ def console() -> Console:
     if not made.is_terminal and "COLUMNS" not in os.environ:
         made.width = 140
     return made
+
+
+def counted(number: int, one: str, several: str = "") -> str:
+    """``1 pod``, ``2,000 pods``; ``several`` is for words that do not just get an s."""
+    return f"{number:,} {one if number == 1 else several or one + 's'}"
 
 
 def positive(text: str) -> int:

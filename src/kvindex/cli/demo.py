@@ -17,7 +17,7 @@ from ..sim.fleet import PrefixAware, RoundRobin, adapter_name
 from ..sim.process import SimConfig, SimProcess
 from ..sim.wire import WireForm, wire_form
 from ..sim.workload import Arrival, chat
-from ._terminal import CommandError, add_command, console, percentiles
+from ._terminal import CommandError, add_command, console, counted, percentiles
 from ._timed import SHOWN_DIFFERENCES, TimedIndex
 
 if TYPE_CHECKING:
@@ -374,7 +374,7 @@ def run(args: argparse.Namespace) -> int:
     out = console()
     # What happens to the streams is in the table; a line of a log would tear it.
     logging.getLogger("kvindex").addHandler(logging.NullHandler())
-    out.print(f"starting {args.pods} pods, each a process that publishes over TCP")
+    out.print(f"starting {counted(args.pods, 'pod')}, each a process that publishes over TCP")
     with Demo(args) as demo:
         if out.is_terminal:
             show_live(out, demo)
@@ -407,7 +407,7 @@ def show_lines(out: Console, demo: Demo) -> None:
             p50, p99, _top = percentiles(demo.index.match_seconds)
             held = sum(status.blocks for status in demo.manager.status().values())
             out.print(
-                f"{time.monotonic() - demo.start:5.1f} s  {demo.number:,} requests, {held:,} blocks, "
+                f"{time.monotonic() - demo.start:5.1f} s  {counted(demo.number, 'request')}, {counted(held, 'block')}, "
                 f"hit rate {demo.routed.rate():.1%} (round-robin {demo.plain.rate():.1%}), "
                 f"match p50 {p50} µs, p99 {p99} µs"
             )
@@ -448,7 +448,8 @@ def table(demo: Demo) -> Table:
     shown.caption = "\n".join(
         [
             f"match call: p50 {p50} µs, p99 {p99} µs, max {top} µs",
-            f"streams: {batches:,} batches applied, {lost:,} lost, {restarts:,} restarts seen",
+            f"streams: {counted(batches, 'batch', 'batches')} applied, {lost:,} lost, "
+            f"{counted(restarts, 'restart')} seen",
             f"answers equal to the engines': {demo.index.answers - demo.index.differences:,} of {demo.index.answers:,}",
             *(f"{at:5.1f} s  {text}" for at, text in demo.notes),
         ]

@@ -18,7 +18,7 @@ from ..sync.status import Batch, Forgotten, WorkerStatus
 from ._facts import Facts
 from ._pods import add_arguments, one_source
 from ._probe import what_answers
-from ._terminal import CommandError, add_command, console, positive, seconds
+from ._terminal import CommandError, add_command, console, counted, positive, seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,7 +41,7 @@ ERRORS = {
     "bad_seq_size": "messages have no sequence number of 8 bytes: another publisher?",
     "bad_seq": "messages have sequence numbers that are none",
     "bad_event": "events were malformed",
-    "unknown_event": "events were of a kind that this version does not know",
+    "unknown_event": "events were of a kind that this version does not know, and were ignored",
     "bad_token": "events have tokens that are no integers (EAGLE's pairs, TensorRT-LLM's strings): not to be placed",
     "misaligned": "events start inside a block",
     "parked_full": "blocks were refused because too many wait for their parents",
@@ -255,10 +255,17 @@ def events(
     live = f"{patient.live:,} of them live" if patient.live else f"none in the {args.seconds:g} s of watching"
     yield Finding(
         "ok",
-        f"{facts.batches:,} batches, {live}: {facts.blocks:,} blocks stored, {facts.removed:,} removed, "
-        f"{facts.cleared:,} clears",
+        f"{counted(facts.batches, 'batch', 'batches')}, {live}: {counted(facts.blocks, 'block')} stored, "
+        f"{facts.removed:,} removed, {counted(facts.cleared, 'clear')}",
     )
-    if facts.batches and not facts.blocks and not facts.undecodable:
+    if facts.unknown and not facts.blocks:
+        named = ", ".join(sorted(facts.kinds))
+        yield Finding(
+            "WRONG",
+            f"no block was stored, and {counted(facts.unknown, 'event')} of unknown kind came ({named}): another "
+            "publisher, or an engine that is newer than this version and says it in another way",
+        )
+    elif facts.batches and not facts.blocks and not facts.undecodable:
         yield Finding("WRONG", "no block was stored: nothing can be found until the engine caches a whole block")
     if patient.topics:
         seen = ", ".join(repr(topic) for topic in sorted(patient.topics))
@@ -290,8 +297,8 @@ def contents(patient: Patient, worker: WorkerStatus, source: PodSource, size: in
     if mismatched:
         yield Finding(
             "WRONG",
-            f"its blocks have {named} tokens, the index counts in {size}: {mismatched:,} events could not be placed; "
-            f"make it PrefixIndex(block_size={facts.block_size})",
+            f"its blocks have {named} tokens, the index counts in {size}: {counted(mismatched, 'event')} could not be "
+            f"placed; make it PrefixIndex(block_size={facts.block_size})",
         )
     elif usual == [size]:
         yield Finding("ok", f"its blocks have {size} tokens, as the index")
@@ -302,7 +309,7 @@ def contents(patient: Patient, worker: WorkerStatus, source: PodSource, size: in
     if facts.hashes:
         yield Finding("ok", f"hashes are {' and '.join(sorted(facts.hashes))}")
     if facts.without_tokens:
-        yield Finding("note", f"{facts.without_tokens:,} blocks came without tokens: copies in another tier")
+        yield Finding("note", f"{counted(facts.without_tokens, 'block')} came without tokens: copies in another tier")
     media = sorted(facts.media)
     if media != ["GPU"]:
         yield Finding("note", f"blocks lie in {', '.join(media)}")
@@ -315,7 +322,7 @@ def contents(patient: Patient, worker: WorkerStatus, source: PodSource, size: in
         yield Finding("note", f"a hybrid model, whose groups have to agree on a match ({told})")
     if any((each.kind or "").startswith("chunked_local") for each in kinds.values()) and source.chunk_size is None:
         yield Finding("WRONG", "it has chunked-local attention, and its events do not say the chunk size: chunk_size=")
-    of = f"of {facts.blocks:,} blocks are under"
+    of = f"of {counted(facts.blocks, 'block')} came under"
     if facts.adapters:
         names = ", ".join(sorted(facts.adapters))
         yield Finding(
@@ -326,8 +333,8 @@ def contents(patient: Patient, worker: WorkerStatus, source: PodSource, size: in
     if facts.other_keys:
         yield Finding(
             "note",
-            f"{facts.other_keys:,} blocks have further keys (images, prompt embeddings): found by prompts with the "
-            "same extra_keys only",
+            f"{counted(facts.other_keys, 'block has', 'blocks have')} further keys (images, prompt embeddings): found "
+            "by prompts with the same extra_keys only",
         )
 
 
@@ -335,21 +342,24 @@ def losses(patient: Patient, worker: WorkerStatus) -> Iterator[Finding]:
     """What went wrong with the stream, and how it stands at the end."""
     counters = worker.counters
     if worker.lost_batches:
-        yield Finding("WRONG", f"{worker.lost_batches:,} batches were not seen and can not be had any more")
+        lost = counted(worker.lost_batches, "batch was", "batches were")
+        yield Finding("WRONG", f"{lost} not seen and can not be had any more")
     elif worker.gaps:
-        yield Finding("note", f"{worker.gaps:,} gaps in the stream, all of them healed by replays")
+        yield Finding("note", f"{counted(worker.gaps, 'gap')} in the stream, healed by replays")
     if worker.restarts:
-        yield Finding("WRONG", f"the engine has restarted {worker.restarts} times while it was watched")
+        yield Finding("WRONG", f"the engine has restarted {counted(worker.restarts, 'time')} while it was watched")
     if counters.get("disconnects"):
-        yield Finding("WRONG", f"the connection was lost {counters['disconnects']} times")
+        yield Finding("WRONG", f"the connection was lost {counted(counters['disconnects'], 'time')}")
     for reason, count in sorted(worker.errors.items()):
         if reason not in HARMLESS:
             known = ERRORS.get(reason.removeprefix("replay_"), "could not be applied")
             yield Finding("WRONG", f"{reason} ({count:,}): {known}")
     if worker.parked:
-        yield Finding("WRONG", f"{worker.parked:,} blocks wait for a parent whose event was before, or is lost")
+        waiting = counted(worker.parked, "block waits", "blocks wait")
+        yield Finding("WRONG", f"{waiting} for a parent whose event was before, or is lost")
     if counters.get("replays_unanswered") and patient.at.replay_endpoint is not None:
-        yield Finding("WRONG", f"{patient.at.replay_endpoint} did not answer {counters['replays_unanswered']} replays")
+        unanswered = counted(counters["replays_unanswered"], "replay")
+        yield Finding("WRONG", f"{patient.at.replay_endpoint} did not answer {unanswered}")
     if patient.at.replay_endpoint is None:
         hint = f" ({patient.behind()} looks like one)" if patient.next_answers == "ROUTER" else ""
         yield Finding(
@@ -358,8 +368,10 @@ def losses(patient: Patient, worker: WorkerStatus) -> Iterator[Finding]:
         )
     if worker.lag is not None and abs(worker.lag) > LATE and patient.live:
         yield Finding("note", f"the last event was {worker.lag:,.0f} s old: it is late, or the clocks do not agree")
-    if worker.state == "exact":
-        yield Finding("ok", f"its stream is exact: {worker.blocks:,} blocks are held")
+    if worker.state == "exact" and worker.reason:
+        yield Finding("note", f"its stream is exact, as far as that goes: {worker.reason}")
+    elif worker.state == "exact":
+        yield Finding("ok", f"its stream is exact: {counted(worker.blocks, 'block is', 'blocks are')} held")
     else:
         yield Finding("WRONG", f"its stream is {worker.state}: {worker.reason}")
 
@@ -397,7 +409,7 @@ def conclude(out: Console, source: PodSource, findings: list[Finding]) -> int:
     out.print(table)
     wrong = sum(level == "WRONG" for level, _ in findings)
     if wrong:
-        out.print(f"{wrong} thing{'s' * (wrong > 1)} wrong: prompts are not found, or not always", style="bold red")
+        out.print(f"{counted(wrong, 'thing')} wrong: prompts are not found, or not always", style="bold red")
         return 1
     out.print("nothing is wrong with it", style="bold green")
     return 0

@@ -16,7 +16,7 @@ from ..capture import CaptureWriter, Forget, Message
 from ..sync.status import Batch, Forgotten
 from ._facts import Facts
 from ._pods import add_arguments, sources
-from ._terminal import add_command, console, positive, seconds
+from ._terminal import add_command, console, counted, positive, seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -184,23 +184,25 @@ def progress(manager: EventManager, recorder: Recorder) -> str:
     status = manager.status()
     states = Counter(pod.state for pod in status.values())
     shown = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
-    return f"{recorder.batches.total():,} batches, {recorder.bytes:,} bytes; pods: {shown}; Ctrl-C ends it"
+    batches = counted(recorder.batches.total(), "batch", "batches")
+    return f"{batches}, {counted(recorder.bytes, 'byte')}; pods: {shown}; Ctrl-C ends it"
 
 
 def summary(out: Console, manager: EventManager, recorder: Recorder, path: str) -> int:
     if recorder.failed is not None:
         raise recorder.failed
     for name, pod in manager.status().items():
-        told = f"{recorder.batches[name]:,} batches" if recorder.batches[name] else "nothing"
+        told = counted(recorder.batches[name], "batch", "batches") if recorder.batches[name] else "nothing"
         if pod.lost_batches:
             told += f", {pod.lost_batches:,} lost"
         if pod.restarts:
-            told += f", {pod.restarts} restarts"
+            told += f", {counted(pod.restarts, 'restart')}"
         why = f" ({pod.reason})" if pod.reason else ""
         out.print(f"{name}: {told}; {pod.state}{why}", markup=False, soft_wrap=True)
     if not recorder.batches:
         out.print("there was nothing to record: kvindex doctor says why", style="bold red")
         return 1
     size = os.path.getsize(path)
-    out.print(f"{path}: {recorder.batches.total():,} batches, {size:,} bytes", markup=False, soft_wrap=True)
+    batches = counted(recorder.batches.total(), "batch", "batches")
+    out.print(f"{path}: {batches}, {size:,} bytes", markup=False, soft_wrap=True)
     return 0

@@ -18,7 +18,7 @@ from ..sim.engine import Engine
 from ..sim.fleet import Fleet, Pod, PrefixAware, RandomChoice, RoundRobin, Route
 from ..sim.wire import wire_form
 from ..sim.workload import MOONCAKE_BLOCK, Arrival, endless_hit_rate, mooncake
-from ._terminal import CommandError, add_command, console, missing, percentiles, positive
+from ._terminal import CommandError, add_command, console, counted, missing, percentiles, positive
 from ._timed import SHOWN_DIFFERENCES, TimedIndex
 
 if TYPE_CHECKING:
@@ -92,7 +92,8 @@ def run(args: argparse.Namespace) -> int:
             shown += replayed.differences
             broken += [replayed.error] if replayed.error is not None else []
     if differences:
-        out.print(f"{differences} differences from the engines' own numbers, the first:", style="bold red")
+        told = counted(differences, "difference")
+        out.print(f"{told} from the engines' own numbers, the first:", style="bold red")
         for line in shown[:SHOWN_DIFFERENCES]:
             out.print(f"  {line}", markup=False)
     for error in broken:
@@ -242,7 +243,8 @@ def capture_table(done: Replayed) -> Table:
     add_row(table, "all", total)
     skipped = ", ".join(f"{reason} {count}" for reason, count in sorted(done.reasons.items()))
     table.caption = (
-        f"{done.prompts} prompts. The match times of a pod are of the call with that pod alone in ready_pods,\n"
+        f"{counted(done.prompts, 'prompt')}. The match times of a pod are of the call with that pod alone in "
+        "ready_pods,\n"
         f"those of all are of the call that a router makes. Events not applied: {skipped or 'none'}."
     )
     return table
@@ -320,8 +322,9 @@ def pods(args: argparse.Namespace) -> list[Pod]:
 def trace_table(done: ServedTrace) -> Table:
     some = next(iter(done.fleets.values()))
     engine = some.pods[0].ranks[0]
-    cache = f"{engine.num_blocks:,} blocks of {engine.block_size} tokens"
-    table = titled(f"{done.name}: {done.requests:,} requests, {len(some.pods)} pods of {cache} each")
+    cache = f"{counted(engine.num_blocks, 'block')} of {engine.block_size} tokens"
+    pods = f"{counted(len(some.pods), 'pod')} of {cache} each"
+    table = titled(f"{done.name}: {counted(done.requests, 'request')}, {pods}")
     table.add_column("routing")
     for column in ("prompt tokens", "hit rate", "prefill tokens saved", "of what is possible", "busiest pod"):
         table.add_column(column, justify="right")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .. import EventManager, PrefixIndex
 from ..sync.status import PodStatus, WorkerStatus
 from ._pods import add_arguments, followed
-from ._terminal import CommandError, add_command, console, positive, seconds
+from ._terminal import CommandError, add_command, console, counted, positive, seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -149,4 +149,5 @@ def lag(value: float | None) -> str:
 def summed(status: Mapping[str, PodStatus]) -> str:
     states = [pod.state for pod in status.values()]
     told = ", ".join(f"{states.count(state)} {state}" for state in STYLES if state in states)
-    return f"{len(status)} pods: {told or 'none yet'}; {sum(pod.blocks for pod in status.values()):,} blocks"
+    held = counted(sum(pod.blocks for pod in status.values()), "block")
+    return f"{counted(len(status), 'pod')}: {told or 'none yet'}; {held}"

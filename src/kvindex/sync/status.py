@@ -53,7 +53,7 @@ class WorkerStatus:
     state: str
     """``exact``, ``degraded`` or ``stale``: the worse of what the stream and the index say."""
     reason: str
-    """Why, for people; empty where it is ``exact``."""
+    """Why, for people; where it is ``exact``, what speaks against it all the same, or nothing."""
     connected: bool
     """Whether the subscription stands."""
     last_seq: int | None
@@ -130,7 +130,7 @@ class PodStatus:
 def pod_status(pod: str, model: str, workers: Mapping[int, WorkerStatus]) -> PodStatus:
     """Put the workers of one pod together."""
     table = list(workers.values())
-    worst = min(table, key=lambda worker: WORST_FIRST.index(worker.state), default=None)
+    worst = min(table, key=lambda worker: (WORST_FIRST.index(worker.state), not worker.reason), default=None)
     errors: dict[str, int] = {}
     for worker in table:
         for reason, count in worker.errors.items():

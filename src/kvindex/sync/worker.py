@@ -581,6 +581,12 @@ class Worker:
         stream = self.stream
         counts = stream.counts
         state, reason = self._judged(figures)
+        ignored = self.errors["unknown_event"]
+        if state == "exact" and ignored and not figures.get("blocks"):
+            # What such an event means nobody knows, so it takes no verdict away; but a pod that speaks of blocks in
+            # them alone would look as well as one that holds nothing.
+            events = "event of unknown kind was" if ignored == 1 else "events of unknown kind were"
+            reason = f"{ignored:,} {events} ignored, and no block is held"
         return WorkerStatus(
             pod=self.pod,
             rank=self.rank,
