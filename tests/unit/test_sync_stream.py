@@ -709,6 +709,62 @@ def test_without_a_replay_a_jump_ahead_is_a_restart_if_there_was_time_for_it(awa
     assert world.verdict == "degraded"
 
 
+def guessed(published: int, memory: int, buffer_steps: int = 10_000) -> World:
+    """The engine has restarted, nobody answers replays, and the first batch that is heard of the new process has the
+    number that the old one's next would have: it is taken for that."""
+    world = well(published, policy=Policy(memory=memory))
+    world.buffer_steps = buffer_steps
+    world.restart()
+    world.connect()
+    world.publish(published)
+    world.channel.clear()
+    world.publish(1)
+    world.deliver()
+    world.wait(15.0, serve=False)
+    assert world.verdict == "degraded"
+    assert world.applied_upto() == published + 1
+    return world
+
+
+@pytest.mark.parametrize("memory", [1, 2, 1024])
+@pytest.mark.parametrize("published", [1, 3, 5])
+def test_an_answer_about_the_end_does_not_prove_a_guess_about_the_beginning(published, memory):
+    world = guessed(published, memory)
+    for _ in range(60):
+        world.wait(0.5)
+        world.check()
+    assert world.verdict == "exact"
+    assert world.held == world.process.truth(published + 1)
+
+
+def test_a_guess_that_can_not_be_proved_any_more_stays_one():
+    world = guessed(5, memory=2, buffer_steps=3)
+    world.publish(6)
+    world.deliver()
+    for _ in range(60):
+        world.wait(0.5)
+        assert world.verdict == "degraded"
+    world.publish(clear=True)
+    world.deliver()
+    assert world.verdict == "exact"
+    assert world.held == world.process.truth(13)
+
+
+@pytest.mark.parametrize("memory", [1, 2, 1024])
+def test_a_guess_that_was_right_is_found_to_be_so(memory):
+    world = well(4, policy=Policy(memory=memory))
+    world.disconnect()
+    world.connect()
+    world.publish(2)
+    world.deliver()
+    world.wait(15.0, serve=False)
+    assert world.verdict == "degraded"
+    world.wait(30.0)
+    assert world.verdict == "exact"
+    assert world.held == world.process.truth(6)
+    assert world.clears == (0 if memory > 2 else 1)  # what is not remembered has to be applied anew
+
+
 def test_without_a_replay_an_older_time_after_a_reconnect_is_a_restart():
     world = known_without_replay()
     world.disconnect()

@@ -253,6 +253,7 @@ class WorkerStream:
         self._verified = False  # what is applied is of the process behind this connection
         self._started = False  # and everything up to the first live batch is applied
         self._unproven = False  # as far as can be said without a replay
+        self._guessed = 0  # what is applied before this batch is of the same process only as far as can be guessed
         self._mixed = False  # more than one process has come over this connection
         # An answer has stopped without its end marker: there may be more of it until another one shows its end, or a
         # live batch behind this one is applied.
@@ -766,6 +767,7 @@ class WorkerStream:
             self._restarted(f"batch {seq} came after {self._next - 1}, over a new connection")
         else:
             self._verified = self._started = self._unproven = True
+            self._guessed = self._next
         self._hold(seq, payload, ts)
         self._drain()
         self._accept_all("no replay can be had")
@@ -789,6 +791,8 @@ class WorkerStream:
         if known == mine:
             replay.matched = True
             self._verified = True
+            if seq < self._guessed:
+                self._guessed = 0
             if seq == self._next - 1:
                 self._drain()
         elif known is None:
@@ -850,7 +854,7 @@ class WorkerStream:
         self.last_ts = None
 
     def _forget_holes(self) -> None:
-        self._holes = self._holes_end = 0
+        self._holes = self._holes_end = self._guessed = 0
         self._bad.clear()
         self._hopeless = False
         self._heal_at = None
@@ -958,16 +962,17 @@ class WorkerStream:
         self._hole_at = None
         self._started = True
         self._mixed = self._mixed and not marked
-        self._unproven = False
+        # An answer that matches what came after a guess alone says nothing of what was before.
+        self._unproven = self._guessed > 0
         if replay.purpose is _Purpose.HEAL:
             self._healed(replay)
         self._look_at_hole(now)
 
     def _healed(self, replay: _Replay) -> None:
         """The publisher has shown its history: is it whole?"""
-        if not replay.contiguous or replay.pos < self._holes_end - 1:
+        if not replay.contiguous or replay.pos < max(self._holes_end, self._guessed) - 1:
             self._hopeless = True
-        elif self._holes:
+        elif self._holes or self._guessed:
             self.counts["rebuilds"] += 1
             self._say("rebuild", "the publisher still has every batch from 0 on: cleared, building again")
             self._reset("building again from the whole history")
