@@ -28,6 +28,14 @@ with the hashes that the contender itself computed, an array for kvindex and a l
 Resident bytes are what a process of its own grows by: the mean of 16 samples while the index doubles in size, since
 tables grow in steps; the largest in brackets."""
 
+INTRO = """
+Made by `make bench-peers`. *kvindex* and *Dynamo* are asked with an array of tokens or hashes, *list* is the same from
+a list of ints; the *dict of sets* is what one would write first: prefix hash to set of pods. The *floor* is one hash
+over the bytes of the prompt. Each of the pods holds all of the prompt. A verdict *reached* is within what was promised
+(at least), *stretch* within what was hoped for, *not* is not. The method is [at the end](#measured-on), and [how it is
+measured](measuring.md) has what is behind it.
+"""
+
 WEAK = """\
 ## Where kvindex is weak
 
@@ -37,8 +45,8 @@ WEAK = """\
 - *Own names.* Pods that disagree on the engine's hashes (vLLM before 0.29 without a fixed seed) cost memory per pod and
   block: removals come by name, so the names have to be kept. Dynamo's tree refuses such events.
 - *Reading the whole answer* builds a dict of all pods: 14 µs for 256 of them, beside 1 µs for `best()`.
-- *Short prompts in a huge index* wait for memory twice: at 10 million blocks a match of 8 blocks takes 0.55 µs instead
-  of 0.21, for neither the place of a prompt's first block nor the block is in any cache.
+- *Short prompts in a huge index* wait for memory twice: at 10 million blocks a match of 8 blocks takes 0.6 µs instead
+  of 0.2, for neither the place of a prompt's first block nor the block is in any cache.
 - *Events of one block* cost two and a half times as much per block as long ones: there is a name to find for each.
 - *Hybrid models and offloading*: a worker with several groups or media costs some 35 ns a match, 10 µs for 256 of them,
   where one with a single group costs one.
@@ -86,7 +94,7 @@ def _memory(out: Result) -> str:
 
 def markdown(out: Result) -> str:
     """The page; also what is printed."""
-    parts = ["# Beside others", "Made by `make bench-peers`."]
+    parts = ["# Beside others", INTRO]
     parts += [f"Left out: {reason}." for reason in out.skipped]
     parts += ["![Time per call by depth of the prompt](peers.svg)"]
     parts += ["## From tokens", _times(out, "tokens"), "## From tokens to what a router reads", _times(out, "answer")]
