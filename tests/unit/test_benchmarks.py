@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
-from xml.etree import ElementTree
 
 import msgpack
 import numpy as np
@@ -217,9 +218,26 @@ def test_the_baseline_names_what_is_worse_by_how_much_and_since_when(
         return [Comparison(name, [votes[name]] * FEWEST) for name in names]
 
     monkeypatch.setattr(baseline, "compare", compare)
+    drawn: list[list[list[str]]] = []
+    monkeypatch.setattr(baseline, "plot", lambda rows, limit, title, path: drawn.append(rows))
     out = tmp_path / "reports"
     assert baseline.check(0.10, "", out) == expected
     assert said in capsys.readouterr().out
     assert said in (out / "bench-check.md").read_text()
-    plotted = ElementTree.parse(out / "bench-check.svg")
-    assert plotted.getroot().tag.endswith("svg")
+    (rows,) = drawn
+    assert all(f"| {row[1]} |" in " ".join((out / "bench-check.md").read_text().split()) for row in rows)
+
+
+def test_a_plot_of_a_check_has_a_point_for_each_figure(tmp_path: Path) -> None:
+    """And none for a figure without a ratio, or of another kind."""
+    rows = [
+        ["time over floor", MATCH, "6", "6.1", "1.017", ""],
+        ["instructions", MATCH, "1000", "1150", "1.150", "worse"],
+        ["time over floor", INGEST, "0.2", "0.2", "1.000", ""],
+        ["exact", "lost", "0", "3", "", "worse"],
+    ]
+    baseline.plot(rows, 1.1, "since then", tmp_path / "plot.svg")
+    svg = (tmp_path / "plot.svg").read_text()
+    # A marker is defined once and used for each point, once more in the legend.
+    used = Counter(re.findall(r'<use xlink:href="#(m\w+)" x="[^"]+" y="[^"]+" style="fill', svg))
+    assert {3, 2} <= set(used.values()), used
