@@ -49,7 +49,8 @@ class KubernetesPods(Watcher):
     """Keeps a manager's pods equal to those that a cluster runs.
 
     ``namespace`` limits it to one (None: all, which needs a ClusterRole); the account it runs under needs ``list`` and
-    ``watch`` of pods. ``selector`` is what a pod's labels have to be. Engines publish at ``port`` and answer replays
+    ``watch`` of pods. ``selector`` is what a pod's labels have to be, by default AIBrix's
+    ``model.aibrix.ai/kv-events-enabled=true``. Engines publish at ``port`` and answer replays
     at ``replay_port`` (None where they do not), each data-parallel rank at the port one higher; ``options`` are
     further fields of :class:`~kvindex.PodSource` (``dp_size``, ``presence``, …) for all of them. ``api`` is a
     ``kubernetes.client.CoreV1Api`` to use; None takes the account of the pod that this runs in, or else the
