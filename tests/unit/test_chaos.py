@@ -6,6 +6,8 @@ The judges are given made-up logs of a pod that is followed faultlessly, then th
 from __future__ import annotations
 
 import copy
+import ctypes
+import os
 import socket
 import threading
 import time
@@ -21,6 +23,7 @@ from chaos.experiment import ExperimentError, load, seconds
 from chaos.faults import fault_of
 from chaos.judge import NOTICE, RECOVER, Cycle, Witness, judge
 from chaos.logs import PROBES, STATES, Writer, applied_dtype, latency_dtype, sample_dtype, truth_dtype
+from chaos.observer import SMALL, in_heap
 from chaos.proxy import Proxy
 
 EXPERIMENTS = sorted((Path(__file__).parents[2] / "chaos" / "experiments").glob("*.yaml"))
@@ -102,7 +105,7 @@ class Story:
         self.question: Callable[[float], float] = lambda at: 1e-5
         self.machine: Callable[[float], float] = lambda at: 1e-5
         self.counters = {"lost_batches": 0}
-        self.before = {"threads": 5, "fds": 20, "rss": 1 << 26, "kinds": {}}
+        self.before = {"threads": 5, "fds": 20, "rss": 1 << 26, "held": 1 << 24, "kinds": {}}
         self.after = dict(self.before)
         self.differences: int | None = 0
 
@@ -254,7 +257,18 @@ def test_each_judge_finds_what_is_his_and_only_that(tmp_path, change, failing):
     assert {name for name, passed in story.judged().items() if not passed} == failing
 
 
-def test_memory_that_grows_with_repetition_is_found(tmp_path):
+@pytest.mark.parametrize(
+    ("held", "rss", "passed"),
+    [
+        (lambda n: n << 18, lambda n: n << 18, False),
+        (lambda n: n << 18, lambda n: 0, False),
+        (lambda n: 0, lambda n: n << 20, True),  # the allocator's pieces
+        (lambda n: 0, lambda n: n << 21, False),  # somebody's who did not ask it
+        (lambda n: 9 << 20 if n in (3, 9) else 0, lambda n: 0, True),  # something was on its way at that moment
+        (lambda n: -n << 20, lambda n: -n << 20, True),
+    ],
+)
+def test_memory_that_grows_with_repetition_is_found(tmp_path, held, rss, passed):
     story = Story(tmp_path)
     story.judged()
     cycles = [
@@ -265,14 +279,14 @@ def test_memory_that_grows_with_repetition_is_found(tmp_path):
             ended=story.ENDS,
             pods=["pod"],
             cut=["pod"],
-            resources={**story.before, "rss": (128 + n) << 19},
+            resources={**story.before, "rss": (1 << 28) + rss(n), "held": (1 << 27) + held(n)},
         )
         for n in range(10)
     ]
     verdicts = judge(
         Witness(tmp_path, ["pod"]), cycles, baseline=(0.0, 2.0), resources=story.before, counters={}, differences=0
     )
-    assert not verdicts.resources.passed
+    assert verdicts.resources.passed == passed
     assert verdicts.safety.passed
     assert RECOVER > story.ENDS - story.RETURNS
 
@@ -327,3 +341,16 @@ def test_a_proxy_takes_its_time():
         pod.sendall(b"late")
         assert _all_of(index, 4) == b"late"
         assert time.monotonic() - start >= 0.2
+
+
+def test_what_is_held_of_the_heap_is_what_was_asked_for():
+    before = in_heap()
+    if before is None:
+        assert not hasattr(ctypes.CDLL(None), "mallinfo2") or "LD_PRELOAD" in os.environ
+        return
+    kept = [bytes(20_000) for _ in range(400)]
+    assert 8e6 <= in_heap() - before <= 9e6
+    small = [object() for _ in range(40_000)]
+    assert in_heap() - before >= 8e6 + SMALL * len(small)
+    del kept, small
+    assert abs(in_heap() - before) < 1e6
