@@ -398,8 +398,13 @@ def until(done: Callable[[], object], seconds: float = 20.0) -> None:
 @contextmanager
 def nothing_left_behind() -> Iterator[None]:
     """Threads and file descriptors of this process are as many after as before."""
-    import os
+    import psutil
 
-    before = {thread.name for thread in threading.enumerate()}, len(os.listdir("/proc/self/fd"))
+    this = psutil.Process()
+
+    def here() -> tuple[set[str], int]:
+        return {thread.name for thread in threading.enumerate()}, this.num_fds()
+
+    before = here()
     yield
-    until(lambda: ({thread.name for thread in threading.enumerate()}, len(os.listdir("/proc/self/fd"))) == before)
+    until(lambda: here() == before)

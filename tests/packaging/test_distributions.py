@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -65,6 +66,10 @@ def test_the_sdist_has_every_source_and_nothing_that_was_generated(dist):
     alone = {"LICENSE", "Makefile", "asv.conf.json", "mkdocs.yml", "pyproject.toml", "setup.py"}
     assert sources | alone | {p.name for p in ROOT.glob("*.md")} <= names
     assert not [name for name in names if name.endswith((".so", ".pyc", "_core.cpp"))]
+    # A wheel is tested beside all of it but the package itself, which has no core there.
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        beside = tomllib.load(file)["tool"]["cibuildwheel"]["test-sources"]
+    assert {name.partition("/")[0] for name in names} - {"", "PKG-INFO", "setup.cfg", "src"} == set(beside)
 
 
 def test_the_wheel_has_the_module_its_types_and_no_sources(dist):

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import resource
 import select
 import signal
 import subprocess
@@ -234,11 +235,16 @@ def test_numbers_that_are_none_are_refused(command, tmp_path, option, capsys):
     assert caught.value.code == 2
 
 
-def test_a_disk_that_is_full_is_an_error(command, pod):
+def test_a_disk_that_is_full_is_an_error(command, pod, tmp_path):
     pod.publish(3)
-    status, _, err = command("record", word(pod), "-o", "/dev/full", "--batches", 3)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    try:
+        status, _, err = command("record", word(pod), "-o", tmp_path / "x.gz", "--batches", 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert status == 2
-    assert "No space left" in err
+    assert "File too large" in err
 
 
 # top

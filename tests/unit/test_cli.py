@@ -11,10 +11,10 @@ import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import msgpack
 import numpy as np
+import psutil
 import pytest
 from sync_support import until
 
@@ -338,6 +338,7 @@ def test_the_demo_ends_with_every_answer_equal(command, short_absence):
 
 def test_the_live_table_shows_a_pod_go_stale_and_come_back(command, short_absence, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # which makes a terminal of a pipe
+    monkeypatch.setenv("TERM", "xterm")  # on a dumb one a table is shown once, at the end
     status, out, _ = command("demo", "--conversations", 4, "--seconds", 1, "--pods", 2)
     assert status == 0
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out)
@@ -346,16 +347,10 @@ def test_the_live_table_shows_a_pod_go_stale_and_come_back(command, short_absenc
     assert set(states["pod-1"]) == {"exact"}
 
 
-def children(pid):
-    """The processes that this one has started, and that have not ended."""
-    found = Path(f"/proc/{pid}/task").glob("*/children")
-    return {int(child) for path in found for child in path.read_text().split()}
-
-
-def running(pid):
+def running(process):
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
 
 
@@ -366,7 +361,7 @@ def test_an_interrupted_demo_leaves_no_process_behind(number):
         for line in shown.stdout:
             if "requests" in line:
                 break
-        pods = children(shown.pid)
+        pods = psutil.Process(shown.pid).children()
         assert len(pods) == 2
         shown.send_signal(number)
         _, err = shown.communicate(timeout=60)
