@@ -25,11 +25,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+import kvindex
 from kvindex import EventManager
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
-MODULES = sorted((ROOT / "src" / "kvindex").rglob("*.py"))
+# Of the package that is tested, which is not that of the checkout where a wheel is.
+PACKAGE = Path(kvindex.__file__).parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
 FENCED = re.compile(r"^(?P<indent> *)```(?P<language>[\w-]*)[^\n]*\n(?P<code>.*?)^(?P=indent)```", re.M | re.S)
 PORT = re.compile(r"\b5[56]\d\d\b")
 ELSEWHERE = re.compile(r"\b10\.0\.0\.\d+\b")
@@ -171,7 +174,7 @@ def test_a_page_runs_from_its_first_block_to_its_last(page, reader):
         reader.type(language, code, page)
 
 
-@pytest.mark.parametrize("module", [path for path in MODULES if [*examples(path)]], ids=named)
+@pytest.mark.parametrize("module", [path for path in MODULES if [*examples(path)]], ids=lambda path: path.stem)
 def test_the_examples_in_docstrings_run(module, reader):
     reader.move_ports(examples(module))
     for language, code in examples(module):
