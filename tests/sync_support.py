@@ -272,7 +272,7 @@ class Router(World):
         for action in actions:
             if isinstance(action, Ingest):
                 with suppress(EventDecodeError):
-                    self.index.ingest("pod", action.payload, seq=action.seq)
+                    self.index.ingest("pod", action.payload, seq=action.seq if action.joined else None)
             elif isinstance(action, Clear):
                 self.index.clear_worker("pod")
         super().do(actions)

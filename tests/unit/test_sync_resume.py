@@ -34,6 +34,29 @@ def test_only_the_rest_is_replayed():
     assert (world.stream.counts["batches"], world.stream.counts["resumed"], world.clears) == (7, 1, 0)
 
 
+@pytest.mark.parametrize("after", [1, 4])
+def test_a_guess_about_the_process_does_not_become_one_stream_in_a_snapshot(after):
+    """The engine has restarted while nobody answered replays, and its next number was taken for the old process's."""
+    world = well(3)
+    world.restart()
+    world.connect()
+    world.publish(3)
+    world.channel.clear()
+    world.publish(after)
+    world.deliver()
+    world.wait(15.0, serve=False)
+    assert world.verdict == "degraded"
+    assert world.applied_upto() == 3 + after
+    assert not any(place.whole for place in world.index.stream_places("pod").values())
+    world.restart_router()
+    world.connect()
+    for _ in range(60):
+        world.wait(0.5)
+        world.check()
+    assert world.verdict == "exact"
+    assert world.held == world.process.truth(3 + after)
+
+
 def test_nothing_was_missed():
     world = well()
     world.restart_router()

@@ -55,6 +55,9 @@ class Ingest(NamedTuple):
     seq: int
     payload: bytes
     ts: float | None
+    joined: bool = True
+    """Whether it is known to continue what is applied. If not, the index must not be told its number: a snapshot would
+    say that everything up to there is one stream."""
 
 
 class RequestReplay(NamedTuple):
@@ -577,7 +580,7 @@ class WorkerStream:
             self._unproven = False  # seq is 0: whatever comes later has nothing before it that could be missing
         if ts is not None:
             self.last_ts, self._dated = ts, seq
-        self._out.append(Ingest(seq, payload, ts))
+        self._out.append(Ingest(seq, payload, ts, seq != self._guessed or not seq))
 
     def _recall(self, seq: int) -> int | None:
         """The fingerprint of an applied batch, ``_LOST`` when it was given up, None when it is not remembered."""

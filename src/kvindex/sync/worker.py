@@ -459,7 +459,7 @@ class Worker:
             actions.append(Mark(self.stream.verdict, self.stream.reason))
         try:
             report = self._setting.index.ingest(
-                self.pod, action.payload, model=self.model, dp_rank=self.rank, seq=action.seq
+                self.pod, action.payload, model=self.model, dp_rank=self.rank, seq=action.seq if action.joined else None
             )
         except EventDecodeError as error:
             self.errors["undecodable"] += 1
