@@ -116,7 +116,7 @@ class Worker:
     copies: dict[tuple[str, int, int], list[int]] = field(default_factory=dict)  # (medium, group, hash) -> k per copy
     parked: list[Parked] = field(default_factory=list)  # in order of arrival
     groups: dict[int, Group] = field(default_factory=dict)
-    seen: set[tuple[str, int]] = field(default_factory=set)  # (medium, group)
+    seen: dict[tuple[str, int], list[int]] = field(default_factory=dict)  # (medium, group) -> k, as first announced
     added: list[tuple[Position, float]] = field(default_factory=list)  # end of a prefix, when it expires
     damaged: bool = False  # what only a full clear heals
     partial_first: bool = False  # a smaller block came before any full one: heals with the first full one
@@ -348,12 +348,14 @@ class Model:
             raise BadEvent("block_size_mismatch")
 
         learned = worker.groups.setdefault(group, Group())
-        worker.seen.add((medium, group))
         learned.kind = kind if kind is not None else learned.kind
         learned.window = window or learned.window
         learned.k = max(learned.k, size // self.block_size)
 
         n, k = len(hashes), size // self.block_size or learned.k
+        sizes = worker.seen.setdefault((medium, group), [])
+        if k not in sizes:
+            sizes.append(k)
         whole = bool(tokens) and len(tokens) == n * size
         above = [parent] if whole else []
         distinct = hashes[: next((i for i in range(n) if hashes[i] in above + hashes[:i]), n)]
@@ -458,7 +460,8 @@ class Model:
                 continue
             report.removed += 1
             if copies:
-                copies.pop()
+                # It does not say how large the block is: the size that was announced first goes first.
+                copies.remove(next(k for k in worker.seen[medium, group] if k in copies))
             else:
                 thing, i = parked[-1]
                 thing.live[i] = False
