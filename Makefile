@@ -66,7 +66,7 @@ help:
 	@echo 'make demo              build, then a simulated fleet with its events flowing into the index'
 	@echo 'make test              every test; test-wire: those of what engines really wrote, test-unit: the others'
 	@echo 'make sanitize          the tests with the core under the address and undefined-behaviour sanitizers'
-	@echo 'make fuzz SECONDS=60   coverage-guided fuzzers on the event decoder and on snapshots'
+	@echo 'make fuzz SECONDS=60   coverage-guided fuzzers on the event decoder and on snapshots; every allocation fails once'
 	@echo 'make bench-peers       kvindex beside Dynamo, a dict of sets and the floor: one process, one table'
 	@echo 'make bench             the asv suite on what is committed; bench-quick: each of it once, to see that it runs'
 	@echo 'make bench-html        the history of it as pages in .asv/html'
@@ -145,8 +145,16 @@ $(FUZZ)/fuzz_%: tests/fuzz/fuzz_%.cpp $(wildcard src/kvindex/_native/*.hpp)
 
 comma := ,
 
+# No fuzzer: it tries every allocation there is, and has a main of its own.
+FAIL_FLAGS := $(subst fuzzer$(comma),,$(FUZZ_FLAGS)) -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=mmap
+
+$(FUZZ)/fail_memory: tests/fuzz/fail_memory.cpp $(wildcard src/kvindex/_native/*.hpp)
+	mkdir -p $(@D)
+	$(CLANG) $(FAIL_FLAGS) -Isrc/kvindex/_native $< -o $@
+
 # Half of the time for each.
-fuzz: .venv/.test-tools $(FUZZ)/fuzz_ingest $(FUZZ)/fuzz_snapshot
+fuzz: .venv/.test-tools $(FUZZ)/fuzz_ingest $(FUZZ)/fuzz_snapshot $(FUZZ)/fail_memory
+	$(FUZZ)/fail_memory
 	$(BIN)/python tests/fuzz/seeds.py $(FUZZ)/corpus
 	$(BIN)/python tests/fuzz/snapshots.py $(FUZZ)/snapshots
 	for of in ingest:corpus snapshot:snapshots; do \

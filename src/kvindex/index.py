@@ -25,7 +25,9 @@ _NO_HASHES = np.empty(0, dtype=np.uint64)
 class PrefixIndex(Index):
     """Which pod holds which prefix, kept from the engines' events.
 
-    Any thread may call any method; a match sees whole events only.
+    Any thread may call any method; a match sees whole events only. A process that forks gives its child a copy as it
+    was between two batches, in which every pod is stale: what engines say from then on they say to the parent. Where
+    the system has no memory for a change, MemoryError is raised, all content is forgotten and every worker is degraded.
 
     block_size: tokens per index block, the granularity of every answer; an engine's own block size must be a multiple
     of it. hash_seed: seed of the interoperable hashes. presence: "count" (copies are counted, as vLLM announces them)
@@ -104,8 +106,8 @@ class PrefixIndex(Index):
 
         presence: "count" or "set"; clear_media: the media that its clears clear; chunk_size: tokens per chunk of
         chunked-local attention; max_blocks: index blocks that it may hold, over all ranks, media and groups (0: any
-        number), those that wait included. A stored event beyond that is skipped as ``over_limit``, and the pod is
-        degraded: it holds more than is known. O(media).
+        number), those that wait included. A stored event beyond that, or of more than 1,024 ranks and models of one
+        pod, is skipped as ``over_limit``, and the pod is degraded: it holds more than is known. O(media).
         """
         counted = -1 if presence is None else arguments.choice(presence, "presence", ("count", "set"))
         media = arguments.names(clear_media or (), "clear_media")

@@ -104,3 +104,28 @@ def test_a_limit_that_is_none_is_refused(value, error):
         PrefixIndex().configure_pod("a", max_blocks=value)
     with pytest.raises(error, match="max_blocks of pod 'p'"):
         PodSource("p", endpoint="tcp://127.0.0.1:5557", max_blocks=value)
+
+
+def test_a_pod_may_not_have_ranks_without_end():
+    """Who looks for a worker looks at all of its pod's: 50,000 took 15 seconds."""
+    index = PrefixIndex(block_size=4)
+    event = stored([1], tokens(1), size=4)
+    for rank in range(1024):
+        assert index.ingest("a", payload(event, rank=rank)).stored == 1
+    assert index.pod_state("a") == "exact"
+    for rank in range(1024, 1100):
+        assert index.ingest("a", payload(event, rank=rank), seq=0).reasons == {"over_limit": 1}
+    assert index.pod_state("a") == "degraded"
+    # Those that are there go on, removals of the others find nothing, and other pods have their own.
+    assert index.ingest("a", payload(stored([2], tokens(2), parent=1, size=4), rank=1023)).stored == 1
+    assert index.ingest("a", payload(removed(1), rank=1050)).reasons == {"unknown_hash": 1}
+    index.add_prefix("a", tokens(1), ttl=1e6, dp_rank=2000)
+    answer = index.match_prefix(tokens(1, 2))
+    assert answer.tokens == {"a": 8}
+    assert sorted(answer["a"].ranks) == list(range(1024))
+    assert index.ingest("b", payload(event, rank=5000)).stored == 1
+    assert index.pod_state("b") == "exact"
+    index._check()
+    index.remove_pod("a")
+    assert index.ingest("a", payload(event, rank=1050)).stored == 1
+    assert index.pod_state("a") == "exact"

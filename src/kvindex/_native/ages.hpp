@@ -44,6 +44,10 @@ public:
         rings_[slot(now_)].began = kLongAgo;
     }
     bool on() const { return rings_ != nullptr; }
+    // All items are gone.
+    void clear() {
+        for (u32 i = 0; on() && i < kRings; ++i) rings_[i].link.older = rings_[i].link.newer = kSentinel + i;
+    }
 
     void add(u32 id) {
         if (!on()) return;

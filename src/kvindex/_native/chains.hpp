@@ -71,10 +71,7 @@ struct Pos {
 class Chains {
 public:
     Chains(Memory& m, SetPool& sets) : m_(m), sets_(sets), chains_(m), pages_(m), homes_(m), ages_(m, chains_) {}
-    ~Chains() {
-        chains_.each([&](u32 c) { release(chains_[c]); });
-        fresh_.release(m_);
-    }
+    ~Chains() { clear(); }
     Chains(const Chains&) = delete;
     Chains& operator=(const Chains&) = delete;
 
@@ -371,6 +368,8 @@ public:
             if (i == c.own.size() || c.own[i].worker != o.worker) {
                 c.own.splice(m_, i, 0, 1);
                 c.own[i] = o;
+                // Nothing belongs to two if there is no memory for the next.
+                o.ids = {};
                 continue;
             }
             OwnNames& to = c.own[i];
@@ -396,6 +395,16 @@ public:
         c.own.trim(m_);
     }
 
+    // All of it, whatever state it was left in.
+    void clear() {
+        chains_.each([&](u32 c) { release(chains_[c]); });
+        chains_.clear();
+        pages_.clear();
+        homes_.clear();
+        ages_.clear();
+        fresh_.release(m_);
+        blocks_ = 0;
+    }
     // Gives back what was only needed while changing.
     void shrink() {
         fresh_.release(m_);

@@ -31,19 +31,22 @@ public:
     u32 pod(const std::string& name) {
         const auto it = pod_ids_.find(name);
         if (it != pod_ids_.end()) return it->second;
-        u32 id;
-        if (!free_pods_.empty()) {
-            id = free_pods_.back();
-            free_pods_.pop_back();
+        const u32 id = free_pods_.empty() ? static_cast<u32>(pods_.size()) : free_pods_.back();
+        widen(pods_, id + 1);
+        widen(free_pods_, pods_.size() + 1);
+        Pod p;
+        p.name = name;
+        p.set_presence = set_presence_;
+        pod_ids_.emplace(name, id);
+        // Here and where else something is made: from now on no memory is needed, so that it is there as a whole or
+        // not.
+        p.uid = (++pods_made_ << 32) | id;
+        if (free_pods_.empty()) {
+            pods_.push_back(std::move(p));
         } else {
-            id = static_cast<u32>(pods_.size());
-            pods_.emplace_back();
+            free_pods_.pop_back();
+            pods_[id] = std::move(p);
         }
-        pods_[id] = Pod();
-        pods_[id].uid = (++pods_made_ << 32) | id;
-        pods_[id].name = name;
-        pods_[id].set_presence = set_presence_;
-        pod_ids_[name] = id;
         ++pods_version_;
         return id;
     }
@@ -66,6 +69,19 @@ public:
     void mark(u32 pod, i64 rank, Verdict v) {
         pods_[pod].streams[rank] = v;
         judge(pod);
+    }
+    // No stream is followed any more: what is known of all that there are is out of date from now on.
+    void nobody_listens() {
+        for (u32 id = 0; id < pods_.size(); ++id) {
+            Pod& p = pods_[id];
+            for (auto& s : p.streams) s.second = Verdict::stale;
+            try {
+                for (u32 w : p.workers) p.streams[workers_[w]->rank] = Verdict::stale;
+            } catch (const std::bad_alloc&) {
+                p.shed = true;
+            }
+            judge(id);
+        }
     }
     void set_presence(u32 pod, bool set) {
         pods_[pod].set_presence = set;
@@ -139,9 +155,11 @@ protected:
         const auto it = space_ids_.find(model);
         if (it != space_ids_.end()) return it->second;
         const u32 id = static_cast<u32>(spaces_.size());
-        spaces_.emplace_back();
-        spaces_[id].model = model;
-        space_ids_[model] = id;
+        widen(spaces_, id + 1);
+        Space made;
+        made.model = model;
+        space_ids_.emplace(model, id);
+        spaces_.push_back(std::move(made));
         return id;
     }
     u32 find_worker(u32 pod, i64 rank, u32 space) const {
@@ -154,15 +172,18 @@ protected:
         return found != kNone ? found : add_worker(pod, rank, space);
     }
     u32 add_worker(u32 pod, i64 rank, u32 space) {
-        u32 id;
-        if (!free_workers_.empty()) {
-            id = free_workers_.back();
-            free_workers_.pop_back();
-        } else {
-            id = static_cast<u32>(workers_.size());
+        const u32 id = free_workers_.empty() ? static_cast<u32>(workers_.size()) : free_workers_.back();
+        widen(workers_, id + 1);
+        widen(free_workers_, workers_.size() + 1);
+        widen(pods_[pod].workers, pods_[pod].workers.size() + 1);
+        widen(spaces_[space].hybrids, workers_.size() + 1);
+        std::unique_ptr<Worker> made(new Worker(mem_));
+        if (free_workers_.empty()) {
             workers_.emplace_back();
+        } else {
+            free_workers_.pop_back();
         }
-        workers_[id].reset(new Worker(mem_));
+        workers_[id] = std::move(made);
         charge(kWorkerBytes);
         Worker& w = *workers_[id];
         w.pod = pod;
@@ -174,15 +195,20 @@ protected:
         return id;
     }
     u32 new_holder(u32 worker, u32 medium, u32 group, u32 factor) {
-        u32 id;
-        if (!free_holders_.empty()) {
-            id = free_holders_.back();
-            free_holders_.pop_back();
-        } else {
-            id = static_cast<u32>(holders_.size());
+        Worker& w = *workers_[worker];
+        const u32 id = free_holders_.empty() ? static_cast<u32>(holders_.size()) : free_holders_.back();
+        widen(holders_, id + 1);
+        widen(faces_, id + 1);
+        widen(stands_for_, id + 1);
+        widen(free_holders_, holders_.size() + 1);
+        widen(w.holders, w.holders.size() + 1);
+        for (std::vector<u64>* mask : {&simple_, &guessed_, &w.mask}) widen(*mask, (id >> 6) + 1);
+        if (free_holders_.empty()) {
             holders_.emplace_back();
             faces_.emplace_back();
             stands_for_.push_back(kNone);
+        } else {
+            free_holders_.pop_back();
         }
         charge(kHolderBytes);
         holders_[id] = Holder{worker, medium, group, factor, 0};
@@ -220,9 +246,9 @@ protected:
         u32 g = 0;
         while (g < w.groups.size() && w.groups[g].id != id) ++g;
         if (g == w.groups.size()) {
-            charge(sizeof(Group));
             w.groups.emplace_back();
             w.groups[g].id = id;
+            charge(sizeof(Group));
         }
         Group& to = w.groups[g];
         const Group before = to;

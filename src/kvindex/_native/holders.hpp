@@ -80,14 +80,17 @@ public:
     bool interned(u32 set) const { return set == kEmptySet || find(recs_[set].w, recs_[set].n) == set; }
     // Gives back the slack of the tables once nothing but the empty set is left.
     void shrink() {
-        if (live_ != 1) return;
+        if (live_ == 1) clear();
+    }
+    // Without a look at who uses what.
+    void clear() {
         for (u32 i = 1; i < recs_.size(); ++i) drop_words(recs_[i]);
         // The memo speaks of sets that are gone, and generations start over.
         std::free(memo_);
         memo_ = nullptr;
-        const Rec empty = recs_[0];
-        recs_.release(m_);
-        recs_.push(m_, empty);
+        recs_.truncate(1);
+        recs_.shrink(m_, 1);
+        recs_[kEmptySet].refs = live_ = 1;
         free_.release(m_);
         table_.release(m_);
         scratch_.release(m_);
@@ -146,6 +149,7 @@ private:
         if (n == 0) return kEmptySet;
         u32 set = find(scratch_.data(), n);
         if (set != kNone) return set;
+        recs_.reserve(m_, recs_.size() + free_.empty());
         u64* w = static_cast<u64*>(std::malloc(sizeof(u64) * n));
         if (!w) throw std::bad_alloc();
         std::memcpy(w, scratch_.data(), sizeof(u64) * n);

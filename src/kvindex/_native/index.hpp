@@ -49,12 +49,68 @@ public:
                  bool lost) {
         std::map<i64, Position>& all = pods_[pod].positions;
         const auto it = all.find(rank);
+        if (it == all.end() && all.size() >= kMostWorkers) return;
         const bool whole = it == all.end() ? seq == 0 : it->second.whole && seq == it->second.seq + 1;
-        all[rank] = Position{seq, ts, fingerprint, space(model), !lost && (clean || whole)};
+        const Position at{seq, ts, fingerprint, space(model), !lost && (clean || whole)};
+        all[rank] = at;
     }
     // Something came in without a number: how far the stream has been applied cannot be said any more.
     void lose_place(u32 pod, i64 rank) {
         if (!pods_[pod].positions.empty()) pods_[pod].positions.erase(rank);
+    }
+
+    // Memory ended in the middle of a change, and nobody knows how far that came. So all content goes, of all workers,
+    // as if it had been shed: what is known of a worker stays a part of the truth, and every pod says that it is
+    // degraded. What workers are (their groups limit their answers) stays, since that is made as a whole or not at all.
+    // Needs no memory, and looks at nothing that may be half done.
+    void start_over() noexcept {
+        shed_everything();
+        for (const auto& g : guesses_) mem_.sub(kGuessBytes + g.second.prefixes.size() * sizeof(u64));
+        guess_paths_.clear();
+        guesses_.clear();
+        for (const auto& worker : workers_) {
+            if (!worker) continue;
+            Worker& w = *worker;
+            w.lot.reset();
+            release(w);
+            w.second = CountedMap<u64, u32>(Counted<char>(mem_));
+            w.copies = CountedMap<u32, Copies>(Counted<char>(mem_));
+            for (u32 h : w.holders) holders_[h].blocks = 0;
+            if (w.ghost != kNone) holders_[w.ghost].blocks = 0;
+            if (w.guess != kNone) free_holder(w.guess);
+            w.guess = kNone;
+            w.shed = w.sticky = true;
+        }
+        mem_.sub(lot_bytes_);
+        lot_bytes_ = parked_ = 0;
+        fresh_.clear();
+        chains_.clear();
+        sets_.clear();
+        for (Space& s : spaces_) {
+            s.heads.release(mem_);
+            s.names.release(mem_);
+        }
+        pinned_ = kNone;
+        for (u32 id = 0; id < workers_.size(); ++id)
+            if (workers_[id]) refresh(id);
+        for (u32 p = 0; p < pods_.size(); ++p) judge(p);
+    }
+    // Events of this stream from `i` on were lost. Where they said something new of its groups and media, nothing is
+    // kept of the worker any more: a group that is not known would object to nothing.
+    void missed(const Turn& turn, const Batch& b, std::size_t i) {
+        const u32 id = find_worker(turn.pod, turn.rank, find_space(turn.model));
+        for (; i < b.events.size(); ++i) {
+            const Event& e = b.events[i];
+            if (e.kind != EventKind::stored) continue;
+            if (id == kNone) return fall_short(turn.pod, kNone);
+            bool known = false;
+            try {
+                known = learned(*workers_[id], e, static_cast<u32>(e.block_size / block_size_));
+            } catch (const std::bad_alloc&) {
+                // A medium's name is compared in lower case.
+            }
+            if (!known) workers_[id]->muted = true;
+        }
     }
 
     void remove_pod(u32 id) {
@@ -92,8 +148,9 @@ public:
 
     // One event of one stream. Never throws for what an engine may send; what could not be applied is in the report.
     void apply(Turn& turn, const Batch& b, const Event& e, Report& r) {
-        if (e.kind == EventKind::stored && !admits(kWorkerBytes) && find_worker(turn) == kNone) {
-            r.skip(Reason::over_budget, e.bad == Reason::none ? e.n_hashes : 1);
+        if (e.kind == EventKind::stored && turn.worker == kNone && find_worker(turn) == kNone && !joins(turn.pod)) {
+            const Reason why = admits(kWorkerBytes) ? Reason::over_limit : Reason::over_budget;
+            r.skip(why, e.bad == Reason::none ? e.n_hashes : 1);
             fall_short(turn.pod, kNone);
             return;
         }
@@ -341,7 +398,9 @@ private:
     }
     // Whether what the event says of its worker is known, or may be kept for good.
     bool can_learn(const Worker& w, const Event& e, u32 factor) const {
-        if (admits(kHolderBytes + sizeof(Group) + 192 + u64{2} * e.medium.n)) return true;
+        return admits(kHolderBytes + sizeof(Group) + 192 + u64{2} * e.medium.n) || learned(w, e, factor);
+    }
+    bool learned(const Worker& w, const Event& e, u32 factor) const {
         return std::any_of(w.holders.begin(), w.holders.end(), [&](u32 h) {
             const Holder& o = holders_[h];
             const Group& g = w.groups[o.group];

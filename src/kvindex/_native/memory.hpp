@@ -126,7 +126,14 @@ public:
         if (n_ == 0) {
             release(m);
         } else if (cap_ > 4 && n_ <= cap_ / 2) {
-            regrow(m, n_ + n_ / 8);
+            shrink(m, n_ + n_ / 8);
+        }
+    }
+    // Stays as large as it is where there is no memory: what goes must not need any.
+    void shrink(Memory& m, u32 cap) {
+        try {
+            if (cap < cap_) regrow(m, cap);
+        } catch (const std::bad_alloc&) {
         }
     }
     void release(Memory& m) {

@@ -109,11 +109,7 @@ protected:
         p.holder = a.holder;
         p.ids.assign(a.ids, a.ids + a.n);
         p.locals.assign(a.locals, a.locals + static_cast<std::size_t>(a.n) * factor);
-        if (a.live) {
-            p.live.assign(a.live, a.live + a.n);
-        } else {
-            p.live.assign(a.n, 1);
-        }
+        p.live.assign(a.n, 1);
         park_new(a.worker, std::move(p), r);
     }
     void park_bare(u32 id, u32 h, u64 name, Report& r) {

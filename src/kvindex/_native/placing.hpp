@@ -53,8 +53,8 @@ public:
         }
         const auto it =
             guesses_.emplace(until < kNever ? until : kNever, Guess{id, std::vector<u64>(prefixes, prefixes + n)});
-        guess_paths_[id].insert(it);
         mem_.add(kGuessBytes + n * sizeof(u64));
+        guess_paths_[id].insert(it);
     }
     double next_expiry() const { return guesses_.empty() ? kNever : guesses_.begin()->first; }
     void expire(double now) {

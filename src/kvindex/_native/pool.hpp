@@ -25,12 +25,7 @@ template <class T>
 class Pool {
 public:
     explicit Pool(Memory& m) : m_(m) {}
-    ~Pool() {
-        for (u32 i = 0; i < slabs_.size(); ++i)
-            if (~slabs_[i].free) m_.sub(sizeof(T) * 64);
-        n_ = 0;
-        shrink();
-    }
+    ~Pool() { clear(); }
     Pool(const Pool&) = delete;
     Pool& operator=(const Pool&) = delete;
 
@@ -67,14 +62,16 @@ public:
             slab.open_at = open_.size();
             open_.push(m_, s);
         }
-        slab.free |= 1ull << (id & 63);
+        const u64 free = slab.free | 1ull << (id & 63);
+        // First, since it may fail: clear() must know what has been counted.
+        if (!~free) holes_.push(m_, s);
+        slab.free = free;
         --n_;
-        if (~slab.free) return;
+        if (~free) return;
         const u32 last = open_.back();
         open_[slab.open_at] = last;
         slabs_[last].open_at = slab.open_at;
         open_.pop();
-        holes_.push(m_, s);
         m_.sub(sizeof(T) * 64);
         Arena& arena = arenas_[id >> kLg];
         // The first stays for the next item while little of it has been touched: emptying and filling a small index
@@ -85,6 +82,13 @@ public:
             open_.release(m_);
             holes_.release(m_);
         }
+    }
+    // Without a look at the items.
+    void clear() {
+        for (u32 i = 0; i < slabs_.size(); ++i)
+            if (~slabs_[i].free) m_.sub(sizeof(T) * 64);
+        n_ = 0;
+        shrink();
     }
     // Gives back what is only kept for the next item.
     void shrink() {
@@ -131,12 +135,13 @@ private:
             arena.touched = 0;
             ASAN_POISON_MEMORY_REGION(arena.items, kArenaBytes);
         }
-        open_.push(m_, s);
+        open_.reserve(m_, open_.size() + 1);
         if (again) {
             holes_.pop();
         } else {
             slabs_.push(m_, {~0ull, 0});
         }
+        open_.push(m_, s);
         slabs_[s].open_at = open_.size() - 1;
         const u32 place = (s & (kMask >> 6)) + 1;
         if (arena.touched < place) arena.touched = place;

@@ -5,6 +5,7 @@
 #include <thread>
 
 #include "check.hpp"
+#include "forks.hpp"
 #include "lock.hpp"
 #include "match.hpp"
 #include "snapshot_read.hpp"
@@ -62,6 +63,14 @@ struct StreamPlace {
     std::string model;
 };
 
+// There was no memory for a change, and what is known of content is gone.
+struct OutOfMemory : std::bad_alloc {
+    const char* what() const noexcept override {
+        return "no memory for a change of the index: what it knew of all pods is forgotten, and they are degraded until "
+               "their engines clear or restart; give the process more, or the index less by max_bytes";
+    }
+};
+
 // What became of a payload; busy: nothing yet, somebody else has the index.
 enum class Taken : u8 { yes, no_batch, busy };
 
@@ -76,7 +85,11 @@ public:
     SharedIndex(u32 block_size, u64 seed, bool set_presence, u32 max_parked, u64 max_bytes = 0, double ttl = 0)
         : ix_(block_size, seed, set_presence, max_parked, max_bytes, ttl) {
         note_expiry();
+        Forks<SharedIndex>::add(this);
     }
+    ~SharedIndex() { Forks<SharedIndex>::drop(this); }
+    SharedIndex(const SharedIndex&) = delete;
+    SharedIndex& operator=(const SharedIndex&) = delete;
 
     u64 open_pod(const std::string& name) {
         Writing w(*this);
@@ -85,7 +98,13 @@ public:
     bool remove_pod(u64 uid) {
         Writing w(*this);
         const u32 pod = ix_.slot(uid);
-        if (pod != kNone) ix_.remove_pod(pod);
+        try {
+            if (pod != kNone) ix_.remove_pod(pod);
+        } catch (const std::bad_alloc&) {
+            // Without content that needs no memory, and nothing else is asked for.
+            ix_.start_over();
+            ix_.remove_pod(pod);
+        }
         note_expiry();
         return pod != kNone;
     }
@@ -97,9 +116,10 @@ public:
         Pod& p = ix_.pod_at(pod);
         if (set_presence >= 0) ix_.set_presence(pod, set_presence != 0);
         if (has_media) {
+            std::vector<u32> ids;
+            for (const std::string& m : media) ids.push_back(ix_.media().id(m.data(), m.size()));
             p.has_clear_media = true;
-            p.clear_media.clear();
-            for (const std::string& m : media) p.clear_media.push_back(ix_.media().id(m.data(), m.size()));
+            p.clear_media = std::move(ids);
         }
         if (max_blocks >= 0) p.max_blocks = static_cast<u64>(max_blocks);
         if (chunk >= 0) ix_.set_chunk(pod, static_cast<u32>(chunk));
@@ -110,7 +130,7 @@ public:
     }
     void clear_worker(u64 uid, i64 rank) {
         Writing w(*this);
-        if (const u32 pod = ix_.slot(uid); pod != kNone) ix_.clear_worker(pod, rank);
+        if (const u32 pod = ix_.slot(uid); pod != kNone) whole([&] { ix_.clear_worker(pod, rank); });
         note_expiry();
     }
 
@@ -164,23 +184,29 @@ public:
                 return true;
             }
             Turn turn(pod, rank, model, ix_.find_space(model));
-            ix_.expect_first(turn, batch, i);
-            for (u64 work = 0; i < batch.events.size() && work < kTurn; ++i) {
-                ix_.expect(turn, batch, i);
-                const Event& e = batch.events[i];
-                work += 1 + e.n_hashes;
-                totals_.events_stored += e.kind == EventKind::stored;
-                totals_.events_removed += e.kind == EventKind::removed;
-                totals_.events_cleared += e.kind == EventKind::cleared;
-                ix_.apply(turn, batch, e, r);
-            }
-            if (i == batch.events.size()) {
-                ++totals_.batches;
-                report_.add(r);
-                note_expiry();
-                note(pod, rank, model, place, r.cleared && !ix_.pod_at(pod).has_clear_media, false);
-            } else {
-                ++half_;
+            try {
+                ix_.expect_first(turn, batch, i);
+                for (u64 work = 0; i < batch.events.size() && work < kTurn; ++i) {
+                    ix_.expect(turn, batch, i);
+                    const Event& e = batch.events[i];
+                    work += 1 + e.n_hashes;
+                    totals_.events_stored += e.kind == EventKind::stored;
+                    totals_.events_removed += e.kind == EventKind::removed;
+                    totals_.events_cleared += e.kind == EventKind::cleared;
+                    ix_.apply(turn, batch, e, r);
+                }
+                if (i == batch.events.size()) {
+                    ++totals_.batches;
+                    report_.add(r);
+                    note_expiry();
+                    note(pod, rank, model, place, r.cleared && !ix_.pod_at(pod).has_clear_media, false);
+                } else {
+                    ++half_;
+                }
+            } catch (const std::bad_alloc&) {
+                ix_.start_over();
+                ix_.missed(turn, batch, i);
+                throw OutOfMemory();
             }
         } while (i < batch.events.size());
         return true;
@@ -218,13 +244,13 @@ public:
     void guess(u64 uid, i64 rank, const std::string& model, const std::vector<u64>& prefixes, double until) {
         Writing w(*this);
         if (const u32 pod = ix_.slot(uid); pod != kNone)
-            ix_.guess(pod, rank, model, prefixes.data(), static_cast<u32>(prefixes.size()), until);
+            whole([&] { ix_.guess(pod, rank, model, prefixes.data(), static_cast<u32>(prefixes.size()), until); });
         note_expiry();
     }
     double next_expiry() const { return expiry_.load(std::memory_order_relaxed); }
     void expire(double now) {
         Writing w(*this);
-        ix_.expire(now);
+        whole([&] { ix_.expire(now); });
         note_expiry();
     }
 
@@ -328,6 +354,35 @@ public:
     }
     const BlockHasher& hasher() const { return ix_.hasher(); }
 
+    // ---- a process that forks ---------------------------------------------------------------------------------------
+
+    // A child gets the index as a snapshot would have it, between batches, and with nobody inside.
+    void before_fork() {
+        saver_.lock();
+        saving_.store(true);
+        for (;;) {
+            lock_.lock();
+            if (half_ == 0) return;
+            lock_.unlock();
+            std::this_thread::sleep_for(std::chrono::microseconds(200));
+        }
+    }
+    void after_fork() {
+        lock_.unlock();
+        open_gate();
+        saver_.unlock();
+    }
+    // Those who waited for a lock or held one are not here. Nor are those who listened: what engines say from now on,
+    // they say to the parent.
+    void in_child() {
+        new (&lock_) TurnLock();
+        new (&saver_) std::mutex();
+        new (&gate_) std::mutex();
+        new (&opened_) std::condition_variable();
+        saving_.store(false);
+        ix_.nobody_listens();
+    }
+
 private:
     struct Written {
         explicit Written(SharedIndex& s) : s_(s) {}
@@ -354,6 +409,16 @@ private:
         const SharedIndex& s_;
         bool on;
     };
+    // A change that leaves the index in order also where there is no memory for it.
+    template <class F>
+    void whole(F&& f) {
+        try {
+            f();
+        } catch (const std::bad_alloc&) {
+            ix_.start_over();
+            throw OutOfMemory();
+        }
+    }
     static Matcher& matcher() {
         static thread_local Matcher m;
         return m;
@@ -373,13 +438,14 @@ private:
         explicit Gate(const SharedIndex& s) : s_(s) { s_.saving_.store(true); }
         Gate(const Gate&) = delete;
         Gate& operator=(const Gate&) = delete;
-        ~Gate() {
-            std::lock_guard<std::mutex> g(s_.gate_);
-            s_.saving_.store(false);
-            s_.opened_.notify_all();
-        }
+        ~Gate() { s_.open_gate(); }
         const SharedIndex& s_;
     };
+    void open_gate() const {
+        std::lock_guard<std::mutex> g(gate_);
+        saving_.store(false);
+        opened_.notify_all();
+    }
     void wait_for_saver() {
         if (!saving_.load(std::memory_order_relaxed)) return;
         std::unique_lock<std::mutex> g(gate_);

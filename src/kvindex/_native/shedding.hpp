@@ -50,16 +50,14 @@ public:
     }
 
     void guess(u32 pod, i64 rank, const std::string& model, const u64* prefixes, u32 n, double until) {
-        if (max_) {
-            const u32 id = find_worker(pod, rank, find_space(model));
-            // Without what was to be learned of the worker, a guess may promise more than its groups would agree to.
-            const bool able =
-                id == kNone ? !pods_[pod].shed && admits(kWorkerBytes + kHolderBytes) : !workers_[id]->muted;
-            if (!able || !make_room(id, 0, n, n * sizeof(u64), kNone)) {
-                ++shed_.guesses;
-                fall_short(pod, id);
-                return;
-            }
+        const u32 id = find_worker(pod, rank, find_space(model));
+        // Without what was to be learned of the worker, a guess may promise more than its groups would agree to.
+        const bool able =
+            id == kNone ? !pods_[pod].shed && joins(pod) && admits(kWorkerBytes + kHolderBytes) : !workers_[id]->muted;
+        if (!able || (max_ && !make_room(id, 0, n, n * sizeof(u64), kNone))) {
+            ++shed_.guesses;
+            fall_short(pod, id);
+            return;
         }
         Placer::guess(pod, rank, model, prefixes, n, until);
         fit();
@@ -81,6 +79,9 @@ protected:
     std::size_t bytes() const { return mem_.bytes + media_.bytes(); }
     // Whether something may be made that only a clear takes away again. Half of the budget is for content.
     bool admits(std::size_t more) const { return !max_ || fixed_ + media_.bytes() + more <= max_ / 2; }
+
+    // Whether a pod may have one worker more.
+    bool joins(u32 pod) const { return pods_[pod].workers.size() < kMostWorkers && admits(kWorkerBytes); }
 
     // Makes room for an event that may add so many names and index blocks below a known parent, and `more` bytes
     // besides. False if it cannot be had: then nothing may be added.
@@ -129,6 +130,14 @@ protected:
             segs_ = {};
             pieces_ = {};
         }
+    }
+    // All content is about to go.
+    void shed_everything() {
+        shed_.blocks += chains_.blocks();
+        shed_.chains += chains_.count();
+        shed_.parked += parked_;
+        shed_.guesses += guesses_.size();
+        recent_ = 0;
     }
     // The worker (kNone: there is none yet) holds more than is known.
     void fall_short(u32 pod, u32 id) {

@@ -103,7 +103,11 @@ protected:
         if (n_ == 0) {
             release(m);
         } else if (lg_ > kLeast && n_ < capacity() / 8) {
-            rehash(m, lg_ - 1);
+            try {
+                rehash(m, lg_ - 1);
+            } catch (const std::bad_alloc&) {
+                // It stays as large as it is: what goes must not need memory.
+            }
         }
     }
     template <class F>

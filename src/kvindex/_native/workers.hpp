@@ -163,6 +163,10 @@ struct Position {
     bool whole = false;   // every batch since a clean start has been applied
 };
 
+// Ranks and models of one pod, together. More than any engine has, and few enough to be looked through: an event that
+// begins a turn asks for its worker, and what changes a verdict looks at all of them.
+inline constexpr std::size_t kMostWorkers = 1024;
+
 struct Pod {
     u64 uid = 0;  // slot and a count of all pods ever opened: a removed pod's number never means another pod
     std::string name;
@@ -184,6 +188,12 @@ struct Space {
     RefTable names;            // engine hash in a page -> block
     std::vector<u32> hybrids;  // workers whose groups and media must be looked at
 };
+
+// Room for `n` in all, so that adding one needs no memory. By doubling, which reserve alone does not do.
+template <class V>
+void widen(V& list, std::size_t n) {
+    if (list.capacity() < n) list.reserve(std::max(n, 2 * list.capacity()));
+}
 
 // Media are compared without case; the known ones are shown in upper case, others as first seen.
 inline std::string lower(const char* p, std::size_t n) {
@@ -209,8 +219,9 @@ public:
         for (const char* k : known)
             if (lower(k, std::strlen(k)) == key) show = k;
         const u32 id = static_cast<u32>(shown_.size());
-        shown_.push_back(show);
-        ids_[key] = id;
+        widen(shown_, id + 1);
+        ids_.emplace(key, id);
+        shown_.push_back(std::move(show));
         bytes_ += 2 * n + 192;
         return id;
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import logging
+import os
 import selectors
 import socket
 import threading
@@ -53,6 +54,7 @@ class StreamLoop:
         self._lock = threading.Lock()
         self._commands: deque[Callable[[], None]] = deque()
         self._thread: threading.Thread | None = None
+        self._pid = os.getpid()
         self._stopping = self._stopped = False
         self._hot: set[Any] = set()
         self._timers: list[tuple[float, int, Worker]] = []
@@ -73,8 +75,18 @@ class StreamLoop:
         """Whether this is called in the loop's own thread."""
         return threading.current_thread() is self._thread
 
+    @property
+    def _elsewhere(self) -> bool:
+        # A child that was forked has the thread's locks and sockets, and would wait for it for ever.
+        return self._thread is not None and self._pid != os.getpid()
+
     def start(self) -> None:
-        """Start the thread unless it runs. Raises :class:`StreamError` after a close."""
+        """Start the thread unless it runs. Raises :class:`StreamError` after a close, or in a forked child."""
+        if self._elsewhere:
+            raise StreamError(
+                f"this EventManager has its thread in process {self._pid}, which forked this one: "
+                f"make another EventManager here, and give it the pods again"
+            )
         with self._lock:
             if self._stopping:
                 raise StreamError("this EventManager is closed")
@@ -87,11 +99,15 @@ class StreamLoop:
             for end in (self._wake, self._woken):
                 end.setblocking(False)
             self._selector.register(self._woken, selectors.EVENT_READ, None)
+            self._pid = os.getpid()
             self._thread = threading.Thread(target=self._run, name="kvindex-streams", daemon=True)
             self._thread.start()
 
     def close(self) -> None:
-        """End the thread and wait for that, unless this is it."""
+        """End the thread and wait for that, unless this is it. In a forked child, nothing: its parent has it."""
+        if self._elsewhere:
+            self._stopping = True
+            return
         with self._lock:
             self._stopping = True
             thread = self._thread
@@ -130,7 +146,7 @@ class StreamLoop:
         """Do this in the loop's thread: at once from there, soon from any other, never after a close."""
         if self.is_current:
             command()
-        elif not self._stopping:
+        elif not self._stopping and not self._elsewhere:
             self._commands.append(command)
             self._poke()
 

@@ -1,0 +1,128 @@
+"""A process that forks while its threads use an index: the child has a copy that works, and is told that it is stale.
+
+In processes of their own: forking a process that has threads is what is tested, and the tests' own has too many.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+BUSY = """
+    import os, sys, threading, time, traceback
+    import msgpack
+    from kvindex import PodSet, PrefixIndex
+
+    index, pods, over = PrefixIndex(1), PodSet(["a", "b"]), threading.Event()
+
+    def batch(first):
+        return msgpack.packb([0.0, [["BlockStored", [h], None, [h], 1, None] for h in range(first, first + 3000)]])
+
+    batches = [batch(n) for n in range(1, 12000, 3000)]
+
+    def write(pod):
+        while not over.is_set():
+            for data in batches:
+                index.ingest(pod, data)
+            index.clear_worker(pod)
+
+    def ask():
+        while not over.is_set():
+            index.match_many([[n] for n in range(1, 500)], ready_pods=pods)
+
+    def save():
+        while not over.is_set():
+            index.save(os.devnull if len(sys.argv) < 2 else sys.argv[1])
+
+    threads = [threading.Thread(target=write, args=(pod,)) for pod in "ab"]
+    threads += [threading.Thread(target=ask), threading.Thread(target=save)]
+    index.ingest("a", batches[0])
+    index.ingest("b", batches[0])
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(40):
+            time.sleep(0.002)
+            child = os.fork()
+            if child == 0:
+                try:
+                    # Between batches: of each the first block is there or none.
+                    index._check()
+                    for data, first in zip(batches, range(1, 12000, 3000)):
+                        ends = [index.match_prefix([n], ready_pods=pods).tokens for n in (first, first + 2999)]
+                        assert ends[0] == ends[1], ends
+                    assert index.pod_state("a") == index.pod_state("b") == "stale"
+                    index.mark_worker("a", 0, "exact")
+                    assert index.pod_state("a") == "exact"
+                    index.clear_worker("a")
+                    assert index.ingest("a", batches[0]).stored == 3000
+                    index._check()
+                    os._exit(0)
+                except BaseException:
+                    traceback.print_exc()
+                    os._exit(1)
+            deadline = time.monotonic() + 30
+            while (done := os.waitpid(child, os.WNOHANG)) == (0, 0):
+                if time.monotonic() > deadline:
+                    os.kill(child, 9)
+                    os.waitpid(child, 0)
+                    raise SystemExit("a child hangs")
+                time.sleep(0.001)
+            assert done[1] == 0, done
+        assert index.pod_state("a") == "exact"
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    index._check()
+"""
+
+MANAGER = """
+    import os, time, traceback
+    from kvindex import EventManager, PodSource, PrefixIndex, StreamError
+
+    index = PrefixIndex()
+    with EventManager(index) as manager:
+        child = os.fork()
+        if child == 0:
+            try:
+                for call in (manager.start, lambda: manager.add_pod(PodSource("a", endpoint="tcp://127.0.0.1:1"))):
+                    try:
+                        call()
+                    except StreamError as error:
+                        assert str(os.getppid()) in str(error), error
+                    else:
+                        raise AssertionError(call)
+                manager.close()
+                with EventManager(index) as another:
+                    assert another.status() == {}
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        deadline = time.monotonic() + 30
+        while (done := os.waitpid(child, os.WNOHANG)) == (0, 0):
+            if time.monotonic() > deadline:
+                os.kill(child, 9)
+                os.waitpid(child, 0)
+                raise SystemExit("the child hangs")
+            time.sleep(0.001)
+        assert done[1] == 0, done
+        assert manager.status() == {}
+"""
+
+
+def run(script: str, *arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *arguments], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_child_has_an_index_that_works(tmp_path) -> None:
+    run(BUSY, str(tmp_path / "snapshot"))
+
+
+def test_a_child_makes_event_managers_of_its_own() -> None:
+    run(MANAGER)
