@@ -55,7 +55,6 @@ public:
         return id;
     }
     void give(u32 id) {
-        ASAN_POISON_MEMORY_REGION(&(*this)[id], sizeof(T));
         const u32 s = id >> 6;
         Slab& slab = slabs_[s];
         if (!slab.free) {
@@ -66,6 +65,7 @@ public:
         // First, since it may fail: clear() must know what has been counted.
         if (!~free) holes_.push(m_, s);
         slab.free = free;
+        ASAN_POISON_MEMORY_REGION(&(*this)[id], sizeof(T));
         --n_;
         if (~free) return;
         const u32 last = open_.back();
