@@ -80,7 +80,7 @@ const char* const kMedia[3] = {"", "cpu", "Tape"};
 
 // What one call does, drawn once and done to both.
 struct Call {
-    enum Kind { events, clear_worker, remove_pod, guess, expire } kind = events;
+    enum Kind : u8 { events, clear_worker, remove_pod, guess, expire } kind = events;
     u32 pod = 0;
     i64 rank = 0;
     Batch batch;

@@ -108,6 +108,7 @@ public:
                 known = learned(*workers_[id], e, static_cast<u32>(e.block_size / block_size_));
             } catch (const std::bad_alloc&) {
                 // A medium's name is compared in lower case.
+                known = false;
             }
             if (!known) workers_[id]->muted = true;
         }

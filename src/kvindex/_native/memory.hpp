@@ -134,6 +134,7 @@ public:
         try {
             if (cap < cap_) regrow(m, cap);
         } catch (const std::bad_alloc&) {
+            return;
         }
     }
     void release(Memory& m) {

@@ -117,6 +117,7 @@ public:
         if (set_presence >= 0) ix_.set_presence(pod, set_presence != 0);
         if (has_media) {
             std::vector<u32> ids;
+            ids.reserve(media.size());
             for (const std::string& m : media) ids.push_back(ix_.media().id(m.data(), m.size()));
             p.has_clear_media = true;
             p.clear_media = std::move(ids);

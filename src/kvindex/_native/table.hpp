@@ -107,6 +107,7 @@ protected:
                 rehash(m, lg_ - 1);
             } catch (const std::bad_alloc&) {
                 // It stays as large as it is: what goes must not need memory.
+                return;
             }
         }
     }
