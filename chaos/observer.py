@@ -196,7 +196,11 @@ class _HeapInfo(ctypes.Structure):
         )
     ]  # fmt: skip
 
+    def held(self) -> int:
+        return int(self.uordblks) + int(self.hblkhd)
 
+
+_TRIED = 1 << 16
 #: Bytes that a small object of Python is taken for, which has its own allocator: they are counted, not measured.
 SMALL = 128
 
@@ -206,14 +210,18 @@ def in_heap() -> int | None:
     does not tell, or is not who is asked: a sanitizer or another allocator may stand before it."""
     everywhere = ctypes.CDLL(None)
     try:
-        told, own = everywhere.mallinfo2, ctypes.CDLL("libc.so.6").malloc
-    except (AttributeError, OSError):
-        return None
-    if ctypes.cast(everywhere.malloc, ctypes.c_void_p).value != ctypes.cast(own, ctypes.c_void_p).value:
+        told, ask, give_back = everywhere.mallinfo2, everywhere.malloc, everywhere.free
+    except AttributeError:
         return None
     told.restype = _HeapInfo
+    ask.argtypes, ask.restype, give_back.argtypes = [ctypes.c_size_t], ctypes.c_void_p, [ctypes.c_void_p]
+    before, tried = told(), ask(_TRIED)
     info = told()
-    return int(info.uordblks) + int(info.hblkhd) + SMALL * sys.getallocatedblocks()
+    give_back(tried)
+    # Addresses do not say who is asked: a program that is not position-independent has one of its own for malloc.
+    if info.held() - before.held() < _TRIED:
+        return None
+    return before.held() + SMALL * sys.getallocatedblocks()
 
 
 class ObserverProcess(IndexProcess):

@@ -123,6 +123,13 @@ def test_one_pod_of_a_file(command, pod, plain, tmp_path, capsys):
     assert "no pods" in capsys.readouterr().err
 
 
-def test_a_key_that_is_none(command, capsys):
-    assert main(["top", "a=tcp://127.0.0.1:1", "--server-key", "short", "--once"]) == 2
+@pytest.mark.parametrize("key", ["short", "-short", "--once"])
+def test_a_key_that_is_none(capsys, key):
+    assert main(["top", "a=tcp://127.0.0.1:1", "--server-key", key]) == 2
     assert "server_key of pod 'a' must be a CURVE key" in capsys.readouterr().err
+
+
+def test_a_key_that_begins_as_an_option_does(command):
+    """As one in 85 does."""
+    _, out = command("top", "a=tcp://127.0.0.1:1", "--server-key", f"-{PUBLIC[1:]}", "--once", "--wait", 0.01)
+    assert "1 pod:" in out

@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and give its exit status: 0, 1 when an answer is wrong, 2 when it could not be asked."""
     whole = parser()
-    args = whole.parse_args(argv)
+    args = whole.parse_args(_attached(sys.argv[1:] if argv is None else argv))
     if args.command is None:
         whole.print_help(sys.stderr)
         return 2
@@ -45,3 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return status
+
+
+def _attached(argv: Sequence[str]) -> list[str]:
+    """The arguments with each key attached to its option: argparse takes a value with a dash before it for an option,
+    and one CURVE key of 85 begins with one."""
+    rest = iter(argv)
+    attached = []
+    for argument in rest:
+        value = next(rest, None) if argument == "--server-key" else None
+        attached.append(argument if value is None else f"{argument}={value}")
+    return attached
