@@ -55,7 +55,7 @@ cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
         const char* what
         size_t offset
 
-    cbool decode_batch(const uint8_t*, size_t, Batch&, DecodeFault&)
+    cbool decode_batch(const uint8_t*, size_t, Batch&, DecodeFault&) except +
 
     cppclass Report:
         uint64_t stored, removed, cleared, parked, skipped, errors
@@ -84,11 +84,11 @@ cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
         const uint64_t* prefixes
         uint64_t n_prefixes
 
-    cbool read_extra(const uint8_t*, uint64_t, const string& salt, uint64_t seed, uint64_t blocks, Prompt&)
-    void hash_prompt(const Prompt&, uint32_t block_size, uint64_t seed, cbool rolled, uint64_t* out)
+    cbool read_extra(const uint8_t*, uint64_t, const string& salt, uint64_t seed, uint64_t blocks, Prompt&) except +
+    void hash_prompt(const Prompt&, uint32_t block_size, uint64_t seed, cbool rolled, uint64_t* out) except +
 
     cppclass PodNames:
-        PodNames(vector[string])
+        PodNames(vector[string]) except +
 
     ctypedef enum Taken "kvindex::Taken":
         NO_BATCH "kvindex::Taken::no_batch"

@@ -144,14 +144,21 @@ public:
         Batch& batch = kept;
         Place place;
         if ((place.seq = seq) >= 0) place.fingerprint = xxh3_64(payload, bytes, 0);
-        if (!decode_batch(payload, bytes, batch, fault)) {
+        bool whole = false;
+        try {
+            whole = decode_batch(payload, bytes, batch, fault);
+        } catch (const std::bad_alloc&) {
+            // Content is as it was, and this worker's is not what its engine says any more.
+            batch = Batch();
+            Writing w(*this);
+            lose(uid, rank < 0 ? 0 : rank, model, place);
+            throw;
+        }
+        if (!whole) {
             if (!wait) return Taken::busy;
             Writing w(*this);
             ++totals_.bad_payloads;
-            if (const u32 pod = ix_.slot(uid); pod != kNone) {
-                ix_.lost_payload(pod, rank < 0 ? 0 : rank);
-                note(pod, rank < 0 ? 0 : rank, model, place, false, true);
-            }
+            lose(uid, rank < 0 ? 0 : rank, model, place);
             return Taken::no_batch;
         }
         place.ts = ts = batch.ts;
@@ -451,6 +458,13 @@ private:
         if (!saving_.load(std::memory_order_relaxed)) return;
         std::unique_lock<std::mutex> g(gate_);
         opened_.wait(g, [&] { return !saving_.load(); });
+    }
+    // A payload of this stream could not be read.
+    void lose(u64 uid, i64 rank, const std::string& model, const Place& at) {
+        const u32 pod = ix_.slot(uid);
+        if (pod == kNone) return;
+        ix_.lost_payload(pod, rank);
+        note(pod, rank, model, at, false, true);
     }
     void note(u32 pod, i64 rank, const std::string& model, const Place& at, bool clean, bool lost) {
         if (at.seq < 0) {
