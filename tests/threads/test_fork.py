@@ -80,13 +80,27 @@ BUSY = """
 
 MANAGER = """
     import os, time, traceback
+    import msgpack, zmq
     from kvindex import EventManager, PodSource, PrefixIndex, StreamError
 
     index = PrefixIndex()
     with EventManager(index) as manager:
+        # A stream that has brought nothing yet, so that its pod has no worker; and one that is followed.
+        index.ingest("b", msgpack.packb([0.0, []]), seq=0)
+        endpoint = manager.bind("tcp://127.0.0.1:*")
+        context = zmq.Context()
+        engine = context.socket(zmq.PUB)
+        engine.connect(endpoint)
+        until = time.monotonic() + 30
+        while not (manager.status() and manager.is_current()):
+            assert time.monotonic() < until
+            engine.send_multipart([b"kv@a@m", bytes(8), msgpack.packb([0.0, []])])
+            time.sleep(0.01)
         child = os.fork()
         if child == 0:
             try:
+                assert manager.closed and not manager.is_current() and not manager.wait_until_current()
+                assert index.pod_state("a") == index.pod_state("b") == "stale"
                 for call in (manager.start, lambda: manager.add_pod(PodSource("a", endpoint="tcp://127.0.0.1:1"))):
                     try:
                         call()
@@ -109,7 +123,8 @@ MANAGER = """
                 raise SystemExit("the child hangs")
             time.sleep(0.001)
         assert done[1] == 0, done
-        assert manager.status() == {}
+        assert not manager.closed and manager.is_current() and index.pod_state("b") == "exact"
+        context.destroy(linger=0)
 """
 
 

@@ -77,6 +77,8 @@ public:
             for (auto& s : p.streams) s.second = Verdict::stale;
             try {
                 for (u32 w : p.workers) p.streams[workers_[w]->rank] = Verdict::stale;
+                // Of which nothing is held now: that, too, was so.
+                for (const auto& s : p.positions) p.streams[s.first] = Verdict::stale;
             } catch (const std::bad_alloc&) {
                 p.shed = true;
             }

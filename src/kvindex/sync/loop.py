@@ -67,8 +67,8 @@ class StreamLoop:
 
     @property
     def closed(self) -> bool:
-        """Whether :meth:`close` was called, or the thread has ended by itself."""
-        return self._stopping
+        """Whether :meth:`close` was called, or the thread has ended by itself, or is not in this process."""
+        return self._stopping or self._elsewhere
 
     @property
     def is_current(self) -> bool:

@@ -213,7 +213,7 @@ class EventManager:
 
     @property
     def closed(self) -> bool:
-        """Whether :meth:`close` was called; every pod is or is about to be stale then."""
+        """Whether :meth:`close` was called, or this is a forked child; every pod is or is about to be stale then."""
         return self._loop.closed
 
     def is_current(self, pods: Iterable[str] | None = None) -> bool:
@@ -229,7 +229,7 @@ class EventManager:
             if pod is None:
                 raise self._unknown(name)
             workers = list(pod.workers.values())
-            if not workers or any(worker.verdict == "stale" for worker in workers):
+            if not workers or self._loop.closed or any(worker.verdict == "stale" for worker in workers):
                 return False
         return True
 
@@ -243,6 +243,8 @@ class EventManager:
             raise StreamError("a callback of the manager's own thread can not wait for that thread")
         names = None if pods is None else [pods] if isinstance(pods, str) else list(pods)
         until = None if timeout is None else time.monotonic() + timeout
+        if self._loop.closed:  # in a forked child, the parent's thread may have been at what follows
+            return self.is_current(names)
         with self._changed:
             while not self.is_current(names):
                 if self._loop.closed:
