@@ -146,7 +146,8 @@ $(FUZZ)/fuzz_%: tests/fuzz/fuzz_%.cpp $(wildcard src/kvindex/_native/*.hpp)
 comma := ,
 
 # No fuzzer: it tries every allocation there is, and has a main of its own.
-FAIL_FLAGS := $(subst fuzzer$(comma),,$(FUZZ_FLAGS)) -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=mmap
+FAILING := -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=mmap
+FAIL_FLAGS := $(subst fuzzer$(comma),,$(FUZZ_FLAGS)) $(FAILING)
 
 $(FUZZ)/fail_memory: tests/fuzz/fail_memory.cpp $(wildcard src/kvindex/_native/*.hpp)
 	mkdir -p $(@D)
@@ -281,7 +282,8 @@ lint: .venv/.lint-tools
 # in pyproject.toml, and what may stay below in docs/testing/README.md. The core is built apart, with counters in it, as for the
 # sanitizers; -O0, since an optimiser moves what is counted.
 COVERED := .build/coverage
-COVERAGE_FLAGS := --coverage -O0 -g -UNDEBUG -fprofile-update=atomic
+COUNTED := --coverage -O0 -g
+COVERAGE_FLAGS := $(COUNTED) -UNDEBUG -fprofile-update=atomic
 
 $(COVERED)/.built: setup.py $(CORE) $(shell find src/kvindex -name '*.py') | .venv/.test-tools
 	rm -rf $(COVERED)
@@ -296,6 +298,8 @@ $(COVERED)/.built: setup.py $(CORE) $(shell find src/kvindex -name '*.py') | .ve
 coverage: .venv/.coverage-tools $(COVERED)/.built
 	rm -rf $(COVERED)/report && mkdir -p $(COVERED)/report
 	find $(COVERED) -name '*.gcda' -delete
+	$${CXX:-g++} -std=c++17 $(COUNTED) -DKVINDEX_GRADUAL_FROM=8 $(FAILING) -Isrc/kvindex/_native tests/fuzz/fail_memory.cpp -o $(COVERED)/fail_memory
+	$(COVERED)/fail_memory 1
 	PYTHONPATH=$(CURDIR)/$(COVERED)/lib $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(JUNIT) --ignore tests/packaging --ignore tests/typing \
 		--cov=kvindex --cov-report=html:$(COVERED)/report/python --cov-report=json:$(REPORTS)/coverage-python.json --cov-report=term
 	$(BIN)/gcovr --root . --object-directory $(COVERED) --filter 'src/kvindex/_native/' --filter 'src/kvindex/_tokens.hpp' \
