@@ -241,3 +241,13 @@ def test_a_plot_of_a_check_has_a_point_for_each_figure(tmp_path: Path) -> None:
     # A marker is defined once and used for each point, once more in the legend.
     used = Counter(re.findall(r'<use xlink:href="#(m\w+)" x="[^"]+" y="[^"]+" style="fill', svg))
     assert {3, 2} <= set(used.values()), used
+
+
+def test_a_name_that_is_alone_in_its_table_is_found_at_once_and_a_crowd_takes_little_more() -> None:
+    index = kvindex.PrefixIndex(1)
+    assert index._probes() == 0
+    index.apply("a", kvindex.BlockStored([1], None, [7], 1))
+    assert index._probes() == 1
+    names = list(range(2, 5000))
+    index.apply("a", kvindex.BlockStored(names, 1, names, 1))
+    assert 1 <= index._probes() < 3
