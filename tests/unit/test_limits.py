@@ -129,3 +129,16 @@ def test_a_pod_may_not_have_ranks_without_end():
     index.remove_pod("a")
     assert index.ingest("a", payload(event, rank=1050)).stored == 1
     assert index.pod_state("a") == "exact"
+
+
+def test_names_that_had_one_place_in_the_tables_have_not():
+    """A table that mixes names in a way everybody knows is slow for everybody once a pod chooses them so."""
+    undo = pow(0x9E3779B97F4A7C15, -1, 1 << 64)  # of what was multiplied with: the upper half of the product is 7
+    names = []
+    for low in range(1, 4001):
+        mixed = ((7 << 32 | low) * undo) % (1 << 64)
+        names.append(mixed ^ mixed >> 32)
+    index = PrefixIndex(block_size=4)
+    index.ingest("a", payload(stored(names, tokens(*range(4000)), size=4)))
+    assert index.worker_stats("a")[0]["blocks"] == 4000
+    assert index._probes() < 10

@@ -92,7 +92,7 @@ struct ParkingLot {
 
 using Copies = std::vector<Copy, Counted<Copy>>;
 template <class K, class V>
-using CountedMap = std::unordered_map<K, V, std::hash<K>, std::equal_to<K>, Counted<std::pair<const K, V>>>;
+using CountedMap = std::unordered_map<K, V, Mixed, std::equal_to<K>, Counted<std::pair<const K, V>>>;
 
 struct Worker {
     explicit Worker(Memory& m) : second(Counted<char>(m)), copies(Counted<char>(m)) {}
