@@ -19,6 +19,7 @@ from statistics import median
 from time import process_time_ns
 from typing import Any
 
+from .exact import verdict
 from .gate import instructions
 from .gate.builds import BrokenRun, Build, built, frozen
 from .gate.compare import Worker, compare
@@ -119,9 +120,9 @@ def check(threshold: float, only: str, out: Path | None) -> int:
     worse: list[str] = []
     suspects: list[str] = []
 
-    def row(kind: str, name: str, before: float, after: float, verdict: str) -> None:
-        rows.append([kind, name, f"{before:g}", f"{after:g}", f"{after / before:.3f}" if before else "", verdict])
-        if verdict.startswith("worse"):
+    def row(kind: str, name: str, before: float, after: float, said: str) -> None:
+        rows.append([kind, name, f"{before:g}", f"{after:g}", f"{after / before:.3f}" if before else "", said])
+        if said.startswith("worse"):
             worse.append(
                 f"{kind}, {name}: {before:g} → {after:g}, {_change(after, before)} since {kept['commit'][:10]}"
             )
@@ -129,7 +130,7 @@ def check(threshold: float, only: str, out: Path | None) -> int:
     for name, before in kept["exact"].items():
         if name in found["exact"] and found["exact"][name] != before:
             after = found["exact"][name]
-            row("exact", name, before, after, "worse" if after > before else "better")
+            row("exact", name, before, after, verdict(name, before, after, limit))
     if kept["instructions"] and found["instructions"] and kept["toolchain"] != toolchain():
         say(f"instructions are not compared: the baseline's are of {kept['toolchain']}, this is {toolchain()}")
     else:
@@ -154,8 +155,8 @@ def check(threshold: float, only: str, out: Path | None) -> int:
         worse += _again(kept["commit"], suspects, limit)
     columns = ["figure", "", "baseline", "now", "now / baseline", ""]
     since = f"baseline of {kept['commit'][:10]} on {kept['machine']}; now {commit()}, threshold {threshold:.0%}"
-    verdict = ["WORSE THAN THE BASELINE:", *worse] if worse else ["Nothing is worse than the baseline."]
-    text = "\n".join([table(columns, rows), since, "", *verdict])
+    end = ["WORSE THAN THE BASELINE:", *worse] if worse else ["Nothing is worse than the baseline."]
+    text = "\n".join([table(columns, rows), since, "", *end])
     print(text)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -194,8 +195,8 @@ def _again(base: str, names: Sequence[str], limit: float) -> list[str]:
     with frozen(built(base), built("HEAD", changes=True)) as (old, new):
         found = compare(old, new, names, limit, say)
     for each in found:
-        verdict = "slower" if each.slower(limit) else "the machine, not the code"
-        say(f"{each.name}: {each.ratio:.3f} times as long as {base[:10]}: {verdict}")
+        blamed = "slower" if each.slower(limit) else "the machine, not the code"
+        say(f"{each.name}: {each.ratio:.3f} times as long as {base[:10]}: {blamed}")
     return [f"time, {each.name}: {each.ratio - 1:+.1%} since {base[:10]}" for each in found if each.slower(limit)]
 
 

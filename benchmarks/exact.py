@@ -1,5 +1,5 @@
-"""Figures that repeat exactly: sizes and counts of what is stored, and of what a match or a look-up has to look at, the
-same on every run of one build."""
+"""Figures that repeat exactly: sizes and counts of what is stored, and of what a match has to look at, the same on
+every run of one build. Nearly so where the secret of a process decides: how many slots a look-up has to look at."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from kvindex import PrefixIndex
 from .data import BLOCK, Chain, chains, fill, own, payloads
 from .workloads import KINDS, match
 
-__all__ = ["DEPTHS", "KINDS", "compared", "exact"]
+__all__ = ["DEPTHS", "KINDS", "compared", "exact", "verdict"]
 
 DEPTHS = (64, 2048)
 
@@ -25,6 +25,13 @@ def compared() -> dict[str, float]:
                 found = [index._compared(index.match_prefix(tokens)) for tokens in made.items(0)]
                 figures[f"blocks compared, {kind} {depth}"] = sum(found) / len(found)
     return figures
+
+
+def verdict(name: str, before: float, after: float, limit: float) -> str:
+    """What the difference between two runs says: of a few probes more or less, nothing."""
+    if name.startswith("probes") and before <= after * limit and after <= before * limit:
+        return ""
+    return "worse" if after > before else "better" if after < before else ""
 
 
 def exact() -> dict[str, float]:

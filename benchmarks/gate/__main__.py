@@ -9,6 +9,7 @@ import argparse
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+from ..exact import verdict
 from ..report import say, table
 from ..workloads import CORE
 from . import instructions
@@ -55,9 +56,10 @@ def _judge(base: Build, new: Build, names: list[str], options: argparse.Namespac
 
     rows = []
     for name, before, after in sorted(exact(base, new)):
+        said = verdict(name, before, after, limit)
         if after != before:
-            rows.append([name, f"{before:g}", f"{after:g}", "worse" if after > before else "better"])
-        if after > before and name not in options.allow:
+            rows.append([name, f"{before:g}", f"{after:g}", said])
+        if said == "worse" and name not in options.allow:
             worse.append(f"{name}: {before:g} → {after:g}")
     text = table(["exact", "base", "new", ""], rows) if rows else "Exact figures: all the same."
 

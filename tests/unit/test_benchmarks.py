@@ -12,6 +12,9 @@ from pathlib import Path
 import msgpack
 import numpy as np
 import pytest
+from support import payload, stored
+
+import kvindex
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -167,7 +170,7 @@ KEPT = {
     "commit": "0123456789abcdef",
     "machine": "a machine",
     "toolchain": "a toolchain",
-    "exact": {"bytes per block, 1 pod": 34.0, "sets, 1 pod": 2, "lost": 0},
+    "exact": {"bytes per block, 1 pod": 34.0, "sets, 1 pod": 2, "lost": 0, "probes, 1 pod": 1.5},
     "instructions": {MATCH: 1000, INGEST: 1000},
     "over floor": {MATCH: 6.0, INGEST: 0.2},
     "peers over kvindex": {"Dynamo": 20.0},
@@ -186,6 +189,8 @@ KEPT = {
         ),
         ({"exact": {"bytes per block, 1 pod": 30.0, "sets, 1 pod": 2}}, {}, 0, "better"),
         ({"exact": {"bytes per block, 1 pod": 34, "sets, 1 pod": 2, "lost": 3}}, {}, 1, "lost: 0 → 3, from nothing"),
+        ({"exact": {"probes, 1 pod": 1.55}}, {}, 0, "Nothing is worse"),
+        ({"exact": {"probes, 1 pod": 1.75}}, {}, 1, "probes, 1 pod: 1.5 → 1.75, +16.7%"),
         ({"instructions": {MATCH: 1090, INGEST: 1000}}, {}, 0, "Nothing is worse"),
         ({"instructions": {MATCH: 1150, INGEST: 1000}}, {}, 1, f"{MATCH}: 1000 → 1150, +15.0% since 0123456789"),
         ({"over floor": {MATCH: 6.9, INGEST: 0.2}}, {MATCH: 1.15}, 1, f"time, {MATCH}: +15.0% since 0123456789"),
@@ -246,8 +251,8 @@ def test_a_plot_of_a_check_has_a_point_for_each_figure(tmp_path: Path) -> None:
 def test_a_name_that_is_alone_in_its_table_is_found_at_once_and_a_crowd_takes_little_more() -> None:
     index = kvindex.PrefixIndex(1)
     assert index._probes() == 0
-    index.apply("a", kvindex.BlockStored([1], None, [7], 1))
+    index.ingest("a", payload(stored([1], [7], size=1)))
     assert index._probes() == 1
     names = list(range(2, 5000))
-    index.apply("a", kvindex.BlockStored(names, 1, names, 1))
+    index.ingest("a", payload(stored(names, names, parent=1, size=1)))
     assert 1 <= index._probes() < 3

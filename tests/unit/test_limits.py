@@ -131,6 +131,35 @@ def test_a_pod_may_not_have_ranks_without_end():
     assert index.pod_state("a") == "exact"
 
 
+@pytest.mark.parametrize("clear", ["event", "call"])
+@pytest.mark.parametrize("media", [None, ["GPU"]])
+def test_a_rank_that_found_no_room_is_forgiven_when_it_holds_nothing(clear, media):
+    """Not when another is cleared, nor a part of its media; and of several nobody remembers which they were."""
+    index = PrefixIndex(block_size=4)
+    index.configure_pod("a", clear_media=media)
+
+    def emptied(rank):
+        if clear == "call":
+            index.clear_worker("a", rank)
+        else:
+            index.ingest("a", payload(cleared(), rank=rank))
+        index._check()
+        return index.pod_state("a")
+
+    for rank in range(1024):
+        index.ingest("a", payload(stored([1], tokens(1), size=4), rank=rank))
+    index.ingest("a", payload(stored([1], tokens(1), size=4), rank=1050))
+    assert index.pod_state("a") == "degraded"
+    assert emptied(5) == "degraded"
+    assert emptied(1050) == ("degraded" if clear == "event" and media else "exact")
+    for rank in (1050, 1051):
+        index.ingest("a", payload(stored([1], tokens(1), size=4), rank=rank))
+    assert [emptied(rank) for rank in (1050, 1051)] == ["degraded", "degraded"]
+    index.remove_pod("a")
+    index.ingest("a", payload(stored([1], tokens(1), size=4), rank=1050))
+    assert index.pod_state("a") == "exact"
+
+
 def test_names_that_had_one_place_in_the_tables_have_not():
     """A table that mixes names in a way everybody knows is slow for everybody once a pod chooses them so."""
     undo = pow(0x9E3779B97F4A7C15, -1, 1 << 64)  # of what was multiplied with: the upper half of the product is 7

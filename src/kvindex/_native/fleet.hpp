@@ -80,7 +80,7 @@ public:
                 // Of which nothing is held now: that, too, was so.
                 for (const auto& s : p.positions) p.streams[s.first] = Verdict::stale;
             } catch (const std::bad_alloc&) {
-                p.shed = true;
+                p.refused.add_unknown();
             }
             judge(id);
         }
@@ -98,7 +98,7 @@ public:
         Pod& p = pods_[pod];
         Verdict v = Verdict::exact;
         for (const auto& s : p.streams) v = std::max(v, s.second);
-        if (p.shed) v = std::max(v, Verdict::degraded);
+        if (p.refused.any) v = std::max(v, Verdict::degraded);
         for (u32 w : p.workers) v = std::max(v, own_verdict(*workers_[w]));
         p.verdict = v;
         for (u32 w : p.workers)
@@ -192,7 +192,7 @@ protected:
         w.rank = rank;
         w.space = space;
         // What an event said of one that there was no room for is not known: its groups might limit every answer.
-        w.shed = w.muted = w.sticky = pods_[pod].shed;
+        w.shed = w.muted = w.sticky = pods_[pod].refused.of(rank);
         pods_[pod].workers.push_back(id);
         return id;
     }

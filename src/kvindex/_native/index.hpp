@@ -102,7 +102,7 @@ public:
         for (; i < b.events.size(); ++i) {
             const Event& e = b.events[i];
             if (e.kind != EventKind::stored) continue;
-            if (id == kNone) return fall_short(turn.pod, kNone);
+            if (id == kNone) return refuse(turn.pod, turn.rank);
             bool known = false;
             try {
                 known = learned(*workers_[id], e, static_cast<u32>(e.block_size / block_size_));
@@ -152,7 +152,7 @@ public:
         if (e.kind == EventKind::stored && turn.worker == kNone && find_worker(turn) == kNone && !joins(turn.pod)) {
             const Reason why = admits(kWorkerBytes) ? Reason::over_limit : Reason::over_budget;
             r.skip(why, e.bad == Reason::none ? e.n_hashes : 1);
-            fall_short(turn.pod, kNone);
+            refuse(turn.pod, turn.rank);
             return;
         }
         const u32 holder = turn.holder;
@@ -195,7 +195,7 @@ public:
             if (workers_[w]->rank == rank) spoil(w);
     }
     void cleared(u32 pod, i64 rank) {
-        const Pod& p = pods_[pod];
+        Pod& p = pods_[pod];
         for (std::size_t i = 0; i < p.workers.size(); ++i) {
             const u32 w = p.workers[i];
             if (workers_[w]->rank != rank) continue;
@@ -205,12 +205,14 @@ public:
                 clear_all(w);
             }
         }
+        if (!p.has_clear_media) p.refused.forgive(rank);
         judge(pod);
     }
     void clear_worker(u32 pod, i64 rank) {
         pods_[pod].positions.erase(rank);
         for (u32 w : pods_[pod].workers)
             if (workers_[w]->rank == rank) clear_all(w);
+        pods_[pod].refused.forgive(rank);
         judge(pod);
     }
 
@@ -411,7 +413,7 @@ private:
     }
     void mute(u32 id) {
         clear_all(id);
-        fall_short(workers_[id]->pod, id);
+        fall_short(id);
         workers_[id]->muted = true;
     }
     // Local hashes of the event's first n engine blocks, adapter and extra keys included.

@@ -52,11 +52,16 @@ public:
     void guess(u32 pod, i64 rank, const std::string& model, const u64* prefixes, u32 n, double until) {
         const u32 id = find_worker(pod, rank, find_space(model));
         // Without what was to be learned of the worker, a guess may promise more than its groups would agree to.
-        const bool able =
-            id == kNone ? !pods_[pod].shed && joins(pod) && admits(kWorkerBytes + kHolderBytes) : !workers_[id]->muted;
+        const bool able = id == kNone
+                              ? !pods_[pod].refused.of(rank) && joins(pod) && admits(kWorkerBytes + kHolderBytes)
+                              : !workers_[id]->muted;
         if (!able || (max_ && !make_room(id, 0, n, n * sizeof(u64), kNone))) {
             ++shed_.guesses;
-            fall_short(pod, id);
+            if (id == kNone) {
+                refuse(pod, rank);
+            } else {
+                fall_short(id);
+            }
             return;
         }
         Placer::guess(pod, rank, model, prefixes, n, until);
@@ -139,13 +144,13 @@ protected:
         shed_.guesses += guesses_.size();
         recent_ = 0;
     }
-    // The worker (kNone: there is none yet) holds more than is known.
-    void fall_short(u32 pod, u32 id) {
-        if (id == kNone) {
-            pods_[pod].shed = true;
-            judge(pod);
-            return;
-        }
+    // A rank for whose worker there is no room holds more than is known.
+    void refuse(u32 pod, i64 rank) {
+        pods_[pod].refused.add(rank);
+        judge(pod);
+    }
+    // The worker holds more than is known.
+    void fall_short(u32 id) {
         Worker& w = *workers_[id];
         if (w.shed) return;
         w.shed = true;
@@ -212,7 +217,7 @@ private:
                 const std::size_t n = guesses_.size();
                 drop_guesses(id);
                 losses.guesses += n - guesses_.size();
-                fall_short(workers_[id]->pod, id);
+                fall_short(id);
             }
             return;
         }
@@ -244,7 +249,7 @@ private:
         }
         for (u32 id : losers_) climb(id, above);
         trim(chain);
-        for (u32 id : losers_) fall_short(workers_[id]->pod, id);
+        for (u32 id : losers_) fall_short(id);
     }
     // Forgets what waits in the fullest lot, or all guesses. False if there is nothing of either.
     bool shed_waiting() {
@@ -254,7 +259,7 @@ private:
                 (fullest == kNone || workers_[id]->lot->by_id.size() > workers_[fullest]->lot->by_id.size()))
                 fullest = id;
         if (fullest != kNone) {
-            fall_short(workers_[fullest]->pod, fullest);
+            fall_short(fullest);
             return true;
         }
         if (guesses_.empty()) return false;
@@ -262,7 +267,7 @@ private:
         const std::size_t n = guesses_.size();
         drop_guesses(id);
         shed_.guesses += n - guesses_.size();
-        fall_short(workers_[id]->pod, id);
+        fall_short(id);
         return true;
     }
 

@@ -138,7 +138,7 @@ private:
             p.set_presence = flag();
             p.chunk_tokens = get<u32>();
             p.max_blocks = get<u64>();
-            p.shed = flag();
+            if (flag()) p.refused.add_unknown();
             p.has_clear_media = flag();
             p.clear_media.resize(count(4));
             for (u32& m : p.clear_media) need((m = get<u32>()) < ix_.media_.size(), "there is no such medium");

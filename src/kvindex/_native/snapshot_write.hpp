@@ -150,7 +150,7 @@ private:
             out_.put(static_cast<u32>(p.set_presence));
             out_.put(p.chunk_tokens);
             out_.put(p.max_blocks);
-            out_.put(static_cast<u32>(p.shed));
+            out_.put(static_cast<u32>(p.refused.any));
             out_.put(static_cast<u32>(p.has_clear_media));
             out_.put(static_cast<u32>(p.clear_media.size()));
             for (u32 m : p.clear_media) out_.put(m);

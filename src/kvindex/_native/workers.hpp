@@ -167,6 +167,24 @@ struct Position {
 // begins a turn asks for its worker, and what changes a verdict looks at all of them.
 inline constexpr std::size_t kMostWorkers = 1024;
 
+// The ranks that hold more than is known, since there was no room for a worker: none, one, or more than is remembered.
+struct Refused {
+    bool any = false, several = false;
+    i64 rank = 0;
+
+    void add(i64 r) {
+        several |= any && rank != r;
+        any = true;
+        rank = r;
+    }
+    void add_unknown() { any = several = true; }
+    bool of(i64 r) const { return any && (several || rank == r); }
+    // This rank holds nothing now, of no model.
+    void forgive(i64 r) {
+        if (!several && rank == r) any = false;
+    }
+};
+
 struct Pod {
     u64 uid = 0;  // slot and a count of all pods ever opened: a removed pod's number never means another pod
     std::string name;
@@ -176,7 +194,7 @@ struct Pod {
     bool set_presence = false;
     bool has_clear_media = false;
     std::vector<u32> clear_media;
-    bool shed = false;  // not even one of its workers fitted into the budget
+    Refused refused;
     u32 chunk_tokens = 0;
     u64 max_blocks = 0;                // index blocks, over all workers, media and groups; 0: no limit
     Verdict verdict = Verdict::exact;  // the worst of all
