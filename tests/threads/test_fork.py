@@ -9,8 +9,22 @@ import subprocess
 import sys
 import textwrap
 
+FORK = """
+    import os, time
+
+    def well(child):
+        deadline = time.monotonic() + 30
+        while (done := os.waitpid(child, os.WNOHANG)) == (0, 0):
+            if time.monotonic() > deadline:
+                os.kill(child, 9)
+                os.waitpid(child, 0)
+                raise SystemExit("a child hangs")
+            time.sleep(0.001)
+        assert done[1] == 0, done
+"""
+
 BUSY = """
-    import os, sys, threading, time, traceback
+    import sys, threading, traceback
     import msgpack
     from kvindex import PodSet, PrefixIndex
 
@@ -62,14 +76,7 @@ BUSY = """
                 except BaseException:
                     traceback.print_exc()
                     os._exit(1)
-            deadline = time.monotonic() + 30
-            while (done := os.waitpid(child, os.WNOHANG)) == (0, 0):
-                if time.monotonic() > deadline:
-                    os.kill(child, 9)
-                    os.waitpid(child, 0)
-                    raise SystemExit("a child hangs")
-                time.sleep(0.001)
-            assert done[1] == 0, done
+            well(child)
         assert index.pod_state("a") == "exact"
     finally:
         over.set()
@@ -79,7 +86,7 @@ BUSY = """
 """
 
 MANAGER = """
-    import os, time, traceback
+    import traceback
     import msgpack, zmq
     from kvindex import EventManager, PodSource, PrefixIndex, StreamError
 
@@ -115,23 +122,15 @@ MANAGER = """
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
-        deadline = time.monotonic() + 30
-        while (done := os.waitpid(child, os.WNOHANG)) == (0, 0):
-            if time.monotonic() > deadline:
-                os.kill(child, 9)
-                os.waitpid(child, 0)
-                raise SystemExit("the child hangs")
-            time.sleep(0.001)
-        assert done[1] == 0, done
+        well(child)
         assert not manager.closed and manager.is_current() and index.pod_state("b") == "exact"
         context.destroy(linger=0)
 """
 
 
 def run(script: str, *arguments: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *arguments], capture_output=True, text=True, timeout=240
-    )
+    program = textwrap.dedent(FORK) + textwrap.dedent(script)
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
