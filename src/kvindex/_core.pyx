@@ -317,12 +317,12 @@ cdef class Index:
             tokens = _tokens(stored[0], "token_ids")
             e.n_tokens = <uint32_t>tokens.n
             batch.tokens.assign(<const uint32_t*>tokens.data, <const uint32_t*>tokens.data + tokens.n)
-            e.has_parent, e.parent, e.block_size, e.window, e.lora_id, alive = stored[1:]
+            e.has_parent, e.parent, e.block_size, e.window, e.lora_id, alive = stored[1:7]
+            e.hashed, e.n_hashes = <Hashed><int>stored[7], e.n_hashes >> (stored[7] != 0)
             texts[:] = [&e.lora_id_name, &e.lora_name, &e.spec_kind, &e.cache_salt]
             for i in range(4):
                 _refer(alive[i], texts[i])
-            if alive[4] is not None:
-                e.extra_keys, e.extra_keys_bytes = <const uint8_t*><const char*><bytes>alive[4], <uint32_t>len(alive[4])
+            if alive[4] is not None: e.extra_keys, e.extra_keys_bytes = <const uint8_t*><const char*><bytes>alive[4], <uint32_t>len(alive[4])
         batch.events.push_back(e)
         if self.timed: self._expire(self._clock())
         cdef uint64_t uid = self.uid(pod)

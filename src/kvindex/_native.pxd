@@ -18,6 +18,8 @@ cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
         pass
     ctypedef enum EventKind "kvindex::EventKind":
         pass
+    ctypedef enum Hashed "kvindex::Hashed":
+        pass
     EventKind STORED "kvindex::EventKind::stored"
     EventKind REMOVED "kvindex::EventKind::removed"
     EventKind CLEARED "kvindex::EventKind::cleared"
@@ -43,6 +45,7 @@ cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
         StrRef medium, lora_name, lora_id_name, spec_kind, cache_salt
         const uint8_t* extra_keys
         uint32_t extra_keys_bytes
+        Hashed hashed
 
     cppclass Batch:
         double ts

@@ -15,6 +15,8 @@ from .errors import InvalidTypeError, InvalidValueError, KVIndexError
 
 __all__: list[str] = []
 
+# What a BlockStored may have in place of token_ids, in the order in which the core numbers them.
+HASHED = ("local_hashes", "prefix_hashes")
 TOKENS_ARE = "tokens are a uint32, int32, int64 or uint64 array, or a sequence of ints"
 
 
@@ -103,9 +105,15 @@ def hashed_fields(event: Any) -> tuple[int, bytes, npt.NDArray[np.uint64], int, 
     )
 
 
-def stored_fields(event: Any) -> tuple[Any, bool, int, int, int, int, list[bytes | None]]:
-    """What only a BlockStored says: tokens, if it has a parent, that, block size, window, adapter; texts, keys."""
+def stored_fields(event: Any) -> tuple[Any, bool, int, int, int, int, list[bytes | None], int]:
+    """What only a BlockStored says: tokens, if it has a parent, that, block size, window, adapter; texts, keys; form.
+
+    The form is that of the content: 0 for tokens, otherwise the number of the field in HASHED, and 1.
+    """
     tokens = field(event, "token_ids")
+    hashed = content_hashes(event)
+    if hashed is not None and tokens is not None and len(tokens):
+        raise InvalidValueError(f"{hashed[0]} is given beside token_ids; one of them says what the blocks hold")
     parent = event.parent_block_hash
     named = isinstance(event.lora_id, str)
     return (
@@ -122,7 +130,29 @@ def stored_fields(event: Any) -> tuple[Any, bool, int, int, int, int, list[bytes
             text(event.cache_salt, "cache_salt"),
             None if event.extra_keys is None else packed_keys(event.extra_keys),
         ],
+        0 if hashed is None else HASHED.index(hashed[0]) + 1,
     )
+
+
+def content_hashes(event: Any) -> tuple[str, Any] | None:
+    """The field that gives its blocks' hashes in place of tokens, and those."""
+    given = [(name, field(event, name)) for name in HASHED if field(event, name) is not None]
+    if len(given) > 1:
+        raise InvalidValueError("local_hashes and prefix_hashes are both given; one of them says what the blocks hold")
+    return given[0] if given else None
+
+
+def with_content(event: Any, hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The event's hashes, and behind them those that stand for its blocks' content, if it has them."""
+    hashed = content_hashes(event)
+    if hashed is None:
+        return hashes
+    content = hash_array(hashed[1], hashed[0])
+    if len(content) != len(hashes):
+        raise InvalidValueError(
+            f"{hashed[0]} has {len(content)} hashes for {len(hashes)} block_hashes; each block has one"
+        )
+    return np.concatenate((hashes, content))
 
 
 def names(values: Any, what: str) -> list[bytes]:

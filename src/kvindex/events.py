@@ -20,6 +20,7 @@ __all__ = ["AllBlocksCleared", "BlockRemoved", "BlockStored", "Event", "EventBat
 
 BlockHash: TypeAlias = int | bytes
 ExtraKeys: TypeAlias = Sequence[Sequence[Any] | None]
+ContentHashes: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
 TokenIds: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 
@@ -53,6 +54,11 @@ class BlockStored(_ByValue):
     GPU), ``group_idx`` the group of a hybrid model (None: group 0). ``session_id`` is kept and means nothing here.
     ``dp_rank`` is the data-parallel rank inside the pod (None: 0).
 
+    ``local_hashes`` or ``prefix_hashes`` stand in place of ``token_ids`` where a publisher sends hashes of the
+    interoperable scheme (:func:`local_hashes`, :func:`prefix_hashes`) and no tokens, one for each of ``block_hashes``.
+    They count only with the index's own block size and seed, and hold adapter, salt and extra keys already: those
+    fields mean nothing beside them. ``prefix_hashes`` are taken as they are, not rolled from the parent's.
+
     Nothing is checked before :meth:`PrefixIndex.process_block_stored`. Not mutable, so safe to share between threads
     as long as nobody writes to the sequences in it. Making one is O(1): nothing is copied.
     """
@@ -74,6 +80,8 @@ class BlockStored(_ByValue):
     cache_salt: str | None = None
     session_id: str | None = None
     dp_rank: int | None = None
+    local_hashes: ContentHashes | None = None
+    prefix_hashes: ContentHashes | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

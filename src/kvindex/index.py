@@ -52,8 +52,9 @@ class PrefixIndex(Index):
 
         Raises InvalidTypeError or InvalidValueError naming the field, with nothing applied.
         """
-        fields = arguments.hashed_fields(event)
-        return self._apply("stored", event.pod, *fields, arguments.stored_fields(event))
+        rank, model, hashes, group, medium = arguments.hashed_fields(event)
+        hashes = arguments.with_content(event, hashes)
+        return self._apply("stored", event.pod, rank, model, hashes, group, medium, arguments.stored_fields(event))
 
     def process_block_removed(self, event: BlockRemoved) -> IngestReport:
         """Applies a :class:`BlockRemoved`. O(hashes). Hashes without a counted copy are skipped and counted."""

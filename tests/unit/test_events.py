@@ -52,6 +52,8 @@ def test_the_fields_are_the_engines_and_the_streams():
         "cache_salt",
         "session_id",
         "dp_rank",
+        "local_hashes",
+        "prefix_hashes",
     ]
     assert names(BlockRemoved) == ["pod", "model", "block_hashes", "medium", "group_idx", "dp_rank"]
     assert names(AllBlocksCleared) == ["pod", "dp_rank"]

@@ -66,6 +66,10 @@ inline const char* reason_name(Reason r) {
     return "?";
 }
 
+// What a stored event gives of its blocks' content: tokens, or hashes of the interoperable scheme. Those follow the
+// event's names in Batch::hashes, one for each, and no payload of an engine has them.
+enum class Hashed : uint8_t { tokens, local, prefix };
+
 struct Event {
     EventKind kind = EventKind::other;
     Reason bad = Reason::none;  // not `none`: nothing of the event is to be applied, and it has no hashes and no tokens
@@ -89,6 +93,7 @@ struct Event {
     StrRef cache_salt;
     const uint8_t* extra_keys = nullptr;  // the list as it lies in the payload, header included; nullptr: nil or absent
     uint32_t extra_keys_bytes = 0;
+    Hashed hashed = Hashed::tokens;
 };
 
 struct Batch {

@@ -286,7 +286,8 @@ private:
         const u32 id = worker(turn);
         Worker& w = *workers_[id];
         if (w.muted) return r.skip(Reason::over_budget, e.n_hashes);
-        const bool bare = e.n_tokens == 0;
+        const bool hashed = e.hashed != Hashed::tokens;
+        const bool bare = e.n_tokens == 0 && !hashed;
         u32 factor = 1;
         if (e.block_size != 0) {
             if (e.block_size % block_size_) {
@@ -304,7 +305,8 @@ private:
                 return;
             }
             const u64 k = e.block_size / block_size_;
-            if (k > 0xFFFF) {
+            // Hashes of blocks of another size say nothing of these.
+            if (k > 0xFFFF || (hashed && k != 1)) {
                 r.skip(Reason::block_size_mismatch);
                 spoil(id);
                 return;
@@ -317,7 +319,7 @@ private:
         }
         ids_.resize(e.n_hashes);
         for (u32 i = 0; i < e.n_hashes; ++i) ids_[i] = name_of(b.hashes[e.hash_at + i]);
-        const bool whole = !bare && e.n_tokens == static_cast<u64>(e.n_hashes) * e.block_size;
+        const bool whole = hashed || (!bare && e.n_tokens == static_cast<u64>(e.n_hashes) * e.block_size);
         u32 n = first_repeat(ids_.data(), e.n_hashes);
         // A block below itself: what repeats the parent is a repeat as much as what repeats a sibling.
         if (whole && e.has_parent)
@@ -351,7 +353,10 @@ private:
         }
         const u32 blocks = n * factor;
         locals_.resize(blocks);
-        if (!hash_event(b, e, n, factor)) {
+        if (hashed) {
+            const auto given = b.hashes.begin() + e.hash_at + e.n_hashes;
+            std::copy(given, given + n, locals_.begin());
+        } else if (!hash_event(b, e, n, factor)) {
             r.skip(Reason::bad_event);
             spoil(id);
             return;
@@ -361,7 +366,15 @@ private:
             w.small_blocks = false;
             judge(w.pod);
         }
-        const Placing a{id, h, e.has_parent, name_of(e.parent), ids_.data(), n, locals_.data(), nullptr};
+        const Placing a{id,
+                        h,
+                        e.has_parent,
+                        name_of(e.parent),
+                        ids_.data(),
+                        n,
+                        locals_.data(),
+                        nullptr,
+                        e.hashed == Hashed::prefix};
         switch (place(a)) {
             case Placed::yes:
                 r.stored += n;

@@ -106,6 +106,7 @@ protected:
         Parked p;
         p.waits_for = a.parent;
         p.orphan = true;
+        p.rolled = a.rolled;
         p.holder = a.holder;
         p.ids.assign(a.ids, a.ids + a.n);
         p.locals.assign(a.locals, a.locals + static_cast<std::size_t>(a.n) * factor);
@@ -245,7 +246,8 @@ protected:
                                 p.ids.data(),
                                 static_cast<u32>(p.ids.size()),
                                 p.locals.data(),
-                                p.live.data()};
+                                p.live.data(),
+                                p.rolled};
                 switch (place(a)) {
                     case Placed::yes:
                         fresh_.insert(fresh_.end(), p.ids.begin(), p.ids.end());

@@ -116,6 +116,7 @@ protected:
         u32 n;  // engine blocks
         const u64* locals;
         const u8* live;  // nullptr: all
+        bool rolled;     // `locals` are prefix hashes already
     };
     enum class Placed : u8 { yes, orphan, misaligned };
 
@@ -137,7 +138,11 @@ protected:
             if (a.has_parent && parent == kNone) return Placed::orphan;
             if ((at.depth + 1) % factor) return Placed::misaligned;
             prefixes_.resize(blocks);
-            hasher_.chain(a.locals, blocks, prev, prefixes_.data());
+            if (a.rolled) {
+                std::copy(a.locals, a.locals + blocks, prefixes_.begin());
+            } else {
+                hasher_.chain(a.locals, blocks, prev, prefixes_.data());
+            }
             locate(w.space, at, prefixes_.data(), blocks);
             if (const u64* other = conflict(a, factor)) {
                 // From the start again: the name may have been the parent's, and blocks may have

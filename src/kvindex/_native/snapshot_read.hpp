@@ -516,7 +516,10 @@ private:
                 need(!ix_.workers_[id]->shed, "something waits for what was shed");
                 Parked p;
                 p.waits_for = get<u64>();
-                p.orphan = flag();
+                const u32 kind = get<u32>();
+                need(kind <= 3 && kind != 2, "what waits is of no known kind");
+                p.orphan = kind & 1;
+                p.rolled = kind >> 1;
                 p.holder = holder_of(id);
                 const u32 n = count(9);
                 need(p.orphan ? n >= 1 : n == 1, "what waits has no blocks");

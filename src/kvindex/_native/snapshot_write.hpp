@@ -250,7 +250,7 @@ private:
             for (const auto& rec : w.lot->records) {
                 const Parked& p = rec.second;
                 out_.put(p.waits_for);
-                out_.put(static_cast<u32>(p.orphan));
+                out_.put(u32{p.orphan} | u32{p.rolled} << 1);
                 out_.put(holder_no_[p.holder]);
                 out_.put(static_cast<u32>(p.ids.size()));
                 out_.put(p.ids.data(), u64{8} * p.ids.size());

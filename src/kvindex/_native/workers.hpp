@@ -58,6 +58,7 @@ struct Copy {
 struct Parked {
     u64 waits_for = 0;
     bool orphan = false;
+    bool rolled = false;  // `locals` are prefix hashes
     u32 holder = 0;
     u32 left = 0;  // how many are live
     std::vector<u64> ids;
