@@ -1,6 +1,7 @@
 // Open-addressing tables. None keeps tombstones: deleting shifts the cluster back, so churn never slows a probe.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <exception>
 #include <random>
@@ -32,137 +33,283 @@ struct Mixed {
     std::size_t operator()(u64 key) const { return mixed64(key); }
 };
 
-// What the tables have in common: a power of two of slots, at most kTenths tenths of them taken. A Slot knows its mixed
-// key (`half`), whether it is `free`, and what a free one looks like (`none`): zeros, which cost nothing where the
-// memory comes from the system.
+// Bytes of a segment: a large page, so that a lookup waits for memory once and not for the way to it as well.
+#ifndef KVINDEX_SEGMENT_BYTES
+#define KVINDEX_SEGMENT_BYTES (std::size_t{2} << 20)
+#endif
+
+// The part that all tables share. Up to one segment a table is a power of two of slots that doubles at once. A larger
+// table consists of segments, found by the low bits of the mixed key (extendible hashing), and grows by splitting the
+// one segment that is full. So no insertion moves more than one segment: doubling 5.9 million names at once stopped
+// every match for 433 ms, and for the time of the copy both tables were resident, 1.23 times a budget of 64 MB.
+//
+// At most kTenths tenths of a segment's slots are taken. A Slot has the mixed key (`half`), is `free` or not, and
+// `none` makes a free one: zeros, so that fresh memory from the system needs no filling.
 template <class Slot, u32 kTenths, u32 kLeast>
 class Slots {
 public:
     u32 size() const { return n_; }
-    u32 capacity() const { return slots_ ? 1u << lg_ : 0; }
-    // By how many bytes the table would be larger with so many entries more.
+    // How many bytes are taken at most while so many entries are added. A table that doubles is there twice meanwhile.
     std::size_t growth(u32 more) const {
-        u32 lg = slots_ ? lg_ : kLeast;
-        while (lg < 31 && crowded(n_ + more, lg)) ++lg;
-        return (sizeof(Slot) << lg) - (slots_ ? sizeof(Slot) << lg_ : 0);
+        if (parts_.empty()) {
+            u32 lg = slots_ ? lg_ : kLeast;
+            if (slots_ && !crowded(n_ + more, lg)) return 0;
+            while (lg < kMostLg && crowded(n_ + more, lg)) ++lg;
+            const u64 rest = n_ + u64{more} > most(kMostLg) ? n_ + u64{more} - most(kMostLg) : 0;
+            return (sizeof(Slot) << lg) + (2 * rest + most(kMostLg) - 1) / most(kMostLg) * (sizeof(Slot) << kMostLg);
+        }
+        if (fullest_ + more <= most(kMostLg)) return 0;
+        u64 splits = more / most(kMostLg);
+        for (const Part& p : parts_) splits += p.n + more > most(kMostLg);
+        // The keys of one event are spread over all segments: more than these are never full at once.
+        return static_cast<std::size_t>(std::min<u64>(splits, 2 + 4 * u64{more} / most(kMostLg))) *
+               (sizeof(Slot) << kMostLg);
     }
-    // Makes room for so many entries at once.
-    void reserve(Memory& m, u32 n) {
-        u32 lg = slots_ ? lg_ : kLeast;
-        while (crowded(n, lg)) ++lg;
-        if (!slots_ || lg > lg_) rehash(m, lg);
-    }
-    // Slots that are looked at to find each entry once. O(capacity).
+    // Slots that are looked at to find each entry once. O(slots).
     u64 probes() const {
         u64 n = 0;
-        for (u32 i = 0; i < capacity(); ++i)
-            if (!slots_[i].free()) n += ((i - home(slots_[i].half())) & ((1u << lg_) - 1)) + 1;
+        each_segment([&](const Slot* slots) {
+            for (u32 i = 0; i < 1u << lg_; ++i)
+                if (!slots[i].free()) n += ((i - home(slots[i].half())) & mask()) + 1;
+        });
         return n;
     }
     KVINDEX_INLINE void prefetch(u64 key) const {
-        if (slots_) __builtin_prefetch(slots_ + home(mixed(key)));
+        if (!n_) return;
+        const u32 h = mixed(key);
+        __builtin_prefetch(segment(h) + home(h));
+    }
+    // Makes room for so many entries at once in an empty table.
+    void reserve(Memory& m, u32 n) {
+        u32 lg = kLeast;
+        while (lg < kMostLg && crowded(n, lg)) ++lg;
+        if (n && !slots_ && parts_.empty()) rehash(m, lg);
     }
     void release(Memory& m) {
-        if (slots_) {
-            m.sub(sizeof(Slot) << lg_);
-            give_back(slots_, sizeof(Slot) << lg_);
-        }
+        each_segment([&](Slot* slots) { free_slots(m, slots, lg_); });
         slots_ = nullptr;
-        n_ = lg_ = 0;
+        parts_.release(m);
+        ways_.release(m);
+        n_ = lg_ = fullest_ = 0;
+        ++stamp_;
+    }
+    // A walk over all entries in steps, between which the table may change. The cursor rests on free slots only, which
+    // no entry moves across. A step looks at `slots` slots and goes on to the next free one; it returns false at the
+    // end. Where the table was rebuilt meanwhile the walk starts again. So what is there all the time comes at least
+    // once.
+    struct Cursor {
+        u32 part = 0, slot = 0, stamp = 0;
+    };
+    template <class F>
+    bool step(Cursor& at, u32 slots, F&& f) const {
+        if (!n_) return false;
+        if (at.stamp != stamp_) at = {0, 0, stamp_};
+        const u32 parts = parts_.empty() ? 1 : parts_.size();
+        for (u32 seen = 0; at.part < parts; ++at.part, at.slot = 0) {
+            const Slot* const from = parts_.empty() ? slots_ : parts_[at.part].slots;
+            for (; at.slot <= mask(); ++at.slot, ++seen) {
+                if (const Slot& s = from[at.slot]; !s.free()) {
+                    f(s);
+                } else if (seen >= slots) {
+                    return true;
+                }
+            }
+        }
+        return false;
     }
 
 protected:
-    u32 home(u32 half) const { return half >> (32 - lg_); }
-    u32 next(u32 i) const { return (i + 1) & ((1u << lg_) - 1); }
-    // The first slot from the home of `half` on that is wanted, or free: then none is. Where there are slots.
+    // The first slot from the home of `half` on that is wanted, or free: then no slot is. Where there are slots.
     template <class Wanted>
-    u32 seek(u32 half, Wanted&& wanted) const {
+    Slot* seek(u32 half, Wanted&& wanted) const {
+        Slot* const slots = segment(half);
         u32 i = home(half);
-        while (!slots_[i].free() && !wanted(slots_[i])) i = next(i);
-        return i;
+        while (!slots[i].free() && !wanted(slots[i])) i = next(i);
+        return slots + i;
     }
-    Slot& at(u32 i) { return slots_[i]; }
-    const Slot& at(u32 i) const { return slots_[i]; }
-
-    bool full() const { return !slots_ || crowded(n_ + 1, lg_); }
-    void make_room(Memory& m) {
-        if (full()) rehash(m, slots_ ? lg_ + 1 : kLeast);
+    // Room for one entry more at the place of `half`.
+    void make_room(Memory& m, u32 half) {
+        if (parts_.empty()) {
+            if (slots_ && !crowded(n_ + 1, lg_)) return;
+            if (!slots_ || lg_ < kMostLg) return rehash(m, slots_ ? lg_ + 1 : kLeast);
+            ways_.reserve(m, 2);
+            parts_.push(m, {slots_, n_, 0});
+            ways_.push(m, {slots_, 0});
+            slots_ = nullptr;
+        }
+        while (crowded(parts_[way(half).part].n + 1, lg_)) split(m, half);
     }
-    // An empty table of so many slots, a power of two. Its memory is touched here and there at first: in large pages,
-    // 256 insertions would have the system clear all of it.
-    void open(Memory& m, u32 slots) {
-        while ((1u << lg_) < slots) ++lg_;
-        slots_ = static_cast<Slot*>(take_zeros(sizeof(Slot) << lg_, false));
-        m.add(sizeof(Slot) << lg_);
-    }
-    void filled() {
-        if (sizeof(Slot) << lg_ >= kHugePage) make_huge(slots_, sizeof(Slot) << lg_);
-    }
-    Slot lift(u32 i) {
-        const Slot s = slots_[i];
-        slots_[i] = Slot::none();
-        --n_;
-        return s;
+    void fill(Slot* at, const Slot& s) {
+        *at = s;
+        ++n_;
+        if (!parts_.empty()) {
+            Part& p = parts_[way(s.half()).part];
+            if (++p.n > fullest_) fullest_ = p.n;
+        }
     }
     // Where there is room, and nothing of that key.
     void put(const Slot& s) {
         fill(seek(s.half(), [](const Slot&) { return false; }), s);
     }
-    void fill(u32 i, const Slot& s) {
-        slots_[i] = s;
-        ++n_;
-    }
-    // `keep`: the table as large as it is.
-    void remove(Memory& m, u32 i, bool keep = false) {
-        const u32 mask = (1u << lg_) - 1;
-        for (u32 j = next(i); !slots_[j].free(); j = next(j)) {
-            if (((j - home(slots_[j].half())) & mask) >= ((j - i) & mask)) {
-                slots_[i] = slots_[j];
+    void remove(Memory& m, Slot* at) {
+        const u32 half = at->half();
+        Slot* const slots = segment(half);
+        u32 i = static_cast<u32>(at - slots);
+        for (u32 j = next(i); !slots[j].free(); j = next(j)) {
+            if (((j - home(slots[j].half())) & mask()) >= ((j - i) & mask())) {
+                slots[i] = slots[j];
                 i = j;
             }
         }
-        slots_[i] = Slot::none();
+        slots[i] = Slot::none();
         --n_;
-        if (keep) return;
-        if (n_ == 0) {
-            release(m);
-        } else if (lg_ > kLeast && n_ < capacity() / 8) {
-            try {
+        if (n_ == 0) return release(m);
+        try {
+            if (!parts_.empty()) {
+                --parts_[way(half).part].n;
+                merge(m, half);
+            } else if (lg_ > kLeast && n_ < (1u << lg_) / 8) {
                 rehash(m, lg_ - 1);
-            } catch (const std::bad_alloc&) {
-                // It stays as large as it is: what goes must not need memory.
-                return;
             }
+        } catch (const std::bad_alloc&) {
+            // It stays as large as it is: what goes must not need memory.
+            return;
         }
     }
     template <class F>
     void each_slot(F&& f) const {
-        for (u32 i = 0; i < capacity(); ++i)
-            if (!slots_[i].free()) f(slots_[i]);
+        each_segment([&](const Slot* slots) {
+            for (u32 i = 0; i <= mask(); ++i)
+                if (!slots[i].free()) f(slots[i]);
+        });
     }
 
 private:
-    static bool crowded(u32 n, u32 lg) { return n > (u64{1} << lg) * kTenths / 10; }
+    static constexpr u32 lg_of(std::size_t n) { return 63 - static_cast<u32>(__builtin_clzll(n)); }
+    static constexpr u32 kMostLg = lg_of(KVINDEX_SEGMENT_BYTES / sizeof(Slot));
+    static_assert(kMostLg >= kLeast && kMostLg < 32, "a segment holds at least the smallest table");
 
-    void rehash(Memory& m, u32 lg) {
-        if (lg > 31) throw std::bad_alloc();
-        Slot* old = slots_;
-        const u32 old_cap = capacity();
-        slots_ = static_cast<Slot*>(take_zeros(sizeof(Slot) << lg));
+    // Distinct segments, and where each value of the keys' low bits leads to.
+    struct Part {
+        Slot* slots;
+        u32 n;
+        u32 bits;  // how many low bits all its keys have in common
+    };
+    struct Way {
+        Slot* slots;
+        u32 part;
+    };
+
+    static u64 most(u32 lg) { return (u64{1} << lg) * kTenths / 10; }
+    static bool crowded(u64 n, u32 lg) { return n > most(lg); }
+    u32 mask() const { return (1u << lg_) - 1; }
+    u32 home(u32 half) const { return half >> (32 - lg_); }
+    u32 next(u32 i) const { return (i + 1) & mask(); }
+    Slot* segment(u32 half) const { return parts_.empty() ? slots_ : way(half).slots; }
+    const Way& way(u32 half) const { return ways_[half & (ways_.size() - 1)]; }
+    template <class F>
+    void each_segment(F&& f) const {
+        if (slots_) f(slots_);
+        for (const Part& p : parts_) f(p.slots);
+    }
+    static Slot* new_slots(Memory& m, u32 lg) {
+        Slot* const slots = static_cast<Slot*>(take_zeros(sizeof(Slot) << lg));
         m.add(sizeof(Slot) << lg);
+        return slots;
+    }
+    static void free_slots(Memory& m, Slot* slots, u32 lg) {
+        m.sub(sizeof(Slot) << lg);
+        give_back(slots, sizeof(Slot) << lg);
+    }
+    static void place(Slot* slots, u32 lg, const Slot& s) {
+        u32 i = s.half() >> (32 - lg);
+        while (!slots[i].free()) i = (i + 1) & ((1u << lg) - 1);
+        slots[i] = s;
+    }
+    void rehash(Memory& m, u32 lg) {
+        Slot* const fresh = new_slots(m, lg);
+        if (slots_) {
+            for (u32 i = 0; i <= mask(); ++i)
+                if (!slots_[i].free()) place(fresh, lg, slots_[i]);
+            free_slots(m, slots_, lg_);
+        }
+        slots_ = fresh;
         lg_ = lg;
-        n_ = 0;
-        for (u32 i = 0; i < old_cap; ++i)
-            if (!old[i].free()) put(old[i]);
-        if (old) {
-            m.sub(sizeof(Slot) * old_cap);
-            give_back(old, sizeof(Slot) * old_cap);
+        ++stamp_;
+    }
+    // Moves the keys of a segment with the next bit set to a segment of their own. What stays is put anew from the
+    // first gap on, each entry where it was or before.
+    void split(Memory& m, u32 half) {
+        const u32 from = way(half).part, bit = parts_[from].bits;
+        // As many bits as a home slot does not use; 2^-32 of chance each time that a secret does not stop it before.
+        if (bit + lg_ >= 32) throw std::bad_alloc();
+        const u32 ways = ways_.size();
+        parts_.reserve(m, parts_.size() + 1);
+        if (1u << bit == ways) ways_.reserve(m, 2 * ways);
+        Slot* const fresh = new_slots(m, lg_);
+        if (1u << bit == ways) {
+            ways_.resize(m, 2 * ways);
+            std::memcpy(static_cast<void*>(ways_.data() + ways), ways_.data(), sizeof(Way) * ways);
+        }
+        Slot* const slots = parts_[from].slots;
+        u32 i = 0, moved = 0;
+        while (!slots[i].free()) ++i;
+        for (u32 k = 0; k <= mask(); ++k, i = next(i)) {
+            if (slots[i].free()) continue;
+            const Slot s = slots[i];
+            slots[i] = Slot::none();
+            const bool over = s.half() >> bit & 1;
+            place(over ? fresh : slots, lg_, s);
+            moved += over;
+        }
+        const u32 part = parts_.size();
+        parts_[from].n -= moved;
+        parts_[from].bits = bit + 1;
+        parts_.push(m, {fresh, moved, bit + 1});
+        for (u32 w = (half & ((1u << bit) - 1)) | 1u << bit; w < ways_.size(); w += 2u << bit) ways_[w] = {fresh, part};
+        fullest_ = 0;
+        for (const Part& p : parts_) fullest_ = std::max(fullest_, p.n);
+        ++stamp_;
+    }
+    // Makes one segment of two that were one before, once half of it is enough for both.
+    void merge(Memory& m, u32 half) {
+        const u32 to = way(half).part;
+        if (parts_[to].n > most(lg_) / 4 || !parts_[to].bits) return;
+        const u32 bit = parts_[to].bits - 1;
+        const u32 from = way(half ^ 1u << bit).part;
+        if (parts_[from].bits != bit + 1 || parts_[from].n + parts_[to].n > most(lg_) / 2) return;
+        Slot* const slots = parts_[to].slots;
+        for (u32 i = 0; i <= mask(); ++i)
+            if (const Slot& s = parts_[from].slots[i]; !s.free()) place(slots, lg_, s);
+        free_slots(m, parts_[from].slots, lg_);
+        parts_[to].n += parts_[from].n;
+        parts_[to].bits = bit;
+        parts_[from] = parts_.back();
+        parts_.pop();
+        ++stamp_;
+        if (parts_.size() == 1) {
+            slots_ = slots;
+            parts_.release(m);
+            ways_.release(m);
+            return;
+        }
+        const u32 kept = to == parts_.size() ? from : to;
+        for (u32 w = 0; w < ways_.size(); ++w) {
+            if ((w & ((1u << bit) - 1)) == (half & ((1u << bit) - 1))) {
+                ways_[w] = {slots, kept};
+            } else if (ways_[w].part == parts_.size()) {
+                ways_[w].part = from;
+            }
         }
     }
 
-    Slot* slots_ = nullptr;
+    Slot* slots_ = nullptr;  // of a table of one segment
+    Buf<Part> parts_;        // of one of several
+    Buf<Way> ways_;
     u32 n_ = 0;
-    u32 lg_ = 0;
+    u32 lg_ = 0;       // of the slots of each segment
+    u32 fullest_ = 0;  // no segment has more entries
+    u32 stamp_ = 0;    // changes when entries move otherwise than within a cluster
 };
 
 // 32 bits of the mixed key, 32 bits of reference, turned over so that none is zero.
@@ -176,170 +323,65 @@ struct RefSlot {
     bool free() const { return static_cast<u32>(both) == 0; }
 };
 
-class RefSlots : public Slots<RefSlot, 7, 3> {
+// Maps 64-bit keys that already stand somewhere else (in a page, in a set) to the 32-bit reference of that place. The
+// kept half is enough to find the home slot again, so neither deleting nor growing touches the places referred to; the
+// full key is compared there only when the halves agree (2^-32 by chance). It grows at 0.7: slots are small (8 to a
+// cache line), and 0.5 would cost 6 bytes a block more.
+class RefTable : public Slots<RefSlot, 7, 3> {
 public:
-    using Slots::filled;
-    using Slots::full;
-    using Slots::open;
-
+    // `same(ref)` tells whether the place holds the wanted key. Returns kNone when absent.
     template <class Same>
     u32 find(u64 key, Same&& same) const {
         if (!size()) return kNone;
         const u32 h = mixed(key);
-        return at(seek(h, [&](const RefSlot& s) { return s.half() == h && same(s.ref()); })).ref();
+        return seek(h, [&](const RefSlot& s) { return s.half() == h && same(s.ref()); })->ref();
     }
     // Where a key that is there most probably is.
     u32 guess(u64 key) const {
         if (!size()) return kNone;
         const u32 h = mixed(key);
-        return at(seek(h, [&](const RefSlot& s) { return s.half() == h; })).ref();
+        return seek(h, [&](const RefSlot& s) { return s.half() == h; })->ref();
     }
-    void insert(Memory& m, const RefSlot& s) {
-        make_room(m);
-        put(s);
+    // The key must be absent.
+    void insert(Memory& m, u64 key, u32 ref) {
+        const u32 h = mixed(key);
+        make_room(m, h);
+        put({h, ref});
     }
+    // Inserts unless a place with the same key is there already; false if so.
     template <class Same>
     bool insert_new(Memory& m, u64 key, u32 ref, Same&& same) {
-        make_room(m);
         const u32 h = mixed(key);
-        const u32 i = seek(h, [&](const RefSlot& s) { return s.half() == h && same(s.ref()); });
-        if (!at(i).free()) return false;
-        fill(i, {h, ref});
+        make_room(m, h);
+        RefSlot* const at = seek(h, [&](const RefSlot& s) { return s.half() == h && same(s.ref()); });
+        if (!at->free()) return false;
+        fill(at, {h, ref});
         return true;
     }
-    bool erase(Memory& m, u64 key, u32 ref, bool keep) {
-        const u32 i = slot_of(key, ref);
-        if (i == kNone) return false;
-        remove(m, i, keep);
-        return true;
+    // Recognises the entry by its reference, without looking at the place: false if (key, ref) is not in the table.
+    bool erase(Memory& m, u64 key, u32 ref) {
+        RefSlot* const at = slot_of(key, ref);
+        if (at) remove(m, at);
+        return at != nullptr;
     }
-    bool contains(u64 key, u32 ref) const { return slot_of(key, ref) != kNone; }
+    bool contains(u64 key, u32 ref) const { return slot_of(key, ref) != nullptr; }
     bool move(u64 key, u32 from, u32 to) {
-        const u32 i = slot_of(key, from);
-        if (i == kNone) return false;
-        at(i) = {at(i).half(), to};
-        return true;
+        RefSlot* const at = slot_of(key, from);
+        if (at) *at = {at->half(), to};
+        return at != nullptr;
     }
     template <class F>
     void each(F&& f) const {
         each_slot([&](const RefSlot& s) { f(s.ref()); });
     }
-    // Where a cluster may begin: behind a free slot.
-    u32 behind_a_gap() const {
-        u32 i = 0;
-        while (!at(i).free()) i = next(i);
-        return next(i);
-    }
-    // Takes everything out of the slots from `i` on, `least` of them and then up to a free one, but not of more than
-    // `most`: whole clusters, so that what stays is found as before. Returns how many slots that were.
-    template <class F>
-    u32 drain(u32 i, u32 least, u32 most, F&& f) {
-        u32 done = 0;
-        for (; done < most && (done < least || !at(i).free()); ++done, i = next(i))
-            if (!at(i).free()) f(lift(i));
-        return done;
-    }
 
 private:
-    u32 slot_of(u64 key, u32 ref) const {
-        if (!size()) return kNone;
+    RefSlot* slot_of(u64 key, u32 ref) const {
+        if (!size()) return nullptr;
         const RefSlot want{mixed(key), ref};
-        const u32 i = seek(want.half(), [&](const RefSlot& s) { return s.both == want.both; });
-        return at(i).free() ? kNone : i;
+        RefSlot* const at = seek(want.half(), [&](const RefSlot& s) { return s.both == want.both; });
+        return at->free() ? nullptr : at;
     }
-};
-
-// From so many slots on a table grows bit by bit. Smaller ones than in earnest where tests are to see it.
-#ifndef KVINDEX_GRADUAL_FROM
-#define KVINDEX_GRADUAL_FROM (1u << 16)
-#endif
-
-// Maps 64-bit keys that already stand somewhere else (in a page, in a set) to the 32-bit reference of that place. The
-// kept half is enough to find the home slot again, so neither deleting nor growing touches the places referred to; the
-// full key is compared there only when the halves agree (2^-32 by chance). It grows at 0.7: slots are small (8 to a
-// cache line), and 0.5 would cost 6 bytes a block more.
-//
-// A large table that is full becomes the old one beside a new one of twice the size, and whatever changes it takes some
-// of that over: at once, everybody would wait 300 ms at 5.9 million names. A budget has no room for both.
-class RefTable {
-public:
-    u32 size() const { return now_.size() + was_.size(); }
-    std::size_t growth(u32 more) const { return now_.growth(more + was_.size()); }
-    void reserve(Memory& m, u32 n) {
-        take_over(m, was_.capacity());
-        now_.reserve(m, n);
-    }
-    u64 probes() const { return now_.probes() + was_.probes(); }
-    KVINDEX_INLINE void prefetch(u64 key) const {
-        now_.prefetch(key);
-        if (was_.size()) was_.prefetch(key);
-    }
-    void release(Memory& m) {
-        now_.release(m);
-        was_.release(m);
-    }
-    // `same(ref)` tells whether the place holds the wanted key. Returns kNone when absent.
-    template <class Same>
-    u32 find(u64 key, Same&& same) const {
-        const u32 ref = now_.find(key, same);
-        return ref == kNone && was_.size() ? was_.find(key, same) : ref;
-    }
-    u32 guess(u64 key) const {
-        const u32 ref = now_.guess(key);
-        return ref == kNone ? was_.guess(key) : ref;
-    }
-    // The key must be absent.
-    void insert(Memory& m, u64 key, u32 ref) {
-        if (was_.capacity()) {
-            take_over(m, kStep);
-        } else if (now_.capacity() >= KVINDEX_GRADUAL_FROM && now_.capacity() < (1u << 30) && now_.full() && !m.tight) {
-            RefSlots fresh;
-            fresh.open(m, 2 * now_.capacity());
-            was_ = now_;
-            now_ = fresh;
-            at_ = was_.behind_a_gap();
-            left_ = was_.capacity();
-        }
-        now_.insert(m, {mixed(key), ref});
-    }
-    // Inserts unless a place with the same key is there already; false if so.
-    template <class Same>
-    bool insert_new(Memory& m, u64 key, u32 ref, Same&& same) {
-        take_over(m, was_.capacity());
-        return now_.insert_new(m, key, ref, same);
-    }
-    // Recognises the entry by its reference, without looking at the place: false if (key, ref) is not in the table.
-    bool erase(Memory& m, u64 key, u32 ref) {
-        take_over(m, kStep);
-        const bool two = was_.capacity() != 0;
-        const bool found = now_.erase(m, key, ref, two) || (two && was_.erase(m, key, ref, true));
-        if (two && size() == 0) release(m);
-        return found;
-    }
-    bool contains(u64 key, u32 ref) const { return now_.contains(key, ref) || was_.contains(key, ref); }
-    bool move(u64 key, u32 from, u32 to) { return now_.move(key, from, to) || was_.move(key, from, to); }
-    template <class F>
-    void each(F&& f) const {
-        now_.each(f);
-        was_.each(f);
-    }
-
-private:
-    // More than enough to be done before the new one is full: that takes as many insertions as a third of its slots.
-    static constexpr u32 kStep = 32;
-
-    void take_over(Memory& m, u32 slots) {
-        if (!was_.capacity()) return;
-        const u32 done = was_.drain(at_, slots, left_, [&](const RefSlot& s) { now_.insert(m, s); });
-        at_ = (at_ + done) & (was_.capacity() - 1);
-        left_ -= done;
-        if (left_) return;
-        was_.release(m);
-        now_.filled();
-    }
-
-    RefSlots now_, was_;
-    u32 at_ = 0, left_ = 0;  // the next slot to take over, and how many there are
 };
 
 struct HeadSlot {
@@ -360,31 +402,31 @@ public:
     // `chain` is kNone when absent. Of two chains whose prefix hashes collide, the one that was inserted first.
     HeadSlot find(u64 prefix) const {
         if (!size()) return HeadSlot::none();
-        return at(seek(mixed(prefix), [&](const HeadSlot& s) { return s.prefix == prefix; }));
+        return *seek(mixed(prefix), [&](const HeadSlot& s) { return s.prefix == prefix; });
     }
     // Of those whose prefix hashes collide, the one that is `right`. Apart, since nobody comes here by chance.
     template <class Right>
     [[gnu::noinline, gnu::cold]] HeadSlot find_among(u64 prefix, Right&& right) const {
-        return at(seek(mixed(prefix), [&](const HeadSlot& s) { return s.prefix == prefix && right(s); }));
+        return *seek(mixed(prefix), [&](const HeadSlot& s) { return s.prefix == prefix && right(s); });
     }
     void insert(Memory& m, u64 prefix, u32 chain, u32 page) {
-        make_room(m);
+        make_room(m, mixed(prefix));
         put({prefix, chain, page});
     }
     void erase(Memory& m, u64 prefix, u32 chain) {
-        const u32 i = slot_of(prefix, chain);
-        if (i != kNone) remove(m, i);
+        if (HeadSlot* const at = slot_of(prefix, chain)) remove(m, at);
     }
     bool contains(u64 prefix, u32 chain, u32 page) const {
-        const u32 i = slot_of(prefix, chain);
-        return i != kNone && at(i).page == page;
+        const HeadSlot* const at = slot_of(prefix, chain);
+        return at && at->page == page;
     }
 
 private:
-    u32 slot_of(u64 prefix, u32 chain) const {
-        if (!size()) return kNone;
-        const u32 i = seek(mixed(prefix), [&](const HeadSlot& s) { return s.prefix == prefix && s.chain() == chain; });
-        return at(i).free() ? kNone : i;
+    HeadSlot* slot_of(u64 prefix, u32 chain) const {
+        if (!size()) return nullptr;
+        HeadSlot* const at =
+            seek(mixed(prefix), [&](const HeadSlot& s) { return s.prefix == prefix && s.chain() == chain; });
+        return at->free() ? nullptr : at;
     }
 };
 
@@ -401,21 +443,28 @@ struct CountSlot {
 class CountTable : public Slots<CountSlot, 5, 2> {
 public:
     u32 get(u64 key) const {
-        const u32 i = slot_of(key);
-        return i == kNone ? 0 : at(i).count;
+        const CountSlot* const at = slot_of(key);
+        return at ? at->count : 0;
     }
     void add(Memory& m, u64 key, u32 by = 1) {
-        make_room(m);
-        const u32 i = seek(mixed(key), [&](const CountSlot& s) { return s.key == key; });
-        if (at(i).free()) {
-            fill(i, {key, by});
+        const u32 h = mixed(key);
+        make_room(m, h);
+        CountSlot* const at = seek(h, [&](const CountSlot& s) { return s.key == key; });
+        if (at->free()) {
+            fill(at, {key, by});
         } else {
-            at(i).count += by;
+            at->count += by;
         }
     }
     void sub(Memory& m, u64 key, u32 by = 1) {
-        const u32 i = slot_of(key);
-        if (i != kNone && (at(i).count -= by) == 0) remove(m, i);
+        CountSlot* const at = slot_of(key);
+        if (!at) return;
+        if (at->count > by) {
+            at->count -= by;
+        } else {
+            // The key must stand while its slot is looked for: a free one has another.
+            remove(m, at);
+        }
     }
     template <class F>
     void each(F&& f) const {
@@ -423,10 +472,10 @@ public:
     }
 
 private:
-    u32 slot_of(u64 key) const {
-        if (!size()) return kNone;
-        const u32 i = seek(mixed(key), [&](const CountSlot& s) { return s.key == key; });
-        return at(i).free() ? kNone : i;
+    CountSlot* slot_of(u64 key) const {
+        if (!size()) return nullptr;
+        CountSlot* const at = seek(mixed(key), [&](const CountSlot& s) { return s.key == key; });
+        return at->free() ? nullptr : at;
     }
 };
 
