@@ -373,6 +373,23 @@ class LivePublisher:
             self.count = [0] * len(self.count)
             self.first = [0] * len(self.first)
 
+    def restart_behind_a_proxy(self) -> None:
+        """Another process of the same engine, whose connections are those of the one before."""
+        with self.lock:
+            self.life += 1
+            for publisher in self.publishers:
+                publisher.seq = 0
+                publisher._buffer.clear()
+            self.count = [0] * len(self.count)
+            self.first = [0] * len(self.first)
+
+    def drop_connections(self) -> None:
+        """The same process, with its connections lost."""
+        with self.lock:
+            for publisher in self.publishers:
+                publisher.close()
+                publisher._open()
+
     def close(self) -> None:
         self._stop.set()
         self._thread.join()

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 
 import msgpack
@@ -15,10 +15,19 @@ import pytest
 import zmq
 from sync_support import BRISK, LivePublisher, nothing_left_behind, until
 
-from kvindex import InvalidTypeError, InvalidValueError, PrefixIndex, StreamError, UnknownPodError
+from kvindex import EventDecodeError, InvalidTypeError, InvalidValueError, PrefixIndex, StreamError, UnknownPodError
 from kvindex.sync.manager import EventManager
 from kvindex.sync.source import PodSource
-from kvindex.sync.status import Batch
+from kvindex.sync.status import (
+    Batch,
+    Configured,
+    Forgotten,
+    IndexChange,
+    Marked,
+    PodsChange,
+    Removed,
+    StateChange,
+)
 from kvindex.sync.stream import Policy
 
 
@@ -845,7 +854,7 @@ def test_a_tap_sees_what_the_index_sees(index, manager, caplog):
         end()
         pod.publish(1)
         until(lambda: caught_up(manager, pod))
-    ours = [item for item in seen if item.rank == 0]
+    ours = [item for item in seen if isinstance(item, (Batch, Forgotten)) and item.rank == 0]
     assert [item.seq if isinstance(item, Batch) else "forgotten" for item in ours] == [0, 1, 2, "forgotten", 0]
     batches = [item for item in seen if isinstance(item, Batch)]
     assert {(item.pod, item.model, item.topic) for item in batches} == {("pod", "m", b"kv@pod@m")}
@@ -858,7 +867,190 @@ def test_a_tap_sees_what_the_index_sees(index, manager, caplog):
             copy.clear_worker(item.pod, item.rank)
     chain = pod.block(0, 0)
     assert copy.match_prefix(chain, model="m").tokens == {"pod": len(chain)}
-    assert "a callback for batches has failed" in caplog.text
+    assert "a callback for changes of the index has failed" in caplog.text
+
+
+class Replica:
+    """An index to which nothing is done but the changes that a tap of another one is shown."""
+
+    def __init__(self, manager: EventManager) -> None:
+        self.index = PrefixIndex(block_size=4)
+        self.kinds: list[str] = []
+        manager.tap(self.take)
+
+    def take(self, item: IndexChange) -> None:
+        self.kinds.append(type(item).__name__)
+        match item:
+            case Configured(pod, options):
+                self.index.configure_pod(pod, **options)
+            case Batch():
+                seq = item.seq if item.joined else None
+                with suppress(EventDecodeError):
+                    self.index.ingest(item.pod, item.payload, model=item.model, dp_rank=item.rank, seq=seq)
+            case Forgotten(pod, rank):
+                self.index.clear_worker(pod, rank)
+            case Marked(pod, rank, verdict, _):
+                self.index.mark_worker(pod, rank, verdict)
+            case Removed(pod):
+                self.index.remove_pod(pod)
+
+    def check(self, index: PrefixIndex, *pods: LivePublisher) -> None:
+        for pod in pods:
+            assert self.index.stream_places(pod.name) == index.stream_places(pod.name)
+            assert self.index.worker_stats(pod.name) == index.worker_stats(pod.name)
+            for rank in range(len(pod.publishers)):
+                assert matched(self.index, pod, rank) == matched(index, pod, rank)
+        assert self.index.stats()["blocks"] == index.stats()["blocks"]
+
+
+def test_the_changes_that_a_tap_is_shown_make_an_equal_index(index, manager):
+    """Through a start beside old blocks, a restart, a batch that is no batch, a removal and a close."""
+    index.ingest("pod", msgpack.packb([1.0, [["BlockStored", [7], None, [1, 2, 3, 4], 4]], 0]), model="m")
+    replica = Replica(manager)
+    replica.index.ingest("pod", msgpack.packb([1.0, [["BlockStored", [7], None, [1, 2, 3, 4], 4]], 0]), model="m")
+    with LivePublisher(ranks=2) as pod, LivePublisher(name="other") as other:
+        pod.publish(3)
+        pod.publish(2, rank=1)
+        other.publish(2)
+        manager.add_pod(source(pod, presence="set"))
+        manager.add_pod(source(other))
+        assert manager.wait_until_current(20.0)
+        replica.check(index, pod, other)
+        assert index.match_prefix([1, 2, 3, 4], model="m").tokens == {}
+        pod.restart()
+        pod.publish_raw(b"\xc1")
+        pod.publish(2)
+        until(lambda: caught_up(manager, pod) and manager.status()["pod"].restarts > 0)
+        replica.check(index, pod, other)
+        assert replica.index.pod_state("pod") == index.pod_state("pod") == "degraded"
+        manager.remove_pod("other")
+        with pytest.raises(UnknownPodError):
+            replica.index.pod_state("other")
+        replica.check(index, pod)
+        manager.close()
+        replica.check(index, pod)
+        assert replica.index.pod_state("pod") == "stale"
+    assert set(replica.kinds) == {"Configured", "Batch", "Forgotten", "Marked", "Removed"}
+
+
+def test_a_replica_of_a_stream_that_was_only_guessed_to_go_on_has_no_whole_place(index, manager):
+    """Without a replay endpoint nobody knows what a reconnect has missed, and another index must not say so either."""
+    with LivePublisher(replay_endpoint=None) as pod:
+        replica = Replica(manager)
+        manager.add_pod(source(pod))
+        until(lambda: manager.status()["pod"].connected)
+        until(lambda: pod.publish(1) or manager.status()["pod"].batches > 2)
+        pod.drop_connections()
+        until(lambda: manager.status()["pod"].workers[0].reconnects == 1)
+        until(lambda: pod.publish(1) or (manager.status()["pod"].last_seq or 0) > 9)
+        until(lambda: caught_up(manager, pod))
+        replica.check(index, pod)
+        assert not index.stream_places("pod")[0].whole
+
+
+@pytest.mark.parametrize("kind", [Batch, Marked, Forgotten])
+def test_nothing_of_a_pod_is_applied_that_a_tap_has_removed(index, pod, kind):
+    with nothing_left_behind(), EventManager(index, policy=BRISK) as manager:
+        index.ingest("pod", msgpack.packb([1.0, [["BlockStored", [7], None, [1, 2, 3, 4], 4]], 0]), model="m")
+        removed = threading.Event()
+
+        def remove(item):
+            if isinstance(item, kind) and not removed.is_set() and "pod" in manager.status():
+                manager.remove_pod(item.pod)
+                removed.set()
+
+        manager.tap(remove)
+        pod.publish(9)
+        manager.add_pod(source(pod))
+        until(removed.is_set)
+        pod.publish(9)
+        manager.add_pod(source(pod, ranks={0: ("tcp://127.0.0.1:1", None)}))  # the thread has had its turn after this
+        manager.remove_pod("pod")
+        assert manager.status() == {}
+        assert index.stats()["blocks"] == 0
+        with pytest.raises(UnknownPodError):
+            index.pod_state("pod")
+
+
+def test_a_tap_may_add_the_pod_anew_that_it_is_shown(index, manager, pod):
+    begun = []
+
+    def again(item):
+        if isinstance(item, Batch) and len(begun) < 3:
+            begun.append(item.seq)
+            manager.remove_pod(item.pod)
+            manager.add_pod(source(pod))
+
+    manager.tap(again)
+    replica = Replica(manager)
+    pod.publish(5)
+    manager.add_pod(source(pod))
+    until(lambda: len(begun) == 3 and caught_up(manager, pod))
+    check_equal(index, pod)
+    assert begun == [0, 0, 0]
+    assert replica.kinds.count("Removed") == 3
+
+
+def test_pods_that_a_callback_removes_give_their_turn_for_replays_back(index):
+    """A pod that is removed while its replay is decided upon would otherwise have one for ever."""
+    with ExitStack() as stack:
+        pods = [stack.enter_context(LivePublisher(name=f"p{number}")) for number in range(4)]
+        manager = stack.enter_context(EventManager(index, policy=BRISK, max_replays=2))
+
+        def remove(change):
+            if change.old == "exact" and change.pod in manager.status():
+                manager.remove_pod(change.pod)
+
+        manager.on_change(remove)
+        for pod in pods:
+            pod.publish(1)
+            manager.add_pod(source(pod))
+            assert manager.wait_until_current(20.0, pods=pod.name)
+            pod.publish(2)
+            until(lambda pod=pod: caught_up(manager, pod))
+            pod.restart_behind_a_proxy()
+            pod.publish(1)
+            until(lambda pod=pod: pod.name not in manager.status())
+        until(lambda: index.stats()["blocks"] == 0)
+
+
+def test_pods_that_come_and_go_are_told_and_looked_up(index, manager, pod):
+    told = []
+
+    def follow(change):
+        told.append(change)
+        if len(told) == 1:
+            manager.remove_pod("pod")
+
+    end = manager.on_pods(follow)
+    manager.add_pod(source(pod))
+    assert told == [PodsChange((source(pod),), ()), PodsChange((), ("pod",))]
+    assert manager.pods() == {}
+    manager.add_pod(source(pod))
+    assert manager.pods() == {"pod": source(pod)}
+    end()
+    manager.remove_pod("pod")
+    assert len(told) == 3
+
+
+@pytest.mark.parametrize("how", ["closed", "failed"])
+def test_the_end_of_the_manager_is_a_change_of_every_worker(index, pod, how):
+    changes = []
+    manager = EventManager(index, policy=BRISK)
+    pod.publish(2)
+    manager.add_pod(source(pod))
+    assert manager.wait_until_current(20.0)
+    manager.on_change(changes.append)
+    if how == "closed":
+        manager.close()
+        reason = "the manager is closed"
+    else:
+        manager.post(lambda: setattr(manager._loop, "_turn", None))
+        reason = "its thread failed: TypeError(\"'NoneType' object is not callable\")"
+        until(lambda: changes)
+        manager.close()
+    assert changes == [StateChange("pod", 0, "exact", "stale", reason)]
+    assert manager.status()["pod"].reason == reason
 
 
 def test_a_callback_may_remove_the_pod_it_is_told_of(index, manager, pod):

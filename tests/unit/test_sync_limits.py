@@ -22,6 +22,7 @@ from kvindex.sync.allowance import PAUSE, Allowance
 from kvindex.sync.frames import batch_events
 from kvindex.sync.sockets import SocketOptions
 from kvindex.sync.source import Endpoints
+from kvindex.sync.status import Batch, IndexChange
 from kvindex.sync.stream import Policy
 from kvindex.sync.worker import Setting, Worker
 
@@ -102,12 +103,16 @@ class Fleet:
         self.changes: list[tuple[str, str, str]] = []
         self.setting = Setting(
             self.index, Policy(**policy), self.options,
-            [lambda item: self.applied.append((self.host.now, item.pod, getattr(item, "seq", -1)))],
+            [self._applied],
             lambda change: self.changes.append((change.pod, change.new, change.reason)),
         )  # fmt: skip
         self.workers: dict[str, Worker] = {}
         self.publishers: dict[str, Publisher] = {}
         self.allowances: dict[str, Allowance] = {}
+
+    def _applied(self, item: IndexChange) -> None:
+        if isinstance(item, Batch):
+            self.applied.append((self.host.now, item.pod, item.seq))
 
     def open(self, name: str, *, queue: int = 0, replay: bool = True, **options: Any) -> Publisher:
         publisher = Publisher(

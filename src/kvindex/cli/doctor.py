@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .. import EventManager, PodSource, PrefixIndex
 from ..sync.source import Endpoints, split_tcp
-from ..sync.status import Batch, Forgotten, WorkerStatus
+from ..sync.status import Batch, IndexChange, WorkerStatus
 from ._facts import Facts
 from ._pods import add_arguments, one_source
 from ._probe import what_answers
@@ -163,7 +163,7 @@ def watch(
     by_rank = {patient.rank: patient for patient in patients}
     current = False
 
-    def show(item: Batch | Forgotten) -> None:
+    def show(item: IndexChange) -> None:
         if isinstance(item, Batch):
             patient = by_rank[item.rank]
             patient.facts.add(item.payload)

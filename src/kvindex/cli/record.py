@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import EventManager, PodSource, PrefixIndex
 from ..capture import CaptureWriter, Forget, Message
-from ..sync.status import Batch, Forgotten
+from ..sync.status import Batch, Forgotten, IndexChange
 from ._facts import Facts
 from ._pods import add_arguments, sources
 from ._terminal import add_command, console, counted, positive, seconds
@@ -74,7 +74,9 @@ class Recorder:
         with open(path, "wb"):
             pass  # what can not be written is told before anything is recorded
 
-    def show(self, item: Batch | Forgotten) -> None:
+    def show(self, item: IndexChange) -> None:
+        if not isinstance(item, (Batch, Forgotten)):
+            return
         with self._lock:
             if self.over.is_set():
                 return

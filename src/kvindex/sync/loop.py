@@ -56,6 +56,8 @@ class StreamLoop:
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
         self._stopping = self._stopped = False
+        self.failure: Exception | None = None
+        """What has ended the thread, if it was not :meth:`close`."""
         self._hot: set[Any] = set()
         self._timers: list[tuple[float, int, Worker]] = []
         self._order = itertools.count()
@@ -204,7 +206,8 @@ class StreamLoop:
         try:
             while not self._stopping:
                 self._turn()
-        except Exception:
+        except Exception as error:
+            self.failure = error
             log.exception("the thread of kvindex's streams has failed; every pod is stale from here on")
         finally:
             self._end()

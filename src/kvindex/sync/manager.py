@@ -21,7 +21,7 @@ from .frames import FrameFault, batch_rank, parse_live, parse_topic
 from .loop import StreamLoop
 from .sockets import Bound, Doorkeeper, SocketOptions
 from .source import Endpoints, PodSource, Presence, bind_endpoint, check_pair, is_key
-from .status import Batch, Forgotten, PodStatus, StateChange, pod_status
+from .status import Configured, Forgotten, IndexChange, PodsChange, PodStatus, Removed, StateChange, pod_status
 from .stream import Policy
 from .worker import Index, Setting, Worker
 
@@ -84,7 +84,8 @@ class EventManager:
         )
         self._callbacks: list[Callable[[StateChange], None]] = []
         self._wakers: list[Callable[[], None]] = []
-        self._taps: list[Callable[[Batch | Forgotten], None]] = []
+        self._taps: list[Callable[[IndexChange], None]] = []
+        self._members: list[Callable[[PodsChange], None]] = []
         self._burst = (policy or Policy()).burst
         self._setting = Setting(index, policy, self._options, self._taps, self._tell)
         self._loop = StreamLoop(
@@ -196,11 +197,28 @@ class EventManager:
         """
         return _enter(self._callbacks, callback)
 
-    def tap(self, callback: Callable[[Batch | Forgotten], None]) -> Callable[[], None]:
-        """Call ``callback`` with every :class:`Batch` before it is handed to the index, and with a :class:`Forgotten`
-        where a worker starts anew: what records or examines streams sees what the index sees. Gives what ends that.
+    def on_pods(self, callback: Callable[[PodsChange], None]) -> Callable[[], None]:
+        """Call ``callback`` with a :class:`PodsChange` after a pod was added or removed, by whoever it was; gives what
+        ends that.
 
-        It is called in the manager's thread and holds up every stream while it runs.
+        It is called in the manager's thread and holds up every stream while it runs. Pods that were added before are
+        in :meth:`pods`.
+        """
+        return _enter(self._members, callback)
+
+    def pods(self) -> dict[str, PodSource]:
+        """The source of every followed pod, by name: a router finds the pod's ``address`` and ``labels`` there.
+        O(pods); does not wait for the thread."""
+        return {name: pod.source for name, pod in list(self._pods.items())}
+
+    def tap(self, callback: Callable[[IndexChange], None]) -> Callable[[], None]:
+        """Call ``callback`` with every change of the index before it is made, in order; gives what ends that.
+
+        A change is a :class:`Configured`, :class:`Batch`, :class:`Forgotten`, :class:`Marked` or :class:`Removed`, each
+        named after the call of the index that it stands for: another index to which the same calls are made gives the
+        same answers. A change that a callback prevents by removing the pod is not made.
+
+        The callback is called in the manager's thread and holds up every stream while it runs.
         """
         return _enter(self._taps, callback)
 
@@ -280,16 +298,10 @@ class EventManager:
             waker()
 
     def _end(self) -> None:
+        reason = "the manager is closed" if self._loop.failure is None else f"its thread failed: {self._loop.failure!r}"
         for pod in list(self._pods.values()):
             for worker in list(pod.workers.values()):
-                worker.close()
-                worker.verdict = worker.stream.verdict = "stale"
-                worker.stream.reason = "the manager is closed"
-                try:
-                    self._index.mark_worker(worker.pod, worker.rank, "stale")
-                except Exception:
-                    log.exception("%s: can not be marked stale", worker.who)
-                worker.state = "stale"
+                worker.abandon(reason)
         for bound in self._bound:
             bound.close()
         if self._door is not None:
@@ -329,30 +341,54 @@ class EventManager:
         if present is not None:
             self._remove(source.name)  # it came by itself, before anybody could say what it is
         pod = _Pod(source, self._burst)
-        self._enlist(pod)
-        if bound:
-            self._topics[topic] = source.name
-        self._removed.pop(source.name, None)
+        self._enlist(pod, topic if bound else None)
         for rank, at in source.workers().items():
-            self._employ(pod, rank, at)
+            if self._follows(pod):
+                self._employ(pod, rank, at)
+        if self._follows(pod):
+            self._tell_pods(PodsChange((source,), ()))
 
-    def _enlist(self, pod: _Pod) -> None:
+    def _follows(self, pod: _Pod) -> bool:
+        """Whether no callback has removed it meanwhile."""
+        return self._pods.get(pod.source.name) is pod
+
+    def _tell_pods(self, change: PodsChange) -> None:
+        for callback in list(self._members):
+            try:
+                callback(change)
+            except Exception:
+                log.exception("a callback for pods has failed")
+
+    def _enlist(self, pod: _Pod, topic: bytes | None) -> None:
+        """Enter a pod, with the ``topic`` by which a bound endpoint knows it, and prepare the index for it."""
         source = pod.source
-        self._index.configure_pod(
-            source.name, presence=source.presence, clear_media=source.clear_media, chunk_size=source.chunk_size,
-            max_blocks=source.max_blocks or 0,
-        )  # fmt: skip
+        options: dict[str, Any] = {
+            "presence": source.presence,
+            "clear_media": source.clear_media,
+            "chunk_size": source.chunk_size,
+            "max_blocks": source.max_blocks or 0,
+        }
+        self._index.configure_pod(source.name, **options)
         ends = source.workers()
         pod.places = {
             rank: place
             for rank, place in self._index.stream_places(source.name).items()
             if rank in ends and ends[rank].replay_endpoint is not None and place.model == source.model
         }
-        # A count that is already there would be counted twice, and what no stream vouches for is not known.
-        for rank in self._index.worker_stats(source.name):
-            if rank not in pod.places:
-                self._index.clear_worker(source.name, rank)
+        # Before any callback: it may remove the pod again.
         self._pods[source.name] = pod
+        if topic is not None:
+            self._topics[topic] = source.name
+        self._removed.pop(source.name, None)
+        self._setting.show(Configured(source.name, options))
+        # A count that is already there would be counted twice, and what no stream vouches for is not known.
+        for rank in self._index.worker_stats(source.name) if self._follows(pod) else ():
+            if rank in pod.places:
+                continue
+            self._setting.show(Forgotten(source.name, rank))
+            if not self._follows(pod):
+                return
+            self._index.clear_worker(source.name, rank)
 
     def _employ(self, pod: _Pod, rank: int, at: Endpoints) -> Worker:
         worker = Worker(
@@ -378,6 +414,9 @@ class EventManager:
             self._index.remove_pod(name)
         log.info("%s: removed", name)
         self._wake_all()
+        # Last: a callback may add the pod again.
+        self._setting.show(Removed(name))
+        self._tell_pods(PodsChange((), (name,)))
 
     def _unknown(self, name: object) -> UnknownPodError:
         return UnknownPodError(
@@ -426,7 +465,7 @@ class EventManager:
             self._bound_fault(fault.reason, str(fault))
             return
         worker = self._bound_worker(bound, topic, payload, key)
-        if worker is None:
+        if worker is None or worker.gone:
             return
         if connection is None:
             if worker.connection is None or worker.stream.is_connected:
@@ -436,6 +475,8 @@ class EventManager:
         elif worker.connection is None or connection > worker.connection:
             if worker.stream.is_connected:
                 worker.disconnected(now, "another connection brings its stream")
+            if worker.gone:
+                return
             worker.connection = connection
             self._templates[bound]["by_connection"].setdefault(connection, set()).add(worker)
             worker.connected(now)
@@ -471,10 +512,13 @@ class EventManager:
             if sum(pod.came_to is bound for pod in self._pods.values()) >= template["max_pods"]:
                 self._bound_fault("too_many_pods", f"pod {name!r:.80} would be one more than {template['max_pods']}")
                 return None
-            self._topics[topic] = name
-            source = PodSource(name, model=model, topic=topic.decode(), **template["options"])
-            self._enlist(_Pod(source, self._burst, bound))
+            pod = _Pod(PodSource(name, model=model, topic=topic.decode(), **template["options"]), self._burst, bound)
+            self._enlist(pod, topic)
             log.info("%s: connected to %s", name, bound.endpoint)
+            if self._follows(pod):
+                self._tell_pods(PodsChange((pod.source,), ()))
+            if not self._follows(pod):
+                return None
         pod = self._pods[name]
         if pod.key is None:
             pod.key = key

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-__all__ = ["Batch", "Forgotten", "PodStatus", "StateChange", "WorkerStatus"]
+if TYPE_CHECKING:
+    from .source import PodSource
+    from .stream import Verdict
+
+__all__ = [
+    "Batch", "Configured", "Forgotten", "IndexChange", "Marked", "PodStatus", "PodsChange", "Removed", "StateChange",
+    "WorkerStatus",
+]  # fmt: skip
 
 WORST_FIRST = ("stale", "degraded", "exact")
 
@@ -21,13 +28,51 @@ class Batch(NamedTuple):
     """As it arrived; None where only a replay without topics has come so far."""
     seq: int
     payload: bytes
+    joined: bool = True
+    """Whether the batch is known to continue the one before it. If not, :meth:`PrefixIndex.ingest` is given no ``seq``,
+    and the worker's stream place is not whole."""
 
 
 class Forgotten(NamedTuple):
-    """Everything of one worker was forgotten: its engine has restarted, or its history is applied anew."""
+    """Everything of one worker is forgotten (:meth:`PrefixIndex.clear_worker`): its engine has restarted, its history
+    is applied anew, or its pod was just added and no stream vouches for the blocks that the index has of it."""
 
     pod: str
     rank: int
+
+
+class Marked(NamedTuple):
+    """The verdict of one worker's stream (:meth:`PrefixIndex.mark_worker`). The state that answers show is the worse of
+    this and the index's own."""
+
+    pod: str
+    rank: int
+    verdict: Verdict
+    reason: str
+
+
+class Configured(NamedTuple):
+    """A pod was added: ``options`` are the keyword arguments of :meth:`PrefixIndex.configure_pod`."""
+
+    pod: str
+    options: Mapping[str, Any]
+
+
+class Removed(NamedTuple):
+    """A pod was removed with all its blocks (:meth:`PrefixIndex.remove_pod`)."""
+
+    pod: str
+
+
+IndexChange: TypeAlias = Batch | Forgotten | Marked | Configured | Removed
+"""Every call by which a manager changes its index."""
+
+
+class PodsChange(NamedTuple):
+    """Pods that a manager follows since now, and names that it follows no longer."""
+
+    added: tuple[PodSource, ...]
+    removed: tuple[str, ...]
 
 
 class StateChange(NamedTuple):

@@ -19,7 +19,7 @@ from .allowance import PAUSE, Allowance
 from .frames import END, FrameFault, batch_events, parse_live, parse_replay
 from .sockets import BUDGET, Loop, Replay, SocketOptions, Subscription, resolve
 from .source import Endpoints, PodSource, Presence
-from .status import WORST_FIRST, Batch, Forgotten, StateChange, WorkerStatus
+from .status import WORST_FIRST, Batch, Forgotten, IndexChange, Marked, StateChange, WorkerStatus
 from .stream import (
     Action,
     CancelReplay,
@@ -45,6 +45,8 @@ _SERIOUS: Final = frozenset(
         "throttled",
     }
 )  # fmt: skip
+
+_UNCLEARED: Final = "the index can not forget what was before"
 
 
 class Index(Protocol):
@@ -99,17 +101,17 @@ class Setting:
     index: Index
     policy: Policy | None
     options: SocketOptions
-    taps: list[Callable[[Batch | Forgotten], None]]
-    """Shown every batch before the index gets it; the list may change."""
+    taps: list[Callable[[IndexChange], None]]
+    """Shown every change of the index before the index gets it; the list may change."""
     tell: Callable[[StateChange], None]
     """Told of every change of a worker's state."""
 
-    def show(self, item: Batch | Forgotten) -> None:
+    def show(self, item: IndexChange) -> None:
         for tap in list(self.taps):
             try:
                 tap(item)
             except Exception:
-                log.exception("a callback for batches has failed")
+                log.exception("a callback for changes of the index has failed")
 
 
 class Worker:
@@ -305,6 +307,8 @@ class Worker:
 
     def offer(self, frames: list[bytes], seq: int, payload: bytes, now: float) -> None:
         """Hear a batch of a bound endpoint, which other pods share: what has to wait does so here."""
+        if self.gone:
+            return
         if self._allowance is None:
             self.hear(seq, payload, now)
         elif not self._backlog and self._admits(now):
@@ -365,6 +369,8 @@ class Worker:
             actions = self.stream.live(seq, payload, now)
         else:
             self._ingest(plain, actions, now)
+            if self.gone:
+                return
             self.last_seq = seq
             if not actions:
                 return
@@ -405,8 +411,11 @@ class Worker:
     # --------------------------------------------------------------------------------------------------- actions
 
     def _carry(self, actions: list[Action], now: float) -> None:
-        """Carry out what a stream decided; what comes of it is appended and carried out after it."""
+        """Carry out the stream's decisions in order; their consequences are appended to ``actions``. A callback may
+        remove the pod in the middle: nothing is carried out after that."""
         for action in actions:
+            if self.gone:
+                return
             kind = type(action)
             if kind is Ingest:
                 self._ingest(action, actions, now)  # type: ignore[arg-type]
@@ -418,13 +427,14 @@ class Worker:
                 case CancelReplay():
                     self._end_replay()
                 case Clear():
-                    if self._setting.taps:
-                        self._setting.show(Forgotten(self.pod, self.rank))
-                    self._uncleared = True
-                    self._clear(now)
-                case Mark(verdict):
+                    if self._shows(Forgotten(self.pod, self.rank)):
+                        self._uncleared = True
+                        self._clear(now)
+                case Mark(verdict, reason):
                     if self._uncleared and verdict != "stale" and not self._clear(now):
-                        verdict = "stale"
+                        verdict, reason = "stale", _UNCLEARED
+                    if not self._shows(Marked(self.pod, self.rank, verdict, reason)):
+                        return
                     self._setting.index.mark_worker(self.pod, self.rank, verdict)
                     self.verdict, self.last_seq = verdict, self.stream.last_seq
                     self.compare_state()
@@ -434,6 +444,12 @@ class Worker:
                 case Incident(what, detail):
                     self._say(what, detail, now)
         self.last_seq = self.stream.last_seq
+
+    def _shows(self, item: IndexChange) -> bool:
+        """Show a change of the index to the taps; whether it is still to be made, for a tap may remove the pod."""
+        if self._setting.taps:
+            self._setting.show(item)
+        return not self.gone
 
     def _clear(self, now: float) -> bool:
         """Forget what a former process held. Where the index can not, nothing is applied and no more is claimed than
@@ -451,7 +467,9 @@ class Worker:
     def _ingest(self, action: Ingest, actions: list[Action], now: float) -> None:
         if self._setting.taps:
             topic = self.replay_topic if self.seen_topic is None else self.seen_topic
-            self._setting.show(Batch(self.pod, self.rank, self.model, topic, action.seq, action.payload))
+            batch = Batch(self.pod, self.rank, self.model, topic, action.seq, action.payload, action.joined)
+            if not self._shows(batch):
+                return
         if self._uncleared:
             if not self._clear(now):
                 actions += self.stream.rejected(action.seq, action.payload, now, "what was before can not be cleared")
@@ -503,9 +521,7 @@ class Worker:
 
     def ask(self, start: int) -> None:
         """Ask for a replay, now or when it is this worker's turn."""
-        if self.at.replay_endpoint is None:
-            return
-        if not self._host.admit(self, start):
+        if self.gone or self.at.replay_endpoint is None or not self._host.admit(self, start):
             return
         self._asking = True
         self.question += 1
@@ -551,15 +567,30 @@ class Worker:
 
     def compare_state(self) -> None:
         """Tell about a worker's state when it has changed: the worse of the stream's verdict and the index's own."""
-        if self.gone:
-            return
-        state, reason = self._judged()
+        if not self.gone:
+            self._become(*self._judged())
+
+    def _become(self, state: str, reason: str) -> None:
         if state == self.state:
             return
         old, self.state = self.state, state
         log.info("%s: %s, was %s%s", self.who, state, old, f" ({reason})" if reason else "")
         change = StateChange(self.pod, self.rank, old, state, reason)
         self._setting.tell(change)
+
+    def abandon(self, reason: str) -> None:
+        """The manager ends, by a close or because its thread has failed: close, and tell that nothing is known any
+        more."""
+        self.close()
+        self.verdict = self.stream.verdict = "stale"
+        self.stream.reason = reason
+        if self._setting.taps:
+            self._setting.show(Marked(self.pod, self.rank, "stale", reason))
+        try:
+            self._setting.index.mark_worker(self.pod, self.rank, "stale")
+        except Exception:
+            log.exception("%s: can not be marked stale", self.who)
+        self._become("stale", reason)
 
     def _judged(self, figures: dict[str, Any] | None = None) -> tuple[str, str]:
         if figures is None:
@@ -571,7 +602,7 @@ class Worker:
         if WORST_FIRST.index(own) < WORST_FIRST.index(self.verdict):
             return own, "blocks could not be placed, or not be followed exactly"
         if self._uncleared:
-            return self.verdict, "the index can not forget what was before"
+            return self.verdict, _UNCLEARED
         if self.verdict != self.stream.verdict:
             return self.verdict, "what has arrived is being applied"  # by the loop's thread, at this moment
         return self.verdict, self.stream.reason
