@@ -74,7 +74,7 @@ help:
 	@echo 'make bench-replay      a trace (TRACE=...) sped up until the index falls behind'
 	@echo 'make bench-streams     events over TCP from one publisher, until they are applied'
 	@echo 'make bench-gate BASE=REV  exit 1 when something got slower or larger than in REV; 2 when nothing is known'
-	@echo 'make bench-rows        growth, threads, tail, snapshot and churn, each beside what was promised'
+	@echo 'make bench-rows        growth, hybrid pods, threads, tail, snapshot and churn, each beside what was promised'
 	@echo 'make lint              style, types and clang-tidy'
 	@echo 'make coverage          which lines the tests run, Python and native'
 	@echo 'make ci                everything that a pull request has to pass, in the order of the pipeline'

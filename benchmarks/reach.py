@@ -53,6 +53,7 @@ GOALS: dict[str, Goal] = {
     "bytes 8 pods own": _at_most(240, 160),
     "growth blocks": _at_most(2, 1.3),
     "growth pods": _at_most(2, 1.3),
+    "hybrid us": _at_most(40, 15),
     "two readers": _times(1.7, 1.9),
     "tail": _at_most(20, 10),
     "snapshot seconds": _at_most(1, 0.2),

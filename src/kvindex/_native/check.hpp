@@ -118,6 +118,7 @@ inline std::string Index::check() const {
 
     u64 parked = 0;
     std::size_t fixed = 0, lots = 0;
+    std::vector<u32> rootless_of(spaces_.size());
     for (u32 id = 0; id < workers_.size(); ++id) {
         if (!workers_[id]) continue;
         const Worker& w = *workers_[id];
@@ -149,18 +150,25 @@ inline std::string Index::check() const {
             if (bit(guessed_, h) != stands || (stands && stands_for_[h] != w.face))
                 return fail("guess stands for the wrong holder", id, h);
         }
-        if (w.face != kNone) {
-            const Face& f = faces_[w.face];
-            const Holder& h = holders_[w.face];
-            if (f.pod != pods_[w.pod].uid || static_cast<i64>(f.rank) != w.rank || f.medium != h.medium ||
-                f.factor != h.factor || f.verdict != pods_[w.pod].verdict)
-                return fail("face is not the worker's", id, w.face);
+        for (u32 h : all) {
+            const bool full = h == w.guess || w.groups[holders_[h].group].kind == Attention::full;
+            if (bit(grouped_, h) != (w.face == kNone) || bit(rooted_, h) != (w.face == kNone && full))
+                return fail("holder sorted wrongly", id, h);
+        }
+        const Face right = describe(w);
+        for (u32 h : all) {
+            const Face& f = faces_[h];
+            if (f.pod != right.pod || f.rank != right.rank || f.medium != right.medium || f.factor != right.factor ||
+                f.verdict != right.verdict || f.rootless != right.rootless || f.bits != right.bits)
+                return fail("face is not the worker's", id, h);
         }
         const std::vector<u32>& hybrids = spaces_[w.space].hybrids;
         const bool listed = w.in_hybrid_list != kNone;
         if (listed != (w.face == kNone && (!w.holders.empty() || w.guess != kNone)) ||
             (listed && hybrids[w.in_hybrid_list] != id))
             return fail("list of hybrids is wrong", id, listed);
+        if (w.rootless != (listed && right.rootless)) return fail("worker without a full group missorted", id, listed);
+        rootless_of[w.space] += w.rootless;
 
         std::map<u64, u32> known_chains, known_kids;
         chains_.each([&](u32 chain) {
@@ -254,6 +262,9 @@ inline std::string Index::check() const {
             parked += n;
         }
     }
+    for (std::size_t s = 0; s < spaces_.size(); ++s)
+        if (rootless_of[s] != spaces_[s].rootless)
+            return fail("workers without a full group miscounted", s, rootless_of[s]);
     if (parked != parked_) return fail("parked blocks miscounted", parked, parked_);
     fixed += kHolderBytes * (holders_.size() - free_holders_.size());
     if (fixed != fixed_ || lots != lot_bytes_) return fail("memory miscounted", fixed, lots);

@@ -101,8 +101,10 @@ public:
         if (p.refused.any) v = std::max(v, Verdict::degraded);
         for (u32 w : p.workers) v = std::max(v, own_verdict(*workers_[w]));
         p.verdict = v;
-        for (u32 w : p.workers)
-            if (workers_[w]->face != kNone) faces_[workers_[w]->face].verdict = v;
+        for (u32 w : p.workers) {
+            for (u32 h : workers_[w]->holders) faces_[h].verdict = v;
+            if (workers_[w]->guess != kNone) faces_[workers_[w]->guess].verdict = v;
+        }
     }
     Verdict own_verdict(const Worker& w) const {
         bool degraded = w.sticky || w.small_blocks || w.parked() != 0;
@@ -136,6 +138,9 @@ public:
     // The holders that have a face, and the guesses that stand for one of them.
     const std::vector<u64>& simple() const { return simple_; }
     const std::vector<u64>& guessed() const { return guessed_; }
+    // The holders of workers that no single bit describes, and those among them without which a prefix ends.
+    const std::vector<u64>& grouped() const { return grouped_; }
+    const std::vector<u64>& rooted() const { return rooted_; }
     const Face& face(u32 holder) const { return faces_[holder]; }
     u32 stands_for(u32 guess) const { return stands_for_[guess]; }
     // The holder whose bit says all of the worker, or kNone if its groups and media must be looked at. A guess says
@@ -144,6 +149,23 @@ public:
         if (w.holders.empty()) return w.groups.empty() ? w.guess : kNone;
         if (w.holders.size() != 1 || w.groups.size() != 1 || w.groups[0].kind != Attention::full) return kNone;
         return w.guess == kNone || holders_[w.holders[0]].medium == 0 ? w.holders[0] : kNone;
+    }
+    Face describe(const Worker& w) const {
+        const Pod& p = pods_[w.pod];
+        Face f{p.uid, static_cast<u32>(w.rank), 0, 1, p.verdict, !w.groups.empty(), 0};
+        for (const Group& g : w.groups) f.rootless &= g.kind != Attention::full;
+        if (w.holders.empty()) return f;
+        const Holder& first = holders_[w.holders[0]];
+        f.medium = first.medium;
+        f.factor = first.factor;
+        bool alike = w.holders.size() <= 0xFFFF && w.guess == kNone;
+        for (u32 h : w.holders) {
+            if (holders_[h].medium != f.medium) f.medium = kNone;
+            alike &= holders_[h].factor == f.factor;
+        }
+        for (const Group& g : w.groups) alike &= g.factor == f.factor;
+        if (alike) f.bits = static_cast<std::uint16_t>(w.holders.size());
+        return f;
     }
     u64 holders_version() const { return holders_version_; }
     u64 held(const Worker& w) const {
@@ -204,7 +226,7 @@ protected:
         widen(stands_for_, id + 1);
         widen(free_holders_, holders_.size() + 1);
         widen(w.holders, w.holders.size() + 1);
-        for (std::vector<u64>* mask : {&simple_, &guessed_, &w.mask}) widen(*mask, (id >> 6) + 1);
+        for (std::vector<u64>* mask : {&simple_, &guessed_, &grouped_, &rooted_, &w.mask}) widen(*mask, (id >> 6) + 1);
         if (free_holders_.empty()) {
             holders_.emplace_back();
             faces_.emplace_back();
@@ -220,8 +242,7 @@ protected:
     void free_holder(u32 id) {
         refund(kHolderBytes);
         holders_[id] = Holder();
-        set_bit(simple_, id, false);
-        set_bit(guessed_, id, false);
+        for (std::vector<u64>* mask : {&simple_, &guessed_, &grouped_, &rooted_}) set_bit(*mask, id, false);
         free_holders_.push_back(id);
         ++holders_version_;
     }
@@ -285,10 +306,10 @@ protected:
             set_bit(guessed_, w.guess, false);
         }
         w.face = face_of(w);
+        const Face f = describe(w);
+        for (u32 h : w.holders) faces_[h] = f;
+        if (w.guess != kNone) faces_[w.guess] = f;
         if (w.face != kNone) {
-            const Pod& p = pods_[w.pod];
-            const Holder& h = holders_[w.face];
-            faces_[w.face] = Face{p.uid, static_cast<u32>(w.rank), h.medium, h.factor, p.verdict};
             set_bit(simple_, w.face, true);
             if (w.guess != kNone && w.guess != w.face) {
                 set_bit(guessed_, w.guess, true);
@@ -296,6 +317,17 @@ protected:
             }
         }
         const bool listed = w.face == kNone && (!w.holders.empty() || w.guess != kNone);
+        for (u32 h : w.holders) {
+            set_bit(grouped_, h, listed);
+            set_bit(rooted_, h, listed && w.groups[holders_[h].group].kind == Attention::full);
+        }
+        if (w.guess != kNone) {
+            set_bit(grouped_, w.guess, listed);
+            set_bit(rooted_, w.guess, listed);
+        }
+        spaces_[w.space].rootless -= w.rootless;
+        w.rootless = listed && f.rootless;
+        spaces_[w.space].rootless += w.rootless;
         std::vector<u32>& list = spaces_[w.space].hybrids;
         if (listed && w.in_hybrid_list == kNone) {
             w.in_hybrid_list = static_cast<u32>(list.size());
@@ -362,7 +394,7 @@ protected:
     std::vector<u32> free_workers_;
     std::vector<Holder> holders_;
     std::vector<u32> free_holders_;
-    std::vector<u64> simple_, guessed_;
+    std::vector<u64> simple_, guessed_, grouped_, rooted_;
     std::vector<Face> faces_;      // by holder
     std::vector<u32> stands_for_;  // by guess: the holder
     std::vector<Space> spaces_;

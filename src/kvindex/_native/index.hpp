@@ -140,6 +140,8 @@ public:
             free_holders_.clear();
             simple_.clear();
             guessed_.clear();
+            grouped_.clear();
+            rooted_.clear();
             faces_.clear();
             stands_for_.clear();
         }

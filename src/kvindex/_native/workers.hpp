@@ -37,14 +37,16 @@ struct Holder {
     u64 blocks = 0;  // index blocks whose set has this holder
 };
 
-// What an answer says of a worker that one bit describes: side by side, because reading it from worker and pod costs
-// three cache misses for each of 256 pods (3.9 us of an answer to 8 blocks, against 0.4).
+// What an answer says of a holder's worker: side by side, because reading it from worker and pod costs three cache
+// misses for each of 256 pods (3.9 us of an answer to 8 blocks, against 0.4).
 struct Face {
     u64 pod = 0;  // Pod::uid
     u32 rank = 0;
-    u32 medium = 0;
+    u32 medium = 0;  // kNone: several
     u32 factor = 1;
     Verdict verdict = Verdict::exact;
+    bool rootless = false;   // the worker may go on after a hole
+    std::uint16_t bits = 0;  // how many holders it has; 0: more than these have to be looked at
 };
 
 // Copies of one block that "the bit is set, so there is one copy under the block's first name" does not describe.
@@ -116,8 +118,9 @@ struct Worker {
     bool small_blocks = false;  // has only sent single blocks that are too small: partial ones or a wrong size?
     bool sticky = false;        // something could not be placed, for good
     bool shed = false;          // something that it holds was forgotten: nothing waits for what may have been that
-    bool muted = false;  // not even what it is could be kept in the budget: nothing of it is, until it starts anew
-    u32 face = kNone;    // the holder whose bit is all that a match needs, if one is
+    bool muted = false;     // not even what it is could be kept in the budget: nothing of it is, until it starts anew
+    u32 face = kNone;       // the holder whose bit is all that a match needs, if one is
+    bool rootless = false;  // no group needs every block of a prefix
     u32 in_hybrid_list = kNone;
 
     u32 parked() const { return lot ? lot->hashes : 0; }
@@ -206,6 +209,7 @@ struct Space {
     HeadTable heads;           // chains by the prefix hash of their first block
     RefTable names;            // engine hash in a page -> block
     std::vector<u32> hybrids;  // workers whose groups and media must be looked at
+    u32 rootless = 0;          // how many of them may go on after a hole
 };
 
 // Room for `n` in all, so that adding one needs no memory. By doubling, which reserve alone does not do.
