@@ -11,6 +11,7 @@
 #include <cstdio>
 
 #include "extra_keys.hpp"
+#include "repeats.hpp"
 #include "shedding.hpp"
 
 namespace kvindex {
@@ -322,7 +323,7 @@ private:
         ids_.resize(e.n_hashes);
         for (u32 i = 0; i < e.n_hashes; ++i) ids_[i] = name_of(b.hashes[e.hash_at + i]);
         const bool whole = hashed || (!bare && e.n_tokens == static_cast<u64>(e.n_hashes) * e.block_size);
-        u32 n = first_repeat(ids_.data(), e.n_hashes);
+        u32 n = Repeats::first(ids_.data(), e.n_hashes);
         // A block below itself: what repeats the parent is a repeat as much as what repeats a sibling.
         if (whole && e.has_parent)
             n = static_cast<u32>(std::find(ids_.begin(), ids_.begin() + n, name_of(e.parent)) - ids_.begin());
@@ -456,24 +457,6 @@ private:
             for (u32 j = 0; j < n; ++j)
                 if (u64& h = locals_[std::size_t{j} * factor]; extra_.has[j]) h = mix_extra(h, extra_.digest[j], seed_);
         return true;
-    }
-
-    // Index of the first id that occurred before, or n.
-    // A bitmap rules repeats out; only what it can't is compared one by one.
-    u32 first_repeat(const u64* ids, u32 n) {
-        if (n < 2) return n;
-        u32 lg = 10;
-        while ((1u << lg) < n * 32 && lg < 24) ++lg;
-        bitmap_.assign((1u << lg) / 64, 0);
-        for (u32 i = 0; i < n; ++i) {
-            const u64 h = (ids[i] * 0x9E3779B97F4A7C15ull) >> (64 - lg);
-            u64& word = bitmap_[h >> 6];
-            if (word >> (h & 63) & 1)
-                for (u32 j = 0; j < i; ++j)
-                    if (ids[j] == ids[i]) return i;
-            word |= 1ull << (h & 63);
-        }
-        return n;
     }
 
     // ---- removed, cleared -------------------------------------------------------------------------------------------
@@ -619,7 +602,7 @@ private:
     u64 seed_;
 
     // Scratch of the one writer.
-    std::vector<u64> ids_, locals_, bitmap_;
+    std::vector<u64> ids_, locals_;
     ExtraDigests extra_;
 };
 

@@ -163,6 +163,9 @@ protected:
             return Placed::yes;
         }
     }
+    // Names whose places are asked for before they are needed. All names at once would be as good for an event of 64,
+    // but of a million the first are forgotten again.
+    static constexpr u32 kPlacesAhead = 64;
     // The first of the names that this worker already knows for another block, or nullptr.
     // Notes of the blocks that are new content whether anybody has their names.
     const u64* conflict(const Placing& a, u32 factor) {
@@ -179,9 +182,10 @@ protected:
                 if (at != kNone && at != ref) return a.ids + j;
             }
         }
-        for (u32 k = j; k < a.n; ++k) names.prefetch(a.ids[k]);
+        for (u32 k = j; k < a.n && k < j + kPlacesAhead; ++k) names.prefetch(a.ids[k]);
         taken_.resize(a.n);
         for (; j < a.n; ++j) {
+            if (j + kPlacesAhead < a.n) names.prefetch(a.ids[j + kPlacesAhead]);
             const u32 shared = find_shared(w, a.ids[j]);
             if (find_own(a.worker, a.ids[j]) != kNone || find_not_own(a.worker, a.ids[j], shared) != kNone)
                 return a.ids + j;
@@ -267,6 +271,7 @@ protected:
         const u64* ids = a.ids + s.at;
         const Chain& c = chains_[s.chain];
         for (u32 i = 0; i < s.n; ++i) {
+            if (i + kPlacesAhead < s.n) names.prefetch(ids[i + kPlacesAhead]);
             const u32 ref = chains_.ref(c, s.depth + i);
             if (!taken_[s.at + i]) {
                 chains_.name(ref) = ids[i];
