@@ -338,6 +338,10 @@ class Model:
         if not is_int(size) or size < 0:
             raise BadEvent("bad_event")
 
+        # It says nothing of any block, not even that one is masked.
+        if not hashes and not tokens:
+            return
+
         if size % self.block_size or (tokens and not size) or size > 65535 * self.block_size:
             if len(hashes) == 1 and 0 < size < self.block_size:
                 if worker.placed:

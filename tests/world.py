@@ -104,7 +104,7 @@ def draw_layout(rng: Random, size: int) -> Layout:
         naming=rng.choice(("shared", "shared", "own", "small")),
         groups=groups,
         presence=rng.choice((None, None, None, "set")),
-        clear_media=rng.choice((None, None, None, ("gpu",), ("CPU", "tape"))),
+        clear_media=rng.choice((None, None, None, ("gpu",), ("CPU", "Tape"))),
         chunk_size=rng.choice((None, 2 * size, 3 * size)),
         one_medium=rng.random() < 0.5,
     )

@@ -56,7 +56,7 @@ def pod_match(rows: Iterable[Row], wanted: str, block_size: int) -> PodMatch | N
         state = verdict
         if alone or medium is None:
             ranks[rank] = max(ranks.get(rank, 0), blocks * block_size)
-        if medium is not None:
+        if medium:  # Empty: nobody has it any more.
             # Names of media come from the wire and may be no UTF-8.
             name = medium.decode("utf-8", "surrogateescape")
             media[name] = max(media.get(name, 0), blocks * block_size)

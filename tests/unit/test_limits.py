@@ -171,3 +171,155 @@ def test_names_that_had_one_place_in_the_tables_have_not():
     index.ingest("a", payload(stored(names, tokens(*range(4000)), size=4)))
     assert index.worker_stats("a")[0]["blocks"] == 4000
     assert index._probes() < 10
+
+
+# ---- groups, media and holders ---------------------------------------------------------------------------------------
+
+
+def one(name: int, **where) -> dict:
+    return stored([name], tokens(name), size=4, **where)
+
+
+def test_a_worker_with_more_groups_than_engines_have_holds_nothing_until_it_is_cleared():
+    """A group that is not known objects to nothing, so what is known of the others would be too much."""
+    index = PrefixIndex(block_size=4)
+    assert index.ingest("a", payload(*[one(1, group_idx=group) for group in range(64)])).reasons == {}
+    assert index.pod_state("a") == "exact"
+    assert index.match_prefix(tokens(1)).tokens == {"a": 4}
+    assert index.ingest("a", payload(one(1, group_idx=64), one(2))).reasons == {"over_limit": 2}
+    assert index.pod_state("a") == "degraded"
+    assert index.match_prefix(tokens(1)).tokens == {}
+    assert index.stats()["blocks"] == 0
+    index._check()
+    index.ingest("a", payload(cleared(), one(1)))
+    assert index.match_prefix(tokens(1)).tokens == {"a": 4}
+    assert index.pod_state("a") == "exact"
+    index._check()
+
+
+def test_a_group_that_is_masked_counts_and_one_without_a_block_does_not():
+    index = PrefixIndex(block_size=4)
+    nothing = [stored([], (), size=4, group_idx=group, medium=f"m{group}") for group in range(100)]
+    assert index.ingest("a", payload(*nothing)).reasons == {}
+    assert index.worker_stats("a") == {}
+    assert index.pod_state("a") == "exact"
+    masked = [stored([], tokens(1), size=4, group_idx=group) for group in range(65)]
+    assert index.ingest("a", payload(*masked)).reasons == {"over_limit": 1}
+    assert index.pod_state("a") == "degraded"
+    index._check()
+
+
+def test_a_medium_too_many_is_refused_and_the_others_stay():
+    index = PrefixIndex(block_size=4)
+    assert index.ingest("a", payload(*[one(1, medium=f"m{medium}") for medium in range(32)])).reasons == {}
+    assert index.pod_state("a") == "exact"
+    assert index.ingest("a", payload(one(3, medium="m32"), one(2, medium="m0"))).reasons == {"over_limit": 1}
+    assert index.ingest("a", payload(removed(3, medium="m32"))).reasons == {"unknown_hash": 1}
+    match = index.match_prefix(tokens(1))
+    assert match["a"].media == {f"m{medium}": 4 for medium in range(32)}
+    assert index.match_prefix(tokens(2)).tokens == {"a": 4}
+    assert index.pod_state("a") == "degraded"
+    index._check()
+    assert index.ingest("b", payload(one(1, medium="x" * 257))).reasons == {"over_limit": 1}
+    assert index.ingest("c", payload(one(1, medium="x" * 256))).reasons == {}
+
+
+def test_a_medium_too_many_still_says_what_its_group_is():
+    """Else the group would object to nothing."""
+    index = PrefixIndex(block_size=4)
+    index.ingest("a", payload(*[one(1, medium=f"m{medium}") for medium in range(32)]))
+    report = index.ingest("a", payload(one(1, medium="m32", group_idx=1)))
+    assert report.reasons == {"over_limit": 1}
+    assert index.match_prefix(tokens(1)).tokens == {}
+
+
+def test_holders_of_a_worker_and_of_a_pod_have_limits():
+    index = PrefixIndex(block_size=1)
+
+    def sizes(first, last):
+        return payload(*[stored([size], [7] * size, size=size) for size in range(first, last)], rank=0)
+
+    assert index.ingest("a", sizes(1, 257)).reasons == {}
+    assert index.pod_state("a") == "exact"
+    assert index.ingest("a", sizes(257, 260)).reasons == {"over_limit": 3}
+    index._check()
+    tiers = [(group, medium) for group in range(16) for medium in range(16)]
+    events = [stored([1], [7], size=1, group_idx=group, medium=f"m{medium}") for group, medium in tiers]
+    for rank in range(32):
+        assert index.ingest("b", payload(*events, rank=rank)).reasons == {}
+    assert index.ingest("b", payload(*events, rank=32)).reasons == {"over_limit": 256}
+    assert index.ingest("c", payload(*events, rank=32)).reasons == {}
+    index._check()
+    index.clear_worker("b", 0)
+    assert index.ingest("b", payload(*events, rank=33)).reasons == {}
+    index._check()
+
+
+def test_names_of_media_go_when_nobody_has_them():
+    index = PrefixIndex(block_size=4)
+    index.ingest("a", payload(one(1, medium="GPU")))
+    start = index.stats()["bytes"]
+    index.ingest("b", payload(*[removed(1, medium=f"m{medium}") for medium in range(1000)]))
+    for medium in range(1000):
+        index.ingest("b", payload(one(1, medium=f"m{medium}"), removed(1, medium=f"m{medium}"), cleared()))
+    index._check()
+    index.ingest("b", payload(one(1, medium="n" * 256)))
+    assert index.stats()["bytes"] > start + 512
+    index.configure_pod("a", clear_media=["of nobody"])
+    index.configure_pod("a", clear_media=["GPU"])
+    index._check()
+    index.remove_pod("b")
+    assert index.stats()["bytes"] < start + 256
+    index._check()
+
+
+def test_an_answer_that_names_a_medium_which_has_gone_names_no_other():
+    index = PrefixIndex(block_size=4)
+    index.ingest("a", payload(one(1, medium="tape"), one(1)))
+    answer = index.match_prefix(tokens(1))
+    index.ingest("a", payload(cleared(), one(1, medium="drum")))
+    assert answer["a"].media == {"GPU": 4}
+    assert index.match_prefix(tokens(1))["a"].media == {"drum": 4}
+
+
+def test_a_block_has_so_many_names_and_what_is_beyond_them_is_said():
+    index = PrefixIndex(block_size=4)
+    report = index.ingest("a", payload(*[stored([name], tokens(1), size=4) for name in range(1, 600)]))
+    assert report.stored + report.skipped == 599
+    assert report.stored >= 256
+    assert report.reasons == {"over_limit": report.skipped}
+    assert index.pod_state("a") == "degraded"
+    index._check()
+    # The last name that is known takes the block away: too little is said, never too much.
+    gone = index.ingest("a", payload(removed(*range(1, 600))))
+    assert (gone.removed, gone.skipped) == (report.stored, report.skipped)
+    assert index.match_prefix(tokens(1)).tokens == {}
+    index._check()
+
+
+def test_cancelled_blocks_that_wait_have_an_end():
+    """Each is kept for the sake of one that hangs below it, so they are no part of what waits."""
+    index = PrefixIndex(block_size=4, max_parked=4)
+    skipped = 0
+    for name in range(2, 8000):
+        report = index.ingest("a", payload(one(name, parent=name - 1), removed(name - 1)))
+        skipped += report.reasons.get("parked_full", 0)
+    assert skipped > 0
+    index._check()
+    assert index.stats()["bytes"] < 8000 * 400
+    index.ingest("a", payload(one(1)))
+    index._check()
+    assert index.pod_state("a") == "degraded"
+
+
+@pytest.mark.parametrize("count", [2, 64, 511, 512, 513, 514, 3000])
+def test_the_first_repeat_of_an_event_is_found_wherever_it_is(count):
+    rng = random.Random(count)
+    for _ in range(20):
+        names = [rng.getrandbits(64) for _ in range(count)]
+        for _ in range(rng.randrange(3)):
+            names[rng.randrange(count)] = names[rng.randrange(count)]
+        seen: set[int] = set()
+        first = next((i for i, name in enumerate(names) if name in seen or seen.add(name)), count)
+        report = PrefixIndex(block_size=1).ingest("a", payload(stored(names, range(count), size=1)))
+        assert (report.stored, report.reasons.get("duplicate_hash", 0)) == (first, count - first)

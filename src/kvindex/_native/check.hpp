@@ -139,6 +139,7 @@ inline std::string Index::check() const {
             if ((i < mask.size() ? mask[i] : 0) != (i < w.mask.size() ? w.mask[i] : 0))
                 return fail("mask is wrong", id, i);
         if (face_of(w) != w.face) return fail("worker sorted wrongly", id, w.face);
+        if (own_verdict(w) != w.verdict) return fail("verdict is out of date", id, static_cast<u64>(w.verdict));
         const auto bit = [](const std::vector<u64>& mask, u32 h) {
             return (h >> 6) < mask.size() && (mask[h >> 6] >> (h & 63) & 1);
         };
@@ -266,6 +267,21 @@ inline std::string Index::check() const {
         if (rootless_of[s] != spaces_[s].rootless)
             return fail("workers without a full group miscounted", s, rootless_of[s]);
     if (parked != parked_) return fail("parked blocks miscounted", parked, parked_);
+    std::map<u32, u64> users;
+    for (const Holder& h : holders_)
+        if (h.worker != kNone) ++users[h.medium];
+    for (const Pod& p : pods_) {
+        u64 n = 0;
+        for (u32 id : p.workers) n += workers_[id]->holders.size();
+        if (n != p.holders) return fail("holders of a pod miscounted", n, p.holders);
+        for (u32 m : p.clear_media) ++users[m];
+    }
+    media_.each([&](u32 id, const std::string&, u64 n) {
+        if (id && (n == 0 || n != users[id])) error = fail("users of a medium miscounted", id, n);
+        users.erase(id);
+    });
+    if (error.empty() && !users.empty()) error = fail("medium in use is gone", users.begin()->first, 0);
+    if (!error.empty()) return error;
     fixed += kHolderBytes * (holders_.size() - free_holders_.size());
     if (fixed != fixed_ || lots != lot_bytes_) return fail("memory miscounted", fixed, lots);
     if (bounded() && bytes() > budget()) return fail("over the budget", bytes(), budget());

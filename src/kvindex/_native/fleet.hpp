@@ -12,7 +12,7 @@ namespace kvindex {
 
 class Fleet {
 public:
-    explicit Fleet(bool set_presence) : set_presence_(set_presence) {}
+    explicit Fleet(bool set_presence) : set_presence_(set_presence), media_(mem_) {}
     ~Fleet() {
         for (auto& w : workers_)
             if (w) release(*w);
@@ -63,7 +63,6 @@ public:
         return uid && id < pods_.size() && pods_[id].uid == uid ? id : kNone;
     }
     Pod& pod_at(u32 id) { return pods_[id]; }
-    Media& media() { return media_; }
     const Media& media() const { return media_; }
 
     void mark(u32 pod, i64 rank, Verdict v) {
@@ -93,13 +92,43 @@ public:
         pods_[pod].chunk_tokens = tokens;
         judge(pod);
     }
+    void set_clear_media(u32 pod, const std::vector<std::string>& media) {
+        std::vector<u32> ids;
+        ids.reserve(media.size());
+        for (const std::string& m : media) {
+            const u32 id = media_.id(m.data(), m.size());
+            if (id == kNone) continue;
+            media_.take(id);
+            ids.push_back(id);
+        }
+        Pod& p = pods_[pod];
+        for (u32 id : p.clear_media) media_.drop(id);
+        p.clear_media = std::move(ids);
+        p.has_clear_media = true;
+    }
+    void set_max_blocks(u32 pod, u64 most) {
+        pods_[pod].max_blocks = most;
+        pods_[pod].spare = 0;
+    }
     // The worst of what the streams say and of what could not be placed.
     void judge(u32 pod) {
+        for (u32 w : pods_[pod].workers) workers_[w]->verdict = own_verdict(*workers_[w]);
+        sum_up(pod);
+    }
+    // After a change of one worker: few change what is thought of it, and a pod may have a thousand.
+    void judge(Worker& w) {
+        const Verdict now = own_verdict(w);
+        if (now == w.verdict) return;
+        w.verdict = now;
+        sum_up(w.pod);
+    }
+    void sum_up(u32 pod) {
         Pod& p = pods_[pod];
         Verdict v = Verdict::exact;
         for (const auto& s : p.streams) v = std::max(v, s.second);
         if (p.refused.any) v = std::max(v, Verdict::degraded);
-        for (u32 w : p.workers) v = std::max(v, own_verdict(*workers_[w]));
+        for (u32 w : p.workers) v = std::max(v, workers_[w]->verdict);
+        if (v == p.verdict) return;
         p.verdict = v;
         for (u32 w : p.workers) {
             for (u32 h : workers_[w]->holders) faces_[h].verdict = v;
@@ -215,6 +244,7 @@ protected:
         w.space = space;
         // What an event said of one that there was no room for is not known: its groups might limit every answer.
         w.shed = w.muted = w.sticky = pods_[pod].refused.of(rank);
+        w.verdict = own_verdict(w);
         pods_[pod].workers.push_back(id);
         return id;
     }
@@ -236,11 +266,13 @@ protected:
         }
         charge(kHolderBytes);
         holders_[id] = Holder{worker, medium, group, factor, 0};
+        media_.take(medium);
         ++holders_version_;
         return id;
     }
     void free_holder(u32 id) {
         refund(kHolderBytes);
+        media_.drop(holders_[id].medium);
         holders_[id] = Holder();
         for (std::vector<u64>* mask : {&simple_, &guessed_, &grouped_, &rooted_}) set_bit(*mask, id, false);
         free_holders_.push_back(id);
@@ -264,10 +296,18 @@ protected:
         }
         return w.ghost;
     }
-    u32 group(Worker& w, const Event& e, u32 factor) {
-        const i64 id = e.group < 0 ? 0 : e.group;
+    // The worker's group of that number, or how many it has.
+    static u32 find_group(const Worker& w, i64 number) {
+        const i64 id = number < 0 ? 0 : number;
         u32 g = 0;
         while (g < w.groups.size() && w.groups[g].id != id) ++g;
+        return g;
+    }
+    // kNone: it would be one too many.
+    u32 group(Worker& w, const Event& e, u32 factor) {
+        const i64 id = e.group < 0 ? 0 : e.group;
+        const u32 g = find_group(w, id);
+        if (g == kMostGroups) return kNone;
         if (g == w.groups.size()) {
             w.groups.emplace_back();
             w.groups[g].id = id;
@@ -284,18 +324,44 @@ protected:
             to.window = static_cast<u32>(std::min<i64>(e.window, 0x7FFFFFFF));
             if (!to.told_kind) to.kind = Attention::sliding;
         }
-        if (before.kind != to.kind) judge(w.pod);
+        if (before.kind != to.kind) judge(w);
+        if (before.factor != to.factor) pods_[w.pod].spare = 0;
         return g;
     }
-    u32 holder_for(u32 id, u32 medium, u32 group, u32 factor) {
+    // kNone: it would be one too many.
+    u32 holder_for(u32 id, const StrRef& medium, u32 group, u32 factor) {
         Worker& w = *workers_[id];
+        const u32 known = media_.find(medium.p, medium.n);
         for (u32 h : w.holders)
-            if (holders_[h].medium == medium && holders_[h].group == group && holders_[h].factor == factor) return h;
-        const u32 h = new_holder(id, medium, group, factor);
-        w.holders.push_back(h);
-        set_bit(w.mask, h, true);
+            if (holders_[h].medium == known && holders_[h].group == group && holders_[h].factor == factor) return h;
+        if (!holder_fits(w, known) || medium.n > kLongestMedium) return kNone;
+        const u32 made = media_.id(medium.p, medium.n);
+        if (made == kNone) return kNone;
+        u32 h;
+        try {
+            h = new_holder(id, made, group, factor);
+        } catch (const std::bad_alloc&) {
+            media_.drop_unused(made);
+            throw;
+        }
+        add_holder(w, h);
         refresh(id);
         return h;
+    }
+    bool holder_fits(const Worker& w, u32 medium) const {
+        if (w.holders.size() >= kMostHolders || pods_[w.pod].holders >= kMostHoldersOfPod) return false;
+        std::vector<u32> media;
+        for (u32 h : w.holders) {
+            if (holders_[h].medium == medium) return true;
+            media.push_back(holders_[h].medium);
+        }
+        std::sort(media.begin(), media.end());
+        return std::unique(media.begin(), media.end()) - media.begin() < kMostMedia;
+    }
+    void add_holder(Worker& w, u32 h) {
+        w.holders.push_back(h);
+        set_bit(w.mask, h, true);
+        ++pods_[w.pod].holders;
     }
     // Sorts the worker into "a bit says all" or "its groups and media must be looked at".
     void refresh(u32 id) {
@@ -341,7 +407,7 @@ protected:
     }
     void spoil(u32 id) {
         workers_[id]->sticky = true;
-        judge(workers_[id]->pod);
+        judge(*workers_[id]);
     }
     void release(Worker& w) {
         w.own.release(mem_);

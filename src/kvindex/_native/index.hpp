@@ -124,6 +124,7 @@ public:
             p.workers.pop_back();
         }
         pod_ids_.erase(p.name);
+        for (u32 m : p.clear_media) media_.drop(m);
         p = Pod();
         free_pods_.push_back(id);
         ++pods_version_;
@@ -209,14 +210,14 @@ public:
             }
         }
         if (!p.has_clear_media) p.refused.forgive(rank);
-        judge(pod);
+        sum_up(pod);
     }
     void clear_worker(u32 pod, i64 rank) {
         pods_[pod].positions.erase(rank);
         for (u32 w : pods_[pod].workers)
             if (workers_[w]->rank == rank) clear_all(w);
         pods_[pod].refused.forgive(rank);
-        judge(pod);
+        sum_up(pod);
     }
 
     // ---- figures ----------------------------------------------------------------------------------------------------
@@ -286,11 +287,12 @@ private:
 
     // `known`: the holder that events like this one store to, if it is known.
     void stored(Turn& turn, const Batch& b, const Event& e, u32 known, Report& r) {
+        const bool hashed = e.hashed != Hashed::tokens, bare = e.n_tokens == 0 && !hashed;
+        // It says nothing of any block, not even that one is masked.
+        if (bare && e.n_hashes == 0) return;
         const u32 id = worker(turn);
         Worker& w = *workers_[id];
-        if (w.muted) return r.skip(Reason::over_budget, e.n_hashes);
-        const bool hashed = e.hashed != Hashed::tokens;
-        const bool bare = e.n_tokens == 0 && !hashed;
+        if (w.muted) return r.skip(w.why_muted, e.n_hashes);
         u32 factor = 1;
         if (e.block_size != 0) {
             if (e.block_size % block_size_) {
@@ -303,7 +305,7 @@ private:
                     } else {
                         w.sticky = true;
                     }
-                    judge(w.pod);
+                    judge(w);
                 }
                 return;
             }
@@ -334,13 +336,23 @@ private:
         if (known == kNone) {
             if (bounded() && !can_learn(w, e, factor)) {
                 r.skip(Reason::over_budget, n);
-                mute(id);
+                mute(id, Reason::over_budget);
                 return;
             }
             const u32 g = group(w, e, factor);
+            if (g == kNone) {
+                // A group that is not known would object to nothing, so the answers of the others would be too large.
+                r.skip(Reason::over_limit, std::max(n, 1u));
+                mute(id, Reason::over_limit);
+                return;
+            }
             if (bare && (e.block_size == 0)) factor = w.groups[g].factor;
-            known = holder_for(id, media_.id(e.medium.p, e.medium.n), g, factor);
+            known = holder_for(id, e.medium, g, factor);
             refresh(id);
+            if (known == kNone) {
+                if (n == 0) r.skip(Reason::over_limit);
+                return turn_away(id, ids_.data(), n, Reason::over_limit, r);
+            }
         }
         const u32 h = turn.holder = known;
         factor = holders_[h].factor;
@@ -352,6 +364,7 @@ private:
         if (!make_room_for(id, e, n, factor, whole)) return turn_away(id, ids_.data(), n, Reason::over_budget, r);
         if (!whole) {
             for (u32 i = 0; i < n; ++i) place_known(id, h, ids_[i], r);
+            count_refused(r);
             return;
         }
         const u32 blocks = n * factor;
@@ -367,7 +380,7 @@ private:
         if (!w.placed_full || w.small_blocks) {
             w.placed_full = true;
             w.small_blocks = false;
-            judge(w.pod);
+            judge(w);
         }
         const Placing a{id,
                         h,
@@ -381,6 +394,7 @@ private:
         switch (place(a)) {
             case Placed::yes:
                 r.stored += n;
+                count_refused(r);
                 if (w.lot) {
                     fresh_.assign(ids_.begin(), ids_.begin() + n);
                     work_off(id);
@@ -393,17 +407,28 @@ private:
                 break;
         }
     }
+    void count_refused(Report& r) {
+        r.stored -= refused_copies_;
+        if (refused_copies_) r.skip(Reason::over_limit, refused_copies_);
+        refused_copies_ = 0;
+    }
     // Whether so many blocks more are more than this pod may have. What it re-announces counts as new, and what waits
     // as if it were placed, which it will be without being asked again.
-    bool over_limit(u32 pod, u64 more) const {
-        const Pod& p = pods_[pod];
+    bool over_limit(u32 pod, u64 more) {
+        Pod& p = pods_[pod];
         if (p.max_blocks == 0) return false;
+        if (more <= p.spare) {
+            p.spare -= more;
+            return false;
+        }
+        // At the limit each event counts anew; below it, only one of many.
         for (u32 id : p.workers) {
             const Worker& w = *workers_[id];
             u64 factor = 1;
             for (const Group& g : w.groups) factor = std::max<u64>(factor, g.factor);
             more += held(w) + w.parked() * factor;
         }
+        p.spare = p.max_blocks - std::min(p.max_blocks, more);
         return more > p.max_blocks;
     }
     bool make_room_for(u32 id, const Event& e, u32 n, u32 factor, bool whole) {
@@ -427,10 +452,11 @@ private:
                    o.factor == (e.block_size ? factor : g.factor);
         });
     }
-    void mute(u32 id) {
+    void mute(u32 id, Reason why) {
         clear_all(id);
         fall_short(id);
         workers_[id]->muted = true;
+        workers_[id]->why_muted = why;
     }
     // Local hashes of the event's first n engine blocks, adapter and extra keys included.
     bool hash_event(const Batch& b, const Event& e, u32 n, u32 factor) {
@@ -462,12 +488,11 @@ private:
     // ---- removed, cleared -------------------------------------------------------------------------------------------
 
     void removed(u32 id, const Event& e, const u64* ids, Report& r) {
-        const Worker& w = *workers_[id];
-        if (!admits(192 + u64{2} * e.medium.n) && media_.find(e.medium.p, e.medium.n) == kNone)
-            return r.skip(Reason::unknown_hash, e.n_hashes);
         Holder tier;
-        tier.medium = media_.id(e.medium.p, e.medium.n);
-        while (tier.group < w.groups.size() && w.groups[tier.group].id != std::max<i64>(e.group, 0)) ++tier.group;
+        tier.medium = media_.find(e.medium.p, e.medium.n);
+        // Nobody holds anything there.
+        if (tier.medium == kNone) return r.skip(Reason::unknown_hash, e.n_hashes);
+        tier.group = find_group(*workers_[id], e.group);
         for (u32 i = 0; i < e.n_hashes; ++i) {
             const u64 name = name_of(ids[i]);
             if (remove_copy(id, tier, name) || cancel(id, tier, name)) {
@@ -538,6 +563,7 @@ private:
         w.copies = CountedMap<u32, Copies>(Counted<char>(mem_));
         drop_lot(w);
         for (u32 h : w.holders) free_holder(h);
+        pods_[w.pod].holders -= static_cast<u32>(w.holders.size());
         w.holders.clear();
         w.mask.clear();
         if (w.ghost != kNone) {
@@ -547,7 +573,7 @@ private:
         drop_groups(w);
         w.placed_full = w.small_blocks = w.sticky = w.shed = w.muted = false;
         refresh(id);
-        judge(w.pod);
+        judge(w);
     }
     void clear_some(u32 id, const std::vector<u32>& media) {
         Worker& w = *workers_[id];
@@ -561,7 +587,7 @@ private:
                 for (u32 i = 0; i < rec.second.ids.size() && hit(rec.second.holder); ++i)
                     if (rec.second.live[i]) take_back(*w.lot, {&rec.second, rec.first, i});
             const std::vector<u64> dead(w.lot->dead.begin(), w.lot->dead.end());
-            for (u64 serial : dead) drop_dead(*w.lot, serial);
+            for (u64 serial : dead) drop_dead(id, serial);
             if (w.lot->records.empty()) w.lot.reset();
         }
         for (auto it = w.copies.begin(); it != w.copies.end();) {
@@ -595,7 +621,7 @@ private:
             if (last != kNone) climb(id, {chain, last});
             trim(chain);
         }
-        judge(w.pod);
+        judge(w);
     }
 
     u32 block_size_;

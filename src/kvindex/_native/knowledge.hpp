@@ -290,7 +290,9 @@ protected:
         } else if (const bool named = first_name(id, p, ref, first); !named && !w.copies.count(ref)) {
             give_name(id, p, ref, name);
         } else if ((!named || first != name) && !w.second.count(name)) {
-            list_copies(id, p, ref).push_back({name, kNone, 0});
+            Copies& list = list_copies(id, p, ref);
+            if (list.size() >= kMostCopies) return refuse_copy(id, p, ref);
+            list.push_back({name, kNone, 0});
             w.second[name] = ref;
         }
         if (live && pods_[w.pod].set_presence && counted_otherwise(id, h, p, ref, name)) live = false;
@@ -304,6 +306,7 @@ protected:
             auto it =
                 std::find_if(list.begin(), list.end(), [&](const Copy& c) { return c.id == name && c.holder == h; });
             if (it == list.end()) {
+                if (list.size() >= kMostCopies) return refuse_copy(id, p, ref);
                 list.push_back({name, h, 1});
             } else if (it->count == 0 || (!pods_[w.pod].set_presence && it->count != 0xFFFFFFFFu)) {
                 ++it->count;
@@ -311,6 +314,12 @@ protected:
             tidy_copies(id, p, ref);
         }
         if (!held) hold(id, h, path, factor, true);
+    }
+    // Of this block there is one copy or name more than is kept: the worker holds more than is known.
+    void refuse_copy(u32 id, Pos p, u32 ref) {
+        ++refused_copies_;
+        spoil(id);
+        tidy_copies(id, p, ref);
     }
     // Removes one block from what the worker knows.
     void forget_block(u32 id, Pos p, u32 less) {
@@ -450,21 +459,30 @@ protected:
     template <class F>
     void each_knower(u32 set, F&& f) {
         scratch_ids_.clear();
+        marks_.resize(workers_.size());
+        ++mark_;
         sets_.each(set, [&](u32 h) {
             const u32 id = holders_[h].worker;
-            if (workers_[id]->guess == h) return;
-            if (std::find(scratch_ids_.begin(), scratch_ids_.end(), id) == scratch_ids_.end())
-                scratch_ids_.push_back(id);
+            if (workers_[id]->guess == h || marks_[id] == mark_) return;
+            marks_[id] = mark_;
+            scratch_ids_.push_back(id);
         });
         for (u32 id : scratch_ids_) f(id, *workers_[id]);
     }
 
+    // Names and counts of one block on one worker. Engines have as many as it has holders; what announced 100,000 names
+    // for one block had all of them looked through each time.
+    static constexpr u32 kMostCopies = 2 * kMostHolders;
+
     SetPool sets_;
     Chains chains_;
+    u32 refused_copies_ = 0;  // by the event at hand
     u32 pinned_ = kNone;  // the chain that the event at hand hangs on, followed through joins; kNone when it is gone
 
 private:
     std::vector<u32> scratch_ids_;
+    std::vector<u64> marks_;  // by worker: the last time that it was met
+    u64 mark_ = 0;
 };
 
 }  // namespace kvindex

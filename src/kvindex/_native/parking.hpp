@@ -75,8 +75,8 @@ protected:
                 }
         r.parked += p.ids.size();
         shelve(id, std::move(p));
-        judge(w.pod);
-        for (u64 serial : replaced) drop_dead(*w.lot, serial);
+        judge(w);
+        for (u64 serial : replaced) drop_dead(id, serial);
     }
     void shelve(u32 id, Parked&& p) {
         ParkingLot& l = lot(id);
@@ -129,6 +129,8 @@ protected:
     }
     bool room(u32 id, u32 h, const u64* ids, u32 n) const {
         const Worker& w = *workers_[id];
+        // With those that were cancelled and are kept for what hangs below them.
+        if (w.lot && w.lot->by_id.size() + n > u64{2} * max_parked_ + 4096) return false;
         u64 after = static_cast<u64>(w.parked()) + n;
         if (after <= max_parked_) return true;
         if (!w.lot || !pods_[w.pod].set_presence) return false;
@@ -183,14 +185,19 @@ protected:
         const ParkedCopy copy = find_parked(l, tier, name);
         if (!copy.record) return false;
         take_back(l, copy);
-        if (!copy.record->left) drop_dead(l, copy.serial);
+        if (!copy.record->left) drop_dead(id, copy.serial);
         if (l.records.empty()) w.lot.reset();
-        judge(w.pod);
+        judge(w);
         return true;
     }
     // A record without live copies is only kept while a live one hangs below it, directly or through other dead ones.
-    void drop_dead(ParkingLot& l, u64 serial) {
+    // Where many hang on one another, who removes them one by one would have them looked through each time: after so
+    // many steps what is left stays, and the worker is degraded, since names that it frees are not what it says.
+    void drop_dead(u32 id, u64 serial) {
+        ParkingLot& l = *workers_[id]->lot;
         std::vector<u64> todo(1, serial);
+        const auto first = l.records.find(serial);
+        std::size_t steps = kMostSteps + (first == l.records.end() ? 0 : first->second.ids.size());
         while (!todo.empty()) {
             const auto it = l.records.find(todo.back());
             todo.pop_back();
@@ -203,8 +210,13 @@ protected:
                 const Parked& p = l.records.at(below[i]);
                 if (!p.orphan) continue;
                 for (u64 name : p.ids) {
+                    if (needed) break;
+                    if (steps == 0) return spoil(id);
+                    --steps;
                     for (auto k = l.waiting.lower_bound({name, 0}); k != l.waiting.end() && k->first == name && !needed;
                          ++k) {
+                        if (steps == 0) return spoil(id);
+                        --steps;
                         if (!seen.insert(k->second).second) continue;
                         needed = l.records.at(k->second).left != 0;
                         below.push_back(k->second);
@@ -213,16 +225,20 @@ protected:
             }
             if (needed) continue;
             for (u64 s : below) unpark(l, s);
-            for (auto k = l.by_id.lower_bound(ParkedHash{above, true, 0, 0, 0});
-                 k != l.by_id.end() && k->first.name == above; ++k)
-                todo.push_back(k->first.serial);
+            drop_above(l, above, todo);
         }
+    }
+    // The dead records that have this name.
+    static void drop_above(const ParkingLot& l, u64 name, std::vector<u64>& todo) {
+        for (auto k = l.by_id.lower_bound(ParkedHash{name, true, 0, 0, 0});
+             k != l.by_id.end() && k->first.name == name && todo.size() < kMostSteps; ++k)
+            todo.push_back(k->first.serial);
     }
     // Attaches what waited for the names in fresh_, and what waited for those, until nothing moves.
     void work_off(u32 id) {
         Worker& w = *workers_[id];
         std::vector<u64> ends;
-        bool moved = false;
+        std::vector<u64> moved;
         while (w.lot && !fresh_.empty()) {
             const u64 name = fresh_.back();
             fresh_.pop_back();
@@ -234,7 +250,7 @@ protected:
                 const u32 ref = find(id, name);
                 if (ref == kNone) break;
                 Parked p = unpark(*w.lot, serial);
-                moved = true;
+                if (moved.empty() || moved.back() != name) moved.push_back(name);
                 if (!p.orphan) {
                     if (p.live[0] && !add_known(id, p.holder, name, ref)) spoil(id);
                     continue;
@@ -266,13 +282,14 @@ protected:
         // Cancelled blocks at a record's end were placed for what waits for them; without that they go again. Only now.
         for (u64 name : ends)
             if (const u32 ref = find(id, name); ref != kNone) settle(id, chains_.pos(ref));
-        if (w.lot && moved) {
-            // Cancelled records that were kept for one that has its place now need not wait on.
-            const std::vector<u64> dead(w.lot->dead.begin(), w.lot->dead.end());
-            for (u64 serial : dead) drop_dead(*w.lot, serial);
+        // Cancelled records that were kept for one that has its place now need not wait on.
+        for (std::size_t i = 0; i < moved.size() && w.lot && !w.lot->dead.empty(); ++i) {
+            std::vector<u64> dead;
+            drop_above(*w.lot, moved[i], dead);
+            for (u64 serial : dead) drop_dead(id, serial);
         }
         if (w.lot && w.lot->records.empty()) w.lot.reset();
-        judge(w.pod);
+        judge(w);
     }
 
     u64 parked_ = 0;
@@ -281,6 +298,9 @@ protected:
     std::vector<u64> fresh_;
 
 private:
+    // Records and names that are looked at for one that was cancelled.
+    static constexpr std::size_t kMostSteps = 1024;
+
     u32 max_parked_;
 };
 

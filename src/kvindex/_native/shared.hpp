@@ -113,16 +113,9 @@ public:
         Writing w(*this);
         const u32 pod = ix_.slot(uid);
         if (pod == kNone) return;
-        Pod& p = ix_.pod_at(pod);
         if (set_presence >= 0) ix_.set_presence(pod, set_presence != 0);
-        if (has_media) {
-            std::vector<u32> ids;
-            ids.reserve(media.size());
-            for (const std::string& m : media) ids.push_back(ix_.media().id(m.data(), m.size()));
-            p.has_clear_media = true;
-            p.clear_media = std::move(ids);
-        }
-        if (max_blocks >= 0) p.max_blocks = static_cast<u64>(max_blocks);
+        if (has_media) ix_.set_clear_media(pod, media);
+        if (max_blocks >= 0) ix_.set_max_blocks(pod, static_cast<u64>(max_blocks));
         if (chunk >= 0) ix_.set_chunk(pod, static_cast<u32>(chunk));
     }
     void mark(u64 uid, i64 rank, int verdict) {

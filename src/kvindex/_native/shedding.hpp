@@ -80,8 +80,7 @@ protected:
     bool bounded() const { return max_ != 0; }
     u64 budget() const { return max_; }
     // What the budget is about: all that streams can make grow.
-    // Media are never forgotten, but no part of what a figure shows.
-    std::size_t bytes() const { return mem_.bytes + media_.bytes(); }
+    std::size_t bytes() const { return mem_.bytes; }
     // Whether something may be made that only a clear takes away again. Half of the budget is for content.
     bool admits(std::size_t more) const { return !max_ || fixed_ + media_.bytes() + more <= max_ / 2; }
 

@@ -141,7 +141,10 @@ private:
             if (flag()) p.refused.add_unknown();
             p.has_clear_media = flag();
             p.clear_media.resize(count(4));
-            for (u32& m : p.clear_media) need((m = get<u32>()) < ix_.media_.size(), "there is no such medium");
+            for (u32& m : p.clear_media) {
+                need((m = get<u32>()) < ix_.media_.size(), "there is no such medium");
+                ix_.media_.take(m);
+            }
             // Nobody has listened since this was written: until somebody shows what has happened, nothing is current.
             for (u32 k = count(8); k; --k) p.streams[rank()] = Verdict::stale;
             for (u32 k = count(40); k; --k) {
@@ -185,6 +188,7 @@ private:
             w.muted = flags & 32;
             need((!w.shed || w.sticky) && (!w.muted || w.shed), "a worker's flags are none");
             const u32 groups = count(20);
+            need(groups <= kMostGroups, "a worker has too many groups");
             ix_.charge(sizeof(Group) * groups);
             w.groups.resize(groups);
             std::set<i64> ids;
@@ -206,18 +210,19 @@ private:
                 need(medium < ix_.media_.size() && group < w.groups.size() && factor(size),
                      "a holder's medium, group or size is none");
                 need(tiers.emplace(medium, group, size).second, "a holder is there twice");
-                w.holders.push_back(ix_.new_holder(i, medium, group, size));
+                need(ix_.holder_fits(w, medium), "a worker has too many holders");
+                ix_.add_holder(w, ix_.new_holder(i, medium, group, size));
                 if (size > 1) Index::set_bit(wide_, w.holders.back(), true);
             }
             // Charged before the mask is made.
             masks += ix_.holder_slots() / 8 + 8;
             need(masks <= kFreeMasks + bytes_ * 16, "there are more workers than its size allows");
             if (flags & 8) ix_.ghost(i);
-            for (u32 h : w.holders) Index::set_bit(w.mask, h, true);
             ix_.refresh(i);
             knower_no_.push_back(static_cast<u32>(knower_.size()));
             if (ix_.holder_slots() != first_.back()) knower_.push_back(i);
         }
+        ix_.media_.sweep();
         done();
     }
     static bool factor(u32 f) { return f >= 1 && f <= 0xFFFF; }

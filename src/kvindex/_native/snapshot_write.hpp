@@ -18,8 +18,11 @@ public:
         out_.reserve(kSnapshotHead + blocks + blocks / 8 + (1u << 16));
         std::memset(out_.room(kSnapshotHead), 0, kSnapshotHead);
         section(Section::media, [&] {
-            out_.put(static_cast<u32>(ix_.media_.size()));
-            for (u32 i = 0; i < ix_.media_.size(); ++i) out_.text(ix_.media_.name(i));
+            out_.put(ix_.media_.size());
+            ix_.media_.each([&](u32 id, const std::string& shown, u64) {
+                medium_no_.emplace(id, static_cast<u32>(medium_no_.size()));
+                out_.text(shown);
+            });
         });
         section(Section::models, [&] {
             out_.put(static_cast<u32>(ix_.spaces_.size()));
@@ -153,7 +156,7 @@ private:
             out_.put(static_cast<u32>(p.refused.any));
             out_.put(static_cast<u32>(p.has_clear_media));
             out_.put(static_cast<u32>(p.clear_media.size()));
-            for (u32 m : p.clear_media) out_.put(m);
+            for (u32 m : p.clear_media) out_.put(medium_no_.at(m));
             std::set<i64> ranks;
             for (const auto& s : p.streams) ranks.insert(s.first);
             for (const auto& s : p.positions) ranks.insert(s.first);
@@ -191,7 +194,7 @@ private:
             }
             out_.put(static_cast<u32>(w.holders.size()));
             for (u32 h : w.holders) {
-                out_.put(ix_.holders_[h].medium);
+                out_.put(medium_no_.at(ix_.holders_[h].medium));
                 out_.put(ix_.holders_[h].group);
                 out_.put(ix_.holders_[h].factor);
             }
@@ -264,6 +267,7 @@ private:
     SnapshotBytes& out_;
     std::vector<u32> pods_, workers_, chains_;  // what is written, in order
     std::vector<u32> worker_no_, holder_no_, set_no_, chain_no_;
+    std::map<u32, u32> medium_no_;
     u32 n_holders_ = 0;
     u64 masks_ = 0;
     bool guesses_ = false;
