@@ -119,6 +119,7 @@ class Worker:
     seen: dict[tuple[str, int], list[int]] = field(default_factory=dict)  # (medium, group) -> k, as first announced
     added: list[tuple[Position, float]] = field(default_factory=list)  # end of a prefix, when it expires
     damaged: bool = False  # what only a full clear heals
+    doubtful: bool = False  # a clear did not say whether it meant another medium: only a restart heals that
     partial_first: bool = False  # a smaller block came before any full one: heals with the first full one
     placed: bool = False
 
@@ -186,6 +187,7 @@ class Worker:
 class Pod:
     presence: str
     clear_media: frozenset[str] | None = None
+    ignore_media: frozenset[str] = frozenset()
     chunk_size: int | None = None
     workers: dict[tuple[int, str], Worker] = field(default_factory=dict)  # (rank, model)
     verdicts: dict[int, str] = field(default_factory=dict)  # the stream's, by rank
@@ -194,7 +196,14 @@ class Pod:
         unruled = self.chunk_size is None and any(g.rule == "chunked" for g in worker.groups.values())
         # Nothing counts what comes and goes with a window or a state.
         uncounted = self.presence == "set" and any(g.rule != "full" for g in worker.groups.values())
-        return STATES[worker.damaged or worker.partial_first or worker.parked_copies > 0 or unruled or uncounted]
+        return STATES[
+            worker.damaged
+            or worker.doubtful
+            or worker.partial_first
+            or worker.parked_copies > 0
+            or unruled
+            or uncounted
+        ]
 
 
 # ---------------------------------------------------------------------------------------------- values off the wire
@@ -287,39 +296,57 @@ class Model:
         return self._object(event, "BlockStored", (*STORED_FIELDS, "cache_salt"))
 
     def process_block_removed(self, event: Any) -> Report:
-        return self._object(event, "BlockRemoved", REMOVED_FIELDS)
+        return self._object(event, "BlockRemoved", (*REMOVED_FIELDS, "remaining_copy_counts"))
 
     def process_all_blocks_cleared(self, event: Any) -> Report:
-        report = Report(dp_rank=event.dp_rank or 0)
-        self._clear(event.pod, report.dp_rank)
-        report.cleared = 1
-        return report
+        return self._object(event, "AllBlocksCleared", ("medium",))
 
     def _object(self, event: Any, name: str, fields: tuple[str, ...]) -> Report:
         report = Report(dp_rank=event.dp_rank or 0)
         wire = {"type": name, **{f: getattr(event, f) for f in fields}}
-        self._apply(event.pod, report.dp_rank, event.model, wire, report)
+        self._apply(event.pod, report.dp_rank, getattr(event, "model", ""), wire, report)
         return report
 
     def _apply(self, pod: str, rank: int, model: str, event: Any, report: Report) -> None:
+        if self._ignored(self._pod(pod), event):
+            report.skip("ignored_medium")
+            return
+        # Only what is stored makes a worker: before that there is nothing that could be removed.
+        worker = self.pods[pod].workers.get((rank, model), Worker())
         try:
             name, fields = read_event(event)
         except BadEvent as bad:
+            worker.damaged = True
             report.skip(bad.reason)
             return
-        if name == "AllBlocksCleared":
-            self._clear(pod, rank)
-            report.cleared += 1
-            return
-        # Only what is stored makes a worker; a removal that comes first has nothing to remove.
-        worker = self._pod(pod).workers.get((rank, model), Worker())
         if name == "BlockStored":
             self.pods[pod].workers[rank, model] = worker
         try:
-            (self._stored if name == "BlockStored" else self._removed)(self.pods[pod], worker, model, fields, report)
+            if name == "AllBlocksCleared":
+                medium = fields.get("medium")
+                self._clear(pod, rank, medium=medium if isinstance(medium, str) else None)
+                report.cleared += 1
+            elif name == "BlockStored":
+                self._stored(self.pods[pod], worker, model, fields, report)
+            else:
+                self._removed(self.pods[pod], worker, model, fields, report)
         except BadEvent as bad:
             worker.damaged |= bad.reason in ("bad_event", "bad_token", "block_size_mismatch", "misaligned")
             report.skip(bad.reason)
+
+    def _ignored(self, pod: Pod, event: Any) -> bool:
+        """Whether it is about a medium that is left out. A clear that names none is about all of them."""
+        if isinstance(event, dict):
+            name, medium = event.get("type"), event.get("medium")
+        else:
+            name = event[0] if isinstance(event, list) and event else None
+            place = {"BlockStored": 6, "BlockRemoved": 2}.get(name)
+            medium = event[place] if place is not None and place < len(event) else None
+        if medium is not None and not isinstance(medium, str):
+            medium = None
+        if medium is None and name not in ("BlockStored", "BlockRemoved"):
+            return False
+        return bool(pod.ignore_media) and self._medium(medium) in pod.ignore_media
 
     def _stored(self, pod: Pod, worker: Worker, model: str, event: dict, report: Report) -> None:
         hashes = read_hashes(event)
@@ -342,8 +369,11 @@ class Model:
         if not hashes and not tokens:
             return
 
-        if size % self.block_size or (tokens and not size) or size > 65535 * self.block_size:
-            if len(hashes) == 1 and 0 < size < self.block_size:
+        cut = bool(tokens) and len(tokens) < size <= 65535 * self.block_size
+        small = size < self.block_size * max((g.k for g in worker.groups.values()), default=1)
+        partial = len(hashes) == 1 and size > 0 and (cut or small)
+        if size % self.block_size or (tokens and not size) or size > 65535 * self.block_size or (partial and cut):
+            if partial:
                 if worker.placed:
                     raise BadEvent("partial_block")
                 worker.partial_first = True
@@ -360,7 +390,8 @@ class Model:
         sizes = worker.seen.setdefault((medium, group), [])
         if k not in sizes:
             sizes.append(k)
-        whole = bool(tokens) and len(tokens) == n * size
+        # Tokens that are no whole number of blocks mask nothing: the first of them are the blocks.
+        whole = bool(tokens) and (len(tokens) == n * size or (len(tokens) > n * size and len(tokens) % size != 0))
         above = [parent] if whole else []
         distinct = hashes[: next((i for i in range(n) if hashes[i] in above + hashes[:i]), n)]
         if len(distinct) < n:
@@ -457,7 +488,11 @@ class Model:
     def _removed(self, pod: Pod, worker: Worker, model: str, event: dict, report: Report) -> None:
         hashes = read_hashes(event)
         medium, group = self._medium(read(event, "medium", str)), read(event, "group_idx", int) or 0
-        for h in hashes:
+        remaining = read(event, "remaining_copy_counts", list)
+        counts = remaining or ()
+        if remaining is not None and (len(counts) != len(hashes) or not all(is_int(n) and n >= 0 for n in counts)):
+            raise BadEvent("bad_event")
+        for i, h in enumerate(hashes):
             copies, parked = worker.copies.get((medium, group, h)), worker.parked_of(medium, group, h)
             if not copies and not parked:
                 report.skip("unknown_hash")
@@ -465,29 +500,39 @@ class Model:
             report.removed += 1
             if copies:
                 # It does not say how large the block is: the size that was announced first goes first.
-                copies.remove(next(k for k in worker.seen[medium, group] if k in copies))
+                k = next(k for k in worker.seen[medium, group] if k in copies)
+                left = copies.count(k) - 1 if remaining is None else remaining[i]
+                left = min(left, 1) if pod.presence == "set" else left
+                copies[:] = [other for other in copies if other != k] + [k] * left
             else:
-                thing, i = parked[-1]
-                thing.live[i] = False
+                for thing, j in parked[-1:] if remaining is None else parked[remaining[i] :]:
+                    thing.live[j] = False
         worker.forget_parked()
         worker.forget()
 
-    def _clear(self, name: str, rank: int, *, everything: bool = False) -> None:
+    def _clear(self, name: str, rank: int, *, medium: str | None = None, everything: bool = False) -> None:
         pod = self._pod(name)
-        media = None if everything else pod.clear_media
+        media = None if everything else pod.clear_media if medium is None else {self._medium(medium)}
         for (r, model), worker in pod.workers.items():
             if r != rank:
                 continue
             if media is None:
-                pod.workers[r, model] = Worker()
+                held = {m for (m, _, _), ks in worker.copies.items() if ks} | {
+                    p.medium for p in worker.parked if any(p.live)
+                }
+                doubtful = not everything and (worker.doubtful or bool(held - {"GPU"}))
+                pod.workers[r, model] = Worker(doubtful=doubtful)
                 continue
-            worker.copies = {key: ks for key, ks in worker.copies.items() if key[0] not in media}
-            worker.added = [] if "GPU" in media else worker.added
-            for p in worker.parked:
-                if p.medium in media:
-                    p.live = [False] * len(p.live)
-            worker.forget_parked()
-            worker.forget()
+            self._clear_media(worker, media)
+
+    def _clear_media(self, worker: Worker, media: Any) -> None:
+        worker.copies = {key: ks for key, ks in worker.copies.items() if key[0] not in media}
+        worker.added = [] if "GPU" in media else worker.added
+        for p in worker.parked:
+            if p.medium in media:
+                p.live = [False] * len(p.live)
+        worker.forget_parked()
+        worker.forget()
 
     # ----------------------------------------------------------------------------------------------------- the rest
 
@@ -520,8 +565,12 @@ class Model:
     def clear_worker(self, pod: str, dp_rank: int = 0) -> None:
         self._clear(pod, dp_rank, everything=True)
 
-    def configure_pod(self, pod: str, *, presence=None, clear_media=None, chunk_size=None) -> None:
+    def configure_pod(self, pod: str, *, presence=None, clear_media=None, chunk_size=None, ignore_media=None) -> None:
         it = self._pod(pod)
+        if ignore_media is not None:
+            it.ignore_media = frozenset(map(self._medium, ignore_media))
+            for worker in it.workers.values():
+                self._clear_media(worker, it.ignore_media)
         it.presence = presence or it.presence
         it.clear_media = frozenset(map(self._medium, clear_media)) if clear_media is not None else it.clear_media
         it.chunk_size = chunk_size or it.chunk_size

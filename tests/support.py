@@ -23,6 +23,8 @@ STORED = (
     "kv_cache_spec_sliding_window",
 )
 REMOVED = ("block_hashes", "medium", "group_idx")
+# What only maps have.
+KEYS_ONLY = {"BlockStored": (), "BlockRemoved": ("remaining_copy_counts",), "AllBlocksCleared": ("medium",)}
 COUNTS = ("stored", "removed", "cleared", "parked", "skipped", "errors")
 
 
@@ -42,12 +44,14 @@ def removed(*hashes, **more: Any) -> dict:
     return {"type": "BlockRemoved", "block_hashes": list(hashes), **more}
 
 
-def cleared() -> dict:
-    return {"type": "AllBlocksCleared"}
+def cleared(**more: Any) -> dict:
+    return {"type": "AllBlocksCleared", **more}
 
 
-def as_array(event: dict) -> list:
-    """The same event the way the older engines write it: a tag and its fields by place."""
+def as_array(event: dict) -> list | dict:
+    """The same event the way the older engines write it: a tag and its fields by place, if they have places for all."""
+    if any(event.get(name) is not None for name in KEYS_ONLY[event["type"]]):
+        return event
     if event["type"] == "AllBlocksCleared":
         return ["AllBlocksCleared"]
     fields = REMOVED if event["type"] == "BlockRemoved" else STORED

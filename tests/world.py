@@ -53,6 +53,12 @@ class Layout:
     clear_media: tuple[str, ...] | None
     chunk_size: int | None
     one_medium: bool
+    ignore_media: tuple[str, ...] | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What configure_pod is told."""
+        return {name: getattr(self, name) for name in ("presence", "clear_media", "chunk_size", "ignore_media")}
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,7 @@ def draw_layout(rng: Random, size: int) -> Layout:
         clear_media=rng.choice((None, None, None, ("gpu",), ("CPU", "Tape"))),
         chunk_size=rng.choice((None, 2 * size, 3 * size)),
         one_medium=rng.random() < 0.5,
+        ignore_media=rng.choice((None, None, None, None, None, ("cpu",))),
     )
 
 
@@ -175,7 +182,10 @@ class Step:
 
 
 TWISTS = (
-    (None,) * 26 + ("alias",) * 4 + ("moved",) * 6 + ("parent-alias", "parent-alias", "repeat", "odd", "self", "random")
+    (None,) * 26
+    + ("alias",) * 4
+    + ("moved",) * 6
+    + ("parent-alias", "parent-alias", "repeat", "odd", "self", "random", "more", "more")
 )
 EVENTS = {
     "store": 30,
@@ -199,7 +209,20 @@ STEPS = {
     "remove_pod": 1,
     "no_batch": 1,
 }
-BADS = ("tag", "token", "pair", "hash", "hash-removed", "size", "partial", "partial", "short", "no-event", "no-size")
+BADS = (
+    "cut",
+    "tag",
+    "token",
+    "pair",
+    "hash",
+    "hash-removed",
+    "size",
+    "partial",
+    "partial",
+    "short",
+    "no-event",
+    "no-size",
+)
 
 
 def draw_op(rng: Random, kind: str | None = None) -> Op:
@@ -260,13 +283,7 @@ class World:
         self.turn = 0
         self.log: list[tuple[str, bytes, dict]] = []
         for pod, layout in self.layouts.items():
-            self.both(
-                "configure_pod",
-                pod,
-                presence=layout.presence,
-                clear_media=layout.clear_media,
-                chunk_size=layout.chunk_size,
-            )
+            self.both("configure_pod", pod, **layout.options)
         for i in range(setup.crowd):
             self.join_crowd(f"crowd-{i}")
 
@@ -312,7 +329,7 @@ class World:
         copies = [key for key, ks in worker.copies.items() for _ in ks] if worker else []
         known = [h for h in worker.names if h in book.back] if worker else []
         if op.kind == "clear":
-            return cleared()
+            return cleared(medium=op.medium) if op.n % 2 else cleared()
         if op.kind == "bad":
             return self.bad(BADS[op.n % len(BADS)], op, book)
         if op.kind == "remove":
@@ -323,7 +340,8 @@ class World:
             same = [h for m, g, h in copies if (m, g) == (medium, group)]
             order = op.n % 3
             same = same if order == 0 else same[::-1] if order == 1 else same[op.pick % len(same) :]
-            return removed(*same[: (1 + op.n // 3 % 7) * self.setup.stretch], medium=medium, group_idx=group)
+            same = same[: (1 + op.n // 3 % 7) * self.setup.stretch]
+            return removed(*same, medium=medium, group_idx=group, **self.remaining(op, len(same)))
 
         group, kind, window, k = layout.groups[op.group % len(layout.groups)]
         where: dict[str, Any] = {"medium": None if layout.one_medium else op.medium, "group_idx": group}
@@ -335,7 +353,9 @@ class World:
                 thing, _ = parked[op.pick % len(parked)]
                 where = {"medium": thing.medium, "group_idx": thing.group}
                 choice = [h for p, h in parked if (p.medium, p.group) == (thing.medium, thing.group)]
-            return removed(*(choice[(op.pick + i * op.n) % len(choice)] for i in range(1 + op.n % 3)), **where)
+            n = 1 + op.n % 3
+            hashes = (choice[(op.pick + i * op.n) % len(choice)] for i in range(n))
+            return removed(*hashes, **where, **self.remaining(op, n))
         if kind is not None and op.n % 5:
             where["kv_cache_spec_kind"] = kind
         if window is not None:
@@ -407,14 +427,20 @@ class World:
             hashes[op.n % len(hashes)] = names[op.pick % len(names)]
             if op.twist == "random":
                 parent = names[op.n % len(names)]
+        # LMCache's one token too many, which no whole number of blocks masks.
+        more = [7] if op.twist == "more" and k * self.size > 1 else []
         return stored(
             hashes,
-            self.tokens(path[cut:]),
+            self.tokens(path[cut:]) + more,
             parent=parent,
             size=k * self.size,
             **where,
             **self.keys(context, path[cut::k], cut == 0, op.n),
         )
+
+    def remaining(self, op: Op, n: int) -> dict[str, Any]:
+        """How many copies stay, which some removals say."""
+        return {"remaining_copy_counts": [(op.n >> i) % 3 for i in range(n)]} if op.pick % 6 == 0 else {}
 
     def keys(self, context: tuple, blocks: tuple, first: bool, n: int) -> dict[str, Any]:
         """LoRA, salt and extra keys: as fields, or the way vLLM writes them among the extra keys."""
@@ -471,6 +497,8 @@ class World:
             event["block_size"] = None
         elif what == "partial":
             return stored(hashes[:1], [7] * (self.size - 1), size=self.size - 1) if self.size > 1 else None
+        elif what == "cut":
+            return stored(hashes[:1], [7] * (2 * self.size - 1), size=2 * self.size)
         elif what == "short":
             return ["BlockStored", hashes, None]
         elif what == "no-event":
@@ -510,7 +538,7 @@ class World:
         fields = {name: value for name, value in event.items() if name != "type"}
         dp_rank = rank or None
         if event["type"] == "AllBlocksCleared":
-            thing, call = kvindex.AllBlocksCleared(pod=pod, dp_rank=dp_rank), "process_all_blocks_cleared"
+            thing, call = kvindex.AllBlocksCleared(pod=pod, dp_rank=dp_rank, **fields), "process_all_blocks_cleared"
         elif event["type"] == "BlockRemoved":
             thing, call = kvindex.BlockRemoved(pod=pod, model=model, dp_rank=dp_rank, **fields), "process_block_removed"
         else:

@@ -303,25 +303,23 @@ cdef class Index:
         report.ts = ts
         return report.done()
 
-    def _apply(self, str kind, pod, int64_t rank, string model, const uint64_t[::1] hashes, int64_t group, bytes medium, tuple stored):
+    def _apply(self, str kind, pod, int64_t rank, string model, const uint64_t[::1] hashes, int64_t group, bytes medium, object numbers, tuple stored):
         cdef IngestReport report = IngestReport.__new__(IngestReport)
         cdef Batch batch
         cdef Event e
         cdef Place unnumbered
-        cdef _Ints tokens
+        cdef _Ints tokens = _tokens(numbers, "remaining_copy_counts" if stored is None else "token_ids")
         cdef StrRef* texts[4]
         e.kind, e.n_hashes, e.group = <EventKind><int>_KINDS.index(kind), <uint32_t>len(hashes), group
         _refer(medium, &e.medium)
         if e.n_hashes: batch.hashes.assign(&hashes[0], &hashes[0] + e.n_hashes)
+        e.n_tokens = <uint32_t>tokens.n
+        batch.tokens.assign(<const uint32_t*>tokens.data, <const uint32_t*>tokens.data + tokens.n)
         if stored is not None:
-            tokens = _tokens(stored[0], "token_ids")
-            e.n_tokens = <uint32_t>tokens.n
-            batch.tokens.assign(<const uint32_t*>tokens.data, <const uint32_t*>tokens.data + tokens.n)
-            e.has_parent, e.parent, e.block_size, e.window, e.lora_id, alive = stored[1:7]
-            e.hashed, e.n_hashes = <Hashed><int>stored[7], e.n_hashes >> (stored[7] != 0)
+            e.has_parent, e.parent, e.block_size, e.window, e.lora_id, alive = stored[:6]
+            e.hashed, e.n_hashes = <Hashed><int>stored[6], e.n_hashes >> (stored[6] != 0)
             texts[:] = [&e.lora_id_name, &e.lora_name, &e.spec_kind, &e.cache_salt]
-            for i in range(4):
-                _refer(alive[i], texts[i])
+            for i in range(4): _refer(alive[i], texts[i])
             if alive[4] is not None: e.extra_keys, e.extra_keys_bytes = <const uint8_t*><const char*><bytes>alive[4], <uint32_t>len(alive[4])
         batch.events.push_back(e)
         if self.timed: self._expire(self._clock())
@@ -437,6 +435,7 @@ cdef class Index:
         cdef uint64_t uid = self.uid(pod)
         with nogil: self.ix.clear_worker(uid, rank)
 
+    def _ignore(self, pod, vector[string] media): self.ix.ignore_media(self.uid(pod), media)
     def _mark(self, pod, int64_t rank, int verdict): self.ix.mark(self.uid(pod), rank, verdict)
     def _verdict(self, pod): return max(0, self.ix.verdict(self.known(pod)))
     def _workers(self, pod): return self.ix.pod_figures(self.known(pod))
@@ -475,14 +474,15 @@ def hash_tokens(tokens, block_size, hash_seed, lora_name, cache_salt, extra_keys
 
 
 def scan_batch(payload):
-    """``(ts, dp_rank, [(kind, reason, offset, bytes), ...])``: where a payload's events lie, and why some cannot be applied."""
+    """``(ts, dp_rank, [(kind, reason, offset, bytes, medium), ...])``: where a payload's events lie, and why some cannot be applied."""
     cdef _Ints b = _payload(payload)
     cdef Batch batch
     cdef DecodeFault fault
     if not decode_batch(<const uint8_t*>b.data, b.n, batch, fault):
         raise _no_batch(b, fault)
     return (batch.ts, None if batch.dp_rank < 0 else batch.dp_rank,
-            [(_KINDS[<int>e.kind], reason_name(e.bad).decode() if <int>e.bad else None, e.offset, e.bytes) for e in batch.events])
+            [(_KINDS[<int>e.kind], reason_name(e.bad).decode() if <int>e.bad else None, e.offset, e.bytes,
+              e.medium.p[:e.medium.n] if e.medium.p != NULL else None) for e in batch.events])
 
 
 def snapshot_head(bytes data, uint64_t file_bytes): return native_head(<const uint8_t*><const char*>data, len(data), file_bytes)

@@ -136,6 +136,7 @@ cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
         uint64_t open_pod(const string&) except +
         cbool remove_pod(uint64_t) except +
         void configure(uint64_t, int set_presence, cbool has_media, const vector[string]&, int64_t chunk, int64_t max_blocks) except +
+        void ignore_media(uint64_t, const vector[string]&) except +
         void mark(uint64_t, int64_t rank, int verdict) except +
         void clear_worker(uint64_t, int64_t rank) except +
         Taken ingest(uint64_t, const uint8_t*, uint64_t, const string& model, int64_t rank, int64_t seq, cbool wait, Report&, double& ts,

@@ -105,8 +105,22 @@ def hashed_fields(event: Any) -> tuple[int, bytes, npt.NDArray[np.uint64], int, 
     )
 
 
-def stored_fields(event: Any) -> tuple[Any, bool, int, int, int, int, list[bytes | None], int]:
-    """What only a BlockStored says: tokens, if it has a parent, that, block size, window, adapter; texts, keys; form.
+def remaining(event: Any) -> Any:
+    """How many copies stay of each removed hash, and nothing where the event does not say so."""
+    counts = event.remaining_copy_counts
+    if counts is None:
+        return ()
+    if isinstance(counts, (str, bytes)) or not hasattr(counts, "__len__"):
+        raise InvalidTypeError(f"remaining_copy_counts is {counts!r}; it has one int per hash")
+    if len(counts) != len(event.block_hashes):
+        raise InvalidValueError(
+            f"remaining_copy_counts has {len(counts)} entries for {len(event.block_hashes)} hashes; it has one per hash"
+        )
+    return counts
+
+
+def stored_fields(event: Any) -> tuple[bool, int, int, int, int, list[bytes | None], int]:
+    """What only a BlockStored says: if it has a parent, that, block size, window, adapter; texts, keys; form.
 
     The form is that of the content: 0 for tokens, otherwise the number of the field in HASHED, and 1.
     """
@@ -117,7 +131,6 @@ def stored_fields(event: Any) -> tuple[Any, bool, int, int, int, int, list[bytes
     parent = event.parent_block_hash
     named = isinstance(event.lora_id, str)
     return (
-        () if tokens is None else tokens,
         parent is not None,
         0 if parent is None else fold(parent, "parent_block_hash"),
         whole(event.block_size or 0, "block_size", 0, 1 << 40),

@@ -88,7 +88,8 @@ class BlockStored(_ByValue):
 class BlockRemoved(_ByValue):
     """One copy of each of these blocks has left one tier (``medium``, None: GPU) and group of one worker.
 
-    ``block_hashes``, ``group_idx`` and ``dp_rank`` are as in :class:`BlockStored`. A hash that has no counted copy
+    ``block_hashes``, ``group_idx`` and ``dp_rank`` are as in :class:`BlockStored`. ``remaining_copy_counts`` has one
+    int per hash: how many copies stay there after this event. None: one copy goes. A hash that has no counted copy
     there is counted and nothing else.
     """
 
@@ -99,16 +100,21 @@ class BlockRemoved(_ByValue):
     medium: str | None = None
     group_idx: int | None = None
     dp_rank: int | None = None
+    remaining_copy_counts: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AllBlocksCleared(_ByValue):
-    """A worker's cache is empty: rank ``dp_rank`` (None: 0) of the pod, in every model, and in every medium unless the
-    pod is configured otherwise."""
+    """A worker's cache is empty: rank ``dp_rank`` (None: 0) of the pod, in every model.
+
+    ``medium`` is the tier that was cleared. None, which is what engines write: every medium, unless the pod is
+    configured otherwise (``clear_media``).
+    """
 
     pod: str = ""
     _: KW_ONLY
     dp_rank: int | None = None
+    medium: str | None = None
 
 
 Event: TypeAlias = BlockStored | BlockRemoved | AllBlocksCleared
@@ -145,6 +151,8 @@ _STORED = (
     "kv_cache_spec_sliding_window",
 )
 _REMOVED = ("type", "block_hashes", "medium", "group_idx")
+# What only maps have.
+_KEYS = {"stored": ("cache_salt",), "removed": ("remaining_copy_counts",)}
 
 
 def decode_batch(payload: bytes | bytearray | memoryview, *, pod: str = "", model: str = "") -> EventBatch:
@@ -167,8 +175,11 @@ def decode_batch(payload: bytes | bytearray | memoryview, *, pod: str = "", mode
     data = memoryview(payload).cast("B")
     events: list[Event] = []
     skipped: list[tuple[int, str]] = []
-    for index, (kind, reason, offset, n_bytes) in enumerate(found):
-        if reason is None:
+    for index, (kind, reason, offset, n_bytes, medium) in enumerate(found):
+        if reason is None and kind == "cleared":
+            name = None if medium is None else medium.decode("utf-8", "surrogateescape")
+            events.append(AllBlocksCleared(pod, dp_rank=dp_rank, medium=name))
+        elif reason is None:
             try:
                 events.append(_event(kind, bytes(data[offset : offset + n_bytes]), pod, model, dp_rank))
             except (msgpack.StackError, RecursionError):
@@ -178,15 +189,35 @@ def decode_batch(payload: bytes | bytearray | memoryview, *, pod: str = "", mode
     return EventBatch(ts, events, dp_rank, skipped)
 
 
+def unknown_kinds(payload: bytes | bytearray | memoryview) -> list[str]:
+    """What the events of a batch that are of no known kind call themselves, as far as they do."""
+    data = memoryview(payload).cast("B")
+    names = []
+    for _, reason, offset, n_bytes, _ in scan_batch(payload)[2]:
+        if reason == "unknown_event":
+            event = bytes(data[offset : offset + n_bytes])
+            spans = _array_spans(event, ("type",)) if _is_array(event[0]) else _map_spans(event)
+            tag = spans.get("type", b"\xc0")
+            names.append(f"{_unpack(tag)!r:.40}" if _is_str(tag[0]) else "without a name")
+    return names
+
+
 def _event(kind: str, data: bytes, pod: str, model: str, dp_rank: int | None) -> Event:
     """The object for one event that the native check has found to be sound."""
-    if kind == "cleared":
-        return AllBlocksCleared(pod, dp_rank=dp_rank)
-    wire = _fields(data, _STORED if kind == "stored" else _REMOVED)
+    wire = _fields(data, kind)
     hashes = [_folded(h) for h in wire["block_hashes"]]
     medium, group_idx = wire.get("medium"), wire.get("group_idx")
     if kind == "removed":
-        return BlockRemoved(pod, model, block_hashes=hashes, medium=medium, group_idx=group_idx, dp_rank=dp_rank)
+        remaining = wire.get("remaining_copy_counts")
+        return BlockRemoved(
+            pod,
+            model,
+            block_hashes=hashes,
+            medium=medium,
+            group_idx=group_idx,
+            dp_rank=dp_rank,
+            remaining_copy_counts=None if remaining is None else list(remaining),
+        )
     parent, extra_keys = wire.get("parent_block_hash"), wire.get("extra_keys")
     return BlockStored(
         pod,
@@ -208,20 +239,20 @@ def _event(kind: str, data: bytes, pod: str, model: str, dp_rank: int | None) ->
     )
 
 
-def _fields(data: bytes, names: tuple[str, ...]) -> dict[str, Any]:
-    """The fields of one event by name: of an array those at the places of ``names``, of a map those with such keys.
+def _fields(data: bytes, kind: str) -> dict[str, Any]:
+    """The fields of one event by name: of an array those at their places, of a map those with such keys.
 
     Only these are decoded, because only they have been checked. The others may be what Python cannot hold, a list as a
     key or a timestamp of three bytes, and are nobody's business: a newer engine may send anything there.
     """
+    names = _STORED if kind == "stored" else _REMOVED
     is_array = _is_array(data[0])
     spans = _array_spans(data, names) if is_array else _map_spans(data)
     # Element 7 of an array is the LoRA name, except in SGLang's, where a map around the cache salt is there.
     if is_array and _is_map(spans.get("lora_name", b"\xc0")[0]):
         spans |= {"lora_name": b"\xc0"} | {k: v for k, v in _map_spans(spans["lora_name"]).items() if k in _NAMESPACE}
-    wanted = {*names[1:], "cache_salt"} if names is _STORED else names[1:]
-    wire = {name: _unpack(spans[name]) for name in wanted if name in spans}
-    if names is _STORED and _is_str(spans.get("session_id", b"\xc0")[0]):
+    wire = {name: _unpack(spans[name]) for name in (*names[1:], *_KEYS[kind]) if name in spans}
+    if kind == "stored" and _is_str(spans.get("session_id", b"\xc0")[0]):
         wire["session_id"] = _unpack(spans["session_id"])
     return wire
 

@@ -54,19 +54,27 @@ class PrefixIndex(Index):
         """
         rank, model, hashes, group, medium = arguments.hashed_fields(event)
         hashes = arguments.with_content(event, hashes)
-        return self._apply("stored", event.pod, rank, model, hashes, group, medium, arguments.stored_fields(event))
+        tokens, stored = event.token_ids, arguments.stored_fields(event)
+        numbers = () if tokens is None else tokens
+        return self._apply("stored", event.pod, rank, model, hashes, group, medium, numbers, stored)
 
     def process_block_removed(self, event: BlockRemoved) -> IngestReport:
-        """Applies a :class:`BlockRemoved`. O(hashes). Hashes without a counted copy are skipped and counted."""
-        return self._apply("removed", arguments.field(event, "pod"), *arguments.hashed_fields(event), None)
+        """Applies a :class:`BlockRemoved`. O(hashes). Hashes without a counted copy are skipped and counted.
+
+        Raises InvalidTypeError or InvalidValueError naming the field, with nothing applied.
+        """
+        fields = arguments.hashed_fields(event)
+        return self._apply("removed", event.pod, *fields, arguments.remaining(event), None)
 
     def process_all_blocks_cleared(self, event: AllBlocksCleared) -> IngestReport:
         """Applies an :class:`AllBlocksCleared`. O(its blocks).
 
-        Everything that (pod, rank) holds goes, or what of it lies in the pod's ``clear_media``.
+        Everything that (pod, rank) holds goes, or what of it lies in the event's ``medium``, or in the pod's
+        ``clear_media``.
         """
         rank = arguments.rank(arguments.field(event, "dp_rank"))
-        return self._apply("cleared", event.pod, rank, b"", _NO_HASHES, -1, None, None)
+        medium = arguments.text(event.medium, "medium")
+        return self._apply("cleared", event.pod, rank, b"", _NO_HASHES, -1, medium, (), None)
 
     def pod_set(self, pods: Iterable[str]) -> PodSet:
         """Compiles pod names into a filter that costs nothing per match. Names need not be known yet."""
@@ -102,19 +110,27 @@ class PrefixIndex(Index):
         clear_media: Iterable[str] | None = None,
         chunk_size: int | None = None,
         max_blocks: int | None = None,
+        ignore_media: Iterable[str] | None = None,
     ) -> None:
         """What events do not say of a pod; None leaves it as it is.
 
-        presence: "count" or "set"; clear_media: the media that its clears clear; chunk_size: tokens per chunk of
+        presence: "count" or "set". clear_media: the media that its clears clear, where they name none; without it all
+        go, and a worker that held something in another medium than its own pool is degraded, since vLLM publishes the
+        same event whether an offloading tier was reset or not. ignore_media: events of these media are skipped, counted
+        as ``ignored_medium`` and cost no verdict (a tier that publishes no removals); what they said before is
+        forgotten, and an empty iterable ends it. chunk_size: tokens per chunk of
         chunked-local attention; max_blocks: index blocks that it may hold, over all ranks, media and groups (0: any
         number), those that wait included. A stored event beyond that, or of more than 1,024 ranks and models of one
         pod, is skipped as ``over_limit``, and the pod is degraded: it holds more than is known. O(media).
         """
         counted = -1 if presence is None else arguments.choice(presence, "presence", ("count", "set"))
         media = arguments.names(clear_media or (), "clear_media")
+        ignored = arguments.names(ignore_media or (), "ignore_media")
         chunk = -1 if chunk_size is None else arguments.whole(chunk_size, "chunk_size", 1, 0x7FFFFFFF)
         most = -1 if max_blocks is None else arguments.whole(max_blocks, "max_blocks", 0, (1 << 63) - 1)
         self._configure(pod, counted, clear_media is not None, media, chunk, most)
+        if ignore_media is not None:
+            self._ignore(pod, ignored)
 
     def remove_pod(self, pod: str) -> None:
         """Forgets the pod and all it holds; what is on its way to it is dropped. O(its blocks).

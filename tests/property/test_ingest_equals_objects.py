@@ -19,7 +19,7 @@ def as_object(pod: str, rank: int, model: str, event: dict, arrays: bool) -> tup
     """The call that applies an event as an object, and the object."""
     fields = {name: value for name, value in event.items() if name != "type"}
     if event["type"] == "AllBlocksCleared":
-        return "process_all_blocks_cleared", kvindex.AllBlocksCleared(pod=pod, dp_rank=rank)
+        return "process_all_blocks_cleared", kvindex.AllBlocksCleared(pod=pod, dp_rank=rank, **fields)
     if event["type"] == "BlockRemoved":
         return "process_block_removed", kvindex.BlockRemoved(pod=pod, model=model, dp_rank=rank, **fields)
     if arrays:
@@ -59,9 +59,7 @@ def test_every_way_to_give_an_event_is_the_same(seed):
     }
     for index in ways.values():
         for pod, layout in world.layouts.items():
-            index.configure_pod(
-                pod, presence=layout.presence, clear_media=layout.clear_media, chunk_size=layout.chunk_size
-            )
+            index.configure_pod(pod, **layout.options)
     for _ in range(25):
         step = draw_step(rng, "batch")
         pod, rank, model = step.pod, step.rank, step.model

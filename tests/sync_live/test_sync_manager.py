@@ -296,6 +296,36 @@ def test_blocks_of_another_size_are_explained_once(index, manager, pod, caplog):
     assert manager.status()["pod"].reason == "blocks could not be placed, or not be followed exactly"
 
 
+def test_an_event_of_unknown_kind_degrades_what_holds_something_and_is_named(index, manager, pod, caplog):
+    changes = []
+    manager.on_change(changes.append)
+    pod.publish_raw(msgpack.packb([time.time(), [["BlockStored", [7], None, [1, 2, 3, 4], 4, None]], 0]))
+    with caplog.at_level(logging.INFO, "kvindex.sync"):
+        for number in range(2):
+            pod.publish_raw(msgpack.packb([time.time(), [["BlockMoved", [number]]], 0]))
+        manager.add_pod(source(pod))
+        until(lambda: manager.status()["pod"].errors == {"unknown_event": 2})
+        until(lambda: changes and changes[-1].new == "degraded")
+    status = manager.status()["pod"]
+    want = "an event of kind 'BlockMoved', which is not known, may have taken blocks away"
+    assert (status.state, status.reason, status.workers[0].reason, changes[-1].reason) == ("degraded", want, want, want)
+    told = [record.getMessage() for record in caplog.records if "unknown_event" in record.getMessage()]
+    assert len(told) == 1
+    assert "'BlockMoved'" in told[0]
+    pod.publish_raw(msgpack.packb([time.time(), [["AllBlocksCleared"]], 0]))
+    until(lambda: manager.status()["pod"].state == "exact")
+
+
+def test_a_clear_of_one_medium_is_not_taken_for_a_clean_start(index, manager, pod):
+    clear = {"type": "AllBlocksCleared", "medium": "CPU"}
+    stored = ["BlockStored", [7], None, [1, 2, 3, 4], 4, None]
+    pod.publish_raw(msgpack.packb([time.time(), [stored, {"type": "BlockMoved"}, clear], 0]))
+    manager.add_pod(source(pod))
+    until(lambda: manager.status()["pod"].workers[0].events.get("cleared") == 1)
+    until(lambda: manager.status()["pod"].state == "degraded")
+    assert "'BlockMoved'" in manager.status()["pod"].reason
+
+
 def test_events_of_unknown_kind_leave_the_verdict_and_say_so_where_nothing_is_held(index, manager, pod):
     changes = []
     manager.on_change(changes.append)

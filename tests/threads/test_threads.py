@@ -184,7 +184,7 @@ def test_pods_are_written_side_by_side(seed):
         getattr(world, "do_" + kind)(replace(step, form="map") if step.form == "objects" else step)
     world.index = index = PrefixIndex(world.size, presence=world.setup.presence, max_parked=world.setup.max_parked)
     for pod, layout in world.layouts.items():
-        index.configure_pod(pod, presence=layout.presence, clear_media=layout.clear_media, chunk_size=layout.chunk_size)
+        index.configure_pod(pod, **layout.options)
 
     def stream(pod: str) -> Callable[[], None]:
         todo = iter([entry for entry in world.log if entry[0] == pod])

@@ -55,8 +55,10 @@ def test_the_fields_are_the_engines_and_the_streams():
         "local_hashes",
         "prefix_hashes",
     ]
-    assert names(BlockRemoved) == ["pod", "model", "block_hashes", "medium", "group_idx", "dp_rank"]
-    assert names(AllBlocksCleared) == ["pod", "dp_rank"]
+    assert names(BlockRemoved) == [
+        *("pod", "model", "block_hashes", "medium", "group_idx", "dp_rank", "remaining_copy_counts"),
+    ]
+    assert names(AllBlocksCleared) == ["pod", "dp_rank", "medium"]
     assert names(EventBatch) == ["ts", "events", "dp_rank", "skipped"]
 
 

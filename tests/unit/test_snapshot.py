@@ -177,7 +177,7 @@ def test_a_newer_version_is_refused_by_name(tmp_path):
     path = tmp_path / "snapshot"
     whole = saved(small(), path)
     assert sealed(whole) == whole
-    path.write_bytes(sealed(whole[:8] + struct.pack("<I", 2) + whole[12:]))
+    path.write_bytes(sealed(whole[:8] + struct.pack("<I", 1000) + whole[12:]))
     with pytest.raises(SnapshotError, match="newer version of kvindex, seen at byte 8"):
         PrefixIndex.load(path)
 

@@ -274,7 +274,8 @@ inline std::string Index::check() const {
         u64 n = 0;
         for (u32 id : p.workers) n += workers_[id]->holders.size();
         if (n != p.holders) return fail("holders of a pod miscounted", n, p.holders);
-        for (u32 m : p.clear_media) ++users[m];
+        for (const auto* media : {&p.clear_media, &p.ignore_media})
+            for (u32 m : *media) ++users[m];
     }
     media_.each([&](u32 id, const std::string&, u64 n) {
         if (id && (n == 0 || n != users[id])) error = fail("users of a medium miscounted", id, n);

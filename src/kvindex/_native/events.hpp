@@ -43,6 +43,7 @@ enum class Reason : uint8_t {
     over_budget,
     shed,
     over_limit,
+    ignored_medium,
     COUNT
 };
 
@@ -61,6 +62,7 @@ inline const char* reason_name(Reason r) {
         case Reason::over_budget: return "over_budget";
         case Reason::shed: return "shed";
         case Reason::over_limit: return "over_limit";
+        case Reason::ignored_medium: return "ignored_medium";
         case Reason::COUNT: break;
     }
     return "?";
@@ -79,7 +81,8 @@ struct Event {
     uint32_t bytes = 0;
     uint32_t hash_at = 0;  // its part of Batch::hashes
     uint32_t n_hashes = 0;
-    uint32_t token_at = 0;  // its part of Batch::tokens
+    uint32_t token_at =
+        0;  // its part of Batch::tokens; of a removed event the copies that stay of each hash, if it says
     uint32_t n_tokens = 0;
     uint64_t parent = 0;
     uint64_t block_size = 0;  // 0: nil, absent or 0
@@ -110,6 +113,12 @@ struct Batch {
         tokens.clear();
         hashes.clear();
     }
+    // Whether an event of it clears a worker, and not one medium of it.
+    bool clears() const {
+        for (const Event& e : events)
+            if (e.kind == EventKind::cleared && e.bad == Reason::none && !e.medium.set()) return true;
+        return false;
+    }
 };
 
 // What is wrong with a payload that is no batch, and at which of its bytes.
@@ -135,6 +144,7 @@ enum Field : uint8_t {
     f_spec_kind,
     f_window,
     f_cache_salt,
+    f_remaining,
     f_unknown
 };
 
@@ -143,7 +153,7 @@ constexpr uint32_t bit(Field f) { return 1u << f; }
 constexpr Field stored_fields[] = {f_type,   f_hashes,    f_parent,     f_tokens, f_block_size, f_lora_id,
                                    f_medium, f_lora_name, f_extra_keys, f_group,  f_spec_kind,  f_window};
 constexpr Field removed_fields[] = {f_type, f_hashes, f_medium, f_group};
-constexpr uint32_t removed_mask = bit(f_type) | bit(f_hashes) | bit(f_medium) | bit(f_group);
+constexpr uint32_t removed_mask = bit(f_type) | bit(f_hashes) | bit(f_medium) | bit(f_group) | bit(f_remaining);
 
 template <size_t N>
 bool is(const uint8_t* p, const char (&name)[N]) {
@@ -168,6 +178,7 @@ inline Field field_of(const uint8_t* p, uint32_t n) {
         case 12: return is(p, "block_hashes") ? f_hashes : f_unknown;
         case 17: return is(p, "parent_block_hash") ? f_parent : f_unknown;
         case 18: return is(p, "kv_cache_spec_kind") ? f_spec_kind : f_unknown;
+        case 21: return is(p, "remaining_copy_counts") ? f_remaining : f_unknown;
         case 28: return is(p, "kv_cache_spec_sliding_window") ? f_window : f_unknown;
         default: return f_unknown;
     }
@@ -330,6 +341,7 @@ private:
         bad_ = 0;
         bad_token_ = false;
         repeated_ = false;
+        remaining_ = nullptr;
         parts_ = Parts();
     }
 
@@ -438,12 +450,13 @@ private:
                 if (bad_token_) e.bad = Reason::bad_token;
                 if (bad_ != 0 || !hashes) e.bad = Reason::bad_event;
             } else if (e.kind == EventKind::removed) {
-                if ((bad_ & removed_mask) != 0 || !hashes) e.bad = Reason::bad_event;
+                out_.tokens.resize(e.token_at);
+                if ((bad_ & removed_mask) != 0 || !hashes || !remaining()) e.bad = Reason::bad_event;
             }
         }
         const bool sound = e.bad == Reason::none;
         if (!sound || e.kind == EventKind::cleared) out_.hashes.resize(e.hash_at);
-        if (!sound || e.kind != EventKind::stored) out_.tokens.resize(e.token_at);
+        if (!sound || e.kind == EventKind::cleared) out_.tokens.resize(e.token_at);
         e.n_hashes = static_cast<uint32_t>(out_.hashes.size()) - e.hash_at;
         e.n_tokens = static_cast<uint32_t>(out_.tokens.size()) - e.token_at;
     }
@@ -466,6 +479,11 @@ private:
             case f_spec_kind: return text(f, e_->spec_kind);
             case f_window: return number(f, e_->window, 0);
             case f_cache_salt: return text(f, e_->cache_salt);
+            case f_remaining:
+                // Read when it is known that the event is a removal: a map may name its type last.
+                remaining_ = r_.take_nil() ? nullptr : r_.p;
+                if (!remaining_) return true;
+                break;
             case f_type:
             case f_unknown: break;
         }
@@ -612,6 +630,20 @@ private:
         return true;
     }
 
+    // How many copies stay of each removed hash, where the event says so.
+    bool remaining() {
+        if (remaining_ == nullptr) return true;
+        MsgReader r = r_;
+        r.p = remaining_;
+        MsgValue v;
+        if (!r.next(v) || v.type != MsgType::array || v.n != out_.hashes.size() - e_->hash_at) return false;
+        for (uint32_t left = v.n; left != 0; --left) {
+            if (!r.next(v) || !v.is_uint()) return false;
+            out_.tokens.push_back(v.u < UINT32_MAX ? static_cast<uint32_t>(v.u) : UINT32_MAX);
+        }
+        return true;
+    }
+
     // A list with nil or a list for each block. The keys are read where they are used; here it is made sure that they
     // can be: strings, integers, bytes, floats, nil and lists of these.
     bool extra_keys() {
@@ -661,10 +693,11 @@ private:
     uint32_t seen_ = 0;
     uint32_t bad_ = 0;
     bool bad_token_ = false;
-    bool repeated_ = false;            // a field came twice
-    const uint8_t* before_ = nullptr;  // the event before, if the next may be compared with it
-    Parts parts_;                      // of the event that is or was read
-    uint32_t patience_ = 0;            // events that are read without comparing first
+    bool repeated_ = false;               // a field came twice
+    const uint8_t* remaining_ = nullptr;  // the list of copies that stay, if there is one
+    const uint8_t* before_ = nullptr;     // the event before, if the next may be compared with it
+    Parts parts_;                         // of the event that is or was read
+    uint32_t patience_ = 0;               // events that are read without comparing first
 };
 
 }  // namespace events_detail

@@ -93,6 +93,10 @@ public:
         judge(pod);
     }
     void set_clear_media(u32 pod, const std::vector<std::string>& media) {
+        set_media(pods_[pod].clear_media, media);
+        pods_[pod].has_clear_media = true;
+    }
+    void set_media(std::vector<u32>& list, const std::vector<std::string>& media) {
         std::vector<u32> ids;
         ids.reserve(media.size());
         for (const std::string& m : media) {
@@ -101,10 +105,8 @@ public:
             media_.take(id);
             ids.push_back(id);
         }
-        Pod& p = pods_[pod];
-        for (u32 id : p.clear_media) media_.drop(id);
-        p.clear_media = std::move(ids);
-        p.has_clear_media = true;
+        for (u32 id : list) media_.drop(id);
+        list = std::move(ids);
     }
     void set_max_blocks(u32 pod, u64 most) {
         pods_[pod].max_blocks = most;
@@ -136,7 +138,7 @@ public:
         }
     }
     Verdict own_verdict(const Worker& w) const {
-        bool degraded = w.sticky || w.small_blocks || w.parked() != 0;
+        bool degraded = w.sticky || w.in_doubt || w.small_blocks || w.parked() != 0;
         const Pod& p = pods_[w.pod];
         // Where announcements are not counted, what a window has left can not be told from what it holds: vLLM 0.33.0
         // announces both, and 69 of 1,050 recorded answers said too much.

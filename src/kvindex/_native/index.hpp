@@ -125,6 +125,7 @@ public:
         }
         pod_ids_.erase(p.name);
         for (u32 m : p.clear_media) media_.drop(m);
+        for (u32 m : p.ignore_media) media_.drop(m);
         p = Pod();
         free_pods_.push_back(id);
         ++pods_version_;
@@ -153,15 +154,16 @@ public:
 
     // One event of one stream. Never throws for what an engine may send; what could not be applied is in the report.
     void apply(Turn& turn, const Batch& b, const Event& e, Report& r) {
+        const u32 holder = e.like ? turn.holder : kNone;
+        turn.holder = kNone;
+        if (holder == kNone && ignores(turn.pod, e)) return r.skip(Reason::ignored_medium);
         if (e.kind == EventKind::stored && turn.worker == kNone && find_worker(turn) == kNone && !joins(turn.pod)) {
             const Reason why = admits(kWorkerBytes) ? Reason::over_limit : Reason::over_budget;
             r.skip(why, e.bad == Reason::none ? e.n_hashes : 1);
             refuse(turn.pod, turn.rank);
             return;
         }
-        const u32 holder = turn.holder;
-        turn.holder = kNone;
-        act(turn, b, e, e.like ? holder : kNone, r);
+        act(turn, b, e, holder, r);
         fit();
     }
     static constexpr std::size_t kNamesAhead = 6;
@@ -198,19 +200,33 @@ public:
         for (u32 w : pods_[pod].workers)
             if (workers_[w]->rank == rank) spoil(w);
     }
-    void cleared(u32 pod, i64 rank) {
+    // The worker's cache is empty, or what of it lies in the medium that the event names.
+    void cleared(u32 pod, i64 rank, StrRef medium) {
         Pod& p = pods_[pod];
+        const bool whole = !medium.set() && !p.has_clear_media;
+        const std::vector<u32> named{medium.set() ? media_.find(medium.p, medium.n) : kNone};
         for (std::size_t i = 0; i < p.workers.size(); ++i) {
             const u32 w = p.workers[i];
             if (workers_[w]->rank != rank) continue;
-            if (p.has_clear_media) {
-                clear_some(w, p.clear_media);
-            } else {
-                clear_all(w);
+            if (!whole) {
+                clear_some(w, medium.set() ? named : p.clear_media);
+                continue;
             }
+            // vLLM's reset_prefix_cache leaves an offloading tier alone; with reset_external, a sleep or a pause the
+            // tier goes too. The events are the same.
+            const bool doubt = workers_[w]->in_doubt || held_elsewhere(*workers_[w]);
+            clear_all(w);
+            workers_[w]->in_doubt = doubt;
+            judge(*workers_[w]);
         }
-        if (!p.has_clear_media) p.refused.forgive(rank);
+        if (whole) p.refused.forgive(rank);
         sum_up(pod);
+    }
+    // Events of these media are left out from now on, and what they said before goes.
+    void ignore_media(u32 pod, const std::vector<std::string>& media) {
+        set_media(pods_[pod].ignore_media, media);
+        for (std::size_t i = 0; i < pods_[pod].workers.size(); ++i)
+            clear_some(pods_[pod].workers[i], pods_[pod].ignore_media);
     }
     void clear_worker(u32 pod, i64 rank) {
         pods_[pod].positions.erase(rank);
@@ -257,10 +273,11 @@ private:
     void act(Turn& turn, const Batch& b, const Event& e, u32 known, Report& r) {
         if (e.bad != Reason::none) {
             r.skip(e.bad);
+            // An event of a kind that is not known may have taken blocks away.
             if (e.kind == EventKind::stored) {
                 spoil(worker(turn));
-            } else if (e.kind == EventKind::removed) {
-                if (const u32 w = find_worker(turn); w != kNone) spoil(w);
+            } else if (const u32 w = find_worker(turn); w != kNone) {
+                spoil(w);
             }
             return;
         }
@@ -271,16 +288,23 @@ private:
                 if (const u32 w = find_worker(turn); w == kNone) {
                     r.skip(Reason::unknown_hash, e.n_hashes);
                 } else {
-                    removed(w, e, ids, r);
+                    removed(w, e, ids, e.n_tokens ? b.tokens.data() + e.token_at : nullptr, r);
                 }
                 break;
             }
             case EventKind::cleared:
-                cleared(turn.pod, turn.rank);
+                cleared(turn.pod, turn.rank, e.medium);
                 ++r.cleared;
                 break;
             case EventKind::other: r.skip(Reason::unknown_event); break;
         }
+    }
+
+    bool ignores(u32 pod, const Event& e) const {
+        const std::vector<u32>& media = pods_[pod].ignore_media;
+        if (media.empty()) return false;
+        if (!e.medium.set() && (e.kind == EventKind::cleared || e.kind == EventKind::other)) return false;
+        return std::find(media.begin(), media.end(), media_.find(e.medium.p, e.medium.n)) != media.end();
     }
 
     // ---- stored -----------------------------------------------------------------------------------------------------
@@ -295,12 +319,16 @@ private:
         if (w.muted) return r.skip(w.why_muted, e.n_hashes);
         u32 factor = 1;
         if (e.block_size != 0) {
-            if (e.block_size % block_size_) {
-                if (e.n_hashes == 1 && e.block_size < block_size_ && w.placed_full) {
+            // The unfinished end of a prompt: vLLM announces it and again when it is whole, LMCache where it is told
+            // to.
+            const bool cut = e.n_tokens && e.n_tokens < e.block_size && e.block_size <= u64{block_size_} * 0xFFFF;
+            const bool partial = e.n_hashes == 1 && (cut || e.block_size < u64{block_size_} * largest_factor(w));
+            if (e.block_size % block_size_ || (partial && cut)) {
+                if (partial && w.placed_full) {
                     r.skip(Reason::partial_block);
                 } else {
                     r.skip(Reason::block_size_mismatch);
-                    if (e.n_hashes == 1 && e.block_size < block_size_) {
+                    if (partial) {
                         w.small_blocks = true;
                     } else {
                         w.sticky = true;
@@ -324,7 +352,11 @@ private:
         }
         ids_.resize(e.n_hashes);
         for (u32 i = 0; i < e.n_hashes; ++i) ids_[i] = name_of(b.hashes[e.hash_at + i]);
-        const bool whole = hashed || (!bare && e.n_tokens == static_cast<u64>(e.n_hashes) * e.block_size);
+        // LMCache 0.5 slices one token too many: 257 tokens for a block of 256. Where blocks are masked, tokens are a
+        // whole number of blocks.
+        const u64 spanned = static_cast<u64>(e.n_hashes) * e.block_size;
+        const bool whole =
+            hashed || (!bare && (e.n_tokens == spanned || (e.n_tokens > spanned && e.n_tokens % e.block_size)));
         u32 n = Repeats::first(ids_.data(), e.n_hashes);
         // A block below itself: what repeats the parent is a repeat as much as what repeats a sibling.
         if (whole && e.has_parent)
@@ -424,12 +456,15 @@ private:
         // At the limit each event counts anew; below it, only one of many.
         for (u32 id : p.workers) {
             const Worker& w = *workers_[id];
-            u64 factor = 1;
-            for (const Group& g : w.groups) factor = std::max<u64>(factor, g.factor);
-            more += held(w) + w.parked() * factor;
+            more += held(w) + u64{w.parked()} * largest_factor(w);
         }
         p.spare = p.max_blocks - std::min(p.max_blocks, more);
         return more > p.max_blocks;
+    }
+    static u32 largest_factor(const Worker& w) {
+        u32 factor = 1;
+        for (const Group& g : w.groups) factor = std::max(factor, g.factor);
+        return factor;
     }
     bool make_room_for(u32 id, const Event& e, u32 n, u32 factor, bool whole) {
         if (!chains_.ages().on()) return true;
@@ -487,7 +522,8 @@ private:
 
     // ---- removed, cleared -------------------------------------------------------------------------------------------
 
-    void removed(u32 id, const Event& e, const u64* ids, Report& r) {
+    // `left`: how many copies stay of each, where the event says so.
+    void removed(u32 id, const Event& e, const u64* ids, const u32* left, Report& r) {
         Holder tier;
         tier.medium = media_.find(e.medium.p, e.medium.n);
         // Nobody holds anything there.
@@ -495,14 +531,23 @@ private:
         tier.group = find_group(*workers_[id], e.group);
         for (u32 i = 0; i < e.n_hashes; ++i) {
             const u64 name = name_of(ids[i]);
-            if (remove_copy(id, tier, name) || cancel(id, tier, name)) {
+            if (left ? leave_copies(id, tier, name, left[i])
+                     : remove_copy(id, tier, name, nullptr) || cancel(id, tier, name)) {
                 ++r.removed;
             } else {
                 r.skip(Reason::unknown_hash);
             }
         }
     }
-    bool remove_copy(u32 id, const Holder& tier, u64 name) {
+    // Of a name that has no copy nothing is known that could stay.
+    bool leave_copies(u32 id, const Holder& tier, u64 name, u32 left) {
+        if (remove_copy(id, tier, name, &left)) return true;
+        const u32 waiting = parked_copies(id, tier, name);
+        for (u32 n = waiting; n > left; --n) cancel(id, tier, name);
+        return waiting != 0;
+    }
+    // Takes away one copy, or, where `left` says how many stay, all others.
+    bool remove_copy(u32 id, const Holder& tier, u64 name, const u32* left) {
         Worker& w = *workers_[id];
         const u32 ref = find(id, name);
         if (ref == kNone) return false;
@@ -515,14 +560,18 @@ private:
             if (it == w.copies.end()) {
                 u64 first;
                 if (!sets_.has(set, h) || !first_name(id, p, ref, first) || first != name) continue;
-                take_copy(id, h, p);
-                return true;
+                if (!left || *left == 0) {
+                    take_copy(id, h, p);
+                    return true;
+                }
+                if (*left == 1 || counts_once(w)) return true;
+                list_copies(id, p, ref);
             }
-            Copies& list = it->second;
+            Copies& list = w.copies.find(ref)->second;
             auto c = std::find_if(list.begin(), list.end(),
                                   [&](const Copy& x) { return x.id == name && x.holder == h && x.count; });
             if (c == list.end()) continue;
-            --c->count;
+            c->count = left ? std::min(*left, counts_once(w) ? 1u : *left) : c->count - 1;
             const bool last =
                 std::none_of(list.begin(), list.end(), [&](const Copy& x) { return x.holder == h && x.count; });
             tidy_copies(id, p, ref);
@@ -530,6 +579,14 @@ private:
             return true;
         }
         return false;
+    }
+    bool counts_once(const Worker& w) const { return pods_[w.pod].set_presence; }
+    // Whether another medium than the engine's own holds something, or something that was forgotten here.
+    bool held_elsewhere(const Worker& w) const {
+        for (u32 h : w.holders)
+            if (holders_[h].medium != 0 && (holders_[h].blocks || w.shed)) return true;
+        return w.lot && std::any_of(w.lot->by_id.begin(), w.lot->by_id.end(),
+                                    [](const auto& hash) { return !hash.first.dead && hash.first.medium != 0; });
     }
     // The worker's chains, children before their parents.
     std::vector<u32> own_chains(const Worker& w) const {
@@ -571,7 +628,7 @@ private:
             set_bit(w.mask, w.ghost, true);
         }
         drop_groups(w);
-        w.placed_full = w.small_blocks = w.sticky = w.shed = w.muted = false;
+        w.placed_full = w.small_blocks = w.sticky = w.in_doubt = w.shed = w.muted = false;
         refresh(id);
         judge(w);
     }

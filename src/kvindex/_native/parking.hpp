@@ -165,6 +165,15 @@ protected:
         if (last.name != name || last.dead || last.medium != tier.medium || last.group != tier.group) return {};
         return {&l.records.at(last.serial), last.serial, it->second};
     }
+    u32 parked_copies(u32 id, const Holder& tier, u64 name) const {
+        const Worker& w = *workers_[id];
+        if (!w.lot) return 0;
+        u32 n = 0;
+        const auto end = w.lot->by_id.upper_bound(ParkedHash{name, false, tier.medium, tier.group, ~0ull});
+        for (auto it = w.lot->by_id.lower_bound(ParkedHash{name, false, tier.medium, tier.group, 0}); it != end; ++it)
+            ++n;
+        return n;
+    }
     void take_back(ParkingLot& l, const ParkedCopy& copy) {
         Parked& p = *copy.record;
         const Holder& tier = holders_[p.holder];

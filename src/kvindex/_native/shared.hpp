@@ -118,6 +118,13 @@ public:
         if (max_blocks >= 0) ix_.set_max_blocks(pod, static_cast<u64>(max_blocks));
         if (chunk >= 0) ix_.set_chunk(pod, static_cast<u32>(chunk));
     }
+    void ignore_media(u64 uid, const std::vector<std::string>& media) {
+        Writing w(*this);
+        const u32 pod = ix_.slot(uid);
+        if (pod == kNone) return;
+        whole([&] { ix_.ignore_media(pod, media); });
+        note_expiry();
+    }
     void mark(u64 uid, i64 rank, int verdict) {
         Writing w(*this);
         if (const u32 pod = ix_.slot(uid); pod != kNone) ix_.mark(pod, rank, static_cast<Verdict>(verdict));
@@ -200,7 +207,8 @@ public:
                     ++totals_.batches;
                     report_.add(r);
                     note_expiry();
-                    note(pod, rank, model, place, r.cleared && !ix_.pod_at(pod).has_clear_media, false);
+                    note(pod, rank, model, place, r.cleared && batch.clears() && !ix_.pod_at(pod).has_clear_media,
+                         false);
                 } else {
                     ++half_;
                 }

@@ -140,10 +140,12 @@ private:
             p.max_blocks = get<u64>();
             if (flag()) p.refused.add_unknown();
             p.has_clear_media = flag();
-            p.clear_media.resize(count(4));
-            for (u32& m : p.clear_media) {
-                need((m = get<u32>()) < ix_.media_.size(), "there is no such medium");
-                ix_.media_.take(m);
+            for (std::vector<u32>* media : {&p.clear_media, &p.ignore_media}) {
+                media->resize(count(4));
+                for (u32& m : *media) {
+                    need((m = get<u32>()) < ix_.media_.size(), "there is no such medium");
+                    ix_.media_.take(m);
+                }
             }
             // Nobody has listened since this was written: until somebody shows what has happened, nothing is current.
             for (u32 k = count(8); k; --k) p.streams[rank()] = Verdict::stale;
@@ -180,12 +182,13 @@ private:
             need(ix_.add_worker(pod, r, space) == i, "a worker is out of order");
             Worker& w = *ix_.workers_[i];
             const u32 flags = get<u32>();
-            need(flags < 64, "a worker's flags are none");
+            need(flags < 128, "a worker's flags are none");
             w.placed_full = flags & 1;
             w.small_blocks = flags & 2;
             w.sticky = flags & 4;
             w.shed = flags & 16;
             w.muted = flags & 32;
+            w.in_doubt = flags & 64;
             need((!w.shed || w.sticky) && (!w.muted || w.shed), "a worker's flags are none");
             const u32 groups = count(20);
             need(groups <= kMostGroups, "a worker has too many groups");

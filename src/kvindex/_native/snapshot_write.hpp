@@ -157,6 +157,8 @@ private:
             out_.put(static_cast<u32>(p.has_clear_media));
             out_.put(static_cast<u32>(p.clear_media.size()));
             for (u32 m : p.clear_media) out_.put(medium_no_.at(m));
+            out_.put(static_cast<u32>(p.ignore_media.size()));
+            for (u32 m : p.ignore_media) out_.put(medium_no_.at(m));
             std::set<i64> ranks;
             for (const auto& s : p.streams) ranks.insert(s.first);
             for (const auto& s : p.positions) ranks.insert(s.first);
@@ -184,7 +186,7 @@ private:
             out_.put(w.space);
             out_.put(w.rank);
             out_.put(w.placed_full | w.small_blocks * 2u | w.sticky * 4u | (w.ghost != kNone) * 8u | w.shed * 16u |
-                     w.muted * 32u);
+                     w.muted * 32u | w.in_doubt * 64u);
             out_.put(static_cast<u32>(w.groups.size()));
             for (const Group& g : w.groups) {
                 out_.put(g.id);

@@ -117,6 +117,7 @@ struct Worker {
     bool placed_full = false;   // has placed a block of a size that fits
     bool small_blocks = false;  // has only sent single blocks that are too small: partial ones or a wrong size?
     bool sticky = false;        // something could not be placed, for good
+    bool in_doubt = false;      // a clear did not say whether another medium than the engine's own was meant
     bool shed = false;          // something that it holds was forgotten: nothing waits for what may have been that
     bool muted = false;         // what limits its answers could not be kept: nothing of it is, until it starts anew
     Reason why_muted = Reason::over_budget;
@@ -207,6 +208,7 @@ struct Pod {
     bool set_presence = false;
     bool has_clear_media = false;
     std::vector<u32> clear_media;
+    std::vector<u32> ignore_media;  // events of these are left out
     Refused refused;
     u32 chunk_tokens = 0;
     u32 holders = 0;                   // of all its workers, without ghosts and guesses

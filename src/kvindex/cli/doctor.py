@@ -41,7 +41,7 @@ ERRORS = {
     "bad_seq_size": "messages have no sequence number of 8 bytes: another publisher?",
     "bad_seq": "messages have sequence numbers that are none",
     "bad_event": "events were malformed",
-    "unknown_event": "events were of a kind that this version does not know, and were ignored",
+    "unknown_event": "events were of a kind that this version does not know, and may have taken blocks away",
     "bad_token": "events have tokens that are no integers (EAGLE's pairs, TensorRT-LLM's strings): not to be placed",
     "misaligned": "events start inside a block",
     "parked_full": "blocks were refused because too many wait for their parents",
@@ -51,7 +51,7 @@ ERRORS = {
 }  # fmt: skip
 
 # Of no consequence to what is matched: promotions of vLLM's partial blocks, removals of what was never counted.
-HARMLESS = frozenset({"partial_block", "unknown_hash", "block_size_mismatch"})
+HARMLESS = frozenset({"partial_block", "unknown_hash", "block_size_mismatch", "ignored_medium"})
 
 
 class Finding(NamedTuple):

@@ -15,6 +15,7 @@ import zmq
 
 from ..answers import StreamPlace
 from ..errors import EventDecodeError
+from ..events import AllBlocksCleared, decode_batch, unknown_kinds
 from .allowance import PAUSE, Allowance
 from .frames import END, FrameFault, batch_events, parse_live, parse_replay
 from .sockets import BUDGET, Loop, Replay, SocketOptions, Subscription, resolve
@@ -161,6 +162,7 @@ class Worker:
         self.events: Counter[str] = Counter()  # those that are not in every batch
         self.errors: Counter[str] = Counter()
         self.explained: set[str] = set()
+        self.unknown: str | None = None  # the kind of an event that nobody knows, until the worker starts anew
         self._uncleared = False  # the index still has what it was told to forget
         self.tokens = 10.0  # of the log's bucket
         self.tokens_at = 0.0
@@ -462,6 +464,7 @@ class Worker:
             return False
         self._uncleared = False
         self.explained.clear()
+        self.unknown = None
         return True
 
     def _ingest(self, action: Ingest, actions: list[Action], now: float) -> None:
@@ -494,7 +497,9 @@ class Worker:
             self.lag = time.time() - action.ts
         if report.cleared:
             self.events["cleared"] += report.cleared
-            if self.source.clear_media is None:
+            whole = (isinstance(e, AllBlocksCleared) and e.medium is None for e in decode_batch(action.payload).events)
+            if self.source.clear_media is None and any(whole):
+                self.unknown = None
                 actions += self.stream.cleared(action.seq, now)
         if report.parked or report.skipped:
             self.events["parked"] += report.parked
@@ -505,16 +510,17 @@ class Worker:
         self._host.look_at(self)
         for reason, count in report.reasons.items():
             self.errors[reason] += count
-            if reason not in self.explained and reason != "unknown_hash":
+            if reason not in self.explained and reason not in ("unknown_hash", "ignored_medium"):
                 # Once for each reason until the worker starts anew: the counters have the rest.
                 self.explained.add(reason)
                 self._say(reason, self._explain(reason, payload), now)
 
     def _explain(self, reason: str, payload: bytes) -> str:
+        if reason == "unknown_event":
+            self.unknown = ", ".join(sorted(set(unknown_kinds(payload))))
+            return f"an event of kind {self.unknown} is not known, and may have taken blocks away"
         if reason != "block_size_mismatch":
             return "an event could not be applied"
-        from ..events import decode_batch
-
         sizes = {getattr(event, "block_size", None) for event in decode_batch(payload).events}
         named = ", ".join(str(size) for size in sorted(size for size in sizes if size))
         return f"its blocks have {named} tokens, the index counts in {self._setting.index.block_size}"
@@ -600,6 +606,8 @@ class Worker:
                 figures = {}
         own = figures.get("state", self.verdict)
         if WORST_FIRST.index(own) < WORST_FIRST.index(self.verdict):
+            if self.unknown is not None:
+                return own, f"an event of kind {self.unknown}, which is not known, may have taken blocks away"
             return own, "blocks could not be placed, or not be followed exactly"
         if self._uncleared:
             return self.verdict, _UNCLEARED
@@ -614,8 +622,8 @@ class Worker:
         state, reason = self._judged(figures)
         ignored = self.errors["unknown_event"]
         if state == "exact" and ignored and not figures.get("blocks"):
-            # What such an event means nobody knows, so it takes no verdict away; but a pod that speaks of blocks in
-            # them alone would look as well as one that holds nothing.
+            # What such an event means nobody knows, and there was nothing that it could take away; but a pod that
+            # speaks of blocks in them alone would look as well as one that holds nothing.
             events = "event of unknown kind was" if ignored == 1 else "events of unknown kind were"
             reason = f"{ignored:,} {events} ignored, and no block is held"
         return WorkerStatus(
