@@ -96,6 +96,20 @@ public:
             if (workers_[id]) refresh(id);
         for (u32 p = 0; p < pods_.size(); ++p) judge(p);
     }
+    // Gives back what a large event needed, and counts what stays. Scratch grows in these four; the rest follows them.
+    void tidy() {
+        const std::size_t seen = ids_.capacity() + prefixes_.capacity() + path_.capacity() + extra_.scratch.capacity();
+        if (seen == seen_) return;
+        std::size_t n = scratch_bytes();
+        if (n > most_scratch()) {
+            drop_scratch();
+            n = 0;
+        }
+        mem_.bytes += n - scratch_;
+        scratch_ = n;
+        seen_ = n ? seen : 0;
+        fit();
+    }
     // Events of this stream from `i` on were lost. Where they said something new of its groups and media, nothing is
     // kept of the worker any more: a group that is not known would object to nothing.
     void missed(const Turn& turn, const Batch& b, std::size_t i) {
@@ -130,6 +144,9 @@ public:
         free_pods_.push_back(id);
         ++pods_version_;
         if (pod_ids_.empty()) {
+            drop_scratch();
+            mem_.sub(scratch_);
+            scratch_ = seen_ = 0;
             sets_.shrink();
             chains_.shrink();
             pods_.clear();
@@ -684,9 +701,26 @@ private:
     u32 block_size_;
     u64 seed_;
 
+    template <class... V>
+    static std::size_t bytes_of(const V&... list) {
+        return (... + (list.capacity() * sizeof(typename V::value_type)));
+    }
+    std::size_t scratch_bytes() const {
+        return bytes_of(ids_, locals_, prefixes_, taken_, segs_, pieces_, path_, fresh_, extra_.digest, extra_.has,
+                        extra_.scratch);
+    }
+    void drop_scratch() {
+        ids_ = locals_ = prefixes_ = fresh_ = {};
+        taken_ = {};
+        segs_ = pieces_ = {};
+        path_ = {};
+        extra_ = {};
+    }
+
     // Scratch of the one writer.
     std::vector<u64> ids_, locals_;
     ExtraDigests extra_;
+    std::size_t scratch_ = 0, seen_ = 0;  // its bytes as they are counted, and what it had grown to then
 };
 
 }  // namespace kvindex

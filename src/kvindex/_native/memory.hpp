@@ -34,6 +34,10 @@ struct Memory {
     void sub(std::size_t n) { bytes -= n; }
 };
 
+// What was needed for one payload or event is kept for the next one, up to so many bytes: enough for an event of 10,000
+// blocks. Of a budget it is this part at most.
+inline constexpr std::size_t kMostScratch = std::size_t{1} << 20, kScratchShare = 64;
+
 inline constexpr std::size_t kHugePage = std::size_t{2} << 20;
 
 inline void make_huge([[maybe_unused]] void* p, [[maybe_unused]] std::size_t bytes) {

@@ -4,6 +4,7 @@
 #include <limits>
 #include <thread>
 
+#include "batches.hpp"
 #include "check.hpp"
 #include "forks.hpp"
 #include "lock.hpp"
@@ -83,7 +84,8 @@ class SharedIndex {
 public:
     // max_bytes 0, ttl 0: without a limit.
     SharedIndex(u32 block_size, u64 seed, bool set_presence, u32 max_parked, u64 max_bytes = 0, double ttl = 0)
-        : ix_(block_size, seed, set_presence, max_parked, max_bytes, ttl) {
+        : ix_(block_size, seed, set_presence, max_parked, max_bytes - max_bytes / kScratchShare, ttl),
+          batches_(max_bytes ? std::min(kMostScratch, max_bytes / kScratchShare) : kMostScratch) {
         note_expiry();
         Forks<SharedIndex>::add(this);
     }
@@ -105,6 +107,7 @@ public:
             ix_.start_over();
             ix_.remove_pod(pod);
         }
+        if (!ix_.any_pods()) batches_.clear();
         note_expiry();
         return pod != kNone;
     }
@@ -140,13 +143,13 @@ public:
     // for others, so that a caller may try a small one with the interpreter locked.
     Taken ingest(u64 uid, const u8* payload, u64 bytes, const std::string& model, i64 rank, i64 seq, bool wait,
                  Report& r, double& ts, i64& dp_rank, DecodeFault& fault) {
-        static thread_local Batch kept;
-        Batch& batch = kept;
+        const Batches::Lent lent(batches_);
+        Batch& batch = *lent;
         Place place;
         if ((place.seq = seq) >= 0) place.fingerprint = xxh3_64(payload, bytes, 0);
         bool whole = false;
         try {
-            whole = decode_batch(payload, bytes, batch, fault);
+            whole = decode_batch(payload, bytes, batch, fault, false);
         } catch (const std::bad_alloc&) {
             // Content is as it was, and this worker's is not what its engine says any more.
             batch = Batch();
@@ -164,8 +167,6 @@ public:
         place.ts = ts = batch.ts;
         dp_rank = rank >= 0 ? rank : batch.dp_rank >= 0 ? batch.dp_rank : 0;
         if (!apply(uid, dp_rank, model, batch, place, r, wait)) return Taken::busy;
-        // One monster batch must not pin its memory for as long as the thread lives.
-        if (batch.tokens.capacity() > (1u << 22)) batch = Batch();
         return Taken::yes;
     }
     bool apply(u64 uid, i64 rank, const std::string& model, const Batch& batch, const Place& place, Report& r,
@@ -189,6 +190,7 @@ public:
             if (pod == kNone) {
                 // Removed while this was on its way: never resurrected.
                 for (; i < batch.events.size(); ++i) ++r.skipped;
+                r.skipped += batch.unknown + batch.bad;
                 return true;
             }
             Turn turn(pod, rank, model, ix_.find_space(model));
@@ -203,7 +205,10 @@ public:
                     totals_.events_cleared += e.kind == EventKind::cleared;
                     ix_.apply(turn, batch, e, r);
                 }
+                ix_.tidy();
                 if (i == batch.events.size()) {
+                    if (batch.unknown) r.skip(Reason::unknown_event, batch.unknown);
+                    if (batch.bad) r.skip(Reason::bad_event, batch.bad);
                     ++totals_.batches;
                     report_.add(r);
                     note_expiry();
@@ -333,7 +338,9 @@ public:
     }
     Index::Figures figures() const {
         Reading g(*this, true);
-        return ix_.figures();
+        Index::Figures f = ix_.figures();
+        f.bytes += batches_.bytes();
+        return f;
     }
     Totals totals() const {
         Reading g(*this, true);
@@ -494,6 +501,7 @@ private:
     void note_expiry() { expiry_.store(ix_.next_expiry(), std::memory_order_relaxed); }
 
     Index ix_;
+    Batches batches_;
     mutable TurnLock lock_;
     Totals totals_ = {};
     Report report_;

@@ -128,13 +128,9 @@ protected:
         }
         while (bytes() > max_ && (shed_oldest(kPiece, shed_) || shed_waiting())) {
         }
-        if (prefixes_.capacity() * sizeof(u64) > max_ / 64) {
-            prefixes_ = {};
-            path_ = {};
-            segs_ = {};
-            pieces_ = {};
-        }
     }
+    // What the writer may keep of its scratch.
+    std::size_t most_scratch() const { return max_ ? std::min(kMostScratch, max_ / kScratchShare) : kMostScratch; }
     // All content is about to go.
     void shed_everything() {
         shed_.blocks += chains_.blocks();
