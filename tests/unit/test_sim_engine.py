@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -349,10 +351,11 @@ def test_what_the_gpu_lost_comes_back_from_the_second_tier():
     serve(engine, tokens(5, 6, 7, 8))
     engine.take_events()
     prompt = Prompt(tokens(1, 2, 3, 4))
-    assert [engine.hit_prompt(prompt, medium) for medium in (None, "GPU", "CPU")] == [12, 0, 12]
+    assert [engine.held_prompt(prompt, medium) for medium in (None, "GPU", "CPU")] == [12, 0, 12]
+    assert engine.tiers_prompt(prompt) == (0, 12)
     assert serve(engine, prompt) == 12
     assert list(stored(engine)[0].block_hashes) == chain
-    assert engine.hit_prompt(Prompt(tokens(1, 2, 3, 4)[:13]), "GPU") == 12
+    assert engine.held_prompt(Prompt(tokens(1, 2, 3, 4)[:13]), "GPU") == 12
 
 
 def test_the_second_tier_drops_what_was_used_longest_ago():
@@ -364,7 +367,37 @@ def test_the_second_tier_drops_what_was_used_longest_ago():
     assert events[1] == Removed([one[1]], "DISK", 0)
     assert [list(event.block_hashes) for event in (events[0], events[2])] == [one, two]
     assert events[2].token_ids.tolist() == tokens(3, 4).tolist()
-    assert engine.hit_prompt(Prompt(tokens(1, 2, 9)), "DISK") == 4
+    assert engine.held_prompt(Prompt(tokens(1, 2, 9)), "DISK") == 4
+
+
+def test_a_tier_goes_on_where_the_gpu_ends_and_fills_no_hole_for_it():
+    engine = Engine(40, B, offload_blocks=40)
+    serve(engine, tokens(1, 2, 3, 4))
+    prompt = Prompt(tokens(1, 2, 3, 4, 5))
+    first, second, third, fourth = names(engine, tokens(1, 2, 3, 4))
+    # The GPU loses a block in the middle, the tier the one behind it: what the GPU has behind that does not count.
+    engine._evict(engine._cached[0][second][:])
+    del engine._offloaded[0, third]
+    assert (engine.tiers_prompt(prompt), engine.held_prompt(prompt)) == ((4, 8), 16)
+    # The head: all that is left is the tier's, as far as it goes.
+    engine._evict(engine._cached[0][first][:])
+    assert engine.tiers_prompt(prompt) == (0, 8)
+    engine.take_events()
+    assert serve(engine, prompt) == 8
+    loaded = stored(engine)[0]
+    assert list(loaded.block_hashes) == [first, second]
+    assert engine.tiers_prompt(prompt) == (16, 16)
+    assert fourth in engine._cached[0]
+
+
+def test_a_tier_may_say_tokens_and_leave_out_whose_they_are():
+    engine = Engine(8, B, offload_blocks=8, offload_tokens=True, offload_keyless=True)
+    serve(engine, Prompt(tokens(1, 2), lora_name="sql", lora_id=3, cache_salt="tenant"))
+    gpu, cpu = stored(engine)
+    assert (gpu.lora_name, gpu.lora_id, gpu.cache_salt) == ("sql", 3, "tenant")
+    assert gpu.extra_keys == [["sql", "tenant"], ["sql"]]
+    assert (cpu.lora_name, cpu.lora_id, cpu.cache_salt, cpu.extra_keys) == (None, None, None, None)
+    assert (cpu.block_hashes, cpu.token_ids.tolist()) == (gpu.block_hashes, gpu.token_ids.tolist())
 
 
 def test_a_reset_can_spare_the_second_tier():
@@ -376,6 +409,65 @@ def test_a_reset_can_spare_the_second_tier():
     assert engine.hit(tokens(1, 2, 9)) == 0
 
 
+# Speculative decoding, and the silence of SGLang's second pool
+
+
+@pytest.mark.parametrize("lookahead", [1, 3])
+def test_with_a_lookahead_a_block_is_told_apart_by_the_tokens_behind_it(lookahead):
+    engine = Engine(20, B, lookahead=lookahead)
+    serve(engine, tokens(1, 2, 3))
+    (event,) = stored(engine)
+    # The last block has nothing behind it yet.
+    assert event.token_ids.tolist() == tokens(1, 2).tolist()
+    assert event.lookahead_token_ids == [tokens(2)[:lookahead].tolist(), tokens(3)[:lookahead].tolist()]
+    assert engine.hit(tokens(1, 2, 3, 4)) == 8
+    assert engine.hit(tokens(1, 2, 9)) == 4
+    assert [engine.hit(tokens(1, 2, 3)[:n]) for n in (8, 8 + lookahead - 1, 8 + lookahead)] == [4, 4, 8]
+
+
+def test_a_lookahead_block_is_findable_once_the_answer_goes_on():
+    engine = Engine(20, B, lookahead=1)
+    request = engine.start(Prompt(tokens(1, 2)))
+    assert [len(event.block_hashes) for event in stored(engine)] == [1]
+    assert engine.decode(request, [7, 7])
+    assert [event.lookahead_token_ids for event in stored(engine)] == [[[7]]]
+    engine.finish(request)
+    assert engine.hit(np.append(tokens(1, 2), [7])) == 8
+
+
+def test_sglang_writes_a_lookahead_as_pairs():
+    engine = Engine(20, B, flavor="sglang", lookahead=1)
+    serve(engine, tokens(1, 2, 3))
+    (event,) = stored(engine)
+    assert event.lookahead_token_ids is None
+    assert event.token_ids.tolist() == [list(pair) for pair in itertools.pairwise(tokens(1, 2, 3)[:9].tolist())]
+    assert [engine.hit(tokens(1, 2, 3)[:n]) for n in (12, 9, 8)] == [8, 8, 4]
+
+
+def test_the_older_eagle_drops_the_last_block_that_matches():
+    engine = Engine(20, B, eagle=True)
+    serve(engine, tokens(1, 2, 3))
+    prompt = tokens(1, 2, 3, 4)
+    assert [engine.hit(prompt[:n]) for n in (16, 13, 12, 5, 4)] == [8, 8, 4, 0, 0]
+    assert engine.held_prompt(Prompt(prompt)) == 12
+
+
+def test_sglangs_window_evicts_without_a_word():
+    engine = Engine(40, B, flavor="sglang", window=5, window_blocks=3)
+    serve(engine, tokens(1, 2, 3))
+    assert engine.hit(tokens(1, 2, 3, 4)) == 12
+    engine.take_events()
+    serve(engine, tokens(7, 8))
+    assert [type(event) for event in engine.take_events()] == [Stored]
+    # Of the first prompt the window has its last block only, and one is enough for a window of five tokens.
+    assert (engine.hit(tokens(1, 2, 3, 4)), engine.hit(tokens(1, 2, 4))) == (12, 0)
+    assert engine.held_prompt(Prompt(tokens(1, 2, 4))) == 8
+    serve(engine, tokens(9))
+    assert (engine.hit(tokens(1, 2, 3, 4)), engine.hit(tokens(7, 8, 4))) == (0, 8)
+    engine.reset()
+    assert engine.held_prompt(Prompt(tokens(7, 8))) == 0
+
+
 # Mistakes
 
 
@@ -385,7 +477,13 @@ def test_a_reset_can_spare_the_second_tier():
         ({"num_blocks": 0}, "num_blocks"),
         ({"num_blocks": 4, "block_size": 0}, "block_size"),
         ({"num_blocks": 4, "window": 1}, "window"),
-        ({"num_blocks": 4, "window": 9, "flavor": "sglang"}, "window"),
+        ({"num_blocks": 4, "window": 9, "flavor": "sglang"}, "window_blocks"),
+        ({"num_blocks": 4, "window": 9, "window_blocks": 4}, "window_blocks"),
+        ({"num_blocks": 4, "window": 9, "window_blocks": 4, "flavor": "sglang", "offload_blocks": 2}, "second tier"),
+        ({"num_blocks": 4, "lookahead": -1}, "lookahead"),
+        ({"num_blocks": 4, "lookahead": 2, "flavor": "sglang"}, "lookahead"),
+        ({"num_blocks": 4, "eagle": True, "lookahead": 1}, "eagle"),
+        ({"num_blocks": 4, "eagle": True, "offload_blocks": 1}, "eagle"),
         ({"num_blocks": 4, "window": 9, "window_block_size": 24}, "multiple of 16"),
         ({"num_blocks": 4, "window": 9, "window_interval": 24}, "multiple of 16"),
     ],

@@ -141,3 +141,35 @@ def test_large_and_empty_batches():
 def test_an_unknown_form_is_named():
     with pytest.raises(InvalidValueError, match=r"'vllm-9'.*vllm-0\.24\.0"):
         wire_form("vllm-9")
+
+
+def test_a_lookahead_is_written_as_vllm_writes_it():
+    # Made by vLLM 0.33.0's own encoder.
+    with_keys = bytes.fromhex(
+        "93cb3ff800000000000091de0010a474797065ab426c6f636b53746f726564ac626c6f636b5f686173686573920b0cb17061"
+        "72656e745f626c6f636b5f68617368c0a9746f6b656e5f696473980001020304050607aa626c6f636b5f73697a6504a76c6f"
+        "72615f696403a66d656469756da3475055a96c6f72615f6e616d65a373716caa65787472615f6b6579739292a373716ca178"
+        "91a373716ca967726f75705f69647800b26b765f63616368655f737065635f6b696e64ae66756c6c5f617474656e74696f6e"
+        "bc6b765f63616368655f737065635f736c6964696e675f77696e646f7707a86c6f63616c697479a54c4f43414ca96f776e65"
+        "7273686970a16faa73657373696f6e5f6964a173b36c6f6f6b61686561645f746f6b656e5f69647392930506079309010200"
+    )
+    plain = bytes.fromhex(
+        "93cb3ff800000000000091de000ca474797065ab426c6f636b53746f726564ac626c6f636b5f686173686573920b0cb17061"
+        "72656e745f626c6f636b5f68617368c0a9746f6b656e5f696473980001020304050607aa626c6f636b5f73697a6504a76c6f"
+        "72615f6964c0a66d656469756da3475055a96c6f72615f6e616d65c0aa65787472615f6b65797392c0c0a967726f75705f69"
+        "647800b26b765f63616368655f737065635f6b696e64ae66756c6c5f617474656e74696f6eb36c6f6f6b61686561645f746f"
+        "6b656e5f69647392930506079309010200"
+    )
+    hashes = [n.to_bytes(32, "big") for n in (11, 12)]
+    event = Stored(
+        hashes, None, np.arange(8, dtype=np.uint32), 4, None, "GPU", None, [None, None], 0, "full_attention",
+        lookahead_token_ids=[[5, 6, 7], [9, 1, 2]],
+    )  # fmt: skip
+    keyed = event._replace(
+        lora_id=3, lora_name="sql", extra_keys=[("sql", "x"), ("sql",)], kv_cache_spec_sliding_window=7,
+        locality="LOCAL", ownership="o", session_id="s",
+    )  # fmt: skip
+    form = wire_form("vllm-0.33.0")
+    assert encode_batch([event], form, ts=1.5) == plain
+    # Sixteen keys, for which a map has another header.
+    assert encode_batch([keyed], form, ts=1.5) == with_keys

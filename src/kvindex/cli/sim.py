@@ -63,6 +63,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
                        help="tokens in a block (default %(default)s)")  # fmt: skip
     cache.add_argument("--window", type=int, metavar="TOKENS",
                        help="window of a second, sliding-window group (default: there is none)")  # fmt: skip
+    cache.add_argument("--window-blocks", type=int, metavar="N",
+                       help="with SGLang: blocks in the window's pool, whose evictions are in no event")  # fmt: skip
     cache.add_argument("--window-block-size", type=int, metavar="TOKENS",
                        help="tokens in a block of that group (default: as --block-size)")  # fmt: skip
     cache.add_argument("--window-interval", type=int, metavar="TOKENS",
@@ -72,6 +74,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     cache.add_argument("--offload-medium", default="CPU", metavar="NAME",
                        help="medium of the second tier (default %(default)s)")  # fmt: skip
     cache.add_argument("--offload-tokens", action="store_true", help="the second tier's events say their tokens")
+    cache.add_argument("--offload-keyless", action="store_true",
+                       help="and then neither adapter nor salt nor other keys, as connectors")  # fmt: skip
+    cache.add_argument("--lookahead", type=int, default=0, metavar="TOKENS",
+                       help="tokens behind a block in its hash: EAGLE and MTP (default %(default)s)")  # fmt: skip
+    cache.add_argument("--eagle", action="store_true",
+                       help="EAGLE as in vLLM before 0.33: the last matching block is not reused")  # fmt: skip
 
     network = parser.add_argument_group("its sockets")
     network.add_argument("--host", default="127.0.0.1", help="address to bind (default %(default)s)")

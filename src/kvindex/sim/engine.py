@@ -57,7 +57,7 @@ class Prompt:
         self.cache_salt = cache_salt
         self.extra_keys = extra_keys
         self.plain = lora_name is None and cache_salt is None and not extra_keys
-        self._chains: dict[tuple[bytes, int], list[bytes]] = {}
+        self._chains: dict[tuple[bytes, int, int], list[bytes]] = {}
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -77,21 +77,26 @@ class Prompt:
         # The digests of prompt embeddings (bytes) come after the salt, everything else before it.
         return [*([self.lora_name] if self.lora_name else []), *own[:tail], *([salt] if salt else []), *own[tail:]]
 
-    def chain(self, seed: bytes, block_size: int) -> list[bytes]:
+    def chain(self, seed: bytes, block_size: int, lookahead: int = 0) -> list[bytes]:
         """The chained digest of every complete block; the list is shared, so it is only to be read."""
-        known = self._chains.get((seed, block_size))
+        known = self._chains.get((seed, block_size, lookahead))
         if known is None:
-            known = self._chains[seed, block_size] = []
-            self.extend_chain(known, seed, self.tokens, block_size)
+            known = self._chains[seed, block_size, lookahead] = []
+            self.extend_chain(known, seed, self.tokens, block_size, lookahead)
         return known
 
-    def extend_chain(self, chain: list[bytes], seed: bytes, tokens: Tokens, block_size: int) -> None:
-        """Append to ``chain`` the digests of the complete blocks of ``tokens`` that it does not have yet."""
+    def extend_chain(
+        self, chain: list[bytes], seed: bytes, tokens: Tokens, block_size: int, lookahead: int = 0
+    ) -> None:
+        """Append to ``chain`` the digests of the complete blocks of ``tokens`` that it does not have yet.
+
+        A block is complete when the ``lookahead`` tokens behind it are there too, which its digest covers.
+        """
         first, sha256, width = len(chain), hashlib.sha256, 4 * block_size
         data = tokens[first * block_size :].tobytes()
         parent = chain[-1] if chain else sha256(seed).digest()
-        for block in range(len(data) // width):
-            content = parent + data[block * width : (block + 1) * width]
+        for block in range((len(data) - 4 * lookahead) // width):
+            content = parent + data[block * width : (block + 1) * width + 4 * lookahead]
             if not self.plain and (keys := self.keys(first + block)) is not None:
                 content += msgpack.packb(keys)
             parent = sha256(content).digest()
@@ -148,7 +153,11 @@ class Engine:
 
     ``flavor="vllm"``: equal content may have several copies, and the last token of a prompt is always computed.
     ``flavor="sglang"``: one copy each, the answer is stored when it is finished, removals come many to an event, and
-    the first event is a clear. ``hash_seed`` stands for the process seed of vLLM before 0.29; engines that share it
+    the first event is a clear. ``lookahead`` tokens behind each block are in its hash, as with speculative decoding in
+    vLLM 0.33 (a list per block in its events) and in SGLang (one, as pairs of tokens); ``eagle`` is vLLM's older way,
+    which drops the last matching block instead. SGLang's ``window`` says nothing of what it evicts: ``window_blocks``
+    is the size of that pool. ``offload_keyless``: the second tier's events say tokens, but neither keys nor salt
+    nor adapter, as connectors do. ``hash_seed`` stands for the process seed of vLLM before 0.29; engines that share it
     give equal content equal hashes.
 
     Serving: :meth:`start` (prefill), :meth:`decode`, :meth:`finish`; after each, :meth:`take_events` hands out what
@@ -172,11 +181,23 @@ class Engine:
         offload_blocks: int = 0,
         offload_medium: str = "CPU",
         offload_tokens: bool = False,
+        offload_keyless: bool = False,
+        lookahead: int = 0,
+        eagle: bool = False,
+        window_blocks: int | None = None,
     ) -> None:
         if num_blocks <= 0 or block_size <= 0:
             raise InvalidValueError(f"num_blocks and block_size must be positive, not {num_blocks} and {block_size}")
-        if window is not None and (window < 2 or flavor == "sglang"):
-            raise InvalidValueError(f"a window needs flavor 'vllm' and at least 2 tokens, not {flavor!r} and {window}")
+        if window is not None and window < 2:
+            raise InvalidValueError(f"a window needs at least 2 tokens, not {window}")
+        if (window_blocks is not None) != (window is not None and flavor == "sglang"):
+            raise InvalidValueError("flavor 'sglang' has a window with window_blocks, the size of its pool, or neither")
+        if window_blocks is not None and (window_blocks < 1 or window_block_size or window_interval or offload_blocks):
+            raise InvalidValueError("SGLang's window has a pool of its own, blocks of the one size, and no second tier")
+        if lookahead < 0 or (flavor == "sglang" and lookahead > 1):
+            raise InvalidValueError(f"lookahead must be 0 or more tokens, with flavor 'sglang' 0 or 1, not {lookahead}")
+        if eagle and (flavor == "sglang" or lookahead or window is not None or offload_blocks):
+            raise InvalidValueError("eagle needs flavor 'vllm' with one group, no lookahead and no second tier")
         second = window_block_size or block_size
         if second % block_size:
             raise InvalidValueError(f"window_block_size must be a multiple of {block_size}, not {second}")
@@ -187,7 +208,7 @@ class Engine:
         self.flavor = flavor
         self.hash_seed = hash_seed
         self._groups = [_Group(0, "full_attention", block_size, None, 1, None)]
-        if window is not None:
+        if window is not None and flavor == "vllm":
             self._groups.append(_Group(1, "sliding_window", second, window, second // block_size, window_interval))
         self._step = math.lcm(*(group.block_size for group in self._groups))
         # Freed blocks in the order in which they are reused. A linked list, because a hit takes blocks out of the
@@ -201,6 +222,13 @@ class Engine:
         self._offload_blocks = offload_blocks
         self._offload_medium = offload_medium
         self._offload_tokens = offload_tokens
+        self._offload_keyless = offload_keyless
+        self._lookahead = lookahead
+        self._eagle = eagle
+        # SGLang's window: the digests of which it still has what the window needs, used longest ago first.
+        self._window = None if flavor == "vllm" or window is None else -(-(window - 1) // block_size)
+        self._window_blocks = window_blocks or 0
+        self._windowed: OrderedDict[bytes, None] = OrderedDict()
         self._offloaded: OrderedDict[tuple[int, bytes], None] = OrderedDict()
         self._offload_groups: set[int] = set()
         # SGLang's cache resets itself when it is made, which is the first thing its stream ever says.
@@ -228,8 +256,11 @@ class Engine:
         return sum(-(-tokens // group.block_size) for group in self._groups)
 
     def query_tokens(self, tokens: Tokens) -> Tokens:
-        """The part of a prompt that this engine looks up: vLLM always computes the last token itself."""
-        return tokens[:-1] if self.flavor == "vllm" else tokens
+        """The part of a prompt that this engine looks up: vLLM always computes the last token itself.
+
+        With a lookahead that token can only be behind a block, so the whole prompt is looked up.
+        """
+        return tokens[:-1] if self.flavor == "vllm" and not self._lookahead else tokens
 
     def hit(
         self,
@@ -242,31 +273,58 @@ class Engine:
         """How many tokens of this prompt the engine would reuse now, whatever the tier. O(blocks)."""
         return self.hit_prompt(Prompt(tokens, lora_name=lora_name, cache_salt=cache_salt, extra_keys=extra_keys))
 
-    def hit_prompt(self, prompt: Prompt, medium: str | None = None) -> int:
-        """As :meth:`hit`; with ``medium``, how much of it this tier alone holds, in the groups it was given."""
-        chain = self._chain(prompt)
-        reach = self._reach(chain, len(self.query_tokens(prompt.tokens)))
-        return reach if medium is None else self._reach(chain, reach, medium)
+    def hit_prompt(self, prompt: Prompt) -> int:
+        """As :meth:`hit`."""
+        return self.tiers_prompt(prompt)[1]
+
+    def tiers_prompt(self, prompt: Prompt) -> tuple[int, int]:
+        """How many tokens the GPU gives, and how many the second tier makes of them with the run behind."""
+        chain, tokens = self._chain(prompt), len(self.query_tokens(prompt.tokens))
+        own = self._reach(chain, tokens, "GPU")
+        if self._eagle:
+            own = max(0, own - self.block_size)
+        if self._window is not None:
+            own = self._window_reach(chain, own)
+        return own, max(own, self._reach(chain, tokens, own=own)) if self._offloaded else own
+
+    def held_prompt(self, prompt: Prompt, medium: str | None = None) -> int:
+        """How many leading tokens are there in any tier, or in ``medium`` alone, whatever is reused of them."""
+        return self._reach(self._chain(prompt), len(prompt), medium)
 
     def _chain(self, prompt: Prompt) -> list[bytes]:
-        return prompt.chain(self.hash_seed, self.block_size)
+        return prompt.chain(self.hash_seed, self.block_size, self._lookahead)
 
-    def _held(self, group: _Group, chain: list[bytes], blocks: int, medium: str | None) -> list[bool]:
+    def _held(self, group: _Group, chain: list[bytes], blocks: int, medium: str | None, own: int | None) -> list[bool]:
         cached = self._cached[group.index] if medium in (None, "GPU") else {}
         tier = self._offloaded if medium in (None, self._offload_medium) else {}
         digests = chain[group.stride - 1 : blocks * group.stride : group.stride]
+        if own is not None:
+            # A connector is asked for what follows the GPU's own prefix, and is asked for all of it.
+            own //= group.block_size
+            return [d in cached if place < own else (group.index, d) in tier for place, d in enumerate(digests)]
         if not tier:
             return [digest in cached for digest in digests]
         return [digest in cached or (group.index, digest) in tier for digest in digests]
 
-    def _reach(self, chain: list[bytes], tokens: int, medium: str | None = None) -> int:
+    def _window_reach(self, chain: list[bytes], reach: int) -> int:
+        """What of a prefix SGLang's window leaves: the longest whose last blocks the window's pool still has."""
+        assert self._window is not None
+        last, blocks, have = 0, 0, 0
+        for place, digest in enumerate(chain[: reach // self.block_size]):
+            have = have + 1 if digest in self._windowed else 0
+            blocks = place + 1
+            if have >= min(self._window, blocks):
+                last = blocks
+        return last * self.block_size
+
+    def _reach(self, chain: list[bytes], tokens: int, medium: str | None = None, own: int | None = None) -> int:
         groups, step = self._groups, self._step
         if medium not in (None, "GPU"):
             groups = [group for group in groups if group.index in self._offload_groups]
             step = math.lcm(*(group.block_size for group in groups))
         reach = tokens if groups else 0
         for group in groups:
-            held = self._held(group, chain, reach // group.block_size, medium)
+            held = self._held(group, chain, reach // group.block_size, medium, own)
             if group.window is None:
                 reach = (held.index(False) if False in held else len(held)) * group.block_size
                 continue
@@ -274,7 +332,8 @@ class Engine:
             behind = [0]
             for there in held:
                 behind.append(behind[-1] + 1 if there else 0)
-            reach = reach // step * step
+            # A prompt that ends within a lookahead has fewer blocks than its length would have.
+            reach = min(reach, len(held) * group.block_size) // step * step
             while behind[reach // group.block_size] < min(group.need, reach // group.block_size):
                 reach -= step
         return reach // step * step
@@ -292,7 +351,7 @@ class Engine:
         if prompt.extra_keys and (self.flavor == "sglang" or self._step != self.block_size):
             raise InvalidValueError("extra keys need flavor 'vllm' and groups of one block size")
         chain = self._chain(prompt)
-        hit = self._reach(chain, len(self.query_tokens(prompt.tokens)))
+        own, hit = self.tiers_prompt(prompt)
         request = Request(prompt, list(chain), hit, len(self._groups))
         target = len(prompt) if chunk is None else min(len(prompt), hit + chunk)
         touched = []
@@ -306,7 +365,7 @@ class Engine:
             missing = []
             for place in range(first, blocks):
                 copies = cached.get(chain[(place + 1) * group.stride - 1])
-                if copies:
+                if copies and place < own // group.block_size:
                     table[place] = copies[0]
                     touched.append(copies[0])
                 else:
@@ -335,7 +394,7 @@ class Engine:
         ``False`` when room ran out on the way; the request then keeps what was computed.
         """
         request.tokens = np.concatenate([request.tokens, np.asarray(tokens, dtype=np.uint32)])
-        request.prompt.extend_chain(request.chain, self.hash_seed, request.tokens, self.block_size)
+        request.prompt.extend_chain(request.chain, self.hash_seed, request.tokens, self.block_size, self._lookahead)
         # A real engine decodes token by token, so every block that fills up is an event of its own.
         size = self.block_size
         target = len(request.tokens) - 1
@@ -362,6 +421,7 @@ class Engine:
             self._digest[block] = None
         for cached in self._cached:
             cached.clear()
+        self._windowed.clear()
         if offloaded:
             self._offloaded.clear()
             self._offload_groups.clear()
@@ -460,9 +520,14 @@ class Engine:
 
     def _cache(self, request: Request) -> None:
         """Make the blocks that are complete by now findable, and say so."""
-        computed = request.computed // self._step * self._step
+        # SGLang's tree gets what has been computed, whose last pair is not whole.
+        computed = request.computed - (self._lookahead if self.flavor == "sglang" else 0)
+        computed = max(0, computed) // self._step * self._step
         for group, table in zip(self._groups, request.tables, strict=True):
-            start, end = request.cached[group.index], computed // group.block_size
+            start = request.cached[group.index]
+            # The last digests need tokens that may not be there yet.
+            end = min(computed, len(request.chain) * self.block_size) // self._step * self._step // group.block_size
+            self._keep_window(request.chain[:end])
             if start >= end:
                 continue
             request.cached[group.index] = end
@@ -471,6 +536,16 @@ class Engine:
             places = [place for place in range(start, end) if self._reachable(request, group, place)]
             if start < end:
                 self._store(request, group, table, start, end, places)
+
+    def _keep_window(self, chain: Sequence[bytes]) -> None:
+        """The window's pool has what was used last, and says nothing of what it gives up for that."""
+        if self._window is None:
+            return
+        for digest in chain:
+            self._windowed[digest] = None
+            self._windowed.move_to_end(digest)
+        while len(self._windowed) > self._window_blocks:
+            self._windowed.popitem(last=False)
 
     def _reachable(self, request: Request, group: _Group, place: int) -> bool:
         """Whether a hit that the window group would grant can ever need this block."""
@@ -521,22 +596,30 @@ class Engine:
         digests: list[bytes],
         medium: str,
     ) -> None:
-        prompt, size = request.prompt, group.block_size
+        prompt, size, ahead = request.prompt, group.block_size, self._lookahead
         keys = [None] * len(places) if prompt.plain else [prompt.keys(place * group.stride) for place in places]
+        tokens = request.tokens[start * size : end * size]
+        behind = None
+        if ahead and self.flavor == "sglang":
+            tokens = np.stack([tokens, request.tokens[start * size + 1 : end * size + 1]], axis=1)
+        elif ahead:
+            behind = [request.tokens[(place + 1) * size :][:ahead].tolist() for place in places]
+        said = medium == "GPU" or not self._offload_keyless
         self._events.append(
             Stored(
                 digests,
                 request.chain[start * group.stride - 1] if start else None,
-                request.tokens[start * size : end * size],
+                tokens,
                 size,
-                prompt.lora_id,
+                prompt.lora_id if said else None,
                 medium,
-                prompt.lora_name,
-                keys or None,
+                prompt.lora_name if said else None,
+                (keys or None) if said else None,
                 group.index,
                 group.kind,
                 group.window,
-                cache_salt=prompt.cache_salt,
+                cache_salt=prompt.cache_salt if said else None,
+                lookahead_token_ids=behind,
             )
         )
 

@@ -116,6 +116,10 @@ class Pod:
         """The true answer: how many tokens of this prompt the best rank would reuse now."""
         return max(engine.hit_prompt(prompt) for engine in self.ranks.values())
 
+    def held(self, prompt: Prompt, medium: str | None = None) -> int:
+        """How many tokens of this prompt the best rank has, in any tier or in one, whatever it would reuse."""
+        return max(engine.held_prompt(prompt, medium) for engine in self.ranks.values())
+
     def lora_name(self, prompt: Prompt) -> str | None:
         """What an index calls this prompt's adapter."""
         return adapter_name(self.form, prompt)

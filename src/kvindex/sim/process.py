@@ -57,6 +57,14 @@ class SimConfig:
     offload_medium: str = "CPU"
     offload_tokens: bool = False
     """Whether the second tier's events say their tokens."""
+    offload_keyless: bool = False
+    """Whether they then leave out adapter, salt and extra keys, as connectors do."""
+    lookahead: int = 0
+    """Tokens behind each block that its hash covers: speculative decoding in vLLM 0.33; with SGLang 1, as pairs."""
+    eagle: bool = False
+    """Speculative decoding as in vLLM before 0.33: the last matching block is not reused."""
+    window_blocks: int | None = None
+    """With SGLang's ``window``: blocks of its own pool, whose evictions are in no event."""
     host: str = "127.0.0.1"
     port: int = 0
     replay_port: int | None = 0
@@ -152,6 +160,10 @@ class SimPod:
             offload_blocks=config.offload_blocks,
             offload_medium=config.offload_medium,
             offload_tokens=config.offload_tokens,
+            offload_keyless=config.offload_keyless,
+            lookahead=config.lookahead,
+            eagle=config.eagle,
+            window_blocks=config.window_blocks,
         )
 
     def _publisher(self, rank: int) -> Publisher:
@@ -268,9 +280,11 @@ class SimPod:
         tiers = ["GPU"] if not self.config.offload_blocks else ["GPU", self.config.offload_medium]
         for item in prompts:
             prompt = prompt_of(item)
-            asked.append(len(self._engines[0].query_tokens(prompt.tokens)))
+            looked_up = self._engines[0].query_tokens(prompt.tokens)
+            asked.append(len(looked_up))
             hits.append({rank: engine.hit_prompt(prompt) for rank, engine in enumerate(self._engines)})
-            media.append({tier: max(engine.hit_prompt(prompt, tier) for engine in self._engines) for tier in tiers})
+            part = prompt_of({**item, "tokens": looked_up.tobytes()})
+            media.append({tier: max(engine.held_prompt(part, tier) for engine in self._engines) for tier in tiers})
         return {"asked": asked, "hits": hits, "media": media, "seqs": self._op_status()["seqs"]}
 
     def _op_serve(
@@ -304,12 +318,12 @@ class SimPod:
                     setattr(publisher.faults, name, value)
         return {"faults": [asdict(publisher.faults) for publisher in self._publishers]}
 
-    def _op_reset(self) -> dict[str, Any]:
+    def _op_reset(self, offloaded: bool = True) -> dict[str, Any]:
         done = []
         for rank, engine in enumerate(self._engines):
             while self._running[rank]:
                 self._finish(rank)
-            done.append(engine.reset())
+            done.append(engine.reset(offloaded=offloaded))
             self._flush(rank)
         return {"reset": done}
 

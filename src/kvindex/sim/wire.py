@@ -24,7 +24,8 @@ class Stored(NamedTuple):
     """Blocks that were stored one after another below ``parent_block_hash``.
 
     Hashes are the engine's digests (bytes, any length); the form decides what of them goes on the wire. ``token_ids``
-    is a one-dimensional array of u32, empty for a placeholder. ``extra_keys`` has one entry per hash.
+    is an array of u32, empty for a placeholder, and two-dimensional where SGLang writes pairs. ``extra_keys`` and
+    ``lookahead_token_ids`` have one entry per hash.
     """
 
     block_hashes: Sequence[bytes]
@@ -42,6 +43,7 @@ class Stored(NamedTuple):
     ownership: str | None = None
     session_id: str | None = None
     cache_salt: str | None = None
+    lookahead_token_ids: Sequence[Sequence[int]] | None = None
 
 
 class Removed(NamedTuple):
@@ -113,8 +115,8 @@ def _vllm(name: str, stored: int, removed: int, **options: Any) -> WireForm:
     return WireForm(f"vllm-{name}", "vllm", "array", _STORED[:stored], _REMOVED[:removed], "u64", **options)
 
 
-def _vllm_map(name: str, **options: Any) -> WireForm:
-    return WireForm(f"vllm-{name}", "vllm", "map", _STORED, _REMOVED, "u64", always=(7, 2), **options)
+def _vllm_map(name: str, *more: str, **options: Any) -> WireForm:
+    return WireForm(f"vllm-{name}", "vllm", "map", (*_STORED, *more), _REMOVED, "u64", always=(7, 2), **options)
 
 
 def _sglang(name: str, stored: int, removed: int, **options: Any) -> WireForm:
@@ -137,7 +139,7 @@ FORMS: dict[str, WireForm] = {
         _vllm("0.20.0", 9, 3),
         _vllm("0.22.0", 11, 3),
         _vllm_map("0.24.0"),
-        _vllm_map("0.33.0", map16=True),
+        _vllm_map("0.33.0", "lookahead_token_ids", map16=True),
         _sglang("0.4.6", 5, 1, has_rank=False, page_events=True),
         _sglang("0.4.7", 5, 1, page_events=True),
         _sglang("0.5.9", 6, 2, page_events=True),
@@ -214,8 +216,10 @@ def _event(event: Event, form: WireForm) -> bytes:
         if value is not None or place < always:
             item[field] = value
     packed = _packer.pack(item)
-    # The maps of events have fewer than 16 keys, so the packer's own header is the first byte.
-    return b"\xde\x00" + bytes([len(item)]) + packed[1:] if stored and form.map16 else packed
+    # The packer's own header is the first byte, or three from 16 keys on.
+    if stored and form.map16 and len(item) < 16:
+        return b"\xde\x00" + bytes([len(item)]) + packed[1:]
+    return packed
 
 
 def _value(field: str, value: Any, hashes: HashForm) -> Any:
