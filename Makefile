@@ -72,7 +72,7 @@ help:
 	@echo 'make bench-html        the history of it as pages in .asv/html'
 	@echo 'make bench-baseline    keep the figures of this commit; bench-check: compare with those that were kept'
 	@echo 'make bench-replay      a trace (TRACE=...) sped up until the index falls behind'
-	@echo 'make bench-streams     events over TCP from one publisher, until they are applied'
+	@echo 'make bench-streams     events over TCP until they are applied: one publisher, and fleets of up to 1,000'
 	@echo 'make bench-gate BASE=REV  exit 1 when something got slower or larger than in REV; 2 when nothing is known'
 	@echo 'make bench-rows        growth, hybrid pods, threads, tail, snapshot and churn, each beside what was promised'
 	@echo 'make lint              style, types and clang-tidy'
@@ -207,6 +207,7 @@ bench-replay: .venv/.bench-tools
 
 bench-streams: .venv/.installed
 	$(BIN)/python -m benchmarks.streams
+	$(BIN)/python -m benchmarks.fleets
 
 # ALLOW='--allow NAME' lets one figure get worse; ONLY='--only match' looks at some workloads.
 bench-gate: .venv/.bench-tools

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -647,24 +649,31 @@ def test_replay_endpoints_that_are_none(index, pod):
         listener(http) as speaks,
         listener(None) as silent,
         EventManager(index, policy=BRISK, connect_timeout=0.3) as manager,
+        ExitStack() as stack,
     ):
         free = socket.create_server(("127.0.0.1", 0))
         refuses = f"tcp://127.0.0.1:{free.getsockname()[1]}"
         free.close()
         endpoints = {"refuses": refuses, "unknown": "tcp://no-such-host.invalid:5558", "http": speaks, "silent": silent}
-        pod.publish(2)
-        for name, endpoint in endpoints.items():
+        pods = [stack.enter_context(LivePublisher(name=name)) for name in endpoints]
+
+        def publish(count: int, **what) -> None:
+            for pod in pods:
+                pod.publish(count, **what)
+
+        publish(2)
+        for pod, (name, endpoint) in zip(pods, endpoints.items(), strict=True):
             manager.add_pod(PodSource(name, endpoint=pod.ranks[0][0], replay_endpoint=endpoint, model="m"))
         until(lambda: all(status.connected for status in manager.status().values()))
-        until(lambda: pod.publish(1) or all(status.batches for status in manager.status().values()))
+        until(lambda: publish(1) or all(status.batches for status in manager.status().values()))
         assert manager.wait_until_current(20.0)
         for name in endpoints:
             status = manager.status()[name]
             assert (status.state, status.workers[0].replays_failed) == ("degraded", 1)
             assert status.batches + status.lost_batches == status.last_seq + 1
         # A clear by the engine is a clean start, which needs nobody's word.
-        pod.publish(1, clear=True)
-        pod.publish(2)
+        publish(1, clear=True)
+        publish(2)
         until(lambda: all(status.state == "exact" for status in manager.status().values()))
         until(lambda: all(status.last_seq == pod.count[0] - 1 for status in manager.status().values()))
         assert index.match_prefix(pod.chain(), model="m").tokens == dict.fromkeys(endpoints, len(pod.chain()))
@@ -758,18 +767,20 @@ def test_a_removed_pod_stays_removed_while_its_events_keep_coming(index, manager
 
 
 def test_pods_are_added_and_removed_from_many_threads(index, manager):
-    with LivePublisher() as pod:
-        pod.publish(3)
+    with ExitStack() as stack:
+        pods = [stack.enter_context(LivePublisher(name=f"pod-{number}")) for number in range(4)]
+        for pod in pods:
+            pod.publish(3)
         errors: list[BaseException] = []
 
         def work(number: int) -> None:
             try:
                 for _ in range(5):
-                    manager.add_pod(PodSource(f"pod-{number}", ranks=pod.ranks, model="m"))
+                    manager.add_pod(source(pods[number]))
                     assert manager.wait_until_current(20.0, pods=[f"pod-{number}"])
                     manager.status()
                     manager.remove_pod(f"pod-{number}")
-                manager.add_pod(PodSource(f"pod-{number}", ranks=pod.ranks, model="m"))
+                manager.add_pod(source(pods[number]))
             except BaseException as error:
                 errors.append(error)
 
@@ -780,9 +791,85 @@ def test_pods_are_added_and_removed_from_many_threads(index, manager):
             thread.join()
         assert errors == []
         assert manager.wait_until_current(20.0)
-        chain = pod.chain()
+        chain = pods[0].chain()
         assert index.match_prefix(chain, model="m").tokens == {f"pod-{number}": len(chain) for number in range(4)}
         index._check()
+
+
+@pytest.mark.parametrize("spelling", ["tcp://[::1]:5557", "tcp://[0:0::1]:5557", "tcp://[::1]:5557/"])
+def test_an_engine_has_one_name(index, manager, spelling):
+    manager.add_pod(PodSource("a", endpoint="tcp://[::1]:5557"))
+    with pytest.raises(StreamError, match=r"rank 1 of pod 'b' publishes at .*, which is followed as pod 'a' already"):
+        manager.add_pod(PodSource("b", ranks={0: ("tcp://127.0.0.1:1", None), 1: (spelling, None)}))
+    assert list(manager.status()) == ["a"]
+    with pytest.raises(UnknownPodError):
+        index.pod_state("b")
+    manager.remove_pod("a")
+    manager.add_pod(PodSource("b", endpoint=spelling))
+
+
+def test_a_pod_is_described_anew_and_its_streams_notice_nothing(index, manager, pod):
+    pod.publish(2)
+    told = []
+    manager.add_pod(source(pod))
+    assert manager.wait_until_current(20.0)
+    manager.on_pods(told.append)
+    described = source(pod, address="http://10.0.0.1:8000", labels={"role": "decode"})
+    manager.describe_pod(described)
+    manager.describe_pod(described)
+    assert told == [PodsChange((described,), ())]
+    assert manager.pods()["pod"].labels == {"role": "decode"}
+    check_equal(index, pod)
+    assert manager.status()["pod"].workers[0].reconnects == 0
+    with pytest.raises(InvalidValueError, match="other streams"):
+        manager.describe_pod(source(pod, model="another"))
+    with pytest.raises(UnknownPodError):
+        manager.describe_pod(replace(described, name="nobody"))
+
+
+def test_lag_is_of_live_batches(manager, pod):
+    """The age of a history says nothing of this router."""
+    with pod.lock:
+        pod.count[0] += 1
+        pod.publishers[0].publish(msgpack.packb([time.time() - 3600, [["AllBlocksCleared"]], 0]))
+    manager.add_pod(source(pod))
+    assert manager.wait_until_current(20.0)
+    assert manager.status()["pod"].lag is None
+    pod.publish(1)
+    until(lambda: caught_up(manager, pod))
+    assert -1 < manager.status()["pod"].lag < 60
+
+
+def test_more_workers_than_libzmq_has_sockets_for_by_itself(index):
+    """Its own limit is 1,023 sockets, three a worker."""
+    with nothing_left_behind(), EventManager(index, policy=BRISK) as manager:
+        ranks = {rank: (f"ipc:///nobody/{rank}", None) for rank in range(400)}
+        manager.add_pod(PodSource("pod", ranks=ranks))
+        until(
+            lambda: all(worker.counters.get("failed_connects") for worker in manager.status()["pod"].workers.values())
+        )
+        assert not [w.reason for w in manager.status()["pod"].workers.values() if "descriptor" in w.reason]
+
+
+def test_descriptors_that_run_out_are_named_with_what_would_do(tmp_path):
+    """In a process of its own, for it has no descriptor left."""
+    code = """
+import resource, sys, time
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+from kvindex import EventManager, PodSource, PrefixIndex
+with EventManager(PrefixIndex()) as manager:
+    for number in range(40):
+        manager.add_pod(PodSource(f"p{number}", endpoint=f"ipc:///nobody/{number}"))
+    while True:
+        reasons = [pod.reason for pod in manager.status().values()]
+        if any("40 workers" in reason for reason in reasons):
+            break
+        time.sleep(0.01)
+    print(max(reasons, key=lambda reason: "40 workers" in reason))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "no file descriptor is left: `ulimit -n` allows this process 64, and 40 workers need 192" in done.stdout
+    assert done.returncode == 0
 
 
 def test_what_the_index_held_of_a_pod_before_is_not_counted_twice(index, manager, pod):
@@ -1173,7 +1260,7 @@ def test_a_declared_pod_may_have_a_replay_endpoint(index, manager):
         check_equal(index, pod)
 
 
-def test_a_later_connection_takes_a_stream_over_and_what_the_earlier_one_still_says_is_only_counted(index, manager):
+def test_a_later_connection_takes_a_stream_over_and_is_not_exact_while_the_earlier_one_speaks_too(index, manager):
     endpoint = manager.bind("tcp://127.0.0.1:*")
     with connected_publisher(endpoint, "kv@pod@m", replay_endpoint=None) as old:
         hear(old, manager, "pod")
@@ -1189,7 +1276,12 @@ def test_a_later_connection_takes_a_stream_over_and_what_the_earlier_one_still_s
             until(both_speak)
             new.publish(1, clear=True)
             new.publish(3)
-            until(lambda: caught_up(manager, new) and index.pod_state("pod") == "exact")
+            until(lambda: caught_up(manager, new))
+            status = manager.status()["pod"]
+            assert status.state == index.pod_state("pod") == "degraded"
+            assert "two publishers send as topic b'kv@pod@m', rank 0" in status.reason
+            old.close()
+            until(lambda: index.pod_state("pod") == "exact")
             check_equal(index, new)
             assert index.worker_stats("pod")[0]["blocks"] == 3
             assert index.match_prefix(old.chain(), model="m").tokens == {}

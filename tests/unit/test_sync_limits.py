@@ -105,6 +105,7 @@ class Fleet:
             self.index, Policy(**policy), self.options,
             [self._applied],
             lambda change: self.changes.append((change.pod, change.new, change.reason)),
+            lambda: "none",
         )  # fmt: skip
         self.workers: dict[str, Worker] = {}
         self.publishers: dict[str, Publisher] = {}

@@ -26,6 +26,13 @@ from kvindex import InvalidTypeError, InvalidValueError, KVIndexError, PodSource
         ("a=tcp://h:5557,5558", "a", "tcp://h:5557", "tcp://h:5558"),
         ("tcp://[::1]:5557,5558", "[::1]:5557", "tcp://[::1]:5557", "tcp://[::1]:5558"),
         ("x=y=ipc:///run/a=b", "x=y", "ipc:///run/a=b", None),
+        (
+            "http://10.0.0.1:8000=tcp://10.0.0.1:5557,5558",
+            "http://10.0.0.1:8000",
+            "tcp://10.0.0.1:5557",
+            "tcp://10.0.0.1:5558",
+        ),
+        ("https://h/v1?key=a=tcp://h:5557", "https://h/v1?key=a", "tcp://h:5557", None),
         ("a=ipc:///run/live,ipc:///run/replay", "a", "ipc:///run/live", "ipc:///run/replay"),
     ],
 )
@@ -183,14 +190,14 @@ def test_a_vllm_server_says_where_its_ranks_are(server):
         1: ("tcp://10.0.0.9:5558", None),
     }
     source = PodSource.from_vllm(server.url, headers={"Authorization": "Bearer x"}, presence="set")
-    assert source == PodSource(host, model="llama", topic="kv", ranks=expected, presence="set")
+    assert source == PodSource(host, model="llama", topic="kv", ranks=expected, presence="set", address=server.url)
     assert {(path, sent["Authorization"]) for path, sent in server.headers} == {
         ("/kv_event_sources", "Bearer x"),
         ("/v1/models", "Bearer x"),
     }
     server.headers.clear()
     named = PodSource.from_vllm(server.url + "/", name="a", model="m")
-    assert named == PodSource("a", model="m", topic="kv", ranks=expected)
+    assert named == PodSource("a", model="m", topic="kv", ranks=expected, address=server.url)
     assert [path for path, _ in server.headers] == ["/kv_event_sources"], "what is known is not asked for"
 
 
@@ -253,7 +260,7 @@ def test_an_older_sglang_server_says_it_in_its_arguments(server):
     host = server.url.removeprefix("http://")
     assert PodSource.from_sglang(server.url) == PodSource(
         host, endpoint="tcp://127.0.0.1:6557", replay_endpoint="tcp://127.0.0.1:6657", dp_size=2, model="llama",
-        topic="kv", block_size=64,
+        topic="kv", block_size=64, address=server.url,
     )  # fmt: skip
     server.answers = {"/get_server_info": {**SGLANG, "served_model_name": None, "dp_size": None}}
     source = PodSource.from_sglang(server.url, name="a", block_size=16)

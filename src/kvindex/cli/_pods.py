@@ -100,7 +100,7 @@ def _different(found: list[PodSource]) -> list[PodSource]:
 
 
 def _source(text: str, args: argparse.Namespace, answers: list[str]) -> PodSource:
-    if text.startswith(("http://", "https://")):
+    if text.startswith(("http://", "https://")) and "://" not in text.partition("://")[2]:
         return _ask(text, args.model, args.server_key)
     if answers and "," not in text:
         text = f"{text},{answers.pop(0)}"

@@ -20,7 +20,7 @@ from .allowance import Allowance
 from .frames import FrameFault, batch_rank, parse_live, parse_topic
 from .loop import StreamLoop
 from .sockets import Bound, Doorkeeper, SocketOptions
-from .source import Endpoints, PodSource, Presence, bind_endpoint, check_pair, is_key
+from .source import Endpoints, PodSource, Presence, bind_endpoint, check_pair, is_key, same_endpoint
 from .status import Configured, Forgotten, IndexChange, PodsChange, PodStatus, Removed, StateChange, pod_status
 from .stream import Policy
 from .worker import Index, Setting, Worker
@@ -29,7 +29,15 @@ __all__ = ["EventManager", "Index"]
 
 log = logging.getLogger("kvindex.sync")
 
+try:
+    import resource
+except ImportError:  # Windows has no such limit
+    resource = None  # type: ignore[assignment]
+
 T = TypeVar("T")
+
+# Of one worker: its SUB socket, the connection, and the two ends of its monitor.
+_DESCRIPTORS: Final = 4
 
 # Engines have tens of ranks; a number beyond this in a payload is damage and must not create a worker.
 _MOST_RANKS: Final = 1024
@@ -87,7 +95,7 @@ class EventManager:
         self._taps: list[Callable[[IndexChange], None]] = []
         self._members: list[Callable[[PodsChange], None]] = []
         self._burst = (policy or Policy()).burst
-        self._setting = Setting(index, policy, self._options, self._taps, self._tell)
+        self._setting = Setting(index, policy, self._options, self._taps, self._tell, self._need)
         self._loop = StreamLoop(
             context=context, max_replays=max_replays, ending=self._end, ended=self._wake_all
         )  # fmt: skip
@@ -97,6 +105,7 @@ class EventManager:
         self._admitted: dict[bytes, frozenset[str] | None] = {}  # by domain; None is everybody
         self._templates: dict[Bound, dict[str, Any]] = {}
         self._topics: dict[bytes, str] = {}
+        self._endpoints: dict[str, str] = {}  # where followed pods publish
         # Names that were removed: what is still on its way must not bring them back. Bounded, oldest first.
         self._removed: OrderedDict[str, None] = OrderedDict()
         self._faults: Counter[str] = Counter()
@@ -125,10 +134,18 @@ class EventManager:
         What the index holds under that name is forgotten: only what this stream shows counts. Except where a stream was
         applied to it before (by another manager, or before it was saved and loaded), and this one has a replay that
         shows that stream's last batch again: then only what came later is applied. Raises
-        :class:`StreamError` when a pod of that name is followed already, or :class:`InvalidValueError` when its blocks
-        can not be placed.
+        :class:`StreamError` when a pod of that name is followed already, or another one at one of its endpoints, or
+        :class:`InvalidValueError` when its blocks can not be placed.
         """
         self._loop.call(partial(self._add, source))
+
+    def describe_pod(self, source: PodSource) -> None:
+        """Give a followed pod another ``address`` or other ``labels``; its streams and blocks stay as they are.
+
+        ``on_pods`` tells of it as of a pod that was added. Raises :class:`UnknownPodError`, or
+        :class:`InvalidValueError` where anything else of the source differs: remove the pod and add it anew.
+        """
+        self._loop.call(partial(self._describe, source))
 
     def remove_pod(self, name: str) -> None:
         """Stop following a pod and forget all it held. When this returns, no event that is still on its way brings it
@@ -291,6 +308,15 @@ class EventManager:
                 log.exception("a callback for state changes has failed")
         self._wake_all()
 
+    def _need(self) -> str:
+        workers = sum(len(pod.source.workers()) for pod in list(self._pods.values()))
+        limit = "the system's limit" if resource is None else f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]:,}"
+        need = workers * _DESCRIPTORS + 2 * self._loop.max_replays
+        return (
+            f"`ulimit -n` allows this process {limit}, and {workers:,} workers need {need:,} beside the rest of the"
+            " process; raise it, and the pods that wait are connected"
+        )
+
     def _wake_all(self) -> None:
         with self._changed:
             self._changed.notify_all()
@@ -338,6 +364,13 @@ class EventManager:
         topic = (source.topic or f"kv@{source.name}@{source.model}").encode()
         if bound and self._topics.get(topic, source.name) != source.name:
             raise StreamError(f"topic {topic.decode()!r} belongs to pod {self._topics[topic]!r} already")
+        for rank, pair in source.workers().items():
+            owner = self._endpoints.get(same_endpoint(pair.endpoint or ""), source.name)
+            if owner != source.name:
+                raise StreamError(
+                    f"rank {rank} of pod {source.name!r} publishes at {pair.endpoint}, which is followed as pod"
+                    f" {owner!r} already: one engine has one name, and each engine its own port"
+                )
         if present is not None:
             self._remove(source.name)  # it came by itself, before anybody could say what it is
         pod = _Pod(source, self._burst)
@@ -346,6 +379,19 @@ class EventManager:
             if self._follows(pod):
                 self._employ(pod, rank, at)
         if self._follows(pod):
+            self._tell_pods(PodsChange((source,), ()))
+
+    def _describe(self, source: PodSource) -> None:
+        self._alive()
+        pod = self._pods.get(source.name)
+        if pod is None:
+            raise self._unknown(source.name)
+        if not pod.source.same_streams(source):
+            raise InvalidValueError(
+                f"pod {source.name!r} has other streams than it is followed by: remove it and add it anew"
+            )
+        if pod.source != source:
+            pod.source = source
             self._tell_pods(PodsChange((source,), ()))
 
     def _follows(self, pod: _Pod) -> bool:
@@ -377,6 +423,9 @@ class EventManager:
         }
         # Before any callback: it may remove the pod again.
         self._pods[source.name] = pod
+        for pair in ends.values():
+            if pair.endpoint is not None:
+                self._endpoints[same_endpoint(pair.endpoint)] = source.name
         if topic is not None:
             self._topics[topic] = source.name
         self._removed.pop(source.name, None)
@@ -407,6 +456,8 @@ class EventManager:
             worker.close()
         for topic in [topic for topic, owner in self._topics.items() if owner == name]:
             del self._topics[topic]
+        for pair in pod.source.workers().values():
+            self._endpoints.pop(same_endpoint(pair.endpoint or ""), None)
         self._removed[name] = None
         while len(self._removed) > 65536:
             self._removed.popitem(last=False)
@@ -453,6 +504,8 @@ class EventManager:
 
     def _bound_lost(self, bound: Bound, connection: int, now: float) -> None:
         for worker in self._templates[bound]["by_connection"].pop(connection, ()):
+            if worker.rival == connection and not worker.gone:
+                worker.compete(None, now)
             if worker.connection == connection and not worker.gone:
                 worker.disconnected(now, "the pod's connection was lost")
 
@@ -477,11 +530,12 @@ class EventManager:
                 worker.disconnected(now, "another connection brings its stream")
             if worker.gone:
                 return
-            worker.connection = connection
+            worker.connection, worker.rival = connection, None
             self._templates[bound]["by_connection"].setdefault(connection, set()).add(worker)
             worker.connected(now)
         elif connection < worker.connection:
             worker.errors["late_frames"] += 1
+            worker.compete(connection, now)
             return
         worker.offer(frames, seq, payload, now)
 

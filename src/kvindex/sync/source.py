@@ -22,6 +22,8 @@ from ..errors import InvalidTypeError, InvalidValueError, StreamError
 __all__ = ["Curve", "Endpoints", "PodSource", "bind_endpoint", "check_pair", "is_key"]
 
 _TCP = re.compile(r"tcp://(?:\[(?P<v6>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^\[\]:/\s]+)):(?P<port>\d{1,5})/?")
+# The name is all up to the first "=" that a scheme follows: it may be a URL, with "=" in it.
+_POD = re.compile(r"(?:(?P<name>.+?)=)?(?P<endpoint>[a-z]+://[^,]+)(?:,(?P<answers>[^,]+))?", re.DOTALL)
 _WILDCARDS = ("*", "0.0.0.0", "::", "[::]", "")
 
 # Descriptions of a few ranks are a few hundred bytes; SGLang's /server_info with all its arguments is some 20 kB.
@@ -101,13 +103,17 @@ class PodSource:
     :meth:`EventManager.bind`, the key that it connects with."""
     client_keys: tuple[str, str] | None = field(default=None, repr=False)
     """Our own (public, secret) keys, for publishers that admit only some; None makes a pair."""
+    address: str | None = None
+    """Where the pod takes requests, such as ``http://10.0.0.1:8000``, for the router; not interpreted."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """What else the router wants to know of the pod, such as its role; not interpreted."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise InvalidTypeError(f"name must be a str, not {type(self.name).__name__}")
         if not self.name:
             raise InvalidValueError("name must not be empty")
-        for name in ("endpoint", "replay_endpoint", "topic", "lora", "server_key"):
+        for name in ("endpoint", "replay_endpoint", "topic", "lora", "server_key", "address"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise InvalidTypeError(f"{name} of pod {self.name!r} must be a str or None, not {type(value).__name__}")
@@ -135,6 +141,12 @@ class PodSource:
             if isinstance(self.clear_media, str) or not isinstance(self.clear_media, Iterable):
                 raise InvalidTypeError(f"clear_media of pod {self.name!r} must be a set of names such as {{'GPU'}}")
             object.__setattr__(self, "clear_media", frozenset(self.clear_media))
+        labels = self.labels
+        if not isinstance(labels, Mapping) or not all(
+            isinstance(each, str) for pair in labels.items() for each in pair
+        ):
+            raise InvalidTypeError(f"labels of pod {self.name!r} must be a map of str to str, not {labels!r:.60}")
+        object.__setattr__(self, "labels", dict(labels))
         if self.ranks is not None:
             if not isinstance(self.ranks, Mapping):
                 raise InvalidTypeError(f"ranks of pod {self.name!r} must be a map, not {type(self.ranks).__name__}")
@@ -220,18 +232,18 @@ class PodSource:
     def from_string(cls, text: str, **options: Any) -> Self:
         """A source from a command line: ``[NAME=]ENDPOINT[,REPLAY_ENDPOINT]``.
 
-        The name is the endpoint without its scheme unless given; a replay endpoint at the same host may be its port
-        alone, as in ``a=tcp://10.0.0.1:5557,5558``. ``options`` are further fields. Errors as of the class.
+        The name is the endpoint without its scheme unless given, and may be a URL; a replay endpoint at the same host
+        may be its port alone, as in ``a=tcp://10.0.0.1:5557,5558``. ``options`` are further fields. Errors as of the
+        class.
         """
         if not isinstance(text, str):
             raise InvalidTypeError(f"a pod is written as [NAME=]ENDPOINT[,REPLAY_ENDPOINT], not as {text!r:.60}")
-        head, _, tail = text.partition("://")
-        name, named, scheme = head.rpartition("=")
-        endpoint, several, answers = f"{scheme}://{tail}".partition(",")
-        if not tail or (named and not name) or (several and not answers) or "," in answers:
+        found = _POD.fullmatch(text)
+        if found is None:
             raise InvalidValueError(
                 f"{text!r:.120} is no [NAME=]ENDPOINT[,REPLAY_ENDPOINT], as in a=tcp://10.0.0.1:5557,5558"
             )
+        name, endpoint, answers = found["name"], found["endpoint"], found["answers"] or ""
         if answers.isascii() and answers.isdigit() and (at := split_tcp(endpoint)) is not None:
             answers = join_tcp(at[0], int(answers))
         name = name or endpoint.partition("://")[2]
@@ -290,6 +302,7 @@ class PodSource:
         if model is None:
             model = _first_model(url, timeout, headers)
         topic = topics.pop() if len(topics) == 1 else None
+        options.setdefault("address", url.rstrip("/"))
         return cls(name or f"{host}:{port}", model=model, topic=topic, ranks=ranks, **options)
 
     @classmethod
@@ -344,7 +357,12 @@ class PodSource:
         if model is None:
             model = info.get("served_model_name") or info.get("model_path") or ""
         options.setdefault("block_size", tokens)
+        options.setdefault("address", url.rstrip("/"))
         return cls(name or f"{host}:{port}", model=model, topic=topic, **found, **options)
+
+    def same_streams(self, other: PodSource) -> bool:
+        """Whether the other source differs in nothing but ``address`` and ``labels``."""
+        return replace(other, address=self.address, labels=self.labels) == self
 
     def named(self, name: str) -> Self:
         """The same source under another name."""
@@ -379,6 +397,15 @@ def split_tcp(endpoint: str) -> tuple[str, int] | None:
     """``(host, port)`` of a tcp endpoint, None of any other."""
     found = _TCP.fullmatch(endpoint)
     return None if found is None else (found["v6"] or found["host"], int(found["port"]))
+
+
+def same_endpoint(endpoint: str) -> str:
+    """One spelling for all spellings of an endpoint, as far as they can be told without a look-up."""
+    at = split_tcp(endpoint)
+    if at is None:
+        return endpoint
+    host = at[0].lower()
+    return join_tcp(str(ipaddress.ip_address(host)) if is_address(host) and "%" not in host else host, at[1])
 
 
 def join_tcp(host: str, port: int) -> str:

@@ -106,7 +106,8 @@ class WorkerStatus:
     last_ts: float | None
     """When the engine made the last applied batch, seconds since 1970."""
     lag: float | None
-    """From the last batch's own time to its application here; clocks that disagree show in it."""
+    """From the own time of the last batch that came live to its application here, None before the first; clocks that
+    disagree show in it. Replayed batches do not count: their age says nothing of this router."""
     replaying: bool
     """Whether a replay has been asked for that is not over."""
     waiting: int

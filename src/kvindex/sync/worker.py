@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import random
 import time
@@ -43,7 +44,7 @@ log = logging.getLogger("kvindex.sync")
 _SERIOUS: Final = frozenset(
     {
         "gap_accepted", "rejected", "replay_conflict", "replay_endless", "replay_failed", "unreachable", "bad_frames",
-        "throttled",
+        "throttled", "rival",
     }
 )  # fmt: skip
 
@@ -106,6 +107,8 @@ class Setting:
     """Shown every change of the index before the index gets it; the list may change."""
     tell: Callable[[StateChange], None]
     """Told of every change of a worker's state."""
+    need: Callable[[], str]
+    """How many descriptors the manager needs, and how many there may be, for people."""
 
     def show(self, item: IndexChange) -> None:
         for tap in list(self.taps):
@@ -153,11 +156,13 @@ class Worker:
         self.due: float | None = None
         self.gone = False
         self.connection: int | None = None  # of a bound endpoint
+        self.rival: int | None = None  # an earlier one that speaks for this worker as well
         # What is carried out: the stream itself is ahead of it while its actions are.
         self.verdict: Verdict = "stale"
         self.last_seq: int | None = None
         self.state = "stale"  # the worse of the verdict and the index's own
         self.lag: float | None = None
+        self._heard = -1  # the last that came live
         self.stored = self.removed = 0
         self.events: Counter[str] = Counter()  # those that are not in every batch
         self.errors: Counter[str] = Counter()
@@ -222,11 +227,16 @@ class Worker:
                 admits=None if self._allowance is None else self._admits,
                 waiting=None if self._allowance is None else self._waiting,
             )  # fmt: skip
-        except zmq.ZMQError as failure:
-            self._lost(attempt, now, f"{endpoint}: {failure}")
+        except (zmq.ZMQError, OSError) as failure:
+            self._lost(attempt, now, self._explained(failure))
             return
         if self.subscription.immediate:
             self._made(attempt, now)
+
+    def _explained(self, failure: OSError | zmq.ZMQError) -> str:
+        if failure.errno not in (errno.EMFILE, errno.ENFILE):
+            return str(failure)
+        return f"no file descriptor is left: {self._setting.need()}"
 
     def connected(self, now: float) -> None:
         """The subscription stands."""
@@ -307,6 +317,21 @@ class Worker:
         if self._allowance is not None:
             self._allowance.charge(batch_events(frames[-1]), sum(map(len, frames)), now)
 
+    def compete(self, connection: int | None, now: float) -> None:
+        """An earlier connection to a bound endpoint speaks for this worker too; None: it does no longer."""
+        if connection == self.rival:
+            return
+        self.rival = connection
+        if connection is not None:
+            self._say("rival", self._rivalry(), now)
+        self._carry([Mark(self.stream.verdict, self.stream.reason)], now)
+
+    def _rivalry(self) -> str:
+        return (
+            f"two publishers send as topic {self.topic!r:.80}, rank {self.rank}: only the later connection is heard;"
+            " give each pod a name of its own"
+        )
+
     def offer(self, frames: list[bytes], seq: int, payload: bytes, now: float) -> None:
         """Hear a batch of a bound endpoint, which other pods share: what has to wait does so here."""
         if self.gone:
@@ -365,6 +390,7 @@ class Worker:
 
     def hear(self, seq: int, payload: bytes, now: float) -> None:
         """Hand a published batch to its stream."""
+        self._heard = seq
         actions: list[Action] = []
         plain = self.stream.follows(seq, payload, now)
         if plain is None:
@@ -435,6 +461,8 @@ class Worker:
                 case Mark(verdict, reason):
                     if self._uncleared and verdict != "stale" and not self._clear(now):
                         verdict, reason = "stale", _UNCLEARED
+                    if self.rival is not None and verdict == "exact":
+                        verdict, reason = "degraded", self._rivalry()
                     if not self._shows(Marked(self.pod, self.rank, verdict, reason)):
                         return
                     self._setting.index.mark_worker(self.pod, self.rank, verdict)
@@ -493,7 +521,7 @@ class Worker:
             return
         self.stored += report.stored
         self.removed += report.removed
-        if action.ts is not None:
+        if action.ts is not None and action.seq == self._heard:
             self.lag = time.time() - action.ts
         if report.cleared:
             self.events["cleared"] += report.cleared
@@ -554,8 +582,8 @@ class Worker:
                     curve=self._curve,
                     admits=None if self._allowance is None else self._admits,
                 )
-            except zmq.ZMQError as failure:
-                error = str(failure)
+            except (zmq.ZMQError, OSError) as failure:
+                error = self._explained(failure)
         if self.replay is None:
             self._say("replay_unreachable", error, now)
         # Where it can not be asked the question runs into its timeout like one that nobody answers.
@@ -611,6 +639,8 @@ class Worker:
             return own, "blocks could not be placed, or not be followed exactly"
         if self._uncleared:
             return self.verdict, _UNCLEARED
+        if self.rival is not None and self.verdict == "degraded":
+            return self.verdict, self._rivalry()
         if self.verdict != self.stream.verdict:
             return self.verdict, "what has arrived is being applied"  # by the loop's thread, at this moment
         return self.verdict, self.stream.reason
