@@ -191,6 +191,11 @@ class Pod:
     chunk_size: int | None = None
     workers: dict[tuple[int, str], Worker] = field(default_factory=dict)  # (rank, model)
     verdicts: dict[int, str] = field(default_factory=dict)  # the stream's, by rank
+    # Whether an event has come, or the stream's verdict: "no", "yes", or "cut off" until there is a verdict.
+    heard: str = "no"
+
+    def hear(self) -> None:
+        self.heard = "yes" if self.heard == "no" else self.heard
 
     def state(self, worker: Worker) -> str:
         unruled = self.chunk_size is None and any(g.rule == "chunked" for g in worker.groups.values())
@@ -287,7 +292,7 @@ class Model:
             raise
         rank = dp_rank if dp_rank is not None else rank if rank is not None else 0
         report = Report(ts=ts, dp_rank=rank)
-        self._pod(pod)
+        self._pod(pod).hear()
         for event in events:
             self._apply(pod, rank, model, event, report)
         return report
@@ -304,6 +309,7 @@ class Model:
     def _object(self, event: Any, name: str, fields: tuple[str, ...]) -> Report:
         report = Report(dp_rank=event.dp_rank or 0)
         wire = {"type": name, **{f: getattr(event, f) for f in fields}}
+        self._pod(event.pod).hear()
         self._apply(event.pod, report.dp_rank, getattr(event, "model", ""), wire, report)
         return report
 
@@ -512,6 +518,7 @@ class Model:
 
     def _clear(self, name: str, rank: int, *, medium: str | None = None, everything: bool = False) -> None:
         pod = self._pod(name)
+        pod.hear()
         media = None if everything else pod.clear_media if medium is None else {self._medium(medium)}
         for (r, model), worker in pod.workers.items():
             if r != rank:
@@ -576,10 +583,13 @@ class Model:
         it.chunk_size = chunk_size or it.chunk_size
 
     def mark_worker(self, pod: str, dp_rank: int, verdict: str) -> None:
-        self._pod(pod).verdicts[dp_rank] = verdict
+        it = self._pod(pod)
+        it.verdicts[dp_rank], it.heard = verdict, "yes"
 
     def pod_state(self, pod: str) -> str:
         it = self.pods[pod]
+        if it.heard != "yes":
+            return "stale"
         return max([*map(it.state, it.workers.values()), *it.verdicts.values(), "exact"], key=STATES.index)
 
     def _medium(self, name: str | None) -> str:

@@ -2,15 +2,16 @@
 """The compiled core: arguments and buffers in, objects and exceptions out. What is computed, and how, stands in _native."""
 
 import time
+from collections.abc import Mapping
 
 import numpy as np
 
 from cpython.buffer cimport *
-from cpython.memoryview cimport PyMemoryView_FromMemory
+from cpython.list cimport PyList_AsTuple
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.sequence cimport PySequence_Fast, PySequence_Fast_GET_SIZE, PySequence_Fast_ITEMS
 from cpython.unicode cimport PyUnicode_CheckExact
-from cython cimport freelist
+from cython cimport critical_section, freelist
 
 from kvindex._native cimport *
 
@@ -23,115 +24,7 @@ _ISAS, _KINDS = ("portable", "sse2", "avx2"), ("stored", "removed", "cleared", "
 cdef Py_ssize_t RELEASE_FROM = 16384, INGEST_RELEASE_FROM = 4096
 
 
-@freelist(8)
-cdef class _Ints:
-    """One-dimensional integers as native memory: borrowed from a buffer where its type allows, copied otherwise."""
-
-    cdef Py_buffer view
-    cdef bint viewed
-    cdef void* copy
-    cdef const void* data
-    cdef Py_ssize_t n
-
-    def __dealloc__(self):
-        if self.viewed:
-            PyBuffer_Release(&self.view)
-        PyMem_Free(self.copy)
-
-    cdef uint32_t* room(self, Py_ssize_t n) except NULL:
-        self.n = n
-        self.copy = PyMem_Malloc(max(n, 1) * sizeof(uint32_t))
-        if self.copy == NULL:
-            raise CapacityError(f"no memory for {n} tokens")
-        self.data = self.copy
-        return <uint32_t*>self.copy
-
-    cdef int take(self, object data, str what, int flags) except -1:
-        if isinstance(data, (bytes, bytearray)) and flags != PyBUF_SIMPLE:
-            raise InvalidTypeError(f"{what} is {type(data).__name__}; tokens_from_bytes says how to read bytes as tokens")
-        try:
-            PyObject_GetBuffer(data, &self.view, flags)
-        except (BufferError, TypeError, ValueError) as error:
-            raise InvalidTypeError(f"{what} is {type(data).__name__} and cannot be read as bytes-like: {error}") from None
-        self.viewed = True
-        self.data = self.view.buf
-        self.n = self.view.len
-        if flags != PyBUF_SIMPLE:
-            if self.view.ndim != 1:
-                raise InvalidValueError(f"{what} has {self.view.ndim} dimensions; it must have one")
-            self.n = self.view.shape[0]
-        return 0
-
-
-cdef _Ints _tokens(object tokens, str what="tokens"):
-    cdef _Ints v = _Ints()
-    cdef cbool is_signed
-    cdef uint32_t* out
-    cdef Py_ssize_t n, at = 0
-    if PyObject_CheckBuffer(tokens):
-        v.take(tokens, what, PyBUF_STRIDED_RO | PyBUF_FORMAT)
-        n = v.n
-        width = int_width(&v.view, &is_signed)
-        if n == 0:
-            return v
-        if width == 0:
-            raise InvalidTypeError(f"{what} has items of format {v.view.format.decode()!r}; {arguments.TOKENS_ARE}")
-        if width == 4 and v.view.strides[0] == 4 and (<size_t>v.view.buf & 3) == 0:
-            at = first_negative(<const int*>v.view.buf, n) if is_signed else n
-        else:
-            out = v.room(n)
-            at = narrow_tokens(<const char*>v.view.buf, n, v.view.strides[0], width, is_signed, out)
-        if at < n:
-            arguments.token(memoryview(tokens)[at], what, at)
-        return v
-    if isinstance(tokens, (str, set, frozenset, dict)):
-        raise InvalidTypeError(f"{what} is {type(tokens).__name__}; {arguments.TOKENS_ARE}")
-    try:
-        items = PySequence_Fast(tokens, "")
-    except TypeError:
-        raise InvalidTypeError(f"{what} is {type(tokens).__name__}; {arguments.TOKENS_ARE}") from None
-    n = PySequence_Fast_GET_SIZE(items)
-    out = v.room(n)
-    while (at := at + read_tokens(PySequence_Fast_ITEMS(items) + at, n - at, out + at)) < n:
-        out[at] = arguments.token(<object>PySequence_Fast_ITEMS(items)[at], what, at)
-        at += 1
-    return v
-
-
-cdef _Ints _payload(object payload):
-    cdef _Ints v = _Ints()
-    v.take(payload, "payload", PyBUF_SIMPLE)
-    return v
-
-
-cdef int _text(object value, str what, string& out) except -1:
-    if PyUnicode_CheckExact(value) and PyUnicode_IS_COMPACT_ASCII(value):
-        out.assign(<const char*>PyUnicode_DATA(value), <size_t>PyUnicode_GET_LENGTH(value))
-    else:
-        out = arguments.utf8(value, what)
-    return 0
-
-
-cdef int _prompt(_Ints tokens, object lora_name, object cache_salt, object extra_keys, uint32_t block_size, uint64_t seed, Prompt& p) except -1:
-    cdef string salt
-    p.tokens = <const uint32_t*>tokens.data
-    p.n_tokens = tokens.n
-    if lora_name is not None:
-        _text(lora_name, "lora_name", p.adapter)
-        p.adapted = not p.adapter.empty()
-    if cache_salt is None and extra_keys is None:
-        return 0
-    if cache_salt is not None:
-        _text(cache_salt, "cache_salt", salt)
-    cdef bytes packed = arguments.packed_keys(extra_keys)
-    if not read_extra(<const uint8_t*><const char*>packed, len(packed), salt, seed, tokens.n // block_size, p):
-        raise InvalidValueError(f"extra_keys {extra_keys!r} cannot be read; keys are str, int, bytes or (id, offset) pairs")
-    return 0
-
-
-cdef void _refer(bytes text, StrRef* out):
-    if text is not None:
-        out.p, out.n = <const char*>text, <uint32_t>len(text)
+include "_objects.pxi"
 
 
 cdef class IngestReport:
@@ -144,6 +37,9 @@ cdef class IngestReport:
     cdef readonly uint64_t stored, removed, cleared, parked, skipped, errors
     cdef readonly object ts
     cdef readonly int64_t dp_rank
+
+    def __reduce__(self):
+        return _report, (*(getattr(self, name) for name in answers.REPORT), self.ts, self.dp_rank)
 
     cdef IngestReport done(self):
         self.stored, self.removed, self.cleared = self.r.stored, self.r.removed, self.r.cleared
@@ -158,41 +54,46 @@ cdef class IngestReport:
         return f"IngestReport({', '.join(f'{k}={getattr(self, k)!r}' for k in answers.REPORT)})"
 
 
+def _report(*values):
+    cdef IngestReport report = IngestReport.__new__(IngestReport)
+    *counts, reasons, report.ts, report.dp_rank = values
+    report.r.stored, report.r.removed, report.r.cleared, report.r.parked, report.r.skipped, report.r.errors = counts
+    for i in range(REASONS):
+        report.r.reasons[i] = reasons.get(reason_name(<Reason>i).decode(), 0)
+    return report.done()
+
+
 cdef dict _reasons(Report& r): return {reason_name(<Reason>i).decode(): r.reasons[i] for i in range(REASONS) if r.reasons[i]}
-
-
-cdef class PodSet:
-    """A compiled filter for ``ready_pods``, from :meth:`PrefixIndex.pod_set`; it finds pods that come later too. Any thread may use it."""
-
-    cdef PodNames* names
-    cdef readonly frozenset pods
-
-    def __cinit__(self, pods):
-        pods = list(pods) if not isinstance(pods, (str, bytes)) and hasattr(pods, "__iter__") else pods
-        self.names = new PodNames(arguments.names(pods, "pods"))
-        self.pods = frozenset(pods)
-
-    def __dealloc__(self): del self.names
 
 
 @freelist(8)
 cdef class PrefixMatch:
-    """The answer to one prompt of ``blocks`` complete blocks. Dicts are built when asked for, O(pods). Any thread may read it."""
+    """The answer to one prompt of ``blocks`` complete blocks: a mapping of the pods that hold any of it to :class:`PodMatch`.
+
+    Dicts are built when asked for, O(pods); after the first, ``match[pod]`` is O(ranks and media of the pod). Any thread may read it.
+    """
 
     cdef MatchResult r
     cdef Index index
-    cdef dict names
     cdef readonly Py_ssize_t blocks
     cdef object prompt, lora_name, cache_salt, extra_keys, prefixes
+    cdef dict hits, media
 
     cdef str pod_name(self, uint64_t uid):
-        # Opened while the match ran: in the newer dict. Removed since: in the older.
-        return self.names.get(uid) or self.index.names.get(uid)
+        return self.index.names.get(uid) or self.index.name(uid)
 
-    cdef list rows(self):
-        cdef Hits* h = &self.r.hits
-        return [(self.pod_name(h[0][i].pod), h[0][i].rank, None if h[0][i].medium == NO_MEDIUM else self.index.ix.medium(h[0][i].medium),
-                 h[0][i].alone, h[0][i].blocks, <int>h[0][i].verdict) for i in range(h.size())]
+    @critical_section
+    cdef dict by_pod(self):
+        # The numbers of each pod's hits.
+        cdef cmap[uint32_t, string] media
+        if self.hits is None:
+            hits = {}
+            for i in range(self.r.hits.size()):
+                if (pod := self.pod_name(self.r.hits[i].pod)) is not None:
+                    hits.setdefault(pod, []).append(i)
+            with nogil: media = self.index.ix.media(self.r.hits)
+            self.media, self.hits = media, hits
+        return self.hits
 
     cdef dict best_ranks(self, uint64_t times, uint64_t over):
         cdef Hit h
@@ -226,13 +127,25 @@ cdef class PrefixMatch:
     def best(self):
         """``(pod, tokens)`` of the pod that holds most, the one known first among equals; None if nobody holds a block."""
         cdef Hit h
-        if self.r.best != NO_MEDIUM:
-            h = self.r.hits[self.r.best]
-            return self.pod_name(h.pod), h.blocks * self.index.block_size
+        if self.r.best == NO_MEDIUM:
+            return None
+        h = self.r.hits[self.r.best]
+        if (pod := self.pod_name(h.pod)) is not None:
+            return pod, h.blocks * self.index.block_size
+        return max(self.tokens.items(), key=lambda item: item[1], default=None)
 
     def __getitem__(self, pod):
-        """The pod's :class:`PodMatch`, zeros if it holds nothing. Raises :class:`UnknownPodError` for a pod the index never heard of."""
-        return answers.pod_match(self.rows(), pod, self.index.block_size) or PodMatch(0, 0, {}, {}, self.index.pod_state(pod))
+        """The pod's :class:`PodMatch`, zeros if it holds nothing. Raises :class:`UnknownPodError` for a pod that the index does not know."""
+        cdef Hits* h = &self.r.hits
+        if pod not in self:
+            return PodMatch(0, 0, {}, {}, answers.VERDICTS[self.index._verdict(pod)])
+        return answers.pod_match([(h[0][i].rank, self.media.get(h[0][i].medium), h[0][i].alone, h[0][i].blocks, <int>h[0][i].verdict)
+                                  for i in self.hits[pod]], self.index.block_size)
+
+    def __contains__(self, pod): return isinstance(pod, str) and pod in self.by_pod()
+    def __iter__(self): return iter(self.by_pod())
+    def __len__(self): return len(self.by_pod())
+    get, keys, items, values = Mapping.get, Mapping.keys, Mapping.items, Mapping.values
 
     def __repr__(self):
         return f"PrefixMatch({self.tokens})"
@@ -242,8 +155,10 @@ cdef class Index:
     """What of :class:`PrefixIndex` is compiled: the calls that are made for every prompt and batch, and primitives for the rest of it."""
 
     cdef SharedIndex* ix
+    cdef object __weakref__
     cdef readonly uint32_t block_size
     cdef readonly uint64_t hash_seed
+    # What the core has said of names: for ever right, since no number is used twice. Which pods there are is asked of it.
     cdef dict uids, names
     cdef readonly object _clock
     cdef bint timed
@@ -253,23 +168,55 @@ cdef class Index:
         self.hash_seed = arguments.seed(hash_seed)
         self.ix = new SharedIndex(self.block_size, self.hash_seed, arguments.choice(presence, "presence", ("count", "set")),
                                   arguments.whole(max_parked, "max_parked", 0, 0x7FFFFFFF), arguments.budget(max_bytes), arguments.lifetime(ttl))
-        self.uids, self.names, self._clock, self.timed = {}, {}, clock, ttl is not None
+        self.uids, self.names, self._clock, self.timed = {}, {}, arguments.called(clock, "clock"), ttl is not None
 
-    def __dealloc__(self): del self.ix
+    def __dealloc__(self):
+        with nogil: del self.ix
 
+    cdef uint64_t remembered(self, object pod) except? 0: return self.uids.get(pod, 0) if PyUnicode_CheckExact(pod) else 0
+
+    # The pod's number, a new one if there is none. It is asked for before the call waits for anything: a pod that is removed meanwhile
+    # takes with it whatever was on its way.
     cdef uint64_t uid(self, object pod) except 0:
-        found = self.uids.get(pod) if isinstance(pod, str) else None
-        if found is None:
-            found = self.ix.open_pod(arguments.utf8(pod, "pod"))
-            self.uids[pod] = found
-            self.names[found] = pod
+        cdef string name
+        cdef uint64_t found = self.remembered(pod)
+        if found == 0 or not self.ix.directory().has(found):
+            _text(pod, "pod", name)
+            with nogil: found = self.ix.open_pod(name)
+            if PyUnicode_CheckExact(pod):
+                self.uids[pod] = found
+                # Whoever removes a pod forgets it here afterwards, and may have been faster.
+                if not self.ix.directory().has(found):
+                    self.uids.pop(pod, None)
         return found
 
     cdef uint64_t known(self, object pod) except 0:
-        found = self.uids.get(pod) if isinstance(pod, str) else None
-        if found is None:
-            raise UnknownPodError(f"no pod {pod!r} in this index; known are {', '.join(sorted(self.uids)) or 'none yet'}")
+        cdef string name
+        cdef uint64_t found = 0
+        if isinstance(pod, str):
+            _text(pod, "pod", name)
+            found = self.ix.directory().find(name)
+        if found == 0:
+            raise self.unknown(pod)
         return found
+
+    cdef object unknown(self, object pod):
+        cdef size_t pods = 0
+        cdef vector[string] some = self.ix.directory().some(8, pods)
+        return UnknownPodError(f"no pod {arguments.shown(pod)} in this index; {arguments.listed(some, pods)}")
+
+    cdef str name(self, uint64_t uid):
+        cdef cbool is_known = False
+        cdef string text = self.ix.directory().name(uid, is_known)
+        if not is_known:
+            return None
+        name = text.decode("utf-8", "surrogateescape")
+        self.names[uid] = name
+        if not self.ix.directory().has(uid):
+            self.names.pop(uid, None)
+        return name
+
+    cdef double now(self) except? -1: return arguments.moment(self._clock(), "what clock returns")
 
     def ingest(self, pod, payload, *, model="", dp_rank=None, seq=None):
         """Applies one batch as its engine wrote it (msgpack, every form since vLLM 0.9 and SGLang 0.4.6), without the interpreter lock.
@@ -283,27 +230,31 @@ cdef class Index:
         cdef string name
         _text(model, "model", name)
         cdef int64_t rank = -1 if dp_rank is None else arguments.rank(dp_rank)
-        cdef uint64_t uid = self.uids.get(pod, 0) if isinstance(pod, str) else self.uid(pod)
+        if not isinstance(pod, str):
+            arguments.utf8(pod, "pod")
+        cdef uint64_t uid = self.remembered(pod)
         cdef int64_t number = -1 if seq is None else arguments.whole(seq, "seq", 0, 0x7FFFFFFFFFFFFFFF)
         cdef double ts = 0
         cdef DecodeFault fault
         cdef Taken taken = BUSY
-        if self.timed: self._expire(self._clock())
+        if self.timed: self._expire(self.now())
         if b.n < INGEST_RELEASE_FROM:
             taken = self.ix.ingest(uid, <const uint8_t*>b.data, b.n, name, rank, number, False, report.r, ts, report.dp_rank, fault)
-        if taken == BUSY:
+        while taken == BUSY or taken == UNKNOWN:
+            # A pod that is not there begins with its first batch, not with garbage in its name.
+            if taken == UNKNOWN:
+                uid = self.uid(pod)
+            elif not self.ix.directory().has(uid):
+                uid = 0
             with nogil:
                 taken = self.ix.ingest(uid, <const uint8_t*>b.data, b.n, name, rank, number, True, report.r, ts, report.dp_rank, fault)
         if taken == NO_BATCH:
             raise _no_batch(b, fault)
-        if uid == 0:
-            # A pod that nobody has heard of begins with its first batch, not with garbage in its name.
-            self.uid(pod)
-            return self.ingest(pod, payload, model=model, dp_rank=dp_rank, seq=seq)
         report.ts = ts
         return report.done()
 
-    def _apply(self, str kind, pod, int64_t rank, string model, const uint64_t[::1] hashes, int64_t group, bytes medium, object numbers, tuple stored):
+    def _apply(self, str kind, pod, int64_t rank, string model, const uint64_t[::1] hashes, int64_t group, bytes medium, object numbers,
+               tuple stored):
         cdef IngestReport report = IngestReport.__new__(IngestReport)
         cdef Batch batch
         cdef Event e
@@ -322,7 +273,7 @@ cdef class Index:
             for i in range(4): _refer(alive[i], texts[i])
             if alive[4] is not None: e.extra_keys, e.extra_keys_bytes = <const uint8_t*><const char*><bytes>alive[4], <uint32_t>len(alive[4])
         batch.events.push_back(e)
-        if self.timed: self._expire(self._clock())
+        if self.timed: self._expire(self.now())
         cdef uint64_t uid = self.uid(pod)
         with nogil: self.ix.apply(uid, rank, model, batch, unnumbered, report.r)
         report.dp_rank = rank
@@ -339,7 +290,7 @@ cdef class Index:
         cdef _Ints t = _tokens(tokens)
         cdef Prompt p
         _prompt(t, lora_name, cache_salt, extra_keys, self.block_size, self.hash_seed, p)
-        cdef PrefixMatch m = self.ask(p, t.n, t.n // self.block_size, model, ready_pods, only_exact)
+        cdef PrefixMatch m = self.ask(p, t.n, t.n // self.block_size, model, ready_pods, _flag(only_exact, "only_exact"))
         m.prompt, m.lora_name, m.cache_salt, m.extra_keys = tokens, lora_name, cache_salt, extra_keys
         return m
 
@@ -356,11 +307,11 @@ cdef class Index:
             h.take(hashes, "hashes", PyBUF_STRIDED_RO | PyBUF_FORMAT)
         p.prefixes = <const uint64_t*>h.data
         p.n_prefixes = h.n
-        cdef PrefixMatch m = self.ask(p, h.n, h.n, model, ready_pods, only_exact)
+        cdef PrefixMatch m = self.ask(p, h.n, h.n, model, ready_pods, _flag(only_exact, "only_exact"))
         m.prefixes = hashes
         return m
 
-    def match_many(self, prompts, *, model="", lora_name=None, cache_salt=None, extra_keys=None, ready_pods=None, cbool only_exact=False):
+    def match_many(self, prompts, *, model="", lora_name=None, cache_salt=None, extra_keys=None, ready_pods=None, only_exact=False):
         """A :class:`PrefixMatch` for each prompt, as :meth:`match_prefix` gives it, with one release of the interpreter lock for all.
 
         prompts: an iterable of what match_prefix takes as tokens; the keywords go for all of them. Each answer is of some moment during
@@ -368,6 +319,7 @@ cdef class Index:
         """
         cdef PodSet pods = ready_pods if ready_pods is None or isinstance(ready_pods, PodSet) else PodSet(ready_pods)
         cdef PodNames* names = pods.names if pods is not None else NULL
+        cdef cbool exact = _flag(only_exact, "only_exact")
         cdef vector[Prompt] asked
         cdef vector[MatchResult*] results
         cdef PrefixMatch m
@@ -376,7 +328,7 @@ cdef class Index:
         cdef size_t i
         _text(model, "model", space)
         kept, matches = [], []
-        for tokens in prompts:
+        for tokens in arguments.each(prompts, "prompts"):
             asked.resize(asked.size() + 1)
             try:
                 t = _tokens(tokens)
@@ -390,13 +342,13 @@ cdef class Index:
             results.push_back(&m.r)
         with nogil:
             for i in range(asked.size()):
-                self.ix.match(asked[i], space, names, only_exact, True, results[i][0])
+                self.ix.match(asked[i], space, names, exact, True, results[i][0])
         return matches
 
     cdef PrefixMatch open(self, Py_ssize_t blocks):
         cdef PrefixMatch m = PrefixMatch.__new__(PrefixMatch)
-        if self.ix.next_expiry() < NEVER: self._expire(self._clock())
-        m.index, m.names, m.blocks = self, self.names, blocks
+        if self.ix.next_expiry() < NEVER: self._expire(self.now())
+        m.index, m.blocks = self, blocks
         return m
 
     cdef PrefixMatch ask(self, Prompt& p, Py_ssize_t size, Py_ssize_t blocks, object model, object ready, cbool only_exact):
@@ -413,7 +365,7 @@ cdef class Index:
         cdef vector[uint64_t] prefixes
         cdef uint64_t uid = self.uid(pod)
         if len(hashes): prefixes.assign(&hashes[0], &hashes[0] + len(hashes))
-        if self.timed: self._expire(self._clock())
+        if self.timed: self._expire(self.now())
         with nogil: self.ix.guess(uid, rank, model, prefixes, until)
 
     def _expire(self, double now):
@@ -422,41 +374,75 @@ cdef class Index:
 
     # Primitives of index.py, which checks what it hands over.
     def _configure(self, pod, int counted, cbool has_media, vector[string] media, int64_t chunk, int64_t max_blocks):
-        self.ix.configure(self.uid(pod), counted, has_media, media, chunk, max_blocks)
+        cdef uint64_t uid = self.uid(pod)
+        with nogil: self.ix.configure(uid, counted, has_media, media, chunk, max_blocks)
 
     def _remove(self, pod):
         cdef uint64_t uid = self.known(pod)
-        del self.uids[pod]
-        # Matches that run, and answers not looked at yet, keep the older dict.
-        self.names = {u: name for u, name in self.names.items() if u != uid}
-        with nogil: self.ix.remove_pod(uid)
+        cdef cbool was_there
+        with nogil: was_there = self.ix.remove_pod(uid)
+        self.names.pop(uid, None)
+        if PyUnicode_CheckExact(pod) and self.uids.get(pod) == uid:
+            self.uids.pop(pod, None)
+        if not was_there:
+            raise self.unknown(pod)
 
     def _clear(self, pod, int64_t rank):
         cdef uint64_t uid = self.uid(pod)
         with nogil: self.ix.clear_worker(uid, rank)
 
-    def _ignore(self, pod, vector[string] media): self.ix.ignore_media(self.uid(pod), media)
-    def _mark(self, pod, int64_t rank, int verdict): self.ix.mark(self.uid(pod), rank, verdict)
-    def _verdict(self, pod): return max(0, self.ix.verdict(self.known(pod)))
-    def _workers(self, pod): return self.ix.pod_figures(self.known(pod))
-    def _places(self, pod): return self.ix.places(self.known(pod))
-    def _broken(self): return self.ix.check()
-    def _probes(self): return self.ix.probes()
-    def _compared(self, PrefixMatch match): return match.r.compared
+    def _ignore(self, pod, vector[string] media):
+        cdef uint64_t uid = self.uid(pod)
+        with nogil: self.ix.ignore_media(uid, media)
 
-    def _save(self, write):
-        cdef SnapshotBytes out
-        with nogil: self.ix.save(out)
-        write(PyMemoryView_FromMemory(<char*>out.data(), out.size(), PyBUF_READ))
+    def _mark(self, pod, int64_t rank, int verdict):
+        cdef uint64_t uid = self.uid(pod)
+        with nogil: self.ix.mark(uid, rank, verdict)
+
+    def _verdict(self, pod):
+        cdef uint64_t uid = self.known(pod)
+        cdef int verdict
+        with nogil: verdict = self.ix.verdict(uid)
+        if verdict < 0:
+            raise self.unknown(pod)
+        return verdict
+
+    def _workers(self, pod):
+        cdef uint64_t uid = self.known(pod)
+        cdef vector[PodFigures] workers
+        with nogil: workers = self.ix.pod_figures(uid)
+        return workers
+
+    def _places(self, pod):
+        cdef uint64_t uid = self.known(pod)
+        cdef vector[StreamPlace] places
+        with nogil: places = self.ix.places(uid)
+        return places
+
+    def _broken(self):
+        cdef string broken
+        with nogil: broken = self.ix.check()
+        return broken
+
+    def _probes(self):
+        cdef double probes
+        with nogil: probes = self.ix.probes()
+        return probes
+
+    def _compared(self, PrefixMatch match not None): return match.r.compared
+
+    def _saved(self):
+        cdef Snapshot out = Snapshot.__new__(Snapshot)
+        with nogil: self.ix.save(out.data)
+        return out
 
     def _load(self, const uint8_t[::1] data):
         with nogil: self.ix.load(&data[0], len(data))
-        self.names = {uid: name.decode("utf-8", "surrogateescape") for uid, name in self.ix.pods()}
-        self.uids = {name: uid for uid, name in self.names.items()}
 
     def _figures(self):
-        cdef Report r = self.ix.report()
-        return {**self.ix.figures(), **self.ix.totals(), "skipped_reasons": _reasons(r)}
+        cdef Stats s
+        with nogil: s = self.ix.stats()
+        return {**s.figures, **s.totals, "skipped_reasons": _reasons(s.report)}
 
 
 def hash_tokens(tokens, block_size, hash_seed, lora_name, cache_salt, extra_keys, bint rolled):
@@ -490,6 +476,9 @@ def snapshot_head(bytes data, uint64_t file_bytes): return native_head(<const ui
 
 cdef object _no_batch(_Ints payload, DecodeFault& fault):
     return EventDecodeError(f"payload of {payload.n} bytes is no event batch: {fault.what.decode()} at byte {fault.offset}", fault.offset)
+
+
+Mapping.register(PrefixMatch)
 
 
 def _isas(): return _ISAS[:<int>best_isa() + 1]

@@ -3,11 +3,12 @@ from cpython.buffer cimport Py_buffer
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libcpp cimport bool as cbool
+from libcpp.map cimport map as cmap
 from libcpp.string cimport string
-from libcpp.utility cimport pair
 from libcpp.vector cimport vector
 
 cdef extern from "_tokens.hpp" namespace "kvindex":
+    const cbool LISTS_MAY_CHANGE "kvindex::kListsMayChange"
     int int_width(const Py_buffer*, cbool* is_signed)
     Py_ssize_t read_tokens(PyObject** items, Py_ssize_t n, uint32_t* out)
     Py_ssize_t narrow_tokens(const char* p, Py_ssize_t n, Py_ssize_t stride, int width, cbool is_signed, uint32_t* out)
@@ -96,6 +97,7 @@ cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
     ctypedef enum Taken "kvindex::Taken":
         NO_BATCH "kvindex::Taken::no_batch"
         BUSY "kvindex::Taken::busy"
+        UNKNOWN "kvindex::Taken::unknown"
 
     struct PodFigures:
         int64_t rank
@@ -131,6 +133,18 @@ cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
         uint64_t blocks, chains, sets, holders, pods, workers, parked, guesses, bytes
         uint64_t shed_blocks, shed_chains, shed_parked, shed_guesses, expired_blocks, expired_chains, expired_guesses
 
+    struct Stats:
+        Figures figures
+        Totals totals
+        Report report
+
+    # Waits for nobody.
+    cppclass PodDirectory:
+        uint64_t find(const string&) except +
+        cbool has(uint64_t) except +
+        string name(uint64_t, cbool& known) except +
+        vector[string] some(size_t most, size_t& all) except +
+
     cppclass SharedIndex:
         SharedIndex(uint32_t block_size, uint64_t seed, cbool set_presence, uint32_t max_parked, uint64_t max_bytes, double ttl) except +
         uint64_t open_pod(const string&) except +
@@ -141,7 +155,7 @@ cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
         void clear_worker(uint64_t, int64_t rank) except +
         Taken ingest(uint64_t, const uint8_t*, uint64_t, const string& model, int64_t rank, int64_t seq, cbool wait, Report&, double& ts,
                      int64_t& dp_rank, DecodeFault&) except +
-        void apply(uint64_t, int64_t rank, const string& model, const Batch&, const Place&, Report&) except +
+        Taken apply(uint64_t, int64_t rank, const string& model, const Batch&, const Place&, Report&) except +
         cbool match(const Prompt&, const string& model, PodNames*, cbool only_exact, cbool wait, MatchResult&) except +
         void guess(uint64_t, int64_t rank, const string& model, const vector[uint64_t]&, double until) except +
         double next_expiry()
@@ -152,11 +166,9 @@ cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
         vector[StreamPlace] places(uint64_t) except +
         void save(SnapshotBytes&) except +
         void load(const uint8_t*, uint64_t) except +
-        vector[pair[uint64_t, string]] pods() except +
-        Figures figures() except +
-        Totals totals() except +
-        Report report() except +
-        string medium(uint32_t) except +
+        const PodDirectory& directory()
+        Stats stats() except +
+        cmap[uint32_t, string] media(const Hits&) except +
         string check() except +
 
 cdef extern from "_native/xxh3.hpp" namespace "kvindex" nogil:

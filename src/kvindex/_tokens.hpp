@@ -8,6 +8,13 @@
 
 namespace kvindex {
 
+// Whether another thread may change a list while no Python code runs in this one.
+#ifdef Py_GIL_DISABLED
+inline constexpr bool kListsMayChange = true;
+#else
+inline constexpr bool kListsMayChange = false;
+#endif
+
 // Reads ints straight from their objects. Stops at the first item that is not
 // exactly an int of 0 .. 2^32-1 and returns its index, or n. PyLong_AsLong costs 5
 // ns an item, which is as much as hashing; the digits lie open, and stable, in 3.11.

@@ -10,9 +10,8 @@ __all__ = ["PodMatch", "StreamPlace"]
 VERDICTS: Final = ("exact", "degraded", "stale")
 REPORT = ("stored", "removed", "cleared", "parked", "skipped", "errors", "reasons")
 
-# Pod (None if it is gone), rank, medium (None: all together), whether the worker has no other medium, blocks, index
-# into VERDICTS.
-Row: TypeAlias = "tuple[str | None, int, bytes | None, bool, int, int]"
+# Rank, medium (None: all together), whether the worker has no other medium, blocks, index into VERDICTS.
+Row: TypeAlias = "tuple[int, bytes | None, bool, int, int]"
 
 
 class PodMatch(NamedTuple):
@@ -45,14 +44,12 @@ class StreamPlace(NamedTuple):
     model: str
 
 
-def pod_match(rows: Iterable[Row], wanted: str, block_size: int) -> PodMatch | None:
-    """The rows of one pod put together; None if there are none."""
+def pod_match(rows: Iterable[Row], block_size: int) -> PodMatch:
+    """The rows of one pod put together."""
     media: dict[str, int] = {}
     ranks: dict[int, int] = {}
     state = 0
-    for pod, rank, medium, alone, blocks, verdict in rows:
-        if pod != wanted:
-            continue
+    for rank, medium, alone, blocks, verdict in rows:
         state = verdict
         if alone or medium is None:
             ranks[rank] = max(ranks.get(rank, 0), blocks * block_size)
@@ -60,7 +57,5 @@ def pod_match(rows: Iterable[Row], wanted: str, block_size: int) -> PodMatch | N
             # Names of media come from the wire and may be no UTF-8.
             name = medium.decode("utf-8", "surrogateescape")
             media[name] = max(media.get(name, 0), blocks * block_size)
-    if not ranks:
-        return None
-    tokens = max(ranks.values())
+    tokens = max(ranks.values(), default=0)
     return PodMatch(tokens, tokens // block_size, media, ranks, VERDICTS[state])

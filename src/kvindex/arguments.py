@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import operator
+import os
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from reprlib import Repr
 from typing import Any
 
 import msgpack
@@ -20,14 +24,38 @@ HASHED = ("local_hashes", "prefix_hashes")
 TOKENS_ARE = "tokens are a uint32, int32, int64 or uint64 array, or a sequence of ints"
 
 
+# Messages show the beginning of a value, however large it is, and whether or not it can show itself.
+_repr = Repr()
+_repr.maxstring = _repr.maxother = 120
+
+
+def shown(value: Any) -> str:
+    try:
+        return _repr.repr(value)
+    except Exception:
+        return f"<{type(value).__name__}>"
+
+
+def listed(some: Sequence[bytes], of: int) -> str:
+    """The pods that a message names: some, and how many there are besides."""
+    if not of:
+        return "known are none yet"
+    names = ", ".join(sorted(shown(name.decode("utf-8", "surrogateescape"))[1:-1] for name in some))
+    return f"known are {names}" + (f" and {of - len(some)} more" if of > len(some) else "")
+
+
 def whole(value: Any, what: str, low: int, high: int) -> int:
     try:
-        n = int(value.__index__())
-    except (AttributeError, TypeError):
-        raise InvalidTypeError(f"{what} is {value!r}; it must be an int") from None
+        n = operator.index(value)
+    except TypeError:
+        raise InvalidTypeError(f"{what} is {shown(value)}; it must be an int") from None
     if not low <= n <= high:
-        raise InvalidValueError(f"{what} is {n}; it must be {low} to {high}")
+        raise InvalidValueError(f"{what} is {shown(n)}; it must be {low} to {high}")
     return n
+
+
+def number(value: Any, what: str, low: int, high: int) -> int:
+    return 0 if value is None else whole(value, what, low, high)
 
 
 def seed(value: Any) -> int:
@@ -39,21 +67,68 @@ def rank(value: Any) -> int:
 
 
 def choice(value: Any, what: str, choices: tuple[str, ...]) -> int:
-    if value not in choices:
-        raise InvalidValueError(f"{what} is {value!r}; it must be one of {', '.join(choices)}")
+    if not isinstance(value, str) or value not in choices:
+        raise InvalidValueError(f"{what} is {shown(value)}; it must be one of {', '.join(choices)}")
     return choices.index(value)
 
 
-def seconds(value: Any, what: str) -> float:
+def flag(value: Any, what: str) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise InvalidTypeError(f"{what} is {shown(value)}; it must be True or False")
+    return bool(value)
+
+
+def called(value: Any, what: str) -> Any:
+    if not callable(value):
+        raise InvalidTypeError(f"{what} is {shown(value)}; it must be a function without arguments")
+    return value
+
+
+def moment(value: Any, what: str) -> float:
     try:
-        s = float(value) if not isinstance(value, (str, bytes)) else None
-    except (TypeError, ValueError):
-        s = None
-    if s is None:
-        raise InvalidTypeError(f"{what} is {value!r}; it must be a number of seconds")
-    if not 0 <= s < 1e18:
-        raise InvalidValueError(f"{what} is {value!r}; it must be 0 or more seconds, and finite")
+        s = math.nan if isinstance(value, (str, bytes, bytearray)) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        s = math.nan
+    if isinstance(value, (int, float, np.number)) and not -1e18 < s < 1e18:
+        raise InvalidValueError(f"{what} is {shown(value)}; it must be a finite number of seconds")
+    if s != s:
+        raise InvalidTypeError(f"{what} is {shown(value)}; it must be a number of seconds")
     return s
+
+
+def seconds(value: Any, what: str) -> float:
+    s = moment(value, what)
+    if s < 0:
+        raise InvalidValueError(f"{what} is {shown(value)}; it must be 0 or more seconds, and finite")
+    return s
+
+
+def path(value: Any, what: str) -> str:
+    try:
+        name = os.fspath(value)
+    except TypeError:
+        name = None
+    if not isinstance(name, str):
+        raise InvalidTypeError(f"{what} is {shown(value)}; it must be a str or a path")
+    try:
+        written = os.fsencode(name)
+    except UnicodeEncodeError:
+        written = b""
+    if not written or b"\0" in written or len(written) > 4096:
+        raise InvalidValueError(f"{what} is {shown(name)}; it must be the name of a file")
+    return name
+
+
+def each(values: Any, what: str) -> Iterator[Any]:
+    try:
+        yield from values
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise InvalidTypeError(f"{what} is {shown(values)}, which cannot be gone through: {error}") from error
+
+
+def unmasked(value: Any, what: str) -> None:
+    if np.ma.is_masked(value):
+        raise InvalidValueError(f"{what} has masked items; filled() or compressed() says what they are")
 
 
 def budget(max_bytes: Any) -> int:
@@ -72,12 +147,12 @@ def lifetime(ttl: Any) -> float:
 
 def utf8(value: Any, what: str) -> bytes:
     if not isinstance(value, str):
-        raise InvalidTypeError(f"{what} is {value!r}; it must be a str")
+        raise InvalidTypeError(f"{what} is {shown(value)}; it must be a str")
     try:
         # Names that came out of a payload may hold bytes that are no UTF-8; they go back as they came.
         return value.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
-        raise InvalidValueError(f"{what} is {value!r}, which has no UTF-8 form") from None
+        raise InvalidValueError(f"{what} is {shown(value)}, which has no UTF-8 form") from None
 
 
 def text(value: Any, what: str) -> bytes | None:
@@ -89,7 +164,7 @@ def field(event: Any, name: str) -> Any:
         return getattr(event, name)
     except AttributeError:
         raise InvalidTypeError(
-            f"event is {event!r}, which has no {name}; it must be a BlockStored, BlockRemoved or AllBlocksCleared"
+            f"event is {shown(event)}, which has no {name}; it must be a BlockStored, BlockRemoved or AllBlocksCleared"
         ) from None
 
 
@@ -133,9 +208,9 @@ def stored_fields(event: Any) -> tuple[bool, int, int, int, int, list[bytes | No
     return (
         parent is not None,
         0 if parent is None else fold(parent, "parent_block_hash"),
-        whole(event.block_size or 0, "block_size", 0, 1 << 40),
-        whole(event.kv_cache_spec_sliding_window or 0, "kv_cache_spec_sliding_window", 0, 1 << 40),
-        0 if named else whole(event.lora_id or 0, "lora_id", -(1 << 62), 1 << 62),
+        number(event.block_size, "block_size", 0, 1 << 40),
+        number(event.kv_cache_spec_sliding_window, "kv_cache_spec_sliding_window", 0, 1 << 40),
+        0 if named else number(event.lora_id, "lora_id", -(1 << 62), 1 << 62),
         [
             text(event.lora_id, "lora_id") if named else None,
             text(event.lora_name, "lora_name"),
@@ -169,18 +244,19 @@ def with_content(event: Any, hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.u
 
 
 def names(values: Any, what: str) -> list[bytes]:
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise InvalidTypeError(f"{what} is {values!r}; it must be an iterable of str")
-    return [utf8(value, f"each of {what}") for value in values]
+    if isinstance(values, (str, bytes)):
+        raise InvalidTypeError(f"{what} is {shown(values)}; it must be an iterable of str")
+    return [utf8(value, f"each of {what}") for value in each(values, what)]
 
 
 def token(value: Any, what: str, at: int) -> int:
     try:
-        n = int(value.__index__())
-    except (AttributeError, TypeError):
-        raise InvalidTypeError(f"{what}[{at}] is {value!r} of type {type(value).__name__}; {TOKENS_ARE}") from None
+        n = operator.index(value)
+    except TypeError:
+        kind = type(value).__name__
+        raise InvalidTypeError(f"{what}[{at}] is {shown(value)} of type {kind}; {TOKENS_ARE}") from None
     if not 0 <= n <= 0xFFFFFFFF:
-        raise InvalidValueError(f"{what}[{at}] is {n}; token ids are 0 to 4294967295")
+        raise InvalidValueError(f"{what}[{at}] is {shown(n)}; token ids are 0 to 4294967295")
     return n
 
 
@@ -191,38 +267,41 @@ def fold(value: Any, what: str) -> int:
             raise InvalidValueError(f"{what} is empty bytes; an engine hash has at least one")
         return int.from_bytes(value[-8:], "big")
     try:
-        n = int(value.__index__())
-    except (AttributeError, TypeError):
-        raise InvalidTypeError(f"{what} is {value!r}; an engine hash is an int or bytes") from None
+        n = operator.index(value)
+    except TypeError:
+        raise InvalidTypeError(f"{what} is {shown(value)}; an engine hash is an int or bytes") from None
     if not -(1 << 63) <= n < 1 << 64:
-        raise InvalidValueError(f"{what} is {n}; an engine hash has 64 bits")
+        raise InvalidValueError(f"{what} is {shown(n)}; an engine hash has 64 bits")
     return n & 0xFFFFFFFFFFFFFFFF
 
 
 def hash_array(values: Any, what: str) -> npt.NDArray[np.uint64]:
-    if isinstance(values, np.ndarray) and values.dtype in (np.uint64, np.int64) and values.ndim == 1:
-        return np.ascontiguousarray(values).view(np.uint64)
+    if isinstance(values, np.ndarray):
+        unmasked(values, what)
+        if values.dtype in (np.uint64, np.int64) and values.ndim == 1:
+            return np.ascontiguousarray(values).view(np.uint64)
     if isinstance(values, (str, bytes, bytearray)) or not isinstance(values, Iterable):
-        raise InvalidTypeError(f"{what} is {values!r}; it must be a sequence of hashes")
+        raise InvalidTypeError(f"{what} is {shown(values)}; it must be a sequence of hashes")
     # What nearly all lists are, read natively: 14 ns a hash instead of 300. What it refuses is looked at one by one.
     if isinstance(values, list) and set(map(type, values)) == {int}:
         with suppress(OverflowError):
             return np.frombuffer(array("Q", values), dtype=np.uint64)
-    return np.array([fold(value, f"{what}[{i}]") for i, value in enumerate(values)], dtype=np.uint64)
+    return np.array([fold(value, f"{what}[{i}]") for i, value in enumerate(each(values, what))], dtype=np.uint64)
 
 
 def packed_keys(extra_keys: Any) -> bytes:
     """extra_keys in the form that events have them, so that one native reader serves both."""
     if extra_keys is None:
         return b""
-    if isinstance(extra_keys, (str, bytes)) or not hasattr(extra_keys, "__len__"):
-        raise InvalidTypeError(f"extra_keys is {extra_keys!r}; it has one entry per block: None or a list of keys")
-    for i, entry in enumerate(extra_keys):
+    if isinstance(extra_keys, (str, bytes)) or not hasattr(type(extra_keys), "__len__"):
+        raise InvalidTypeError(f"extra_keys is {shown(extra_keys)}; it has one entry per block: None or a list of keys")
+    entries = list(each(extra_keys, "extra_keys"))
+    for i, entry in enumerate(entries):
         if entry is not None and not isinstance(entry, (list, tuple)):
-            raise InvalidTypeError(f"extra_keys[{i}] is {entry!r}; an entry is None or a list of keys")
+            raise InvalidTypeError(f"extra_keys[{i}] is {shown(entry)}; an entry is None or a list of keys")
     try:
-        return bytes(msgpack.packb(list(extra_keys), unicode_errors="surrogateescape"))
-    except (TypeError, ValueError, OverflowError) as error:
+        return bytes(msgpack.packb(entries, unicode_errors="surrogateescape"))
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InvalidValueError(
             f"extra_keys cannot be read ({error}); keys are str, int, bytes or (id, offset) pairs"
         ) from None

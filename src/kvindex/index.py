@@ -25,8 +25,10 @@ _NO_HASHES = np.empty(0, dtype=np.uint64)
 class PrefixIndex(Index):
     """Which pod holds which prefix, kept from the engines' events.
 
-    Any thread may call any method; a match sees whole events only. A process that forks gives its child a copy as it
-    was between two batches, in which every pod is stale: what engines say from then on they say to the parent. Where
+    Any thread may call any method; a match sees whole events only, and a call that waits keeps no other Python thread
+    waiting. A pod is known from the first call that names it, and is stale until an event or :meth:`mark_worker` tells
+    of its content. A process that forks gives its child a copy as it was between two batches, in which every pod is
+    stale until :meth:`mark_worker` says otherwise: what engines say from then on they say to the parent. Where
     the system has no memory for a change, MemoryError is raised, all content is forgotten and every worker is degraded.
 
     block_size: tokens per index block, the granularity of every answer; an engine's own block size must be a multiple
@@ -95,11 +97,14 @@ class PrefixIndex(Index):
     ) -> None:
         """Counts the prompt's blocks as held by (pod, rank) on the GPU for ttl seconds, or until a clear. O(blocks).
 
-        For a routing decision that no event has confirmed yet. Arguments as for :meth:`match_prefix`; now: the clock's
-        reading to count from, None for now. Raises InvalidTypeError, InvalidValueError naming the position.
+        For a routing decision that no event has confirmed yet: it changes no verdict; a pod of which nothing else is
+        known stays stale. With max_bytes, such entries have a 32nd of it; the one that ends first makes room for the
+        next (``shed_guesses``). Arguments as for :meth:`match_prefix`; now: the clock's reading to count from, None for
+        now. Raises InvalidTypeError, InvalidValueError naming the position.
         """
         prefixes = hash_tokens(tokens, self.block_size, self.hash_seed, lora_name, cache_salt, extra_keys, True)
-        until = arguments.seconds(ttl, "ttl") + (self._clock() if now is None else now)
+        began = arguments.moment(*((self._clock(), "what clock returns") if now is None else (now, "now")))
+        until = arguments.seconds(ttl, "ttl") + began
         self._guess(pod, arguments.rank(dp_rank), arguments.utf8(model, "model"), prefixes, until)
 
     def configure_pod(
@@ -124,8 +129,8 @@ class PrefixIndex(Index):
         pod, is skipped as ``over_limit``, and the pod is degraded: it holds more than is known. O(media).
         """
         counted = -1 if presence is None else arguments.choice(presence, "presence", ("count", "set"))
-        media = arguments.names(clear_media or (), "clear_media")
-        ignored = arguments.names(ignore_media or (), "ignore_media")
+        media = arguments.names(() if clear_media is None else clear_media, "clear_media")
+        ignored = arguments.names(() if ignore_media is None else ignore_media, "ignore_media")
         chunk = -1 if chunk_size is None else arguments.whole(chunk_size, "chunk_size", 1, 0x7FFFFFFF)
         most = -1 if max_blocks is None else arguments.whole(max_blocks, "max_blocks", 0, (1 << 63) - 1)
         self._configure(pod, counted, clear_media is not None, media, chunk, most)
@@ -133,9 +138,10 @@ class PrefixIndex(Index):
             self._ignore(pod, ignored)
 
     def remove_pod(self, pod: str) -> None:
-        """Forgets the pod and all it holds; what is on its way to it is dropped. O(its blocks).
+        """Forgets the pod and all it holds. O(its blocks).
 
-        Raises UnknownPodError if there is none.
+        A batch that is on its way to it is dropped (``pod_removed`` in its report); whatever names the pod afterwards
+        opens it anew. Raises UnknownPodError if there is none.
         """
         self._remove(pod)
 
@@ -156,6 +162,8 @@ class PrefixIndex(Index):
 
     def pod_state(self, pod: str) -> _Verdict:
         """The worst of its ranks: "exact", "degraded" (a hole accepted, or blocks not placed) or "stale". O(1).
+
+        A pod of which no event has told and no :meth:`mark_worker` is stale.
 
         Raises UnknownPodError if there is no such pod.
         """
@@ -193,9 +201,10 @@ class PrefixIndex(Index):
 
         What events and options have said goes in, with the place that each worker's stream has reached; what
         :meth:`add_prefix` has said does not. The file is complete at any moment: it is written beside its place, with
-        its checksum, brought to the disk and then renamed. Matches go on meanwhile; events wait while the index is
-        copied in memory (about 20 ms for a million blocks), and not for the disk. Raises :class:`SnapshotError`,
-        with whatever was there before unchanged and nothing left beside it.
+        its checksum, brought to the disk and then renamed; a file that was there gives it its mode. Matches go on
+        meanwhile; events wait while the index is copied in memory (about 20 ms for a million blocks), and not for the
+        disk. Raises :class:`SnapshotError`, with whatever was there before unchanged and nothing left beside it, where
+        the disk refuses it or the path leads to no regular file.
         """
         snapshot.save(self, path)
 
@@ -220,7 +229,7 @@ class PrefixIndex(Index):
         return snapshot.load(cls, path, max_parked=max_parked, max_bytes=max_bytes, ttl=ttl, clock=clock)
 
     def stats(self) -> dict[str, Any]:
-        """Figures of the whole index, O(1).
+        """Figures of the whole index, all of one moment. O(1).
 
         Now: ``blocks`` (distinct content), ``chains``, ``sets``, ``holders``, ``pods``, ``workers``, ``parked``,
         ``guesses`` (of :meth:`add_prefix`), ``bytes`` (native memory: all that events make grow, without the names of

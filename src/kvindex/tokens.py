@@ -7,11 +7,10 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from . import arguments
 from .errors import InvalidTypeError, InvalidValueError
 
 __all__ = ["tokens_from_bytes", "tokens_to_bytes"]
-
-_DTYPES = {"big": ">u4", "little": "<u4"}
 
 
 def tokens_from_bytes(
@@ -25,7 +24,10 @@ def tokens_from_bytes(
     """
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise InvalidTypeError(f"data is {type(data).__name__}; it must be bytes, bytearray or memoryview")
-    view = memoryview(data)
+    try:
+        view = memoryview(data)
+    except ValueError as error:
+        raise InvalidTypeError(f"data cannot be read: {error}") from None
     size = view.nbytes
     if size % 4:
         raise InvalidValueError(f"data has {size} bytes; tokens of 4 bytes need a multiple of 4")
@@ -42,7 +44,10 @@ def tokens_to_bytes(tokens: npt.ArrayLike, byteorder: Literal["big", "little"] =
     """
     order = _dtype(byteorder)
     try:
+        arguments.unmasked(tokens, "tokens")
         array = np.asarray(tokens)
+    except InvalidValueError:
+        raise
     except ValueError as error:  # lists of several lengths
         raise InvalidTypeError(f"tokens are no sequence of ints: {error}") from None
     if array.size == 0:
@@ -56,6 +61,4 @@ def tokens_to_bytes(tokens: npt.ArrayLike, byteorder: Literal["big", "little"] =
 
 
 def _dtype(byteorder: str) -> str:
-    if byteorder not in ("big", "little"):
-        raise InvalidValueError(f"byteorder is {byteorder!r}; it must be 'big' or 'little'")
-    return _DTYPES[byteorder]
+    return ("<u4", ">u4")[arguments.choice(byteorder, "byteorder", ("little", "big"))]

@@ -67,6 +67,8 @@ def test_every_way_to_give_an_event_is_the_same(seed):
         events = [
             event for op in step.ops if isinstance(event := world.event(pod, rank, model, op), dict) and sound(event)
         ]
+        if not events:
+            continue  # a batch without events is a sign of life, and no object says the same
         for event in events:
             world.remember(pod, rank, model, event)
         world.ingest(pod, payload(*events, rank=rank), model=model)

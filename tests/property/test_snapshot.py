@@ -43,11 +43,13 @@ class Restarted(World):
                 del figures[name]
         same("figures", after, before)
         for name, pod in self.model.pods.items():
+            pod.heard = "cut off"
             figures, told = self.index.worker_stats(name), old.worker_stats(name)
             same("ranks", figures.keys(), told.keys())
             for rank, worker in figures.items():
                 same("state after a restart", worker["state"], "stale")
                 self.index.mark_worker(name, rank, pod.verdicts.get(rank, "exact"))
+                pod.heard = "yes"
             same("workers", self.index.worker_stats(name), told)
         self.compare()
 

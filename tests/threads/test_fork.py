@@ -47,7 +47,7 @@ BUSY = """
 
     def save():
         while not over.is_set():
-            index.save(os.devnull if len(sys.argv) < 2 else sys.argv[1])
+            index.save(sys.argv[1])
 
     threads = [threading.Thread(target=write, args=(pod,)) for pod in "ab"]
     threads += [threading.Thread(target=ask), threading.Thread(target=save)]
@@ -128,6 +128,43 @@ MANAGER = """
 """
 
 
+EMPTY = """
+    import msgpack, traceback
+    from kvindex import PrefixIndex
+
+    def stored(name):
+        return msgpack.packb([0.0, [["BlockStored", [name], None, [1], 1, None]]])
+
+    index = PrefixIndex(1)
+    index.ingest("told", stored(1))
+    index.configure_pod("configured")
+    index.ingest("empty", msgpack.packb([0.0, []]))
+    index.ingest("numbered", msgpack.packb([0.0, []]), seq=0)
+    index.add_prefix("guessed", [1], ttl=1000)
+    index.mark_worker("marked", 3, "exact")
+    pods = ("told", "configured", "empty", "numbered", "guessed", "marked")
+    child = os.fork()
+    if child == 0:
+        try:
+            assert {index.pod_state(pod) for pod in pods} == {"stale"}
+            for pod in (*pods, "opened here"):
+                # Whoever listens says so; what comes in otherwise may be anything.
+                index.ingest(pod, stored(1))
+                assert index.pod_state(pod) == index.match_prefix([1])[pod].state == "stale", pod
+            assert index.match_prefix([1], only_exact=True).tokens == {}
+            index.mark_worker("opened here", 0, "exact")
+            index.mark_worker("empty", 0, "exact")
+            assert index.match_prefix([1], only_exact=True).tokens == {"opened here": 1, "empty": 1}
+            index._check()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    well(child)
+    assert {pod for pod in pods if index.pod_state(pod) == "exact"} == {"told", "empty", "numbered", "marked"}
+"""
+
+
 def run(script: str, *arguments: str) -> None:
     program = textwrap.dedent(FORK) + textwrap.dedent(script)
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=240)
@@ -136,6 +173,10 @@ def run(script: str, *arguments: str) -> None:
 
 def test_a_child_has_an_index_that_works(tmp_path) -> None:
     run(BUSY, str(tmp_path / "snapshot"))
+
+
+def test_every_pod_is_stale_in_a_child_whatever_was_known_of_it() -> None:
+    run(EMPTY)
 
 
 def test_a_child_makes_event_managers_of_its_own() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import socket
+import stat
 import struct
 import threading
 from pathlib import Path
@@ -16,7 +18,7 @@ from support import cleared, payload, removed, stored
 from world import World, draw_setup, draw_step
 
 import kvindex
-from kvindex import KVIndexError, PrefixIndex, SnapshotError
+from kvindex import InvalidTypeError, InvalidValueError, KVIndexError, PrefixIndex, SnapshotError
 
 CHECKED_FROM = 32
 
@@ -293,6 +295,97 @@ def test_a_link_stays_a_link(tmp_path):
     small().save(tmp_path / "here")
     assert (tmp_path / "here").is_symlink()
     assert PrefixIndex.load(tmp_path / "there" / "snapshot").stats()["pods"] == 2
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444])
+def test_a_file_keeps_its_mode(tmp_path, mode):
+    path = tmp_path / "snapshot"
+    small().save(path)
+    path.chmod(mode)
+    small().save(path)
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
+def test_a_new_file_has_the_mode_that_the_process_gives(tmp_path):
+    before = os.umask(0o027)
+    try:
+        small().save(tmp_path / "snapshot")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "snapshot").stat().st_mode) == 0o640
+
+
+def test_only_a_regular_file_is_replaced_or_read(tmp_path):
+    """A pipe stays one, and nobody waits for its other end."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "link").symlink_to("pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(tmp_path / "socket"))
+        for name in ("pipe", "directory", "link", "socket"):
+            before = os.lstat(tmp_path / name)
+            for call in (small().save, PrefixIndex.load):
+                with pytest.raises(SnapshotError, match=name) as caught:
+                    call(tmp_path / name)
+                assert caught.value.errno in (errno.EINVAL, errno.EISDIR, errno.ENXIO)
+            assert os.lstat(tmp_path / name)[:3] == before[:3]
+    assert sorted(os.listdir(tmp_path)) == ["directory", "link", "pipe", "socket"]
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "\u00e9" * 127, ".", "..", "a b\nc"])
+def test_every_legal_name_will_do(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    if name.strip("."):
+        small().save(name)
+        assert os.listdir() == [name]
+        assert PrefixIndex.load(name).stats()["pods"] == 2
+    else:
+        with pytest.raises(SnapshotError, match="directory"):
+            small().save(name)
+
+
+def test_a_path_may_be_as_long_as_the_system_allows(tmp_path, monkeypatch):
+    folder = tmp_path
+    while len(str(folder)) + 201 < 4096 - 10:
+        folder = folder / ("d" * 200)
+    folder.mkdir(parents=True)
+    path = folder / ("f" * (4095 - len(str(folder)) - 1))
+    small().save(path)
+    assert PrefixIndex.load(path).stats()["pods"] == 2
+
+
+@pytest.mark.parametrize("path", [None, 3, b"snapshot", 1.5, ["snapshot"]])
+def test_what_is_no_path_is_refused(path):
+    for call in (small().save, PrefixIndex.load):
+        with pytest.raises(InvalidTypeError, match="path"):
+            call(path)
+
+
+@pytest.mark.parametrize("path", ["", "a\0b", "\ud800"])
+def test_what_no_file_can_be_called_is_refused(path):
+    for call in (small().save, PrefixIndex.load):
+        with pytest.raises(InvalidValueError, match="path"):
+            call(path)
+
+
+def test_what_is_there_already_is_not_said_to_be_missing(tmp_path, monkeypatch):
+    """A file system that cannot sync a folder: the snapshot has taken its place, and the message says so."""
+    path, fsync = tmp_path / "snapshot", os.fsync
+    before = saved(small(), path)
+
+    def only_files(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", only_files)
+    index = small()
+    index.ingest("more", payload(stored([1], range(16), size=16)))
+    with pytest.raises(SnapshotError, match="is there, and may be gone after a power failure") as caught:
+        index.save(path)
+    assert "as it was" not in str(caught.value)
+    assert path.read_bytes() != before
+    assert PrefixIndex.load(path).stats()["pods"] == 3
 
 
 def test_a_snapshot_has_whole_batches_only(tmp_path):

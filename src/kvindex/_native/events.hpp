@@ -44,6 +44,7 @@ enum class Reason : uint8_t {
     shed,
     over_limit,
     ignored_medium,
+    pod_removed,
     COUNT
 };
 
@@ -63,6 +64,7 @@ inline const char* reason_name(Reason r) {
         case Reason::shed: return "shed";
         case Reason::over_limit: return "over_limit";
         case Reason::ignored_medium: return "ignored_medium";
+        case Reason::pod_removed: return "pod_removed";
         case Reason::COUNT: break;
     }
     return "?";

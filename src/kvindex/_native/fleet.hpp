@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "directory.hpp"
 #include "workers.hpp"
 
 namespace kvindex {
@@ -25,22 +26,22 @@ public:
     Fleet& operator=(const Fleet&) = delete;
 
     u32 find_pod(const std::string& name) const {
-        const auto it = pod_ids_.find(name);
-        return it == pod_ids_.end() ? kNone : it->second;
+        const u64 uid = directory_.uid(name);
+        return uid ? static_cast<u32>(uid) : kNone;
     }
     u32 pod(const std::string& name) {
-        const auto it = pod_ids_.find(name);
-        if (it != pod_ids_.end()) return it->second;
+        if (const u32 found = find_pod(name); found != kNone) return found;
         const u32 id = free_pods_.empty() ? static_cast<u32>(pods_.size()) : free_pods_.back();
         widen(pods_, id + 1);
         widen(free_pods_, pods_.size() + 1);
         Pod p;
         p.name = name;
         p.set_presence = set_presence_;
-        pod_ids_.emplace(name, id);
+        p.standing = first_standing_;
+        p.uid = (++pods_made_ << 32) | id;
+        directory_.open(name, p.uid);
         // Here and where else something is made: from now on no memory is needed, so that it is there as a whole or
         // not.
-        p.uid = (++pods_made_ << 32) | id;
         if (free_pods_.empty()) {
             pods_.push_back(std::move(p));
         } else {
@@ -66,14 +67,26 @@ public:
     Pod& pod_at(u32 id) { return pods_[id]; }
     const Media& media() const { return media_; }
 
+    PodDirectory& directory() { return directory_; }
+    const PodDirectory& directory() const { return directory_; }
+
+    // An event has come.
+    void heard(u32 pod) {
+        if (pods_[pod].standing != Standing::unheard) return;
+        pods_[pod].standing = Standing::followed;
+        sum_up(pod);
+    }
     void mark(u32 pod, i64 rank, Verdict v) {
         pods_[pod].streams[rank] = v;
+        pods_[pod].standing = Standing::followed;
         judge(pod);
     }
     // No stream is followed any more: what is known of all that there are is out of date from now on.
     void nobody_listens() {
+        first_standing_ = Standing::cut_off;
         for (u32 id = 0; id < pods_.size(); ++id) {
             Pod& p = pods_[id];
+            p.standing = Standing::cut_off;
             for (auto& s : p.streams) s.second = Verdict::stale;
             try {
                 for (u32 w : p.workers) p.streams[workers_[w]->rank] = Verdict::stale;
@@ -127,7 +140,7 @@ public:
     }
     void sum_up(u32 pod) {
         Pod& p = pods_[pod];
-        Verdict v = Verdict::exact;
+        Verdict v = p.standing == Standing::followed ? Verdict::exact : Verdict::stale;
         for (const auto& s : p.streams) v = std::max(v, s.second);
         if (p.refused.any) v = std::max(v, Verdict::degraded);
         for (u32 w : p.workers) v = std::max(v, workers_[w]->verdict);
@@ -457,7 +470,8 @@ protected:
     bool set_presence_;
     Media media_;
     std::vector<Pod> pods_;
-    std::unordered_map<std::string, u32> pod_ids_;
+    PodDirectory directory_;
+    Standing first_standing_ = Standing::unheard;  // of a pod that is opened
     std::vector<u32> free_pods_;
     std::vector<std::unique_ptr<Worker>> workers_;
     std::vector<u32> free_workers_;

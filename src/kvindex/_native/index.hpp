@@ -69,6 +69,7 @@ public:
         for (const auto& g : guesses_) mem_.sub(kGuessBytes + g.second.prefixes.size() * sizeof(u64));
         guess_paths_.clear();
         guesses_.clear();
+        guess_bytes_ = 0;
         for (const auto& worker : workers_) {
             if (!worker) continue;
             Worker& w = *worker;
@@ -131,19 +132,19 @@ public:
 
     void remove_pod(u32 id) {
         Pod& p = pods_[id];
+        directory_.close(p.name);
         while (!p.workers.empty()) {
             const u32 w = p.workers.back();
             clear_all(w);
             drop_worker(w);
             p.workers.pop_back();
         }
-        pod_ids_.erase(p.name);
         for (u32 m : p.clear_media) media_.drop(m);
         for (u32 m : p.ignore_media) media_.drop(m);
         p = Pod();
         free_pods_.push_back(id);
         ++pods_version_;
-        if (pod_ids_.empty()) {
+        if (directory_.size() == 0) {
             drop_scratch();
             mem_.sub(scratch_);
             scratch_ = seen_ = 0;
@@ -246,6 +247,7 @@ public:
             clear_some(pods_[pod].workers[i], pods_[pod].ignore_media);
     }
     void clear_worker(u32 pod, i64 rank) {
+        heard(pod);
         pods_[pod].positions.erase(rank);
         for (u32 w : pods_[pod].workers)
             if (workers_[w]->rank == rank) clear_all(w);
@@ -261,7 +263,7 @@ public:
     };
     Figures figures() const {
         // clang-format off
-        return {chains_.blocks(), chains_.count(), sets_.live(), holders_.size() - free_holders_.size(), pod_ids_.size(),
+        return {chains_.blocks(), chains_.count(), sets_.live(), holders_.size() - free_holders_.size(), directory_.size(),
                 workers_.size() - free_workers_.size(), parked_, guesses_.size(), mem_.bytes,
                 shed().blocks, shed().chains, shed().parked, shed().guesses,
                 expired().blocks, expired().chains, expired().guesses};

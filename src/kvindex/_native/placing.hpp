@@ -55,6 +55,7 @@ public:
             guesses_.emplace(until < kNever ? until : kNever, Guess{id, std::vector<u64>(prefixes, prefixes + n)});
         mem_.add(kGuessBytes + n * sizeof(u64));
         guess_paths_[id].insert(it);
+        guess_bytes_ += guess_cost(n);
     }
     double next_expiry() const { return guesses_.empty() ? kNever : guesses_.begin()->first; }
     void expire(double now) {
@@ -303,6 +304,7 @@ protected:
         const Guess g = std::move(it->second);
         guesses_.erase(it);
         mem_.sub(kGuessBytes + g.prefixes.size() * sizeof(u64));
+        guess_bytes_ -= guess_cost(g.prefixes.size());
         locate(w.space, {kNone, kNone}, g.prefixes.data(), static_cast<u32>(g.prefixes.size()));
         u32 bottom = kNone;
         for (const Segment& s : segs_) {
@@ -323,11 +325,30 @@ protected:
             drop_guess(*all->second.begin());
     }
 
+    // Those that go through this block.
+    void drop_guesses(u32 id, Pos through) {
+        std::vector<u64> path;
+        for (Pos p = through; p.chain != kNone; p = before(p)) path.push_back(chains_.prefix(p));
+        std::reverse(path.begin(), path.end());
+        for (auto all = guess_paths_.find(id); all != guess_paths_.end(); all = guess_paths_.find(id)) {
+            const auto it = all->second.lower_bound(path);
+            if (it == all->second.end() || together((*it)->second.prefixes, path) < path.size()) return;
+            drop_guess(*it);
+        }
+    }
+
     BlockHasher hasher_;
     // With the nodes of what it stands in.
     static constexpr std::size_t kGuessBytes = sizeof(Guess) + sizeof(double) + 88;
 
+    // With the content, as if nobody else held it: a chain, its runs and its place in tables, and its blocks.
+    static std::size_t guess_cost(std::size_t blocks) {
+        return kGuessBytes + sizeof(Chain) + 256 +
+               blocks * (sizeof(u64) + (sizeof(Page) + sizeof(PageHome)) / kPageBlocks);
+    }
+
     Guesses guesses_;
+    std::size_t guess_bytes_ = 0;                                               // what all of them cost
     std::unordered_map<u32, std::set<Guesses::iterator, ByPath>> guess_paths_;  // each worker's
 
     // Scratch of the one writer.

@@ -72,12 +72,19 @@ struct OutOfMemory : std::bad_alloc {
     }
 };
 
-// What became of a payload; busy: nothing yet, somebody else has the index.
-enum class Taken : u8 { yes, no_batch, busy };
+// What became of a payload. Nothing yet: busy, where somebody else has the index; unknown, where the pod is not there.
+enum class Taken : u8 { yes, no_batch, busy, unknown };
 
 struct Totals {
     u64 batches, bad_payloads, events_stored, events_removed, events_cleared;
     u64 blocks_stored, blocks_removed, blocks_parked, skipped, errors;
+};
+
+// All figures of one moment.
+struct Stats {
+    Index::Figures figures;
+    Totals totals;
+    Report report;
 };
 
 class SharedIndex {
@@ -138,9 +145,12 @@ public:
         note_expiry();
     }
 
+    const PodDirectory& directory() const { return ix_.directory(); }
+
     // The whole payload is decoded before the lock is taken, and nothing is applied if
     // it is no batch. rank -1: the batch's own. `wait` false: gives up rather than wait
     // for others, so that a caller may try a small one with the interpreter locked.
+    // A pod that is gone before anything was waited for is unknown; one that goes meanwhile takes the batch with it.
     Taken ingest(u64 uid, const u8* payload, u64 bytes, const std::string& model, i64 rank, i64 seq, bool wait,
                  Report& r, double& ts, i64& dp_rank, DecodeFault& fault) {
         const Batches::Lent lent(batches_);
@@ -166,11 +176,11 @@ public:
         }
         place.ts = ts = batch.ts;
         dp_rank = rank >= 0 ? rank : batch.dp_rank >= 0 ? batch.dp_rank : 0;
-        if (!apply(uid, dp_rank, model, batch, place, r, wait)) return Taken::busy;
-        return Taken::yes;
+        if (!uid) return Taken::unknown;
+        return apply(uid, dp_rank, model, batch, place, r, wait);
     }
-    bool apply(u64 uid, i64 rank, const std::string& model, const Batch& batch, const Place& place, Report& r,
-               bool wait = true) {
+    Taken apply(u64 uid, i64 rank, const std::string& model, const Batch& batch, const Place& place, Report& r,
+                bool wait = true) {
         // The lock is given up between events, so that a reader waits for about this many blocks at most (some
         // microseconds); taking it for each one-block event would double their cost.
         constexpr u64 kTurn = 128;
@@ -178,7 +188,7 @@ public:
         do {
             const bool on = i != 0;
             if (!wait && !on) {
-                if (saving_.load(std::memory_order_relaxed) || !lock_.try_lock()) return false;
+                if (saving_.load(std::memory_order_relaxed) || !lock_.try_lock()) return Taken::busy;
             } else {
                 // What has begun goes on: who saves waits for its end.
                 if (!on) wait_for_saver();
@@ -188,11 +198,12 @@ public:
             half_ -= on;
             const u32 pod = ix_.slot(uid);
             if (pod == kNone) {
+                if (!wait && !on) return Taken::unknown;
                 // Removed while this was on its way: never resurrected.
-                for (; i < batch.events.size(); ++i) ++r.skipped;
-                r.skipped += batch.unknown + batch.bad;
-                return true;
+                r.skip(Reason::pod_removed, batch.events.size() - i + batch.unknown + batch.bad);
+                return Taken::yes;
             }
+            ix_.heard(pod);
             Turn turn(pod, rank, model, ix_.find_space(model));
             try {
                 ix_.expect_first(turn, batch, i);
@@ -223,7 +234,7 @@ public:
                 throw OutOfMemory();
             }
         } while (i < batch.events.size());
-        return true;
+        return Taken::yes;
     }
 
     // `wait` false: gives up (and returns false) rather than wait for a writer,
@@ -329,40 +340,29 @@ public:
         reader.fit();
         note_expiry();
     }
-    std::vector<std::pair<u64, std::string>> pods() const {
+    Stats stats() const {
         Reading g(*this, true);
-        std::vector<std::pair<u64, std::string>> out;
-        for (u32 i = 0; i < ix_.pod_slots(); ++i)
-            if (const Pod& p = ix_.pod_at(i); p.uid && ix_.find_pod(p.name) == i) out.emplace_back(p.uid, p.name);
-        return out;
-    }
-    Index::Figures figures() const {
-        Reading g(*this, true);
-        Index::Figures f = ix_.figures();
-        f.bytes += batches_.bytes();
-        return f;
-    }
-    Totals totals() const {
-        Reading g(*this, true);
-        Totals t = totals_;
+        Stats out{ix_.figures(), totals_, report_};
+        out.figures.bytes += batches_.bytes();
+        Totals& t = out.totals;
         t.blocks_stored = report_.stored;
         t.blocks_removed = report_.removed;
         t.blocks_parked = report_.parked;
         t.skipped = report_.skipped;
         t.errors = report_.errors;
-        return t;
-    }
-    Report report() const {
-        Reading g(*this, true);
-        return report_;
+        return out;
     }
     double probes() const {
         Reading g(*this, true);
         return ix_.probes();
     }
-    std::string medium(u32 id) const {
+    // The names of the media of hits, but for those that nobody has any more.
+    std::map<u32, std::string> media(const Hits& hits) const {
         Reading g(*this, true);
-        return ix_.media().name(id);
+        std::map<u32, std::string> out;
+        for (const Hit& h : hits)
+            if (ix_.media().has(h.medium) && !out.count(h.medium)) out.emplace(h.medium, ix_.media().name(h.medium));
+        return out;
     }
     std::string check() {
         Writing w(*this);
@@ -378,12 +378,13 @@ public:
         saving_.store(true);
         for (;;) {
             lock_.lock();
-            if (half_ == 0) return;
+            if (half_ == 0) return ix_.directory().before_fork();
             lock_.unlock();
             std::this_thread::sleep_for(std::chrono::microseconds(200));
         }
     }
     void after_fork() {
+        ix_.directory().after_fork();
         lock_.unlock();
         open_gate();
         saver_.unlock();
@@ -396,6 +397,7 @@ public:
         new (&gate_) std::mutex();
         new (&opened_) std::condition_variable();
         saving_.store(false);
+        ix_.directory().in_child();
         ix_.nobody_listens();
     }
 

@@ -135,6 +135,7 @@ private:
             const std::string name = text();
             need(ix_.find_pod(name) == kNone && ix_.pod(name) == i, "a pod is there twice");
             Pod& p = ix_.pods_[i];
+            p.standing = Standing::cut_off;
             p.set_presence = flag();
             p.chunk_tokens = get<u32>();
             p.max_blocks = get<u64>();

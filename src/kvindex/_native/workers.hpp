@@ -151,13 +151,22 @@ inline std::size_t together(const std::vector<u64>& a, const std::vector<u64>& b
     return same;
 }
 
-// In this order, whoever shares most of a path stands next to it.
+// In this order, whoever shares most of a path stands next to it, and those that go on from a path come next after it.
 struct ByPath {
+    using is_transparent = void;
     bool operator()(Guesses::const_iterator x, Guesses::const_iterator y) const {
-        const std::vector<u64>&a = x->second.prefixes, &b = y->second.prefixes;
+        const int way = compare(x->second.prefixes, y->second.prefixes);
+        return way ? way < 0 : &*x < &*y;
+    }
+    bool operator()(Guesses::const_iterator x, const std::vector<u64>& path) const {
+        return compare(x->second.prefixes, path) < 0;
+    }
+
+private:
+    static int compare(const std::vector<u64>& a, const std::vector<u64>& b) {
         const std::size_t same = together(a, b);
-        if (same < a.size() && same < b.size()) return a[same] < b[same];
-        return a.size() != b.size() ? a.size() < b.size() : &*x < &*y;
+        if (same < a.size() && same < b.size()) return a[same] < b[same] ? -1 : 1;
+        return a.size() == b.size() ? 0 : a.size() < b.size() ? -1 : 1;
     }
 };
 
@@ -199,6 +208,13 @@ struct Refused {
     }
 };
 
+// Whether anything is known of a pod's content. Where nothing is, it is stale, whatever else is known of it.
+enum class Standing : u8 {
+    unheard,   // configured or guessed at: until the first event
+    cut_off,   // events may have been missed, by a forked child or since a snapshot: until its stream has a verdict
+    followed,  // as exact as its streams and workers are
+};
+
 struct Pod {
     u64 uid = 0;  // slot and a count of all pods ever opened: a removed pod's number never means another pod
     std::string name;
@@ -211,10 +227,11 @@ struct Pod {
     std::vector<u32> ignore_media;  // events of these are left out
     Refused refused;
     u32 chunk_tokens = 0;
-    u32 holders = 0;                   // of all its workers, without ghosts and guesses
-    u64 max_blocks = 0;                // index blocks, over all workers, media and groups; 0: no limit
-    u64 spare = 0;                     // so many of them, or more, are free
-    Verdict verdict = Verdict::exact;  // the worst of all
+    u32 holders = 0;     // of all its workers, without ghosts and guesses
+    u64 max_blocks = 0;  // index blocks, over all workers, media and groups; 0: no limit
+    u64 spare = 0;       // so many of them, or more, are free
+    Standing standing = Standing::unheard;
+    Verdict verdict = Verdict::stale;  // the worst of all
 };
 
 struct Space {
