@@ -432,7 +432,7 @@ cdef class Index:
     def _compared(self, PrefixMatch match not None): return match.r.compared
 
     def _saved(self):
-        cdef Snapshot out = Snapshot.__new__(Snapshot)
+        cdef _Snapshot out = _Snapshot.__new__(_Snapshot)
         with nogil: self.ix.save(out.data)
         return out
 

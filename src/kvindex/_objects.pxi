@@ -143,7 +143,7 @@ cdef class PodSet:
     def __dealloc__(self): del self.names
 
 
-cdef class Snapshot:
+cdef class _Snapshot:
     """An index as bytes, for the buffer protocol."""
 
     cdef SnapshotBytes data

@@ -56,7 +56,7 @@ public:
         return it == space_ids_.end() ? kNone : it->second;
     }
     u64 pods_version() const { return pods_version_; }
-    bool any_pods() const { return !pod_ids_.empty(); }
+    bool any_pods() const { return directory_.size() != 0; }
     u32 pod_slots() const { return static_cast<u32>(pods_.size()); }
     const Pod& pod_at(u32 id) const { return pods_[id]; }
     // The pod that had this number when it was opened, or kNone if it has been removed since.

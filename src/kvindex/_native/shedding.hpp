@@ -11,6 +11,9 @@
 //     (see Parker::turn_away);
 //   - what an event says of its group is learned even if its blocks are refused: a group that is not known would
 //     object to nothing.
+// Entries of add_prefix say nothing of what an engine holds, so what becomes of them changes no verdict. They have a
+// small share of the budget for themselves, which they leave in the order in which they end; events have the rest.
+//
 // Room is made before an event, by what it may need at most. That keeps tables from
 // doubling and pages from being taken one by one, so what is shed is about what is
 // stored; only what such an estimate cannot know is made up for afterwards.
@@ -55,13 +58,8 @@ public:
         const bool able = id == kNone
                               ? !pods_[pod].refused.of(rank) && joins(pod) && admits(kWorkerBytes + kHolderBytes)
                               : !workers_[id]->muted;
-        if (!able || (max_ && !make_room(id, 0, n, n * sizeof(u64), kNone))) {
+        if (!able || !make_guess_room(id, n)) {
             ++shed_.guesses;
-            if (id == kNone) {
-                refuse(pod, rank);
-            } else {
-                fall_short(id);
-            }
             return;
         }
         Placer::guess(pod, rank, model, prefixes, n, until);
@@ -91,13 +89,7 @@ protected:
     // besides. False if it cannot be had: then nothing may be added.
     bool make_room(u32 id, u32 names, u32 blocks, std::size_t more, u32 parent) {
         if (!chains_.ages().on()) return true;
-        // Without a clock, time is what is stored: as many generations
-        // as there are rings while everything is replaced once.
-        recent_ += blocks;
-        if (!(ttl_ > 0) && recent_ * 128 > chains_.blocks()) {
-            chains_.ages().advance(0);
-            recent_ = 0;
-        }
+        grow_older(blocks);
         pinned_ = parent == kNone ? kNone : chains_.pos(parent).chain;
         chains_.touch(pinned_);
         if (!max_) return true;
@@ -108,8 +100,8 @@ protected:
                 RefTable().growth(names) >
             limit)
             return false;
-        if (bytes() + growth(id, names, blocks) + more <= limit) return true;
-        for (bool renewed = false; bytes() + growth(id, names, blocks) + more > limit;) {
+        if (announced() + growth(id, names, blocks) + more <= limit) return true;
+        for (bool renewed = false; announced() + growth(id, names, blocks) + more > limit;) {
             if (lot_bytes_ > max_ / 8 && shed_waiting()) continue;
             if (!renewed && chains_.ages().all_fresh()) {
                 // What the event hangs on goes last: if it comes to that, there is no room for the event.
@@ -126,7 +118,7 @@ protected:
         // What waits answers nothing, and takes ten times the room of what is in its place.
         while (lot_bytes_ > max_ / 8 && shed_waiting()) {
         }
-        while (bytes() > max_ && (shed_oldest(kPiece, shed_) || shed_waiting())) {
+        while (bytes() > max_ && (shed_guess() || shed_oldest(kPiece, shed_) || shed_waiting())) {
         }
     }
     // What the writer may keep of its scratch.
@@ -158,6 +150,35 @@ private:
     // Blocks that are shed at a time: enough to make finding the oldest cheap,
     // few enough to leave most of a long chain.
     static constexpr u32 kPiece = 128;
+    // Of the budget, for guesses: the share that is kept free. What could not be estimated takes it from them.
+    static constexpr std::size_t kGuessShare = 32;
+
+    // Without a clock, time is what is stored: as many generations
+    // as there are rings while everything is replaced once.
+    void grow_older(u32 blocks) {
+        recent_ += blocks;
+        if (ttl_ > 0 || recent_ * 128 <= chains_.blocks()) return;
+        chains_.ages().advance(0);
+        recent_ = 0;
+    }
+    // What events made grow, at least: a guess is counted with its blocks, and an event may have announced those too.
+    std::size_t announced() const { return bytes() - std::min(bytes(), guess_bytes_); }
+    // Other guesses make room for one, and nothing else does.
+    bool make_guess_room(u32 id, u32 blocks) {
+        if (!max_) return true;
+        if (guess_cost(blocks) > max_ / kGuessShare) return false;
+        grow_older(blocks);
+        while (guess_bytes_ + guess_cost(blocks) > max_ / kGuessShare ||
+               bytes() + growth(id, 0, blocks) + guess_cost(blocks) > max_)
+            if (!shed_guess()) return false;
+        return true;
+    }
+    bool shed_guess() {
+        if (guesses_.empty()) return false;
+        drop_guess(guesses_.begin());
+        ++shed_.guesses;
+        return true;
+    }
 
     std::size_t growth(u32 id, u32 names, u32 blocks) const {
         std::size_t n = chains_.growth(blocks, 1);
@@ -184,38 +205,38 @@ private:
         const u32 id = oldest_leaf();
         if (id == kNone || (but_pinned && id == pinned_)) return false;
         const Chain& c = chains_[id];
+        const u32 from = c.len <= piece ? c.base : c.end() - piece;
+        if (find_guessers(id, from)) {
+            // Whatever goes through here is over when the chain is; where room is wanted, the next of all has to do.
+            if (piece != kNone) return shed_guess();
+            const std::size_t n = guesses_.size();
+            for (u32 worker : guessers_) drop_guesses(worker, {id, from});
+            losses.guesses += n - guesses_.size();
+            return true;
+        }
         const u64 blocks = chains_.blocks();
         const u32 chains = chains_.count();
-        shed_tail(id, c.len <= piece ? c.base : c.end() - piece, losses);
+        shed_tail(id, from);
         losses.blocks += blocks - chains_.blocks();
         losses.chains += chains - chains_.count();
         return true;
     }
+    bool find_guessers(u32 chain, u32 from) {
+        guessers_.clear();
+        sets_.each(chains_.set_at(chains_[chain], from), [&](u32 h) {
+            if (workers_[holders_[h].worker]->guess == h) guessers_.push_back(holders_[h].worker);
+        });
+        return !guessers_.empty();
+    }
     // Forgets the blocks from `from` on of a chain that no other hangs on, whoever holds them.
-    void shed_tail(u32 chain, u32 from, Losses& losses) {
+    void shed_tail(u32 chain, u32 from) {
         const Chain& c = chains_[chain];
         // What anybody knows of a chain is its beginning, so all who know any of these blocks know the first.
         const u32 set = chains_.set_at(c, from);
-        guessers_.clear();
         straddling_.clear();
         sets_.each(set, [&](u32 h) {
-            const Holder& holder = holders_[h];
-            if (workers_[holder.worker]->guess == h) {
-                guessers_.push_back(holder.worker);
-            } else if (from % holder.factor) {
-                straddling_.push_back(h);
-            }
+            if (from % holders_[h].factor) straddling_.push_back(h);
         });
-        if (!guessers_.empty()) {
-            // A guess is a whole path: it goes as one. The blocks come next, if they are still there.
-            for (u32 id : guessers_) {
-                const std::size_t n = guesses_.size();
-                drop_guesses(id);
-                losses.guesses += n - guesses_.size();
-                fall_short(id);
-            }
-            return;
-        }
         losers_.clear();
         each_knower(set, [&](u32 id, Worker&) { losers_.push_back(id); });
         for (u32 id : losers_) {
@@ -246,7 +267,7 @@ private:
         trim(chain);
         for (u32 id : losers_) fall_short(id);
     }
-    // Forgets what waits in the fullest lot, or all guesses. False if there is nothing of either.
+    // Forgets what waits in the fullest lot, or a guess. False if there is nothing of either.
     bool shed_waiting() {
         u32 fullest = kNone;
         for (u32 id = 0; id < workers_.size(); ++id)
@@ -257,13 +278,7 @@ private:
             fall_short(fullest);
             return true;
         }
-        if (guesses_.empty()) return false;
-        const u32 id = guesses_.begin()->second.worker;
-        const std::size_t n = guesses_.size();
-        drop_guesses(id);
-        shed_.guesses += n - guesses_.size();
-        fall_short(id);
-        return true;
+        return shed_guess();
     }
 
     const u64 max_;
