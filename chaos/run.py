@@ -17,7 +17,7 @@ from typing import Any
 from e2e.fleet import ROOT, at_rest, compare, own_prompts
 from rich.console import Console
 
-from kvindex.sync.stream import Policy
+from kvindex.sync.policy import Policy
 
 from .experiment import Experiment, ExperimentError, load
 from .faults import Fault, fault_of

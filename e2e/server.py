@@ -23,7 +23,7 @@ from kvindex import EventManager, PodSource, PrefixIndex
 from kvindex.sim import PrefixAware, Prompt, wire_form
 from kvindex.sim.control import Control, follow_parent
 from kvindex.sim.process import prompt_map, prompt_of
-from kvindex.sync.stream import Policy
+from kvindex.sync.policy import Policy
 
 
 class Target:

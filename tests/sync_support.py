@@ -23,17 +23,18 @@ import zmq
 
 from kvindex import EventDecodeError, PrefixIndex
 from kvindex.sim.publisher import Publisher
-from kvindex.sync.stream import (
+from kvindex.sync.actions import (
+    AwaitReplay,
     CancelReplay,
     Clear,
     Incident,
     Ingest,
     Mark,
-    Policy,
     Reconnect,
     RequestReplay,
-    WorkerStream,
 )
+from kvindex.sync.policy import Policy
+from kvindex.sync.stream import WorkerStream
 
 GARBAGE = b"\xc1 damaged on the way"
 
@@ -86,12 +87,16 @@ def is_clear(payload: bytes) -> bool:
 class World:
     """A stream machine, what it is fed and what it did."""
 
-    def __init__(self, *, replay: bool = True, policy: Policy | None = None, buffer_steps: int = 10_000) -> None:
+    def __init__(
+        self, *, replay: bool = True, policy: Policy | None = None, buffer_steps: int = 10_000, **addresses: str
+    ) -> None:
         self.now = 1000.0
         self.clock = 1.7e9  # the engines' wall clock
-        self.stream = WorkerStream(replay=replay, policy=policy, uniform=lambda: 0.5)
+        self.stream = WorkerStream(replay=replay, policy=policy, uniform=lambda: 0.5, **addresses)
         self.buffer_steps = buffer_steps
         self.process = Process(buffer_steps)
+        self.liar: Process | None = None  # another process, which answers in the place of this one
+        self.awaits = 0  # requests that gave up their place among the running ones
         self.connection_open = False
         self.channel: deque[tuple[int, bytes]] = deque()
         self.request: int | None = None
@@ -132,6 +137,9 @@ class World:
                     self.answer.clear()
                     self.answering = False
                     self.stream.replay_sent(self.now)
+                case AwaitReplay():
+                    assert self.request is not None, "nothing was asked that could be waited for"
+                    self.awaits += 1
                 case CancelReplay():
                     self.request = None
                     self.answer.clear()
@@ -195,11 +203,16 @@ class World:
             self.owed = max(self.owed, highest)
             self.do(self.stream.overlooked(highest, self.now))
 
+    def do_reach(self) -> None:
+        """The publisher has the request, and does not answer it yet."""
+        self.stream.replay_reached(self.now)
+
     def serve(self, *, upto: int | None = None, end: bool = True) -> None:
         """The publisher answers the request that waits; ``upto`` batches of the answer leave its queue."""
         if self.request is None or self.answering:
             return
-        found = self.process.replay(self.request)
+        self.stream.replay_reached(self.now)
+        found = (self.liar or self.process).replay(self.request)
         self.answer = deque(found if upto is None else found[:upto])
         self.answering = True
         # An end marker behind a cut answer: the queue was full for a while, which takes a long answer.
@@ -296,6 +309,7 @@ class Router(World):
 BRISK = Policy(
     reconnect=(0.05, 0.3),
     replay_timeout=0.4,
+    replay_patience=(2.0, 5.0),
     replay_pause=0.1,
     replay_retry=(0.02, 0.2),
     idle_probe=(0.1, 1.0),

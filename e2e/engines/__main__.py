@@ -23,7 +23,7 @@ from kvindex.capture import CaptureWriter, Message, Query
 from kvindex.sim import Arrival, Prompt
 from kvindex.sim.control import ToldProcess
 from kvindex.sim.process import SimConfig, SimProcess, prompt_map
-from kvindex.sync.stream import Policy
+from kvindex.sync.policy import Policy
 
 from ..fleet import BRISK, ROOT, Comparison, at_rest, compare, source, until
 from .cases import CASES, Case, workload

@@ -16,7 +16,8 @@ from sync_support import GARBAGE, Process, World
 from kvindex import EventDecodeError, PrefixIndex
 from kvindex.sim.engine import Engine, Prompt
 from kvindex.sim.wire import encode_batch, wire_form
-from kvindex.sync.stream import Action, Clear, Incident, Ingest, Mark, Policy
+from kvindex.sync.actions import Action, Clear, Incident, Ingest, Mark
+from kvindex.sync.policy import Policy
 
 SIZE = 4
 FORMS = ["vllm-0.9.0", "vllm-0.22.0", "vllm-0.33.0", "sglang-0.4.7", "sglang-0.5.22"]

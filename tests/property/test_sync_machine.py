@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from sync_support import GARBAGE, Router, World
+from sync_support import GARBAGE, Process, Router, World, batch
 
-from kvindex.sync.stream import Policy
+from kvindex.sync.policy import Policy
 
 few = st.integers(1, 4)
 
@@ -219,6 +219,67 @@ class Restarting(FaultyChannel):
         if up:
             self.world.publish()
             self.world.up()
+
+
+class Lying(FaultyChannel):
+    """And the replay endpoint is another process's, for a while or for good.
+
+    As long as nothing was published over the connection nobody can know, so the oracle asks for less there: after a
+    live batch and a second of silence, exact means equal, whatever the other process has shown."""
+
+    liar: Process | None = None
+
+    @precondition(lambda self: self.liar is None)
+    @rule(published=st.integers(0, 8), later=st.sampled_from([-50.0, 0.0]))
+    def swap(self, published: int, later: float) -> None:
+        self.liar = Process()
+        for number in range(published):
+            self.liar.publish(batch(self.world.clock + later + number / 1000, f"other {number}"))
+        self.world.liar = self.liar
+
+    @precondition(lambda self: self.liar is not None)
+    @rule(lies=st.booleans())
+    def mend(self, lies: bool) -> None:
+        self.world.liar = self.liar if lies else None
+
+    @invariant()
+    def exact_means_equal(self) -> None:
+        pass  # before anything came live nobody can know
+
+    @precondition(lambda self: self.world.connection_open and self.liar is not None)
+    @rule(count=few)
+    def prove(self, count: int) -> None:
+        world = self.world
+        world.limit(0.0)
+        world.deliver()
+        world.publish(count)
+        world.deliver()
+        world.wait(1.5)
+        foreign = {payload for _, payload in self.liar.buffer} if self.liar else set()
+        if world.verdict == "exact":
+            assert not set(world.held) & foreign
+            world.check()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "world"):
+            return
+        world = self.world
+        if not world.connection_open:
+            world.connect()
+        self.prove(2)
+        world.liar = None
+        world.wait(30.0)
+        self.prove(1)
+        if self.replay:
+            world.wait(120.0)
+            assert world.verdict != "stale", world.stream.reason
+        clears = world.clears
+        world.wait(60.0)
+        assert world.clears == clears
+
+
+Lying.TestCase.settings = settings(max_examples=settings.default.max_examples, report_multiple_bugs=False)
+TestSyncLies = Lying.TestCase
 
 
 Restarting.TestCase.settings = settings(max_examples=settings.default.max_examples // 2)

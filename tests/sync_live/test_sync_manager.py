@@ -19,6 +19,7 @@ from sync_support import BRISK, LivePublisher, nothing_left_behind, until
 
 from kvindex import EventDecodeError, InvalidTypeError, InvalidValueError, PrefixIndex, StreamError, UnknownPodError
 from kvindex.sync.manager import EventManager
+from kvindex.sync.policy import Policy
 from kvindex.sync.source import PodSource
 from kvindex.sync.status import (
     Batch,
@@ -30,7 +31,6 @@ from kvindex.sync.status import (
     Removed,
     StateChange,
 )
-from kvindex.sync.stream import Policy
 
 
 @pytest.fixture

@@ -20,10 +20,10 @@ from kvindex import InvalidTypeError, InvalidValueError, PodSource, PrefixIndex
 from kvindex.sim.publisher import Publisher
 from kvindex.sync.allowance import PAUSE, Allowance
 from kvindex.sync.frames import batch_events
+from kvindex.sync.policy import Policy
 from kvindex.sync.sockets import SocketOptions
 from kvindex.sync.source import Endpoints
 from kvindex.sync.status import Batch, IndexChange
-from kvindex.sync.stream import Policy
 from kvindex.sync.worker import Setting, Worker
 
 

@@ -7,7 +7,8 @@ import xxhash
 from sync_support import Router, batch
 
 from kvindex.answers import StreamPlace
-from kvindex.sync.stream import Ingest, WorkerStream
+from kvindex.sync.actions import Ingest
+from kvindex.sync.stream import WorkerStream
 
 
 def well(published: int = 5, **options) -> Router:

@@ -17,10 +17,12 @@ from sync_support import World, batch
 
 from kvindex import PrefixIndex
 from kvindex.sim.publisher import Publisher, topic_in_replay
+from kvindex.sync.actions import Clear, Ingest, RequestReplay
 from kvindex.sync.frames import END, FrameFault, batch_rank, batch_time, parse_live, parse_replay, parse_topic
 from kvindex.sync.manager import EventManager
+from kvindex.sync.policy import Policy
 from kvindex.sync.source import PodSource
-from kvindex.sync.stream import Clear, Ingest, Policy, RequestReplay, WorkerStream
+from kvindex.sync.stream import WorkerStream
 
 NAMES = ["vllm-0.9.0", "vllm-0.23.0", "vllm-0.26.0", "vllm-0.33.0", "sglang-0.5.21", "sglang-0.5.23"]
 

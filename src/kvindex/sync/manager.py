@@ -19,10 +19,10 @@ from ..errors import InvalidTypeError, InvalidValueError, StreamError, UnknownPo
 from .allowance import Allowance
 from .frames import FrameFault, batch_rank, parse_live, parse_topic
 from .loop import StreamLoop
+from .policy import Policy
 from .sockets import Bound, Doorkeeper, SocketOptions
 from .source import Endpoints, PodSource, Presence, bind_endpoint, check_pair, is_key, same_endpoint
 from .status import Configured, Forgotten, IndexChange, PodsChange, PodStatus, Removed, StateChange, pod_status
-from .stream import Policy
 from .worker import Index, Setting, Worker
 
 __all__ = ["EventManager", "Index"]

@@ -314,13 +314,17 @@ def _why(event: int, keyed: bool) -> str:
 
 
 class Replay(_Watched):
-    """One question of one DEALER. A new one for every question, so that no late answer is taken for another's."""
+    """One question of one DEALER. A new one for every question, so that no late answer is taken for another's.
+
+    Calls ``reached(now)`` when a ROUTER has taken the request, and ``lost(now)`` once when its connection is over.
+    """
 
     # Larger than the 10,000 batches that engines keep: what does not fit here, their ROUTER drops.
     QUEUE: Final = 20_000
 
     def __init__(
         self, loop: Loop, context: zmq.Context[Any], options: SocketOptions, endpoint: str, start: int, *,
+        reached: Callable[[float], None], lost: Callable[[float], None],
         message: Callable[[list[bytes], float], None], curve: Curve | None = None,
         admits: Callable[[float], bool] | None = None,
     ) -> None:  # fmt: skip
@@ -328,13 +332,32 @@ class Replay(_Watched):
         options.apply(sock, queue=self.QUEUE)
         _authenticate(sock, curve)
         sock.ipv6 = endpoint.startswith("tcp://[")
+        # It is writable only while a connection to a ROUTER stands. A monitor would say the same for two more sockets.
+        sock.immediate = True
         super().__init__(loop, sock, admits=admits)
+        self._reached = reached
+        self._lost = lost
         self._message = message
+        self._request: list[bytes] | None = replay_request(start)
         self._or_close(lambda: sock.connect(endpoint))
-        self._or_close(lambda: sock.send_multipart(replay_request(start), zmq.NOBLOCK))
 
     def ready(self, now: float) -> bool:
-        return self._take(lambda frames, at: self._message([frame.bytes for frame in frames], at))
+        if self._request is not None:
+            try:
+                self._sock.send_multipart(self._request, zmq.NOBLOCK)
+            except zmq.Again:
+                return False
+            self._request = None
+            self._reached(now)
+        more = self._take(lambda frames, at: self._message([frame.bytes for frame in frames], at))
+        if more or self.closed:
+            return more
+        events = cast(int, self._sock.events)
+        if not events & (zmq.POLLOUT | zmq.POLLIN):
+            self._lost(now)
+        # Asking for events takes the bell's ring: what has come since the last look would not ring again. Where nothing
+        # may be taken, who said so comes back.
+        return bool(events & zmq.POLLIN) and (self._admits is None or self._admits(now))
 
 
 class Bound(_Watched):

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
+    from .actions import Verdict
     from .source import PodSource
-    from .stream import Verdict
 
 __all__ = [
     "Batch", "Configured", "Forgotten", "IndexChange", "Marked", "PodStatus", "PodsChange", "Removed", "StateChange",

@@ -9,6 +9,8 @@ What it guarantees:
 * a batch is applied at most once, and in the order of sequence numbers, whatever arrives twice, late or out of order;
 * the verdict is ``exact`` only when every batch since a clean start of the process behind the connection was applied;
   anything that was given up makes it ``degraded``, anything that is not known at the moment makes it ``stale``;
+* an answer proves only what it shows. A replay endpoint that gives other bytes than the publisher under one number, or
+  ends before a batch that was published, is another process's; one that gives nothing shows nothing;
 * nothing grows without bound: what waits is limited in batches and bytes, tries are limited in number, replays in time.
 
 How it decides whether a connection leads to the process it knew before: it keeps fingerprints of the last batches it
@@ -16,199 +18,51 @@ has applied, asks for a replay from 0 and compares. Equal bytes under an equal s
 batch carries its time, so another process has other bytes). Other bytes, a newer time under an old number, an answer
 that ends before the last known number or starts behind it mean that what is known does not continue: the worker is
 cleared and rebuilt.
+
+Its parts: :mod:`.actions` and :mod:`.policy`, :mod:`.history` (what is applied), :mod:`.pending` (what waits),
+:mod:`.replay` (a question, its tries, how long it is waited for).
 """
 
 from __future__ import annotations
 
 import random
-from array import array
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
-from typing import Final, Literal, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from .._core import _xxh3_64
 from ..answers import StreamPlace
+from .actions import (
+    Action,
+    AwaitReplay,
+    CancelReplay,
+    Clear,
+    Incident,
+    Ingest,
+    Mark,
+    Reconnect,
+    RequestReplay,
+    Verdict,
+)
 from .frames import batch_time
+from .history import LOST, History, fingerprint
+from .pending import Pending
+from .policy import Policy
+from .replay import Patience, Purpose, Question, Tries
 
-__all__ = [
-    "Action",
-    "CancelReplay",
-    "Clear",
-    "Incident",
-    "Ingest",
-    "Mark",
-    "Policy",
-    "Reconnect",
-    "RequestReplay",
-    "Verdict",
-    "WorkerStream",
-]
-
-Verdict: TypeAlias = Literal["exact", "degraded", "stale"]
-
-
-class Ingest(NamedTuple):
-    """Apply this batch, then say by :meth:`WorkerStream.cleared` or :meth:`WorkerStream.rejected` what came of it."""
-
-    seq: int
-    payload: bytes
-    ts: float | None
-    joined: bool = True
-    """Whether it is known to continue what is applied. If not, the index must not be told its number: a snapshot would
-    say that everything up to there is one stream."""
-
-
-class RequestReplay(NamedTuple):
-    """Ask the publisher for every batch from ``start`` on, and say :meth:`WorkerStream.replay_sent` when that is done.
-
-    It replaces a replay that is still running; what that one still brings must not be handed in any more.
-    """
-
-    start: int
-
-
-class CancelReplay(NamedTuple):
-    """Nobody waits for the running replay any more: it is over, or given up."""
-
-
-class Clear(NamedTuple):
-    """Forget everything of this worker."""
-
-
-class Mark(NamedTuple):
-    """From here on, answers of this worker are of this quality; ``reason`` is for people."""
-
-    verdict: Verdict
-    reason: str
-
-
-class Reconnect(NamedTuple):
-    """Close the connection if there is one, and open a new one after ``delay`` seconds."""
-
-    delay: float
-
-
-class Incident(NamedTuple):
-    """Something that a person may want to read in a log: once per incident, never once per batch."""
-
-    kind: str
-    detail: str
-
-
-Action: TypeAlias = Ingest | RequestReplay | CancelReplay | Clear | Mark | Reconnect | Incident
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
-    """Times in seconds, and bounds. The defaults are for engines in one data centre."""
-
-    replay_timeout: float = 2.0
-    """How long a replay may take to begin. vLLM looks for requests every 100 ms; recorded were 98 to 528 ms."""
-    replay_pause: float = 0.5
-    """How long a replay that has begun may pause before it counts as over."""
-    replay_deadline: float = 60.0
-    """How long one replay may last altogether."""
-    replay_surplus: int = 1000
-    """How many batches of one replay may repeat earlier ones before it is given up."""
-    replay_confirm: int = 256
-    """An answer of this many batches is asked for its end again: a ROUTER drops what its queue (1,000) does not
-    take."""
-    replay_tries: int = 3
-    """How often an unanswered replay is asked for before its hole is accepted."""
-    hole_tries: int = 2
-    """How often a hole is asked for that the publisher answers without filling it, before it is accepted."""
-    replay_retry: tuple[float, float] = (0.1, 5.0)
-    """Back-off between replays: first and longest wait."""
-    reconnect: tuple[float, float] = (1.0, 30.0)
-    """Back-off between connections: first and longest wait, doubled each time."""
-    jitter: float = 0.25
-    """Waits grow by a random part of up to this share, so that a fleet does not come back in step."""
-    settled: float = 5.0
-    """A connection that lasted this long lets the next back-off start from the beginning."""
-    idle_probe: tuple[float, float] = (0.5, 30.0)
-    """How long a silent stream waits until it asks whether it has missed the end: first and longest wait."""
-    heal: tuple[float, float] = (2.0, 8.0)
-    """How long a degraded stream waits until it asks whether its history can be had after all: first and longest."""
-    clock_step: float = 1.0
-    """A batch older than the one before by more than this makes the stream ask whether it is still the same process."""
-    restart_rate: float = 1000.0
-    """Batches a second that an engine publishes at most: bounds how far a new process can have got meanwhile."""
-    seq_jump: int = 1_000_000_000
-    """A sequence number further ahead than this is damage: no outage loses so many batches."""
-    max_pending: int = 10_000
-    """Batches that may wait for a hole to be filled."""
-    max_pending_bytes: int = 64 << 20
-    """Bytes that may wait for a hole to be filled."""
-    memory: int = 1024
-    """Fingerprints of applied batches that are kept. One would do; more tell duplicates from restarts."""
-    burst: float = 2.0
-    """How many seconds of its limit a silent pod saves up (:attr:`PodSource.max_event_rate`)."""
-    max_conflicts: int = 3
-    """Restarts that replays claim within one connection before the replay endpoint counts as somebody else's."""
-
-
-class _Purpose(Enum):
-    START = "start"  # nothing is known yet
-    VERIFY = "verify"  # is this the process we knew?
-    GAP = "gap"  # a hole is in front of what waits
-    IDLE = "idle"  # was the end missed? Live batches are applied meanwhile
-    HEAL = "heal"  # could the whole history be had again? Live batches are applied meanwhile
-
-
-class _Replay:
-    """One question to the publisher, over all the requests that its answer takes."""
-
-    __slots__ = (
-        "bound", "brought", "contiguous", "deadline", "expect", "first", "frames", "jump", "matched", "pos", "progress",
-        "purpose", "start", "surplus",
-    )  # fmt: skip
-
-    def __init__(self, purpose: _Purpose, start: int, expect: int) -> None:
-        self.purpose = purpose
-        self.start = start
-        # Of the whole answer.
-        self.first: int | None = None
-        self.pos = start - 1  # highest seq so far
-        self.jump = -1  # where the answer left something out for the first time
-        self.contiguous = start == 0  # it starts at 0 and leaves out nothing
-        self.matched = False  # a batch that is applied came with the same bytes
-        self.brought = False  # something was applied that had not come live
-        self.surplus = 0  # batches that repeated earlier ones
-        self.again(expect)
-
-    def again(self, expect: int) -> None:
-        # Of this request.
-        self.expect = expect  # what the publisher must have, if it is the one we know; -1 is nothing
-        self.deadline: float | None = None  # when it counts as over if nothing comes
-        self.bound: float | None = None  # when it counts as over whatever comes
-        self.frames = 0
-        self.progress = False
-
-
-class _Waiting(NamedTuple):
-    payload: bytes
-    ts: float | None
-
-
-_LOST: Final = 0  # in place of a fingerprint: given up
-
-
-def _fingerprint(payload: bytes) -> int:
-    # 64 bits, never _LOST. Keyed per process, and kept in the bytes object, so hashing one object again is free.
-    return (hash(payload) & 0x7FFF_FFFF_FFFF_FFFF) or 1
+__all__ = ["WorkerStream"]
 
 
 class WorkerStream:
     """The stream of one (pod, rank). See the module's text; belongs to one thread.
 
-    ``replay`` says whether the publisher has a replay endpoint. ``uniform`` gives numbers in [0, 1), which jitter is
-    made of. ``place`` is how far a stream was applied by somebody before: if this one shows that batch again it goes on
-    behind it, otherwise all of it is cleared.
+    ``replay`` says whether the publisher has a replay endpoint. ``endpoint`` and ``replay_endpoint`` are the addresses
+    that reasons name. ``uniform`` gives numbers in [0, 1), which jitter is made of. ``place`` is how far a stream was
+    applied by somebody before: if this one shows that batch again it goes on behind it, otherwise all of it is cleared.
 
-    Feed it by :meth:`connected`, :meth:`disconnected`, :meth:`live`, :meth:`replayed`, :meth:`replay_ended`,
-    :meth:`replay_sent`, :meth:`suspect` and :meth:`tick`; after an :class:`Ingest` say :meth:`cleared` or
+    Feed it by :meth:`connected`, :meth:`disconnected`, :meth:`live`, :meth:`replay_sent`, :meth:`replay_reached`,
+    :meth:`replayed`, :meth:`replay_refused`, :meth:`replay_ended`, :meth:`replay_lost`, :meth:`suspect`,
+    :meth:`distrust` and :meth:`tick`; after an :class:`Ingest` say :meth:`cleared` or
     :meth:`rejected` where that is what happened. :meth:`deadline` says when the next tick is due. ``counts`` has every
     counter by name, ``verdict`` and ``reason`` what the last :class:`Mark` said. A call is O(1) but for what it
     applies.
@@ -221,6 +75,8 @@ class WorkerStream:
         policy: Policy | None = None,
         uniform: Callable[[], float] = random.random,
         place: StreamPlace | None = None,
+        endpoint: str = "its endpoint",
+        replay_endpoint: str = "its replay endpoint",
     ) -> None:
         self.policy = policy or Policy()
         self.counts: Counter[str] = Counter()
@@ -229,19 +85,15 @@ class WorkerStream:
         self.verdict: Verdict = "stale"
         self.reason = "not connected yet"
         self._uniform = uniform
+        self._endpoint = endpoint
+        self._replay_endpoint = replay_endpoint
         self._has_replay = replay
-        self._trust_replay = replay
         self._out: list[Action] = []
         self._marked: Verdict | None = None
         self._steady = False  # the next batch can be applied without another thought
         # What is applied.
         self._known = False  # something of a process is applied or given up
-        self._next = 0
-        self._memory = array("q", bytes(8 * self.policy.memory))
-        self._base = 0  # the first seq that the memory knows
-        # The last batch that is applied, with its fingerprint, once so many behind it are given up that the memory has
-        # no other: without it a stream that lost much could not tell its own process from another.
-        self._anchor: tuple[int, int] | None = None
+        self._history = History(self.policy.memory)
         self._dated = -1  # the batch that last_ts is of
         # What is given up since the last clean start.
         self._holes = 0
@@ -261,18 +113,28 @@ class WorkerStream:
         # An answer has stopped without its end marker: there may be more of it until another one shows its end, or a
         # live batch behind this one is applied.
         self._open: int | None = None
+        # What the replay endpoint is worth.
+        self._trusts = replay
         self._conflicts = 0
+        self._agrees = False  # a batch came over this connection and in an answer, with the same bytes
+        self._brought = False  # something is applied that only an answer has shown
+        self._foreign = ""  # why it is another process's, until they agree
+        self._doubt = ""  # why its last answer shows nothing
+        self._refusal = ""  # why the last reply was refused
+        self._blame = ""  # what the caller holds against this connection
+        self._contradiction: int | None = None  # a live batch that was another one in an answer
+        self._unconfirmed = True  # since the last connection nothing was asked for behind a live batch
+        self._tails = 0  # answers in a row that brought batches while none came live
+        self._answers = False  # it has answered since the connection stands
+        self._unheard = False  # silent, and so is the replay endpoint
         # What waits.
-        self._waiting: dict[int, _Waiting] = {}
-        self._waiting_bytes = 0
-        self._outdated = False  # something waits that is applied already
-        self._seen = -1  # the highest live seq of this process
+        self._pending = Pending(self.policy.max_pending, self.policy.max_pending_bytes)
         self._hole_at: int | None = None  # where a hole was noticed that is neither filled nor given up
-        self._replay: _Replay | None = None
-        self._retry: _Replay | None = None
+        self._replay: Question | None = None
+        self._retry: Question | None = None
         self._retry_at = 0.0
-        self._tries = 0
-        self._tries_at = -1
+        self._tries = Tries()
+        self._patience = Patience(self.policy)
         self._held_up_until = float("-inf")
         self._behind = False  # something has arrived that may not be taken yet
         self._heard_at = 0.0
@@ -285,7 +147,7 @@ class WorkerStream:
         self._place = place
         if place is not None:
             self._known = True
-            self._next = self._base = place.seq + 1
+            self._history.next = self._history.base = place.seq + 1
             self.last_ts, self._dated = place.ts, place.seq
             if not place.whole:
                 self._holes, self._holes_end = 1, place.seq + 1
@@ -295,12 +157,12 @@ class WorkerStream:
     @property
     def last_seq(self) -> int | None:
         """The last sequence number that was applied or given up, None before the first."""
-        return self._next - 1 if self._next else None
+        return self._history.next - 1 if self._history.next else None
 
     @property
     def waiting(self) -> int:
         """Batches that wait for a hole to be filled."""
-        return len(self._waiting)
+        return len(self._pending)
 
     @property
     def replaying(self) -> bool:
@@ -335,16 +197,23 @@ class WorkerStream:
         self._conflicts = 0
         self._mixed = self._behind = False
         self._open = None
-        self._trust_replay = self._has_replay
+        # Whose a replay endpoint was found to be stays so until it agrees: it may be asked again, no more.
+        self._trusts = self._has_replay
+        self._agrees = self._answers = self._brought = self._unheard = False
+        self._unconfirmed = True
+        self._doubt = self._blame = ""
+        self._tails = 0
+        self._history.connected()
+        self._patience.calm()
         self._stop_replay()
         # What waited came over the connection before: a replay brings it again, and nobody else could place it.
         self._drop_waiting()
         self._verified = not self._known
-        if self._trust_replay:
+        if self._trusts:
             self._started = False
             # What a snapshot goes back to may be most of the history: then its last batch has to do.
             start = 0 if self._place is None else self._place.seq
-            self._ask(_Purpose.VERIFY if self._known else _Purpose.START, start)
+            self._ask(Purpose.VERIFY if self._known else Purpose.START, start)
         elif not self._known:
             self._started = self._unproven = True
         return self._settle(now)
@@ -375,7 +244,7 @@ class WorkerStream:
     def follows(self, seq: int, payload: bytes, now: float) -> Ingest | None:
         """As :meth:`live` for a message that is just the next one of a stream that is well, which nearly all are; None,
         with nothing done, for any other. Nothing else changes by it, no deadline either."""
-        if not self._steady or seq != self._next:
+        if not self._steady or seq != self._history.next:
             return None
         ts = batch_time(payload)
         if ts is not None:
@@ -383,7 +252,8 @@ class WorkerStream:
                 return None
             self.last_ts, self._dated = ts, seq
         self._heard_at = now
-        self._note(seq, payload)
+        self._history.note(seq, payload, True)
+        self.counts["batches"] += 1
         return Ingest(seq, payload, ts)
 
     def live(self, seq: int, payload: bytes, now: float) -> list[Action]:
@@ -392,7 +262,10 @@ class WorkerStream:
             return [action]
         ts = batch_time(payload)
         self._heard_at = now
-        if self._known and seq > self._next + self.policy.seq_jump:
+        self._unheard, self._tails = False, 0
+        if self._probe_wait > self.policy.idle_probe[0]:
+            self._probe_at, self._probe_wait = None, 0.0  # silence begins anew
+        if self._known and seq > self._history.next + self.policy.seq_jump:
             self.counts["bad_seq_jump"] += 1
             return self.suspect(now)
         if self._known and not self._verified:
@@ -400,14 +273,14 @@ class WorkerStream:
                 self._hold(seq, payload, ts)
             else:
                 self._judge(seq, payload, ts)
-        elif seq < self._next:
+        elif seq < self._history.next:
             self._backwards(seq, payload, ts, now)
-        elif seq == self._next and self._older(ts) and self._may_verify(now):
+        elif seq == self._history.next and self._older(ts) and self._may_verify(now):
             # A restarted engine that happens to be at the next number looks just like a clock that was set back.
             self.counts["clock_steps"] += 1
             self._verified = self._started = False
             self._hold(seq, payload, ts)
-            self._ask(_Purpose.VERIFY, 0)
+            self._ask(Purpose.VERIFY, 0)
         else:
             self._hold(seq, payload, ts)
             self._drain()
@@ -416,10 +289,43 @@ class WorkerStream:
 
     def replay_sent(self, now: float) -> None:
         """The request of the last :class:`RequestReplay` is on its way; its time counts from here."""
-        if self._replay is not None and self._replay.bound is None:
-            since = max(now, self._held_up_until)
-            self._replay.deadline = since + self.policy.replay_timeout
-            self._replay.bound = since + self.policy.replay_deadline
+        if self._replay is not None and self._replay.sent_at is None:
+            self._replay.sent(max(now, self._held_up_until), self.policy)
+
+    def replay_reached(self, now: float) -> None:
+        """The publisher's side has taken the request: it will be answered in its turn, however late that is."""
+        if self._replay is not None and not self._replay.reached:
+            self._replay.reached = True
+            self._replay.expires = max(now, self._held_up_until) + self._spread(self._patience.late)
+
+    def replay_lost(self, now: float) -> list[Action]:
+        """The connection that the request went over is gone: nothing more of its answer comes."""
+        if self._replay is not None:
+            self._silence(self._replay, now)
+        return self._settle(now)
+
+    def replay_refused(self, now: float, why: str) -> list[Action]:
+        """A reply has arrived of which nothing can be taken, since it is of another stream: ``why``."""
+        replay = self._replay
+        if replay is not None:
+            replay.heard(now, self._patience.pause, self.policy)
+            replay.refused += 1
+            self._refusal = why
+        return []
+
+    def replay_foreign(self, now: float, why: str) -> list[Action]:
+        """What replays have brought is of another stream than what is published: ``why``."""
+        if self._trusts and self._history.next and not self._agrees:
+            self._conflicts += 1
+            self._disown(why)
+        return self._settle(now)
+
+    def distrust(self, now: float, why: str) -> list[Action]:
+        """The caller has seen that not all of what comes is this worker's: ``why``, until the next connection."""
+        if why and not self._blame:
+            self._say("distrusted", why)
+        self._blame = why
+        return self._settle(now)
 
     def replayed(self, seq: int, payload: bytes, now: float) -> list[Action]:
         """A batch of the running replay has arrived."""
@@ -428,13 +334,14 @@ class WorkerStream:
             self.counts["late_replay"] += 1
             return []
         self._recognise(seq, payload)
-        replay.deadline = now + self.policy.replay_pause
+        replay.heard(now, self._patience.pause, self.policy)
+        self._answers, self._unheard = True, False
         replay.frames += 1
         if replay.first is None:
             replay.first = seq
         if seq <= replay.pos:
             replay.surplus += 1
-        elif seq == replay.pos + 1 or replay.purpose is not _Purpose.HEAL or replay.pos in (-1, replay.jump):
+        elif seq == replay.pos + 1 or replay.purpose is not Purpose.HEAL or replay.pos in (-1, replay.jump):
             replay.contiguous = replay.contiguous and seq == replay.pos + 1
             replay.pos = seq
             replay.progress = True
@@ -443,11 +350,11 @@ class WorkerStream:
             replay.jump = replay.pos
             self._later(replay, now)
             return self._settle(now)
-        if seq < self._next:
+        if seq < self._history.next:
             self.counts["overlap"] += 1
             self._compare(replay, seq, payload, now)
         elif not self._verified and not replay.matched:
-            why = f"the replay goes on at {seq}, which does not continue {self._next - 1}"
+            why = f"the replay goes on at {seq}, which does not continue {self._history.next - 1}"
             self._not_ours(replay, seq, payload, now, why)
         else:
             self._take(replay, seq, payload, now)
@@ -483,9 +390,8 @@ class WorkerStream:
             return
         self._held_up_until = until
         self._heard_at = max(self._heard_at, until)
-        if self._replay is not None and self._replay.bound is not None and self._replay.deadline is not None:
-            self._replay.deadline += more
-            self._replay.bound += more
+        if self._replay is not None:
+            self._replay.hold_up(more)
 
     def behind(self, now: float, why: str) -> list[Action]:
         """Something has arrived that may not be taken yet: ``why``. Nothing does any more where that is empty."""
@@ -499,9 +405,9 @@ class WorkerStream:
     def overlooked(self, seq: int, now: float) -> list[Action]:
         """Batch ``seq`` has arrived and was let go, for want of room to wait in. What arrived before and was not let go
         has been handed in."""
-        if seq > self._next + self.policy.seq_jump:
+        if seq > self._history.next + self.policy.seq_jump:
             return self.suspect(now)
-        self._seen = max(self._seen, seq)
+        self._pending.seen = max(self._pending.seen, seq)
         if self._verified:
             self._look_at_hole(now)
         return self._settle(now)
@@ -523,12 +429,9 @@ class WorkerStream:
         self._say("rejected", f"batch {seq}: {why}")
         self._holes += 1
         self._holes_end = max(self._holes_end, seq + 1)
-        if self._anchor is not None and self._anchor[0] == seq:
-            self._anchor = None
-        if self._base <= seq < self._next:
-            self._memory[seq % len(self._memory)] = _LOST
+        self._history.spoil(seq)
         if len(self._bad) < 256:
-            self._bad[seq] = _fingerprint(payload)
+            self._bad[seq] = fingerprint(payload)
         else:
             self._hopeless = True
         return self._settle(now)
@@ -544,37 +447,34 @@ class WorkerStream:
             if replay.bound is not None and now >= replay.bound:
                 self._endless(f"it was not over after {self.policy.replay_deadline:g} s", now)
             elif replay.deadline is not None and now >= replay.deadline:
-                self._silence(replay, now)
+                if replay.reached and not replay.frames and not replay.refused:
+                    self._late(replay, now)
+                else:
+                    self._silence(replay, now)
         elif self._retry is not None:
             if now >= self._retry_at:
                 self._continue(self._retry)
         elif self._heal_at is not None and now >= self._heal_at:
             self._heal_at = None
-            self._ask(_Purpose.START if not self._known else _Purpose.HEAL if self._verified else _Purpose.VERIFY, 0)
+            if not self._trusts:
+                self._ask(Purpose.AGREE, self._history.next - 1)
+            else:
+                self._ask(Purpose.START if not self._known else Purpose.HEAL if self._verified else Purpose.VERIFY, 0)
         elif self._probe_at is not None and now >= self._probe_at:
-            if now < self._heard_at + self._probe_wait:
+            if now < self._heard_at + self._probe_wait and not (self._unconfirmed and self._shown() >= 0):
                 self._probe_at = self._heard_at + self._probe_wait
             else:
                 self._probe_at = None
-                self._ask(_Purpose.IDLE, max(0, self._next - 1))
+                # A stream that is never silent would not find out that its replays are another's.
+                self._unconfirmed = False
+                self._ask(Purpose.IDLE, max(0, self._history.next - 1))
         return self._settle(now)
 
     # ------------------------------------------------------------------------------------------------------- applying
 
-    def _note(self, seq: int, payload: bytes) -> None:
-        """This batch is applied: remember it."""
-        memory = self._memory
-        memory[seq % len(memory)] = _fingerprint(payload)
-        if seq - self._base >= len(memory):
-            self._base = seq - len(memory) + 1
-        self._next = seq + 1
+    def _apply(self, seq: int, payload: bytes, ts: float | None, *, live: bool) -> None:
+        self._history.note(seq, payload, live)
         self.counts["batches"] += 1
-
-    def _apply(self, seq: int, payload: bytes, ts: float | None) -> None:
-        self._note(seq, payload)
-        if self._waiting and (item := self._waiting.pop(seq, None)) is not None:
-            self._waiting_bytes -= len(item.payload)
-            self.counts["overlap"] += 1
         if not self._known:
             self._known = True
             self._unproven = False  # seq is 0: whatever comes later has nothing before it that could be missing
@@ -582,136 +482,126 @@ class WorkerStream:
             self.last_ts, self._dated = ts, seq
         self._out.append(Ingest(seq, payload, ts, seq != self._guessed or not seq))
 
-    def _recall(self, seq: int) -> int | None:
-        """The fingerprint of an applied batch, ``_LOST`` when it was given up, None when it is not remembered."""
-        if self._base <= seq < self._next:
-            return self._memory[seq % len(self._memory)]
-        return self._anchor[1] if self._anchor is not None and self._anchor[0] == seq else None
-
     def _accept(self, upto: int, why: str) -> None:
         """Give up everything from the next batch to ``upto``, which is not included."""
-        at = self._next
+        at = self._history.next
         self.counts["gaps_accepted"] += 1
         self.counts["lost_batches"] += upto - at
         self._say("gap_accepted", f"{upto - at} batches from {at} to {upto - 1} are lost: {why}")
-        size = len(self._memory)
-        last = self._recall(at - 1)
-        if last is not None and last != _LOST:
-            self._anchor = (at - 1, last)
-        for seq in range(max(at, upto - size), upto):
-            self._memory[seq % size] = _LOST
-        self._base = max(self._base, upto - size)
+        self._history.lose(upto)
         self._known = True
-        self._next = self._holes_end = upto
+        self._holes_end = upto
         self._holes += 1
         self._hole_at = None
 
     def _hold(self, seq: int, payload: bytes, ts: float | None) -> None:
-        self._seen = max(self._seen, seq)
-        if seq in self._waiting:
-            self.counts["duplicates"] += 1
-        elif (
-            len(self._waiting) >= self.policy.max_pending
-            or self._waiting_bytes + len(payload) > self.policy.max_pending_bytes
-        ) and seq != self._next:
-            # The newest goes: the replay that fills the hole it leaves brings it again.
-            self.counts["overflow"] += 1
-        else:
-            self._waiting[seq] = _Waiting(payload, ts)
-            self._waiting_bytes += len(payload)
-            self._outdated = self._outdated or seq < self._next
+        if why := self._pending.hold(seq, payload, ts, self._history.next):
+            self.counts[why] += 1
 
     def _drain(self) -> None:
         """Apply what waits and is next."""
-        waiting = self._waiting
-        while waiting and (item := waiting.pop(self._next, None)) is not None:
-            self._waiting_bytes -= len(item.payload)
-            self._apply(self._next, item.payload, item.ts)
-        if self._outdated:
-            # Held while it was not known whose they are, and now known to be applied already. Seldom, for this looks at
-            # all that waits, and there may be 10,000.
-            self._outdated = False
-            for seq in [seq for seq in waiting if seq < self._next]:
-                self._waiting_bytes -= len(waiting.pop(seq).payload)
-                self.counts["overlap"] += 1
+        while len(self._pending) and (item := self._pending.pop(self._history.next)) is not None:
+            self._apply(self._history.next, item.payload, item.ts, live=True)
+        for seq, item in self._pending.outdated(self._history.next):
+            self.counts["overlap"] += 1
+            self._met(seq, item.payload, item.ts)
         if self._missing():
             return
-        if self._seen >= 0 and not self._mixed:
+        if self._pending.seen >= 0 and not self._mixed:
             self._started = True  # live and applied meet, so nothing before the live batches is missing
-            self._meet(self._seen)
-        if self._hole_at is not None and self._hole_at < self._next:
+            self._meet(self._pending.seen)
+        if self._hole_at is not None and self._hole_at < self._history.next:
             self._hole_at = None
             self.counts["gaps_healed"] += 1
-            self._say("gap_healed", f"everything up to {self._next - 1} is applied")
+            self._say("gap_healed", f"everything up to {self._history.next - 1} is applied")
         for replay in (self._replay, self._retry):
-            if replay is not None and replay.purpose is _Purpose.GAP and self._hole_at is None:
+            if replay is not None and replay.purpose is Purpose.GAP and self._hole_at is None:
                 self._stop_replay()
+
+    def _met(self, seq: int, payload: bytes, ts: float | None) -> None:
+        """A live batch that was applied already: is it what a replay gave under its number?"""
+        if not self._history.came_by_replay(seq):
+            return
+        if self._history.recall(seq) == fingerprint(payload):
+            self._agree()
+        elif self._newer(seq, ts):  # or it is of a former process, or was damaged on the way
+            self._contradiction = seq
 
     def _meet(self, seq: int) -> None:
         """Everything up to this live batch is applied."""
         if self._open is not None and seq > self._open and not self._mixed:
             self._open = None
+            self._patience.calm()
 
     def _drop_waiting(self) -> None:
-        self._waiting.clear()
-        self._waiting_bytes = 0
-        self._seen = -1
+        self._pending.clear()
         self._hole_at = None
-        self._tries_at = -1
+        self._tries.reset()
 
     # ----------------------------------------------------------------------------------------------------------- gaps
 
+    def _shown(self) -> int:
+        """The last batch that was published over this connection, -1 when none was, as far as is remembered."""
+        last = self._history.next - 1
+        return max(self._pending.seen, last if self._history.came_live(last) else -1)
+
     def _missing(self) -> bool:
-        return self._seen >= self._next
+        return self._pending.seen >= self._history.next
 
     def _look_at_hole(self, now: float) -> None:
         """See to it that somebody is asked for what is missing."""
         if not self._missing() or not self.is_connected:
             return
-        if not self._trust_replay:
+        if not self._trusts:
             self._accept_all("there is no replay to ask")
         elif self._started and (not self.replaying or self._background()):
             self._open_hole()
-            self._ask(_Purpose.GAP, max(0, self._next - 1))
+            self._tries.reset()  # those of a question in silence were for nothing that is missing
+            if self._replay is not None and self._replay.purpose is Purpose.IDLE:
+                # It asks for what is missing, and a second request would cost the publisher the same again.
+                self._replay.purpose = Purpose.GAP
+            else:
+                self._ask(Purpose.GAP, max(0, self._history.next - 1))
 
     def _background(self) -> bool:
-        return self._replay is not None and self._replay.purpose in (_Purpose.IDLE, _Purpose.HEAL)
+        return all(each is None or each.background for each in (self._replay, self._retry))
 
     def _open_hole(self) -> None:
         if self._hole_at is not None:
             return
-        self._hole_at = self._next
+        self._hole_at = self._history.next
         if self._known:
             self.counts["gaps"] += 1
-            self._say("gap", f"expected batch {self._next}, got {min(self._waiting, default=self._seen)}")
+            self._say("gap", f"expected batch {self._history.next}, got {self._pending.lowest(self._pending.seen)}")
         else:
             self.counts["heads_cut"] += 1
 
     def _accept_all(self, why: str) -> None:
         # In one pass: thousands may wait, with a hole in front of each.
-        for seq in [*sorted(self._waiting), self._seen + 1]:
-            if seq > self._next:
+        for seq in [*(seq for seq, _ in self._pending.items()), self._pending.seen + 1]:
+            if seq > self._history.next:
                 self._open_hole()
                 self._accept(seq, why)
             self._drain()
         self._started = True
 
     def _backwards(self, seq: int, payload: bytes, ts: float | None, now: float) -> None:
-        known = self._recall(seq)
+        known = self._history.recall(seq)
         newer = self._newer(seq, ts)
-        if known == _fingerprint(payload):
+        if known == fingerprint(payload):
             self.counts["duplicates"] += 1
+            self._met(seq, payload, ts)
             self._meet(seq)
-        elif known == _LOST and not newer:
+        elif known == LOST and not newer:
             self.counts["late"] += 1  # what came after it is applied, so its time is over
-        elif known is None and not newer and ts is not None and seq < self._base:
+        elif known is None and not newer and ts is not None and seq < self._history.base:
             # Older than anything remembered, in number and in time: a copy that comes very late, or a restart under a
             # clock that was set back. Only the publisher can tell.
             if self._may_verify(now):
                 self._verified = self._started = False
                 self._hold(seq, payload, ts)
-                self._ask(_Purpose.VERIFY, 0)
-            elif self._trust_replay:
+                self._ask(Purpose.VERIFY, 0)
+            elif self._trusts:
                 self.counts["duplicates"] += 1
             else:
                 self._start_over(seq, payload, ts, now)
@@ -720,14 +610,14 @@ class WorkerStream:
 
     def _start_over(self, seq: int, payload: bytes, ts: float | None, now: float) -> None:
         """This batch is the first that we see of a new process."""
-        reached = max(self._next, self._seen + 1)
-        self._restarted(f"batch {seq} came after {self._next - 1}")
+        reached = max(self._history.next, self._pending.seen + 1)
+        self._restarted(f"batch {seq} came after {self._history.next - 1}")
         self._hold(seq, payload, ts)
         # One connection leads to one process. If two lives come over it, something between mixes them, and what was
         # taken for the old one's last batches may have been the new one's first.
         self._mixed = True
-        if self._trust_replay:
-            self._ask(_Purpose.START, 0)
+        if self._trusts:
+            self._ask(Purpose.START, 0)
         else:
             self._drain()
             self._look_at_hole(now)
@@ -748,7 +638,7 @@ class WorkerStream:
 
     def _may_verify(self, now: float) -> bool:
         # Rarely, for a publisher with an unsteady clock would otherwise be asked all the time.
-        if not self._trust_replay or (self.replaying and not self._background()):
+        if not self._trusts or (self.replaying and not self._background()):
             return False
         if now - self._verified_at < self.policy.idle_probe[1]:
             return False
@@ -758,19 +648,19 @@ class WorkerStream:
     def _judge(self, seq: int, payload: bytes, ts: float | None) -> None:
         """After a reconnect with no replay to ask: is this the process we knew?"""
         self._recognise(seq, payload)
-        if self._recall(seq) == _fingerprint(payload):
+        if self._history.recall(seq) == fingerprint(payload):
             self.counts["duplicates"] += 1
             self._verified = self._started = True
             return
         # A new process can only be ahead of the old one if it had the time to publish as much.
         since = self._lost_at if self._lost_at is not None else self._connected_at
-        ahead = seq > self._next and seq < (self._heard_at - since) * self.policy.restart_rate
+        ahead = seq > self._history.next and seq < (self._heard_at - since) * self.policy.restart_rate
         # And what was applied before this stream began has to be shown: nobody knows how long ago that was.
-        if seq < self._next or ahead or self._older(ts) or self._place is not None:
-            self._restarted(f"batch {seq} came after {self._next - 1}, over a new connection")
+        if seq < self._history.next or ahead or self._older(ts) or self._place is not None:
+            self._restarted(f"batch {seq} came after {self._history.next - 1}, over a new connection")
         else:
             self._verified = self._started = self._unproven = True
-            self._guessed = self._next
+            self._guessed = self._history.next
         self._hold(seq, payload, ts)
         self._drain()
         self._accept_all("no replay can be had")
@@ -780,15 +670,14 @@ class WorkerStream:
         place = self._place
         if place is not None and seq == place.seq and _xxh3_64(payload, 0) == place.fingerprint:
             self._place = None
-            self._base = seq
-            self._memory[seq % len(self._memory)] = _fingerprint(payload)
+            self._history.restore(seq, payload)
             self.counts["resumed"] += 1
             self._say("resumed", f"batch {seq} is the last of what was there: going on behind it")
 
-    def _compare(self, replay: _Replay, seq: int, payload: bytes, now: float) -> None:
+    def _compare(self, replay: Question, seq: int, payload: bytes, now: float) -> None:
         """A replay brings a batch that is applied, or given up: is it the same?"""
-        known = self._recall(seq)
-        mine = _fingerprint(payload)
+        known = self._history.recall(seq)
+        mine = fingerprint(payload)
         if self._bad.get(seq) == mine:
             replay.contiguous = False  # the publisher's own copy is as unreadable as ours
         if known == mine:
@@ -796,52 +685,97 @@ class WorkerStream:
             self._verified = True
             if seq < self._guessed:
                 self._guessed = 0
-            if seq == self._next - 1:
+            if self._history.came_live(seq):
+                self._agree()
+            if seq == self._history.next - 1:
                 self._drain()
+        elif replay.purpose is Purpose.AGREE:
+            pass
+        elif self._history.came_live(seq) and not self._agrees and batch_time(payload) is not None:
+            self._disagree(seq)
         elif known is None:
             ts = batch_time(payload)
             if self._newer(seq, ts):
-                self._not_ours(replay, seq, payload, now, f"batch {seq} is newer than {self._next - 1}")
-        elif known != _LOST:
+                self._not_ours(replay, seq, payload, now, f"batch {seq} is newer than {self._history.next - 1}")
+        elif known != LOST:
             self._not_ours(replay, seq, payload, now, f"batch {seq} is another one than before")
 
-    def _not_ours(self, replay: _Replay, seq: int, payload: bytes, now: float, why: str) -> None:
+    def _not_ours(self, replay: Question, seq: int, payload: bytes, now: float, why: str) -> None:
         """A replay shows that what is applied is not of the process that answers."""
         if self._too_many_conflicts(now):
             return
-        if replay.purpose is _Purpose.VERIFY and replay.frames == 1 and replay.first == seq and replay.start == 0:
+        if replay.purpose is Purpose.VERIFY and replay.frames == 1 and replay.first == seq and replay.start == 0:
             # The first batch of an answer from 0: the worker is rebuilt from this very answer, and what has arrived
             # live since the connection was made is of the same process.
-            waiting, size, seen = self._waiting, self._waiting_bytes, self._seen
-            self._waiting = {}
-            self._restarted(why, keep_replay=True)
-            self._waiting, self._waiting_bytes, self._seen = waiting, size, seen
-            replay.purpose, replay.expect = _Purpose.START, -1
+            with self._keeping():
+                self._restarted(why, keep_replay=True, against=seq)
+            replay.purpose, replay.expect = Purpose.START, -1
             self._take(replay, seq, payload, now)
         else:
-            self._restarted(why)
-            self._ask(_Purpose.START, 0)
+            self._restarted(why, against=seq)
+            self._ask(Purpose.START, 0)
 
     def _too_many_conflicts(self, now: float) -> bool:
         self._conflicts += 1
         if self._conflicts <= self.policy.max_conflicts:
             return False
+        self._disown(f"{self._replay_endpoint} gives batches of more than one process: it is not asked any more")
+        return True
+
+    def _agree(self) -> None:
+        """A batch has come live and in an answer: the replay endpoint is the publisher's."""
+        self._agrees = True
+        self._doubt = ""
+        if self._foreign:
+            self._say("replay_agrees", f"{self._replay_endpoint} gives what {self._endpoint} publishes")
+            self._foreign = ""
+            if not self._trusts:
+                self._trusts, self._heal_at, self._heal_wait = True, None, self.policy.heal[0]
+
+    def _disagree(self, seq: int) -> None:
+        """An answer is not of the process that publishes."""
+        self._conflicts += 1
+        self._disown(
+            f"{self._replay_endpoint} gives another batch {seq} than {self._endpoint} publishes: it is another"
+            " process's replay endpoint"
+        )
+
+    def _disown(self, why: str) -> None:
+        """Forget what replays have brought, and believe no more of them until they agree."""
         self.counts["replay_conflicts"] += 1
-        self._say("replay_conflict", "its replay is of another stream, and is not asked again on this connection")
-        waiting = sorted(self._waiting.items())
+        self._say("replay_conflict", why)
+        waiting, seen = self._pending.items(), self._pending.seen
         self._reset("what the replay brought was of another stream")
-        self._trust_replay = False
+        self._foreign = why
+        self._trusts = False
         self._started = self._unproven = True
         for seq, item in waiting:
             self._hold(seq, item.payload, item.ts)
+        self._pending.seen = seen  # what did not fit is missing all the same
         self._drain()
-        self._look_at_hole(now)
-        return True
+        if self._missing():
+            self._accept_all("there is no replay to ask")
 
-    def _restarted(self, why: str, *, keep_replay: bool = False) -> None:
+    def _restarted(self, why: str, *, keep_replay: bool = False, against: int | None = None) -> None:
+        """Another process answers; ``against`` is a batch that it has another of, or none."""
+        published = against is not None and self._history.came_live(against)
         self.counts["restarts"] += 1
         self._say("restart", f"{why}: cleared, building again")
         self._reset("the engine has restarted", keep_replay=keep_replay)
+        if published:
+            # One connection leads to one process, and it has published something else.
+            self._foreign = (
+                f"{self._replay_endpoint} does not give batch {against} as {self._endpoint} published it: the next one"
+                " shows whether the engine has restarted or that is another process's replay endpoint"
+            )
+
+    @contextmanager
+    def _keeping(self) -> Iterator[None]:
+        """What waits stays: it has arrived since the connection was made, and is of the process that answers."""
+        kept = self._pending
+        self._pending = Pending(self.policy.max_pending, self.policy.max_pending_bytes)
+        yield
+        self._pending = kept
 
     def _reset(self, reason: str, *, keep_replay: bool = False) -> None:
         self._mark("stale", reason)  # before the Clear: nobody may read an exact answer while it is rebuilt
@@ -852,8 +786,10 @@ class WorkerStream:
         self._forget_holes()
         self._known = self._started = self._unproven = self._mixed = False
         self._verified = True
-        self._next = self._base = 0
-        self._open = self._place = self._anchor = None
+        self._history.forget()
+        self._open = self._place = self._contradiction = None
+        self._agrees = self._brought = False
+        self._tails = 0
         self.last_ts = None
 
     def _forget_holes(self) -> None:
@@ -865,20 +801,21 @@ class WorkerStream:
 
     # -------------------------------------------------------------------------------------------------------- replays
 
-    def _ask(self, purpose: _Purpose, start: int) -> None:
+    def _ask(self, purpose: Purpose, start: int) -> None:
         if not self.is_connected:
             return
-        self._replay, self._retry = _Replay(purpose, start, self._next - 1 if self._known else -1), None
-        if purpose is not _Purpose.IDLE:
+        expect = self._history.next - 1 if self._known else -1
+        self._replay, self._retry = Question(purpose, start, expect, self._shown()), None
+        if purpose is not Purpose.IDLE:
             self._probe_at, self._probe_wait = None, 0.0
         self.counts["replays_asked"] += 1
         self._out.append(RequestReplay(start))
 
-    def _continue(self, replay: _Replay) -> None:
+    def _continue(self, replay: Question) -> None:
         """Ask for the rest of an answer, from the last batch that is known, which has to come again."""
-        last = self._next - 1
-        surveying = replay.purpose in (_Purpose.VERIFY, _Purpose.HEAL)
-        replay.again(last if self._known else -1)
+        last = self._history.next - 1
+        surveying = replay.purpose in (Purpose.VERIFY, Purpose.HEAL)
+        replay.again(last if self._known else -1, self._shown())
         self._replay, self._retry = replay, None
         self.counts["replays_asked"] += 1
         self._out.append(RequestReplay(max(0, min(replay.pos, last) if surveying else last)))
@@ -888,57 +825,89 @@ class WorkerStream:
             self._out.append(CancelReplay())
         self._replay = self._retry = None
 
-    def _later(self, replay: _Replay, now: float) -> None:
-        first, longest = self.policy.replay_retry
+    def _later(self, replay: Question, now: float) -> None:
         self._stop_replay()
         self._retry = replay
-        self._retry_at = now + self._spread(min(longest, first * 4.0 ** min(max(self._tries - 1, 0), 20)))
+        self._retry_at = now + self._spread(self._tries.wait(self.policy))
 
     def _tried(self, limit: int) -> bool:
         """One more try at this place has failed: True when it was the last."""
-        if self._tries_at != self._next:
-            self._tries_at, self._tries = self._next, 0
-        self._tries += 1
-        if self._tries < limit:
+        if not self._tries.failed(self._history.next, limit):
             return False
         self.counts["replays_failed"] += 1
-        self._tries_at = -1
         return True
 
-    def _take(self, replay: _Replay, seq: int, payload: bytes, now: float) -> None:
+    def _take(self, replay: Question, seq: int, payload: bytes, now: float) -> None:
         """A replay brings a batch that is not applied yet."""
-        if not self._known and replay.purpose in (_Purpose.START, _Purpose.IDLE):
+        if not self._known and replay.purpose in (Purpose.START, Purpose.IDLE):
             # Where it was given up before: somebody answers after all, and has more than this one batch.
-            replay.purpose, self._started = _Purpose.START, False
-        if seq > self._next:
-            if replay.purpose is _Purpose.HEAL:
+            replay.purpose, self._started = Purpose.START, False
+        if replay.purpose is Purpose.AGREE:
+            return
+        if seq > self._history.next:
+            if replay.purpose is Purpose.HEAL:
                 return
             # In an answer the order is the publisher's own: what it leaves out it does not have, or its queue was full.
             self._open_hole()
             if not self._tried(self.policy.hole_tries):
                 self._later(replay, now)
                 return
-            self._accept(min(seq, min(self._waiting, default=seq)), "the replay leaves them out")
+            self._accept(min(seq, self._pending.lowest(seq)), "the replay leaves them out")
             self._drain()
-        if seq == self._next:
-            if replay.purpose is _Purpose.IDLE:
+        if seq == self._history.next:
+            ts = batch_time(payload)
+            item = self._pending.pop(seq)
+            if item is not None:
+                self.counts["overlap"] += 1
+                if item.payload == payload:
+                    self._agree()
+                elif item.ts is not None and ts is not None and item.ts > ts:  # or it is of a former process
+                    self._hold(seq, item.payload, item.ts)
+                    self._disagree(seq)
+                    return
+            if replay.purpose is Purpose.IDLE:
                 self.counts["tails_recovered"] += 1
-            replay.brought = True
-            self._apply(seq, payload, batch_time(payload))
+            replay.brought = self._brought = True
+            self._apply(seq, payload, ts, live=item is not None)
         self._drain()
 
-    def _end(self, replay: _Replay, now: float, *, marked: bool = True) -> None:
+    def _end(self, replay: Question, now: float, *, marked: bool = True) -> None:
         """The answer is complete; without its end marker, as far as anybody can tell."""
         self._stop_replay()
+        self._answers, self._unheard = True, False
+        if marked and not replay.stalled:
+            self._patience.calm()
+        if replay.purpose is Purpose.AGREE:
+            return
+        lacks = marked and not replay.refused and replay.pos < replay.shown and not self._agrees
+        if lacks and (replay.frames or self._brought):
+            # The publisher had what it has published. Its queue may have been full, which the second time tells.
+            if replay.frames and not self._tried(self.policy.hole_tries):
+                self._later(replay, now)
+            else:
+                self._conflicts += 1
+                self._disown(
+                    f"{self._replay_endpoint} ends before batch {replay.shown}, which {self._endpoint} had published:"
+                    " it is another process's replay endpoint"
+                )
+            return
+        if not replay.frames and (replay.refused or replay.shown >= 0):
+            self._shows_nothing(replay, now)
+            return
         short = replay.pos < replay.expect
-        unlike = not replay.matched and (short or replay.purpose is _Purpose.VERIFY)
+        unlike = not replay.matched and (short or replay.purpose is Purpose.VERIFY)
         if replay.expect >= 0 and (not replay.frames or unlike):
             # It does not have the last batch that is applied, or nothing at all that is.
-            if replay.purpose is not _Purpose.HEAL and not self._too_many_conflicts(now):
-                self._restarted(f"the replay does not have batch {replay.expect}")
-                self._ask(_Purpose.START, 0)
+            if replay.purpose is not Purpose.HEAL and not self._too_many_conflicts(now):
+                why = f"the replay does not have batch {replay.expect}"
+                if replay.purpose is Purpose.VERIFY:
+                    with self._keeping():
+                        self._restarted(why, against=replay.expect)
+                else:
+                    self._restarted(why, against=replay.expect)
+                self._ask(Purpose.START, 0)
             return
-        if short and replay.purpose is not _Purpose.HEAL:
+        if short and replay.purpose is not Purpose.HEAL:
             # The same process, but its queue was full: the end of the answer is still to be had.
             if self._tried(self.policy.replay_tries):
                 self._unanswered(replay, now, final=True)
@@ -946,32 +915,55 @@ class WorkerStream:
                 self._later(replay, now)
             return
         self._verified = True
+        if replay.matched or replay.brought:
+            self._doubt = ""
+        if replay.purpose is Purpose.IDLE:
+            self._tails = self._tails + 1 if replay.brought and self._heard_at <= self._connected_at else 0
         if marked:
             self._open = self._open if short else None
-        elif replay.purpose in (_Purpose.START, _Purpose.VERIFY) or self._unproven:
+        elif replay.purpose in (Purpose.START, Purpose.VERIFY) or self._unproven:
             self._open = -1
-        elif replay.purpose is _Purpose.IDLE and replay.brought:
-            self._open = self._seen
+        elif replay.purpose is Purpose.IDLE and replay.brought:
+            self._open = self._pending.seen
+        if self._open is not None:
+            self._patience.stalled()
         self._drain()
-        shown = self._seen if self._hole_at is None else max(self._seen, replay.pos)
-        if shown >= self._next:
+        shown = self._pending.seen if self._hole_at is None else max(self._pending.seen, replay.pos)
+        if shown >= self._history.next:
             # Either the answer is older than what waits, or the publisher does not have it any more.
             self._open_hole()
             if not self._tried(self.policy.hole_tries):
                 self._later(replay, now)
                 return
-            self._accept(min(self._waiting, default=shown + 1), "no replay brings them")
+            self._accept(self._pending.lowest(shown + 1), "no replay brings them")
             self._drain()
         self._hole_at = None
         self._started = True
         self._mixed = self._mixed and not marked
         # An answer that matches what came after a guess alone says nothing of what was before.
         self._unproven = self._guessed > 0
-        if replay.purpose is _Purpose.HEAL:
+        if replay.purpose is Purpose.HEAL:
             self._healed(replay)
         self._look_at_hole(now)
 
-    def _healed(self, replay: _Replay) -> None:
+    def _shows_nothing(self, replay: Question, now: float) -> None:
+        """An answer was complete, and nothing of it could be taken."""
+        if replay.refused:
+            why = self._refusal
+        else:
+            why = (
+                f"{self._replay_endpoint} answers without a batch, though {self._endpoint} has published"
+                f" {replay.shown}: it keeps none, or is another process's"
+            )
+        if not self._doubt:
+            self._say("replay_useless", why)
+        self._doubt = why
+        if replay.background or self._tried(self.policy.hole_tries):
+            self._unanswered(replay, now, final=True)
+        else:
+            self._later(replay, now)
+
+    def _healed(self, replay: Question) -> None:
         """The publisher has shown its history: is it whole?"""
         if not replay.contiguous or replay.pos < max(self._holes_end, self._guessed) - 1:
             self._hopeless = True
@@ -979,13 +971,15 @@ class WorkerStream:
             self.counts["rebuilds"] += 1
             self._say("rebuild", "the publisher still has every batch from 0 on: cleared, building again")
             self._reset("building again from the whole history")
-            self._ask(_Purpose.START, 0)
+            self._ask(Purpose.START, 0)
 
-    def _silence(self, replay: _Replay, now: float) -> None:
+    def _silence(self, replay: Question, now: float) -> None:
         """A replay has stopped without its end marker."""
         if replay.progress:
             # It may have been cut: a ROUTER drops what its queue does not take, the end marker included.
             self.counts["cut_replays"] += 1
+            replay.stalled = True
+            self._patience.stalled()
             self._out.append(CancelReplay())
             self._continue(replay)
         elif replay.frames and replay.pos >= replay.expect:
@@ -996,17 +990,47 @@ class WorkerStream:
         else:
             self._unanswered(replay, now)
 
+    def _late(self, replay: Question, now: float) -> None:
+        """The publisher has a request and does not begin to answer: others have their turn, or it is dead."""
+        replay.waits += 1
+        if replay.waits == 1:
+            self._out.append(AwaitReplay())
+        if now >= replay.expires:
+            self._patience.expired()
+            self._unanswered(replay, now, final=True)
+            return
+        if replay.waits < self.policy.replay_tries:
+            replay.deadline = min(replay.expires, now + self.policy.replay_timeout)
+            return
+        replay.deadline = replay.expires
+        if replay.purpose is Purpose.IDLE:
+            self.counts["replays_unanswered"] += 1
+            self._silent()
+
+    def _silent(self) -> None:
+        # Where it never answered the stream is degraded already, and silence tells nothing new.
+        if self._answers and not self._unheard:
+            self._unheard = True
+            self._say("silent", f"{self._replay_endpoint} does not answer, and {self._endpoint} publishes nothing")
+
     def _endless(self, why: str, now: float) -> None:
         self.counts["endless_replays"] += 1
         self._say("replay_endless", why)
         if self._replay is not None:
             self._unanswered(self._replay, now)
 
-    def _unanswered(self, replay: _Replay, now: float, *, final: bool = False) -> None:
+    def _unanswered(self, replay: Question, now: float, *, final: bool = False) -> None:
         """A replay has brought nothing that helps."""
         self.counts["replays_unanswered"] += 1
-        if replay.purpose is _Purpose.HEAL or (replay.purpose is _Purpose.IDLE and self._hole_at is None):
+        silent = replay.purpose is Purpose.IDLE and self._hole_at is None
+        if replay.purpose in (Purpose.HEAL, Purpose.AGREE) or (silent and final):
             self._stop_replay()
+        elif silent:
+            if self._tried(self.policy.replay_tries):
+                self._stop_replay()
+                self._silent()
+            else:
+                self._later(replay, now)
         elif not final and not self._tried(self.policy.replay_tries):
             self._later(replay, now)
         else:
@@ -1014,16 +1038,16 @@ class WorkerStream:
             self._say("replay_failed", f"no useful answer in {self.policy.replay_tries} tries")
             if not self._verified:
                 # Whether the process is the old one is for the live batches to show.
-                waiting, seen = sorted(self._waiting.items()), self._seen
+                waiting, seen = self._pending.items(), self._pending.seen
                 self._drop_waiting()
                 for seq, item in waiting:
                     if not self._verified:
                         self._judge(seq, item.payload, item.ts)
-                    elif seq >= self._next:
+                    elif seq >= self._history.next:
                         self._hold(seq, item.payload, item.ts)
-                self._seen = max(self._seen, seen)  # what did not fit is missing all the same
+                self._pending.seen = max(self._pending.seen, seen)  # what did not fit is missing all the same
             else:
-                self._unproven = self._unproven or replay.purpose in (_Purpose.START, _Purpose.VERIFY)
+                self._unproven = self._unproven or replay.purpose in (Purpose.START, Purpose.VERIFY)
                 if self._hole_at is not None and not self._missing():
                     # Only a replay has shown that there is more, and it can not be had any more.
                     self._accept(replay.pos + 1, "no replay brings them")
@@ -1034,13 +1058,18 @@ class WorkerStream:
     # ---------------------------------------------------------------------------------------------------------- waits
 
     def _plan_heal(self, now: float) -> None:
-        if self._trust_replay and self._heal_at is None:
+        asks = self._trusts or (
+            self._has_replay
+            and self._conflicts <= self.policy.max_conflicts
+            and self._history.came_live(self._history.next - 1)
+        )
+        if asks and self._heal_at is None:
             self._heal_at = now + self._spread(self._heal_wait)
             self._heal_wait = min(self._heal_wait * 2.0, self.policy.heal[1])
 
     def _plan_probe(self, now: float) -> None:
         """Keep a silent stream asking whether it has missed the end: soon at first, then ever more rarely."""
-        if self._probe_at is None and self._trust_replay and self._verified and self._started and not self.replaying:
+        if self._probe_at is None and self._trusts and self._verified and self._started and not self.replaying:
             first, longest = self.policy.idle_probe
             self._probe_wait = min(longest, self._probe_wait * 2.0) if self._probe_wait else first
             self._probe_at = now + self._spread(self._probe_wait)
@@ -1059,16 +1088,30 @@ class WorkerStream:
             asking = "asking" if self.replaying else "nothing has shown yet"
             return "stale", f"{asking} whether this is still the process it was"
         if not self._started:
-            return "stale", "replaying"
+            return "stale", self._waits_for_replay()
         if self._missing() or self._hole_at is not None:
-            return "stale", f"batch {self._next} is missing"
+            return "stale", f"batch {self._history.next} is missing"
+        if self._unheard:
+            return "stale", f"{self._replay_endpoint} does not answer, and {self._endpoint} publishes nothing"
+        if worst := self._foreign or self._blame or self._doubt:
+            return "degraded", worst
+        if self._tails > 1:
+            silent = f"{self._endpoint} publishes nothing of what {self._replay_endpoint} gives"
+            return "degraded", f"{silent}: its topic is another one, or it is another process"
         if self._holes:
             return "degraded", f"{self._holes} hole(s) in the stream had to be accepted"
         if self._unproven:
             return "degraded", "no replay has shown what was before"
         if self._open is not None:
             return "degraded", f"a replay stopped without its end marker, there may be more than {self.last_seq}"
+        if not self._has_replay:
+            return "exact", "without a replay endpoint the loss of the last batches can not be noticed"
         return "exact", ""
+
+    def _waits_for_replay(self) -> str:
+        if self._replay is not None and self._replay.waits:
+            return f"replaying: {self._replay_endpoint} has the request and has not begun to answer"
+        return "replaying"
 
     def _mark(self, verdict: Verdict, reason: str) -> None:
         self.verdict, self.reason = verdict, reason
@@ -1080,15 +1123,18 @@ class WorkerStream:
         self._out.append(Incident(kind, detail))
 
     def _settle(self, now: float) -> list[Action]:
+        if self._contradiction is not None:
+            self._disagree(self._contradiction)
         if self.is_connected:
             self._plan_probe(now)
             # That a history can not be had any more is no reason not to ask who is there.
             wanting = (self._holes or self._unproven) and not self._hopeless
-            if (wanting or not self._verified) and not self.replaying:
+            if (wanting or not self._verified or not self._trusts) and not self.replaying:
                 self._plan_heal(now)
         self._mark(*self._judgement())
         whole = self._hole_at is None and not self._missing()
         well = self._known and self._verified and self._started and self._open is None
-        self._steady = self.is_connected and well and whole
+        heard = self._probe_wait <= self.policy.idle_probe[0] and not self._unheard and not self._tails
+        self._steady = self.is_connected and well and whole and heard
         out, self._out = self._out, []
         return out

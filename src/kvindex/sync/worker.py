@@ -17,24 +17,25 @@ import zmq
 from ..answers import StreamPlace
 from ..errors import EventDecodeError
 from ..events import AllBlocksCleared, decode_batch, unknown_kinds
-from .allowance import PAUSE, Allowance
-from .frames import END, FrameFault, batch_events, parse_live, parse_replay
-from .sockets import BUDGET, Loop, Replay, SocketOptions, Subscription, resolve
-from .source import Endpoints, PodSource, Presence
-from .status import WORST_FIRST, Batch, Forgotten, IndexChange, Marked, StateChange, WorkerStatus
-from .stream import (
+from .actions import (
     Action,
+    AwaitReplay,
     CancelReplay,
     Clear,
     Incident,
     Ingest,
     Mark,
-    Policy,
     Reconnect,
     RequestReplay,
     Verdict,
-    WorkerStream,
 )
+from .allowance import PAUSE, Allowance
+from .frames import END, FrameFault, batch_events, parse_live, parse_replay
+from .policy import Policy
+from .sockets import BUDGET, Loop, Replay, SocketOptions, Subscription, resolve
+from .source import Endpoints, PodSource, Presence
+from .status import WORST_FIRST, Batch, Forgotten, IndexChange, Marked, StateChange, WorkerStatus
+from .stream import WorkerStream
 
 __all__ = ["Host", "Index", "Setting", "Worker"]
 
@@ -43,8 +44,8 @@ log = logging.getLogger("kvindex.sync")
 # What an operator has to look at; everything else is the stream looking after itself.
 _SERIOUS: Final = frozenset(
     {
-        "gap_accepted", "rejected", "replay_conflict", "replay_endless", "replay_failed", "unreachable", "bad_frames",
-        "throttled", "rival",
+        "bad_frames", "distrusted", "gap_accepted", "rejected", "replay_conflict", "replay_endless", "replay_failed",
+        "replay_useless", "rival", "silent", "throttled", "unreachable",
     }
 )  # fmt: skip
 
@@ -118,6 +119,10 @@ class Setting:
                 log.exception("a callback for changes of the index has failed")
 
 
+def _named(topic: bytes) -> str:
+    return repr(topic.decode("utf-8", "replace"))[:80]
+
+
 class Worker:
     """One (pod, rank): its stream, its sockets and its figures.
 
@@ -142,7 +147,13 @@ class Worker:
         self._backlog: deque[tuple[int, bytes]] = deque()  # of a bound endpoint, which can not wait for one pod
         self._backlog_bytes = 0
         self._overlooked = -1  # the highest that was let go for want of room there
-        self.stream = WorkerStream(replay=at.replay_endpoint is not None, policy=setting.policy, place=place)
+        self.stream = WorkerStream(
+            replay=at.replay_endpoint is not None,
+            policy=setting.policy,
+            place=place,
+            endpoint=at.endpoint or "its publisher",
+            replay_endpoint=at.replay_endpoint or "",
+        )
         self.topic = None if source.topic is None else source.topic.encode()
         self.seen_topic: bytes | None = self.topic
         self.replay_topic: bytes | None = None
@@ -386,6 +397,9 @@ class Worker:
                 self._foreign(topic, self.seen_topic, now)
                 return
             self.seen_topic = topic
+            if self.replay_topic is not None and self.replay_topic != topic:
+                what = f"topic {_named(self.replay_topic)}, {self.at.endpoint} publishes {_named(topic)}"
+                self._carry(self.stream.replay_foreign(now, f"{self.at.replay_endpoint} answers with {what}"), now)
         self.hear(seq, payload, now)
 
     def hear(self, seq: int, payload: bytes, now: float) -> None:
@@ -430,7 +444,8 @@ class Worker:
             self._carry(self.stream.replay_ended(now), now)
         elif reply.topic is not None and self.seen_topic is not None and reply.topic != self.seen_topic:
             self._foreign(reply.topic, self.seen_topic, now)
-            return
+            other = f"topic {_named(reply.topic)}, this stream has {_named(self.seen_topic)}"
+            self._carry(self.stream.replay_refused(now, f"{self.at.replay_endpoint} answers with {other}"), now)
         else:
             self.replay_topic = reply.topic
             self._carry(self.stream.replayed(reply.seq, reply.payload, now), now)
@@ -452,6 +467,8 @@ class Worker:
                 case RequestReplay(start):
                     self._end_replay()
                     self.ask(start)
+                case AwaitReplay():
+                    self._host.leave(self)  # it costs nothing while it waits
                 case CancelReplay():
                     self._end_replay()
                 case Clear():
@@ -578,6 +595,8 @@ class Worker:
                     self._setting.options,
                     endpoint,
                     start,
+                    reached=partial(self._reached, question),
+                    lost=partial(self._answer_lost, question),
                     message=partial(self._reply, question),
                     curve=self._curve,
                     admits=None if self._allowance is None else self._admits,
@@ -589,6 +608,16 @@ class Worker:
         # Where it can not be asked the question runs into its timeout like one that nobody answers.
         self.stream.replay_sent(now)
         self.schedule()
+
+    def _reached(self, question: int, now: float) -> None:
+        if not self.gone and question == self.question:
+            self.stream.replay_reached(now)
+            self.schedule()
+
+    def _answer_lost(self, question: int, now: float) -> None:
+        if not self.gone and self.replay is not None and question == self.question:
+            self._carry(self.stream.replay_lost(now), now)
+            self.schedule()
 
     def _end_replay(self) -> None:
         self._asking = False
