@@ -291,7 +291,9 @@ private:
     }
     void act(Turn& turn, const Batch& b, const Event& e, u32 known, Report& r) {
         if (e.bad != Reason::none) {
-            r.skip(e.bad);
+            if (!e.many) r.skip(e.bad);
+            if (e.many && e.parent) r.skip(Reason::unknown_event, e.parent);
+            if (e.many && e.block_size) r.skip(Reason::bad_event, e.block_size);
             // An event of a kind that is not known may have taken blocks away.
             if (e.kind == EventKind::stored) {
                 spoil(worker(turn));

@@ -200,7 +200,7 @@ public:
             if (pod == kNone) {
                 if (!wait && !on) return Taken::unknown;
                 // Removed while this was on its way: never resurrected.
-                r.skip(Reason::pod_removed, batch.events.size() - i + batch.unknown + batch.bad);
+                r.skip(Reason::pod_removed, batch.events.size() - i + batch.joined);
                 return Taken::yes;
             }
             ix_.heard(pod);
@@ -218,8 +218,6 @@ public:
                 }
                 ix_.tidy();
                 if (i == batch.events.size()) {
-                    if (batch.unknown) r.skip(Reason::unknown_event, batch.unknown);
-                    if (batch.bad) r.skip(Reason::bad_event, batch.bad);
                     ++totals_.batches;
                     report_.add(r);
                     note_expiry();
