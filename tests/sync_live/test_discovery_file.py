@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ import pytest
 import yaml
 from sync_support import BRISK, LivePublisher, nothing_left_behind, until
 
-from kvindex import EventManager, InvalidTypeError, InvalidValueError, PodSource, PrefixIndex, StreamError
+from kvindex import EventManager, InvalidTypeError, InvalidValueError, PodSource, PrefixIndex, StreamError, aio
 from kvindex.discovery import PodFile, read_pods
 
 SOON = 0.02
@@ -65,6 +66,10 @@ def test_the_same_pods_as_yaml_and_as_json(tmp_path):
         ("- a\n", "pod 1: a pod is described by a map"),
         ("- {name: a, endpoint: 'tcp://h:1'}\n- {name: a}\n", "pod 2: there is a pod 'a' before it"),
         ("- {endpoint: 'tcp://h:1'}\n", "pod 1: a pod without a name"),
+        (
+            "- {name: a, endpoint: 'tcp://h:1'}\n- {name: b, endpoint: 'tcp://H:1/'}\n",
+            "pod 2: pod 'b' publishes at tcp://H:1/, as pod 'a' before it",
+        ),
         ("- {name: a, endpiont: 'tcp://h:1', 7: 8}\n", "pod 1: unknown fields 7, endpiont;"),
         ("- {name: a, endpoint: 'tcp://*:1'}\n", "name the host that it runs on"),
         ("- {name: a, endpoint: 5557}\n", "endpoint"),
@@ -159,7 +164,7 @@ def test_a_broken_file_leaves_the_pods_as_they_are_and_is_logged_once(manager, t
     def complaints():
         return [record.getMessage() for record in caplog.records if "stay as they are" in record.getMessage()]
 
-    with caplog.at_level(logging.INFO, "kvindex.discovery"), Counted(manager, path, interval=SOON):
+    with caplog.at_level(logging.INFO, "kvindex.discovery"), Counted(manager, path, interval=SOON, settle=SOON):
         for number, change in enumerate(
             (
                 lambda: replace(path, '[{"name": "a"'),
@@ -179,6 +184,86 @@ def test_a_broken_file_leaves_the_pods_as_they_are_and_is_logged_once(manager, t
         replace(path, json.dumps([item("b", 2)]))
         until(lambda: set(manager.status()) == {"b"})
         assert len(complaints()) in (6, 7), "for a moment it was not there"
+
+
+@pytest.fixture
+def looks(manager, tmp_path):
+    """A watched file, and a function that waits for so many looks at it."""
+    path = tmp_path / "pods.yaml"
+    path.write_text("".join(f"- {{name: p{n}, endpoint: 'tcp://127.0.0.1:{n + 1}'}}\n" for n in range(5)))
+    count = []
+
+    class Counted(PodFile):
+        def _turn(self):
+            super()._turn()
+            count.append(1)
+
+    def wait(turns=4):
+        aim = len(count) + turns
+        until(lambda: len(count) >= aim)
+        return set(manager.status())
+
+    with Counted(manager, path, interval=SOON, settle=3600.0) as watch:
+        yield path, wait, watch
+
+
+def test_a_file_that_is_half_written_removes_nobody(looks):
+    path, wait, watch = looks
+    whole = path.read_text()
+    everybody = {f"p{n}" for n in range(5)}
+    for end in range(0, len(whole), 7):
+        path.write_text(whole[:end])
+        assert wait(3) == everybody
+    path.write_text("\n".join(whole.splitlines()[:2]) + "\n")
+    assert wait() == everybody
+    path.write_text("\n".join(whole.splitlines()[:2]) + "\n- {name: new, endpoint: 'tcp://127.0.0.1:9'}\n")
+    until(lambda: wait() == everybody | {"new"})
+    watch._settle = 0.0
+    until(lambda: wait() == {"p0", "p1", "new"})
+
+
+def test_a_file_that_is_renamed_into_place_is_complete(looks):
+    path, wait, _ = looks
+    replace(path, "- {name: p1, endpoint: 'tcp://127.0.0.1:2'}\n")
+    until(lambda: wait() == {"p1"})
+
+
+def test_a_pipe_in_the_place_of_the_file_holds_up_nobody(looks):
+    path, wait, watch = looks
+    path.unlink()
+    os.mkfifo(path)
+    assert len(wait()) == 5
+    watch.close()
+
+
+def test_both_managers_are_followed_and_nothing_else(tmp_path):
+    path = tmp_path / "pods.json"
+    path.write_text(json.dumps([item("a")]))
+
+    async def follow():
+        async with aio.EventManager(PrefixIndex(), policy=BRISK) as manager:
+            with PodFile(manager, path, interval=SOON):
+                return set(manager.status())
+
+    assert asyncio.run(follow()) == {"a"}
+    for strange in (PrefixIndex(), None, "manager"):
+        with pytest.raises(InvalidTypeError, match="adds pods to an EventManager, not to"):
+            PodFile(strange, path)
+
+
+def test_an_address_or_a_label_that_changes_leaves_the_stream_alone(manager, tmp_path):
+    path = tmp_path / "pods.json"
+    with LivePublisher(name="a") as pod:
+        pod.publish(3)
+        entry = {"name": "a", "model": "m", "ranks": {0: list(pod.ranks[0])}}
+        path.write_text(json.dumps([entry]))
+        with PodFile(manager, path, interval=SOON):
+            assert manager.wait_until_current(20.0)
+            replace(path, json.dumps([{**entry, "address": "http://10.0.0.1:8000", "labels": {"role": "decode"}}]))
+            until(lambda: manager.pods()["a"].address)
+            assert manager.pods()["a"].labels == {"role": "decode"}
+            assert manager.status()["a"].batches == 3
+            assert manager.status()["a"].state == "exact"
 
 
 def test_a_pod_that_can_not_be_followed_costs_the_others_nothing_and_is_tried_again(manager, tmp_path, caplog):

@@ -35,6 +35,9 @@ class Cluster:
         self.watches = []  # (selector, namespace, queue of lines)
         self.asked = []
         self.failing = None  # an HTTP status instead of an answer
+        self.gone = False  # every watch is told that its version is too old
+        self.page = None  # pods in one answer
+        self.pages = []
         cluster = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -77,6 +80,12 @@ class Cluster:
             self.send(request, failing, status)
         elif not asked.get("watch"):
             meta = {"resourceVersion": str(version)}
+            if self.page is not None:
+                start = int(asked.get("continue", 0))
+                self.pages.append((start, asked["limit"]))
+                if start + self.page < len(items):
+                    meta["continue"] = str(start + self.page)
+                items = items[start : start + self.page]
             self.send(request, 200, {"kind": "PodList", "apiVersion": "v1", "metadata": meta, "items": items})
         else:
             request.send_response(200)
@@ -84,6 +93,10 @@ class Cluster:
             request.send_header("Transfer-Encoding", "chunked")
             request.send_header("Connection", "close")
             request.end_headers()
+            if self.gone:
+                status = {"kind": "Status", "code": 410, "reason": "Expired", "message": "too old resource version"}
+                lines.put(json.dumps({"type": "ERROR", "object": status}).encode() + b"\n")
+                lines.put(None)
             self.stream(request, lines)
 
     @staticmethod
@@ -120,11 +133,15 @@ class Cluster:
             if to(selector, namespace):
                 lines.put(data)
 
-    def put(self, name, ip="127.77.0.1", *, namespace="default", phase="Running", labels=None, deleted=False):
+    def put(
+        self, name, ip="127.77.0.1", *, namespace="default", phase="Running", labels=None, deleted=False, **annotations
+    ):
         with self.lock:
             self.version += 1
             table = {ENABLED: "true", MODEL: "llama"} if labels is None else labels
             meta = {"name": name, "namespace": namespace, "labels": table, "resourceVersion": str(self.version)}
+            if annotations:
+                meta["annotations"] = annotations["annotations"]
             if deleted:
                 meta["deletionTimestamp"] = "2026-01-01T00:00:00Z"
             status = {"phase": phase, **({"podIP": ip} if ip else {})}
@@ -177,8 +194,14 @@ def brisk(monkeypatch):
 
 
 def source(name, ip="127.77.0.1", **more):
-    replay = f"tcp://{ip}:5558"
-    return PodSource(name, **{"endpoint": f"tcp://{ip}:5557", "replay_endpoint": replay, "model": "llama", **more})
+    usual = {
+        "endpoint": f"tcp://{ip}:5557",
+        "replay_endpoint": f"tcp://{ip}:5558",
+        "model": "llama",
+        "address": f"http://{ip}:8000",
+        "labels": {ENABLED: "true", MODEL: "llama"},
+    }
+    return PodSource(name, **{**usual, **more})
 
 
 def watching(cluster, count=1):
@@ -193,7 +216,13 @@ def test_pods_come_and_go_with_the_cluster(cluster, manager):
     with KubernetesPods(manager, api=cluster.api) as pods:
         expected = {
             "default/a": source("default/a"),
-            "other/b": source("other/b", "127.77.0.2", model="mistral", lora="7"),
+            "other/b": source(
+                "other/b",
+                "127.77.0.2",
+                model="mistral",
+                lora="7",
+                labels={ENABLED: "true", MODEL: "mistral", LORA: "7"},
+            ),
         }
         assert pods.pods == expected
         assert set(manager.status()) == set(expected)
@@ -212,7 +241,10 @@ def test_pods_come_and_go_with_the_cluster(cluster, manager):
         cluster.delete("b", "other")
         until(lambda: not manager.status(), LONG)
         cluster.put("b", "fd00::7", namespace="other")
-        expected = source("other/b", endpoint="tcp://[fd00::7]:5557", replay_endpoint="tcp://[fd00::7]:5558")
+        expected = source(
+            "other/b", endpoint="tcp://[fd00::7]:5557", replay_endpoint="tcp://[fd00::7]:5558",
+            address="http://[fd00::7]:8000",
+        )  # fmt: skip
         until(lambda: pods.pods == {"other/b": expected}, LONG)
         assert cluster.asked[0] == (None, None, None)
         assert cluster.asked[1][1:] == (WATCHED, "104")
@@ -233,6 +265,59 @@ def test_one_namespace_other_ports_and_a_label_of_ones_own(cluster, manager):
             ("tcp://127.77.0.1:7001", None),
         ]
         assert cluster.asked[0][0] == "mine"
+
+
+def test_a_pod_says_its_own_model_and_ports(cluster, manager, caplog):
+    """By labels or annotations; a label goes first."""
+    labels = {ENABLED: "true", "kvindex.io/port": "7001", "model.aibrix.ai/port": "9000", "role": "decode"}
+    notes = {"team/model": "org/llama", "kvindex.io/port": "1", "kvindex.io/replay-port": "7002"}
+    cluster.put("a", labels=labels, annotations=notes)
+    cluster.put("b", "127.77.0.2", annotations={"team/model": "m", "kvindex.io/port": "http"})
+    with KubernetesPods(manager, api=cluster.api, model_key="team/model", replay_port=None) as pods:
+        (one,) = pods.pods.values()
+        assert (one.endpoint, one.replay_endpoint) == ("tcp://127.77.0.1:7001", "tcp://127.77.0.1:7002")
+        assert (one.model, one.address, one.labels["role"]) == ("org/llama", "http://127.77.0.1:9000", "decode")
+        assert manager.pods() == pods.pods
+        assert pods.refused == {"default/b": "its kvindex.io/port is 'http', which is no port"}
+
+
+def test_two_pods_at_one_endpoint_are_one_pod_and_one_refusal(cluster, manager):
+    cluster.put("a")
+    cluster.put("b")
+    with KubernetesPods(manager, api=cluster.api) as pods:
+        assert set(pods.pods) == {"default/a"}
+        assert "followed as pod 'default/a' already" in pods.refused["default/b"]
+        watching(cluster)
+        cluster.delete("a")
+        until(lambda: set(pods.pods) == {"default/b"} and not pods.refused, LONG)
+
+
+def test_a_list_in_pages_is_read_to_its_end(cluster, manager):
+    for number in range(5):
+        cluster.put(f"p{number}", f"127.77.0.{number + 1}")
+    cluster.page = 2
+    with KubernetesPods(manager, api=cluster.api) as pods:
+        assert set(pods.pods) == {f"default/p{number}" for number in range(5)}
+    assert cluster.pages == [(0, "500"), (2, "500"), (4, "500")]
+
+
+def test_a_server_that_forgets_every_version_is_asked_ever_more_rarely(cluster, manager, monkeypatch):
+    """A list and a watch in a loop without a wait were 900 requests a second."""
+    monkeypatch.setattr(module, "BACK_OFF", (0.001, 0.016))
+    waits = []
+    cluster.put("a")
+    cluster.gone = True
+    pods = KubernetesPods(manager, api=cluster.api)
+    wait = pods._closing.wait
+    monkeypatch.setattr(pods._closing, "wait", lambda seconds: waits.append(seconds) or wait(0.001))
+    with pods:
+        until(lambda: len(waits) >= 8, LONG)
+        assert waits[:5] == sorted(waits[:5])
+        assert all(0.016 <= each <= 0.016 * 1.25 for each in waits[5:8])
+        asked = len(cluster.asked)
+        assert asked <= 2 * (len(waits) + 2)
+        cluster.put("b", "127.77.0.2")
+        until(lambda: set(pods.pods) == {"default/a", "default/b"}, LONG)
 
 
 def test_the_streams_behind_are_followed(cluster, manager):

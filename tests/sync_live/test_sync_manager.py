@@ -130,6 +130,29 @@ def test_names_are_looked_up(index, manager, pod):
     check_equal(index, pod)
 
 
+def test_a_name_that_takes_longer_to_look_up_than_a_connection_may_take_is_connected_to(index, pod, monkeypatch):
+    """A resolver waits 5 s for each name server that is silent."""
+    real, patience = socket.getaddrinfo, []
+
+    def slow(host, *args, **how):
+        if host == "slow.test":
+            # Longer than all that a connection may take, by the manager's own clock.
+            until(lambda: patience and time.monotonic() > patience[0])
+            host = "127.0.0.1"
+        return real(host, *args, **how)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    with EventManager(index, policy=BRISK, connect_timeout=0.1) as manager:
+        pod.publish(3)
+        ranks = {0: tuple(each.replace("127.0.0.1", "slow.test") for each in pod.ranks[0])}
+        manager.add_pod(source(pod, ranks=ranks))
+        until(lambda: "looking up the address of tcp://slow.test" in manager.status()["pod"].reason)
+        patience.append(time.monotonic() + manager._options.patience)
+        assert manager.wait_until_current(20.0)
+        assert manager.status()["pod"].workers[0].counters.get("failed_connects", 0) == 0
+        check_equal(index, pod)
+
+
 def test_ipc_endpoints(index, manager, tmp_path, monkeypatch):
     # A socket's path has room for 104 bytes on some systems, and pytest's directories are longer there.
     monkeypatch.chdir(tmp_path)

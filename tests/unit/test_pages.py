@@ -35,7 +35,7 @@ PACKAGE = Path(kvindex.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 FENCED = re.compile(r"^(?P<indent> *)```(?P<language>[\w-]*)[^\n]*\n(?P<code>.*?)^(?P=indent)```", re.M | re.S)
 PORT = re.compile(r"\b5[56]\d\d\b")
-ELSEWHERE = re.compile(r"\b10\.0\.0\.\d+\b")
+ELSEWHERE = re.compile(r"\b10\.0\.0\.(\d+)\b")
 TEXT = ("", "text")
 # An example in a docstring: what is indented after a double colon. docs/site/roles.py makes blocks of it on the site.
 EXAMPLE = re.compile(r"::\n\n(?P<code>(?:(?: {4}.*)?\n)+)")
@@ -123,7 +123,7 @@ class Reader:
         raise OSError("no free ports")
 
     def type(self, language, code, page):
-        code = ELSEWHERE.sub("127.0.0.1", PORT.sub(lambda found: str(int(found[0]) + self.moved), code))
+        code = ELSEWHERE.sub(r"127.0.0.\1", PORT.sub(lambda found: str(int(found[0]) + self.moved), code))
         if language == "python":
             exec(compile(code, str(page), "exec"), self.namespace)
         elif language == "sh":

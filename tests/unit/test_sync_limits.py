@@ -53,6 +53,9 @@ class Host:
     def within(self, command: Callable[[], None]) -> None:
         command()
 
+    def resolve(self, endpoint: str, then: Callable[[str | None, str], None]) -> None:
+        then(endpoint, "")
+
     def wake_at(self, due: float, worker: Worker) -> None:
         heapq.heappush(self.timers, (due, len(self.timers) + id(worker), worker))
 

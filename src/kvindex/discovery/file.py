@@ -15,12 +15,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-from typing import Any
+import stat
+import time
+from typing import Any, NamedTuple
 
 from ..errors import InvalidTypeError, InvalidValueError, KVIndexError
-from ..sync.manager import EventManager
-from ..sync.source import PodSource
-from .keeper import Watcher
+from ..sync.source import PodSource, same_endpoint
+from .reconciler import Watcher
 
 __all__ = ["PodFile", "read_pods"]
 
@@ -34,8 +35,22 @@ def read_pods(path: str | os.PathLike[str]) -> dict[str, PodSource]:
     :class:`InvalidValueError` or :class:`InvalidTypeError` naming the file and the pod, ``OSError`` when the file can
     not be read.
     """
-    with open(path, "rb") as file:
-        return _parse(file.read(), os.fspath(path))
+    path = os.fspath(path)
+    return _parse(_read(path).data, path)
+
+
+class _Version(NamedTuple):
+    inode: int
+    data: bytes
+
+
+def _read(path: str) -> _Version:
+    # Without waiting: where somebody has put a pipe, nobody may ever write into it.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(f"{path} is no regular file")
+        return _Version(found.st_ino, file.read())
 
 
 def _parse(data: bytes, path: str) -> dict[str, PodSource]:
@@ -44,6 +59,7 @@ def _parse(data: bytes, path: str) -> dict[str, PodSource]:
         # An empty file is one too: it is what somebody sees who looks while it is written.
         raise InvalidValueError(f"{path} is no list of pods (an empty one is []): {items!r:.60}")
     pods: dict[str, PodSource] = {}
+    owners: dict[str, str] = {}
     for number, item in enumerate(items, 1):
         try:
             source = PodSource.from_mapping(item)
@@ -52,6 +68,13 @@ def _parse(data: bytes, path: str) -> dict[str, PodSource]:
             raise kind(f"{path}, pod {number}: {error}") from None
         if source.name in pods:
             raise InvalidValueError(f"{path}, pod {number}: there is a pod {source.name!r} before it")
+        for pair in source.workers().values():
+            if pair.endpoint is not None and (at := owners.setdefault(same_endpoint(pair.endpoint), source.name)):
+                if at == source.name:
+                    continue
+                raise InvalidValueError(
+                    f"{path}, pod {number}: pod {source.name!r} publishes at {pair.endpoint}, as pod {at!r} before it"
+                )
         pods[source.name] = source
     return pods
 
@@ -77,27 +100,37 @@ def _load(data: bytes, path: str) -> Any:
 class PodFile(Watcher):
     """Keeps a manager's pods equal to those that a file lists.
 
-    The file is looked at every ``interval`` seconds. A pod that is new in it is added, one that is gone removed, one
-    that has changed followed anew, all others notice nothing. While the file is missing or broken the pods stay as
-    they are, which is logged once. Starting raises as :func:`read_pods` does, so that a mistake in the first version
-    shows at once.
+    The file is looked at every ``interval`` seconds, and what it says counts once two looks have found the same. A pod
+    that is new in it is added, one that is gone removed, one that has changed followed anew, all others notice nothing.
+    A file that is renamed into its place, as ``kubectl``, editors and careful programs do, is complete. One that is
+    written in place may be looked at half-written: the pods that it lists no longer are removed when it has stayed as
+    it is for ``settle`` seconds. While the file is missing or broken the pods stay as they are, which is logged once.
+    Starting raises as :func:`read_pods` does, so that a mistake in the first version shows at once.
+
+    ``manager`` is a :class:`kvindex.EventManager` or a :class:`kvindex.aio.EventManager`.
     """
 
-    def __init__(self, manager: EventManager, path: str | os.PathLike[str], *, interval: float = 1.0) -> None:
+    def __init__(
+        self, manager: Any, path: str | os.PathLike[str], *, interval: float = 1.0, settle: float = 5.0
+    ) -> None:  # fmt: skip
         if not interval > 0:
             raise InvalidValueError(f"interval must be more than 0 seconds, not {interval}")
+        if not settle >= 0:
+            raise InvalidValueError(f"settle must be 0 seconds or more, not {settle}")
         super().__init__(manager, "kvindex-pod-file")
         self.path = os.fspath(path)
         self._interval = interval
-        self._data: bytes | None = None
+        self._settle = settle
+        self._taken: _Version | None = None  # the version that the pods are of
+        self._seen: _Version | None = None  # by the last look
+        self._seen_since = 0.0
         self._wanted: dict[str, PodSource] = {}
         self._trouble = ""
 
     def _begin(self) -> None:
-        with open(self.path, "rb") as file:
-            self._data = file.read()
-        self._wanted = _parse(self._data, self.path)
-        self._keeper.keep(self._wanted)
+        self._taken = self._seen = _read(self.path)
+        self._wanted = _parse(self._taken.data, self.path)
+        self._reconciler.reconcile(self._wanted)
 
     def _turn(self) -> None:
         if self._closing.wait(self._interval):
@@ -105,25 +138,33 @@ class PodFile(Watcher):
         # The whole file and not its time: an editor may write twice within one tick of the file system's clock, and
         # Kubernetes replaces the directory that a ConfigMap's file lies in.
         try:
-            with open(self.path, "rb") as file:
-                data = file.read()
+            version = _read(self.path)
         except OSError as error:
-            self._data = None
+            self._taken = self._seen = None
             self._complain(error)
         else:
-            if data != self._data:
-                self._data = data
-                self._read(data)
-        self._keeper.keep(self._wanted)
+            if version != self._seen:
+                self._seen, self._seen_since = version, time.monotonic()
+            elif version != self._taken:
+                self._take(version)
+        self._reconciler.reconcile(self._wanted)
 
-    def _read(self, data: bytes) -> None:
+    def _take(self, version: _Version) -> None:
+        """Want what a version says that two looks have found."""
         try:
-            self._wanted = _parse(data, self.path)
+            wanted = _parse(version.data, self.path)
         except KVIndexError as error:
+            self._taken = version
             self._complain(error)
-        else:
-            self._trouble = ""
-            log.info("%s: %d pods", self.path, len(self._wanted))
+            return
+        self._trouble = ""
+        in_place = self._taken is None or version.inode == self._taken.inode
+        gone = {name: source for name, source in self._wanted.items() if name not in wanted}
+        if gone and in_place and time.monotonic() < self._seen_since + self._settle:
+            self._wanted = {**gone, **wanted}
+            return
+        self._taken, self._wanted = version, wanted
+        log.info("%s: %d pods", self.path, len(wanted))
 
     def _complain(self, error: Exception) -> None:
         if str(error) != self._trouble:

@@ -6,9 +6,11 @@ The labels are AIBrix's, so a cluster that was labelled for it needs nothing new
 ``model.aibrix.ai/kv-events-enabled``   ``"true"``: this pod publishes KV events
 ``model.aibrix.ai/name``                the model that it serves
 ``model.aibrix.ai/lora-id``             the adapter that it serves, if it is made for one
+``model.aibrix.ai/port``                where it takes requests
 ======================================  ==================================================
 
-A pod is followed while it is running and has an address. Its name is ``NAMESPACE/NAME``.
+A pod is followed while it is running and has an address. Its name is ``NAMESPACE/NAME``; its
+:attr:`~kvindex.PodSource.address` is where it takes requests, and its labels are the source's.
 """
 
 from __future__ import annotations
@@ -25,15 +27,22 @@ import time
 from typing import Any, Final
 
 from ..errors import InvalidTypeError, InvalidValueError, KVIndexError, StreamError
-from ..sync.manager import EventManager
 from ..sync.source import PodSource, join_tcp
-from .keeper import Watcher
+from .reconciler import Watcher
 
-__all__ = ["ENABLED", "LORA", "MODEL", "KubernetesPods"]
+__all__ = ["ENABLED", "LORA", "MODEL", "PORT", "REPLAY_PORT", "REQUEST_PORT", "KubernetesPods"]
 
 ENABLED: Final = "model.aibrix.ai/kv-events-enabled"
 MODEL: Final = "model.aibrix.ai/name"
 LORA: Final = "model.aibrix.ai/lora-id"
+REQUEST_PORT: Final = "model.aibrix.ai/port"
+
+# AIBrix has no names for these.
+PORT: Final = "kvindex.io/port"
+REPLAY_PORT: Final = "kvindex.io/replay-port"
+
+# Pods that one answer lists at most: an API server keeps a list of thousands waiting for memory.
+PAGE: Final = 500
 
 # Seconds. How long one watch lasts before the API server ends it (it is taken up again where it was), and the back-off
 # while it can not be asked.
@@ -51,10 +60,13 @@ class KubernetesPods(Watcher):
     ``namespace`` limits it to one (None: all, which needs a ClusterRole); the account it runs under needs ``list`` and
     ``watch`` of pods. ``selector`` is what a pod's labels have to be, by default AIBrix's
     ``model.aibrix.ai/kv-events-enabled=true``. Engines publish at ``port`` and answer replays
-    at ``replay_port`` (None where they do not), each data-parallel rank at the port one higher; ``options`` are
-    further fields of :class:`~kvindex.PodSource` (``dp_size``, ``presence``, …) for all of them. ``api`` is a
+    at ``replay_port`` (None where they do not), each data-parallel rank at the port one higher, and take requests at
+    ``request_port``. What one pod has otherwise its labels or annotations say (a label goes first): its model under
+    ``model_key``, its ports under ``port_key``, ``replay_port_key`` and ``request_port_key``. ``options`` are further
+    fields of :class:`~kvindex.PodSource` (``dp_size``, ``presence``, …) for all of them. ``api`` is a
     ``kubernetes.client.CoreV1Api`` to use; None takes the account of the pod that this runs in, or else the
-    ``kubeconfig`` of whoever runs it.
+    ``kubeconfig`` of whoever runs it. ``manager`` is a :class:`kvindex.EventManager` or a
+    :class:`kvindex.aio.EventManager`.
 
     Starting lists the pods, and raises :class:`StreamError` when the API server can not be asked. From then on the
     pods stay as they are while it can not, which is logged once. A pod that can not be followed is logged once and
@@ -62,14 +74,19 @@ class KubernetesPods(Watcher):
     """
 
     def __init__(
-        self, manager: EventManager, *, namespace: str | None = None, selector: str = f"{ENABLED}=true",
-        port: int = 5557, replay_port: int | None = 5558, api: Any = None, **options: Any,
+        self, manager: Any, *, namespace: str | None = None, selector: str = f"{ENABLED}=true",
+        port: int = 5557, replay_port: int | None = 5558, request_port: int = 8000, model_key: str = MODEL,
+        port_key: str = PORT, replay_port_key: str = REPLAY_PORT, request_port_key: str = REQUEST_PORT,
+        api: Any = None, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(manager, "kvindex-kubernetes")
         self._namespace = namespace
         self._selector = selector
         self._port = port
         self._replay_port = replay_port
+        self._request_port = request_port
+        self._model_key = model_key
+        self._port_keys = port_key, replay_port_key, request_port_key
         self._options = options
         self._api = api
         self._found: dict[str, PodSource] = {}
@@ -79,7 +96,7 @@ class KubernetesPods(Watcher):
         self._line: socket.socket | None = None  # the connection of the watch, by a descriptor of our own
         self._trouble = ""
         self._wait = BACK_OFF[0]
-        self._source("example", "127.0.0.1", {MODEL: "example"})  # a mistake in the options shows here
+        self._source("example", "127.0.0.1", {}, {model_key: "example"})  # a mistake in the options shows here
 
     @property
     def refused(self) -> dict[str, str]:
@@ -114,14 +131,19 @@ class KubernetesPods(Watcher):
             self._watch()
             # A proxy may end every watch at once.
             self._closing.wait(max(0.0, start + BACK_OFF[0] - time.monotonic()))
+            self._wait = BACK_OFF[0]
         except StreamError:
             raise
         except Exception as error:
             # Whatever it was: from here on only a list shows what is there.
             self._version = None
-            if self._closing.is_set() or getattr(error, "status", None) == _GONE:
+            if self._closing.is_set():
                 return
-            if _told(error) != self._trouble:
+            if getattr(error, "status", None) == _GONE:
+                # The version is too old to be watched from: usual, now and then. A server whose every answer this is
+                # would be asked 900 times a second.
+                log.debug("Kubernetes forgot the version that was watched, and is asked for a list")
+            elif _told(error) != self._trouble:
                 self._trouble = _told(error)
                 log.warning("Kubernetes can not be watched, the pods stay as they are: %s", self._trouble)
             self._closing.wait(self._wait * (1.0 + 0.25 * random.random()))
@@ -133,16 +155,20 @@ class KubernetesPods(Watcher):
         return self._api.list_namespaced_pod(self._namespace, label_selector=self._selector, **how)
 
     def _list(self) -> None:
-        answer = self._ask(_request_timeout=(5, 30))
+        answer = self._ask(limit=PAGE, _request_timeout=(5, 30))
+        pods = list(answer.items)
+        while token := getattr(answer.metadata, "_continue", None):
+            answer = self._ask(limit=PAGE, _continue=token, _request_timeout=(5, 30))
+            pods += answer.items
         self._found.clear()
         self._odd.clear()
-        for pod in answer.items:
+        for pod in pods:
             self._note(pod)
-        self._keeper.keep(self._found)
+        self._reconciler.reconcile(self._found)
         self._version = answer.metadata.resource_version
         if self._trouble:
             log.info("Kubernetes can be asked again")
-        self._trouble, self._wait = "", BACK_OFF[0]
+        self._trouble = ""
 
     def _watch(self) -> None:
         @functools.wraps(self._api.list_namespaced_pod)
@@ -166,7 +192,7 @@ class KubernetesPods(Watcher):
                     self._note(event["object"])
                 elif event["type"] == "DELETED":
                     self._forget(_name(event["object"]))
-                self._keeper.keep(self._found)
+                self._reconciler.reconcile(self._found)
                 # Not the watch's own, which older clients do not move on a bookmark.
                 self._version = event["raw_object"]["metadata"]["resourceVersion"]
                 self._wait = BACK_OFF[0]
@@ -190,7 +216,8 @@ class KubernetesPods(Watcher):
             self._forget(name)
             return
         try:
-            self._found[name] = self._source(name, status.pod_ip, pod.metadata.labels or {})
+            meta = pod.metadata
+            self._found[name] = self._source(name, status.pod_ip, meta.labels or {}, meta.annotations or {})
             self._odd.pop(name, None)
         except (InvalidValueError, InvalidTypeError) as error:
             self._found.pop(name, None)
@@ -202,14 +229,30 @@ class KubernetesPods(Watcher):
         self._found.pop(name, None)
         self._odd.pop(name, None)
 
-    def _source(self, name: str, address: str, labels: dict[str, str]) -> PodSource:
-        if not labels.get(MODEL):
-            raise InvalidValueError(f"it has no label {MODEL}, which names its model")
-        replay = None if self._replay_port is None else join_tcp(address, self._replay_port)
+    def _source(self, name: str, ip: str, labels: dict[str, str], annotations: dict[str, str]) -> PodSource:
+        said = {**annotations, **labels}
+        if not said.get(self._model_key):
+            raise InvalidValueError(f"it has no label {self._model_key}, which names its model")
+        usual = self._port, self._replay_port, self._request_port
+        live, replay, requests = (
+            _port(said[key], key) if said.get(key) else port for key, port in zip(self._port_keys, usual, strict=True)
+        )
+        assert live is not None
+        described = {
+            "address": None if requests is None else join_tcp(ip, requests).replace("tcp://", "http://"),
+            "labels": labels,
+            "lora": labels.get(LORA) or None,
+        }
         return PodSource(
-            name, endpoint=join_tcp(address, self._port), replay_endpoint=replay, model=labels[MODEL],
-            lora=labels.get(LORA) or None, **self._options,
+            name, endpoint=join_tcp(ip, live), replay_endpoint=None if replay is None else join_tcp(ip, replay),
+            model=said[self._model_key], **{**described, **self._options},
         )  # fmt: skip
+
+
+def _port(text: str, key: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 0 < int(text) <= 65535:
+        raise InvalidValueError(f"its {key} is {text!r:.60}, which is no port")
+    return int(text)
 
 
 def _name(pod: Any) -> str:

@@ -20,6 +20,7 @@ from typing import Any, Final, TypeVar
 import zmq
 
 from ..errors import StreamError
+from .resolver import Resolver
 from .worker import Worker
 
 __all__ = ["StreamLoop"]
@@ -74,6 +75,8 @@ class StreamLoop:
         self._replaying: set[Worker] = set()
         self._replay_queue: OrderedDict[Worker, int] = OrderedDict()
         self._looks: set[Worker] = set()
+        self._resolver = Resolver()
+        self.resolve = self._resolver.resolve
 
     # ------------------------------------------------------------------------------------------- from any thread
 
@@ -293,6 +296,7 @@ class StreamLoop:
     def _end(self) -> None:
         with self._lock:
             self._stopping = True
+        self._resolver.close()
         self._do(self._ending)
         with self._lock:
             self._stopped = True

@@ -10,10 +10,7 @@ TCP connection and so of one process, and libzmq's own reconnecting, which would
 
 from __future__ import annotations
 
-import random
-import socket
 import struct
-import threading
 from collections.abc import Callable
 from typing import Any, Final, Protocol, cast
 
@@ -21,9 +18,9 @@ import zmq
 from zmq.utils import z85
 
 from .frames import replay_request
-from .source import Curve, is_address, join_tcp, split_tcp
+from .source import Curve
 
-__all__ = ["Bound", "Doorkeeper", "Replay", "SocketOptions", "Subscription", "resolve"]
+__all__ = ["Bound", "Doorkeeper", "Replay", "SocketOptions", "Subscription"]
 
 # What is taken from one socket before the others have their turn: so many messages, and none after so many seconds. By
 # messages alone, batches of 4 MB from one pod kept the others waiting for nine seconds. What a pod waits for another's
@@ -92,32 +89,6 @@ def _authenticate(sock: zmq.Socket[bytes], curve: Curve | None) -> None:
     """Believe only who has the secret key to ``curve.server``."""
     if curve is not None:
         sock.curve_serverkey, sock.curve_publickey, sock.curve_secretkey = curve
-
-
-def resolve(endpoint: str, then: Callable[[str | None, str], None]) -> None:
-    """Find the address of an endpoint's host, then call ``then(endpoint or None, error)``, maybe in another thread.
-
-    libzmq would look names up in its one I/O thread, where a name server that does not answer stops every stream of the
-    process, heartbeats included. A name is looked up anew for every connection, for pods move.
-    """
-    parts = split_tcp(endpoint)
-    if parts is None or is_address(parts[0]):
-        then(endpoint, "")
-        return
-    host, port = parts
-
-    def look_up() -> None:
-        try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:
-            then(None, f"{host} resolves to nothing: {error}")
-            return
-        # Publishers bind IPv4 wildcards by default; among several addresses each attempt takes another one.
-        addresses = [str(entry[4][0]) for entry in found if entry[0] == socket.AF_INET]
-        addresses = addresses or [str(entry[4][0]) for entry in found]
-        then(join_tcp(random.choice(addresses), port), "")
-
-    threading.Thread(target=look_up, name=f"kvindex-resolve-{host}", daemon=True).start()
 
 
 def _receive(sock: zmq.Socket[bytes]) -> list[zmq.Frame]:

@@ -32,7 +32,7 @@ from .actions import (
 from .allowance import PAUSE, Allowance
 from .frames import END, FrameFault, batch_events, parse_live, parse_replay
 from .policy import Policy
-from .sockets import BUDGET, Loop, Replay, SocketOptions, Subscription, resolve
+from .sockets import BUDGET, Loop, Replay, SocketOptions, Subscription
 from .source import Endpoints, PodSource, Presence
 from .status import WORST_FIRST, Batch, Forgotten, IndexChange, Marked, StateChange, WorkerStatus
 from .stream import WorkerStream
@@ -85,6 +85,8 @@ class Host(Loop, Protocol):
     def context(self) -> zmq.Context[Any]: ...
 
     def within(self, command: Callable[[], None]) -> None: ...
+
+    def resolve(self, endpoint: str, then: Callable[[str | None, str], None]) -> None: ...
 
     def again(self, handler: Any) -> None: ...
 
@@ -159,6 +161,7 @@ class Worker:
         self.replay_topic: bytes | None = None
         self.subscription: Subscription | None = None
         self.opened_at: float | None = None
+        self._looking_up = False
         self.reconnect_at: float | None = None
         self.replay: Replay | None = None
         self.attempt = 0  # connections are numbered, so that nothing of an old one is taken for the new one's
@@ -210,24 +213,26 @@ class Worker:
         if self.subscription is not None:
             self.subscription.close()
             self.subscription = None
-        self.opened_at = now
         self.attempt += 1
         attempt = self.attempt
         assert self.at.endpoint is not None
-
-        resolve(
+        self._looking_up = True
+        self._host.resolve(
             self.at.endpoint,
             lambda endpoint, error: self._host.within(partial(self._subscribe, attempt, endpoint, error)),
         )
 
     def _subscribe(self, attempt: int, endpoint: str | None, error: str) -> None:
-        if self.gone or self.attempt != attempt or self.opened_at is None:
+        if self.gone or self.attempt != attempt:
             return
         now = self._host.clock()
+        self._looking_up = False
         if endpoint is None:
             self._lost(attempt, now, error)
             return
         self.seen_topic = self.topic
+        self.opened_at = now  # from here on: a look-up takes as long as it takes
+        self.schedule()
         try:
             self.subscription = Subscription(
                 self._host, self._host.context, self._setting.options, endpoint, self.topic or b"",
@@ -578,7 +583,7 @@ class Worker:
         self.question += 1
         question = self.question
 
-        resolve(
+        self._host.resolve(
             self.at.replay_endpoint,
             lambda endpoint, error: self._host.within(partial(self._send, question, start, endpoint, error)),
         )
@@ -668,6 +673,8 @@ class Worker:
             return own, "blocks could not be placed, or not be followed exactly"
         if self._uncleared:
             return self.verdict, _UNCLEARED
+        if self._looking_up and not self.stream.is_connected:
+            return self.verdict, f"looking up the address of {self.at.endpoint}"
         if self.rival is not None and self.verdict == "degraded":
             return self.verdict, self._rivalry()
         if self.verdict != self.stream.verdict:
