@@ -789,6 +789,44 @@ def test_a_removed_pod_stays_removed_while_its_events_keep_coming(index, manager
     check_equal(index, pod)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_ranks_that_share_one_publisher_are_kept_apart(index, manager, pod, first):
+    def store(rank: int, number: int) -> None:
+        event = ["BlockStored", [number + 1], number or None, [number] * 4, 4, None]
+        pod.publish_raw(msgpack.packb([time.time(), [event], rank]))
+
+    manager.add_pod(source(pod))
+    until(manager.is_current)
+    for number in range(3):
+        store(first, number)
+    for number in range(2):
+        store(1 - first, number)
+    prompt = [number for number in range(3) for _ in range(4)]
+    held = {first: 12, 1 - first: 8}
+    until(lambda: manager.is_current() and index.match_prefix(prompt, model="m")["pod"].ranks == held)
+    status = manager.status()["pod"]
+    assert (status.state, sorted(status.workers)) == ("exact", [0, 1])
+    assert [status.workers[rank].blocks for rank in (first, 1 - first)] == [3, 2]
+    pod.publish_raw(msgpack.packb([time.time(), [["AllBlocksCleared"]], first]))
+    until(lambda: index.match_prefix(prompt, model="m")["pod"].ranks == {1 - first: 8})
+    assert index.stream_places("pod") == {}  # none of them has all of the sequence
+    manager.close()
+    assert {each["state"] for each in index.worker_stats("pod").values()} == {"stale"}
+
+
+def test_ranks_whose_endpoints_are_swapped_are_not_exact(index, manager):
+    with LivePublisher(ranks=2) as pod:
+        pod.publish(3, rank=0)
+        pod.publish(2, rank=1)
+        (first, first_replay), (second, second_replay) = pod.ranks.values()
+        manager.add_pod(PodSource("pod", ranks={0: (first, second_replay), 1: (second, first_replay)}, model="m"))
+        until(manager.is_current)
+        status = manager.status()["pod"]
+        assert status.state == "degraded"
+        assert "swapped" in status.reason
+        assert {first, second_replay} <= set(status.workers[0].reason.replace(",", " ").split())
+
+
 def test_pods_are_added_and_removed_from_many_threads(index, manager):
     with ExitStack() as stack:
         pods = [stack.enter_context(LivePublisher(name=f"pod-{number}")) for number in range(4)]

@@ -165,7 +165,7 @@ def watch(
 
     def show(item: IndexChange) -> None:
         if isinstance(item, Batch):
-            patient = by_rank[item.rank]
+            patient = by_rank.get(item.rank) or by_rank[min(by_rank)]  # another rank that shares its publisher
             patient.facts.add(item.payload)
             patient.live += current
             if item.topic is not None:
@@ -187,7 +187,8 @@ def watch(
         status = manager.status()[source.name]
         for patient in patients:
             worker = status.workers[patient.rank]
-            yield from patient.labelled(events(patient, worker, expected, args, source.dp_size), len(patients))
+            shared = set(status.workers) - set(by_rank)
+            yield from patient.labelled(events(patient, worker, expected, args, source.dp_size, shared), len(patients))
             yield from patient.labelled(contents(patient, worker, source, args.block_size), len(patients))
             yield from patient.labelled(losses(patient, worker), len(patients))
         if tokens is not None:
@@ -240,7 +241,8 @@ def addresses(patient: Patient) -> Iterator[Finding]:
 
 
 def events(
-    patient: Patient, worker: WorkerStatus, expected: str | None, args: argparse.Namespace, ranks: int
+    patient: Patient, worker: WorkerStatus, expected: str | None, args: argparse.Namespace, ranks: int,
+    shared: set[int],
 ) -> Iterator[Finding]:  # fmt: skip
     """Whether events come, by which name, and for whom."""
     facts = patient.facts
@@ -273,13 +275,15 @@ def events(
             yield Finding("WRONG", f"its topic is {seen}, not {expected!r}: who subscribes to that gets nothing")
         else:
             yield Finding("ok", f"topic {seen}")
-    others = sorted(rank for rank in facts.ranks if rank is not None and rank != patient.rank)
-    if others:
+    strange = {rank for rank in facts.ranks if rank is not None and rank != patient.rank}
+    if others := sorted(strange - shared):
         yield Finding(
             "WRONG",
             f"batches here are of rank {', '.join(map(str, others))}, not {patient.rank}: each rank has an endpoint of "
             "its own (--ranks, or ranks= of PodSource)",
         )
+    if others := sorted(strange & shared):
+        yield Finding("note", f"rank {', '.join(map(str, others))} publishes here too, and is kept apart")
     if patient.next_answers in PUBLISHERS and patient.rank == ranks - 1:
         yield Finding(
             "note", f"{patient.behind()} publishes as well: if that is a data-parallel rank of this pod, --ranks"

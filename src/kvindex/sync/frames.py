@@ -31,6 +31,7 @@ __all__ = [
     "batch_events",
     "batch_rank",
     "batch_time",
+    "carried_rank",
     "parse_live",
     "parse_replay",
     "parse_topic",
@@ -185,31 +186,40 @@ def batch_events(payload: bytes) -> int:
 
 
 def batch_rank(payload: bytes) -> int:
-    """The data-parallel rank that a batch names, 0 when it names none.
+    """The data-parallel rank that a batch names, 0 when it names none."""
+    return carried_rank(payload) or 0
 
-    Needed only where several ranks share one topic: the sequence number belongs to the rank, so the rank has to be
-    known before the batch may be applied. Skips over the events, O(bytes), in C.
+
+def carried_rank(payload: bytes) -> int | None:
+    """The data-parallel rank that a batch names, None when it names none.
+
+    Needed only where several ranks share one publisher or one topic: whose a batch is has to be known before it is
+    applied. Skips over the events, O(bytes), in C.
     """
     head = payload[:1]
     if head == b"\x92":
-        return 0
+        return None
     unpacker = msgpack.Unpacker(raw=True, strict_map_key=False)
     try:
         unpacker.feed(payload)
         if head and (head[0] & 0xF0 == 0x90 or head[0] in (0xDC, 0xDD)):
             if unpacker.read_array_header() < 3:
-                return 0
+                return None
             unpacker.skip()
+            events = payload[unpacker.tell()]
             unpacker.skip()
-            return _rank(unpacker.unpack())
+            rank = _rank(unpacker.unpack())
+            # Damage must not be taken for another rank.
+            array = events & 0xF0 == 0x90 or events in (0xDC, 0xDD)
+            return rank if array and unpacker.tell() == len(payload) else None
         for _ in range(unpacker.read_map_header()):
             if unpacker.unpack() in (b"data_parallel_rank", b"dp_rank"):
                 return _rank(unpacker.unpack())
             unpacker.skip()
     except Exception:
-        return 0
-    return 0
+        return None
+    return None
 
 
-def _rank(value: object) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else 0
+def _rank(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

@@ -20,9 +20,20 @@ from .allowance import Allowance
 from .frames import FrameFault, batch_rank, parse_live, parse_topic
 from .loop import StreamLoop
 from .policy import Policy
+from .ranks import MOST_RANKS
 from .sockets import Bound, Doorkeeper, SocketOptions
 from .source import Endpoints, PodSource, Presence, bind_endpoint, check_pair, is_key, same_endpoint
-from .status import Configured, Forgotten, IndexChange, PodsChange, PodStatus, Removed, StateChange, pod_status
+from .status import (
+    Configured,
+    Forgotten,
+    IndexChange,
+    PodsChange,
+    PodStatus,
+    Removed,
+    StateChange,
+    WorkerStatus,
+    pod_status,
+)
 from .worker import Index, Setting, Worker
 
 __all__ = ["EventManager", "Index"]
@@ -38,9 +49,6 @@ T = TypeVar("T")
 
 # Of one worker: its SUB socket, the connection, and the two ends of its monitor.
 _DESCRIPTORS: Final = 4
-
-# Engines have tens of ranks; a number beyond this in a payload is damage and must not create a worker.
-_MOST_RANKS: Final = 1024
 
 
 class _Pod:
@@ -198,7 +206,9 @@ class EventManager:
                 figures = self._index.worker_stats(name)
             except KeyError:
                 figures = {}
-            workers = {rank: worker.describe(figures.get(rank, {})) for rank, worker in list(pod.workers.items())}
+            workers: dict[int, WorkerStatus] = {}
+            for worker in list(pod.workers.values()):
+                workers |= worker.describe(figures)
             table[name] = pod_status(name, pod.source.model, workers)
         return table
 
@@ -582,7 +592,7 @@ class EventManager:
         rank = batch_rank(payload)
         worker = pod.workers.get(rank)
         if worker is None:
-            if rank >= _MOST_RANKS or (pod.source.ranks is not None and rank not in pod.source.ranks):
+            if rank >= MOST_RANKS or (pod.source.ranks is not None and rank not in pod.source.ranks):
                 self._bound_fault("bad_rank", f"pod {name!r} has no rank {rank}")
                 return None
             worker = self._employ(pod, rank, Endpoints(None, None))

@@ -320,6 +320,19 @@ class WorkerStream:
             self._disown(why)
         return self._settle(now)
 
+    def start_anew(self, now: float, why: str) -> list[Action]:
+        """What is applied was applied wrongly: forget it and ask for all of it again."""
+        self.counts["rebuilds"] += 1
+        self._say("rebuild", f"{why}: cleared, building again")
+        reached = self._history.next
+        self._reset(why)
+        if self._trusts:
+            self._ask(Purpose.START, 0)
+        else:
+            self._started = self._unproven = True
+            self._accept(reached, "there is no replay to ask")
+        return self._settle(now)
+
     def distrust(self, now: float, why: str) -> list[Action]:
         """The caller has seen that not all of what comes is this worker's: ``why``, until the next connection."""
         if why and not self._blame:

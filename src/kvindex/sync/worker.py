@@ -7,8 +7,8 @@ import logging
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, Protocol
 
@@ -32,6 +32,7 @@ from .actions import (
 from .allowance import PAUSE, Allowance
 from .frames import END, FrameFault, batch_events, parse_live, parse_replay
 from .policy import Policy
+from .ranks import Ranks
 from .sockets import BUDGET, Loop, Replay, SocketOptions, Subscription
 from .source import Endpoints, PodSource, Presence
 from .status import WORST_FIRST, Batch, Forgotten, IndexChange, Marked, StateChange, WorkerStatus
@@ -143,6 +144,8 @@ class Worker:
         self.at = at
         self.source = source
         self.model = source.model
+        # At a bound endpoint the manager tells ranks apart, for each comes by a connection of its own.
+        self.ranks = None if at.endpoint is None else Ranks(rank, set(source.workers()) - {rank})
         self._curve = source.curve()
         self._allowance = allowance
         self._resume_at: float | None = None  # nothing is taken before
@@ -182,10 +185,16 @@ class Worker:
         self.errors: Counter[str] = Counter()
         self.explained: set[str] = set()
         self.unknown: str | None = None  # the kind of an event that nobody knows, until the worker starts anew
+        self._blamed = False  # another rank's batches were found on this connection
         self._uncleared = False  # the index still has what it was told to forget
         self.tokens = 10.0  # of the log's bucket
         self.tokens_at = 0.0
         self.unsaid = 0
+
+    @property
+    def speaks_for(self) -> list[int]:
+        """The ranks that its stream brings: its own, and others that share its publisher."""
+        return [self.rank] if self.ranks is None or not self.ranks.others else [self.rank, *self.ranks.others]
 
     @property
     def who(self) -> str:
@@ -270,6 +279,7 @@ class Worker:
         if self.gone or self.attempt != attempt:
             return
         self.opened_at = None
+        self._blamed = False
         self.connected(now)
 
     def _lost(self, attempt: int, now: float, why: str) -> None:
@@ -477,7 +487,7 @@ class Worker:
                 case CancelReplay():
                     self._end_replay()
                 case Clear():
-                    if self._shows(Forgotten(self.pod, self.rank)):
+                    if all(self._shows(Forgotten(self.pod, rank)) for rank in self.speaks_for):
                         self._uncleared = True
                         self._clear(now)
                 case Mark(verdict, reason):
@@ -485,9 +495,10 @@ class Worker:
                         verdict, reason = "stale", _UNCLEARED
                     if self.rival is not None and verdict == "exact":
                         verdict, reason = "degraded", self._rivalry()
-                    if not self._shows(Marked(self.pod, self.rank, verdict, reason)):
-                        return
-                    self._setting.index.mark_worker(self.pod, self.rank, verdict)
+                    for rank in self.speaks_for:
+                        if not self._shows(Marked(self.pod, rank, verdict, reason)):
+                            return
+                        self._setting.index.mark_worker(self.pod, rank, verdict)
                     self.verdict, self.last_seq = verdict, self.stream.last_seq
                     self.compare_state()
                 case Reconnect(delay):
@@ -507,7 +518,8 @@ class Worker:
         """Forget what a former process held. Where the index can not, nothing is applied and no more is claimed than
         that it is stale, until it can: it is asked again before each batch."""
         try:
-            self._setting.index.clear_worker(self.pod, self.rank)
+            for rank in self.speaks_for:
+                self._setting.index.clear_worker(self.pod, rank)
         except Exception as error:
             self.errors["refused"] += 1
             self._say("refused", f"the index can not forget what was before, and is asked again: {error!r}", now)
@@ -517,10 +529,38 @@ class Worker:
         self.unknown = None
         return True
 
+    def _whose(self, ranks: Ranks, payload: bytes, actions: list[Action], now: float) -> int | None:
+        """The worker that a batch belongs to; None when the stream is applied anew."""
+        known = len(ranks.others)
+        rank = ranks.of(payload)
+        if rank is None:
+            actions += self.stream.start_anew(now, "several ranks publish through one socket")
+        elif len(ranks.others) > known:
+            self._say("ranks", f"rank {rank} publishes through the socket of rank {self.rank}: kept apart", now)
+            if self._shows(Marked(self.pod, rank, self.verdict, self.stream.reason)):
+                self._setting.index.mark_worker(self.pod, rank, self.verdict)
+        if ranks.misplaced is not None and not self._blamed:
+            self._blamed = True
+            other = ranks.misplaced
+            actions += self.stream.distrust(
+                now,
+                f"batches of rank {other} come from {self.at.endpoint} or {self.at.replay_endpoint}, which are rank"
+                f" {self.rank}'s: are the endpoints of these ranks swapped?",
+            )
+        return rank
+
     def _ingest(self, action: Ingest, actions: list[Action], now: float) -> None:
+        rank, several = self.rank, False
+        if self.ranks is not None:
+            whose = self._whose(self.ranks, action.payload, actions, now)
+            if whose is None or self.gone:
+                return
+            rank, several = whose, self.ranks.several
+        # Where several workers share one sequence none of them has all of it, so none may say how far it is.
+        joined = action.joined and not several
         if self._setting.taps:
             topic = self.replay_topic if self.seen_topic is None else self.seen_topic
-            batch = Batch(self.pod, self.rank, self.model, topic, action.seq, action.payload, action.joined)
+            batch = Batch(self.pod, rank, self.model, topic, action.seq, action.payload, joined)
             if not self._shows(batch):
                 return
         if self._uncleared:
@@ -530,7 +570,7 @@ class Worker:
             actions.append(Mark(self.stream.verdict, self.stream.reason))
         try:
             report = self._setting.index.ingest(
-                self.pod, action.payload, model=self.model, dp_rank=self.rank, seq=action.seq if action.joined else None
+                self.pod, action.payload, model=self.model, dp_rank=rank, seq=action.seq if joined else None
             )
         except EventDecodeError as error:
             self.errors["undecodable"] += 1
@@ -548,7 +588,7 @@ class Worker:
         if report.cleared:
             self.events["cleared"] += report.cleared
             whole = (isinstance(e, AllBlocksCleared) and e.medium is None for e in decode_batch(action.payload).events)
-            if self.source.clear_media is None and any(whole):
+            if self.source.clear_media is None and not several and any(whole):
                 self.unknown = None
                 actions += self.stream.cleared(action.seq, now)
         if report.parked or report.skipped:
@@ -652,21 +692,23 @@ class Worker:
         self.close()
         self.verdict = self.stream.verdict = "stale"
         self.stream.reason = reason
-        if self._setting.taps:
-            self._setting.show(Marked(self.pod, self.rank, "stale", reason))
         try:
-            self._setting.index.mark_worker(self.pod, self.rank, "stale")
+            for rank in self.speaks_for:
+                if self._setting.taps:
+                    self._setting.show(Marked(self.pod, rank, "stale", reason))
+                self._setting.index.mark_worker(self.pod, rank, "stale")
         except Exception:
             log.exception("%s: can not be marked stale", self.who)
         self._become("stale", reason)
 
-    def _judged(self, figures: dict[str, Any] | None = None) -> tuple[str, str]:
+    def _judged(self, figures: Mapping[int, dict[str, Any]] | None = None) -> tuple[str, str]:
         if figures is None:
             try:
-                figures = self._setting.index.worker_stats(self.pod).get(self.rank, {})
+                figures = self._setting.index.worker_stats(self.pod)
             except KeyError:
                 figures = {}
-        own = figures.get("state", self.verdict)
+        states = [figures[rank]["state"] for rank in self.speaks_for if rank in figures]
+        own = min(states, key=WORST_FIRST.index, default=self.verdict)
         if WORST_FIRST.index(own) < WORST_FIRST.index(self.verdict):
             if self.unknown is not None:
                 return own, f"an event of kind {self.unknown}, which is not known, may have taken blocks away"
@@ -681,11 +723,27 @@ class Worker:
             return self.verdict, "what has arrived is being applied"  # by the loop's thread, at this moment
         return self.verdict, self.stream.reason
 
-    def describe(self, figures: dict[str, Any]) -> WorkerStatus:
-        """What it is like at this moment; ``figures`` are the index's own of it."""
+    def describe(self, table: Mapping[int, dict[str, Any]]) -> dict[int, WorkerStatus]:
+        """What it is like at this moment, and the workers that it speaks for besides; ``table`` has the index's own
+        figures by rank."""
+        own = self._described(table)
+        others = sorted(self.speaks_for[1:])
+        return {self.rank: own} | {
+            rank: replace(
+                own,
+                rank=rank,
+                blocks=table.get(rank, {}).get("blocks", 0),
+                parked=table.get(rank, {}).get("parked", 0),
+                batches=0,
+            )
+            for rank in others
+        }
+
+    def _described(self, table: Mapping[int, dict[str, Any]]) -> WorkerStatus:
+        figures = table.get(self.rank, {})
         stream = self.stream
         counts = stream.counts
-        state, reason = self._judged(figures)
+        state, reason = self._judged(table)
         ignored = self.errors["unknown_event"]
         if state == "exact" and ignored and not figures.get("blocks"):
             # What such an event means nobody knows, and there was nothing that it could take away; but a pod that
