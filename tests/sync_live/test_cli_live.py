@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import pytest
 import zmq
@@ -303,7 +303,7 @@ def test_a_view_of_nothing_is_refused_with_2(command, arguments, message):
 def test_rates_and_the_lines_that_fit(pod):
     def printed(view, height=None):
         with Console(width=150) as console, console.capture() as capture:
-            console.print(view.table(height))
+            console.print(view.table(150, height))
         return capture.get()
 
     with EventManager(PrefixIndex(block_size=4), policy=BRISK) as manager:
@@ -321,6 +321,82 @@ def test_rates_and_the_lines_that_fit(pod):
         assert [line.split()[0] for line in few.splitlines() if "stale  " in line] == [f"gone{n}" for n in range(4)]
         assert "exact  " not in few
         assert "9 pods: 1 exact, 8 stale; 50 blocks" in few
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+@pytest.mark.parametrize("name", ["p", "prod/deepseek-v3-decode-6b5c8d7f9d-abcd"])
+def test_a_hundred_pods_in_a_small_terminal(width, name):
+    """Pod, state and reason can be read however long the reasons are, and nobody is left out in silence."""
+    with EventManager(PrefixIndex(block_size=4), policy=BRISK) as manager:
+        for number in range(100):
+            manager.add_pod(PodSource(f"{name}{number}", endpoint=f"tcp://127.0.0.1:{number + 1}"))
+        until(lambda: all(pod.reason.startswith("tcp") for pod in manager.status().values()), LONG)
+        with Console(width=width, height=24) as console, console.capture() as capture:
+            console.print(top.View(manager).table(width, 24))
+    shown = capture.get().splitlines()
+    assert len(shown) <= 24
+    assert max(map(len, shown)) <= width
+    rows = [line.split() for line in shown if " stale " in line]
+    assert len(rows) == 18
+    assert len({row[0] for row in rows}) == 18, "names that are cut can still be told apart"
+    assert all(row[1] == "stale" and "tcp://127.0.0.1:" in line for row, line in zip(rows, shown[3:], strict=False))
+    assert "100 pods: 100 stale; 0 blocks; 82 rows of 100 left out, the best" in " ".join(" ".join(shown).split())
+
+
+def test_figures_that_are_not_0_have_their_column_before_those_that_are(pod):
+    with EventManager(PrefixIndex(block_size=8), policy=BRISK) as manager:
+        pod.publish(3)
+        manager.add_pod(PodSource.from_string(word(pod)))
+        until(lambda: manager.status()["pod"].errors, LONG)
+        with Console(width=80) as console, console.capture() as capture:
+            console.print(top.View(manager).table(80, 24))
+    line = cells(capture.get(), "pod")
+    assert (line["state"], line["errors"]) == ("degraded", "3")
+    assert "restarts" not in line
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGINT])
+def test_whoever_ends_it_gets_the_terminal_back(number, refusing):
+    parent, child = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kvindex", "top", f"a={refusing}", "--interval", "0.05"],
+        stdin=child, stdout=child, stderr=child, env={**os.environ, "TERM": "xterm", "COLUMNS": "150"},
+    )  # fmt: skip
+    os.close(child)
+    seen = bytearray()
+    try:
+        while b"1 stale" not in seen:
+            assert select.select([parent], [], [], LONG)[0], seen
+            seen.extend(os.read(parent, 1 << 16))
+        process.send_signal(number)
+        with suppress(OSError):  # what a terminal says whose other end is closed
+            while piece := os.read(parent, 1 << 16):
+                seen.extend(piece)
+        assert process.wait(LONG) == (1 if number == signal.SIGINT else 128 + number)
+        assert seen.rindex(b"\x1b[?1049l") > seen.rindex(b"\x1b[?1049h"), "the screen"
+        assert seen.rindex(b"\x1b[?25h") > seen.rindex(b"\x1b[?25l"), "the cursor"
+        assert b"Traceback" not in seen
+    finally:
+        process.kill()
+        process.wait()
+        os.close(parent)
+
+
+def test_a_disk_that_is_full_is_named_with_what_is_left(command, pod):
+    pod.publish(20)
+    status, _, err = command("record", word(pod), "-o", "/dev/full", "--batches", 5, "--block-size", 4)
+    assert status == 2
+    assert "/dev/full can not be written any further: No space left on device" in err
+    assert "of the 5 batches until then can be read" in err
+
+
+def test_a_capture_without_answers_says_that_nothing_was_compared(command, pod, tmp_path):
+    pod.publish(5)
+    path = tmp_path / "a.gz"
+    assert command("record", word(pod), "-o", path, "--batches", 5, "--block-size", 4)[0] == 0
+    status, out, _ = command("replay", path)
+    assert status == 0
+    assert "a.gz has no engine's answers: its batches were applied, nothing was compared" in out
 
 
 def test_on_a_terminal_it_lives_until_it_is_interrupted():

@@ -32,8 +32,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and give its exit status: 0, 1 when an answer is wrong, 2 when it could not be asked."""
+    try:
+        return _run(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(argv: Sequence[str]) -> int:
     whole = parser()
-    args = whole.parse_args(_attached(sys.argv[1:] if argv is None else argv))
+    args = whole.parse_args(_attached(argv))
     if args.command is None:
         whole.print_help(sys.stderr)
         return 2
@@ -42,8 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (kvindex.KVIndexError, OSError) as error:
         print(f"kvindex {args.command}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
     return status
 
 

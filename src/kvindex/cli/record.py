@@ -16,7 +16,7 @@ from ..capture import CaptureWriter, Forget, Message
 from ..sync.status import Batch, Forgotten, IndexChange
 from ._facts import Facts
 from ._pods import add_arguments, sources
-from ._terminal import add_command, console, counted, positive, seconds
+from ._terminal import CommandError, add_command, console, counted, positive, seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -118,17 +118,24 @@ class Recorder:
 
     def flush(self) -> None:
         with self._lock:
-            if self._writer is not None:
-                self._writer.flush()
+            try:
+                if self._writer is not None:
+                    self._writer.flush()
+            except OSError as error:
+                self.failed = error
+                self.over.set()
 
     def close(self) -> None:
         # Before the lock: on a slow disk the streams' thread takes it again and again, and would never let this one in.
         self.over.set()
         with self._lock:
-            if self._writer is None:
-                self._open()
-            assert self._writer is not None
-            self._writer.close()
+            try:
+                if self._writer is None:
+                    self._open()
+                assert self._writer is not None
+                self._writer.close()
+            except OSError as error:
+                self.failed = self.failed or error
 
 
 def run(args: argparse.Namespace) -> int:
@@ -192,7 +199,11 @@ def progress(manager: EventManager, recorder: Recorder) -> str:
 
 def summary(out: Console, manager: EventManager, recorder: Recorder, path: str) -> int:
     if recorder.failed is not None:
-        raise recorder.failed
+        kept = counted(recorder.batches.total(), "batch", "batches")
+        raise CommandError(
+            f"{path} can not be written any further: {recorder.failed.strerror or recorder.failed}; what it has of the"
+            f" {kept} until then can be read: kvindex replay says where it ends"
+        )
     for name, pod in manager.status().items():
         told = counted(recorder.batches[name], "batch", "batches") if recorder.batches[name] else "nothing"
         if pod.lost_batches:

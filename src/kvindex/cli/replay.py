@@ -88,6 +88,11 @@ def run(args: argparse.Namespace) -> int:
         else:
             replayed = replay_capture(path, out)
             out.print(capture_table(replayed))
+            if not replayed.error and not any(figures.answers for figures in replayed.pods.values()):
+                told = (
+                    f"{os.path.basename(path)} has no engine's answers: its batches were applied, nothing was compared"
+                )
+                out.print(told, markup=False, soft_wrap=True)
             differences += len(replayed.differences)
             shown += replayed.differences
             broken += [replayed.error] if replayed.error is not None else []

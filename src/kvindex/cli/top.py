@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import EventManager, PrefixIndex
@@ -18,6 +20,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = ["add_parser"]
+
+# Columns that are shown where a figure is not 0, or where there is room: the first of them goes last.
+SELDOM = ["errors", "lost", "gaps", "restarts", "throttled"]
+ROOM = 32  # characters that a reason has at least
+BETWEEN = 3  # characters between two columns
 
 STYLES = {"exact": "green", "degraded": "yellow", "stale": "bold red"}
 
@@ -54,19 +61,27 @@ def run(args: argparse.Namespace) -> int:
     # The table has a reason for everything; lines of a log would only tear it.
     logging.getLogger("kvindex").addHandler(logging.NullHandler())
     index = PrefixIndex(block_size=args.block_size)
+    # Whoever ends it wants the terminal back as it was.
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, _ended)
     with EventManager(index) as manager, followed(manager, args):
         view = View(manager)
         try:
             if args.once or not out.is_terminal:
                 manager.wait_until_current(args.wait)
-                view.table()
+                view.table(out.width)
                 time.sleep(min(args.interval, args.wait))
-                out.print(view.table())
+                out.print(view.table(out.width))
             else:
                 show(out, view, args.interval)
         except KeyboardInterrupt:
             pass
         return 1 if any(pod.state == "stale" for pod in manager.status().values()) else 0
+
+
+def _ended(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def show(out: Console, view: View, interval: float) -> None:
@@ -75,7 +90,7 @@ def show(out: Console, view: View, interval: float) -> None:
 
     with Live(console=out, screen=True, auto_refresh=False) as live:
         while True:
-            live.update(view.table(out.size.height), refresh=True)
+            live.update(view.table(*out.size), refresh=True)
             time.sleep(interval)
 
 
@@ -87,8 +102,12 @@ class View:
         self._before: dict[tuple[str, int], int] = {}
         self._at = time.monotonic()
 
-    def table(self, height: int | None = None) -> Table:
-        """The pods as they are now, with rates since the last table; ``height`` is that of the terminal, in lines."""
+    def table(self, width: int, height: int | None = None) -> Table:
+        """The pods as they are now, with rates since the last table; ``width`` and ``height`` are those of the
+        terminal, in characters and lines.
+
+        Pod and state are always there, and a reason has the room that the figures leave.
+        """
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
         from rich.text import Text
@@ -96,26 +115,26 @@ class View:
         now, status = time.monotonic(), self._manager.status()
         elapsed, self._at = max(now - self._at, 1e-9), now
         rates, self._before = self._rates(status, elapsed)
-        shown = Table(box=SIMPLE_HEAD, caption=summed(status), caption_justify="left", pad_edge=False)
-        for column in ("pod", "state"):
-            shown.add_column(column, no_wrap=True)
-        limited = any(pod.throttled for pod in status.values())
-        columns = ["lag", "blocks", "events/s", "gaps", "lost", "restarts", "errors"]
-        for column in [*columns, "throttled"] if limited else columns:
-            shown.add_column(column, justify="right", no_wrap=True, min_width=len(column))
-        shown.add_column("why", overflow="ellipsis", no_wrap=height is not None)
         rows = [row for name in sorted(status) for row in lines(status[name])]
+        caption = summed(status)
         if height is not None and len(rows) > height - 6:
             # Those that need somebody to look at them, where not all can be shown.
-            rows = sorted(rows, key=lambda row: list(STYLES).index(row[1].state), reverse=True)[: max(1, height - 6)]
-        for name, row in rows:
-            ranks = [row.rank] if isinstance(row, WorkerStatus) else list(row.workers)
-            rate = sum(rates.get((row.pod, rank), 0.0) for rank in ranks)
-            shown.add_row(
-                Text(name), Text(row.state, STYLES[row.state]), lag(row.lag), f"{row.blocks:,}", f"{rate:,.0f}",
-                f"{row.gaps:,}", f"{row.lost_batches:,}", f"{row.restarts:,}", f"{sum(row.errors.values()):,}",
-                *([f"{row.throttled:,}"] if limited else []), Text(row.reason),
-            )  # fmt: skip
+            most = max(1, height - 6)
+            caption += f"; {counted(len(rows) - most, 'row')} of {len(rows):,} left out, the best"
+            rows = sorted(rows, key=lambda row: list(STYLES).index(row[1].state), reverse=True)[:most]
+        cells = [figures(row, rates) for _, row in rows]
+        longest = max((len(name) for name, _ in rows), default=3)
+        pod = max(3, min(longest, max(14, width // 3)))
+        columns = fitting(cells, width - pod - len("degraded") - 2 * BETWEEN - ROOM)
+        shown = Table(box=SIMPLE_HEAD, caption=caption, caption_justify="left", pad_edge=False)
+        shown.add_column("pod", no_wrap=True, min_width=pod)
+        shown.add_column("state", no_wrap=True, min_width=len("degraded"))
+        for column, size in columns.items():
+            shown.add_column(column, justify="right", no_wrap=True, min_width=size)
+        shown.add_column("why", overflow="ellipsis", no_wrap=height is not None, ratio=1)
+        for (name, row), cell in zip(rows, cells, strict=True):
+            state = Text(row.state, STYLES[row.state])
+            shown.add_row(Text(shortened(name, pod)), state, *(cell[column] for column in columns), Text(row.reason))
         return shown
 
     def _rates(
@@ -130,6 +149,44 @@ class View:
         # A pod that was followed anew counts from 0 again.
         rates = {who: max(0, count - self._before.get(who, count)) / elapsed for who, count in counts.items()}
         return rates, counts
+
+
+def figures(row: PodStatus | WorkerStatus, rates: Mapping[tuple[str, int], float]) -> dict[str, str]:
+    """What the columns of figures say of one row."""
+    ranks = [row.rank] if isinstance(row, WorkerStatus) else list(row.workers)
+    return {
+        "lag": lag(row.lag),
+        "blocks": f"{row.blocks:,}",
+        "events/s": f"{sum(rates.get((row.pod, rank), 0.0) for rank in ranks):,.0f}",
+        "gaps": f"{row.gaps:,}",
+        "lost": f"{row.lost_batches:,}",
+        "restarts": f"{row.restarts:,}",
+        "errors": f"{sum(row.errors.values()):,}",
+        "throttled": f"{row.throttled:,}",
+    }
+
+
+def fitting(cells: Sequence[Mapping[str, str]], width: int) -> dict[str, int]:
+    """The columns of figures that ``width`` characters have room for, with their widths, in their usual order."""
+    every = ["lag", "blocks", "events/s", "gaps", "lost", "restarts", "errors", "throttled"]
+    sizes = {column: max([len(column), *(len(cell[column]) for cell in cells)]) for column in every}
+    telling = [column for column in SELDOM if any(cell[column] != "0" for cell in cells)]
+    rest = [column for column in SELDOM if column not in telling and column != "throttled"]
+    chosen: set[str] = set()
+    left = width
+    for column in ["lag", "blocks", *telling, "events/s", *rest]:
+        if sizes[column] + BETWEEN <= left:
+            chosen.add(column)
+            left -= sizes[column] + BETWEEN
+    return {column: sizes[column] for column in every if column in chosen}
+
+
+def shortened(name: str, width: int) -> str:
+    """A name of at most so many characters: pods of one deployment differ at the end."""
+    if len(name) <= width:
+        return name
+    head = width // 3
+    return f"{name[:head]}…{name[len(name) - (width - head - 1) :]}"
 
 
 def lines(pod: PodStatus) -> list[tuple[str, PodStatus | WorkerStatus]]:
