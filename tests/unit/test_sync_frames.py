@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvindex import EventDecodeError, PrefixIndex
 from kvindex.sync.frames import (
     END,
     FrameFault,
@@ -156,3 +157,34 @@ def test_every_list_of_frames_is_read_or_refused_by_name(frames):
             assert message is END or (message.seq >= 0 and message.payload == frames[-1])
             continue
         assert reason in ("bad_frame_count", "bad_delimiter", "bad_seq_size", "bad_seq")
+
+
+@given(
+    pairs=st.lists(
+        st.one_of(
+            st.tuples(
+                st.just("ts"),
+                st.floats(allow_nan=False)
+                | st.integers(-(2**63), 2**64 - 1)
+                | st.sampled_from([10**11, 10**11 + 1, 1e11, 2e11]),
+            ),
+            st.tuples(st.sampled_from(["data_parallel_rank", "dp_rank"]), st.none() | st.integers(0, 2**31 - 1)),
+            st.tuples(st.just("events"), st.just([])),
+        ),
+        max_size=6,
+    ),
+    form=st.sampled_from(["map", "array"]),
+)
+def test_time_and_rank_are_what_the_core_reads(pairs, form):
+    """Keys that come twice, numbers on both sides of where milliseconds begin, and keys that mean nothing."""
+    if form == "map":
+        head = bytes([0x80 | len(pairs)])
+        payload = head + b"".join(msgpack.packb(part) for pair in pairs for part in pair)
+    else:
+        last = dict(pairs)
+        payload = msgpack.packb([last.get("ts", 0), [], last.get("data_parallel_rank")])
+    try:
+        report = PrefixIndex().ingest("a", payload)
+    except EventDecodeError:
+        return
+    assert (batch_time(payload), batch_rank(payload)) == (report.ts, report.dp_rank)

@@ -46,7 +46,7 @@ _LIMIT: Final = 1 << 63
 _MINUS_ONE: Final = b"\xff" * 8
 
 # Seconds since 1970 reach 1e11 in the year 5138, milliseconds passed it in 1973: Mooncake's store writes the latter.
-_MILLISECONDS_FROM: Final = 1e11
+_MILLISECONDS_FROM: Final = 100_000_000_000
 
 
 class FrameFault(ValueError):
@@ -142,19 +142,27 @@ def batch_time(payload: bytes) -> float | None:
         unpacker.feed(payload)
         if payload[:1] and (payload[0] & 0xF0 == 0x90 or payload[0] in (0xDC, 0xDD)):
             return _seconds(unpacker.unpack()) if unpacker.read_array_header() else None
-        for _ in range(unpacker.read_map_header()):
-            if unpacker.unpack() == b"ts":
-                return _seconds(unpacker.unpack())
-            unpacker.skip()
+        return _seconds(_last(unpacker, b"ts"))
     except Exception:
         return None
-    return None
+
+
+def _last(unpacker: msgpack.Unpacker, key: bytes) -> object:
+    """The value of a key in a map. Of a key that is there twice the last counts, as in the core."""
+    value = None
+    for _ in range(unpacker.read_map_header()):
+        if unpacker.unpack() == key:
+            value = unpacker.unpack()
+        else:
+            unpacker.skip()
+    return value
 
 
 def _seconds(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
         return None
-    return value / 1000.0 if abs(value) >= _MILLISECONDS_FROM else float(value)
+    # As the core reads it: only integers are milliseconds.
+    return value / 1000.0 if isinstance(value, int) and value > _MILLISECONDS_FROM else float(value)
 
 
 def batch_events(payload: bytes) -> int:
@@ -177,8 +185,10 @@ def batch_events(payload: bytes) -> int:
             for _ in range(unpacker.read_map_header()):
                 if unpacker.unpack() == b"events":
                     count = unpacker.read_array_header()
-                    break
-                unpacker.skip()
+                    for _ in range(count):
+                        unpacker.skip()
+                else:
+                    unpacker.skip()
     except Exception:
         return 1
     # An event is an array or a map with a name in it: three bytes. A damaged length must not cost a pod years.
@@ -212,13 +222,9 @@ def carried_rank(payload: bytes) -> int | None:
             # Damage must not be taken for another rank.
             array = events & 0xF0 == 0x90 or events in (0xDC, 0xDD)
             return rank if array and unpacker.tell() == len(payload) else None
-        for _ in range(unpacker.read_map_header()):
-            if unpacker.unpack() in (b"data_parallel_rank", b"dp_rank"):
-                return _rank(unpacker.unpack())
-            unpacker.skip()
+        return _rank(_last(unpacker, b"data_parallel_rank"))
     except Exception:
         return None
-    return None
 
 
 def _rank(value: object) -> int | None:
