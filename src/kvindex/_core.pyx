@@ -471,6 +471,12 @@ def scan_batch(payload):
               e.medium.p[:e.medium.n] if e.medium.p != NULL else None) for e in batch.events])
 
 
+def peek_batch(bytes data, cbool whole):
+    """``(seconds or None, events, rank or None)`` as a batch says at first sight; the rank only with ``whole``."""
+    cdef BatchPeek found = native_peek(<const uint8_t*><const char*>data, len(data), whole)
+    return (found.ts if found.timed else None, found.events, found.rank if found.rank >= 0 else None)
+
+
 def snapshot_head(bytes data, uint64_t file_bytes): return native_head(<const uint8_t*><const char*>data, len(data), file_bytes)
 
 

@@ -171,6 +171,15 @@ cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
         cmap[uint32_t, string] media(const Hits&) except +
         string check() except +
 
+cdef extern from "_native/peek.hpp" namespace "kvindex" nogil:
+    struct BatchPeek:
+        cbool timed
+        double ts
+        uint64_t events
+        int64_t rank
+
+    BatchPeek native_peek "kvindex::peek_batch" (const uint8_t*, size_t, cbool whole)
+
 cdef extern from "_native/xxh3.hpp" namespace "kvindex" nogil:
     ctypedef enum Isa "kvindex::Isa":
         pass

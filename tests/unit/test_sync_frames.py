@@ -9,12 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvindex import EventDecodeError, PrefixIndex
+from kvindex import EventDecodeError, PrefixIndex, decode_batch
 from kvindex.sync.frames import (
     END,
     FrameFault,
+    batch_events,
     batch_rank,
     batch_time,
+    carried_rank,
     parse_live,
     parse_replay,
     parse_topic,
@@ -188,3 +190,29 @@ def test_time_and_rank_are_what_the_core_reads(pairs, form):
     except EventDecodeError:
         return
     assert (batch_time(payload), batch_rank(payload)) == (report.ts, report.dp_rank)
+
+
+def payloads():
+    """Batches as msgpack writes them, right and wrong."""
+    numbers = st.one_of(st.none(), st.booleans(), st.integers(-(2**40), 2**45), st.floats(), st.text(max_size=3))
+    events = st.one_of(st.lists(st.lists(st.integers(0, 300), max_size=4), max_size=20), st.none(), st.integers())
+    arrays = st.tuples(numbers, events, st.one_of(st.none(), st.integers(-2, 2**33))).map(list)
+    keys = st.sampled_from(["ts", "events", "data_parallel_rank", "dp_rank", "x"])
+    maps = st.dictionaries(keys, st.one_of(numbers, events), max_size=5)
+    whole = st.one_of(arrays, maps).map(msgpack.packb)
+    return st.tuples(whole, st.integers(0, 8), st.binary(max_size=2)).map(
+        lambda made: made[0] if made[1] else made[0][: len(made[0]) // 2] + made[2]
+    )
+
+
+@given(payloads())
+def test_a_stream_reads_time_and_rank_as_the_index_does(payload):
+    """A batch that the index takes is of the rank and the time for it that a stream has looked at before."""
+    try:
+        batch = decode_batch(payload)
+    except EventDecodeError:
+        assert carried_rank(payload) is None or batch_time(payload) is None, "no other worker's by damage"
+        return
+    assert carried_rank(payload) == batch.dp_rank
+    assert batch_time(payload) == (None if batch.ts != batch.ts else batch.ts)
+    assert batch_events(payload) == max(1, min(len(batch.events), len(payload) // 3))

@@ -207,7 +207,7 @@ def test_a_flood_waits_and_is_stale_until_all_of_it_is_applied(fleet):
         fleet.host.busy()
         assert fleet.held("quiet", prompt) == len(prompt)
         assert fleet.index.pod_state("quiet") == "exact"
-        status = fleet.workers["flood"].describe({})
+        status = fleet.workers["flood"].describe({})[0]
         done = fleet.held("flood", flooded) == len(flooded)
         assert (fleet.index.pod_state("flood") == "exact") == done
         assert done or "limit" in status.reason
@@ -217,8 +217,8 @@ def test_a_flood_waits_and_is_stale_until_all_of_it_is_applied(fleet):
         fleet.host.run(1.0)
     assert [seq for _, seq in fleet.batches("flood")] == list(range(100))
     check_rate(fleet, "flood", 10.0)
-    assert fleet.workers["flood"].describe({}).throttled > 0
-    assert fleet.workers["quiet"].describe({}).throttled == 0
+    assert fleet.workers["flood"].describe({})[0].throttled > 0
+    assert fleet.workers["quiet"].describe({})[0].throttled == 0
     counters = fleet.workers["flood"].stream.counts
     assert (counters["gaps"], counters["lost_batches"], counters["overflow"]) == (0, 0, 0)
 
@@ -313,9 +313,9 @@ def test_ranks_share_the_limit_and_none_is_left_out(fleet):
         fleet.publish(f"r{rank}", 200)
     fleet.host.run(10.0)
     assert len(fleet.batches("a")) <= 20 * 12 + 1
-    assert min(fleet.workers[f"r{rank}"].describe({}).batches for rank in range(2)) > 50
+    assert min(fleet.workers[f"r{rank}"].describe({})[rank].batches for rank in range(2)) > 50
     fleet.host.run(15.0)
-    assert [fleet.workers[f"r{rank}"].describe({}).batches for rank in range(2)] == [200, 200]
+    assert [fleet.workers[f"r{rank}"].describe({})[rank].batches for rank in range(2)] == [200, 200]
     assert fleet.index.pod_state("a") == "exact"
 
 
@@ -433,8 +433,9 @@ def test_a_burst_shorter_than_the_pauses_is_made_as_long():
         (msgpack.packb([None, [["a"]] * 3, 0]), 3),
         (msgpack.packb({"ts": 1.0, "data_parallel_rank": 2, "events": [["a"]] * 7}), 7),
         (msgpack.packb({"ts": 1.0}), 1),
-        (msgpack.packb([["x" * 99] * 50, [["a"]] * 9]), 1),  # a time that is none
-        (b"\x92\xcb" + bytes(8) + b"\xdd\xff\xff\xff\xff" + bytes(30), 15),  # as many as fit
+        (msgpack.packb([["x" * 99] * 50, [["a"]] * 9]), 9),  # a time that is none
+        (b"\x92\xcb" + bytes(8) + b"\xdd\xff\xff\xff\xff" + bytes(30), 1),  # more than fit
+        (b"\x92\xcb" + bytes(8) + b"\xdc\x00\x1e" + bytes(30), 14),  # as many as fit
         (b"", 1),
         (b"\xc1", 1),
         (b"\x92", 1),

@@ -221,6 +221,27 @@ inline bool fold_hash(const MsgValue& v, uint64_t& hash) {
 // Reads one batch. Every member returns false only when the payload itself is unsound (the reader then holds the
 // fault); what is merely wrong with one field is kept in bad_ and judged when the event's type is known: a map may name
 // its type last, and what is wrong with a field that this type does not have is nobody's business.
+// A batch's time in seconds. False: it is no number.
+inline bool seconds(const MsgValue& v, double& ts) {
+    // Seconds reach 1e11 in the year 5138, milliseconds did in 1973: an integer above it is the millisecond form.
+    constexpr uint64_t ms_from = 100000000000u;
+    switch (v.type) {
+        case MsgType::real: ts = v.d; return true;
+        case MsgType::uint:
+            ts = v.u > ms_from ? static_cast<double>(v.u) / 1000.0 : static_cast<double>(v.u);
+            return true;
+        case MsgType::negative: ts = static_cast<double>(static_cast<int64_t>(v.u)); return true;
+        default: return false;
+    }
+}
+
+// The data-parallel rank that a batch names, -1 for nil. False: it is none.
+inline bool rank_of(const MsgValue& v, int64_t& rank) {
+    if (!v.is_nil() && (!v.is_uint() || v.u > INT32_MAX)) return false;
+    rank = v.is_nil() ? -1 : static_cast<int64_t>(v.u);
+    return true;
+}
+
 class BatchDecoder {
 public:
     BatchDecoder(const uint8_t* p, size_t n, Batch& out, bool others) : r_(p, n), out_(out), others_(others) {}
@@ -278,31 +299,15 @@ private:
         const uint8_t* const at = r_.p;
         MsgValue v;
         if (!r_.next(v)) return false;
-        // Seconds reach 1e11 in the year 5138, milliseconds did in 1973: an integer above it is the millisecond form.
-        constexpr uint64_t ms_from = 100000000000u;
-        switch (v.type) {
-            case MsgType::real: out_.ts = v.d; return true;
-            case MsgType::uint:
-                out_.ts = v.u > ms_from ? static_cast<double>(v.u) / 1000.0 : static_cast<double>(v.u);
-                return true;
-            case MsgType::negative: out_.ts = static_cast<double>(static_cast<int64_t>(v.u)); return true;
-            default: return r_.fail("the batch's timestamp is no number", at);
-        }
+        return seconds(v, out_.ts) || r_.fail("the batch's timestamp is no number", at);
     }
 
     bool rank() {
         const uint8_t* const at = r_.p;
         MsgValue v;
         if (!r_.next(v)) return false;
-        if (v.is_nil()) {
-            out_.dp_rank = -1;
-            return true;
-        }
-        if (!v.is_uint() || v.u > INT32_MAX) {
-            return r_.fail("the batch's data_parallel_rank is neither nil nor a non-negative 32-bit integer", at);
-        }
-        out_.dp_rank = static_cast<int64_t>(v.u);
-        return true;
+        return rank_of(v, out_.dp_rank) ||
+               r_.fail("the batch's data_parallel_rank is neither nil nor a non-negative 32-bit integer", at);
     }
 
     bool events() {

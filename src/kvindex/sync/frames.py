@@ -21,7 +21,7 @@ import struct
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-import msgpack
+from .._core import peek_batch
 
 __all__ = [
     "END",
@@ -39,14 +39,10 @@ __all__ = [
 ]
 
 _U64 = struct.Struct(">Q")
-_F64 = struct.Struct(">d")
 
 # Engines write signed 64-bit numbers and use -1 as the end marker, so the upper half is never a sequence number.
 _LIMIT: Final = 1 << 63
 _MINUS_ONE: Final = b"\xff" * 8
-
-# Seconds since 1970 reach 1e11 in the year 5138, milliseconds passed it in 1973: Mooncake's store writes the latter.
-_MILLISECONDS_FROM: Final = 100_000_000_000
 
 
 class FrameFault(ValueError):
@@ -133,36 +129,8 @@ def batch_time(payload: bytes) -> float | None:
     Looks at the first bytes only, so it says nothing about the rest of the payload. O(1) for the array form that every
     released engine writes.
     """
-    # 92 cb / 93 cb: an array of two or three that starts with a float64, which is what msgspec and msgpack write.
-    if len(payload) > 9 and payload[1] == 0xCB and payload[0] & 0xF0 == 0x90:
-        seconds: float = _F64.unpack_from(payload, 2)[0]
-        return _seconds(seconds)
-    unpacker = msgpack.Unpacker(raw=True, strict_map_key=False)
-    try:
-        unpacker.feed(payload)
-        if payload[:1] and (payload[0] & 0xF0 == 0x90 or payload[0] in (0xDC, 0xDD)):
-            return _seconds(unpacker.unpack()) if unpacker.read_array_header() else None
-        return _seconds(_last(unpacker, b"ts"))
-    except Exception:
-        return None
-
-
-def _last(unpacker: msgpack.Unpacker, key: bytes) -> object:
-    """The value of a key in a map. Of a key that is there twice the last counts, as in the core."""
-    value = None
-    for _ in range(unpacker.read_map_header()):
-        if unpacker.unpack() == key:
-            value = unpacker.unpack()
-        else:
-            unpacker.skip()
-    return value
-
-
-def _seconds(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
-        return None
-    # As the core reads it: only integers are milliseconds.
-    return value / 1000.0 if isinstance(value, int) and value > _MILLISECONDS_FROM else float(value)
+    ts: float | None = peek_batch(payload, False)[0]
+    return ts
 
 
 def batch_events(payload: bytes) -> int:
@@ -171,28 +139,7 @@ def batch_events(payload: bytes) -> int:
     Looks at the first bytes only, so it is no promise; it can not be more than there is room for. O(1) for the array
     form that every released engine writes.
     """
-    count = 1
-    unpacker = msgpack.Unpacker(raw=True, strict_map_key=False)
-    try:
-        # The list's own header comes within these in the array form: 1 byte, a time of at most 9, and 5.
-        array = payload[:1] and (payload[0] & 0xF0 == 0x90 or payload[0] in (0xDC, 0xDD))
-        unpacker.feed(payload[:32] if array else payload)
-        if array:
-            if unpacker.read_array_header() >= 2:
-                unpacker.skip()
-                count = unpacker.read_array_header()
-        else:
-            for _ in range(unpacker.read_map_header()):
-                if unpacker.unpack() == b"events":
-                    count = unpacker.read_array_header()
-                    for _ in range(count):
-                        unpacker.skip()
-                else:
-                    unpacker.skip()
-    except Exception:
-        return 1
-    # An event is an array or a map with a name in it: three bytes. A damaged length must not cost a pod years.
-    return max(1, min(count, len(payload) // 3))
+    return max(1, peek_batch(payload, False)[1])
 
 
 def batch_rank(payload: bytes) -> int:
@@ -201,31 +148,9 @@ def batch_rank(payload: bytes) -> int:
 
 
 def carried_rank(payload: bytes) -> int | None:
-    """The data-parallel rank that a batch names, None when it names none.
+    """The data-parallel rank that a batch names, None when it names none or is damaged.
 
     Needed only where several ranks share one publisher or one topic: whose a batch is has to be known before it is
-    applied. Skips over the events, O(bytes), in C.
+    applied. Skips over the events, O(bytes).
     """
-    head = payload[:1]
-    if head == b"\x92":
-        return None
-    unpacker = msgpack.Unpacker(raw=True, strict_map_key=False)
-    try:
-        unpacker.feed(payload)
-        if head and (head[0] & 0xF0 == 0x90 or head[0] in (0xDC, 0xDD)):
-            if unpacker.read_array_header() < 3:
-                return None
-            unpacker.skip()
-            events = payload[unpacker.tell()]
-            unpacker.skip()
-            rank = _rank(unpacker.unpack())
-            # Damage must not be taken for another rank.
-            array = events & 0xF0 == 0x90 or events in (0xDC, 0xDD)
-            return rank if array and unpacker.tell() == len(payload) else None
-        return _rank(_last(unpacker, b"data_parallel_rank"))
-    except Exception:
-        return None
-
-
-def _rank(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    return peek_batch(payload, True)[2]

@@ -715,7 +715,7 @@ class Worker:
             return own, "blocks could not be placed, or not be followed exactly"
         if self._uncleared:
             return self.verdict, _UNCLEARED
-        if self._looking_up and not self.stream.is_connected:
+        if self._looking_up and self.attempt == 1:  # later, the reason why the last attempt failed says more
             return self.verdict, f"looking up the address of {self.at.endpoint}"
         if self.rival is not None and self.verdict == "degraded":
             return self.verdict, self._rivalry()
