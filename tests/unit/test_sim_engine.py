@@ -386,7 +386,8 @@ def test_a_tier_goes_on_where_the_gpu_ends_and_fills_no_hole_for_it():
     assert serve(engine, prompt) == 8
     loaded = stored(engine)[0]
     assert list(loaded.block_hashes) == [first, second]
-    assert engine.tiers_prompt(prompt) == (16, 16)
+    # The last token is computed in any case, but a tier gives what it has.
+    assert engine.tiers_prompt(prompt) == (16, 20)
     assert fourth in engine._cached[0]
 
 

@@ -285,7 +285,11 @@ class Engine:
             own = max(0, own - self.block_size)
         if self._window is not None:
             own = self._window_reach(chain, own)
-        return own, max(own, self._reach(chain, tokens, own=own)) if self._offloaded else own
+        if not self._offloaded:
+            return own, own
+        # Of a tier vLLM loads the last token, too, and computes it again; not beside a window, which that would move.
+        tokens = len(prompt) if len(self._groups) == 1 else tokens
+        return own, max(own, self._reach(chain, tokens, own=own))
 
     def held_prompt(self, prompt: Prompt, medium: str | None = None) -> int:
         """How many leading tokens are there in any tier, or in ``medium`` alone, whatever is reused of them."""
