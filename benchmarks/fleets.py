@@ -134,9 +134,9 @@ class Fleet:
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        with self._process:  # waits for it, and closes what it is told by
+            assert self._process.stdin is not None
+            self._process.stdin.close()
 
 
 def wait_for(done: Callable[[], object]) -> float:

