@@ -64,14 +64,15 @@ class Report:
 class Position:
     """One content prefix: a block's content below a parent prefix. Equal content is the same object."""
 
-    def __init__(self, parent: Position | None = None):
+    def __init__(self, parent: Position | None = None, lookahead: int = 0):
         self.parent = parent
+        self.lookahead = lookahead  # how many tokens behind it are part of it
         self.depth = 0 if parent is None else parent.depth + 1
         self.children: dict[tuple, Position] = {}
 
     def child(self, content: tuple) -> Position:
         if content not in self.children:
-            self.children[content] = Position(self)
+            self.children[content] = Position(self, len(content[3]))
         return self.children[content]
 
     def last(self, k: int) -> list[Position]:
@@ -108,6 +109,7 @@ class Parked:
     hashes: list[int]
     live: list[bool]
     blocks: list[list[tuple]] | None = None
+    lookahead: int = 0
 
 
 @dataclass
@@ -120,6 +122,8 @@ class Worker:
     added: list[tuple[Position, float]] = field(default_factory=list)  # end of a prefix, when it expires
     damaged: bool = False  # what only a full clear heals
     doubtful: bool = False  # a clear did not say whether it meant another medium: only a restart heals that
+    lengths: set[int] = field(default_factory=set)  # of lookahead tokens in what it has announced
+    unsure: set[int] = field(default_factory=set)  # names below one that meant something else than a tier had said
     partial_first: bool = False  # a smaller block came before any full one: heals with the first full one
     placed: bool = False
 
@@ -146,6 +150,7 @@ class Worker:
                 needed.add(at)
                 at = at.parent
         self.names = {h: at for h, at in self.names.items() if at in needed}
+        self.unsure &= self.names.keys()
 
     def forget_above(self, at: Position) -> None:
         """The same from one position towards the root. What waits for a name there is no reason to keep it: what was
@@ -204,6 +209,7 @@ class Pod:
         return STATES[
             worker.damaged
             or worker.doubtful
+            or bool(worker.unsure)
             or worker.partial_first
             or worker.parked_copies > 0
             or unruled
@@ -253,8 +259,13 @@ def with_salt(keys: tuple, salt: str | None) -> tuple:
     return (*keys[:end], ("s", salt), *keys[end:])
 
 
-def contents(tokens, size: int, n: int, k: int, lora, entries, salt, first: bool) -> list[list[tuple]]:
-    """n engine blocks as k contents each. An engine block's extra keys belong to the first of its k."""
+def contents(
+    tokens, size: int, n: int, k: int, lora, entries, salt, first: bool, ahead: list | None = None
+) -> list[list[tuple]]:
+    """n engine blocks as k contents each. An engine block's extra keys belong to the first of its k.
+
+    ahead: the tokens behind each engine block that are part of what it is, and so of each of its k.
+    """
     blocks = []
     for i in range(n):
         keys = tuple(map(tag, entries[i] or ())) if entries is not None and i < len(entries) else ()
@@ -263,8 +274,18 @@ def contents(tokens, size: int, n: int, k: int, lora, entries, salt, first: bool
         if first and i == 0:
             keys = with_salt(keys, salt)
         at = i * k * size
+        own = [*tokens[at : at + k * size], *(ahead[i] if ahead else ())]
+        more = len(own) - k * size
         blocks.append(
-            [(tuple(tokens[at + j * size : at + (j + 1) * size]), lora, keys if j == 0 else ()) for j in range(k)]
+            [
+                (
+                    tuple(own[j * size : (j + 1) * size]),
+                    lora,
+                    keys if j == 0 else (),
+                    tuple(own[(j + 1) * size : (j + 1) * size + more]),
+                )
+                for j in range(k)
+            ]
         )
     return blocks
 
@@ -298,7 +319,7 @@ class Model:
         return report
 
     def process_block_stored(self, event: Any) -> Report:
-        return self._object(event, "BlockStored", (*STORED_FIELDS, "cache_salt"))
+        return self._object(event, "BlockStored", (*STORED_FIELDS, "cache_salt", "lookahead_token_ids"))
 
     def process_block_removed(self, event: Any) -> Report:
         return self._object(event, "BlockRemoved", (*REMOVED_FIELDS, "remaining_copy_counts"))
@@ -325,6 +346,7 @@ class Model:
             worker.damaged = True
             report.skip(bad.reason)
             return
+        new = (rank, model) not in self.pods[pod].workers
         if name == "BlockStored":
             self.pods[pod].workers[rank, model] = worker
         try:
@@ -333,11 +355,19 @@ class Model:
                 self._clear(pod, rank, medium=medium if isinstance(medium, str) else None)
                 report.cleared += 1
             elif name == "BlockStored":
-                self._stored(self.pods[pod], worker, model, fields, report)
+                said = self._stored(self.pods[pod], worker, model, fields, report)
+                if new and not said:
+                    del self.pods[pod].workers[rank, model]
             else:
                 self._removed(self.pods[pod], worker, model, fields, report)
         except BadEvent as bad:
-            worker.damaged |= bad.reason in ("bad_event", "bad_token", "block_size_mismatch", "misaligned")
+            worker.damaged |= bad.reason in (
+                "bad_event",
+                "bad_token",
+                "block_size_mismatch",
+                "misaligned",
+                "mixed_lookahead",
+            )
             report.skip(bad.reason)
 
     def _ignored(self, pod: Pod, event: Any) -> bool:
@@ -354,12 +384,12 @@ class Model:
             return False
         return bool(pod.ignore_media) and self._medium(medium) in pod.ignore_media
 
-    def _stored(self, pod: Pod, worker: Worker, model: str, event: dict, report: Report) -> None:
+    def _stored(self, pod: Pod, worker: Worker, model: str, event: dict, report: Report) -> bool:
         hashes = read_hashes(event)
         parent = event.get("parent_block_hash")
         parent = None if parent is None else fold(parent)
-        tokens = read_tokens(event)
         size = event.get("block_size") or 0
+        tokens, ahead = read_lookahead(event, size, len(hashes))
         medium, group = self._medium(read(event, "medium", str)), read(event, "group_idx", int) or 0
         lora = read_lora(event)
         kind, window = read(event, "kv_cache_spec_kind", str), read(event, "kv_cache_spec_sliding_window", int)
@@ -373,7 +403,7 @@ class Model:
 
         # It says nothing of any block, not even that one is masked.
         if not hashes and not tokens:
-            return
+            return False
 
         cut = bool(tokens) and len(tokens) < size <= 65535 * self.block_size
         small = size < self.block_size * max((g.k for g in worker.groups.values()), default=1)
@@ -384,7 +414,7 @@ class Model:
                     raise BadEvent("partial_block")
                 worker.partial_first = True
                 report.skip("block_size_mismatch")
-                return
+                return True
             raise BadEvent("block_size_mismatch")
 
         learned = worker.groups.setdefault(group, Group())
@@ -405,17 +435,22 @@ class Model:
             worker.damaged = True
 
         if whole and not distinct:
-            return
+            return True
         if whole:
-            blocks = contents(tokens, self.block_size, len(distinct), k, lora, entries, salt, parent is None)
-            things = [Parked(parent, medium, group, k, distinct, [True] * len(distinct), blocks)]
+            blocks = contents(tokens, self.block_size, len(distinct), k, lora, entries, salt, parent is None, ahead)
+            length = len(ahead[0]) if ahead else 0
+            worker.lengths.add(length)
+            things = [Parked(parent, medium, group, k, distinct, [True] * len(distinct), blocks, length)]
             worker.placed, worker.partial_first = True, False
         else:
             things = [Parked(h, medium, group, k, [h], [True]) for h in distinct]
         for thing in things:
             try:
                 if self._place(pod, worker, model, thing):
-                    report.stored += len(thing.hashes)
+                    report.stored += len(thing.hashes) - self.conflicts
+                    if self.conflicts:
+                        report.skip("hash_conflict", self.conflicts)
+                        worker.damaged = True
                     self._attach(pod, worker, model, thing.hashes)
                     continue
                 # Where copies are not counted, the last announcement replaces the one before.
@@ -432,44 +467,107 @@ class Model:
             except BadEvent as bad:
                 worker.damaged = True
                 report.skip(bad.reason)
+        return True
 
     def _place(self, pod: Pod, worker: Worker, model: str, thing: Parked) -> bool:
-        """Put it where it belongs; False where that is not known."""
-        while True:
-            targets = self._targets(worker, model, thing)
-            if targets is None:
-                return False
-            if any(at.depth % thing.k for at in targets):
-                raise BadEvent("misaligned")
-            moved = [h for h, at in zip(thing.hashes, targets, strict=True) if worker.names.get(h, at) is not at]
-            if not moved:
-                break
-            # The last announcement of a hash wins, over all copies that its old place had. The parent may go with it.
-            at = worker.names.pop(moved[0])
-            worker.copies = {key: ks for key, ks in worker.copies.items() if key[2] != moved[0]}
-            worker.forget_above(at)
+        """Put it where it belongs; False where that is not known. Counts names that one medium has for two things."""
+        self.conflicts = 0
+        above = self._above(worker, model, thing)
+        if above is None:
+            return False
+        if above.depth % thing.k:
+            raise BadEvent("misaligned")
+        if thing.blocks is not None and above.parent is not None and above.lookahead != thing.lookahead:
+            raise BadEvent("mixed_lookahead")
+        moved: dict[tuple[str, int, int], list[int]] = {}
+        if thing.blocks is None:
+            targets: list[Position] | None = [above]
+        elif thing.medium == "GPU":
+            targets = self._decide(worker, model, thing, moved)
+        else:
+            targets = self._follow(worker, model, thing, above)
+        if targets is None:
+            # Its parent was only remembered for the sake of what its names meant before.
+            worker.damaged |= bool(moved)
+            self.conflicts = 0
+            return False
+        if any(at.depth % thing.k for at in targets):
+            raise BadEvent("misaligned")
         for h, at, live in zip(thing.hashes, targets, thing.live, strict=True):
             worker.names[h] = at
             copies = worker.copies.setdefault((thing.medium, thing.group, h), [])
             if live and not (copies and pod.presence == "set"):
                 copies.append(thing.k)
+        for (medium, group, h), ks in moved.items():
+            copies = worker.copies.setdefault((medium, group, h), [])
+            fit = [k for k in ks if worker.names[h].depth % k == 0]
+            worker.damaged |= len(fit) < len(ks)
+            copies.extend(fit if pod.presence == "count" else fit[: not copies])
+        if thing.blocks is not None and thing.medium == "GPU":
+            worker.unsure -= set(thing.hashes)
         return True
 
-    def _targets(self, worker: Worker, model: str, thing: Parked) -> list[Position] | None:
+    def _above(self, worker: Worker, model: str, thing: Parked) -> Position | None:
+        """What it waits for: its parent, or for what has no content of its own the block itself."""
         if thing.waits_for is None:
-            at = self.roots.setdefault(model, Position())
-        elif thing.waits_for in worker.names:
-            at = worker.names[thing.waits_for]
-        else:
-            return None
-        if thing.blocks is None:
-            return [at]
+            return self.roots.setdefault(model, Position())
+        return worker.names.get(thing.waits_for)
+
+    def _forget_name(self, worker: Worker, h: int) -> None:
+        at = worker.names.pop(h)
+        worker.copies = {key: ks for key, ks in worker.copies.items() if key[2] != h}
+        worker.forget_above(at)
+        worker.unsure &= worker.names.keys()
+
+    def _decide(self, worker: Worker, model: str, thing: Parked, moved: dict) -> list[Position] | None:
+        """The engine's own pool says what its names are. Copies elsewhere, which were announced before, move along."""
+        while True:
+            at = self._above(worker, model, thing)
+            if at is None:
+                return None
+            targets = []
+            for block in thing.blocks or ():
+                for content in block:
+                    at = at.child(content)
+                targets.append(at)
+            others = [h for h, to in zip(thing.hashes, targets, strict=True) if worker.names.get(h, to) is not to]
+            if not others:
+                return targets
+            h = others[0]
+            own = any(ks for (m, _, name), ks in worker.copies.items() if name == h and m == "GPU")
+            unsure = h in worker.unsure
+            self.conflicts += own and not unsure
+            along = {key: ks for key, ks in worker.copies.items() if key[2] == h and ks and (unsure or key[0] != "GPU")}
+            moved.update(along)
+            if along:
+                gpu = {name for (m, _, name), ks in worker.copies.items() if m == "GPU" and ks}
+                was = worker.names[h]
+                below = {name for name, p in worker.names.items() if p is not was and was in p.last(p.depth)}
+                worker.unsure |= below - gpu
+            self._forget_name(worker, h)
+
+    def _follow(self, worker: Worker, model: str, thing: Parked, at: Position) -> list[Position] | None:
+        """What is held under a name is what a tier's event means by it, whatever keys the event lacks."""
         targets = []
-        for block in thing.blocks:
+        for h, block in zip(thing.hashes, thing.blocks or (), strict=True):
+            mixed = at.parent is not None and at.lookahead != thing.lookahead
             for content in block:
                 at = at.child(content)
+            known = worker.names.get(h, at)
+            if known is not at:
+                where = {key[:2] for key, ks in worker.copies.items() if key[2] == h and ks}
+                if where:
+                    if known.depth % thing.k:
+                        raise BadEvent("misaligned")
+                    self.conflicts += where == {(thing.medium, thing.group)}
+                    at = known
+                    mixed = False
+                else:
+                    self._forget_name(worker, h)
+            if mixed:
+                raise BadEvent("mixed_lookahead")
             targets.append(at)
-        return targets
+        return targets if self._above(worker, model, thing) is not None else None
 
     def _attach(self, pod: Pod, worker: Worker, model: str, hashes: list[int]) -> None:
         """Place what waited for these hashes, in order of arrival, and what waited for those."""
@@ -484,6 +582,7 @@ class Model:
                 except BadEvent:
                     placed, worker.damaged = True, True
                 else:
+                    worker.damaged |= placed and self.conflicts > 0
                     fresh += thing.hashes if placed and thing.blocks is not None else []
                 worker.parked.remove(thing)
                 if not placed:
@@ -556,10 +655,14 @@ class Model:
         extra_keys=None,
         dp_rank: int = 0,
     ) -> None:
-        at = self.roots.setdefault(model, Position())
-        for content in self._query(tokens, lora_name, cache_salt, extra_keys):
-            at = at.child(content)
-        self._pod(pod).workers.setdefault((dp_rank, model), Worker()).added.append((at, now + ttl))
+        worker = self._pod(pod).workers.setdefault((dp_rank, model), Worker())
+        for lookahead in sorted(worker.lengths) or [0]:
+            at = self.roots.setdefault(model, Position())
+            for content in self._query(tokens, lora_name, cache_salt, extra_keys, lookahead):
+                at = at.child(content)
+            worker.added.append((at, now + ttl))
+            if at.parent is not None:
+                worker.lengths.add(lookahead)
 
     def expire(self, now: float) -> None:
         for pod in self.pods.values():
@@ -602,20 +705,33 @@ class Model:
     # ------------------------------------------------------------------------------------------------- the question
 
     def match(
-        self, tokens, *, model: str = "", lora_name: str | None = None, cache_salt: str | None = None, extra_keys=None
+        self,
+        tokens,
+        *,
+        model: str = "",
+        lora_name: str | None = None,
+        cache_salt: str | None = None,
+        extra_keys=None,
+        lengths: set[int] | None = None,
     ) -> dict[str, dict]:
         """{pod: {"tokens": the best rank's, "ranks": {rank: tokens}, "media": {medium: the best rank's}}}."""
-        path, at = [], self.roots.get(model)
-        for content in self._query(tokens, lora_name, cache_salt, extra_keys):
-            at = at.children.get(content) if at else None
-            path.append(at)
+        if lengths is None:
+            lengths = {0}.union(*(w.lengths for pod in self.pods.values() for w in pod.workers.values()))
+        paths = []
+        for lookahead in lengths:
+            path, at = [], self.roots.get(model)
+            for content in self._query(tokens, lora_name, cache_salt, extra_keys, lookahead):
+                at = at.children.get(content) if at else None
+                path.append(at)
+            paths.append(path)
         answers = {}
         for name, pod in self.pods.items():
             ranks: Counter = Counter()
             media: Counter = Counter()
             for (rank, m), worker in pod.workers.items():
-                if m == model:
-                    ranks[rank] = whole = self._hit(pod, worker, path, set(worker.groups), None)
+                for path in paths if m == model else ():
+                    whole = self._hit(pod, worker, path, set(worker.groups), None)
+                    ranks[rank] = max(ranks[rank], whole)
                     for medium in {medium for medium, _ in worker.seen} | ({"GPU"} if worker.added else set()):
                         groups = {g for seen, g in worker.seen if seen == medium} or set(worker.groups)
                         # No medium alone gives more than all together.
@@ -625,9 +741,11 @@ class Model:
                 answers[name] = {"tokens": max(ranks.values()), "ranks": dict(+ranks), "media": dict(+media)}
         return answers
 
-    def _query(self, tokens, lora, salt, extra_keys) -> list[tuple]:
-        n = len(tokens) // self.block_size
-        return [b[0] for b in contents(tokens, self.block_size, n, 1, lora, extra_keys, salt, True)]
+    def _query(self, tokens, lora, salt, extra_keys, lookahead: int = 0) -> list[tuple]:
+        size, tokens = self.block_size, list(tokens)
+        n = max(0, len(tokens) - lookahead) // size
+        ahead = [tokens[(i + 1) * size : (i + 1) * size + lookahead] for i in range(n)]
+        return [b[0] for b in contents(tokens, size, n, 1, lora, extra_keys, salt, True, ahead)]
 
     def _hit(self, pod: Pod, worker: Worker, path: list, groups: set[int], medium: str | None) -> int:
         rows = [(worker.groups.get(g, Group()), worker.held(g, medium)) for g in groups or {None}]
@@ -718,6 +836,33 @@ def read_tokens(event: dict) -> list[int]:
     if not all(is_int(t) and 0 <= t < 2**32 for t in tokens):
         raise BadEvent("bad_token")
     return list(tokens)
+
+
+def read_lookahead(event: dict, size: int, n: int) -> tuple[list[int], list | None]:
+    """The tokens, and the lookahead tokens of each block: lists of their own, or the second ones of pairs."""
+    tokens, lists = event.get("token_ids"), event.get("lookahead_token_ids")
+    pairs = isinstance(tokens, (list, tuple)) and bool(tokens) and isinstance(tokens[0], (list, tuple))
+    if pairs:
+        if not all(isinstance(t, (list, tuple)) and len(t) == 2 for t in tokens):
+            raise BadEvent("bad_token")
+        behind = read_tokens({"token_ids": [second for _, second in tokens]})
+        tokens = read_tokens({"token_ids": [first for first, _ in tokens]})
+        if behind[:-1] != tokens[1:]:
+            raise BadEvent("bad_token")
+        if lists is not None:
+            raise BadEvent("bad_event")
+        return tokens, [[behind[min(j * size, len(tokens)) - 1]] for j in range(1, n + 1)] if is_int(size) else None
+    tokens = read_tokens(event)
+    if lists is None:
+        return tokens, None
+    if not isinstance(lists, (list, tuple)) or len(lists) != n:
+        raise BadEvent("bad_event")
+    for ahead in lists:
+        if not isinstance(ahead, (list, tuple)) or len(ahead) != len(lists[0]) or len(ahead) > 64:
+            raise BadEvent("bad_event")
+        if not all(is_int(t) and 0 <= t < 2**32 for t in ahead):
+            raise BadEvent("bad_event")
+    return tokens, [list(ahead) for ahead in lists]
 
 
 def read_lora(event: dict) -> str | None:

@@ -24,7 +24,11 @@ STORED = (
 )
 REMOVED = ("block_hashes", "medium", "group_idx")
 # What only maps have.
-KEYS_ONLY = {"BlockStored": (), "BlockRemoved": ("remaining_copy_counts",), "AllBlocksCleared": ("medium",)}
+KEYS_ONLY = {
+    "BlockStored": ("lookahead_token_ids",),
+    "BlockRemoved": ("remaining_copy_counts",),
+    "AllBlocksCleared": ("medium",),
+}
 COUNTS = ("stored", "removed", "cleared", "parked", "skipped", "errors")
 
 

@@ -54,6 +54,7 @@ class Layout:
     chunk_size: int | None
     one_medium: bool
     ignore_media: tuple[str, ...] | None = None
+    lookahead: int = 0
 
     @property
     def options(self) -> dict[str, Any]:
@@ -114,6 +115,7 @@ def draw_layout(rng: Random, size: int) -> Layout:
         chunk_size=rng.choice((None, 2 * size, 3 * size)),
         one_medium=rng.random() < 0.5,
         ignore_media=rng.choice((None, None, None, None, None, ("cpu",))),
+        lookahead=rng.choice((0, 0, 0, 0, 0, 1, 1, 3)),
     )
 
 
@@ -183,6 +185,7 @@ class Step:
 
 TWISTS = (
     (None,) * 26
+    + ("keyless",) * 4
     + ("alias",) * 4
     + ("moved",) * 6
     + ("parent-alias", "parent-alias", "repeat", "odd", "self", "random", "more", "more")
@@ -274,6 +277,7 @@ class World:
         self.setup = setup
         self.size = setup.size
         # The index looks at the clock on its own too: what is added lives long, and ends when a step says so.
+        self.lookahead = 0
         self.now = time.monotonic()
         self.index = self.make_index()
         self.model = Model(setup.size, presence=setup.presence, max_parked=setup.max_parked)
@@ -326,6 +330,8 @@ class World:
     def event(self, pod: str, rank: int, model: str, op: Op) -> Any:
         """The event that `op` means now, or None."""
         layout, worker, book = self.layouts[pod], self.worker(pod, rank, model), self.book(pod, rank, model)
+        # Mostly one length; who changes it says so with every block.
+        self.lookahead = layout.lookahead if op.pick % 13 else (0, 1, 3)[op.n % 3]
         copies = [key for key, ks in worker.copies.items() for _ in ks] if worker else []
         known = [h for h in worker.names if h in book.back] if worker else []
         if op.kind == "clear":
@@ -412,11 +418,20 @@ class World:
         path = path[: cut + (len(path) - cut) // k * k]
         ends = range(cut + k, len(path) + 1, k)
         alias = int(op.twist == "alias")
-        hashes = hashes or [book.name(context, path[:end], alias) for end in ends]
+        ahead = [self.behind(path, end, op) for end in ends]
+        if hashes:
+            was = book.back[hashes[-1]][2]
+            ahead[-1:] = [was[1] if isinstance(was, tuple) else ()]
+        else:
+            hashes = [
+                book.name(context, path[:end], (alias, a) if a else alias) for end, a in zip(ends, ahead, strict=True)
+            ]
         if not hashes:
             return None
         if cut and parent is None:
-            parent = book.name(context, path[:cut], int(op.twist == "parent-alias"))
+            other = int(op.twist == "parent-alias")
+            before = self.behind(path, cut, op)
+            parent = book.name(context, path[:cut], (other, before) if before else other)
         names = list(book.back)
         if op.twist == "repeat":
             hashes[op.n % len(hashes)] = hashes[op.pick % len(hashes)]
@@ -429,14 +444,25 @@ class World:
                 parent = names[op.n % len(names)]
         # LMCache's one token too many, which no whole number of blocks masks.
         more = [7] if op.twist == "more" and k * self.size > 1 else []
+        tokens: list[Any] = self.tokens(path[cut:]) + more
+        if len(ahead[0]) == 1 and op.n % 2 and not more and len(tokens) == len(hashes) * k * self.size:
+            # The way SGLang writes it.
+            tokens = [list(pair) for pair in zip(tokens, [*tokens[1:], ahead[-1][0]], strict=True)]
+        elif ahead[0]:
+            where = {**where, "lookahead_token_ids": [list(a) for a in ahead]}
         return stored(
             hashes,
-            self.tokens(path[cut:]) + more,
+            tokens,
             parent=parent,
             size=k * self.size,
             **where,
-            **self.keys(context, path[cut::k], cut == 0, op.n),
+            # A connector leaves out adapter, salt and keys.
+            **({} if op.twist == "keyless" else self.keys(context, path[cut::k], cut == 0, op.n)),
         )
+
+    def behind(self, path: tuple, end: int, op: Op) -> tuple:
+        """The lookahead tokens of a block: what follows it in its prompt, and something behind the end of that."""
+        return tuple(self.tokens((*path[end:], *(op.n % 3,) * 3))[: self.lookahead])
 
     def remaining(self, op: Op, n: int) -> dict[str, Any]:
         """How many copies stay, which some removals say."""
@@ -468,7 +494,12 @@ class World:
         path = path[: len(path) // k * k]
         number = where["group_idx"] or 0
         ends = list(range(k, len(path) + 1, k))
-        hashes = [book.name(context, path[:end]) for i, end in enumerate(ends) if op.n >> i % 16 & 1]
+        ahead = {end: self.behind(path, end, op) for end in ends}
+        hashes = [
+            book.name(context, path[:end], (0, ahead[end]) if ahead[end] else 0)
+            for i, end in enumerate(ends)
+            if op.n >> i % 16 & 1
+        ]
         if op.pick % 2:
             # Before a group's block size is known, a placeholder must say it.
             sizes = (0, None, k * self.size) if k == 1 or (worker and number in worker.groups) else (k * self.size,)
@@ -666,7 +697,9 @@ class World:
             assert best is None
         hashes = kvindex.prefix_hashes(tokens, block_size=self.size, **given)
         same("hashes", match.hashes.tolist(), hashes.tolist())
-        same("by hashes: " + asked, answer_of(self.index.match_hashes(hashes, model=model)), want)
+        # Prefix hashes have no lookahead.
+        plain = self.model.match(tokens, model=model, lengths={0}, **given)
+        same("by hashes: " + asked, answer_of(self.index.match_hashes(hashes, model=model)), plain)
         only = self.index.match_prefix(tokens, model=model, only_exact=True, **given)
         same("only exact: " + asked, answer_of(only), {pod: a for pod, a in want.items() if states[pod] == "exact"})
         some = self.index.match_prefix(tokens, model=model, ready_pods=("a", "c", "nobody"), **given)

@@ -117,9 +117,12 @@ class Index:
         group: int,
         medium: bytes | None,
         numbers: _Tokens,
-        stored: tuple[bool, int, int, int, int, list[bytes | None], int] | None,
+        stored: tuple[bool, int, int, int, int, list[bytes | None], int, list[int]] | None,
     ) -> IngestReport: ...
     def _guess(self, pod: str, rank: int, model: bytes, hashes: npt.NDArray[np.uint64], until: float) -> None: ...
+    def _expect(
+        self, pod: str, rank: int, model: bytes, tokens: _Tokens, keys: tuple[Any, Any, Any], until: float
+    ) -> None: ...
     def _expire(self, now: float) -> None: ...
     def _configure(
         self, pod: str, counted: int, has_media: bool, media: list[bytes], chunk: int, max_blocks: int

@@ -259,7 +259,7 @@ cdef class Index:
         cdef Batch batch
         cdef Event e
         cdef Place unnumbered
-        cdef _Ints tokens = _tokens(numbers, "remaining_copy_counts" if stored is None else "token_ids")
+        cdef _Ints ahead, tokens = _tokens(numbers, "remaining_copy_counts" if stored is None else "token_ids")
         cdef StrRef* texts[4]
         e.kind, e.n_hashes, e.group = <EventKind><int>_KINDS.index(kind), <uint32_t>len(hashes), group
         _refer(medium, &e.medium)
@@ -269,6 +269,9 @@ cdef class Index:
         if stored is not None:
             e.has_parent, e.parent, e.block_size, e.window, e.lora_id, alive = stored[:6]
             e.hashed, e.n_hashes = <Hashed><int>stored[6], e.n_hashes >> (stored[6] != 0)
+            ahead = _tokens(stored[7], "lookahead_token_ids")
+            if ahead.n: e.lookahead = <uint32_t>(ahead.n // e.n_hashes)
+            batch.tokens.insert(batch.tokens.end(), <const uint32_t*>ahead.data, <const uint32_t*>ahead.data + ahead.n)
             texts[:] = [&e.lora_id_name, &e.lora_name, &e.spec_kind, &e.cache_salt]
             for i in range(4): _refer(alive[i], texts[i])
             if alive[4] is not None: e.extra_keys, e.extra_keys_bytes = <const uint8_t*><const char*><bytes>alive[4], <uint32_t>len(alive[4])
@@ -362,11 +365,17 @@ cdef class Index:
         return m
 
     def _guess(self, pod, int64_t rank, string model, const uint64_t[::1] hashes, double until):
-        cdef vector[uint64_t] prefixes
+        cdef Prompt p
+        if len(hashes): p.prefixes, p.n_prefixes = &hashes[0], len(hashes)
+        self.ix.guess(self.uid(pod), rank, model, p, until)
+
+    def _expect(self, pod, int64_t rank, string model, tokens, tuple keys, double until):
+        cdef _Ints t = _tokens(tokens)
+        cdef Prompt p
+        _prompt(t, keys[0], keys[1], keys[2], self.block_size, self.hash_seed, p)
         cdef uint64_t uid = self.uid(pod)
-        if len(hashes): prefixes.assign(&hashes[0], &hashes[0] + len(hashes))
         if self.timed: self._expire(self.now())
-        with nogil: self.ix.guess(uid, rank, model, prefixes, until)
+        with nogil: self.ix.guess(uid, rank, model, p, until)
 
     def _expire(self, double now):
         if self.ix.next_expiry() <= now:

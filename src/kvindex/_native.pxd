@@ -40,7 +40,7 @@ cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
         EventKind kind
         Reason bad
         cbool has_parent
-        uint32_t offset, bytes, hash_at, n_hashes, token_at, n_tokens
+        uint32_t offset, bytes, hash_at, n_hashes, token_at, n_tokens, lookahead
         uint64_t parent, block_size
         int64_t group, window, lora_id
         StrRef medium, lora_name, lora_id_name, spec_kind, cache_salt
@@ -157,7 +157,7 @@ cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
                      int64_t& dp_rank, DecodeFault&) except +
         Taken apply(uint64_t, int64_t rank, const string& model, const Batch&, const Place&, Report&) except +
         cbool match(const Prompt&, const string& model, PodNames*, cbool only_exact, cbool wait, MatchResult&) except +
-        void guess(uint64_t, int64_t rank, const string& model, const vector[uint64_t]&, double until) except +
+        void guess(uint64_t, int64_t rank, const string& model, const Prompt&, double until) except +
         double next_expiry()
         double probes()
         void expire(double now) except +

@@ -194,7 +194,7 @@ def remaining(event: Any) -> Any:
     return counts
 
 
-def stored_fields(event: Any) -> tuple[bool, int, int, int, int, list[bytes | None], int]:
+def stored_fields(event: Any) -> tuple[bool, int, int, int, int, list[bytes | None], int, list[int]]:
     """What only a BlockStored says: if it has a parent, that, block size, window, adapter; texts, keys; form.
 
     The form is that of the content: 0 for tokens, otherwise the number of the field in HASHED, and 1.
@@ -219,7 +219,36 @@ def stored_fields(event: Any) -> tuple[bool, int, int, int, int, list[bytes | No
             None if event.extra_keys is None else packed_keys(event.extra_keys),
         ],
         0 if hashed is None else HASHED.index(hashed[0]) + 1,
+        lookahead(event, hashed),
     )
+
+
+def lookahead(event: Any, hashed: Any) -> list[int]:
+    """The lookahead tokens of all blocks, one list after another."""
+    lists = event.lookahead_token_ids
+    if lists is None:
+        return []
+    if isinstance(lists, (str, bytes)) or not hasattr(lists, "__len__"):
+        raise InvalidTypeError(f"lookahead_token_ids is {lists!r}; it has one list of tokens per block")
+    if hashed is not None:
+        raise InvalidValueError(
+            f"lookahead_token_ids is given beside {hashed[0]}, which have them in the hashes already"
+        )
+    if len(lists) != len(event.block_hashes):
+        raise InvalidValueError(
+            f"lookahead_token_ids has {len(lists)} lists for {len(event.block_hashes)} block_hashes; each block has one"
+        )
+    flat: list[int] = []
+    for i, tokens in enumerate(lists):
+        if isinstance(tokens, (str, bytes)) or not hasattr(tokens, "__len__"):
+            raise InvalidTypeError(f"lookahead_token_ids[{i}] is {tokens!r}; it is a list of tokens")
+        if len(tokens) != len(lists[0]) or len(tokens) > 64:
+            raise InvalidValueError(
+                f"lookahead_token_ids[{i}] has {len(tokens)} tokens, the first list {len(lists[0])}; all have the same "
+                "number, at most 64"
+            )
+        flat += [token(value, f"lookahead_token_ids[{i}]", at) for at, value in enumerate(tokens)]
+    return flat
 
 
 def content_hashes(event: Any) -> tuple[str, Any] | None:

@@ -59,6 +59,10 @@ class BlockStored(_ByValue):
     They count only with the index's own block size and seed, and hold adapter, salt and extra keys already: those
     fields mean nothing beside them. ``prefix_hashes`` are taken as they are, not rolled from the parent's.
 
+    ``lookahead_token_ids`` has one list per block, all of one length (at most 64): the tokens behind the block that are
+    in its hash, as vLLM has them with speculative decoding. A question takes them from the prompt itself, and matches
+    no block that has fewer behind it. None: none.
+
     Nothing is checked before :meth:`PrefixIndex.process_block_stored`. Not mutable, so safe to share between threads
     as long as nobody writes to the sequences in it. Making one is O(1): nothing is copied.
     """
@@ -80,6 +84,7 @@ class BlockStored(_ByValue):
     cache_salt: str | None = None
     session_id: str | None = None
     dp_rank: int | None = None
+    lookahead_token_ids: Sequence[Sequence[int]] | None = None
     local_hashes: ContentHashes | None = None
     prefix_hashes: ContentHashes | None = None
 
@@ -152,7 +157,7 @@ _STORED = (
 )
 _REMOVED = ("type", "block_hashes", "medium", "group_idx")
 # What only maps have.
-_KEYS = {"stored": ("cache_salt",), "removed": ("remaining_copy_counts",)}
+_KEYS = {"stored": ("cache_salt", "lookahead_token_ids"), "removed": ("remaining_copy_counts",)}
 
 
 def decode_batch(payload: bytes | bytearray | memoryview, *, pod: str = "", model: str = "") -> EventBatch:
@@ -219,12 +224,14 @@ def _event(kind: str, data: bytes, pod: str, model: str, dp_rank: int | None) ->
             remaining_copy_counts=None if remaining is None else list(remaining),
         )
     parent, extra_keys = wire.get("parent_block_hash"), wire.get("extra_keys")
+    tokens, ahead = _split(wire.get("token_ids") or (), wire.get("block_size") or 0, len(hashes))
+    ahead = wire.get("lookahead_token_ids") if ahead is None else ahead
     return BlockStored(
         pod,
         model,
         block_hashes=hashes,
         parent_block_hash=None if parent is None else _folded(parent),
-        token_ids=np.array(wire.get("token_ids") or (), dtype=np.uint32),
+        token_ids=np.array(tokens, dtype=np.uint32),
         block_size=wire.get("block_size"),
         lora_id=wire.get("lora_id"),
         medium=medium,
@@ -236,7 +243,16 @@ def _event(kind: str, data: bytes, pod: str, model: str, dp_rank: int | None) ->
         cache_salt=wire.get("cache_salt"),
         session_id=wire.get("session_id"),
         dp_rank=dp_rank,
+        lookahead_token_ids=None if ahead is None else [list(tokens) for tokens in ahead],
     )
+
+
+def _split(tokens: Sequence[Any], size: int, n: int) -> tuple[Sequence[int], list[list[int]] | None]:
+    """Tokens, and the one behind each block where they come in pairs (SGLang with EAGLE)."""
+    if not tokens or not isinstance(tokens[0], tuple):
+        return tokens, None
+    ends = [min(j * size, len(tokens)) - 1 for j in range(1, n + 1)]
+    return [token for token, _ in tokens], [[tokens[end][1]] for end in ends]
 
 
 def _fields(data: bytes, kind: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 
 from . import answers, arguments, snapshot
-from ._core import Index, IngestReport, PodSet, hash_tokens
+from ._core import Index, IngestReport, PodSet
 from .answers import StreamPlace
 from .events import AllBlocksCleared, BlockRemoved, BlockStored
 
@@ -98,14 +98,15 @@ class PrefixIndex(Index):
         """Counts the prompt's blocks as held by (pod, rank) on the GPU for ttl seconds, or until a clear. O(blocks).
 
         For a routing decision that no event has confirmed yet: it changes no verdict; a pod of which nothing else is
-        known stays stale. With max_bytes, such entries have a 32nd of it; the one that ends first makes room for the
-        next (``shed_guesses``). Arguments as for :meth:`match_prefix`; now: the clock's reading to count from, None for
-        now. Raises InvalidTypeError, InvalidValueError naming the position.
+        known stays stale. Its blocks have the lookahead that the worker's own have; the last ones, behind which the
+        prompt has too few tokens, do not count. With max_bytes, such entries have a 32nd of it; the one that ends first
+        makes room for the next (``shed_guesses``). Arguments as for :meth:`match_prefix`; now: the clock's reading to
+        count from, None for now. Raises InvalidTypeError, InvalidValueError naming the position.
         """
-        prefixes = hash_tokens(tokens, self.block_size, self.hash_seed, lora_name, cache_salt, extra_keys, True)
         began = arguments.moment(*((self._clock(), "what clock returns") if now is None else (now, "now")))
         until = arguments.seconds(ttl, "ttl") + began
-        self._guess(pod, arguments.rank(dp_rank), arguments.utf8(model, "model"), prefixes, until)
+        keys = (lora_name, cache_salt, extra_keys)
+        self._expect(pod, arguments.rank(dp_rank), arguments.utf8(model, "model"), tokens, keys, until)
 
     def configure_pod(
         self,

@@ -127,7 +127,7 @@ BAD_EVENTS = {
     "a huge token": (stored([7], [1, 2, 2**32, 4]), "bad_token"),
     "a float token": (stored([7], [1, 2.0, 3, 4]), "bad_token"),
     "a string token": (stored([7], [1, "2", 3, 4]), "bad_token"),
-    "a pair as token": (stored([7], [[1, 2], [2, 3], [3, 4], [4, 5]]), "bad_token"),
+    "pairs that do not join": (stored([7], [[1, 2], [2, 3], [4, 4], [4, 5]]), "bad_token"),
     "no token": (stored([7], [1, None, 3, 4]), "bad_token"),
     "tokens as bytes": ({**stored([7], A), "token_ids": b"1234"}, "bad_event"),
     "tokens as text": ({**stored([7], A), "token_ids": "1234"}, "bad_event"),

@@ -170,6 +170,12 @@ def test_an_event_that_is_not_known_degrades(pair, event):
     assert pair.state("a") == "exact"
 
 
+def test_of_many_that_are_not_known_none_is_missed(pair):
+    pair.ingest("a", stored([1], A), *[["BlockMoved", [n]] for n in range(16)], cleared(), stored([1], A), 5)
+    assert pair.ingest("a", *[5, ["BlockMoved"]] * 40)["reasons"] == {"bad_event": 40, "unknown_event": 40}
+    assert pair.state("a") == "degraded"
+
+
 def test_kinds_that_are_not_known_are_named():
     from kvindex.events import unknown_kinds
 
@@ -260,3 +266,127 @@ def test_a_decoded_event_has_what_only_maps_have():
         None,
         None,
     )
+
+
+# -------------------------------------------------------------------------------------------------- copies without keys
+
+KEYS = [
+    ({"cache_salt": "tenant-x"}, {"cache_salt": "tenant-x"}),
+    ({"extra_keys": [None, ["img", 3], None]}, {"extra_keys": [None, ["img", 3], None]}),
+    ({"lora_name": "L"}, {"lora_name": "L"}),
+]
+
+
+@pytest.mark.parametrize(("told", "asked"), KEYS, ids=["salt", "image", "adapter"])
+@pytest.mark.parametrize("first", ["GPU", "CPU"])
+@pytest.mark.parametrize("whole", [True, False], ids=["one event", "one event a block"])
+def test_a_held_hash_means_one_content(pair, told, asked, first, whole):
+    def events(medium, keys):
+        if whole:
+            return [stored([1, 2, 3], A + B + C, medium=medium, **keys)]
+        return [
+            stored([h], tokens, parent=h - 1 or None, medium=medium, **keys | {"extra_keys": entry})
+            for h, tokens, entry in zip(
+                (1, 2, 3), (A, B, C), ([e] for e in keys.get("extra_keys") or [None] * 3), strict=True
+            )
+        ]
+
+    batches = [events("GPU", told), events("CPU", {})]
+    for batch in batches if first == "GPU" else batches[::-1]:
+        pair.ingest("a", *batch)
+    plain = {"a": 4} if "extra_keys" in told else {}
+    assert pair.ask(A + B + C, **asked)["a"]["media"] == {"GPU": 12, "CPU": 12}
+    assert (pair.tokens(A + B + C), pair.state("a")) == (plain, "exact")
+    pair.ingest("a", removed(1, 2, 3))
+    assert pair.ask(A + B + C, **asked)["a"]["media"] == {"CPU": 12}
+    assert pair.ingest("a", removed(1, 2, 3, **CPU))["removed"] == 3
+    assert (pair.tokens(A + B + C, **asked), pair.state("a")) == ({}, "exact")
+
+
+def test_what_follows_a_held_block_hangs_below_it(pair):
+    # The tier has more than the pool: blocks 2 and 3 have left that before the tier's event came.
+    pair.ingest("a", stored([1], A, cache_salt="s"), stored([1, 2, 3], A + B + C, **CPU))
+    assert pair.ask(A + B + C, cache_salt="s")["a"]["media"] == {"GPU": 4, "CPU": 12}
+    assert (pair.tokens(A + B + C), pair.state("a")) == ({}, "exact")
+
+
+def test_what_hangs_below_a_block_that_moves_is_in_doubt_until_it_is_told(pair):
+    pair.ingest("a", stored([1, 2, 3], A + B + C, **CPU), stored([9], A))
+    pair.ingest("a", stored([1], A, cache_salt="s"))
+    assert pair.state("a") == "degraded"
+    pair.ingest("a", stored([2], B, parent=1))
+    assert pair.state("a") == "degraded"
+    pair.ingest("a", stored([3], C, parent=2))
+    assert pair.state("a") == "exact"
+    assert pair.ask(A + B + C, cache_salt="s")["a"]["media"] == {"GPU": 12, "CPU": 12}
+    assert pair.tokens(A + B + C) == {"a": 4}
+
+
+def test_what_is_in_doubt_ends_with_its_removal(pair):
+    pair.ingest("a", stored([1, 2], A + B, **CPU), stored([1], A, cache_salt="s"))
+    assert pair.state("a") == "degraded"
+    pair.ingest("a", removed(2, **CPU))
+    assert pair.state("a") == "exact"
+
+
+def test_copies_move_along_with_their_counts(pair):
+    for _ in range(3):
+        pair.ingest("a", stored([1], A, **CPU))
+    pair.ingest("a", stored([1], A, cache_salt="s"))
+    for left in (8, 8, 8):
+        assert sum(pair.ask(A, cache_salt="s")["a"]["media"].values()) == left
+        pair.ingest("a", removed(1, **CPU))
+    assert pair.ask(A, cache_salt="s")["a"]["media"] == {"GPU": 4}
+
+
+@pytest.mark.parametrize("medium", ["GPU", "CPU"])
+def test_one_medium_with_two_contents_for_a_hash_degrades(pair, medium):
+    pair.ingest("a", stored([1], A, medium=medium))
+    report = pair.ingest("a", stored([1], B, medium=medium))
+    assert (report["stored"], report["reasons"], pair.state("a")) == (0, {"hash_conflict": 1}, "degraded")
+    assert pair.tokens(B if medium == "GPU" else A) == {"a": 4}
+
+
+def test_a_hash_that_is_not_held_may_mean_something_new(pair):
+    pair.ingest("a", stored([1, 2], A + B), removed(1))
+    assert pair.ingest("a", stored([1], C, **CPU))["stored"] == 1
+    assert (pair.tokens(C), pair.state("a")) == ({"a": 4}, "exact")
+
+
+def test_groups_of_a_tier_follow_the_pool_that_has_gone(pair):
+    full, window = (
+        {"group_idx": 0},
+        {"group_idx": 1, "kv_cache_spec_sliding_window": 4, "kv_cache_spec_kind": "sliding_window"},
+    )
+    pair.ingest("a", stored([1], A, cache_salt="s", **full), stored([1], A, cache_salt="s", **window))
+    pair.ingest("a", stored([1], A, **full, **CPU), removed(1, **full), removed(1, group_idx=1))
+    assert pair.ingest("a", stored([1], A, **window, **CPU))["stored"] == 1
+    assert (pair.tokens(A, cache_salt="s"), pair.tokens(A), pair.state("a")) == ({"a": 4}, {}, "exact")
+
+
+def test_orphans_of_a_tier_are_placed_by_what_is_held(pair):
+    pair.ingest("a", stored([2, 3], B + C, parent=1, **CPU))
+    pair.ingest("a", stored([1, 2], A + B, extra_keys=[["img"], ["img"]]))
+    # What waited was attached when its parent was known, and block 2 is the one that the pool holds.
+    assert pair.tokens(A + B + C, extra_keys=[["img"], ["img"], None]) == {"a": 12}
+    assert (pair.tokens(A + B + C), pair.state("a")) == ({}, "exact")
+
+
+def test_a_snapshot_of_what_is_in_doubt_is_degraded(tmp_path):
+    index = kvindex.PrefixIndex(4)
+    index.ingest("a", payload(stored([1, 2], A + B, **CPU), stored([1], A, cache_salt="s")))
+    index.save(tmp_path / "index")
+    again = kvindex.PrefixIndex.load(tmp_path / "index")
+    again.mark_worker("a", 0, "exact")
+    assert again.pod_state("a") == "degraded"
+
+
+def test_many_names_that_mean_something_else_cost_no_square():
+    n = 20_000
+    index = kvindex.PrefixIndex(1)
+    index.ingest("a", payload(stored(range(1, n + 1), [7] * n, size=1, **CPU)))
+    index.ingest("a", payload(stored(range(1, n + 1), [7] * n, size=1, extra_keys=[["img"]] * n)))
+    assert index.match_prefix([7] * n, extra_keys=[["img"]] * n)["a"].media == {"GPU": n, "CPU": n}
+    index.ingest("a", payload(stored(range(1, n + 1), [7] * n, size=1, **CPU)))
+    assert (index.match_prefix([7] * n).tokens, index.pod_state("a")) == ({}, "exact")
+    index._check()

@@ -52,6 +52,7 @@ def test_the_fields_are_the_engines_and_the_streams():
         "cache_salt",
         "session_id",
         "dp_rank",
+        "lookahead_token_ids",
         "local_hashes",
         "prefix_hashes",
     ]

@@ -55,7 +55,8 @@ struct Chain {
     u32 space = 0;
     u32 first_kid = kNone;
     u32 kid_before = kNone, kid_after = kNone;
-    u32 row = 0;        // how many of the first pages have numbers that follow one another: nobody need look those up
+    u16 lookahead = 0;  // tokens behind each block that are in its hash; the same in what hangs below
+    u16 row = 0;        // how many of the first pages have numbers that follow one another: nobody need look those up
     Buf<OwnNames> own;  // ordered by worker
 
     u32 end() const { return base + len; }
@@ -147,12 +148,13 @@ public:
         for (u32 i = from; i < to; ++i) __builtin_prefetch(prefixes(page_number(c, first, i)));
     }
 
-    u32 create(u32 space, u32 parent, u32 base) {
+    u32 create(u32 space, u32 parent, u32 base, u32 lookahead) {
         const u32 id = chains_.take();
         Chain& c = chains_[id];
         c.space = space;
         c.parent = parent;
         c.base = base;
+        c.lookahead = static_cast<u16>(lookahead);
         if (parent != kNone) link(id);
         ages_.add(id);
         if (parent != kNone) touch(parent);
@@ -206,7 +208,7 @@ public:
         }
         c.len = end - c.base;
         c.pages.trim(m_);
-        c.row = c.row < keep ? c.row : keep;
+        c.row = static_cast<u16>(std::min<u32>(c.row, keep));
         c.runs.trim(m_);
     }
     void destroy(u32 id) {
@@ -416,7 +418,7 @@ public:
 private:
     void add_page(Chain& c, u32 page) {
         const u32 at = c.pages.size();
-        if (c.row == at && (at == 0 || page == c.pages[0] + at)) ++c.row;
+        if (c.row == at && at < 0xFFFF && (at == 0 || page == c.pages[0] + at)) ++c.row;
         c.pages.push(m_, page);
     }
     static u32 own_at(const Chain& c, u32 worker) {

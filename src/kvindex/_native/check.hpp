@@ -31,7 +31,7 @@ inline std::string Index::check() const {
         if (c.parent != kNone) {
             if (!chains_.alive(c.parent)) return void(error = fail("parent chain is gone", id, c.parent));
             const Chain& p = chains_[c.parent];
-            if (c.base <= p.base || c.base > p.end() || p.space != c.space)
+            if (c.base <= p.base || c.base > p.end() || p.space != c.space || p.lookahead != c.lookahead)
                 return void(error = fail("chain hangs outside its parent", id, c.parent));
         } else if (c.base) {
             return void(error = fail("root chain does not start at 0", id, c.base));
@@ -44,7 +44,7 @@ inline std::string Index::check() const {
         if (c.pages.size() != ((c.end() - 1) >> kPageShift) - (c.base >> kPageShift) + 1)
             return void(error = fail("wrong number of pages", id, c.pages.size()));
         u32 row = 0;
-        while (row < c.pages.size() && c.pages[row] == c.pages[0] + row) ++row;
+        while (row < 0xFFFF && row < c.pages.size() && c.pages[row] == c.pages[0] + row) ++row;
         if (row != c.row) return void(error = fail("wrong row of pages", id, c.row));
         for (u32 r = 0; r < c.runs.size(); ++r) {
             const Run& run = c.runs[r];
@@ -266,6 +266,14 @@ inline std::string Index::check() const {
     for (std::size_t s = 0; s < spaces_.size(); ++s)
         if (rootless_of[s] != spaces_[s].rootless)
             return fail("workers without a full group miscounted", s, rootless_of[s]);
+    std::vector<std::map<u32, u32>> lengths(spaces_.size());
+    for (const auto& w : workers_)
+        for (u32 lookahead : w ? w->lengths : std::vector<u32>()) ++lengths[w->space][lookahead];
+    for (std::size_t s = 0; s < spaces_.size(); ++s) {
+        if (spaces_[s].plain != lengths[s][0]) return fail("workers without lookahead miscounted", s, lengths[s][0]);
+        lengths[s].erase(0);
+        if (spaces_[s].lengths != lengths[s]) return fail("workers with lookahead miscounted", s, lengths[s].size());
+    }
     if (parked != parked_) return fail("parked blocks miscounted", parked, parked_);
     std::map<u32, u64> users;
     for (const Holder& h : holders_)

@@ -25,6 +25,9 @@ struct StrRef {
     bool set() const { return p != nullptr; }
 };
 
+// Tokens behind a block that may be in its hash: multi-token prediction looks some ahead.
+inline constexpr uint32_t kMostLookahead = 64;
+
 enum class EventKind : uint8_t { stored, removed, cleared, other };
 
 // Why an event, or a part of it, was not applied. The first four after `none` are found by decoding, the others by
@@ -45,6 +48,8 @@ enum class Reason : uint8_t {
     over_limit,
     ignored_medium,
     pod_removed,
+    hash_conflict,
+    mixed_lookahead,
     COUNT
 };
 
@@ -65,6 +70,8 @@ inline const char* reason_name(Reason r) {
         case Reason::over_limit: return "over_limit";
         case Reason::ignored_medium: return "ignored_medium";
         case Reason::pod_removed: return "pod_removed";
+        case Reason::hash_conflict: return "hash_conflict";
+        case Reason::mixed_lookahead: return "mixed_lookahead";
         case Reason::COUNT: break;
     }
     return "?";
@@ -87,6 +94,7 @@ struct Event {
     uint32_t token_at =
         0;  // its part of Batch::tokens; of a removed event the copies that stay of each hash, if it says
     uint32_t n_tokens = 0;
+    uint32_t lookahead = 0;  // tokens behind each block that are in its hash: behind the event's tokens, block by block
     uint64_t parent = 0;
     uint64_t block_size = 0;  // 0: nil, absent or 0
     int64_t group = -1;       // -1: unset
@@ -150,6 +158,7 @@ enum Field : uint8_t {
     f_window,
     f_cache_salt,
     f_remaining,
+    f_lookahead,
     f_unknown
 };
 
@@ -183,6 +192,7 @@ inline Field field_of(const uint8_t* p, uint32_t n) {
         case 12: return is(p, "block_hashes") ? f_hashes : f_unknown;
         case 17: return is(p, "parent_block_hash") ? f_parent : f_unknown;
         case 18: return is(p, "kv_cache_spec_kind") ? f_spec_kind : f_unknown;
+        case 19: return is(p, "lookahead_token_ids") ? f_lookahead : f_unknown;
         case 21: return is(p, "remaining_copy_counts") ? f_remaining : f_unknown;
         case 28: return is(p, "kv_cache_spec_sliding_window") ? f_window : f_unknown;
         default: return f_unknown;
@@ -357,7 +367,8 @@ private:
         bad_ = 0;
         bad_token_ = false;
         repeated_ = false;
-        remaining_ = nullptr;
+        remaining_ = lookahead_ = nullptr;
+        pairs_ = false;
         parts_ = Parts();
     }
 
@@ -396,11 +407,13 @@ private:
             return true;
         };
         if (same(before, was.at[0]) && field(f_hashes) && same(was.at[1], was.at[2]) && field(f_parent) &&
-            same(was.at[3], was.at[4]) && field(f_tokens) && bad_ == 0 && !bad_token_ &&
-            same(was.at[5], before + last.bytes)) {
+            same(was.at[3], was.at[4]) && field(f_tokens) &&
+            (!was.at[6] || (same(was.at[5], was.at[6]) && field(f_lookahead))) && bad_ == 0 && !bad_token_ &&
+            same(was.at[was.at[6] ? 7 : 5], before + last.bytes) && look_ahead()) {
             e_->bytes = static_cast<uint32_t>(r_.p - at);
             e_->n_hashes = static_cast<uint32_t>(out_.hashes.size()) - e_->hash_at;
             e_->n_tokens = static_cast<uint32_t>(out_.tokens.size()) - e_->token_at;
+            if (e_->lookahead) e_->n_tokens -= e_->n_hashes * e_->lookahead;
             before_ = at;
             return true;
         }
@@ -481,7 +494,7 @@ private:
             const bool hashes = (seen_ & bit(f_hashes)) != 0;
             if (e.kind == EventKind::stored) {
                 if (bad_token_) e.bad = Reason::bad_token;
-                if (bad_ != 0 || !hashes) e.bad = Reason::bad_event;
+                if (bad_ != 0 || !hashes || (!bad_token_ && !look_ahead())) e.bad = Reason::bad_event;
             } else if (e.kind == EventKind::removed) {
                 out_.tokens.resize(e.token_at);
                 if ((bad_ & removed_mask) != 0 || !hashes || !remaining()) e.bad = Reason::bad_event;
@@ -492,6 +505,7 @@ private:
         if (!sound || e.kind == EventKind::cleared) out_.tokens.resize(e.token_at);
         e.n_hashes = static_cast<uint32_t>(out_.hashes.size()) - e.hash_at;
         e.n_tokens = static_cast<uint32_t>(out_.tokens.size()) - e.token_at;
+        if (e.lookahead) e.n_tokens -= e.n_hashes * e.lookahead;
     }
 
     // A key that comes twice counts as it came last, as in every decoder that fills a dictionary.
@@ -517,6 +531,7 @@ private:
                 remaining_ = r_.take_nil() ? nullptr : r_.p;
                 if (!remaining_) return true;
                 break;
+            case f_lookahead: return part(6, &BatchDecoder::skip_lookahead);
             case f_type:
             case f_unknown: break;
         }
@@ -654,11 +669,74 @@ private:
             if (i == n) break;
             // A longer form than the number needs, a pair, a string, a sign: or the end of the payload.
             if (!r_.next(v)) return false;
+            if (i == 0 && v.type == MsgType::array && v.n == 2) return pairs(n);
             if (!v.is_uint() || v.u > UINT32_MAX) {
                 bad_token_ = true;
                 return r_.skip(v.children() + n - i - 1);
             }
             token[i++] = static_cast<uint32_t>(v.u);
+        }
+        return true;
+    }
+
+    // SGLang with EAGLE writes a token and the one behind it; the header of the first pair has been read. What is kept
+    // is the first of each, and the second of the last.
+    bool pairs(uint32_t n) {
+        uint32_t* const token = out_.tokens.data() + e_->token_at;
+        MsgValue v;
+        for (uint32_t i = 0; i < n; ++i) {
+            if (i != 0) {
+                if (!r_.next(v)) return false;
+                if (v.type != MsgType::array || v.n != 2) return no_pair(v.children() + n - i - 1);
+            }
+            if (!r_.next(v)) return false;
+            if (!v.is_uint() || v.u > UINT32_MAX || (i != 0 && v.u != behind_)) return no_pair(v.children() + n - i);
+            token[i] = static_cast<uint32_t>(v.u);
+            if (!r_.next(v)) return false;
+            if (!v.is_uint() || v.u > UINT32_MAX) return no_pair(v.children() + n - i - 1);
+            behind_ = static_cast<uint32_t>(v.u);
+        }
+        pairs_ = true;
+        return true;
+    }
+    bool no_pair(uint64_t rest) {
+        bad_token_ = true;
+        return r_.skip(rest);
+    }
+
+    bool skip_lookahead() {
+        lookahead_ = r_.take_nil() ? nullptr : r_.p;
+        return !lookahead_ || r_.skip(1);
+    }
+    // Appends the lookahead tokens of every block to the event's tokens. False: they are not one list for each block,
+    // all of one length.
+    bool look_ahead() {
+        e_->lookahead = 0;
+        const uint32_t hashes = static_cast<uint32_t>(out_.hashes.size()) - e_->hash_at;
+        const uint32_t n = static_cast<uint32_t>(out_.tokens.size()) - e_->token_at;
+        if (pairs_) {
+            if (lookahead_ != nullptr) return false;
+            for (uint64_t j = 1; j <= hashes; ++j) {
+                const uint64_t at = j * e_->block_size;
+                out_.tokens.push_back(at < n ? out_.tokens[e_->token_at + at] : behind_);
+            }
+            e_->lookahead = hashes ? 1 : 0;
+            return true;
+        }
+        if (lookahead_ == nullptr) return true;
+        MsgReader r = r_;
+        r.p = lookahead_;
+        MsgValue v;
+        if (!r.next(v) || v.type != MsgType::array || v.n != hashes) return false;
+        for (uint32_t j = 0; j < hashes; ++j) {
+            if (!r.next(v) || v.type != MsgType::array) return false;
+            if (j != 0 && v.n != e_->lookahead) return false;
+            if (v.n > kMostLookahead) return false;
+            e_->lookahead = v.n;
+            for (uint32_t left = v.n; left != 0; --left) {
+                if (!r.next(v) || !v.is_uint() || v.u > UINT32_MAX) return false;
+                out_.tokens.push_back(static_cast<uint32_t>(v.u));
+            }
         }
         return true;
     }
@@ -714,10 +792,12 @@ private:
         return true;
     }
 
-    // Begin and end of the hashes, of the parent and of the tokens of an event.
+    // Begin and end of the hashes, of the parent, of the tokens and of the lookahead tokens of an event.
     struct Parts {
-        const uint8_t* at[6] = {};
-        bool ordered() const { return at[0] && at[1] <= at[2] && at[3] <= at[4] && at[4]; }
+        const uint8_t* at[8] = {};
+        bool ordered() const {
+            return at[0] && at[1] <= at[2] && at[3] <= at[4] && at[4] && (!at[6] || at[5] <= at[6]);
+        }
     };
 
     MsgReader r_;
@@ -729,6 +809,9 @@ private:
     bool bad_token_ = false;
     bool repeated_ = false;               // a field came twice
     const uint8_t* remaining_ = nullptr;  // the list of copies that stay, if there is one
+    const uint8_t* lookahead_ = nullptr;  // the lists of lookahead tokens, if there are any
+    bool pairs_ = false;                  // the tokens came as pairs
+    uint32_t behind_ = 0;                 // the second of the last pair
     const uint8_t* before_ = nullptr;     // the event before, if the next may be compared with it
     Parts parts_;                         // of the event that is or was read
     uint32_t patience_ = 0;               // events that are read without comparing first

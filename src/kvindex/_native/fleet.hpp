@@ -152,7 +152,7 @@ public:
         }
     }
     Verdict own_verdict(const Worker& w) const {
-        bool degraded = w.sticky || w.in_doubt || w.small_blocks || w.parked() != 0;
+        bool degraded = w.sticky || w.in_doubt || !w.unsure.empty() || w.small_blocks || w.parked() != 0;
         const Pod& p = pods_[w.pod];
         // Where announcements are not counted, what a window has left can not be told from what it holds: vLLM 0.33.0
         // announces both, and 69 of 1,050 recorded answers said too much.
@@ -421,6 +421,31 @@ protected:
             w.in_hybrid_list = kNone;
         }
     }
+    // The worker has blocks with so many lookahead tokens. False: its model has too many lengths already, and each
+    // costs every question a pass.
+    bool learn_length(Worker& w, u32 lookahead) {
+        if (std::find(w.lengths.begin(), w.lengths.end(), lookahead) == w.lengths.end()) {
+            Space& s = spaces_[w.space];
+            if (lookahead && !s.lengths.count(lookahead) && s.lengths.size() >= kMostLengths) return false;
+            widen(w.lengths, w.lengths.size() + 1);
+            ++(lookahead ? s.lengths[lookahead] : s.plain);
+            w.lengths.push_back(lookahead);
+        }
+        w.length = lookahead;
+        return true;
+    }
+    void drop_lengths(Worker& w) {
+        Space& s = spaces_[w.space];
+        for (u32 lookahead : w.lengths) {
+            if (lookahead == 0) {
+                --s.plain;
+            } else if (const auto it = s.lengths.find(lookahead); --it->second == 0) {
+                s.lengths.erase(it);
+            }
+        }
+        w.lengths.clear();
+        w.length = kNone;
+    }
     void spoil(u32 id) {
         workers_[id]->sticky = true;
         judge(*workers_[id]);
@@ -443,6 +468,7 @@ protected:
     // What streams make and nothing but a clear or the pod's end takes away:
     // in a bounded index it must not be all there is room for.
     // Each with its places in lists, pods and masks.
+    static constexpr std::size_t kMostLengths = 4;
     static constexpr std::size_t kWorkerBytes = sizeof(Worker) + sizeof(void*) + 64;
     static constexpr std::size_t kHolderBytes = sizeof(Holder) + 64;
     void charge(std::size_t n) {

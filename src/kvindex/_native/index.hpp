@@ -22,6 +22,12 @@ inline u64 mix_extra(u64 local, u64 digest, u64 seed) {
     return xxh3_64(both, sizeof both, seed ^ 0x9E3779B97F4A7C15ull);
 }
 
+// How the tokens behind a block change its local hash, where they are in the engine's hash. Mixed in last.
+inline u64 mix_lookahead(u64 local, const u32* tokens, u32 n, u64 seed) {
+    const u64 both[2] = {local, xxh3_64(tokens, std::size_t{n} * sizeof(u32), seed)};
+    return xxh3_64(both, sizeof both, seed ^ 0xC2B2AE3D27D4EB4Full);
+}
+
 // Events of one stream that are applied under one lock, one after the other, and what need not be looked up for each.
 struct Turn {
     u32 pod;
@@ -44,6 +50,16 @@ public:
 
     u32 block_size() const { return block_size_; }
     u64 seed() const { return seed_; }
+    // Complete blocks of a prompt that have so many tokens behind them.
+    u32 blocks(u64 tokens, u32 lookahead) const {
+        return tokens < lookahead ? 0 : static_cast<u32>((tokens - lookahead) / block_size_);
+    }
+    // The lengths of lookahead that a worker's blocks have; none where nothing is known of it.
+    std::vector<u32> lengths(u32 pod, i64 rank, const std::string& model) const {
+        const u32 space = find_space(model);
+        const u32 id = space == kNone ? kNone : find_worker(pod, rank, space);
+        return id == kNone || workers_[id]->lengths.empty() ? std::vector<u32>(1, 0) : workers_[id]->lengths;
+    }
 
     // A batch of this stream has been applied. `clean`: whatever was lost before it does not matter any more.
     void advance(u32 pod, i64 rank, const std::string& model, u64 seq, double ts, u64 fingerprint, bool clean,
@@ -77,6 +93,7 @@ public:
             release(w);
             w.second = CountedMap<u64, u32>(Counted<char>(mem_));
             w.copies = CountedMap<u32, Copies>(Counted<char>(mem_));
+            w.unsure = CountedMap<u64, u8>(Counted<char>(mem_));
             for (u32 h : w.holders) holders_[h].blocks = 0;
             if (w.ghost != kNone) holders_[w.ghost].blocks = 0;
             if (w.guess != kNone) free_holder(w.guess);
@@ -430,6 +447,8 @@ private:
             spoil(id);
             return;
         }
+        if (e.lookahead != w.length && !learn_length(w, e.lookahead))
+            return turn_away(id, ids_.data(), n, Reason::over_limit, r);
         if (!w.placed_full || w.small_blocks) {
             w.placed_full = true;
             w.small_blocks = false;
@@ -443,10 +462,16 @@ private:
                         n,
                         locals_.data(),
                         nullptr,
-                        e.hashed == Hashed::prefix};
+                        e.hashed == Hashed::prefix,
+                        e.lookahead};
         switch (place(a)) {
             case Placed::yes:
                 r.stored += n;
+                if (conflicts_) {
+                    r.stored -= conflicts_;
+                    r.skip(Reason::hash_conflict, conflicts_);
+                    spoil(id);
+                }
                 count_refused(r);
                 if (w.lot) {
                     fresh_.assign(ids_.begin(), ids_.begin() + n);
@@ -456,6 +481,10 @@ private:
             case Placed::orphan: park_orphan(a, r); break;
             case Placed::misaligned:
                 r.skip(Reason::misaligned);
+                spoil(id);
+                break;
+            case Placed::mixed:
+                r.skip(Reason::mixed_lookahead);
                 spoil(id);
                 break;
         }
@@ -531,13 +560,30 @@ private:
         } else {
             hasher_.locals(tokens, blocks, locals_.data());
         }
-        if (!e.extra_keys && !e.cache_salt.set()) return true;
+        if (!e.extra_keys && !e.cache_salt.set()) return look_ahead(b, e, n, factor);
         if (!extra_key_digests(e.extra_keys, e.extra_keys_bytes, adapter, e.cache_salt, !e.has_parent, seed_, n,
                                extra_))
             return false;
         if (extra_.any)
             for (u32 j = 0; j < n; ++j)
                 if (u64& h = locals_[std::size_t{j} * factor]; extra_.has[j]) h = mix_extra(h, extra_.digest[j], seed_);
+        return look_ahead(b, e, n, factor);
+    }
+    // What is behind an index block is partly in its own engine block.
+    bool look_ahead(const Batch& b, const Event& e, u32 n, u32 factor) {
+        if (e.lookahead == 0) return true;
+        const u32* tokens = b.tokens.data() + e.token_at;
+        const u32* ahead = tokens + e.n_tokens;
+        const std::size_t size = std::size_t{block_size_} * factor;
+        for (u32 j = 0; j < n; ++j, tokens += size, ahead += e.lookahead) {
+            behind_.assign(tokens, tokens + (factor > 1 ? size : 0));
+            behind_.insert(behind_.end(), ahead, ahead + e.lookahead);
+            for (u32 s = 0; s < factor; ++s) {
+                u64& h = locals_[std::size_t{j} * factor + s];
+                h = mix_lookahead(h, behind_.data() + (factor > 1 ? std::size_t{block_size_} * (s + 1) : 0),
+                                  e.lookahead, seed_);
+            }
+        }
         return true;
     }
 
@@ -639,6 +685,7 @@ private:
         w.kids.release(mem_);
         w.second = CountedMap<u64, u32>(Counted<char>(mem_));
         w.copies = CountedMap<u32, Copies>(Counted<char>(mem_));
+        w.unsure = CountedMap<u64, u8>(Counted<char>(mem_));
         drop_lot(w);
         for (u32 h : w.holders) free_holder(h);
         pods_[w.pod].holders -= static_cast<u32>(w.holders.size());
@@ -649,6 +696,7 @@ private:
             set_bit(w.mask, w.ghost, true);
         }
         drop_groups(w);
+        drop_lengths(w);
         w.placed_full = w.small_blocks = w.sticky = w.in_doubt = w.shed = w.muted = false;
         refresh(id);
         judge(w);
@@ -723,6 +771,7 @@ private:
 
     // Scratch of the one writer.
     std::vector<u64> ids_, locals_;
+    std::vector<u32> behind_;
     ExtraDigests extra_;
     std::size_t scratch_ = 0, seen_ = 0;  // its bytes as they are counted, and what it had grown to then
 };

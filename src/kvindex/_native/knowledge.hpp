@@ -161,11 +161,15 @@ protected:
             if (own != kNameless) w.own.erase(mem_, own, ref);
             chains_.set_own_name(p.chain, id, p.depth, kNoName);
         }
+        if (!w.unsure.empty() && own != kNameless) sure_of(w, own == kNoName ? chains_.name(ref) : own);
         if (w.copies.empty()) return;
         const auto it = w.copies.find(ref);
         if (it == w.copies.end()) return;
         for (const Copy& c : it->second)
-            if (c.holder == kNone) w.second.erase(c.id);
+            if (c.holder == kNone) {
+                w.second.erase(c.id);
+                sure_of(w, c.id);
+            }
         drop_copies(w, it);
     }
     // The maps keep their tables when they are emptied; new ones have none.
@@ -202,11 +206,53 @@ protected:
             if (c.holder == kNone || c.count > 1 || !named || c.id != name) return;
         drop_copies(w, it);
     }
+    // What the name means has been said, or it means nothing any more.
+    void sure_of(Worker& w, u64 name) {
+        if (w.unsure.empty() || !w.unsure.erase(name) || !w.unsure.empty()) return;
+        w.unsure = CountedMap<u64, u8>(Counted<char>(mem_));
+        judge(w);
+    }
+    // Every copy that the worker holds of a block under this name: f(holder, count).
+    template <class F>
+    void each_copy(u32 id, u64 name, u32 ref, F&& f) const {
+        const Worker& w = *workers_[id];
+        const auto it = w.copies.find(ref);
+        if (it != w.copies.end()) {
+            for (const Copy& c : it->second)
+                if (c.id == name && c.holder != kNone && c.count) f(c.holder, c.count);
+            return;
+        }
+        const Pos p = chains_.pos(ref);
+        u64 first;
+        if (!first_name(id, p, ref, first) || first != name) return;
+        const u32 set = set_at(p);
+        for (u32 h : w.holders)
+            if (sets_.has(set, h) && (p.depth + 1) % holders_[h].factor == 0) f(h, 1u);
+    }
+    bool held_in(u32 id, u64 name, u32 ref, u32 medium) const {
+        bool any = false;
+        each_copy(id, name, ref, [&](u32 h, u32) { any |= holders_[h].medium == medium; });
+        return any;
+    }
+    // The names that the worker has for a block: f(name).
+    template <class F>
+    void each_name(u32 id, Pos p, F&& f) const {
+        const Worker& w = *workers_[id];
+        const u32 ref = chains_.ref(p);
+        u64 first;
+        if (first_name(id, p, ref, first)) f(first, ref);
+        if (w.copies.empty()) return;
+        const auto it = w.copies.find(ref);
+        if (it == w.copies.end()) return;
+        for (const Copy& c : it->second)
+            if (c.holder == kNone) f(c.id, ref);
+    }
     // The worker announces this name for something else: the name and its copies go.
     void forget_name(u32 id, u64 name) {
         Worker& w = *workers_[id];
         const u32 ref = find(id, name);
         if (ref == kNone) return;
+        sure_of(w, name);
         const Pos p = chains_.pos(ref);
         Copies& list = list_copies(id, p, ref);
         std::vector<u32> gone;

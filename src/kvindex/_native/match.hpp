@@ -120,6 +120,30 @@ struct TokenPath {
     }
 };
 
+// The same where the tokens behind each block are in its hash. The last blocks, behind which there are none, match
+// nothing.
+template <unsigned BT>
+struct LookaheadPath {
+    TokenPath<BT> plain;
+    u32 lookahead;
+    u32 n;
+
+    u64 hash(u32 i, u64 prev) const {
+        const std::size_t step = BT ? BT : plain.local.block_tokens();
+        const u32* tokens = plain.tokens + step * i;
+        u64 h = plain.local.template local_fixed<BT>(tokens);
+        const ExtraDigests* extra = plain.extra;
+        if (extra && i < extra->has.size() && extra->has[i]) h = mix_extra(h, extra->digest[i], plain.ix.seed());
+        h = mix_lookahead(h, tokens + step, lookahead, plain.ix.seed());
+        return i ? plain.roll.roll(prev, h) : h;
+    }
+    u32 agree(const u64* expect, u32 i, u32 count, u64 prev) const {
+        u32 k = 0;
+        for (; k < count && hash(i + k, prev) == expect[k]; ++k) prev = expect[k];
+        return k;
+    }
+};
+
 // A prompt as the prefix hashes of its blocks.
 struct HashPath {
     const u64* prefixes;
@@ -136,16 +160,18 @@ struct HashPath {
 class Matcher {
 public:
     template <class Path>
-    void match(const Index& ix, u32 space, const Path& path, const Filter* filter, bool only_exact, MatchResult& out) {
-        out.clear();
+    void match(const Index& ix, u32 space, const Path& path, const Filter* filter, bool only_exact, MatchResult& out,
+               bool more = false) {
+        if (!more) out.clear();
         if (space == kNone || path.n == 0) return;
         const u32 end = walk(ix, space, path, filter, out);
         const u32 words = static_cast<u32>(alive_.size());
         std::size_t n = ended_.size() + trails_.size();
         for (u32 i = 0; i < words; ++i) n += static_cast<std::size_t>(__builtin_popcountll(alive_[i]));
-        out.hits.reserve(n);
-        u32 most = 0;
-        u64 first = 0;
+        out.hits.reserve(out.hits.size() + n);
+        const bool led = out.best != kNone;
+        u32 most = led ? out.hits[out.best].blocks : 0;
+        u64 first = led ? out.hits[out.best].pod : 0;
         const Hit* best = nullptr;
         Hit* to = out.hits.room();
         const auto show = [&](const Face& f, u32 blocks) {
@@ -245,7 +271,7 @@ private:
             };
             const u32 pages = page_of(stop - 1) + 1;
             u32 depth = c.base;
-            chains.prefetch(c, head.page, std::min(c.row, kGuessed), std::min(kAhead, pages));
+            chains.prefetch(c, head.page, std::min<u32>(c.row, kGuessed), std::min(kAhead, pages));
             for (u32 r = 0; depth < stop; ++r) {
                 const u32 set = c.runs[r].set;
                 if (set != last_set) {

@@ -28,17 +28,6 @@ protected:
             spoil(id);
         }
     }
-    bool add_known(u32 id, u32 h, u64 name, u32 ref) {
-        const u32 factor = holders_[h].factor;
-        Pos p = chains_.pos(ref);
-        if ((p.depth + 1) % factor) return false;
-        chains_.touch(p.chain);
-        path_.clear();
-        for (u32 s = 0; s < factor; ++s, p = before(p)) path_.push_back(p);
-        add_copy(id, h, path_.data(), name, true);
-        return true;
-    }
-
     ParkingLot& lot(u32 id) {
         Worker& w = *workers_[id];
         if (!w.lot) w.lot.reset(new ParkingLot());
@@ -107,6 +96,7 @@ protected:
         p.waits_for = a.parent;
         p.orphan = true;
         p.rolled = a.rolled;
+        p.lookahead = a.lookahead;
         p.holder = a.holder;
         p.ids.assign(a.ids, a.ids + a.n);
         p.locals.assign(a.locals, a.locals + static_cast<std::size_t>(a.n) * factor);
@@ -272,9 +262,11 @@ protected:
                                 static_cast<u32>(p.ids.size()),
                                 p.locals.data(),
                                 p.live.data(),
-                                p.rolled};
+                                p.rolled,
+                                p.lookahead};
                 switch (place(a)) {
                     case Placed::yes:
+                        if (conflicts_) spoil(id);
                         fresh_.insert(fresh_.end(), p.ids.begin(), p.ids.end());
                         ends.push_back(p.ids.back());
                         break;
@@ -283,7 +275,8 @@ protected:
                         shelve(id, std::move(p));
                         break;
                     }
-                    case Placed::misaligned: spoil(id); break;
+                    case Placed::misaligned:
+                    case Placed::mixed: spoil(id); break;
                 }
             }
         }

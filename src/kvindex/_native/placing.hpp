@@ -4,6 +4,7 @@
 #pragma once
 
 #include <iterator>
+#include <unordered_set>
 
 #include "knowledge.hpp"
 #include "xxh3.hpp"
@@ -29,7 +30,7 @@ public:
 
     // ---- entries that no event announced ----------------------------------------------------------------------------
 
-    void guess(u32 pod, i64 rank, const std::string& model, const u64* prefixes, u32 n, double until) {
+    void guess(u32 pod, i64 rank, const std::string& model, const u64* prefixes, u32 n, double until, u32 lookahead) {
         const u32 id = worker(pod, rank, space(model));
         Worker& w = *workers_[id];
         if (n == 0) return;
@@ -37,6 +38,7 @@ public:
             w.guess = new_holder(id, 0, 0, 1);
             refresh(id);
         }
+        if (!learn_length(w, lookahead)) return;
         locate(w.space, {kNone, kNone}, prefixes, n);
         u32 done = 0;
         Pos tail{kNone, kNone};
@@ -48,7 +50,7 @@ public:
         chains_.touch(tail.chain);
         if (done < n) {
             const u32 set = sets_.change(kEmptySet, kNone, w.guess);
-            extend(w.space, tail, prefixes + done, n - done, set);
+            extend(w.space, tail, prefixes + done, n - done, set, lookahead);
             holders_[w.guess].blocks += n - done;
         }
         const auto it =
@@ -94,14 +96,14 @@ protected:
         }
     }
     // Adds new content below `at` and returns the position of its first block.
-    Pos extend(u32 space, Pos at, const u64* prefixes, u32 n, u32 set) {
+    Pos extend(u32 space, Pos at, const u64* prefixes, u32 n, u32 set, u32 lookahead) {
         u32 chain = at.chain;
         u32 depth = 0;
         if (chain != kNone && at.depth + 1 == chains_[chain].end()) {
             depth = at.depth + 1;
         } else {
             depth = chain == kNone ? 0 : at.depth + 1;
-            chain = chains_.create(space, at.chain, depth);
+            chain = chains_.create(space, at.chain, depth, lookahead);
         }
         chains_.append(chain, prefixes, n, set);
         if (depth == chains_[chain].base)
@@ -118,51 +120,202 @@ protected:
         const u64* locals;
         const u8* live;  // nullptr: all
         bool rolled;     // `locals` are prefix hashes already
+        u32 lookahead;
     };
-    enum class Placed : u8 { yes, orphan, misaligned };
+    enum class Placed : u8 { yes, orphan, misaligned, mixed };
 
-    // Puts consecutive engine blocks below their parent.
+    // Puts consecutive engine blocks below their parent. Where a name that the worker holds means other content, the
+    // engine's own pool says what it is: connectors leave out salts, adapters and multimodal keys (vLLM 0.33's
+    // self-describing offloading events, Mooncake's, LMCache's).
     Placed place(const Placing& a) {
-        Worker& w = *workers_[a.worker];
+        conflicts_ = 0;
+        const u32 parent = a.has_parent ? find(a.worker, a.parent) : kNone;
+        if (a.has_parent && parent == kNone) return Placed::orphan;
         const u32 factor = holders_[a.holder].factor;
+        if (parent != kNone && (chains_.pos(parent).depth + 1) % factor) return Placed::misaligned;
+        if (parent != kNone && lookahead_of(parent) != a.lookahead) return Placed::mixed;
+        if (find_place(a, factor, parent) == nullptr) {
+            commit(a, factor);
+        } else if (holders_[a.holder].medium != 0) {
+            return place_copies(a, factor);
+        } else if (!decide(a, factor)) {
+            return Placed::orphan;
+        }
+        if (holders_[a.holder].medium == 0 && !workers_[a.worker]->unsure.empty())
+            for (u32 j = 0; j < a.n; ++j) sure_of(*workers_[a.worker], a.ids[j]);
+        return Placed::yes;
+    }
+    u32 lookahead_of(u32 ref) const { return chains_[chains_.pos(ref).chain].lookahead; }
+    // Fills prefixes_ and segs_ for blocks whose parent is known. Returns the first of the names that mean something
+    // else, or nullptr.
+    const u64* find_place(const Placing& a, u32 factor, u32 parent) {
         const u32 blocks = a.n * factor;
+        at_ = {kNone, kNone};
+        const u64* prev = nullptr;
+        u64 parent_prefix = 0;
+        if (a.has_parent) {
+            at_ = chains_.pos(parent);
+            parent_prefix = chains_.prefix(parent);
+            prev = &parent_prefix;
+        }
+        prefixes_.resize(blocks);
+        if (a.rolled) {
+            std::copy(a.locals, a.locals + blocks, prefixes_.begin());
+        } else {
+            hasher_.chain(a.locals, blocks, prev, prefixes_.data());
+        }
+        locate(workers_[a.worker]->space, at_, prefixes_.data(), blocks);
+        return conflict(a, factor);
+    }
+    // The event says what its names mean. Copies in other media, which were announced before, move along. False if the
+    // parent's place went with what a name meant before.
+    bool decide(const Placing& a, u32 factor) {
+        moved_.clear();
+        expanded_.clear();
         for (;;) {
-            Pos at{kNone, kNone};
-            const u64* prev = nullptr;
-            u64 parent_prefix = 0;
             const u32 parent = a.has_parent ? find(a.worker, a.parent) : kNone;
-            if (a.has_parent && parent != kNone) {
-                at = chains_.pos(parent);
-                parent_prefix = chains_.prefix(parent);
-                prev = &parent_prefix;
+            if (a.has_parent && parent == kNone) {
+                if (!moved_.empty()) spoil(a.worker);
+                conflicts_ = 0;
+                return false;
             }
-            if (a.has_parent && parent == kNone) return Placed::orphan;
-            if ((at.depth + 1) % factor) return Placed::misaligned;
-            prefixes_.resize(blocks);
-            if (a.rolled) {
-                std::copy(a.locals, a.locals + blocks, prefixes_.begin());
-            } else {
-                hasher_.chain(a.locals, blocks, prev, prefixes_.data());
+            const u64* other = find_place(a, factor, parent);
+            if (!other) break;
+            // From the start again: the name may have been the parent's, and blocks may have
+            // gone with it. All such names at once: one at a time, an event whose names all
+            // mean something else now would cost the square of its length. The first in any
+            // case, for where prefix hashes collide the same hash may be another block's.
+            const u32 first = static_cast<u32>(other - a.ids);
+            others_.clear();
+            for (u32 j = first; j < a.n; ++j) {
+                const u32 known = find(a.worker, a.ids[j]);
+                if (known == kNone || (j != first && chains_.prefix(known) == prefixes_[(j + 1) * factor - 1]))
+                    continue;
+                take_along(a.worker, a.ids[j], known);
+                others_.push_back(a.ids[j]);
             }
-            locate(w.space, at, prefixes_.data(), blocks);
-            if (const u64* other = conflict(a, factor)) {
-                // From the start again: the name may have been the parent's, and blocks may have
-                // gone with it. All such names at once: one at a time, an event whose names all
-                // mean something else now would cost the square of its length. The first in any
-                // case, for where prefix hashes collide the same hash may be another block's.
-                const u32 first = static_cast<u32>(other - a.ids);
-                for (u32 j = first; j < a.n; ++j) {
-                    const u32 known = find(a.worker, a.ids[j]);
-                    if (known == kNone || (j != first && chains_.prefix(known) == prefixes_[(j + 1) * factor - 1]))
-                        continue;
+            for (u64 name : others_) forget_name(a.worker, name);
+        }
+        commit(a, factor);
+        for (const Copy& m : moved_) {
+            const u32 ref = find(a.worker, m.id);
+            if (ref == kNone || !add_known(a.worker, m.holder, m.id, ref)) {
+                spoil(a.worker);
+            } else if (m.count > 1 && !pods_[workers_[a.worker]->pod].set_presence) {
+                const Pos p = chains_.pos(ref);
+                for (Copy& c : list_copies(a.worker, p, ref))
+                    if (c.id == m.id && c.holder == m.holder) c.count += std::min(m.count - 1, 0xFFFFFFFFu - c.count);
+            }
+        }
+        return true;
+    }
+    // Copies that the name has now, but for those of the engine's own pool: that it means two things there is an error
+    // of somebody's. What hangs below was placed by what the name meant; until the engine has said more, nobody knows.
+    void take_along(u32 id, u64 name, u32 ref) {
+        Worker& w = *workers_[id];
+        const bool unsure = w.unsure.count(name) != 0;
+        const std::size_t before = moved_.size();
+        bool own = false;
+        each_copy(id, name, ref, [&](u32 h, u32 count) {
+            own |= holders_[h].medium == 0;
+            if (unsure || holders_[h].medium != 0) moved_.push_back({name, h, count});
+        });
+        conflicts_ += own && !unsure;
+        if (moved_.size() == before) return;
+        std::vector<Pos> above(1, chains_.pos(ref));
+        while (!above.empty()) {
+            const Pos p = above.back();
+            above.pop_back();
+            const Chain& c = chains_[p.chain];
+            u32 d = p.depth;
+            while (d < c.end() && knows(w, chains_.set_at(c, d)) && expanded_.insert(kid_key(p.chain, d)).second) ++d;
+            const u32 last = std::min(d, c.end() - 1);
+            for (u32 k = p.depth + 1; k <= last; ++k) doubt(id, {p.chain, k});
+            for (u32 k = d > p.depth ? c.first_kid : kNone; k != kNone; k = chains_[k].kid_after) {
+                const u32 base = chains_[k].base;
+                if (base <= p.depth || base > d || !knows(w, chains_.set_at(chains_[k], base))) continue;
+                doubt(id, {k, base});
+                above.push_back({k, base});
+            }
+        }
+        judge(w);
+    }
+    void doubt(u32 id, Pos p) {
+        Worker& w = *workers_[id];
+        if (!knows(w, set_at(p))) return;
+        each_name(id, p, [&](u64 name, u32 ref) {
+            if (!held_in(id, name, ref, 0)) w.unsure.emplace(name, u8{1});
+        });
+    }
+    // The event is of a tier, and some of its names are held for other content: they are copies of that, and what
+    // follows them hangs below that.
+    Placed place_copies(const Placing& a, u32 factor) {
+        u64 prev = a.has_parent ? chains_.prefix(find(a.worker, a.parent)) : 0;
+        const Holder& tier = holders_[a.holder];
+        known_.assign(a.n, 0);
+        bool off = false;  // the block before is one of another lookahead
+        for (u32 j = 0; j < a.n; ++j) {
+            const u64* locals = a.locals + std::size_t{j} * factor;
+            u64 here = prev;
+            for (u32 s = 0; s < factor; ++s)
+                here = a.rolled || (j == 0 && s == 0 && !a.has_parent) ? locals[s] : hasher_.roll(here, locals[s]);
+            const u32 known = find(a.worker, a.ids[j]);
+            const bool follows = off;
+            off = false;
+            if (known != kNone && chains_.prefix(known) != here) {
+                bool held = false, elsewhere = false;
+                each_copy(a.worker, a.ids[j], known, [&](u32 h, u32) {
+                    held = true;
+                    elsewhere |= holders_[h].medium != tier.medium || holders_[h].group != tier.group;
+                });
+                if (!held) {
                     forget_name(a.worker, a.ids[j]);
-                    if (a.has_parent && find(a.worker, a.parent) == kNone) return Placed::orphan;
+                } else {
+                    if ((chains_.pos(known).depth + 1) % factor) return Placed::misaligned;
+                    conflicts_ += a.rolled || !elsewhere;
+                    known_[j] = 1;
+                    off = lookahead_of(known) != a.lookahead;
+                    here = chains_.prefix(known);
                 }
+            }
+            if (follows && !known_[j]) return Placed::mixed;
+            prev = here;
+        }
+        if (a.has_parent && find(a.worker, a.parent) == kNone) {
+            conflicts_ = 0;
+            return Placed::orphan;
+        }
+        for (u32 j = 0; j < a.n;) {
+            if (known_[j]) {
+                if (!a.live || a.live[j]) add_known(a.worker, a.holder, a.ids[j], find(a.worker, a.ids[j]));
+                ++j;
                 continue;
             }
-            commit(a, factor, blocks, at);
-            return Placed::yes;
+            u32 end = j + 1;
+            while (end < a.n && !known_[end]) ++end;
+            Placing run = a;
+            if (j) {
+                run.has_parent = true;
+                run.parent = a.ids[j - 1];
+            }
+            run.ids += j;
+            run.n = end - j;
+            run.locals += std::size_t{j} * factor;
+            if (run.live) run.live += j;
+            if (!decide(run, factor)) return Placed::orphan;
+            j = end;
         }
+        return Placed::yes;
+    }
+    bool add_known(u32 id, u32 h, u64 name, u32 ref) {
+        const u32 factor = holders_[h].factor;
+        Pos p = chains_.pos(ref);
+        if ((p.depth + 1) % factor) return false;
+        chains_.touch(p.chain);
+        path_.clear();
+        for (u32 s = 0; s < factor; ++s, p = before(p)) path_.push_back(p);
+        add_copy(id, h, path_.data(), name, true);
+        return true;
     }
     // Names whose places are asked for before they are needed. All names at once would be as good for an event of 64,
     // but of a million the first are forgotten again.
@@ -194,15 +347,16 @@ protected:
         }
         return nullptr;
     }
-    void commit(const Placing& a, u32 factor, u32 blocks, Pos at) {
+    void commit(const Placing& a, u32 factor) {
         Worker& w = *workers_[a.worker];
+        const u32 blocks = a.n * factor;
         const u32 old = segs_.empty() ? 0 : segs_.back().at + segs_.back().n;
         const bool plain = factor == 1 && !a.live;
-        const Pos tail = segs_.empty() ? at : Pos{segs_.back().chain, segs_.back().depth + segs_.back().n - 1};
+        const Pos tail = segs_.empty() ? at_ : Pos{segs_.back().chain, segs_.back().depth + segs_.back().n - 1};
         if (old < blocks) {
             // New content is appended before anything else changes, so that the references of all blocks are settled.
             const u32 set = plain ? sets_.change(kEmptySet, kNone, a.holder) : kEmptySet;
-            const Pos first = extend(w.space, tail, prefixes_.data() + old, blocks - old, set);
+            const Pos first = extend(w.space, tail, prefixes_.data() + old, blocks - old, set, a.lookahead);
             segs_.push_back({first.chain, first.depth, old, blocks - old});
         }
         chains_.touch(segs_.back().chain);
@@ -356,6 +510,12 @@ protected:
     std::vector<u8> taken_;  // by block of the event: a worker, whichever, has its name
     std::vector<Segment> segs_, pieces_;
     std::vector<Pos> path_;
+    Pos at_{kNone, kNone};     // the parent of the event at hand
+    std::vector<Copy> moved_;  // copies of names that it says something else of
+    std::vector<u64> others_;  // those names
+    std::vector<u8> known_;    // by block of an event of a tier: its name is held for other content
+    std::unordered_set<u64> expanded_;
+    u32 conflicts_ = 0;  // names of the event at hand that the same medium holds for other content
 };
 
 }  // namespace kvindex

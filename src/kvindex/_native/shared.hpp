@@ -42,6 +42,20 @@ struct Prompt {
     ExtraDigests extra;
 };
 
+// Local (or, `rolled`, prefix) hashes of a prompt's complete blocks, of those that have so many tokens behind
+// them.
+inline void hash_prompt(const Prompt& p, u32 block_size, u64 seed, bool rolled, u64* out, u32 lookahead = 0) {
+    const u64 n = p.n_tokens < lookahead ? 0 : (p.n_tokens - lookahead) / block_size;
+    const BlockHasher h(seed, block_size, p.adapted ? xxh3_64(p.adapter.data(), p.adapter.size(), 0) : 0);
+    h.locals(p.tokens, n, out);
+    if (p.keyed)
+        for (u64 i = 0; i < n && i < p.extra.has.size(); ++i)
+            if (p.extra.has[i]) out[i] = mix_extra(out[i], p.extra.digest[i], seed);
+    if (lookahead)
+        for (u64 i = 0; i < n; ++i) out[i] = mix_lookahead(out[i], p.tokens + block_size * (i + 1), lookahead, seed);
+    if (rolled) h.chain(out, n, nullptr, out);
+}
+
 struct PodFigures {
     i64 rank;
     u64 blocks, parked;
@@ -253,8 +267,16 @@ public:
         const ExtraDigests* extra = prompt.keyed ? &prompt.extra : nullptr;
         const auto run = [&](const BlockHasher& local) {
             roll.visit([&](auto bt) {
-                const TokenPath<decltype(bt)::value> path{roll, local, prompt.tokens, extra, ix_, n};
-                matcher().match(ix_, space, path, filter.get(), only_exact, out);
+                constexpr unsigned BT = decltype(bt)::value;
+                const TokenPath<BT> path{roll, local, prompt.tokens, extra, ix_, n};
+                if (space == kNone || ix_.space_at(space).lengths.empty())
+                    return matcher().match(ix_, space, path, filter.get(), only_exact, out);
+                out.clear();
+                if (ix_.space_at(space).plain) matcher().match(ix_, space, path, filter.get(), only_exact, out, true);
+                for (const auto& length : ix_.space_at(space).lengths) {
+                    const LookaheadPath<BT> ahead{path, length.first, ix_.blocks(prompt.n_tokens, length.first)};
+                    matcher().match(ix_, space, ahead, filter.get(), only_exact, out, true);
+                }
             });
         };
         if (prompt.adapted) {
@@ -264,10 +286,29 @@ public:
         }
         return true;
     }
-    void guess(u64 uid, i64 rank, const std::string& model, const std::vector<u64>& prefixes, double until) {
+    void guess(u64 uid, i64 rank, const std::string& model, const Prompt& prompt, double until) {
+        if (prompt.prefixes) {
+            const std::vector<u64> given(prompt.prefixes, prompt.prefixes + prompt.n_prefixes);
+            return guess(uid, rank, model, given, until, 0);
+        }
+        std::vector<u32> lengths;
+        {
+            Reading g(*this, true);
+            if (const u32 pod = ix_.slot(uid); pod != kNone) lengths = ix_.lengths(pod, rank, model);
+        }
+        for (u32 lookahead : lengths) {
+            std::vector<u64> prefixes(ix_.blocks(prompt.n_tokens, lookahead));
+            hash_prompt(prompt, ix_.block_size(), ix_.seed(), true, prefixes.data(), lookahead);
+            guess(uid, rank, model, prefixes, until, lookahead);
+        }
+    }
+    void guess(u64 uid, i64 rank, const std::string& model, const std::vector<u64>& prefixes, double until,
+               u32 lookahead) {
         Writing w(*this);
         if (const u32 pod = ix_.slot(uid); pod != kNone)
-            whole([&] { ix_.guess(pod, rank, model, prefixes.data(), static_cast<u32>(prefixes.size()), until); });
+            whole([&] {
+                ix_.guess(pod, rank, model, prefixes.data(), static_cast<u32>(prefixes.size()), until, lookahead);
+            });
         note_expiry();
     }
     double next_expiry() const { return expiry_.load(std::memory_order_relaxed); }
@@ -525,17 +566,6 @@ inline bool read_extra(const u8* packed, u64 bytes, const std::string& salt, u64
     if (!extra_key_digests(bytes ? packed : nullptr, bytes, adapter, s, true, seed, blocks, p.extra)) return false;
     p.keyed = p.extra.any;
     return true;
-}
-
-// Local (or, `rolled`, prefix) hashes of a prompt's complete blocks.
-inline void hash_prompt(const Prompt& p, u32 block_size, u64 seed, bool rolled, u64* out) {
-    const u64 n = p.n_tokens / block_size;
-    const BlockHasher h(seed, block_size, p.adapted ? xxh3_64(p.adapter.data(), p.adapter.size(), 0) : 0);
-    h.locals(p.tokens, n, out);
-    if (p.keyed)
-        for (u64 i = 0; i < n && i < p.extra.has.size(); ++i)
-            if (p.extra.has[i]) out[i] = mix_extra(out[i], p.extra.digest[i], seed);
-    if (rolled) h.chain(out, n, nullptr, out);
 }
 
 }  // namespace kvindex

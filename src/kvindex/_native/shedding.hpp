@@ -52,7 +52,7 @@ public:
         if (chains_.ages().due(now)) chains_.ages().advance(now);
     }
 
-    void guess(u32 pod, i64 rank, const std::string& model, const u64* prefixes, u32 n, double until) {
+    void guess(u32 pod, i64 rank, const std::string& model, const u64* prefixes, u32 n, double until, u32 lookahead) {
         const u32 id = find_worker(pod, rank, find_space(model));
         // Without what was to be learned of the worker, a guess may promise more than its groups would agree to.
         const bool able = id == kNone
@@ -62,7 +62,7 @@ public:
             ++shed_.guesses;
             return;
         }
-        Placer::guess(pod, rank, model, prefixes, n, until);
+        Placer::guess(pod, rank, model, prefixes, n, until, lookahead);
         fit();
     }
 
@@ -241,7 +241,7 @@ private:
         each_knower(set, [&](u32 id, Worker&) { losers_.push_back(id); });
         for (u32 id : losers_) {
             const Worker& w = *workers_[id];
-            if (w.copies.empty() && !chains_.has_own(c, id)) continue;
+            if (w.copies.empty() && w.unsure.empty() && !chains_.has_own(c, id)) continue;
             for (u32 d = c.end(); d-- > from;)
                 if (knows(w, chains_.set_at(c, d))) drop_names(id, {chain, d}, chains_.ref(c, d));
         }

@@ -64,7 +64,7 @@ inline constexpr u64 kSnapshotHead = sizeof(SnapshotHeader) + u64{8} * kSections
 inline constexpr u64 kFreeMasks = 64ull << 20;
 
 struct ChainRecord {
-    u32 space, parent, base, len, runs, own;
+    u32 space, parent, base, len, runs, own, lookahead, zero;
 };
 struct OwnRecord {
     u32 worker, start, n, zero;

@@ -282,7 +282,8 @@ private:
         for (ChainRecord& r : records_) {
             take(&r, sizeof r);
             at_ -= sizeof r;
-            need(r.space < ix_.spaces_.size() && r.len && r.runs && u64{r.base} + r.len < (1u << 31),
+            need(r.space < ix_.spaces_.size() && r.len && r.runs && u64{r.base} + r.len < (1u << 31) &&
+                     r.lookahead <= kMostLookahead && r.zero == 0,
                  "a chain is none");
             at_ += sizeof r;
             blocks += r.len;
@@ -317,7 +318,7 @@ private:
         for (u32 i = 0; i < n; ++i) {
             at_ = start + u64{i} * sizeof(ChainRecord);
             const ChainRecord& r = records_[i];
-            need(chains.create(r.space, kNone, r.base) == i, "a chain is out of order");
+            need(chains.create(r.space, kNone, r.base, r.lookahead) == i, "a chain is out of order");
             Chain& c = chains[i];
             const u32 end = r.base + r.len;
             c.pages.reserve(ix_.mem_, ((end - 1) >> kPageShift) - (r.base >> kPageShift) + 1);
@@ -385,7 +386,8 @@ private:
         } else {
             need(r.parent < i, "a chain is before its parent");
             const Chain& p = ix_.chains_[r.parent];
-            need(r.base > p.base && r.base <= p.end() && p.space == c.space, "a chain hangs outside its parent");
+            need(r.base > p.base && r.base <= p.end() && p.space == c.space && p.lookahead == c.lookahead,
+                 "a chain hangs outside its parent");
             above = ix_.chains_.set_at(p, r.base - 1);
         }
         for (u32 k = 0; k < c.runs.size(); ++k) {
@@ -398,6 +400,7 @@ private:
         each_bit(c.runs[0].set, [&](u32 id) {
             Worker& w = *ix_.workers_[id];
             need(w.space == c.space, "a worker holds blocks of another model");
+            need(ix_.learn_length(w, c.lookahead), "a model has too many lengths of lookahead");
             w.chains.add(ix_.mem_, i);
             if (r.parent != kNone) w.kids.add(ix_.mem_, Index::kid_key(r.parent, r.base - 1));
         });
@@ -529,6 +532,9 @@ private:
                 need(kind <= 3 && kind != 2, "what waits is of no known kind");
                 p.orphan = kind & 1;
                 p.rolled = kind >> 1;
+                p.lookahead = get<u32>();
+                need(p.lookahead <= kMostLookahead && ix_.learn_length(*ix_.workers_[id], p.lookahead),
+                     "a model has too many lengths of lookahead");
                 p.holder = holder_of(id);
                 const u32 n = count(9);
                 need(p.orphan ? n >= 1 : n == 1, "what waits has no blocks");

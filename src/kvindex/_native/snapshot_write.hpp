@@ -108,8 +108,8 @@ private:
             if (id >= chain_no_.size()) chain_no_.resize(id + 1, kNone);
             chain_no_[id] = static_cast<u32>(chains_.size());
             chains_.push_back(id);
-            records_.push_back(
-                {c.space, parent, c.base, end - c.base, static_cast<u32>(runs_.size()) - first, c.own.size()});
+            records_.push_back({c.space, parent, c.base, end - c.base, static_cast<u32>(runs_.size()) - first,
+                                c.own.size(), c.lookahead, 0});
             blocks_ += end - c.base;
             kids.clear();
             for (u32 k = c.first_kid; k != kNone; k = ix_.chains_[k].kid_after) kids.push_back(k);
@@ -185,8 +185,8 @@ private:
             out_.put(pod_no[w.pod]);
             out_.put(w.space);
             out_.put(w.rank);
-            out_.put(w.placed_full | w.small_blocks * 2u | w.sticky * 4u | (w.ghost != kNone) * 8u | w.shed * 16u |
-                     w.muted * 32u | w.in_doubt * 64u);
+            out_.put(w.placed_full | w.small_blocks * 2u | (w.sticky || !w.unsure.empty()) * 4u |
+                     (w.ghost != kNone) * 8u | w.shed * 16u | w.muted * 32u | w.in_doubt * 64u);
             out_.put(static_cast<u32>(w.groups.size()));
             for (const Group& g : w.groups) {
                 out_.put(g.id);
@@ -256,6 +256,7 @@ private:
                 const Parked& p = rec.second;
                 out_.put(p.waits_for);
                 out_.put(u32{p.orphan} | u32{p.rolled} << 1);
+                out_.put(p.lookahead);
                 out_.put(holder_no_[p.holder]);
                 out_.put(static_cast<u32>(p.ids.size()));
                 out_.put(p.ids.data(), u64{8} * p.ids.size());

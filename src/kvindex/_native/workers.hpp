@@ -60,6 +60,7 @@ struct Copy {
 struct Parked {
     u64 waits_for = 0;
     bool orphan = false;
+    u32 lookahead = 0;
     bool rolled = false;  // `locals` are prefix hashes
     u32 holder = 0;
     u32 left = 0;  // how many are live
@@ -98,7 +99,7 @@ template <class K, class V>
 using CountedMap = std::unordered_map<K, V, Mixed, std::equal_to<K>, Counted<std::pair<const K, V>>>;
 
 struct Worker {
-    explicit Worker(Memory& m) : second(Counted<char>(m)), copies(Counted<char>(m)) {}
+    explicit Worker(Memory& m) : second(Counted<char>(m)), copies(Counted<char>(m)), unsure(Counted<char>(m)) {}
 
     u32 pod = 0;
     i64 rank = 0;
@@ -111,6 +112,9 @@ struct Worker {
     RefTable own;                    // own names -> block
     CountedMap<u64, u32> second;     // further names of a block -> block
     CountedMap<u32, Copies> copies;  // block -> copies, where bits do not suffice
+    std::vector<u32> lengths;        // of lookahead tokens in what it has announced
+    u32 length = kNone;              // the last of them
+    CountedMap<u64, u8> unsure;      // names below one that meant something else than a tier had said
     CountTable chains;               // chains in which this worker knows a block
     CountTable kids;                 // (chain, depth) -> child chains there in which it knows a block
     std::unique_ptr<ParkingLot> lot;
@@ -236,10 +240,12 @@ struct Pod {
 
 struct Space {
     std::string model;
-    HeadTable heads;           // chains by the prefix hash of their first block
-    RefTable names;            // engine hash in a page -> block
-    std::vector<u32> hybrids;  // workers whose groups and media must be looked at
-    u32 rootless = 0;          // how many of them may go on after a hole
+    HeadTable heads;             // chains by the prefix hash of their first block
+    RefTable names;              // engine hash in a page -> block
+    std::map<u32, u32> lengths;  // of lookahead tokens -> how many workers have announced such blocks; without 0
+    u32 plain = 0;               // workers that have announced blocks without
+    std::vector<u32> hybrids;    // workers whose groups and media must be looked at
+    u32 rootless = 0;            // how many of them may go on after a hole
 };
 
 // Room for `n` in all, so that adding one needs no memory. By doubling, which reserve alone does not do.

@@ -42,7 +42,7 @@ ERRORS = {
     "bad_seq": "messages have sequence numbers that are none",
     "bad_event": "events were malformed",
     "unknown_event": "events were of a kind that this version does not know, and may have taken blocks away",
-    "bad_token": "events have tokens that are no integers (EAGLE's pairs, TensorRT-LLM's strings): not to be placed",
+    "bad_token": "events have tokens that are no integers (TensorRT-LLM's strings): not to be placed",
     "misaligned": "events start inside a block",
     "parked_full": "blocks were refused because too many wait for their parents",
     "duplicate_hash": "events name one block twice",
