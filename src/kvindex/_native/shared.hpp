@@ -303,7 +303,7 @@ public:
         }
     }
     void guess(u64 uid, i64 rank, const std::string& model, const std::vector<u64>& prefixes, double until,
-               u32 lookahead) {
+               u32 lookahead = 0) {
         Writing w(*this);
         if (const u32 pod = ix_.slot(uid); pod != kNone)
             whole([&] {
