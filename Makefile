@@ -218,6 +218,7 @@ bench-replay: .venv/.bench-tools
 
 bench-streams: .venv/.installed
 	$(BIN)/python -m benchmarks.streams
+	$(BIN)/python -m benchmarks.herd
 	$(BIN)/python -m benchmarks.fleets
 
 # ALLOW='--allow NAME' lets one figure get worse; ONLY='--only match' looks at some workloads.

@@ -48,7 +48,13 @@ _KINDS: Mapping[str, tuple[set[str], set[str], set[str]]] = {
         {"action", "volumePath"},
     ),
     "TimeChaos": (set(), {"timeOffset", "clockIds", "containerNames"}, {"timeOffset"}),
-    "LocalChaos": ({"flood", "hostile", "replay-gone"}, {"action", "rate", "drop"}, {"action"}),
+    "LocalChaos": (
+        {
+            "flood", "herd", "hostile", "lost-tail", "publisher-dead", "replay-gone", "swapped-replay", "wrong-topic",
+        },
+        {"action", "rate", "drop", "readers"},
+        {"action"},
+    ),
 }  # fmt: skip
 
 #: What an action needs under its own name.

@@ -17,12 +17,14 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from kvindex import KVIndexError
+from kvindex import EventManager, KVIndexError, PodSource, PrefixIndex
 from kvindex.capture import Message, read_capture
 
 from .experiment import Experiment, ExperimentError, seconds
 from .hosts import missing, run
+from .judge import NOTICE
 from .logs import read, truth_dtype
 from .scene import RATE, Scene
 
@@ -39,6 +41,10 @@ class Fault(ABC):
     cuts = False
     #: A liar's truth is not defined: what it says of itself meanwhile is not judged, only everybody else.
     lies = False
+    #: Its pods are removed and added anew, and their counters with them.
+    anew = False
+    #: Seconds until what can not be known has to be called so.
+    notice = NOTICE
     #: Batches come, but late: a stream that never pauses shows no silence, and its lag is what has to say so.
     slow = False
 
@@ -346,6 +352,101 @@ class Hostile(Fault):
             scene.pods[pod].launch()
 
 
+class _Misled(Fault):
+    """The index is told something wrong about where a pod's events are, as one letter in a pod file does."""
+
+    anew = True
+
+    def told(self, scene: Scene, pod: str) -> Mapping[str, Any]:
+        raise NotImplementedError
+
+    def inject(self, scene: Scene) -> None:
+        for pod in self.pods:
+            scene.index.forget(pod)
+            scene.index.follow(scene.pods[pod], **self.told(scene, pod))
+
+    def heal(self, scene: Scene) -> None:
+        status = scene.index.status()
+        for pod in self.pods:
+            state, reason = status[pod]["state"], status[pod]["reason"]
+            self.expect(state == "degraded", f"{pod} is {state}: {reason}")
+            self.expect("tcp://" in reason, f"{pod}: the reason names no address: {reason}")
+            scene.index.forget(pod)
+            scene.follow(pod)
+
+
+class WrongTopic(_Misled):
+    def told(self, scene: Scene, pod: str) -> Mapping[str, Any]:
+        return {"topic": f"kv@{pod}@another"}
+
+
+class SwappedReplay(_Misled):
+    def told(self, scene: Scene, pod: str) -> Mapping[str, Any]:
+        names = list(scene.pods)
+        other = names[(names.index(pod) + 1) % len(names)]
+        return {"ranks": {0: (scene.pods[pod].ranks[0][0], scene.pods[other].ranks[0][1])}}
+
+
+class LostTail(Fault):
+    """The last batches before a silence are lost on the way."""
+
+    def inject(self, scene: Scene) -> None:
+        self._recovered = self._tails(scene)
+        for pod in self.pods:
+            scene.pods[pod].ask("fault", drop=1_000_000)
+        scene.quiet(0.3)
+        scene.rates(0.0, self.pods)
+
+    def heal(self, scene: Scene) -> None:
+        for pod, count in self._tails(scene).items():
+            self.expect(count > self._recovered[pod], f"{pod}: no batch was lost, or none was found")
+            scene.pods[pod].ask("fault", drop=0)
+        scene.rates(self.rate, self.pods)
+
+    def _tails(self, scene: Scene) -> dict[str, int]:
+        status = scene.index.status()
+        return {
+            pod: sum(worker["counters"].get("tails_recovered", 0) for worker in status[pod]["workers"].values())
+            for pod in self.pods
+        }
+
+
+class PublisherDead(Fault):
+    """The publisher's thread is dead, its process and connections live, and its cache goes on changing."""
+
+    cuts = True
+    notice = 10.0
+
+    def inject(self, scene: Scene) -> None:
+        for pod in self.pods:
+            scene.pods[pod].ask("fault", mute=True, replay_silent=True)
+
+    def heal(self, scene: Scene) -> None:
+        status = scene.index.status()
+        for pod in self.pods:
+            self.expect(status[pod]["state"] == "stale", f"{pod} is {status[pod]['state']}")
+            scene.pods[pod].ask("fault", mute=False, replay_silent=False)
+
+
+class Herd(Fault):
+    """So many other routers start at once and follow the pod."""
+
+    def inject(self, scene: Scene) -> None:
+        self._managers = []
+        for pod in self.pods:
+            endpoint, answers = scene.pods[pod].ranks[0]
+            for _ in range(int(self.spec["readers"])):
+                manager = EventManager(PrefixIndex())
+                self._managers.append(manager)
+                manager.add_pod(PodSource(pod, endpoint=endpoint, replay_endpoint=answers, model="sim"))
+
+    def heal(self, scene: Scene) -> None:
+        for manager in self._managers:
+            missing = manager.wait_until_exact(10.0)
+            self.expect(not missing, f"a reader of the herd is not exact: {missing}")
+            manager.close()
+
+
 class ReplayGone(Fault):
     def inject(self, scene: Scene) -> None:
         for pod in self.pods:
@@ -354,7 +455,8 @@ class ReplayGone(Fault):
     def heal(self, scene: Scene) -> None:
         status = scene.index.status()
         for pod in self.pods:
-            self.expect(status[pod]["lost_batches"], f"{pod}: no batch was lost")
+            # The publisher has the request: the hole is not accepted while it may still answer.
+            self.expect(status[pod]["state"] == "stale", f"{pod} is {status[pod]['state']}: no batch was lost")
             scene.pods[pod].ask("fault", replay_silent=False, drop=0)
 
 
@@ -461,6 +563,11 @@ _FAULTS: Mapping[tuple[str, str], Callable[[Experiment], Fault]] = {
     ("LocalChaos", "flood"): Flood,
     ("LocalChaos", "hostile"): Hostile,
     ("LocalChaos", "replay-gone"): ReplayGone,
+    ("LocalChaos", "wrong-topic"): WrongTopic,
+    ("LocalChaos", "swapped-replay"): SwappedReplay,
+    ("LocalChaos", "lost-tail"): LostTail,
+    ("LocalChaos", "publisher-dead"): PublisherDead,
+    ("LocalChaos", "herd"): Herd,
 }
 
 

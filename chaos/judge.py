@@ -163,6 +163,8 @@ class Cycle:
     cut: list[str] = field(default_factory=list)
     lies: list[str] = field(default_factory=list)
     slow: list[str] = field(default_factory=list)
+    anew: list[str] = field(default_factory=list)
+    notice: float = NOTICE
     resources: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -277,6 +279,11 @@ def _lying(cycles: Sequence[Cycle], pod: str, at: float) -> bool:
     return any(pod in cycle.lies and cycle.injected <= at <= cycle.ended for cycle in cycles)
 
 
+def _notice(cycles: Sequence[Cycle], pod: str, at: float) -> float:
+    during = (cycle.notice for cycle in cycles if pod in cycle.pods and cycle.injected <= at <= cycle.ended)
+    return max(during, default=NOTICE)
+
+
 def _safety(witness: Witness, cycles: Sequence[Cycle], problems: Sequence[str]) -> Judgement:
     found = list(problems)
     exact = 0
@@ -300,11 +307,13 @@ def _honesty(witness: Witness, cycles: Sequence[Cycle], counters: Mapping[str, M
         samples = witness.samples[pod]
         late = 0.0
         for sample in samples:
-            if sample.state != "exact" or sample.waiting <= NOTICE:
+            if sample.state != "exact" or sample.waiting <= _notice(cycles, pod, sample.at):
                 continue
             if not _lying(cycles, pod, sample.at) and not _slow(cycles, pod, sample.at):
-                late = max(late, sample.waiting - witness.stall(sample.at - sample.waiting, sample.at))
-        if late > NOTICE:
+                waited = sample.waiting - witness.stall(sample.at - sample.waiting, sample.at)
+                if waited > _notice(cycles, pod, sample.at):
+                    late = max(late, waited)
+        if late > 0.0:
             found.append(f"{pod}: exact although a batch had waited for {late:.2f} s")
         for cycle in cycles:
             if pod not in cycle.cut:
@@ -312,11 +321,11 @@ def _honesty(witness: Witness, cycles: Sequence[Cycle], counters: Mapping[str, M
             exact = [s.at for s in samples if cycle.injected <= s.at <= cycle.healing and s.state == "exact"]
             noticed = max(exact, default=cycle.injected) - cycle.injected
             slowest = max(slowest, noticed)
-            if noticed > NOTICE + witness.stall(cycle.injected, cycle.healing):
+            if noticed > cycle.notice + witness.stall(cycle.injected, cycle.healing):
                 found.append(f"{pod}: called exact for {noticed:.2f} s after it could not be known any more")
         lost = sum(applied.lost for applied in witness.applied[pod])
         counted = counters.get(pod, {}).get("lost_batches", 0)
-        if lost > counted and not any(pod in cycle.lies for cycle in cycles):
+        if lost > counted and not any(pod in [*cycle.lies, *cycle.anew] for cycle in cycles):
             found.append(f"{pod}: {lost} batches were left out, {counted} were counted")
     total = sum(applied.lost for each in witness.applied.values() for applied in each)
     figure = f"{slowest:.2f} s" if any(cycle.cut for cycle in cycles) else "nobody cut off"

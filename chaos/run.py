@@ -111,6 +111,8 @@ def _run(fault: Fault, where: Path, reports: Path, result: Result, repeats: int,
             cycle.pods, cycle.cut = list(fault.pods), list(fault.cut)
             cycle.lies = list(fault.pods) if fault.lies else []
             cycle.slow = list(fault.pods) if fault.slow else []
+            cycle.anew = list(fault.pods) if fault.anew else []
+            cycle.notice = fault.notice
             lost = _connections_lost(scene)
             scene.index.ask("others", pods=[name for name in scene.pods if name not in fault.pods])
             cycle.injected = time.monotonic()

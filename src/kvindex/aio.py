@@ -40,8 +40,9 @@ T = TypeVar("T")
 class EventManager:
     """:class:`kvindex.EventManager` for asyncio: the same arguments, behaviour and errors.
 
-    To be awaited: ``close``, ``add_pod``, ``remove_pod``, ``bind``, ``wait_until_current``; not to be awaited, since
-    they wait for nobody: ``status``, ``faults``, ``is_current``. :meth:`changes` takes the place of ``on_change``.
+    To be awaited: ``close``, ``add_pod``, ``remove_pod``, ``bind``, ``wait_until_current``,
+    ``wait_until_exact``; not to be awaited, since they wait for nobody: ``status``, ``faults``, ``is_current``,
+    ``is_exact``, ``inexact``. :meth:`changes` takes the place of ``on_change``.
 
     An async context manager. Belongs to no event loop: each method may be awaited in any. A method that is cancelled
     while it waits has either taken effect or never will.
@@ -98,13 +99,35 @@ class EventManager:
     async def wait_until_current(self, timeout: float | None = None, *, pods: Iterable[str] | None = None) -> bool:
         """As :meth:`kvindex.EventManager.wait_until_current`: False when ``timeout`` seconds were not enough, or the
         manager was closed."""
+        return await self._wait(self._manager.is_current, timeout, pods)
+
+    async def wait_until_exact(
+        self, timeout: float | None = None, *, pods: Iterable[str] | None = None
+    ) -> dict[str, str]:
+        """As :meth:`kvindex.EventManager.wait_until_exact`: the pods that are not exact after ``timeout`` seconds, and
+        why."""
+        names = None if pods is None else [pods] if isinstance(pods, str) else list(pods)
+        done = await self._wait(self._manager.is_exact, timeout, names)
+        return {} if done else self._manager.inexact(names)
+
+    def is_exact(self, pods: Iterable[str] | None = None) -> bool:
+        """As :meth:`kvindex.EventManager.is_exact`."""
+        return self._manager.is_exact(pods)
+
+    def inexact(self, pods: Iterable[str] | None = None) -> dict[str, str]:
+        """As :meth:`kvindex.EventManager.inexact`."""
+        return self._manager.inexact(pods)
+
+    async def _wait(
+        self, ready: Callable[[list[str] | None], bool], timeout: float | None, pods: Iterable[str] | None
+    ) -> bool:
         names = None if pods is None else [pods] if isinstance(pods, str) else list(pods)
         loop = asyncio.get_running_loop()
         progress = asyncio.Event()
         end = self._manager.on_progress(_Waker(loop, progress))
         try:
             async with asyncio.timeout(timeout):
-                while not self._manager.is_current(names):
+                while not ready(names):
                     if self._manager.closed:
                         return False
                     await progress.wait()

@@ -57,6 +57,8 @@ def test_a_pod_is_followed(index, pod):
             await manager.add_pod(source(pod))
             assert await manager.wait_until_current(LONG)
             assert manager.is_current()
+            assert await manager.wait_until_exact(LONG) == {}
+            assert (manager.is_exact(), manager.inexact()) == (True, {})
             assert index.match_prefix(pod.chain(), model="m", only_exact=True).best() == ("pod", 20)
             pod.publish(2)
             await becomes(lambda: manager.status()["pod"].last_seq == 6)

@@ -498,3 +498,33 @@ def test_the_block_size_is_the_smallest_of_the_usual_ones():
     facts.add(payload(stored([1], range(64), size=64, group_idx=1, kv_cache_spec_kind="mamba")))
     assert facts.block_size == 16
     assert facts.groups == {0: Group(None, None), 1: Group("mamba", None)}
+
+
+def test_a_replay_endpoint_that_is_another_pods_is_said(ask, pod):
+    with LivePublisher(name="other", topic=f"kv@{pod.name}@m") as other:
+        other.publish(2)
+        pod.publish(5)
+        stop = threading.Event()
+
+        def live():
+            while not stop.wait(0.02):
+                pod.publish(1)
+
+        thread = threading.Thread(target=live)
+        thread.start()
+        try:
+            status, findings = ask(f"pod={pod.ranks[0][0]},{other.ranks[0][1]}", "--seconds", "2", tidy=False)
+        finally:
+            stop.set()
+            thread.join()
+    assert status == 1
+    (said,) = [text for text in wrong(findings) if "another process's replay endpoint" in text]
+    assert pod.ranks[0][0] in said
+    assert other.ranks[0][1] in said
+
+
+def test_ranks_that_share_one_publisher_are_a_note(ask, pod):
+    for rank in (0, 1):
+        pod.publish_raw(payload(stored([rank + 1], [1, 2, 3, 4]), rank=rank))
+    _, findings = ask(word(pod))
+    assert ("note", "rank 1 publishes here too, and is kept apart") in findings

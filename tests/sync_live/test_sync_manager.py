@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import socket
 import subprocess
 import sys
@@ -826,6 +827,36 @@ def test_ranks_whose_endpoints_are_swapped_are_not_exact(index, manager):
         assert status.state == "degraded"
         assert "swapped" in status.reason
         assert {first, second_replay} <= set(status.workers[0].reason.replace(",", " ").split())
+
+
+def test_who_is_not_exact_and_why(index, manager, pod):
+    pod.publish(2)
+    manager.add_pod(source(pod))
+    assert manager.wait_until_exact(20.0) == {}
+    assert manager.is_exact()
+    manager.add_pod(PodSource("gone", endpoint="tcp://127.0.0.1:1"))
+    until(lambda: "accepts" in manager.inexact().get("gone", ""))
+    found = manager.wait_until_exact(0.0)
+    assert list(found) == ["gone"]
+    assert found["gone"].startswith("stale: tcp://127.0.0.1:1: ")
+    assert manager.wait_until_exact(20.0, pods="pod") == {}
+    assert not manager.is_exact()
+    with pytest.raises(UnknownPodError):
+        manager.inexact(["nobody"])
+    manager.close()
+    assert set(manager.wait_until_exact(5.0)) == {"pod", "gone"}
+
+
+@pytest.mark.parametrize("kind", [zmq.ROUTER, zmq.REP, zmq.PUSH])
+def test_another_socket_at_the_endpoint_is_named_as_what_it_is(manager, kind):
+    context = zmq.Context()
+    try:
+        other = context.socket(kind)
+        port = other.bind_to_random_port("tcp://127.0.0.1")
+        manager.add_pod(PodSource("pod", endpoint=f"tcp://127.0.0.1:{port}"))
+        until(lambda: re.search("is no (ZMQ )?publisher", manager.status()["pod"].reason))
+    finally:
+        context.destroy(linger=0)
 
 
 def test_pods_are_added_and_removed_from_many_threads(index, manager):

@@ -60,7 +60,7 @@ class Faults:
     replay_cut: int | None = None
     """A replay stops after so many batches, without its end marker: what happens behind a full queue."""
     replay_silent: bool = False
-    """Requests for a replay are not answered."""
+    """Requests for a replay are not answered before this ends, as when the publisher's thread is held up."""
     replay_endless: bool = False
     """A replay repeats its batches, and never ends."""
     replay_no_end: bool = False
@@ -197,7 +197,8 @@ class Publisher:
             # Without the empty frame the engines ignore it.
             if len(request) == 3 and request[1] == b"":
                 self._asked.append((now + self.faults.replay_delay, request))
-        while self._asked and self._asked[0][0] <= now:
+        asked = () if self.faults.replay_silent else self._asked
+        while asked and asked[0][0] <= now:
             asker, _, asked_from = self._asked.popleft()[1]
             self._answer(asker, int.from_bytes(asked_from, "big"))
         if self._endless is not None and self.faults.replay_endless:
@@ -205,14 +206,12 @@ class Publisher:
             for seq, payload in [item for item in self._buffer if item[0] >= start][:200]:
                 self._reply(client, seq, payload)
             return 0.01
-        due = [queue[0][0] for queue in (self._late, self._asked) if queue]
+        due = [queue[0][0] for queue in (self._late, asked) if queue]
         return max(0.0, min(due) - now) if due else None
 
     def _answer(self, client: bytes, start: int) -> None:
         faults = self.faults
         self.replays += 1
-        if faults.replay_silent:
-            return
         found = [item for item in self._buffer if item[0] >= start]
         for seq, payload in found if faults.replay_cut is None else found[: faults.replay_cut]:
             self._reply(client, seq, payload)

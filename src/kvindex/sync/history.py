@@ -72,6 +72,10 @@ class History:
             return False
         return bool(self._memory[seq % len(self._memory)] & _LIVE)
 
+    def confirm(self, seq: int) -> None:
+        """A remembered batch that a replay brought was published over the connection that stands, too."""
+        self._memory[seq % len(self._memory)] |= _LIVE
+
     def came_by_replay(self, seq: int) -> bool:
         """Whether this batch was applied since the connection stands and was not published over it."""
         if seq < self._connected_at or not self.base <= seq < self.next:

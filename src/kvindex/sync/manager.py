@@ -284,14 +284,63 @@ class EventManager:
 
         Not from a callback, which would wait for itself: :class:`StreamError`.
         """
+        return self._wait(self.is_current, timeout, pods)
+
+    def is_exact(self, pods: Iterable[str] | None = None) -> bool:
+        """Whether all of these pods (all that are followed if None) are ``exact``.
+
+        Raises :class:`UnknownPodError` for a pod that is not followed.
+        """
+        return not self._loop.closed and all(
+            pod.workers and all(worker.state == "exact" for worker in list(pod.workers.values()))
+            for pod in self._named(pods)
+        )
+
+    def inexact(self, pods: Iterable[str] | None = None) -> dict[str, str]:
+        """Which of these pods (all that are followed if None) are not ``exact``, and why:
+        ``{"a": "stale: replaying"}``.
+
+        O(workers); does not wait for the thread. Raises :class:`UnknownPodError` for a pod that is not followed.
+        """
+        names = [pod.source.name for pod in self._named(pods)]
+        table = self.status()
+        return {
+            name: f"{table[name].state}: {table[name].reason}"
+            for name in names
+            if name in table and table[name].state != "exact"
+        }
+
+    def wait_until_exact(self, timeout: float | None = None, *, pods: Iterable[str] | None = None) -> dict[str, str]:
+        """Wait until :meth:`is_exact`, at most ``timeout`` seconds (None: as long as it takes). Gives :meth:`inexact`,
+        which is empty when all are.
+
+        Not from a callback, which would wait for itself: :class:`StreamError`.
+        """
+        names = None if pods is None else [pods] if isinstance(pods, str) else list(pods)
+        return {} if self._wait(self.is_exact, timeout, names) else self.inexact(names)
+
+    def _named(self, pods: Iterable[str] | None) -> list[_Pod]:
+        names = list(self._pods) if pods is None else [pods] if isinstance(pods, str) else list(pods)
+        found = []
+        for name in names:
+            pod = self._pods.get(name)
+            if pod is not None:
+                found.append(pod)
+            elif pods is not None:
+                raise self._unknown(name)
+        return found
+
+    def _wait(
+        self, done: Callable[[list[str] | None], bool], timeout: float | None, pods: Iterable[str] | None
+    ) -> bool:  # fmt: skip
         if self._loop.is_current:
             raise StreamError("a callback of the manager's own thread can not wait for that thread")
         names = None if pods is None else [pods] if isinstance(pods, str) else list(pods)
         until = None if timeout is None else time.monotonic() + timeout
         if self._loop.closed:  # in a forked child, the parent's thread may have been at what follows
-            return self.is_current(names)
+            return done(names)
         with self._changed:
-            while not self.is_current(names):
+            while not done(names):
                 if self._loop.closed:
                     return False
                 left = None if until is None else until - time.monotonic()

@@ -257,7 +257,7 @@ class Subscription(_Watched):
                 if self.closed:
                     return
                 self._over = True
-                self._lost(now, _why(event, self._keyed))
+                self._lost(now, _why(event, self._keyed, self._stands))
 
     def ready(self, now: float) -> bool:
         if not self._stands:
@@ -274,7 +274,12 @@ class Subscription(_Watched):
             self._lost(now, f"closed here: {error!r}")
 
 
-def _why(event: int, keyed: bool) -> str:
+def _why(event: int, keyed: bool, stood: bool) -> str:
+    if event == zmq.EVENT_DISCONNECTED and not stood:
+        return (
+            "what answers there ends the connection at once: it is no publisher, but another ZMQ socket (a replay"
+            " endpoint?), or no ZMQ socket"
+        )
     if event == zmq.EVENT_DISCONNECTED:
         return "the connection was lost"
     if event == zmq.EVENT_CONNECT_RETRIED:

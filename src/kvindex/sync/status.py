@@ -83,7 +83,7 @@ class StateChange(NamedTuple):
     old: str
     new: str
     reason: str
-    """Why, for people; empty where the new state is ``exact``."""
+    """Why, for people; of ``exact``, what can not be known all the same, or nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,7 +28,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from .._core import _xxh3_64
 from ..answers import StreamPlace
@@ -536,6 +536,7 @@ class WorkerStream:
         if not self._history.came_by_replay(seq):
             return
         if self._history.recall(seq) == fingerprint(payload):
+            self._history.confirm(seq)
             self._agree()
         elif self._newer(seq, ts):  # or it is of a former process, or was damaged on the way
             self._contradiction = seq
@@ -725,8 +726,7 @@ class WorkerStream:
             replay.purpose, replay.expect = Purpose.START, -1
             self._take(replay, seq, payload, now)
         else:
-            self._restarted(why, against=seq)
-            self._ask(Purpose.START, 0)
+            self._replaced(replay, why, seq)
 
     def _too_many_conflicts(self, now: float) -> bool:
         self._conflicts += 1
@@ -781,6 +781,11 @@ class WorkerStream:
                 f"{self._replay_endpoint} does not give batch {against} as {self._endpoint} published it: the next one"
                 " shows whether the engine has restarted or that is another process's replay endpoint"
             )
+
+    def _replaced(self, replay: Question, why: str, against: int) -> None:
+        with self._keeping() if replay.purpose is Purpose.VERIFY else nullcontext():
+            self._restarted(why, against=against)
+        self._ask(Purpose.START, 0)
 
     @contextmanager
     def _keeping(self) -> Iterator[None]:
@@ -913,12 +918,7 @@ class WorkerStream:
             # It does not have the last batch that is applied, or nothing at all that is.
             if replay.purpose is not Purpose.HEAL and not self._too_many_conflicts(now):
                 why = f"the replay does not have batch {replay.expect}"
-                if replay.purpose is Purpose.VERIFY:
-                    with self._keeping():
-                        self._restarted(why, against=replay.expect)
-                else:
-                    self._restarted(why, against=replay.expect)
-                self._ask(Purpose.START, 0)
+                self._replaced(replay, why, replay.expect)
             return
         if short and replay.purpose is not Purpose.HEAL:
             # The same process, but its queue was full: the end of the answer is still to be had.

@@ -185,6 +185,8 @@ class Worker:
         self.errors: Counter[str] = Counter()
         self.explained: set[str] = set()
         self.unknown: str | None = None  # the kind of an event that nobody knows, until the worker starts anew
+        self._heard_at: float | None = None  # of the connection that stands: the last message, or its beginning
+        self._unbeaten = 0  # connections in a row that ended as heartbeats without an answer end them
         self._blamed = False  # another rank's batches were found on this connection
         self._uncleared = False  # the index still has what it was told to forget
         self.tokens = 10.0  # of the log's bucket
@@ -280,6 +282,7 @@ class Worker:
             return
         self.opened_at = None
         self._blamed = False
+        self._heard_at = now
         self.connected(now)
 
     def _lost(self, attempt: int, now: float, why: str) -> None:
@@ -287,7 +290,24 @@ class Worker:
             return
         self.opened_at = None
         self.attempt += 1  # a connection is lost once
+        why += self._beatless(now)
         self.disconnected(now, f"{self.at.endpoint}: {why}")
+
+    def _beatless(self, now: float) -> str:
+        """What to add to the reason of a loss, where connections are lost as if nobody answered heartbeats."""
+        beat = self._setting.options.heartbeat
+        silent = None if self._heard_at is None else now - self._heard_at
+        self._heard_at = None
+        if silent is None or not beat:
+            return ""
+        # From the last message to the first beat one interval at most, from there to the end two and a half.
+        self._unbeaten = self._unbeaten + 1 if 2.4 * beat <= silent <= 4.0 * beat else 0
+        if self._unbeaten < 2:
+            return ""
+        return (
+            f", {self._unbeaten} times in a row when heartbeats had no answer: publishers of ZMTP 3.0 give none"
+            " (EventManager(heartbeat=0))"
+        )
 
     def tick(self, now: float) -> None:
         """Do what is due."""
@@ -420,6 +440,7 @@ class Worker:
     def hear(self, seq: int, payload: bytes, now: float) -> None:
         """Hand a published batch to its stream."""
         self._heard = seq
+        self._heard_at = now
         actions: list[Action] = []
         plain = self.stream.follows(seq, payload, now)
         if plain is None:
