@@ -112,9 +112,9 @@ test-wire: .venv/.test-tools
 
 # The sanitized core lies in a tree of its own, before the checkout on the path; everything else comes from .venv.
 # -UNDEBUG because Python's own flags switch the core's assertions off; -O1 keeps the stack traces readable. Segments
-# of tables have 128 bytes, not 2 MB, so that tests split and merge many.
+# of tables have 128 bytes, not 2 MB, and turns of the write lock 4 blocks, not 512, so that tests see many of both.
 SANITIZED := .build/sanitize
-SANITIZE_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g -UNDEBUG -DKVINDEX_SEGMENT_BYTES=128
+SANITIZE_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g -UNDEBUG -DKVINDEX_SEGMENT_BYTES=128 -DKVINDEX_TURN_BLOCKS=4
 
 $(SANITIZED)/.built: setup.py $(CORE) $(shell find src/kvindex -name '*.py') | .venv/.test-tools
 	rm -rf $(SANITIZED)
@@ -146,7 +146,7 @@ tsan: $(TSAN)
 
 FUZZ := .build/fuzz
 CLANG := $$(command -v clang++ || command -v clang++-14)
-FUZZ_FLAGS := -std=c++17 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -DKVINDEX_SEGMENT_BYTES=128
+FUZZ_FLAGS := -std=c++17 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -DKVINDEX_SEGMENT_BYTES=128 -DKVINDEX_TURN_BLOCKS=4
 
 $(FUZZ)/fuzz_%: tests/fuzz/fuzz_%.cpp $(wildcard src/kvindex/_native/*.hpp)
 	$(call need,echo 'extern "C" int LLVMFuzzerTestOneInput(const char*$(comma) unsigned long) { return 0; }' \
@@ -311,7 +311,7 @@ $(COVERED)/.built: setup.py $(CORE) $(shell find src/kvindex -name '*.py') | .ve
 coverage: .venv/.coverage-tools $(COVERED)/.built
 	rm -rf $(COVERED)/report && mkdir -p $(COVERED)/report
 	find $(COVERED) -name '*.gcda' -delete
-	$${CXX:-g++} -std=c++17 $(COUNTED) -DKVINDEX_SEGMENT_BYTES=128 $(FAILING) -Isrc/kvindex/_native tests/fuzz/fail_memory.cpp -o $(COVERED)/fail_memory
+	$${CXX:-g++} -std=c++17 $(COUNTED) -DKVINDEX_SEGMENT_BYTES=128 -DKVINDEX_TURN_BLOCKS=4 $(FAILING) -Isrc/kvindex/_native tests/fuzz/fail_memory.cpp -o $(COVERED)/fail_memory
 	$(COVERED)/fail_memory 1
 	PYTHONPATH=$(CURDIR)/$(COVERED)/lib $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(JUNIT) --ignore tests/packaging --ignore tests/typing \
 		--cov=kvindex --cov-report=html:$(COVERED)/report/python --cov-report=json:$(REPORTS)/coverage-python.json --cov-report=term

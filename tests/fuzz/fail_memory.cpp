@@ -178,7 +178,7 @@ History draw(u64 seed) {
 
 class World {
 public:
-    explicit World(u64 budget) : ix_(1, 1337, false, 40, budget, 0), bytes_(ix_.figures().bytes) {
+    explicit World(u64 budget) : ix_(1, 1337, false, 40, budget, 0), bytes_(ix_.stats().figures.bytes) {
         for (u32 p = 0; p < kPods; ++p) pods_[p] = ix_.open_pod(kPodNames[p]);
     }
     // False if there was no memory.
@@ -221,7 +221,7 @@ public:
     std::string finish() {
         for (u32 p = 0; p < kPods; ++p) ix_.remove_pod(pods_[p]);
         if (const std::string bad = ix_.check(); !bad.empty()) return "after remove_pod: " + bad;
-        const Index::Figures f = ix_.figures();
+        const Index::Figures f = ix_.stats().figures;
         if (f.blocks || f.chains || f.holders || f.workers || f.parked || f.guesses) return "something is left";
         if (f.bytes != bytes_) return std::to_string(f.bytes) + " bytes are left, not " + std::to_string(bytes_);
         return "";

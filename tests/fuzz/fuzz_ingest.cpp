@@ -79,8 +79,8 @@ public:
         max_parked_ = head_[1] >> 6 & 1 ? 6 : 65536;
         if (kShow) std::printf("start(%u, %d, %u)\n", size_, set_presence_, max_parked_);
         all_ = make();
-        bytes_at_start_ = all_->figures().bytes;
-        for (u32 p = 0; p < kPods; ++p) pods_[p] = all_->open_pod(kPodNames[p]);
+        bytes_at_start_ = all_->stats().figures.bytes;
+        for (u32 p = 0; p < kPods; ++p) open(p);
     }
 
     void record(const u8* r) {
@@ -147,7 +147,7 @@ public:
             all_->remove_pod(pods_[p]);
             if (const std::string bad = all_->check(); !bad.empty()) die("after remove_pod: " + bad);
         }
-        const Index::Figures f = all_->figures();
+        const Index::Figures f = all_->stats().figures;
         const u64 left[] = {f.blocks, f.chains, f.sets - 1, f.holders, f.workers, f.parked, f.guesses};
         const char* const names[] = {"blocks", "chains", "sets", "holders", "workers", "parked", "guesses"};
         for (u32 i = 0; i < 7; ++i)
@@ -178,11 +178,18 @@ private:
     std::unique_ptr<SharedIndex> make() const {
         return std::make_unique<SharedIndex>(size_, 1337, set_presence_, max_parked_);
     }
+    // Followed from the start: of a pod that nobody follows nothing is exact, and the ranks alone are followed one by
+    // one.
+    void open(u32 pod) {
+        pods_[pod] = all_->open_pod(kPodNames[pod]);
+        all_->mark(pods_[pod], 0, static_cast<int>(Verdict::exact));
+    }
     Solo& solo(u32 pod, i64 rank) {
         Solo& s = solos_[{pod, rank}];
         if (!s.index) {
             s.index = make();
             s.uid = s.index->open_pod(kPodNames[pod]);
+            s.index->mark(s.uid, rank, static_cast<int>(Verdict::exact));
             const Configuration& c = configured_[pod];
             s.index->configure(s.uid, c.presence, c.has_media, c.media, c.chunk, -1);
         }
@@ -407,7 +414,7 @@ private:
         const u32 pod = pod_of(r);
         if (kShow) std::printf("remove_pod(%u)\n", pod);
         if (!all_->remove_pod(pods_[pod]) || all_->remove_pod(pods_[pod])) die("a pod is removed once");
-        pods_[pod] = all_->open_pod(kPodNames[pod]);
+        open(pod);
         for (auto it = solos_.begin(); it != solos_.end();)
             it = it->first.first == pod ? solos_.erase(it) : std::next(it);
         configured_[pod] = Configuration();
@@ -492,7 +499,9 @@ private:
                 for (const PodFigures& f : alone) {
                     const auto it = std::find_if(figures.begin(), figures.end(),
                                                  [&](const PodFigures& o) { return o.rank == f.rank; });
-                    if (it == figures.end() || it->blocks != f.blocks || it->parked != f.parked || it->state != f.state)
+                    const PodFigures none{f.rank, 0, 0, 0, -1};
+                    const PodFigures& other = it == figures.end() ? none : *it;
+                    if (other.blocks != f.blocks || other.parked != f.parked || other.state != f.state)
                         die("figures depend on other workers");
                 }
             }
@@ -558,6 +567,7 @@ private:
     Answer answer(const SharedIndex& ix, const MatchResult& m, u32 only, u32 blocks) const {
         Answer a;
         u32 best = 0;
+        const std::map<u32, std::string> media = ix.media(m.hits);
         for (const Hit& h : m.hits) {
             u32 pod = only;
             for (u32 p = 0; only == kNone && p < kPods; ++p)
@@ -567,7 +577,7 @@ private:
                 die("an answer of " + std::to_string(h.blocks) + " to " + std::to_string(blocks) + " blocks");
             if (h.alone) a.insert({pod, h.rank, "*", h.blocks});
             if (h.alone || h.medium == kNone) best = std::max(best, h.blocks);
-            a.insert({pod, h.rank, h.medium == kNone ? "*" : lower_case(ix.medium(h.medium)), h.blocks});
+            a.insert({pod, h.rank, h.medium == kNone ? "*" : lower_case(media.at(h.medium)), h.blocks});
         }
         if (m.best == kNone
                 ? best != 0

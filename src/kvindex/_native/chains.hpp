@@ -99,6 +99,12 @@ public:
         return c.pages[(depth >> kPageShift) - (c.base >> kPageShift)] * kPageBlocks + (depth & (kPageBlocks - 1));
     }
     u32 ref(Pos p) const { return ref(chains_[p.chain], p.depth); }
+    // Whether there is a block with this reference.
+    bool is_block(u32 ref) const {
+        if (!homes_.alive(ref >> kPageShift)) return false;
+        const Pos p = pos(ref);
+        return p.depth >= chains_[p.chain].base && p.depth < chains_[p.chain].end();
+    }
     Pos pos(u32 ref) const {
         const PageHome& h = homes_[ref >> kPageShift];
         return {h.chain, h.index * kPageBlocks + (ref & (kPageBlocks - 1))};

@@ -304,6 +304,42 @@ protected:
             }
         }
     }
+    // A second holder of what `h` is for, which no match counts until it is shown.
+    u32 hidden_like(u32 id, u32 h) {
+        Worker& w = *workers_[id];
+        widen(w.hidden, w.hidden.size() + 1);
+        const u32 twin = new_holder(id, holders_[h].medium, holders_[h].group, holders_[h].factor);
+        set_bit(w.mask, twin, true);
+        w.hidden.push_back(twin);
+        return twin;
+    }
+    // What the holder has counts from now on, all at once. Needs no memory.
+    void show(u32 id, u32 h) {
+        Worker& w = *workers_[id];
+        w.hidden.erase(std::find(w.hidden.begin(), w.hidden.end(), h));
+        w.holders.push_back(h);
+        ++pods_[w.pod].holders;
+        refresh(id);
+    }
+    void hide(u32 id, u32 h) {
+        Worker& w = *workers_[id];
+        widen(w.hidden, w.hidden.size() + 1);
+        w.holders.erase(std::find(w.holders.begin(), w.holders.end(), h));
+        w.hidden.push_back(h);
+        --pods_[w.pod].holders;
+        for (std::vector<u64>* mask : {&simple_, &grouped_, &rooted_}) set_bit(*mask, h, false);
+        refresh(id);
+    }
+    // A holder that holds nothing goes, hidden or not.
+    void drop_holder(u32 id, u32 h) noexcept {
+        Worker& w = *workers_[id];
+        pods_[w.pod].holders -= static_cast<u32>(std::count(w.holders.begin(), w.holders.end(), h));
+        for (std::vector<u32>* list : {&w.holders, &w.hidden})
+            list->erase(std::remove(list->begin(), list->end(), h), list->end());
+        set_bit(w.mask, h, false);
+        free_holder(h);
+        refresh(id);
+    }
     u32 ghost(u32 id) {
         Worker& w = *workers_[id];
         if (w.ghost == kNone) {

@@ -27,6 +27,82 @@ inline u64 mix_lookahead(u64 local, const u32* tokens, u32 n, u64 seed) {
     const u64 both[2] = {local, xxh3_64(tokens, std::size_t{n} * sizeof(u32), seed)};
     return xxh3_64(both, sizeof both, seed ^ 0xC2B2AE3D27D4EB4Full);
 }
+// A change that goes on over several turns of the write lock (changes.hpp).
+struct Change {
+    // In the order in which they come: of a store, of what waited for it, of a removal, of a clear.
+    enum class Step : u8 {
+        none,
+        place,
+        copy,
+        park,
+        turn_away,
+        show,
+        fold,
+        attach,
+        settle,
+        take,
+        forget,
+        guesses,
+        hide,
+        lot,
+        dead,
+        maps,
+        collect,
+        sort,
+        sweep,
+        finish
+    };
+
+    Step step = Step::none;
+    u32 epoch = 0;
+    u32 pod = kNone, worker = kNone;
+    i64 rank = 0;
+    u32 at = 0;  // how far the step has come, in engine blocks or workers
+
+    // Of an event, made without the lock.
+    bool prepared = false, sound = true;
+    u32 n = 0;  // engine blocks without repeats
+    std::vector<u64> ids, locals;
+
+    // Of a store.
+    u32 holder = kNone, twin = kNone, factor = 1;
+    bool has_parent = false, rolled = false, whole = false;
+    u64 parent = 0;
+    u32 lookahead = 0;
+    u32 placed = kNone;  // engine blocks that have been placed, where the others were not
+    Reason reason = Reason::none;
+
+    // Of what waited.
+    Attaching waits;
+
+    // Of a removal: how many copies stay, if the event says so, and the holder that each of the worker's has given what
+    // is to go.
+    Holder tier;
+    const u32* stay = nullptr;
+    std::vector<std::pair<u32, u32>> twins;
+
+    // Of a clear.
+    std::vector<u32> workers, media;
+    std::vector<u8> doubts;  // by worker: whether it will be in doubt
+    bool some = false;       // these media only
+    bool forgives = false;   // the rank holds nothing afterwards, of no model
+    bool goes = false;       // the pod goes too
+    u64 serial = 0;
+    std::vector<std::pair<u32, u32>> chains;  // base and number
+    CountTable::Cursor cursor;
+    u32 swept = kNone;
+
+    u32 left = 0;  // blocks that this turn may still change, or as much work
+
+    bool on() const { return step != Step::none; }
+    void spend(u32 blocks) { left -= std::min(left, blocks); }
+    // Orders the chains of a clear, which needs no lock.
+    void relax() {
+        if (step != Step::sort) return;
+        std::sort(chains.begin(), chains.end());
+        step = Step::sweep;
+    }
+};
 
 // Events of one stream that are applied under one lock, one after the other, and what need not be looked up for each.
 struct Turn {
@@ -39,8 +115,10 @@ struct Turn {
     // What the parents of the next events probably are, by the number of the event.
     static constexpr std::size_t kParents = 4;
     u32 parents[kParents] = {kNone, kNone, kNone, kNone};
+    Change& change;  // what an event begins and a turn does not end
 
-    Turn(u32 pod, i64 rank, const std::string& model, u32 space) : pod(pod), rank(rank), model(model), space(space) {}
+    Turn(u32 pod, i64 rank, const std::string& model, u32 space, Change& change)
+        : pod(pod), rank(rank), model(model), space(space), change(change) {}
 };
 
 class Index : public Shedder {
@@ -94,7 +172,8 @@ public:
             w.second = CountedMap<u64, u32>(Counted<char>(mem_));
             w.copies = CountedMap<u32, Copies>(Counted<char>(mem_));
             w.unsure = CountedMap<u64, u8>(Counted<char>(mem_));
-            for (u32 h : w.holders) holders_[h].blocks = 0;
+            for (const std::vector<u32>* list : {&w.holders, &w.hidden})
+                for (u32 h : *list) holders_[h].blocks = 0;
             if (w.ghost != kNone) holders_[w.ghost].blocks = 0;
             if (w.guess != kNone) free_holder(w.guess);
             w.guess = kNone;
@@ -110,6 +189,9 @@ public:
             s.names.release(mem_);
         }
         pinned_ = kNone;
+        loose_blocks_.clear();
+        loose_chains_.clear();
+        ++epoch_;
         for (u32 id = 0; id < workers_.size(); ++id)
             if (workers_[id]) refresh(id);
         for (u32 p = 0; p < pods_.size(); ++p) judge(p);
@@ -147,42 +229,77 @@ public:
         }
     }
 
-    void remove_pod(u32 id) {
+    // ---- long changes (changes.hpp) ---------------------------------------------------------------------------------
+
+    // Whether an event is prepared without the lock, and applied in pieces.
+    static bool is_long(const Event& e) {
+        return e.bad == Reason::none && (e.kind == EventKind::stored || e.kind == EventKind::removed) &&
+               (e.n_hashes > kTurnBlocks || e.n_tokens > u64{kTurnBlocks} * 4096);
+    }
+    void prepare(const Batch& b, const Event& e, Change& c) const;
+    void begin_end(Change& c, u32 pod) noexcept;
+    void begin_clear(Change& c, u32 pod, i64 rank, const std::vector<u32>* media);
+    bool go_on(Change& c, Report& r);
+    void go_through(Change& c, Report& r);
+    void abandon(Change& c) noexcept;
+    void set_busy(u32 pod, bool busy) {
+        if (pod < pods_.size()) pods_[pod].busy = busy;
+    }
+    // Whether a clear of this rank takes more than one turn.
+    bool holds_much(u32 pod, i64 rank) const {
+        for (u32 id : pods_[pod].workers)
+            if (const Worker& w = *workers_[id];
+                w.rank == rank && (held(w) > kTurnBlocks || w.parked() > kTurnBlocks || w.chains.size() > kTurnBlocks))
+                return true;
+        return false;
+    }
+    bool parks_much(u32 pod, i64 rank) const {
+        for (u32 id : pods_[pod].workers)
+            if (const Worker& w = *workers_[id]; w.rank == rank && w.lot && w.lot->by_id.size() > kTurnBlocks)
+                return true;
+        return false;
+    }
+    using Shedder::loose;
+    using Shedder::tie_up;
+
+    // From here on the pod's number and name lead to nothing; the name may be opened anew.
+    void close_pod(u32 id) {
         Pod& p = pods_[id];
         directory_.close(p.name);
-        while (!p.workers.empty()) {
-            const u32 w = p.workers.back();
-            clear_all(w);
-            drop_worker(w);
-            p.workers.pop_back();
-        }
-        for (u32 m : p.clear_media) media_.drop(m);
-        for (u32 m : p.ignore_media) media_.drop(m);
+        p.uid = 0;
+        ++pods_version_;
+    }
+    void drop_pod(u32 id, const std::vector<u32>& workers) {
+        Pod& p = pods_[id];
+        for (u32 w : workers) drop_worker(w);
+        for (const std::vector<u32>* list : {&p.clear_media, &p.ignore_media})
+            for (u32 m : *list) media_.drop(m);
         p = Pod();
         free_pods_.push_back(id);
-        ++pods_version_;
-        if (directory_.size() == 0) {
-            drop_scratch();
-            mem_.sub(scratch_);
-            scratch_ = seen_ = 0;
-            sets_.shrink();
-            chains_.shrink();
-            pods_.clear();
-            pods_.shrink_to_fit();
-            free_pods_.clear();
-            workers_.clear();
-            workers_.shrink_to_fit();
-            free_workers_.clear();
-            holders_.clear();
-            holders_.shrink_to_fit();
-            free_holders_.clear();
-            simple_.clear();
-            guessed_.clear();
-            grouped_.clear();
-            rooted_.clear();
-            faces_.clear();
-            stands_for_.clear();
-        }
+    }
+    // Gives back what was kept for the next pod, once the last one has gone and left nothing.
+    void shrink() {
+        if (free_pods_.size() != pods_.size() || loose()) return;
+        drop_scratch();
+        mem_.sub(scratch_);
+        scratch_ = seen_ = 0;
+        sets_.shrink();
+        chains_.shrink();
+        pods_.clear();
+        pods_.shrink_to_fit();
+        free_pods_.clear();
+        workers_.clear();
+        workers_.shrink_to_fit();
+        free_workers_.clear();
+        holders_.clear();
+        holders_.shrink_to_fit();
+        free_holders_.clear();
+        simple_.clear();
+        guessed_.clear();
+        grouped_.clear();
+        rooted_.clear();
+        faces_.clear();
+        stands_for_.clear();
     }
 
     // ---- events -----------------------------------------------------------------------------------------------------
@@ -236,40 +353,32 @@ public:
             if (workers_[w]->rank == rank) spoil(w);
     }
     // The worker's cache is empty, or what of it lies in the medium that the event names.
-    void cleared(u32 pod, i64 rank, StrRef medium) {
+    void cleared(Change& c, u32 pod, i64 rank, StrRef medium) {
         Pod& p = pods_[pod];
-        const bool whole = !medium.set() && !p.has_clear_media;
-        const std::vector<u32> named{medium.set() ? media_.find(medium.p, medium.n) : kNone};
-        for (std::size_t i = 0; i < p.workers.size(); ++i) {
-            const u32 w = p.workers[i];
-            if (workers_[w]->rank != rank) continue;
-            if (!whole) {
-                clear_some(w, medium.set() ? named : p.clear_media);
-                continue;
-            }
+        if (medium.set()) {
+            const std::vector<u32> named{media_.find(medium.p, medium.n)};
+            begin_clear(c, pod, rank, &named);
+        } else if (p.has_clear_media) {
+            begin_clear(c, pod, rank, &p.clear_media);
+        } else {
+            begin_clear(c, pod, rank, nullptr);
             // vLLM's reset_prefix_cache leaves an offloading tier alone; with reset_external, a sleep or a pause the
             // tier goes too. The events are the same.
-            const bool doubt = workers_[w]->in_doubt || held_elsewhere(*workers_[w]);
-            clear_all(w);
-            workers_[w]->in_doubt = doubt;
-            judge(*workers_[w]);
+            for (std::size_t i = 0; i < c.workers.size(); ++i) {
+                const Worker& w = *workers_[c.workers[i]];
+                c.doubts[i] = w.in_doubt || held_elsewhere(w);
+            }
         }
-        if (whole) p.refused.forgive(rank);
-        sum_up(pod);
     }
     // Events of these media are left out from now on, and what they said before goes.
-    void ignore_media(u32 pod, const std::vector<std::string>& media) {
+    void ignore_media(u32 pod, const std::vector<std::string>& media, Change& c) {
         set_media(pods_[pod].ignore_media, media);
-        for (std::size_t i = 0; i < pods_[pod].workers.size(); ++i)
-            clear_some(pods_[pod].workers[i], pods_[pod].ignore_media);
+        begin_clear(c, pod, kEveryRank, &pods_[pod].ignore_media);
     }
-    void clear_worker(u32 pod, i64 rank) {
+    void clear_worker(u32 pod, i64 rank, Change& c) {
         heard(pod);
         pods_[pod].positions.erase(rank);
-        for (u32 w : pods_[pod].workers)
-            if (workers_[w]->rank == rank) clear_all(w);
-        pods_[pod].refused.forgive(rank);
-        sum_up(pod);
+        begin_clear(c, pod, rank, nullptr);
     }
 
     // ---- figures ----------------------------------------------------------------------------------------------------
@@ -326,12 +435,12 @@ private:
                 if (const u32 w = find_worker(turn); w == kNone) {
                     r.skip(Reason::unknown_hash, e.n_hashes);
                 } else {
-                    removed(w, e, ids, e.n_tokens ? b.tokens.data() + e.token_at : nullptr, r);
+                    removed(turn.change, w, e, ids, e.n_tokens ? b.tokens.data() + e.token_at : nullptr, r);
                 }
                 break;
             }
             case EventKind::cleared:
-                cleared(turn.pod, turn.rank, e.medium);
+                cleared(turn.change, turn.pod, turn.rank, e.medium);
                 ++r.cleared;
                 break;
             case EventKind::other: r.skip(Reason::unknown_event); break;
@@ -377,7 +486,7 @@ private:
             }
             const u64 k = e.block_size / block_size_;
             // Hashes of blocks of another size say nothing of these.
-            if (k > 0xFFFF || (hashed && k != 1)) {
+            if (k > kMostFactor || (hashed && k != 1)) {
                 r.skip(Reason::block_size_mismatch);
                 spoil(id);
                 return;
@@ -388,17 +497,14 @@ private:
             spoil(id);
             return;
         }
-        ids_.resize(e.n_hashes);
-        for (u32 i = 0; i < e.n_hashes; ++i) ids_[i] = name_of(b.hashes[e.hash_at + i]);
-        // LMCache 0.5 slices one token too many: 257 tokens for a block of 256. Where blocks are masked, tokens are a
-        // whole number of blocks.
-        const u64 spanned = static_cast<u64>(e.n_hashes) * e.block_size;
-        const bool whole =
-            hashed || (!bare && (e.n_tokens == spanned || (e.n_tokens > spanned && e.n_tokens % e.block_size)));
-        u32 n = Repeats::first(ids_.data(), e.n_hashes);
-        // A block below itself: what repeats the parent is a repeat as much as what repeats a sibling.
-        if (whole && e.has_parent)
-            n = static_cast<u32>(std::find(ids_.begin(), ids_.begin() + n, name_of(e.parent)) - ids_.begin());
+        Change& change = turn.change;
+        if (!change.prepared) {
+            ids_.resize(e.n_hashes);
+            for (u32 i = 0; i < e.n_hashes; ++i) ids_[i] = name_of(b.hashes[e.hash_at + i]);
+        }
+        const u64* const ids = change.prepared ? change.ids.data() : ids_.data();
+        const bool whole = of_whole_blocks(e);
+        const u32 n = change.prepared ? change.n : distinct(e, ids);
         if (n < e.n_hashes) {
             r.skip(Reason::duplicate_hash, e.n_hashes - n);
             spoil(id);
@@ -429,52 +535,58 @@ private:
         // All its blocks masked: that the group exists is all there is to learn,
         // and it limits what the worker can reuse.
         if (n == 0) return;
-        if (over_limit(w.pod, static_cast<u64>(n) * factor))
-            return turn_away(id, ids_.data(), n, Reason::over_limit, r);
-        if (!make_room_for(id, e, n, factor, whole)) return turn_away(id, ids_.data(), n, Reason::over_budget, r);
+        const bool is_over = (e.lookahead != w.length && !learn_length(w, e.lookahead)) ||
+                             over_limit(w.pod, static_cast<u64>(n) * factor);
+        if (change.prepared) {
+            if (whole && !change.sound) {
+                r.skip(Reason::bad_event);
+                return spoil(id);
+            }
+            if (whole && hashed) {
+                const auto given = b.hashes.begin() + e.hash_at + e.n_hashes;
+                change.locals.assign(given, given + n);
+            }
+            begin_store(change, id, h, e, factor, whole);
+            if (is_over || !may_fit(n, u64{n} * factor)) {
+                change.reason = is_over ? Reason::over_limit : Reason::over_budget;
+                change.step = Change::Step::turn_away;
+            }
+            return;
+        }
+        if (is_over) return turn_away(id, ids, n, Reason::over_limit, r);
+        if (!make_room_for(id, e, n, factor, whole)) return turn_away(id, ids, n, Reason::over_budget, r);
         if (!whole) {
-            for (u32 i = 0; i < n; ++i) place_known(id, h, ids_[i], r);
+            for (u32 i = 0; i < n; ++i) place_known(id, h, ids[i], r);
             count_refused(r);
             return;
         }
-        const u32 blocks = n * factor;
-        locals_.resize(blocks);
+        locals_.resize(std::size_t{n} * factor);
         if (hashed) {
             const auto given = b.hashes.begin() + e.hash_at + e.n_hashes;
             std::copy(given, given + n, locals_.begin());
-        } else if (!hash_event(b, e, n, factor)) {
+        } else if (!hash_event(b, e, n, factor, locals_.data(), extra_)) {
             r.skip(Reason::bad_event);
             spoil(id);
             return;
         }
-        if (e.lookahead != w.length && !learn_length(w, e.lookahead))
-            return turn_away(id, ids_.data(), n, Reason::over_limit, r);
         if (!w.placed_full || w.small_blocks) {
             w.placed_full = true;
             w.small_blocks = false;
             judge(w);
         }
-        const Placing a{id,
-                        h,
-                        e.has_parent,
-                        name_of(e.parent),
-                        ids_.data(),
-                        n,
-                        locals_.data(),
-                        nullptr,
-                        e.hashed == Hashed::prefix,
-                        e.lookahead};
+        const Placing a{
+            id,         h, e.has_parent, name_of(e.parent), ids, n, locals_.data(), nullptr, e.hashed == Hashed::prefix,
+            e.lookahead};
         switch (place(a)) {
             case Placed::yes:
                 r.stored += n;
-                if (conflicts_) {
-                    r.stored -= conflicts_;
-                    r.skip(Reason::hash_conflict, conflicts_);
-                    spoil(id);
-                }
+                count_conflicts(id, r);
                 count_refused(r);
-                if (w.lot) {
-                    fresh_.assign(ids_.begin(), ids_.begin() + n);
+                if (w.lot && w.lot->by_id.size() > kTurnBlocks) {
+                    change.waits.fresh.assign(ids, ids + n);
+                    begin_attach(change, id);
+                } else if (w.lot) {
+                    fresh_.assign(ids, ids + n);
                     work_off(id);
                 }
                 break;
@@ -488,6 +600,12 @@ private:
                 spoil(id);
                 break;
         }
+    }
+    void count_conflicts(u32 id, Report& r) {
+        if (!conflicts_) return;
+        r.stored -= conflicts_;
+        r.skip(Reason::hash_conflict, conflicts_);
+        spoil(id);
     }
     void count_refused(Report& r) {
         r.stored -= refused_copies_;
@@ -543,8 +661,24 @@ private:
         workers_[id]->muted = true;
         workers_[id]->why_muted = why;
     }
+    // Whether the event describes all its blocks, and not only names them.
+    static bool of_whole_blocks(const Event& e) {
+        if (e.hashed != Hashed::tokens) return true;
+        // LMCache 0.5 slices one token too many: 257 tokens for a block of 256. Where blocks are masked, tokens are a
+        // whole number of blocks.
+        const u64 spanned = static_cast<u64>(e.n_hashes) * e.block_size;
+        return e.n_tokens != 0 && e.block_size != 0 &&
+               (e.n_tokens == spanned || (e.n_tokens > spanned && e.n_tokens % e.block_size));
+    }
+    // Of how many engine blocks the names differ, from the first on. What repeats the parent repeats as well: a block
+    // cannot lie below itself.
+    static u32 distinct(const Event& e, const u64* ids) {
+        const u32 n = Repeats::first(ids, e.n_hashes);
+        if (!e.has_parent || !of_whole_blocks(e)) return n;
+        return static_cast<u32>(std::find(ids, ids + n, name_of(e.parent)) - ids);
+    }
     // Local hashes of the event's first n engine blocks, adapter and extra keys included.
-    bool hash_event(const Batch& b, const Event& e, u32 n, u32 factor) {
+    bool hash_event(const Batch& b, const Event& e, u32 n, u32 factor, u64* locals, ExtraDigests& extra) const {
         const u32* tokens = b.tokens.data() + e.token_at;
         const u32 blocks = n * factor;
         char digits[24];
@@ -556,32 +690,32 @@ private:
             adapter.n = static_cast<u32>(len);
         }
         if (adapter.set() && adapter.n) {
-            BlockHasher(seed_, block_size_, xxh3_64(adapter.p, adapter.n, 0)).locals(tokens, blocks, locals_.data());
+            BlockHasher(seed_, block_size_, xxh3_64(adapter.p, adapter.n, 0)).locals(tokens, blocks, locals);
         } else {
-            hasher_.locals(tokens, blocks, locals_.data());
+            hasher_.locals(tokens, blocks, locals);
         }
-        if (!e.extra_keys && !e.cache_salt.set()) return look_ahead(b, e, n, factor);
-        if (!extra_key_digests(e.extra_keys, e.extra_keys_bytes, adapter, e.cache_salt, !e.has_parent, seed_, n,
-                               extra_))
+        if (!e.extra_keys && !e.cache_salt.set()) return look_ahead(b, e, n, factor, locals);
+        if (!extra_key_digests(e.extra_keys, e.extra_keys_bytes, adapter, e.cache_salt, !e.has_parent, seed_, n, extra))
             return false;
-        if (extra_.any)
+        if (extra.any)
             for (u32 j = 0; j < n; ++j)
-                if (u64& h = locals_[std::size_t{j} * factor]; extra_.has[j]) h = mix_extra(h, extra_.digest[j], seed_);
-        return look_ahead(b, e, n, factor);
+                if (u64& h = locals[std::size_t{j} * factor]; extra.has[j]) h = mix_extra(h, extra.digest[j], seed_);
+        return look_ahead(b, e, n, factor, locals);
     }
     // What is behind an index block is partly in its own engine block.
-    bool look_ahead(const Batch& b, const Event& e, u32 n, u32 factor) {
+    bool look_ahead(const Batch& b, const Event& e, u32 n, u32 factor, u64* locals) const {
         if (e.lookahead == 0) return true;
         const u32* tokens = b.tokens.data() + e.token_at;
         const u32* ahead = tokens + e.n_tokens;
         const std::size_t size = std::size_t{block_size_} * factor;
+        std::vector<u32> behind;
         for (u32 j = 0; j < n; ++j, tokens += size, ahead += e.lookahead) {
-            behind_.assign(tokens, tokens + (factor > 1 ? size : 0));
-            behind_.insert(behind_.end(), ahead, ahead + e.lookahead);
+            behind.assign(tokens, tokens + (factor > 1 ? size : 0));
+            behind.insert(behind.end(), ahead, ahead + e.lookahead);
             for (u32 s = 0; s < factor; ++s) {
-                u64& h = locals_[std::size_t{j} * factor + s];
-                h = mix_lookahead(h, behind_.data() + (factor > 1 ? std::size_t{block_size_} * (s + 1) : 0),
-                                  e.lookahead, seed_);
+                u64& h = locals[std::size_t{j} * factor + s];
+                h = mix_lookahead(h, behind.data() + (factor > 1 ? std::size_t{block_size_} * (s + 1) : 0), e.lookahead,
+                                  seed_);
             }
         }
         return true;
@@ -590,16 +724,16 @@ private:
     // ---- removed, cleared -------------------------------------------------------------------------------------------
 
     // `left`: how many copies stay of each, where the event says so.
-    void removed(u32 id, const Event& e, const u64* ids, const u32* left, Report& r) {
+    void removed(Change& change, u32 id, const Event& e, const u64* ids, const u32* left, Report& r) {
         Holder tier;
         tier.medium = media_.find(e.medium.p, e.medium.n);
         // Nobody holds anything there.
         if (tier.medium == kNone) return r.skip(Reason::unknown_hash, e.n_hashes);
         tier.group = find_group(*workers_[id], e.group);
+        if (change.prepared) return begin_removal(change, id, tier, left);
         for (u32 i = 0; i < e.n_hashes; ++i) {
             const u64 name = name_of(ids[i]);
-            if (left ? leave_copies(id, tier, name, left[i])
-                     : remove_copy(id, tier, name, nullptr) || cancel(id, tier, name)) {
+            if (remove_one(id, tier, name, left ? left + i : nullptr, nullptr)) {
                 ++r.removed;
             } else {
                 r.skip(Reason::unknown_hash);
@@ -607,14 +741,31 @@ private:
         }
     }
     // Of a name that has no copy nothing is known that could stay.
-    bool leave_copies(u32 id, const Holder& tier, u64 name, u32 left) {
-        if (remove_copy(id, tier, name, &left)) return true;
+    bool leave_copies(u32 id, const Holder& tier, u64 name, u32 left, Change* change) {
+        if (remove_copy(id, tier, name, &left, change)) return true;
         const u32 waiting = parked_copies(id, tier, name);
         for (u32 n = waiting; n > left; --n) cancel(id, tier, name);
         return waiting != 0;
     }
-    // Takes away one copy, or, where `left` says how many stay, all others.
-    bool remove_copy(u32 id, const Holder& tier, u64 name, const u32* left) {
+    // What an event that names a block for removal means, with `left` copies that stay or (nullptr) one that goes.
+    bool remove_one(u32 id, const Holder& tier, u64 name, const u32* left, Change* change) {
+        return left ? leave_copies(id, tier, name, *left, change)
+                    : remove_copy(id, tier, name, nullptr, change) || cancel(id, tier, name);
+    }
+    // Takes away one copy, or, where `left` says how many stay, all others. Of a long removal, what goes waits for the
+    // others.
+    bool remove_copy(u32 id, const Holder& tier, u64 name, const u32* left, Change* change) {
+        const auto take = [&](u32 h, Pos at) {
+            if (change) {
+                leave(*change, h, at);
+            } else {
+                take_copy(id, h, at);
+            }
+        };
+        const auto leaves = [&](u32 h) {
+            return change && std::any_of(change->twins.begin(), change->twins.end(),
+                                         [&](const auto& t) { return t.second == h; });
+        };
         Worker& w = *workers_[id];
         const u32 ref = find(id, name);
         if (ref == kNone) return false;
@@ -622,13 +773,15 @@ private:
         const u32 set = set_at(p);
         for (u32 h : w.holders) {
             const Holder& holder = holders_[h];
-            if (holder.medium != tier.medium || holder.group != tier.group || (p.depth + 1) % holder.factor) continue;
+            if (holder.medium != tier.medium || holder.group != tier.group || (p.depth + 1) % holder.factor ||
+                leaves(h))
+                continue;
             const auto it = w.copies.empty() ? w.copies.end() : w.copies.find(ref);
             if (it == w.copies.end()) {
                 u64 first;
                 if (!sets_.has(set, h) || !first_name(id, p, ref, first) || first != name) continue;
                 if (!left || *left == 0) {
-                    take_copy(id, h, p);
+                    take(h, p);
                     return true;
                 }
                 if (*left == 1 || counts_once(w)) return true;
@@ -642,7 +795,7 @@ private:
             const bool last =
                 std::none_of(list.begin(), list.end(), [&](const Copy& x) { return x.holder == h && x.count; });
             tidy_copies(id, p, ref);
-            if (last) take_copy(id, h, p);
+            if (last) take(h, p);
             return true;
         }
         return false;
@@ -665,31 +818,25 @@ private:
         return list;
     }
     void clear_all(u32 id) {
+        Change c;
+        Report unused;
+        begin_clear(c, workers_[id]->pod, workers_[id]->rank, nullptr);
+        c.workers.assign(1, id);
+        c.forgives = false;
+        go_through(c, unused);
+    }
+    // All but what the worker is: nothing of it is known any more, in any chain.
+    void forget_worker(u32 id) {
         Worker& w = *workers_[id];
-        drop_guesses(id);
-        const std::vector<u32> list = own_chains(w);
-        const u32 words = static_cast<u32>(w.mask.size());
-        // Chain by chain, children first: a parent must not lose its last holder while a child hangs on it, and joining
-        // on the way may have made a child part of its parent, which then comes later.
-        for (u32 chain : list) {
-            if (!chains_.alive(chain)) continue;
-            Chain& c = chains_[chain];
-            chains_.change(chain, c.base, c.end(),
-                           [&](u32 set, u32) { return sets_.minus(set, w.mask.data(), words); });
-            chains_.drop_own(chain, id);
-            lose_chain(w, chain);
-            trim(chain);
-        }
-        w.own.release(mem_);
-        w.chains.release(mem_);
-        w.kids.release(mem_);
+        release(w);
         w.second = CountedMap<u64, u32>(Counted<char>(mem_));
         w.copies = CountedMap<u32, Copies>(Counted<char>(mem_));
         w.unsure = CountedMap<u64, u8>(Counted<char>(mem_));
-        drop_lot(w);
-        for (u32 h : w.holders) free_holder(h);
+        for (const std::vector<u32>* list : {&w.holders, &w.hidden})
+            for (u32 h : *list) free_holder(h);
         pods_[w.pod].holders -= static_cast<u32>(w.holders.size());
         w.holders.clear();
+        w.hidden.clear();
         w.mask.clear();
         if (w.ghost != kNone) {
             holders_[w.ghost].blocks = 0;
@@ -701,57 +848,46 @@ private:
         refresh(id);
         judge(w);
     }
-    void clear_some(u32 id, const std::vector<u32>& media) {
-        Worker& w = *workers_[id];
-        if (std::find(media.begin(), media.end(), 0u) != media.end()) drop_guesses(id);
-        std::vector<u64> mask;
-        for (u32 h : w.holders)
-            if (std::find(media.begin(), media.end(), holders_[h].medium) != media.end()) set_bit(mask, h, true);
-        const auto hit = [&](u32 h) { return (h >> 6) < mask.size() && (mask[h >> 6] >> (h & 63) & 1); };
-        if (w.lot) {
-            for (auto& rec : w.lot->records)
-                for (u32 i = 0; i < rec.second.ids.size() && hit(rec.second.holder); ++i)
-                    if (rec.second.live[i]) take_back(*w.lot, {&rec.second, rec.first, i});
-            const std::vector<u64> dead(w.lot->dead.begin(), w.lot->dead.end());
-            for (u64 serial : dead) drop_dead(id, serial);
-            if (w.lot->records.empty()) w.lot.reset();
-        }
-        for (auto it = w.copies.begin(); it != w.copies.end();) {
-            const u32 ref = (it++)->first;
-            for (Copy& c : w.copies.at(ref))
-                if (c.holder != kNone && hit(c.holder)) c.count = 0;
-        }
-        const u32 g = ghost(id);
-        const std::vector<u32> list = own_chains(w);
-        for (u32 chain : list) {
-            Chain& c = chains_[chain];
-            chains_.change(chain, c.base, c.end(), [&](u32 set, u32 k) {
-                if (!knows(w, set)) return set;
-                for (u32 h : w.holders)
-                    if (hit(h) && sets_.has(set, h)) holders_[h].blocks -= k;
-                const bool rest = knows_without(w, set, mask);
-                if (!rest) holders_[g].blocks += k;
-                return sets_.minus(set, mask.data(), static_cast<u32>(mask.size()), rest ? kNone : g);
-            });
-        }
-        std::vector<u32> refs;
-        for (const auto& rec : w.copies) refs.push_back(rec.first);
-        for (u32 ref : refs) tidy_copies(id, chains_.pos(ref), ref);
-        // Children first, as in clear_all: a chain's last known
-        // block decides whether anything of it must be remembered.
-        for (u32 chain : list) {
-            if (!chains_.alive(chain)) continue;
-            Chain& c = chains_[chain];
-            u32 last = kNone;
-            for (u32 r = 0; r < c.runs.size() && knows(w, c.runs[r].set); ++r) last = chains_.run_end(c, r) - 1;
-            if (last != kNone) climb(id, {chain, last});
-            trim(chain);
-        }
-        judge(w);
-    }
+
+    void start_clear(Change& c, u32 pod, i64 rank) noexcept;
+    void do_step(Change& c, Report& r);
+    void begin_store(Change& c, u32 id, u32 h, const Event& e, u32 factor, bool whole);
+    void begin_removal(Change& c, u32 id, const Holder& tier, const u32* stay);
+    void begin_attach(Change& c, u32 id);
+    void end_clear(Change& c);
+    static u32 piece(const Change& c);
+    void place_piece(Change& c, Report& r);
+    void orphaned(Change& c, Report& r);
+    void copy_piece(Change& c, Report& r);
+    void park_piece(Change& c, Report& r);
+    void turn_away_piece(Change& c, Report& r);
+    void show_store(Change& c);
+    void fold(Change& c, u32 chain, u32 from, u32 to);
+    void fold_piece(Change& c);
+    void attach_piece(Change& c);
+    void settle_piece(Change& c);
+    void take_piece(Change& c, Report& r);
+    void leave(Change& c, u32 h, Pos p);
+    void forget_piece(Change& c);
+    void forget_holder(u32 id, u32 h);
+    void drop_guess_of(Change& c);
+    void hide_all(Change& c);
+    bool cleared_by(const Change& c, u32 h) const;
+    void clear_lot(Change& c);
+    void clear_dead(Change& c);
+    void clear_maps(Change& c);
+    void collect_chains(Change& c);
+    void sweep_piece(Change& c);
+    u32 known_end(const Worker& w, const Chain& c) const;
+    void clear_some_of(const Change& c, u32 id, u32 chain, u32 from, u32 end);
+    void finish_clear(Change& c);
 
     u32 block_size_;
     u64 seed_;
+
+    static constexpr i64 kEveryRank = -1;
+    // Blocks of the index in one engine block, which is never split: 65,536 tokens of the usual 16.
+    static constexpr u32 kMostFactor = 4096;
 
     template <class... V>
     static std::size_t bytes_of(const V&... list) {
@@ -769,9 +905,11 @@ private:
         extra_ = {};
     }
 
+    // Changes when all content has gone.
+    u32 epoch_ = 0;
+
     // Scratch of the one writer.
     std::vector<u64> ids_, locals_;
-    std::vector<u32> behind_;
     ExtraDigests extra_;
     std::size_t scratch_ = 0, seen_ = 0;  // its bytes as they are counted, and what it had grown to then
 };

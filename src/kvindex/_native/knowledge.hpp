@@ -178,6 +178,14 @@ protected:
         if (w.copies.empty()) w.copies = CountedMap<u32, Copies>(Counted<char>(mem_));
         if (w.second.empty() && w.second.bucket_count() > 1) w.second = CountedMap<u64, u32>(Counted<char>(mem_));
     }
+    // The worker's holders of an engine block that ends at `p`, those of a long change among them.
+    template <class F>
+    void each_holder(const Worker& w, Pos p, F&& f) const {
+        const u32 set = set_at(p);
+        for (const std::vector<u32>* list : {&w.holders, &w.hidden})
+            for (u32 h : *list)
+                if (sets_.has(set, h) && (p.depth + 1) % holders_[h].factor == 0) f(h);
+    }
     // The explicit list of a block's copies, made from the bits when it is first needed.
     Copies& list_copies(u32 id, Pos p, u32 ref) {
         Worker& w = *workers_[id];
@@ -186,9 +194,7 @@ protected:
         Copies& list = w.copies.try_emplace(ref, Counted<Copy>(mem_)).first->second;
         u64 name;
         if (!first_name(id, p, ref, name)) return list;
-        const u32 set = set_at(p);
-        for (u32 h : w.holders)
-            if (sets_.has(set, h) && (p.depth + 1) % holders_[h].factor == 0) list.push_back({name, h, 1});
+        each_holder(w, p, [&](u32 h) { list.push_back({name, h, 1}); });
         return list;
     }
     // Back to bits when they say the same.
@@ -225,9 +231,7 @@ protected:
         const Pos p = chains_.pos(ref);
         u64 first;
         if (!first_name(id, p, ref, first) || first != name) return;
-        const u32 set = set_at(p);
-        for (u32 h : w.holders)
-            if (sets_.has(set, h) && (p.depth + 1) % holders_[h].factor == 0) f(h, 1u);
+        each_holder(w, p, [&](u32 h) { f(h, 1u); });
     }
     bool held_in(u32 id, u64 name, u32 ref, u32 medium) const {
         bool any = false;
@@ -405,9 +409,10 @@ protected:
     void climb(u32 id, Pos p) {
         const Worker& w = *workers_[id];
         if (w.ghost == kNone) return;
-        while (p.chain != kNone) {
+        for (u32 left = kTurnBlocks; p.chain != kNone; --left) {
             const u32 set = set_at(p);
             if (!sets_.has(set, w.ghost) || knows_child(w, p)) return;
+            if (left == 0) return loose_blocks_.push_back({id, chains_.ref(p)});
             const Pos up = before(p);
             forget_block(id, p, w.ghost);
             p = up;
@@ -419,10 +424,16 @@ protected:
     }
     // Drops the blocks at the chain's end that nobody holds or remembers, then the chain, then looks at its parent.
     void trim(u32 chain) {
-        while (chain != kNone) {
+        for (u32 left = kTurnBlocks; chain != kNone;) {
             Chain& c = chains_[chain];
             if (c.len && c.runs.back().set == kEmptySet) {
-                const u32 from = c.runs.back().start;
+                const u32 live = std::max(c.runs.back().start, loose_chains_.empty() ? 0 : deepest_fork(c));
+                // A child that nobody knows either is on its way out, and then it goes on here.
+                if (live == c.end()) return;
+                if (left == 0) return loose_chains_.push_back(chain);
+                const u32 dead = std::min(left, c.end() - live);
+                left -= dead;
+                const u32 from = c.end() - dead;
                 Space& s = spaces_[c.space];
                 for (u32 d = from; d < c.end(); ++d) {
                     const u32 ref = chains_.ref(c, d);
@@ -430,6 +441,7 @@ protected:
                 }
                 if (from == c.base) s.heads.erase(mem_, chains_.head(chain), chain);
                 chains_.cut(chain, from);
+                if (c.len && c.runs.back().set == kEmptySet) continue;
             }
             if (c.len) {
                 join_tail(chain);
@@ -440,6 +452,12 @@ protected:
             chains_.destroy(chain);
             chain = parent;
         }
+    }
+    // The depth below which no child hangs. O(children).
+    u32 deepest_fork(const Chain& c) const {
+        u32 depth = 0;
+        for (u32 k = c.first_kid; k != kNone; k = chains_[k].kid_after) depth = std::max(depth, chains_[k].base);
+        return depth;
     }
     // A chain whose only child at its end goes on where it ends is one chain with it:
     // forks that have gone leave no trace. Chains with very many children are left
@@ -453,9 +471,12 @@ protected:
             if (kid != kNone) return;
             kid = k;
         }
-        if (kid == kNone || chains_[kid].kids > 64) return;
+        // Nor is a long child moved page by page, which would take longer than a turn.
+        if (kid == kNone || chains_[kid].kids > 64 || chains_[kid].len > kTurnBlocks * 64) return;
         Space& space = spaces_[c.space];
         Chain& k = chains_[kid];
+        if (k.runs[0].set == kEmptySet) return;
+        std::replace(loose_chains_.begin(), loose_chains_.end(), kid, chain);
         each_knower(chains_.set_at(k, k.base), [&](u32, Worker& w) {
             w.chains.sub(mem_, kid);
             w.kids.sub(mem_, kid_key(chain, k.base - 1));
@@ -488,6 +509,8 @@ protected:
     void rename(Space& space, u32 from, u32 to) {
         const u64 name = chains_.name(to);
         if (name != kNoName) space.names.move(name, from, to);
+        for (LooseBlock& loose : loose_blocks_)
+            if (loose.ref == from) loose.ref = to;
         const Pos p = chains_.pos(to);
         each_knower(set_at(p), [&](u32 id, Worker& w) {
             const u64 own = own_name(id, p);
@@ -516,10 +539,32 @@ protected:
         for (u32 id : scratch_ids_) f(id, *workers_[id]);
     }
 
+    // What a turn left to the next one.
+    bool loose() const { return !loose_blocks_.empty() || !loose_chains_.empty(); }
+    // A turn's worth of it. What happened to a block or chain meanwhile does not matter: where there is nothing to do
+    // for what has its number now, nothing is done.
+    void tie_up() {
+        if (!loose_blocks_.empty()) {
+            const LooseBlock at = loose_blocks_.back();
+            loose_blocks_.pop_back();
+            if (at.worker < workers_.size() && workers_[at.worker] && chains_.is_block(at.ref))
+                settle(at.worker, chains_.pos(at.ref));
+        } else if (!loose_chains_.empty()) {
+            const u32 chain = loose_chains_.back();
+            loose_chains_.pop_back();
+            if (chains_.alive(chain)) trim(chain);
+        }
+    }
+
     // Names and counts of one block on one worker. Engines have as many as it has holders; what announced 100,000 names
     // for one block had all of them looked through each time.
     static constexpr u32 kMostCopies = 2 * kMostHolders;
 
+    struct LooseBlock {
+        u32 worker, ref;
+    };
+    std::vector<LooseBlock> loose_blocks_;  // up from where a worker remembers more than it must
+    std::vector<u32> loose_chains_;         // at whose ends are blocks that nobody knows
     SetPool sets_;
     Chains chains_;
     u32 refused_copies_ = 0;  // by the event at hand

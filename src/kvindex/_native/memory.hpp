@@ -23,6 +23,13 @@ using i64 = std::int64_t;
 
 inline constexpr u32 kNone = 0xFFFFFFFFu;
 
+// Blocks that are changed in one turn of the write lock, some 0.1 ms. What takes more goes on in the next turn. Fewer
+// than in earnest where tests are to see the turns.
+#ifndef KVINDEX_TURN_BLOCKS
+#define KVINDEX_TURN_BLOCKS 512
+#endif
+inline constexpr u32 kTurnBlocks = KVINDEX_TURN_BLOCKS;
+
 // For functions that only prefetch: GCC 12 takes one that it does not inline for a function without any effect, and
 // leaves out the call.
 #define KVINDEX_INLINE [[gnu::always_inline]] inline

@@ -8,6 +8,13 @@
 
 namespace kvindex {
 
+// What waited for blocks of an event, and how far its placing has come.
+struct Attaching {
+    std::vector<u64> fresh;  // names that became known
+    std::vector<u64> ends;   // the last name of each record that was placed
+    std::vector<u64> moved;  // names for which something waited
+};
+
 class Parker : public Placer {
 public:
     Parker(u32 block_size, u64 seed, bool set_presence, u32 max_parked)
@@ -233,65 +240,84 @@ protected:
              k != l.by_id.end() && k->first.name == name && todo.size() < kMostSteps; ++k)
             todo.push_back(k->first.serial);
     }
-    // Attaches what waited for the names in fresh_, and what waited for those, until nothing moves.
-    void work_off(u32 id) {
+    // Attaches what waited for the fresh names, and what waited for those, until nothing moves or so many blocks have
+    // been placed: then it returns false.
+    bool attach(u32 id, Attaching& to, u32 left) {
         Worker& w = *workers_[id];
-        std::vector<u64> ends;
-        std::vector<u64> moved;
-        while (w.lot && !fresh_.empty()) {
-            const u64 name = fresh_.back();
-            fresh_.pop_back();
-            std::vector<u64> serials;
-            for (auto it = w.lot->waiting.lower_bound({name, 0}); it != w.lot->waiting.end() && it->first == name; ++it)
-                serials.push_back(it->second);
-            for (u64 serial : serials) {
-                if (!w.lot || !w.lot->records.count(serial)) continue;
-                const u32 ref = find(id, name);
-                if (ref == kNone) break;
-                Parked p = unpark(*w.lot, serial);
-                if (moved.empty() || moved.back() != name) moved.push_back(name);
-                if (!p.orphan) {
-                    if (p.live[0] && !add_known(id, p.holder, name, ref)) spoil(id);
-                    continue;
-                }
-                const Placing a{id,
-                                p.holder,
-                                true,
-                                p.waits_for,
-                                p.ids.data(),
-                                static_cast<u32>(p.ids.size()),
-                                p.locals.data(),
-                                p.live.data(),
-                                p.rolled,
-                                p.lookahead};
-                switch (place(a)) {
-                    case Placed::yes:
-                        if (conflicts_) spoil(id);
-                        fresh_.insert(fresh_.end(), p.ids.begin(), p.ids.end());
-                        ends.push_back(p.ids.back());
-                        break;
-                    case Placed::orphan: {
-                        // Still in its place under the bound, which it passed when it came.
-                        shelve(id, std::move(p));
-                        break;
-                    }
-                    case Placed::misaligned:
-                    case Placed::mixed: spoil(id); break;
-                }
+        while (w.lot && !to.fresh.empty()) {
+            const u64 name = to.fresh.back();
+            const auto waits = w.lot->waiting.lower_bound({name, 0});
+            const u32 ref = waits != w.lot->waiting.end() && waits->first == name ? find(id, name) : kNone;
+            if (ref == kNone) {
+                to.fresh.pop_back();
+                continue;
+            }
+            if (left == 0) return false;
+            Parked p = unpark(*w.lot, waits->second);
+            if (to.moved.empty() || to.moved.back() != name) to.moved.push_back(name);
+            left -= std::min(left, static_cast<u32>(std::max(p.ids.size(), p.locals.size())));
+            if (!p.orphan) {
+                if (p.live[0] && !add_known(id, p.holder, name, ref)) spoil(id);
+                continue;
+            }
+            const Placing a{id,
+                            p.holder,
+                            true,
+                            p.waits_for,
+                            p.ids.data(),
+                            static_cast<u32>(p.ids.size()),
+                            p.locals.data(),
+                            p.live.data(),
+                            p.rolled,
+                            p.lookahead};
+            switch (place(a)) {
+                case Placed::yes:
+                    if (conflicts_) spoil(id);
+                    to.fresh.insert(to.fresh.end(), p.ids.begin(), p.ids.end());
+                    to.ends.push_back(p.ids.back());
+                    break;
+                case Placed::orphan:
+                    // Its parent has gone again. Still in its place under the bound, which it passed when it came.
+                    shelve(id, std::move(p));
+                    break;
+                case Placed::misaligned:
+                case Placed::mixed: spoil(id); break;
             }
         }
-        fresh_.clear();
-        // Cancelled blocks at a record's end were placed for what waits for them; without that they go again. Only now.
-        for (u64 name : ends)
-            if (const u32 ref = find(id, name); ref != kNone) settle(id, chains_.pos(ref));
-        // Cancelled records that were kept for one that has its place now need not wait on.
-        for (std::size_t i = 0; i < moved.size() && w.lot && !w.lot->dead.empty(); ++i) {
+        to.fresh.clear();
+        return true;
+    }
+    // Cancelled blocks at a record's end were placed for what waits for them; without that they go again. Only now.
+    bool settle_ends(u32 id, Attaching& to, u32 left) {
+        for (; left && !to.ends.empty(); --left) {
+            if (const u32 ref = find(id, to.ends.back()); ref != kNone) settle(id, chains_.pos(ref));
+            to.ends.pop_back();
+        }
+        return to.ends.empty();
+    }
+    // Cancelled records that were kept for one that has its place now need not wait on.
+    bool drop_spent(u32 id, Attaching& to, u32 left) {
+        Worker& w = *workers_[id];
+        for (; left && w.lot && !w.lot->dead.empty() && !to.moved.empty(); --left) {
             std::vector<u64> dead;
-            drop_above(*w.lot, moved[i], dead);
+            drop_above(*w.lot, to.moved.back(), dead);
+            to.moved.pop_back();
             for (u64 serial : dead) drop_dead(id, serial);
         }
+        if (w.lot && !w.lot->dead.empty() && !to.moved.empty()) return false;
+        to.moved.clear();
         if (w.lot && w.lot->records.empty()) w.lot.reset();
         judge(w);
+        return true;
+    }
+    // All of it at once, where little waits.
+    void work_off(u32 id) {
+        Attaching to;
+        to.fresh.swap(fresh_);
+        attach(id, to, kNone);
+        settle_ends(id, to, kNone);
+        drop_spent(id, to, kNone);
+        to.fresh.swap(fresh_);
     }
 
     u64 parked_ = 0;

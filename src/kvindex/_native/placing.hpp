@@ -60,8 +60,12 @@ public:
         guess_bytes_ += guess_cost(n);
     }
     double next_expiry() const { return guesses_.empty() ? kNever : guesses_.begin()->first; }
+    // A turn's worth of what is over.
     void expire(double now) {
-        while (!guesses_.empty() && guesses_.begin()->first <= now) drop_guess(guesses_.begin());
+        for (u32 left = kTurnBlocks; left && !guesses_.empty() && guesses_.begin()->first <= now;) {
+            left -= std::min(left, 1 + static_cast<u32>(guesses_.begin()->second.prefixes.size() / kPageBlocks));
+            drop_guess(guesses_.begin());
+        }
     }
 
 protected:
@@ -474,9 +478,16 @@ protected:
             refresh(id);
         }
     }
+    // False if the worker has none.
+    bool drop_one_guess(u32 id) {
+        const auto all = guess_paths_.find(id);
+        if (all == guess_paths_.end()) return false;
+        drop_guess(*all->second.begin());
+        return true;
+    }
     void drop_guesses(u32 id) {
-        for (auto all = guess_paths_.find(id); all != guess_paths_.end(); all = guess_paths_.find(id))
-            drop_guess(*all->second.begin());
+        while (drop_one_guess(id)) {
+        }
     }
 
     // Those that go through this block.

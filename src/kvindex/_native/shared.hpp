@@ -5,6 +5,7 @@
 #include <thread>
 
 #include "batches.hpp"
+#include "changes.hpp"
 #include "check.hpp"
 #include "forks.hpp"
 #include "lock.hpp"
@@ -118,24 +119,19 @@ public:
         Writing w(*this);
         return ix_.pod_at(ix_.pod(name)).uid;
     }
+    // The name may be opened anew before the last of the pod's blocks has gone.
     bool remove_pod(u64 uid) {
-        Writing w(*this);
-        const u32 pod = ix_.slot(uid);
-        try {
-            if (pod != kNone) ix_.remove_pod(pod);
-        } catch (const std::bad_alloc&) {
-            // Without content that needs no memory, and nothing else is asked for.
-            ix_.start_over();
-            ix_.remove_pod(pod);
+        const bool gone = change(uid, [&](u32 pod, Change& c) { ix_.begin_end(c, pod); });
+        if (gone) {
+            const Writing w(*this);
+            if (!ix_.any_pods()) batches_.clear();
         }
-        if (!ix_.any_pods()) batches_.clear();
-        note_expiry();
-        return pod != kNone;
+        return gone;
     }
     void configure(u64 uid, int set_presence, bool has_media, const std::vector<std::string>& media, i64 chunk,
                    i64 max_blocks) {
         Writing w(*this);
-        const u32 pod = ix_.slot(uid);
+        const u32 pod = w.idle(uid);
         if (pod == kNone) return;
         if (set_presence >= 0) ix_.set_presence(pod, set_presence != 0);
         if (has_media) ix_.set_clear_media(pod, media);
@@ -143,20 +139,14 @@ public:
         if (chunk >= 0) ix_.set_chunk(pod, static_cast<u32>(chunk));
     }
     void ignore_media(u64 uid, const std::vector<std::string>& media) {
-        Writing w(*this);
-        const u32 pod = ix_.slot(uid);
-        if (pod == kNone) return;
-        whole([&] { ix_.ignore_media(pod, media); });
-        note_expiry();
+        change(uid, [&](u32 pod, Change& c) { ix_.ignore_media(pod, media, c); });
     }
     void mark(u64 uid, i64 rank, int verdict) {
         Writing w(*this);
         if (const u32 pod = ix_.slot(uid); pod != kNone) ix_.mark(pod, rank, static_cast<Verdict>(verdict));
     }
     void clear_worker(u64 uid, i64 rank) {
-        Writing w(*this);
-        if (const u32 pod = ix_.slot(uid); pod != kNone) whole([&] { ix_.clear_worker(pod, rank); });
-        note_expiry();
+        change(uid, [&](u32 pod, Change& c) { ix_.clear_worker(pod, rank, c); });
     }
 
     const PodDirectory& directory() const { return ix_.directory(); }
@@ -198,55 +188,78 @@ public:
         // The lock is given up between events, so that a reader waits for about this many blocks at most (some
         // microseconds); taking it for each one-block event would double their cost.
         constexpr u64 kTurn = 128;
+        const std::size_t n = batch.events.size();
         std::size_t i = 0;
+        Change change;
+        bool on = false;
         do {
-            const bool on = i != 0;
-            if (!wait && !on) {
+            change.relax();
+            if (!change.on() && i < n && Index::is_long(batch.events[i])) {
+                if (!wait) return Taken::busy;
+                if (!change.prepared) prepare(uid, rank, model, batch, i, on, change);
+            }
+            u32 pod = kNone;
+            if (on) {
+                lock_.lock();
+            } else if (!wait) {
                 if (saving_.load(std::memory_order_relaxed) || !lock_.try_lock()) return Taken::busy;
             } else {
                 // What has begun goes on: who saves waits for its end.
-                if (!on) wait_for_saver();
+                wait_for_saver();
                 lock_.lock();
             }
-            const Written w(*this);
+            Written w(*this);
             half_ -= on;
-            const u32 pod = ix_.slot(uid);
+            if (!on && !wait) {
+                pod = ix_.slot(uid);
+                if (pod == kNone) return Taken::unknown;
+                if (ix_.pod_at(pod).busy || ix_.loose() || is_much(pod, rank, batch)) return Taken::busy;
+            } else {
+                pod = change.on() ? ix_.slot(uid) : w.idle(uid);
+            }
             if (pod == kNone) {
                 if (!wait && !on) return Taken::unknown;
                 // Removed while this was on its way: never resurrected.
-                r.skip(Reason::pod_removed, batch.events.size() - i + batch.joined);
+                r.skip(Reason::pod_removed, n - i + batch.joined);
                 return Taken::yes;
             }
             ix_.heard(pod);
-            Turn turn(pod, rank, model, ix_.find_space(model));
+            Turn turn(pod, rank, model, ix_.find_space(model), change);
             try {
-                ix_.expect_first(turn, batch, i);
-                for (u64 work = 0; i < batch.events.size() && work < kTurn; ++i) {
-                    ix_.expect(turn, batch, i);
-                    const Event& e = batch.events[i];
-                    work += 1 + e.n_hashes;
-                    totals_.events_stored += e.kind == EventKind::stored;
-                    totals_.events_removed += e.kind == EventKind::removed;
-                    totals_.events_cleared += e.kind == EventKind::cleared;
-                    ix_.apply(turn, batch, e, r);
+                if (!change.on()) ix_.expect_first(turn, batch, i);
+                for (u64 work = 0; i < n && work < kTurn; ++i) {
+                    if (!change.on()) {
+                        const Event& e = batch.events[i];
+                        // Prepared before the next turn.
+                        if (Index::is_long(e) && !change.prepared) break;
+                        ix_.expect(turn, batch, i);
+                        work += 1 + e.n_hashes;
+                        totals_.events_stored += e.kind == EventKind::stored;
+                        totals_.events_removed += e.kind == EventKind::removed;
+                        totals_.events_cleared += e.kind == EventKind::cleared;
+                        ix_.apply(turn, batch, e, r);
+                        change.prepared = false;
+                    }
+                    if (!finish_now(change, r, pod)) break;
                 }
+                if (i == n && wait && ix_.loose()) ix_.tie_up();
                 ix_.tidy();
-                if (i == batch.events.size()) {
+                if (i == n && !(wait && ix_.loose())) {
                     ++totals_.batches;
                     report_.add(r);
                     note_expiry();
                     note(pod, rank, model, place, r.cleared && batch.clears() && !ix_.pod_at(pod).has_clear_media,
                          false);
-                } else {
-                    ++half_;
+                    return Taken::yes;
                 }
+                ++half_;
             } catch (const std::bad_alloc&) {
-                ix_.start_over();
+                give_up(change, pod);
                 ix_.missed(turn, batch, i);
                 throw OutOfMemory();
             }
-        } while (i < batch.events.size());
-        return Taken::yes;
+            on = true;
+        } while (true);
     }
 
     // `wait` false: gives up (and returns false) rather than wait for a writer,
@@ -305,7 +318,7 @@ public:
     void guess(u64 uid, i64 rank, const std::string& model, const std::vector<u64>& prefixes, double until,
                u32 lookahead = 0) {
         Writing w(*this);
-        if (const u32 pod = ix_.slot(uid); pod != kNone)
+        if (const u32 pod = w.idle(uid); pod != kNone)
             whole([&] {
                 ix_.guess(pod, rank, model, prefixes.data(), static_cast<u32>(prefixes.size()), until, lookahead);
             });
@@ -313,9 +326,12 @@ public:
     }
     double next_expiry() const { return expiry_.load(std::memory_order_relaxed); }
     void expire(double now) {
-        Writing w(*this);
-        whole([&] { ix_.expire(now); });
-        note_expiry();
+        for (bool done = false; !done;) {
+            Writing w(*this);
+            whole([&] { done = ix_.expire(now); });
+            if (ix_.loose()) whole([&] { ix_.tie_up(); });
+            note_expiry();
+        }
     }
 
     int verdict(u64 uid) const {
@@ -368,7 +384,7 @@ public:
     }
     // Into an index that nothing has been told yet. What is refused leaves one that is good for nothing.
     void load(const u8* data, u64 bytes) {
-        Writing w(*this);
+        const Writing w(*this);
         std::vector<u64> c = counters();
         SnapshotReader reader(ix_, data, bytes);
         reader.read(c);
@@ -404,8 +420,13 @@ public:
         return out;
     }
     std::string check() {
-        Writing w(*this);
-        return ix_.check();
+        for (;;) {
+            {
+                const Writing w(*this);
+                if (at_rest()) return ix_.check();
+            }
+            std::this_thread::sleep_for(std::chrono::microseconds(200));
+        }
     }
     const BlockHasher& hasher() const { return ix_.hasher(); }
 
@@ -417,7 +438,7 @@ public:
         saving_.store(true);
         for (;;) {
             lock_.lock();
-            if (half_ == 0) return ix_.directory().before_fork();
+            if (at_rest()) return ix_.directory().before_fork();
             lock_.unlock();
             std::this_thread::sleep_for(std::chrono::microseconds(200));
         }
@@ -435,6 +456,7 @@ public:
         new (&saver_) std::mutex();
         new (&gate_) std::mutex();
         new (&opened_) std::condition_variable();
+        new (&calm_) std::condition_variable();
         saving_.store(false);
         ix_.directory().in_child();
         ix_.nobody_listens();
@@ -446,6 +468,19 @@ private:
         Written(const Written&) = delete;
         Written& operator=(const Written&) = delete;
         ~Written() { s_.lock_.unlock(); }
+        // The pod with this number, once no long change of it is under way; kNone: it has been removed.
+        u32 idle(u64 uid) {
+            for (;;) {
+                const u32 pod = s_.ix_.slot(uid);
+                if (pod == kNone || !s_.ix_.pod_at(pod).busy) return pod;
+                s_.lock_.unlock();
+                {
+                    std::unique_lock<std::mutex> g(s_.gate_);
+                    s_.calm_.wait_for(g, std::chrono::milliseconds(1));
+                }
+                s_.lock_.lock();
+            }
+        }
         SharedIndex& s_;
     };
     struct Writing : Written {
@@ -476,6 +511,95 @@ private:
             throw OutOfMemory();
         }
     }
+    // Does what one turn can of a change; true if that is all of it.
+    bool finish_now(Change& c, Report& r, u32 pod) {
+        if (!c.on()) return true;
+        if (!ix_.go_on(c, r)) {
+            ix_.set_busy(pod, true);
+            return false;
+        }
+        ix_.set_busy(pod, false);
+        calm_.notify_all();
+        return true;
+    }
+    // What needs no lock of a long event. Where there is no memory for it, it is lost as any change is.
+    void prepare(u64 uid, i64 rank, const std::string& model, const Batch& batch, std::size_t i, bool on,
+                 Change& change) {
+        try {
+            ix_.prepare(batch, batch.events[i], change);
+        } catch (const std::bad_alloc&) {
+            lock_.lock();
+            const Written w(*this);
+            half_ -= on;
+            if (const u32 pod = ix_.slot(uid); pod != kNone) {
+                ix_.start_over();
+                ix_.missed(Turn(pod, rank, model, ix_.find_space(model), change), batch, i);
+            }
+            throw OutOfMemory();
+        }
+    }
+    // There was no memory for a change.
+    void give_up(Change& c, u32 pod) {
+        ix_.start_over();
+        // What clears goes on without content, which needs no memory.
+        Report unused;
+        if (c.on()) ix_.go_through(c, unused);
+        ix_.set_busy(pod, false);
+        calm_.notify_all();
+    }
+    // A change of one pod that no event has begun.
+    template <class F>
+    bool change(u64 uid, F&& begin) {
+        Change c;
+        Report unused;
+        for (bool on = false;; on = true) {
+            c.relax();
+            if (on) {
+                lock_.lock();
+            } else {
+                wait_for_saver();
+                lock_.lock();
+            }
+            Written w(*this);
+            half_ -= on;
+            if (!on) {
+                c.pod = w.idle(uid);
+                if (c.pod == kNone) return false;
+            }
+            const u32 pod = c.pod;
+            try {
+                if (!on) begin(pod, c);
+                const bool done = finish_now(c, unused, pod);
+                if (done && ix_.loose()) ix_.tie_up();
+                if (done && !ix_.loose()) {
+                    if (c.goes) ix_.shrink();
+                    note_expiry();
+                    return true;
+                }
+            } catch (const std::bad_alloc&) {
+                give_up(c, pod);
+                if (c.goes) ix_.shrink();
+                note_expiry();
+                if (!c.goes) throw OutOfMemory();
+                return true;
+            }
+            ++half_;
+        }
+    }
+    // Whether the batch may take longer than those wait who have the interpreter.
+    bool is_much(u32 pod, i64 rank, const Batch& b) const {
+        u64 work = 0;
+        for (const Event& e : b.events) {
+            work += e.n_hashes;
+            if (e.kind == EventKind::cleared && ix_.holds_much(pod, rank)) return true;
+        }
+        return work > kTurnBlocks || ix_.parks_much(pod, rank);
+    }
+    // Nothing is half done.
+    bool at_rest() {
+        while (half_ == 0 && ix_.loose()) ix_.tie_up();
+        return half_ == 0;
+    }
     static Matcher& matcher() {
         static thread_local Matcher m;
         return m;
@@ -485,10 +609,17 @@ private:
         for (;;) {
             {
                 Reading g(*this, true);
-                if (half_ == 0) return SnapshotWriter(ix_, out).write(counters());
+                if (half_ == 0 && !ix_.loose()) return SnapshotWriter(ix_, out).write(counters());
             }
+            tidy_up();
             std::this_thread::sleep_for(std::chrono::microseconds(200));
         }
+    }
+    void tidy_up() const {
+        SharedIndex& s = const_cast<SharedIndex&>(*this);
+        s.lock_.lock();
+        const Written w(s);
+        if (half_ == 0 && ix_.loose()) s.ix_.tie_up();
     }
     // Holds off who would begin to write.
     struct Gate {
@@ -549,7 +680,7 @@ private:
     std::atomic<double> expiry_{1e300};
     // Of saving: one at a time, and who waits for its end.
     mutable std::mutex saver_, gate_;
-    mutable std::condition_variable opened_;
+    mutable std::condition_variable opened_, calm_;
     mutable std::atomic<bool> saving_{false};
     u64 half_ = 0;  // batches of which a part has been applied
 };

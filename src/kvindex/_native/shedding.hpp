@@ -44,12 +44,18 @@ public:
         const double step = chains_.ages().next_step();
         return std::min(guesses, chains_.count() ? std::min(step, chains_.ages().began_oldest() + ttl_) : step);
     }
-    void expire(double now) {
+    // A turn's worth of what is over; false: there is more.
+    bool expire(double now) {
         if (Placer::next_expiry() <= now) Placer::expire(now);
-        if (!(ttl_ > 0)) return;
-        while (chains_.ages().oldest() != kNone && chains_.ages().began_oldest() + ttl_ <= now)
-            if (!shed_oldest(kNone, expired_)) break;
+        if (Placer::next_expiry() <= now) return false;
+        if (!(ttl_ > 0)) return true;
+        for (u32 left = kTurnBlocks / kPiece + 1;
+             chains_.ages().oldest() != kNone && chains_.ages().began_oldest() + ttl_ <= now; --left) {
+            if (left == 0) return false;
+            if (!shed_oldest(kPiece, expired_)) break;
+        }
         if (chains_.ages().due(now)) chains_.ages().advance(now);
+        return true;
     }
 
     void guess(u32 pod, i64 rank, const std::string& model, const u64* prefixes, u32 n, double until, u32 lookahead) {
@@ -95,11 +101,7 @@ protected:
         if (!max_) return true;
         // The share that is kept free for what cannot be estimated: sets, runs, tables of chains.
         const std::size_t limit = max_ - max_ / 32;
-        // A monster is refused before anything is shed for it.
-        if (fixed_ + media_.bytes() + more + blocks * (sizeof(Page) + sizeof(PageHome)) / kPageBlocks +
-                RefTable().growth(names) >
-            limit)
-            return false;
+        if (!may_fit(names, blocks, more)) return false;
         if (announced() + growth(id, names, blocks) + more <= limit) return true;
         for (bool renewed = false; announced() + growth(id, names, blocks) + more > limit;) {
             if (lot_bytes_ > max_ / 8 && shed_waiting()) continue;
@@ -111,6 +113,12 @@ protected:
             if (!shed_oldest(kPiece, shed_, true) && !shed_waiting()) return false;
         }
         return true;
+    }
+    // A monster is refused before anything is shed for it.
+    bool may_fit(u32 names, u64 blocks, std::size_t more = 0) const {
+        return !max_ || fixed_ + media_.bytes() + more + blocks * (sizeof(Page) + sizeof(PageHome)) / kPageBlocks +
+                                RefTable().growth(names) <=
+                            max_ - max_ / 32;
     }
     // After an event: what could not be foreseen.
     void fit() {
@@ -149,7 +157,7 @@ protected:
 private:
     // Blocks that are shed at a time: enough to make finding the oldest cheap,
     // few enough to leave most of a long chain.
-    static constexpr u32 kPiece = 128;
+    static constexpr u32 kPiece = std::min(128u, kTurnBlocks);
     // Of the budget, for guesses: the share that is kept free. What could not be estimated takes it from them.
     static constexpr std::size_t kGuessShare = 32;
 
@@ -208,7 +216,7 @@ private:
         const u32 from = c.len <= piece ? c.base : c.end() - piece;
         if (find_guessers(id, from)) {
             // Whatever goes through here is over when the chain is; where room is wanted, the next of all has to do.
-            if (piece != kNone) return shed_guess();
+            if (&losses == &shed_) return shed_guess();
             const std::size_t n = guesses_.size();
             for (u32 worker : guessers_) drop_guesses(worker, {id, from});
             losses.guesses += n - guesses_.size();

@@ -107,7 +107,8 @@ struct Worker {
     std::vector<u32> holders;  // real ones; without those of forgotten groups
     u32 ghost = kNone;         // holds what the worker has no copy of, but whose position it must remember
     u32 guess = kNone;         // holds what add_prefix announced
-    std::vector<u64> mask;     // bits of holders and ghost
+    std::vector<u32> hidden;   // holders of a long change: what they hold is known, and no match counts it
+    std::vector<u64> mask;     // bits of holders, hidden and ghost
     std::vector<Group> groups;
     RefTable own;                    // own names -> block
     CountedMap<u64, u32> second;     // further names of a block -> block
@@ -225,6 +226,7 @@ struct Pod {
     std::vector<u32> workers;
     std::map<i64, Verdict> streams;     // per rank, from the stream layer
     std::map<i64, Position> positions;  // per rank, where batches came with their sequence numbers
+    bool busy = false;                  // a long change is under way; other changes of this pod wait for its end
     bool set_presence = false;
     bool has_clear_media = false;
     std::vector<u32> clear_media;

@@ -1,0 +1,627 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Changes that take more than one turn of the write lock: events of very many blocks, clears, removals of pods, and
+// parked blocks whose parent has come.
+//
+// No match sees half of one. A long store gives its blocks to a hidden holder, which is shown when all of them are
+// there and then folded into the worker's own. A long removal moves the last copies to a second holder, which is hidden
+// when all of them are found, and then forgets what it holds. A clear hides all holders first. So the change of what
+// matches count is one step of O(1), and all that is proportional to the number of blocks happens before or after it.
+// Other changes of the same pod wait meanwhile (Pod::busy); other pods' go on between the turns.
+#pragma once
+
+#include "index.hpp"
+
+namespace kvindex {
+
+// ---- what needs no lock ---------------------------------------------------------------------------------------------
+
+inline void Index::prepare(const Batch& b, const Event& e, Change& c) const {
+    c.ids.resize(e.n_hashes);
+    for (u32 i = 0; i < e.n_hashes; ++i) c.ids[i] = name_of(b.hashes[e.hash_at + i]);
+    c.n = e.n_hashes;
+    c.prepared = true;
+    c.sound = true;
+    if (e.kind != EventKind::stored) return;
+    c.n = distinct(e, c.ids.data());
+    if (e.hashed != Hashed::tokens || !of_whole_blocks(e) || e.block_size == 0 || e.block_size % block_size_) return;
+    const u64 factor = e.block_size / block_size_;
+    if (factor == 0 || factor > kMostFactor) return;
+    c.locals.resize(c.n * factor);
+    ExtraDigests extra;
+    c.sound = hash_event(b, e, c.n, static_cast<u32>(factor), c.locals.data(), extra);
+}
+
+// ---- beginnings -----------------------------------------------------------------------------------------------------
+
+inline void Index::begin_store(Change& c, u32 id, u32 h, const Event& e, u32 factor, bool whole) {
+    c.worker = id;
+    c.holder = h;
+    c.twin = hidden_like(id, h);
+    c.factor = factor;
+    c.has_parent = e.has_parent;
+    c.parent = name_of(e.parent);
+    c.rolled = e.hashed == Hashed::prefix;
+    c.lookahead = e.lookahead;
+    c.whole = whole;
+    c.at = 0;
+    c.placed = kNone;
+    c.reason = Reason::over_budget;
+    c.step = whole ? Change::Step::place : Change::Step::copy;
+    c.epoch = epoch_;
+}
+inline void Index::begin_removal(Change& c, u32 id, const Holder& tier, const u32* stay) {
+    c.worker = id;
+    c.stay = stay;
+    c.tier = tier;
+    c.twins.clear();
+    c.at = 0;
+    c.step = Change::Step::take;
+    c.epoch = epoch_;
+}
+// Clears the workers of one rank or of every one, of some media or (nullptr) altogether.
+inline void Index::begin_clear(Change& c, u32 pod, i64 rank, const std::vector<u32>* media) {
+    c.workers.clear();
+    for (u32 w : pods_[pod].workers)
+        if (rank == kEveryRank || workers_[w]->rank == rank) c.workers.push_back(w);
+    c.doubts.assign(c.workers.size(), 0);
+    c.some = media != nullptr;
+    if (media) c.media = *media;
+    c.forgives = media == nullptr;
+    c.goes = false;
+    start_clear(c, pod, rank);
+}
+// Removes a pod. Begins without memory, so that it can be done where there is none.
+inline void Index::begin_end(Change& c, u32 pod) noexcept {
+    try {
+        c.workers = pods_[pod].workers;
+    } catch (const std::bad_alloc&) {
+        c.workers.swap(pods_[pod].workers);
+    }
+    c.some = c.forgives = false;
+    c.goes = true;
+    c.doubts.clear();
+    start_clear(c, pod, 0);
+}
+inline void Index::start_clear(Change& c, u32 pod, i64 rank) noexcept {
+    c.pod = pod;
+    c.rank = rank;
+    c.at = 0;
+    c.serial = 0;
+    c.swept = kNone;
+    c.step = Change::Step::guesses;
+    c.epoch = epoch_;
+}
+inline void Index::begin_attach(Change& c, u32 id) {
+    c.worker = id;
+    c.waits.ends.clear();
+    c.waits.moved.clear();
+    c.step = Change::Step::attach;
+    c.epoch = epoch_;
+}
+
+// ---- one turn -------------------------------------------------------------------------------------------------------
+
+// Does a turn's worth; false: there is more to do.
+inline bool Index::go_on(Change& c, Report& r) {
+    using Step = Change::Step;
+    if (c.epoch != epoch_) {
+        // Memory ended in somebody's change, and all content has gone. What clears has less to do; the rest was lost.
+        c.epoch = epoch_;
+        if (c.step < Step::guesses) {
+            abandon(c);
+            c.step = Step::none;
+        } else {
+            c.at = 0;
+            c.step = Step::finish;
+        }
+    }
+    for (c.left = kTurnBlocks; c.on() && c.left;) {
+        do_step(c, r);
+        fit();
+        if (c.step == Step::sort) {
+            if (c.chains.size() > kTurnBlocks) break;
+            c.relax();
+        }
+    }
+    return !c.on();
+}
+inline void Index::do_step(Change& c, Report& r) {
+    using Step = Change::Step;
+    switch (c.step) {
+        case Step::none: break;
+        case Step::place: place_piece(c, r); break;
+        case Step::copy: copy_piece(c, r); break;
+        case Step::park: park_piece(c, r); break;
+        case Step::turn_away: turn_away_piece(c, r); break;
+        case Step::show: show_store(c); break;
+        case Step::fold: fold_piece(c); break;
+        case Step::attach: attach_piece(c); break;
+        case Step::settle: settle_piece(c); break;
+        case Step::take: take_piece(c, r); break;
+        case Step::forget: forget_piece(c); break;
+        case Step::guesses: drop_guess_of(c); break;
+        case Step::hide: hide_all(c); break;
+        case Step::lot: clear_lot(c); break;
+        case Step::dead: clear_dead(c); break;
+        case Step::maps: clear_maps(c); break;
+        case Step::collect: collect_chains(c); break;
+        case Step::sort: break;  // by Change::relax
+        case Step::sweep: sweep_piece(c); break;
+        case Step::finish: finish_clear(c); break;
+    }
+}
+// For those who cannot wait, or have little to do.
+inline void Index::go_through(Change& c, Report& r) {
+    while (!go_on(c, r)) c.relax();
+}
+// A long store or removal ends before its time; what it had is gone, or goes with everything else.
+inline void Index::abandon(Change& c) noexcept {
+    const auto drop = [&](u32 h) {
+        if (h != kNone && h < holders_.size() && holders_[h].worker == c.worker) drop_holder(c.worker, h);
+    };
+    drop(c.twin);
+    for (const auto& t : c.twins) drop(t.second);
+    c.twin = kNone;
+    c.twins.clear();
+}
+
+// ---- a long store ---------------------------------------------------------------------------------------------------
+
+inline u32 Index::piece(const Change& c) { return std::min(c.n - c.at, std::max(1u, c.left / c.factor)); }
+inline void Index::place_piece(Change& c, Report& r) {
+    Worker& w = *workers_[c.worker];
+    const u32 m = piece(c);
+    c.spend(m * c.factor);
+    const bool has_parent = c.has_parent || c.at != 0;
+    const u64 parent = c.at ? c.ids[c.at - 1] : c.parent;
+    const u32 ref = has_parent ? find(c.worker, parent) : kNone;
+    if (has_parent && ref == kNone) return orphaned(c, r);
+    if (!make_room(c.worker, m, m * c.factor, 0, ref)) {
+        c.step = Change::Step::turn_away;
+        return;
+    }
+    const Placing a{
+        c.worker, c.twin,   has_parent, parent, c.ids.data() + c.at, m, c.locals.data() + std::size_t{c.at} * c.factor,
+        nullptr,  c.rolled, c.lookahead};
+    const Placed placed = place(a);
+    switch (placed) {
+        case Placed::yes:
+            r.stored += m;
+            count_refused(r);
+            count_conflicts(c.worker, r);
+            c.at += m;
+            if (!w.placed_full || w.small_blocks) {
+                w.placed_full = true;
+                w.small_blocks = false;
+                judge(w);
+            }
+            break;
+        case Placed::orphan: return orphaned(c, r);
+        case Placed::misaligned:
+        case Placed::mixed:
+            r.skip(placed == Placed::mixed ? Reason::mixed_lookahead : Reason::misaligned);
+            spoil(c.worker);
+            c.n = c.at;
+            break;
+    }
+    if (c.at == c.n) c.step = Change::Step::show;
+}
+inline void Index::orphaned(Change& c, Report& r) {
+    if (workers_[c.worker]->shed) {
+        c.reason = Reason::shed;
+        c.step = Change::Step::turn_away;
+    } else if (!room(c.worker, c.holder, c.ids.data() + c.at, c.n - c.at)) {
+        r.skip(Reason::parked_full, c.n - c.at);
+        spoil(c.worker);
+        c.n = c.at;
+        c.step = Change::Step::show;
+    } else {
+        c.placed = c.at;
+        c.step = Change::Step::park;
+    }
+}
+// Copies of blocks that are known by name, or will be.
+inline void Index::copy_piece(Change& c, Report& r) {
+    const u32 m = piece(c);
+    c.spend(m * c.factor);
+    if (!make_room(c.worker, 0, 0, std::size_t{m} * 128, kNone)) {
+        c.step = Change::Step::turn_away;
+        return;
+    }
+    for (const u32 end = c.at + m; c.at < end; ++c.at) {
+        const u32 ref = find(c.worker, c.ids[c.at]);
+        place_known(c.worker, ref == kNone ? c.holder : c.twin, c.ids[c.at], r);
+    }
+    count_refused(r);
+    if (c.at == c.n) c.step = Change::Step::show;
+}
+inline void Index::park_piece(Change& c, Report& r) {
+    const u32 m = piece(c);
+    c.spend(m * c.factor);
+    if (workers_[c.worker]->shed) c.reason = Reason::shed;
+    if (workers_[c.worker]->shed || !make_room(c.worker, 0, 0, parked_weight(m, u64{m} * c.factor), kNone)) {
+        c.step = Change::Step::turn_away;
+        return;
+    }
+    const Placing a{c.worker,
+                    c.holder,
+                    true,
+                    c.at ? c.ids[c.at - 1] : c.parent,
+                    c.ids.data() + c.at,
+                    m,
+                    c.locals.data() + std::size_t{c.at} * c.factor,
+                    nullptr,
+                    c.rolled,
+                    c.lookahead};
+    park_orphan(a, r);
+    c.at += m;
+    if (c.at < c.n) return;
+    c.n = c.placed;
+    c.step = Change::Step::show;
+}
+inline void Index::turn_away_piece(Change& c, Report& r) {
+    const u32 m = piece(c);
+    c.spend(m * c.factor);
+    const u32 placed = c.placed == kNone ? c.at : c.placed;
+    turn_away(c.worker, c.ids.data() + c.at, m, c.reason, r);
+    c.placed = placed;
+    c.at += m;
+    if (c.at < c.n) return;
+    c.n = placed;
+    c.step = Change::Step::show;
+}
+inline void Index::show_store(Change& c) {
+    // Turning a name away, or another one's eviction, may have taken all of it again.
+    c.at = holders_[c.twin].blocks ? c.n : 0;
+    show(c.worker, c.twin);
+    c.step = Change::Step::fold;
+}
+// The worker's blocks in [from, to) of a chain that the twin has become the holder's.
+inline void Index::fold(Change& c, u32 chain, u32 from, u32 to) {
+    const u32 id = c.worker, twin = c.twin, h = c.holder;
+    Worker& w = *workers_[id];
+    bool both = false;
+    chains_.change(chain, from, to, [&](u32 set, u32 k) {
+        if (!sets_.has(set, twin)) return set;
+        both |= sets_.has(set, h);
+        return sets_.has(set, h) ? set : with(set, h, k, twin);
+    });
+    if (!both && w.copies.empty()) return;
+    for (u32 d = from; d < to; ++d) {
+        const Pos p{chain, d};
+        const u32 ref = chains_.ref(p), set = set_at(p);
+        const bool two = sets_.has(set, twin) && sets_.has(set, h);
+        const bool ends = (d + 1) % c.factor == 0;
+        if (ends && (two || w.copies.count(ref))) {
+            Copies& list = list_copies(id, p, ref);
+            for (std::size_t i = list.size(); i-- > 0;) {
+                if (list[i].holder != twin) continue;
+                const Copy more = list[i];
+                list.erase(list.begin() + static_cast<std::ptrdiff_t>(i));
+                const auto it = std::find_if(list.begin(), list.end(),
+                                             [&](const Copy& x) { return x.id == more.id && x.holder == h; });
+                if (it == list.end()) {
+                    list.push_back({more.id, h, more.count});
+                } else {
+                    it->count = it->count > 0xFFFFFFFFu - more.count ? 0xFFFFFFFFu : it->count + more.count;
+                }
+            }
+            tidy_copies(id, p, ref);
+        }
+        if (two) chains_.change(chain, d, d + 1, [&](u32 x, u32 k) { return without(x, twin, k); });
+    }
+}
+// From the last block that was placed towards the first.
+inline void Index::fold_piece(Change& c) {
+    while (c.at && c.left) {
+        const u32 ref = find(c.worker, c.ids[c.at - 1]);
+        if (ref == kNone) {
+            --c.at;
+            c.spend(1);
+            continue;
+        }
+        const u32 m = c.whole ? std::min(c.at, std::max(1u, c.left / c.factor)) : 1;
+        Pos p = chains_.pos(ref);
+        for (u32 blocks = m * c.factor; blocks && p.chain != kNone;) {
+            const u32 k = std::min(blocks, p.depth + 1 - chains_[p.chain].base);
+            fold(c, p.chain, p.depth + 1 - k, p.depth + 1);
+            blocks -= k;
+            p = before({p.chain, p.depth + 1 - k});
+        }
+        c.at -= m;
+        c.spend(m * c.factor);
+    }
+    if (c.at) return;
+    if (holders_[c.twin].blocks)
+        for (u32 chain : own_chains(*workers_[c.worker])) fold(c, chain, chains_[chain].base, chains_[chain].end());
+    drop_holder(c.worker, c.twin);
+    c.twin = kNone;
+    judge(*workers_[c.worker]);
+    if (c.whole && workers_[c.worker]->lot) {
+        c.waits.fresh.assign(c.ids.begin(), c.ids.begin() + c.n);
+        begin_attach(c, c.worker);
+    } else {
+        c.step = Change::Step::none;
+    }
+}
+
+// ---- what waited for its parent -------------------------------------------------------------------------------------
+
+inline void Index::attach_piece(Change& c) {
+    if (attach(c.worker, c.waits, c.left)) c.step = Change::Step::settle;
+    c.spend(kTurnBlocks);
+}
+inline void Index::settle_piece(Change& c) {
+    if (settle_ends(c.worker, c.waits, c.left) && drop_spent(c.worker, c.waits, c.left)) c.step = Change::Step::none;
+    c.spend(kTurnBlocks);
+}
+
+// ---- a long removal -------------------------------------------------------------------------------------------------
+
+inline void Index::take_piece(Change& c, Report& r) {
+    for (; c.at < c.n && c.left; ++c.at, c.spend(1)) {
+        if (remove_one(c.worker, c.tier, c.ids[c.at], c.stay ? c.stay + c.at : nullptr, &c)) {
+            ++r.removed;
+        } else {
+            r.skip(Reason::unknown_hash);
+        }
+    }
+    if (c.at < c.n) return;
+    for (const auto& t : c.twins) hide(c.worker, t.second);
+    c.at = 0;
+    c.step = Change::Step::forget;
+}
+// The last copy in `h` of the engine block that ends at `p` is to go; until then the twin has it.
+inline void Index::leave(Change& c, u32 h, Pos p) {
+    const Worker& w = *workers_[c.worker];
+    auto t = std::find_if(c.twins.begin(), c.twins.end(), [&](const auto& x) { return x.first == h; });
+    if (t == c.twins.end()) {
+        c.twins.reserve(c.twins.size() + 1);
+        const u32 twin = hidden_like(c.worker, h);
+        c.twins.push_back({h, twin});
+        show(c.worker, twin);
+        t = std::prev(c.twins.end());
+    }
+    const u32 twin = t->second, factor = holders_[h].factor;
+    bool shared = false;
+    for (u32 s = 0; s < factor; ++s) {
+        // Content may fork inside an engine block; another one that shares this part of it holds it too.
+        shared = shared || (s != 0 && child_has(w, p, h));
+        chains_.change(p.chain, p.depth, p.depth + 1,
+                       [&](u32 x, u32 k) { return with(x, twin, k, shared ? kNone : h); });
+        p = before(p);
+    }
+}
+inline void Index::forget_piece(Change& c) {
+    for (; c.at < c.n && c.left; ++c.at, c.spend(1)) {
+        for (const auto& t : c.twins) {
+            const u32 ref = find(c.worker, c.ids[c.at]);
+            if (ref == kNone) break;
+            const Pos p = chains_.pos(ref);
+            if (sets_.has(set_at(p), t.second) && (p.depth + 1) % holders_[t.second].factor == 0)
+                take_copy(c.worker, t.second, p);
+        }
+    }
+    if (c.at < c.n) return;
+    for (const auto& t : c.twins) {
+        if (holders_[t.second].blocks) forget_holder(c.worker, t.second);
+        drop_holder(c.worker, t.second);
+    }
+    c.twins.clear();
+    judge(*workers_[c.worker]);
+    c.step = Change::Step::none;
+}
+// Whatever a hidden holder still has.
+inline void Index::forget_holder(u32 id, u32 h) {
+    for (u32 chain : own_chains(*workers_[id])) {
+        if (!chains_.alive(chain)) continue;
+        for (u32 d = chains_[chain].end(); d-- > chains_[chain].base;)
+            if (sets_.has(chains_.set_at(chains_[chain], d), h)) lose_bit(id, h, {chain, d});
+        trim(chain);
+    }
+}
+
+// ---- a clear --------------------------------------------------------------------------------------------------------
+
+inline void Index::drop_guess_of(Change& c) {
+    const bool gpu = !c.some || std::find(c.media.begin(), c.media.end(), 0u) != c.media.end();
+    for (; gpu && c.at < c.workers.size(); ++c.at)
+        if (drop_one_guess(c.workers[c.at])) return c.spend(kTurnBlocks / 16 + 1);
+    c.at = 0;
+    c.step = Change::Step::hide;
+}
+// From here on no match counts anything of it.
+inline void Index::hide_all(Change& c) {
+    for (u32 id : c.workers) widen(workers_[id]->hidden, workers_[id]->hidden.size() + workers_[id]->holders.size());
+    for (u32 id : c.workers) {
+        const std::vector<u32> all = workers_[id]->holders;
+        for (u32 h : all)
+            if (cleared_by(c, h)) hide(id, h);
+    }
+    if (c.goes) close_pod(c.pod);
+    c.step = Change::Step::lot;
+    if (!c.workers.empty()) return;
+    c.at = 0;
+    end_clear(c);
+}
+inline bool Index::cleared_by(const Change& c, u32 h) const {
+    return !c.some || std::find(c.media.begin(), c.media.end(), holders_[h].medium) != c.media.end();
+}
+inline void Index::clear_lot(Change& c) {
+    Worker& w = *workers_[c.workers[c.at]];
+    if (w.lot && !c.some) {
+        while (w.lot && c.left) {
+            c.spend(static_cast<u32>(w.lot->records.begin()->second.ids.size()) + 1);
+            unpark(*w.lot, w.lot->records.begin()->first);
+            if (w.lot->records.empty()) w.lot.reset();
+        }
+        if (w.lot) return;
+    } else if (w.lot) {
+        auto rec = w.lot->records.lower_bound(c.serial);
+        for (; rec != w.lot->records.end() && c.left; ++rec) {
+            for (u32 i = 0; i < rec->second.ids.size() && cleared_by(c, rec->second.holder); ++i)
+                if (rec->second.live[i]) take_back(*w.lot, {&rec->second, rec->first, i});
+            c.spend(static_cast<u32>(rec->second.ids.size()) + 1);
+        }
+        if (rec != w.lot->records.end()) {
+            c.serial = rec->first;
+            return;
+        }
+        c.serial = 0;
+    }
+    c.step = Change::Step::dead;
+}
+// Records that only a cleared copy was waiting in.
+inline void Index::clear_dead(Change& c) {
+    Worker& w = *workers_[c.workers[c.at]];
+    for (; w.lot && c.left; c.spend(8)) {
+        const auto next = w.lot->dead.lower_bound(c.serial);
+        if (next == w.lot->dead.end()) break;
+        c.serial = *next + 1;
+        drop_dead(c.workers[c.at], c.serial - 1);
+    }
+    if (w.lot && c.left == 0) return;
+    if (w.lot && w.lot->records.empty()) w.lot.reset();
+    c.step = Change::Step::maps;
+}
+// Names and copies mean nothing any more; the maps have an allocation for each.
+inline void Index::clear_maps(Change& c) {
+    Worker& w = *workers_[c.workers[c.at]];
+    if (!c.some) {
+        for (; c.left && !(w.second.empty() && w.copies.empty() && w.unsure.empty()); c.spend(1)) {
+            if (!w.second.empty()) w.second.erase(w.second.begin());
+            if (!w.copies.empty()) w.copies.erase(w.copies.begin());
+            if (!w.unsure.empty()) w.unsure.erase(w.unsure.begin());
+        }
+        if (!w.second.empty() || !w.copies.empty() || !w.unsure.empty()) return;
+        w.second = CountedMap<u64, u32>(Counted<char>(mem_));
+        w.copies = CountedMap<u32, Copies>(Counted<char>(mem_));
+    }
+    c.chains.clear();
+    c.cursor = {};
+    c.step = Change::Step::collect;
+}
+inline void Index::collect_chains(Change& c) {
+    const Worker& w = *workers_[c.workers[c.at]];
+    const u32 stamp = c.cursor.stamp;
+    const bool more = w.chains.step(c.cursor, kTurnBlocks * 8, [&](const CountSlot& s) {
+        const u32 chain = static_cast<u32>(s.key);
+        c.chains.push_back({chains_[chain].base, chain});
+    });
+    c.spend(kTurnBlocks / 4);
+    if (stamp != c.cursor.stamp && stamp) {
+        // The table was rebuilt meanwhile, and the walk has begun again.
+        c.chains.clear();
+        c.cursor = {};
+        return;
+    }
+    if (!more) c.step = Change::Step::sort;
+}
+// Chains from the deepest to the root, so that a parent does not lose its last holder while a child hangs on it.
+// Joining may have made a child part of its parent, which comes later.
+inline void Index::sweep_piece(Change& c) {
+    const u32 id = c.workers[c.at];
+    Worker& w = *workers_[id];
+    while (c.left) {
+        if (c.chains.empty()) {
+            c.step = Change::Step::finish;
+            return;
+        }
+        const u32 chain = c.chains.back().second;
+        if (!chains_.alive(chain) || !w.chains.get(chain)) {
+            c.chains.pop_back();
+            c.spend(1);
+            continue;
+        }
+        const u32 base = chains_[chain].base, end = std::min(c.swept, known_end(w, chains_[chain]));
+        const u32 from = end - base > c.left ? end - c.left : base;
+        if (c.some) {
+            clear_some_of(c, id, chain, from, end);
+        } else {
+            chains_.drop_own(chain, id);
+            if (end > from)
+                chains_.change(chain, from, end, [&](u32 set, u32) {
+                    return sets_.minus(set, w.mask.data(), static_cast<u32>(w.mask.size()));
+                });
+            if (from == base) lose_chain(w, chain);
+            trim(chain);
+        }
+        c.spend(end - from + 1);
+        if (from == base || !chains_.alive(chain)) {
+            c.chains.pop_back();
+            c.swept = kNone;
+        } else {
+            c.swept = c.some ? from : kNone;
+        }
+    }
+}
+// Where the part of a chain that the worker knows ends: that is its beginning, or nothing.
+inline u32 Index::known_end(const Worker& w, const Chain& c) const {
+    u32 lo = 0, hi = c.runs.size();
+    while (lo < hi) {
+        const u32 mid = (lo + hi) / 2;
+        if (knows(w, c.runs[mid].set)) {
+            lo = mid + 1;
+        } else {
+            hi = mid;
+        }
+    }
+    return lo ? chains_.run_end(c, lo - 1) : c.base;
+}
+// What only cleared media hold is remembered where something below it is known, and else forgotten.
+inline void Index::clear_some_of(const Change& c, u32 id, u32 chain, u32 from, u32 end) {
+    Worker& w = *workers_[id];
+    if (end == from) return;
+    const u32 g = ghost(id);
+    std::vector<u64> mask;
+    for (u32 h : w.hidden)
+        if (cleared_by(c, h)) set_bit(mask, h, true);
+    chains_.change(chain, from, end, [&](u32 set, u32 k) {
+        if (!knows(w, set)) return set;
+        for (u32 h : w.hidden)
+            if (cleared_by(c, h) && sets_.has(set, h)) holders_[h].blocks -= k;
+        const bool rest = knows_without(w, set, mask);
+        if (!rest) holders_[g].blocks += k;
+        return sets_.minus(set, mask.data(), static_cast<u32>(mask.size()), rest ? kNone : g);
+    });
+    if (!w.copies.empty()) {
+        for (u32 d = from; d < end; ++d) {
+            const u32 ref = chains_.ref({chain, d});
+            const auto it = w.copies.find(ref);
+            if (it == w.copies.end()) continue;
+            for (Copy& x : it->second)
+                if (x.holder != kNone && cleared_by(c, x.holder)) x.count = 0;
+            tidy_copies(id, {chain, d}, ref);
+        }
+    }
+    climb(id, {chain, end - 1});
+    trim(chain);
+}
+inline void Index::finish_clear(Change& c) {
+    const u32 id = c.workers[c.at];
+    if (c.some) {
+        while (!workers_[id]->hidden.empty()) show(id, workers_[id]->hidden.back());
+        judge(*workers_[id]);
+    } else {
+        forget_worker(id);
+        workers_[id]->in_doubt = c.at < c.doubts.size() && c.doubts[c.at];
+        judge(*workers_[id]);
+    }
+    c.swept = kNone;
+    c.serial = 0;
+    c.step = Change::Step::lot;
+    if (++c.at == c.workers.size()) end_clear(c);
+}
+inline void Index::end_clear(Change& c) {
+    if (c.goes) {
+        if (pods_[c.pod].uid) close_pod(c.pod);
+        drop_pod(c.pod, c.workers);
+    } else {
+        if (c.forgives) pods_[c.pod].refused.forgive(c.rank);
+        sum_up(c.pod);
+    }
+    c.step = Change::Step::none;
+}
+
+}  // namespace kvindex
