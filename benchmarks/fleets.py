@@ -29,6 +29,7 @@ from .report import amount, say, table
 BLOCK_SIZE = 16
 BLOCKS = 20  # of a batch
 PATIENCE = 60.0
+SETTLED = 40.0  # seconds after which silent streams ask at their longest interval
 
 
 def payloads(pod: int, count: int) -> list[bytes]:
@@ -215,7 +216,7 @@ def idle(pods: int, seconds: float) -> dict[str, float]:
             held = index.stats()["bytes"]
             gc.collect()
             each = (resident() - before - held) / pods
-            time.sleep(2.0)
+            time.sleep(SETTLED)
             taken = time.process_time()
             time.sleep(seconds)
             taken = (time.process_time() - taken) / seconds
