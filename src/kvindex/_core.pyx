@@ -21,6 +21,7 @@ from .errors import CapacityError, EventDecodeError, InvalidTypeError, InvalidVa
 
 _ISAS, _KINDS = ("portable", "sse2", "avx2"), ("stored", "removed", "cleared", "other")
 # Tokens, and bytes of a payload, up to which the interpreter lock is kept: getting it back from a busy thread took 10 ms at p99.9.
+cdef type _ARRAY = np.ndarray
 cdef Py_ssize_t RELEASE_FROM = 16384, INGEST_RELEASE_FROM = 4096
 
 

@@ -29,7 +29,7 @@ cdef class _Ints:
     cdef int take(self, object data, str what, int flags) except -1:
         if isinstance(data, (bytes, bytearray)) and flags != PyBUF_SIMPLE:
             raise InvalidTypeError(f"{what} is {type(data).__name__}; tokens_from_bytes says how to read bytes as tokens")
-        if isinstance(data, np.ndarray) and type(data) is not np.ndarray:
+        if flags != PyBUF_SIMPLE and type(data) is not _ARRAY and isinstance(data, _ARRAY):
             arguments.unmasked(data, what)
         try:
             PyObject_GetBuffer(data, &self.view, flags)
