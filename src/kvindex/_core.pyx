@@ -28,45 +28,6 @@ cdef Py_ssize_t RELEASE_FROM = 16384, INGEST_RELEASE_FROM = 4096
 include "_objects.pxi"
 
 
-cdef class IngestReport:
-    """What became of a batch or an event. Counts of engine hashes (stored, removed, parked), of clear events (cleared), of events and
-    removed hashes that were not applied (skipped), of those that were malformed (errors); ``reasons`` counts why by name. ``ts`` is the
-    batch's timestamp in seconds (None for single events), ``dp_rank`` the rank it was applied to.
-    """
-
-    cdef Report r
-    cdef readonly uint64_t stored, removed, cleared, parked, skipped, errors
-    cdef readonly object ts
-    cdef readonly int64_t dp_rank
-
-    def __reduce__(self):
-        return _report, (*(getattr(self, name) for name in answers.REPORT), self.ts, self.dp_rank)
-
-    cdef IngestReport done(self):
-        self.stored, self.removed, self.cleared = self.r.stored, self.r.removed, self.r.cleared
-        self.parked, self.skipped, self.errors = self.r.parked, self.r.skipped, self.r.errors
-        return self
-
-    @property
-    def reasons(self):
-        return _reasons(self.r)
-
-    def __repr__(self):
-        return f"IngestReport({', '.join(f'{k}={getattr(self, k)!r}' for k in answers.REPORT)})"
-
-
-def _report(*values):
-    cdef IngestReport report = IngestReport.__new__(IngestReport)
-    *counts, reasons, report.ts, report.dp_rank = values
-    report.r.stored, report.r.removed, report.r.cleared, report.r.parked, report.r.skipped, report.r.errors = counts
-    for i in range(REASONS):
-        report.r.reasons[i] = reasons.get(reason_name(<Reason>i).decode(), 0)
-    return report.done()
-
-
-cdef dict _reasons(Report& r): return {reason_name(<Reason>i).decode(): r.reasons[i] for i in range(REASONS) if r.reasons[i]}
-
-
 @freelist(8)
 cdef class PrefixMatch:
     """The answer to one prompt of ``blocks`` complete blocks: a mapping of the pods that hold any of it to :class:`PodMatch`.
