@@ -1164,8 +1164,13 @@ def test_another_process_is_found_out_behind_losses_too():
     world.do(world.stream.live(0, old.published[0], world.now))
     world.wait(1.0)
     assert world.stream.counts["restarts"] == 1
-    assert world.verdict == "exact"
     assert world.held == world.process.truth(12)
+    assert world.verdict == "degraded"  # the copy is no batch of the process that answers
+    world.publish(1)
+    world.deliver()
+    world.wait(1.0)
+    assert world.verdict == "exact"
+    assert world.held == world.process.truth(13)
 
 
 def test_a_history_that_is_gone_is_asked_for_once():

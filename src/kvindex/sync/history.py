@@ -72,6 +72,10 @@ class History:
             return False
         return bool(self._memory[seq % len(self._memory)] & _LIVE)
 
+    def is_of_connection(self, seq: int) -> bool:
+        """Whether this batch was applied since the connection stands, live or by a replay."""
+        return seq >= self._connected_at
+
     def confirm(self, seq: int) -> None:
         """A remembered batch that a replay brought was published over the connection that stands, too."""
         self._memory[seq % len(self._memory)] |= _LIVE

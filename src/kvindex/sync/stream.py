@@ -538,8 +538,10 @@ class WorkerStream:
         if self._history.recall(seq) == fingerprint(payload):
             self._history.confirm(seq)
             self._agree()
-        elif self._newer(seq, ts):  # or it is of a former process, or was damaged on the way
+        elif self._newer(seq, ts):
             self._contradiction = seq
+        elif ts is not None:  # or it was damaged on the way
+            self._doubts(seq)
 
     def _meet(self, seq: int) -> None:
         """Everything up to this live batch is applied."""
@@ -771,16 +773,20 @@ class WorkerStream:
 
     def _restarted(self, why: str, *, keep_replay: bool = False, against: int | None = None) -> None:
         """Another process answers; ``against`` is a batch that it has another of, or none."""
-        published = against is not None and self._history.came_live(against)
+        published = against is not None and self._shown() >= 0 and self._history.is_of_connection(against)
         self.counts["restarts"] += 1
         self._say("restart", f"{why}: cleared, building again")
         self._reset("the engine has restarted", keep_replay=keep_replay)
         if published:
-            # One connection leads to one process, and it has published something else.
-            self._foreign = (
-                f"{self._replay_endpoint} does not give batch {against} as {self._endpoint} published it: the next one"
-                " shows whether the engine has restarted or that is another process's replay endpoint"
-            )
+            self._doubts(against)
+
+    def _doubts(self, seq: int | None) -> None:
+        """One connection leads to one process, and it has published another batch than an answer has: the publisher has
+        restarted behind something between, or the answer is another process's."""
+        self._foreign = (
+            f"{self._replay_endpoint} does not give batch {seq} as {self._endpoint} published it: the next one shows"
+            " whether the engine has restarted or that is another process's replay endpoint"
+        )
 
     def _replaced(self, replay: Question, why: str, against: int) -> None:
         with self._keeping() if replay.purpose is Purpose.VERIFY else nullcontext():
@@ -879,10 +885,12 @@ class WorkerStream:
                 self.counts["overlap"] += 1
                 if item.payload == payload:
                     self._agree()
-                elif item.ts is not None and ts is not None and item.ts > ts:  # or it is of a former process
+                elif item.ts is not None and ts is not None and item.ts > ts:
                     self._hold(seq, item.payload, item.ts)
                     self._disagree(seq)
                     return
+                elif item.ts is not None:  # or it was damaged on the way
+                    self._doubts(seq)
             if replay.purpose is Purpose.IDLE:
                 self.counts["tails_recovered"] += 1
             replay.brought = self._brought = True
