@@ -6,6 +6,7 @@ tuples of tokens and extra keys, never as hashes, so the model shares no arithme
 
 from __future__ import annotations
 
+import math
 import struct
 from collections import Counter
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ STORED_FIELDS = (
 )
 REMOVED_FIELDS = ("block_hashes", "medium", "group_idx")
 STATES = ("exact", "degraded", "stale")
+ENGINES = ("vllm", "sglang", "trtllm")
 KNOWN_MEDIA = ("GPU", "CPU", "CPU_PINNED", "DISK", "STORAGE", "EXTERNAL")
 
 
@@ -194,6 +196,9 @@ class Pod:
     clear_media: frozenset[str] | None = None
     ignore_media: frozenset[str] = frozenset()
     chunk_size: int | None = None
+    engine: str | None = None
+    eagle: bool | frozenset[int] = False
+    hybrid: bool = False
     workers: dict[tuple[int, str], Worker] = field(default_factory=dict)  # (rank, model)
     verdicts: dict[int, str] = field(default_factory=dict)  # the stream's, by rank
     # Whether an event has come, or the stream's verdict: "no", "yes", or "cut off" until there is a verdict.
@@ -207,7 +212,8 @@ class Pod:
         # Nothing counts what comes and goes with a window or a state.
         uncounted = self.presence == "set" and any(g.rule != "full" for g in worker.groups.values())
         return STATES[
-            worker.damaged
+            self.hybrid
+            or worker.damaged
             or worker.doubtful
             or bool(worker.unsure)
             or worker.partial_first
@@ -675,7 +681,10 @@ class Model:
     def clear_worker(self, pod: str, dp_rank: int = 0) -> None:
         self._clear(pod, dp_rank, everything=True)
 
-    def configure_pod(self, pod: str, *, presence=None, clear_media=None, chunk_size=None, ignore_media=None) -> None:
+    def configure_pod(
+        self, pod: str, *, presence=None, clear_media=None, chunk_size=None, ignore_media=None, engine=None, eagle=None,
+        hybrid=None,
+    ) -> None:  # fmt: skip
         it = self._pod(pod)
         if ignore_media is not None:
             it.ignore_media = frozenset(map(self._medium, ignore_media))
@@ -684,6 +693,9 @@ class Model:
         it.presence = presence or it.presence
         it.clear_media = frozenset(map(self._medium, clear_media)) if clear_media is not None else it.clear_media
         it.chunk_size = chunk_size or it.chunk_size
+        it.engine = engine or it.engine
+        it.eagle = it.eagle if eagle is None else eagle if isinstance(eagle, bool) else frozenset(eagle)
+        it.hybrid = it.hybrid if hybrid is None else hybrid
 
     def mark_worker(self, pod: str, dp_rank: int, verdict: str) -> None:
         it = self._pod(pod)
@@ -693,7 +705,7 @@ class Model:
         it = self.pods[pod]
         if it.heard != "yes":
             return "stale"
-        return max([*map(it.state, it.workers.values()), *it.verdicts.values(), "exact"], key=STATES.index)
+        return max([*map(it.state, it.workers.values()), *it.verdicts.values(), STATES[it.hybrid]], key=STATES.index)
 
     def _medium(self, name: str | None) -> str:
         """Names differ by more than case; one that is not known is shown as it was first written."""
@@ -704,7 +716,23 @@ class Model:
 
     # ------------------------------------------------------------------------------------------------- the question
 
-    def match(
+    def match(self, tokens, **query: Any) -> dict[str, dict]:
+        """{pod: {"tokens": the best rank's, "ranks": {rank: tokens}, "media": {medium: the best rank's}}}."""
+        return {
+            pod: {"tokens": max(it["ranks"].values()), "ranks": it["ranks"], "media": it["media"]}
+            for pod, it in self._answers(tokens, **query).items()
+            if it["ranks"]
+        }
+
+    def holdings(self, tokens, **query: Any) -> dict[str, dict]:
+        """The same of all pods that hold anything: {pod: {"held", "tiers" of the best rank, "order" of these}}."""
+        return {
+            pod: {"held": it["held"], "tiers": it["tiers"], "order": list(it["tiers"])}
+            for pod, it in self._answers(tokens, **query).items()
+            if it["held"] or it["tiers"]
+        }
+
+    def _answers(
         self,
         tokens,
         *,
@@ -714,11 +742,10 @@ class Model:
         extra_keys=None,
         lengths: set[int] | None = None,
     ) -> dict[str, dict]:
-        """{pod: {"tokens": the best rank's, "ranks": {rank: tokens}, "media": {medium: the best rank's}}}."""
         if lengths is None:
             lengths = {0}.union(*(w.lengths for pod in self.pods.values() for w in pod.workers.values()))
         paths = []
-        for lookahead in lengths:
+        for lookahead in sorted(lengths):
             path, at = [], self.roots.get(model)
             for content in self._query(tokens, lora_name, cache_salt, extra_keys, lookahead):
                 at = at.children.get(content) if at else None
@@ -728,17 +755,35 @@ class Model:
         for name, pod in self.pods.items():
             ranks: Counter = Counter()
             media: Counter = Counter()
-            for (rank, m), worker in pod.workers.items():
+            tiers = {}
+            held = 0
+            for (rank, m), worker in sorted(pod.workers.items()):
+                reached: dict[str, int] = {}
+                places = {medium for medium, _ in worker.seen} | ({"GPU"} if worker.added else set())
                 for path in paths if m == model else ():
                     whole = self._hit(pod, worker, path, set(worker.groups), None)
-                    ranks[rank] = max(ranks[rank], whole)
-                    for medium in {medium for medium, _ in worker.seen} | ({"GPU"} if worker.added else set()):
+                    held = max(held, whole)
+                    for medium in places:
                         groups = {g for seen, g in worker.seen if seen == medium} or set(worker.groups)
                         # No medium alone gives more than all together.
                         alone = self._hit(pod, worker, path[: whole // self.block_size], groups, medium)
                         media[medium] = max(media[medium], alone)
-            if any(ranks.values()):
-                answers[name] = {"tokens": max(ranks.values()), "ranks": dict(+ranks), "media": dict(+media)}
+                    there = {medium: whole for medium in places if whole} if len(places) == 1 else {}
+                    if pod.engine in ("vllm", "sglang"):
+                        reuse = Reuse(self, pod, worker, path, sorted(places, key=tier))
+                        whole, there = reuse.tokens(len(tokens)), reuse.tiers()
+                    ranks[rank] = max(ranks[rank], whole)
+                    for medium, tokens_there in there.items():
+                        reached[medium] = max(reached.get(medium, 0), tokens_there)
+                if m == model:
+                    tiers[rank] = reached
+            best = max(tiers, key=lambda r: (ranks[r], max(tiers[r].values(), default=0), -r), default=None)
+            answers[name] = {
+                "ranks": dict(+ranks),
+                "media": dict(+media),
+                "held": held,
+                "tiers": {} if best is None else tiers[best],
+            }
         return answers
 
     def _query(self, tokens, lora, salt, extra_keys, lookahead: int = 0) -> list[tuple]:
@@ -748,7 +793,7 @@ class Model:
         return [b[0] for b in contents(tokens, size, n, 1, lora, extra_keys, salt, True, ahead)]
 
     def _hit(self, pod: Pod, worker: Worker, path: list, groups: set[int], medium: str | None) -> int:
-        rows = [(worker.groups.get(g, Group()), worker.held(g, medium)) for g in groups or {None}]
+        rows = [(in_medium(pod, worker, g, medium), worker.held(g, medium)) for g in groups or {None}]
         flags = [(group, [at in held for at in path]) for group, held in rows]
         return next(
             length * self.block_size
@@ -771,6 +816,130 @@ class Model:
         elif group.rule == "chunked" and pod.chunk_size:
             start = length * self.block_size // pod.chunk_size * pod.chunk_size // size * group.k
         return all(held[max(start, 0) : length])
+
+
+def tier(medium: str) -> tuple[int, str]:
+    """The order in which an engine reads media: those that are known, in this order, and then the others."""
+    return (KNOWN_MEDIA.index(medium) if medium in KNOWN_MEDIA else len(KNOWN_MEDIA), medium)
+
+
+def in_medium(pod: Pod, worker: Worker, group: int | None, medium: str | None) -> Group:
+    """The group with the block size that it has in a medium, or its smallest where the engine's rules are asked for."""
+    it = worker.groups.get(group, Group())
+    sizes = [k for (m, g), ks in worker.seen.items() if g == group and medium in (None, m) for k in ks]
+    if pod.engine not in ("vllm", "sglang") or not sizes:
+        return it
+    return Group(it.kind, it.window, min(sizes) if medium is None else max(sizes))
+
+
+class Reuse:
+    """What a vLLM or an SGLang reuses of what one of its workers holds of a prompt. Lengths are in index blocks."""
+
+    def __init__(self, model: Model, pod: Pod, worker: Worker, path: list, places: list[str]) -> None:
+        self.model, self.pod, self.worker, self.path, self.places = model, pod, worker, path, places
+        self.windows = any(group.rule != "full" for group in worker.groups.values())
+        flagged = {g for g in worker.groups if pod.eagle is True or (pod.eagle and g in pod.eagle)}
+        if pod.engine != "vllm" or any(worker.lengths):
+            flagged = set()
+        self.flagged = {g for g in flagged if worker.groups[g].rule in ("full", "sliding")}
+
+    def flags(self, group: int | None, medium: str, base: int = 0) -> list[bool]:
+        held = self.worker.held(group, medium)
+        return [i < base or at in held for i, at in enumerate(self.path)]
+
+    def agreed(self, medium: str, most: int, *, base: int = 0) -> int:
+        """The largest length up to `most` that all groups agree on, where what lies before `base` counts as held."""
+        groups = set(self.worker.groups)
+        rows = [(in_medium(self.pod, self.worker, g, medium), self.flags(g, medium, base)) for g in groups or {None}]
+        return next(
+            length
+            for length in range(most, -1, -1)
+            if (length == 0 or any(held[length - 1] for _, held in rows))
+            and all(self.model._agrees(self.pod, group, held, length) for group, held in rows)
+        )
+
+    def beyond(self, medium: str, start: int, most: int) -> int:
+        return start if start >= most else max(start, self.agreed(medium, most, base=start))
+
+    def tiers(self) -> dict[str, int]:
+        at, reached = 0, {}
+        for medium in self.places:
+            there = self.agreed(medium, len(self.path)) if medium == "GPU" else self.beyond(medium, at, len(self.path))
+            if there > at:
+                reached[medium] = there * self.model.block_size
+            at = there
+        return reached
+
+    def tokens(self, n: int) -> int:
+        at = 0
+        cut = len(self.path)
+        if self.pod.engine == "vllm" and n:
+            cut = (n - 1) // self.model.block_size
+        for medium in self.places:
+            if medium == "GPU":
+                at = self.dropped(cut) if self.flagged else self.agreed("GPU", cut)
+                continue
+            there = self.beyond(medium, at, cut if self.windows else len(self.path))
+            if self.flagged and there > at:
+                there -= min(there - at, in_medium(self.pod, self.worker, min(self.worker.groups), medium).k)
+            at = there
+        return at * self.model.block_size
+
+    def dropped(self, cut: int) -> int:
+        """vLLM's look-up over several groups, some of which drop the last block that they match."""
+        groups = {g: in_medium(self.pod, self.worker, g, "GPU") for g in self.worker.groups}
+        if len(groups) == 1:
+            run = self.agreed("GPU", cut)
+            return max(0, run - next(iter(groups.values())).k)
+        spec = {g: (it.rule, it.window if it.rule == "sliding" else None, it.k) for g, it in groups.items()}
+        drops = {spec[g] for g in self.flagged}
+        specs = list(dict.fromkeys(sorted(spec.values(), key=lambda it: it[0] != "full")))
+        unit = math.lcm(*(it.k for it in groups.values()))
+        found: dict[tuple, int] = {}
+        verified: set[tuple] = set()
+        hit = cut
+        while True:
+            at = hit
+            for one in specs:
+                if one[0] == "full" and one in found:
+                    at = min(at, found[one])
+                    continue
+                drop = one in drops and one not in verified
+                most = min(at + one[2], len(self.path)) if drop else at
+                now = self.found([g for g in groups if spec[g] == one], groups, most, drop, unit)
+                if drop:
+                    verified.add(one)
+                elif now < at:
+                    verified.clear()
+                at = found[one] = now
+            if at >= hit:
+                return hit
+            hit = at
+            if len(specs) == 2 and specs[0][0] == "full":
+                return hit
+
+    def found(self, members: list[int], groups: dict[int, Group], most: int, drop: bool, unit: int) -> int:
+        rows = [self.flags(g, "GPU") for g in members]
+        held = [all(flags) for flags in zip(*rows, strict=True)]
+        group = groups[members[0]]
+        if group.rule == "full":
+            run = next((i for i in range(most) if not held[i]), most)
+            run -= run % group.k
+            run = max(0, run - group.k) if drop else run
+            return run - run % unit
+        more = group.k if drop else 0
+        for length in range(most - more, 0, -1):
+            if length % unit:
+                continue
+            window = [True] * 0 if group.rule != "sliding" else held
+            if drop and group.rule == "sliding":
+                size = group.k * self.model.block_size
+                start = length - max(1, -(-(group.window - 1) // size)) * group.k
+                if all(window[max(0, start) : length + more]):
+                    return length
+            elif self.model._agrees(self.pod, group, held, length):
+                return length
+        return 0
 
 
 # ------------------------------------------------------------------------------------------------------- the reader

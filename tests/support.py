@@ -90,6 +90,16 @@ def answer_of(match: Any) -> dict[str, dict]:
     }
 
 
+def holdings_of(match: Any, pods: Any) -> dict[str, dict]:
+    """What a PrefixMatch says of the pods that hold anything, whatever they would reuse of it, in the model's words."""
+    every = {pod: match[pod] for pod in pods}
+    return {
+        pod: {"held": it.held, "tiers": it.tiers, "order": list(it.tiers)}
+        for pod, it in every.items()
+        if it.held or it.tiers
+    }
+
+
 class Pair:
     """The index and the model: everything is done to both, and every answer must be the same from both."""
 
@@ -108,8 +118,10 @@ class Pair:
 
     def ask(self, tokens: Any, **query: Any) -> dict[str, dict]:
         """The full answer: {pod: {"tokens", "ranks", "media"}}."""
-        answer = answer_of(self.index.match_prefix(tokens, **query))
+        match = self.index.match_prefix(tokens, **query)
+        answer = answer_of(match)
         assert answer == self.model.match(tokens, **query)
+        assert holdings_of(match, self.model.pods) == self.model.holdings(tokens, **query)
         return answer
 
     def tokens(self, tokens: Any, **query: Any) -> dict[str, int]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from model import Model, NotABatch
-from support import answer_of, as_array, cleared, payload, removed, report_of, stored
+from support import answer_of, as_array, cleared, holdings_of, payload, removed, report_of, stored
 
 import kvindex
 
@@ -55,11 +55,15 @@ class Layout:
     one_medium: bool
     ignore_media: tuple[str, ...] | None = None
     lookahead: int = 0
+    engine: str | None = None
+    eagle: bool | tuple[int, ...] = False
+    hybrid: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
         """What configure_pod is told."""
-        return {name: getattr(self, name) for name in ("presence", "clear_media", "chunk_size", "ignore_media")}
+        told = ("presence", "clear_media", "chunk_size", "ignore_media", "engine", "eagle", "hybrid")
+        return {name: getattr(self, name) for name in told}
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,9 @@ def draw_layout(rng: Random, size: int) -> Layout:
         one_medium=rng.random() < 0.5,
         ignore_media=rng.choice((None, None, None, None, None, ("cpu",))),
         lookahead=rng.choice((0, 0, 0, 0, 0, 1, 1, 3)),
+        engine=rng.choice((None, None, "vllm", "vllm", "vllm", "sglang", "trtllm")),
+        eagle=rng.choice((False, False, True, (0,), (1,), (0, 2))),
+        hybrid=rng.random() < 0.05,
     )
 
 
@@ -681,6 +688,8 @@ class World:
         match = self.index.match_prefix(tokens, model=model, **given)
         asked = f"{tokens} of model {model!r} with {given}"
         same(asked, answer_of(match), want)
+        holdings = self.model.holdings(tokens, model=model, **given)
+        same("holdings: " + asked, holdings_of(match, self.model.pods), holdings)
         same("blocks", match.blocks, len(path))
         same("percent", match.percent, {p: 100 * a["tokens"] // (len(path) * self.size) for p, a in want.items()})
         same("states", {pod: match[pod].state for pod in want}, states)
@@ -699,7 +708,7 @@ class World:
         same("hashes", match.hashes.tolist(), hashes.tolist())
         # Prefix hashes have no lookahead.
         plain = self.model.match(tokens, model=model, lengths={0}, **given)
-        same("by hashes: " + asked, answer_of(self.index.match_hashes(hashes, model=model)), plain)
+        same("by hashes: " + asked, answer_of(self.index.match_hashes(hashes, model=model, n_tokens=len(tokens))), plain)
         only = self.index.match_prefix(tokens, model=model, only_exact=True, **given)
         same("only exact: " + asked, answer_of(only), {pod: a for pod, a in want.items() if states[pod] == "exact"})
         some = self.index.match_prefix(tokens, model=model, ready_pods=("a", "c", "nobody"), **given)

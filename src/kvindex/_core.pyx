@@ -62,7 +62,7 @@ cdef class PrefixMatch:
         best = {}
         for i in range(self.r.hits.size()):
             h = self.r.hits[i]
-            if (h.alone or h.medium == NO_MEDIUM) and (pod := self.pod_name(h.pod)) is not None:
+            if h.says & REUSED and (pod := self.pod_name(h.pod)) is not None:
                 share = h.blocks * times // over
                 if best.setdefault(pod, share) < share:
                     best[pod] = share
@@ -70,7 +70,7 @@ cdef class PrefixMatch:
 
     @property
     def tokens(self):
-        """``{pod: tokens}`` held by the pod's best rank in any medium. Pods that hold nothing are left out."""
+        """``{pod: tokens}`` that the pod's best rank reuses: by its engine's rules where configure_pod names it, otherwise what any medium holds."""
         return self.best_ranks(self.index.block_size, 1)
 
     @property
@@ -100,8 +100,8 @@ cdef class PrefixMatch:
         """The pod's :class:`PodMatch`, zeros if it holds nothing. Raises :class:`UnknownPodError` for a pod that the index does not know."""
         cdef Hits* h = &self.r.hits
         if pod not in self:
-            return PodMatch(0, 0, {}, {}, answers.VERDICTS[self.index._verdict(pod)])
-        return answers.pod_match([(h[0][i].rank, self.media.get(h[0][i].medium), h[0][i].alone, h[0][i].blocks, <int>h[0][i].verdict)
+            return PodMatch(0, 0, {}, {}, answers.VERDICTS[self.index._verdict(pod)], 0, {})
+        return answers.pod_match([(h[0][i].rank, self.media.get(h[0][i].medium), h[0][i].says, h[0][i].blocks, <int>h[0][i].verdict)
                                   for i in self.hits[pod]], self.index.block_size)
 
     def __contains__(self, pod): return isinstance(pod, str) and pod in self.by_pod()
@@ -259,8 +259,11 @@ cdef class Index:
         m.prompt, m.lora_name, m.cache_salt, m.extra_keys = tokens, lora_name, cache_salt, extra_keys
         return m
 
-    def match_hashes(self, hashes, *, model="", ready_pods=None, only_exact=False):
-        """The same answer from the prompt's prefix hashes (uint64, one per complete block, see :func:`prefix_hashes`)."""
+    def match_hashes(self, hashes, *, model="", ready_pods=None, only_exact=False, n_tokens=None):
+        """The same answer from the prompt's prefix hashes (uint64, one per complete block, see :func:`prefix_hashes`).
+
+        n_tokens: the prompt's length, from which vLLM's rule for the last token begins; None for a prompt of just these blocks.
+        """
         cdef _Ints h = _Ints()
         cdef cbool is_signed
         cdef Prompt p
@@ -272,6 +275,9 @@ cdef class Index:
             h.take(hashes, "hashes", PyBUF_STRIDED_RO | PyBUF_FORMAT)
         p.prefixes = <const uint64_t*>h.data
         p.n_prefixes = h.n
+        if n_tokens is not None:
+            least = h.n * self.block_size
+            p.n_tokens = arguments.whole(n_tokens, "n_tokens", least, least + self.block_size - 1)
         cdef PrefixMatch m = self.ask(p, h.n, h.n, model, ready_pods, _flag(only_exact, "only_exact"))
         m.prefixes = hashes
         return m
@@ -347,6 +353,10 @@ cdef class Index:
     def _configure(self, pod, int counted, cbool has_media, vector[string] media, int64_t chunk, int64_t max_blocks):
         cdef uint64_t uid = self.uid(pod)
         with nogil: self.ix.configure(uid, counted, has_media, media, chunk, max_blocks)
+
+    def _engine(self, pod, int engine, int eagle, vector[int64_t] groups, int hybrid):
+        cdef uint64_t uid = self.uid(pod)
+        with nogil: self.ix.engine(uid, engine, eagle, groups, hybrid)
 
     def _remove(self, pod):
         cdef uint64_t uid = self.known(pod)

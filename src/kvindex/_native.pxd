@@ -29,6 +29,7 @@ cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
     const char* reason_name(Reason)
     const uint32_t REASONS "kvindex::kReasons"
     const uint32_t NO_MEDIUM "kvindex::kNone"
+    const uint8_t REUSED "kvindex::kReused"
     const double NEVER "kvindex::kNever"
 
     cppclass StrRef:
@@ -69,7 +70,7 @@ cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
         uint64_t pod
         uint32_t rank, medium, blocks
         Verdict verdict
-        cbool alone
+        uint8_t says
 
     cppclass Hits:
         uint32_t size()
@@ -151,6 +152,7 @@ cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
         cbool remove_pod(uint64_t) except +
         void configure(uint64_t, int set_presence, cbool has_media, const vector[string]&, int64_t chunk, int64_t max_blocks) except +
         void ignore_media(uint64_t, const vector[string]&) except +
+        void engine(uint64_t, int engine, int eagle, const vector[int64_t]& groups, int hybrid) except +
         void mark(uint64_t, int64_t rank, int verdict) except +
         void clear_worker(uint64_t, int64_t rank) except +
         Taken ingest(uint64_t, const uint8_t*, uint64_t, const string& model, int64_t rank, int64_t seq, cbool wait, Report&, double& ts,

@@ -8,18 +8,27 @@ from typing import Final, NamedTuple, TypeAlias
 __all__ = ["PodMatch", "StreamPlace"]
 
 VERDICTS: Final = ("exact", "degraded", "stale")
+ENGINES: Final = ("vllm", "sglang", "trtllm")
 REPORT = ("stored", "removed", "cleared", "parked", "skipped", "errors", "reasons")
 
-# Rank, medium (None: all together), whether the worker has no other medium, blocks, index into VERDICTS.
-Row: TypeAlias = "tuple[int, bytes | None, bool, int, int]"
+# What a row says, and how.
+REUSED, HELD, MEDIUM, TIER = 1, 2, 4, 8
+# Rank, medium (None: all together), what of these it says, blocks, index into VERDICTS.
+Row: TypeAlias = "tuple[int, bytes | None, int, int, int]"
 
 
 class PodMatch(NamedTuple):
-    """How much of one prompt a pod holds, by its best rank.
+    """How much of one prompt a pod reuses and holds, by its best rank.
 
-    ``tokens`` counts over all media together, ``blocks`` is the same in index blocks. ``media`` is what each medium
-    alone holds, by the best rank for that medium; ``ranks`` is what each rank holds; both leave out zeros. ``state`` is
-    the pod's verdict when the question was answered: ``"exact"``, ``"degraded"`` or ``"stale"``.
+    ``tokens`` is what the pod reuses: by the rules of its engine where :meth:`PrefixIndex.configure_pod` names one
+    that is known (``engine="vllm"`` or ``"sglang"``), otherwise the prefix of which any medium holds every block.
+    ``blocks`` is the same in index blocks, ``ranks`` the same of each rank. ``media`` is what each medium alone holds,
+    by the best rank for that medium. ``ranks`` and ``media`` leave out zeros. ``state`` is the pod's verdict when the
+    question was answered: ``"exact"``, ``"degraded"`` or ``"stale"``. ``held`` counts the tokens of the prefix of
+    which any medium holds every block, whatever the engine reuses of it. ``tiers`` says how far each medium of the best
+    rank reaches, in the order in which an engine reads them: each begins where the one before ends, so the figures are
+    cumulative; a medium that adds nothing is left out. ``tiers`` is empty for a pod with several media whose engine is
+    not named.
     """
 
     tokens: int
@@ -27,6 +36,8 @@ class PodMatch(NamedTuple):
     media: dict[str, int]
     ranks: dict[int, int]
     state: str
+    held: int
+    tiers: dict[str, int]
 
 
 class StreamPlace(NamedTuple):
@@ -48,14 +59,22 @@ def pod_match(rows: Iterable[Row], block_size: int) -> PodMatch:
     """The rows of one pod put together."""
     media: dict[str, int] = {}
     ranks: dict[int, int] = {}
-    state = 0
-    for rank, medium, alone, blocks, verdict in rows:
-        state = verdict
-        if alone or medium is None:
-            ranks[rank] = max(ranks.get(rank, 0), blocks * block_size)
+    reach: dict[int, dict[str, int]] = {}
+    state = held = 0
+    for rank, medium, says, blocks, verdict in rows:
+        state, tokens = verdict, blocks * block_size
+        tiers = reach.setdefault(rank, {})
+        if says & REUSED:
+            ranks[rank] = max(ranks.get(rank, 0), tokens)
+        if says & HELD:
+            held = max(held, tokens)
         if medium:  # Empty: nobody has it any more.
             # Names of media come from the wire and may be no UTF-8.
             name = medium.decode("utf-8", "surrogateescape")
-            media[name] = max(media.get(name, 0), blocks * block_size)
-    tokens = max(ranks.values(), default=0)
-    return PodMatch(tokens, tokens // block_size, media, ranks, VERDICTS[state])
+            if says & MEDIUM:
+                media[name] = max(media.get(name, 0), tokens)
+            if says & TIER:
+                tiers[name] = max(tiers.get(name, 0), tokens)
+    best = max(reach, key=lambda rank: (ranks.get(rank, 0), max(reach[rank].values(), default=0), -rank))
+    tokens = ranks.get(best, 0)
+    return PodMatch(tokens, tokens // block_size, media, ranks, VERDICTS[state], held, reach[best])

@@ -84,6 +84,18 @@ def called(value: Any, what: str) -> Any:
     return value
 
 
+def eagle(value: Any) -> tuple[int, list[int]]:
+    """Whether groups drop the last matched block (-1: nothing is said of it), and which: none for all of them."""
+    if value is None or isinstance(value, (bool, np.bool_)):
+        return (-1 if value is None else int(value)), []
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise InvalidTypeError(
+            f"eagle is {shown(value)}; it must be True, False or the group indexes that drop a block"
+        )
+    groups = sorted({whole(group, "a group of eagle", 0, 1 << 31) for group in value})
+    return int(bool(groups)), groups
+
+
 def moment(value: Any, what: str) -> float:
     try:
         s = math.nan if isinstance(value, (str, bytes, bytearray)) else float(value)

@@ -117,6 +117,9 @@ class PrefixIndex(Index):
         chunk_size: int | None = None,
         max_blocks: int | None = None,
         ignore_media: Iterable[str] | None = None,
+        engine: Literal["vllm", "sglang", "trtllm"] | None = None,
+        eagle: bool | Iterable[int] | None = None,
+        hybrid: bool | None = None,
     ) -> None:
         """What events do not say of a pod; None leaves it as it is.
 
@@ -127,16 +130,34 @@ class PrefixIndex(Index):
         forgotten, and an empty iterable ends it. chunk_size: tokens per chunk of
         chunked-local attention; max_blocks: index blocks that it may hold, over all ranks, media and groups (0: any
         number), those that wait included. A stored event beyond that, or of more than 1,024 ranks and models of one
-        pod, is skipped as ``over_limit``, and the pod is degraded: it holds more than is known. O(media).
+        pod, is skipped as ``over_limit``, and the pod is degraded: it holds more than is known.
+
+        engine: which engine's rules say what is reused of a prefix that is held. "vllm": the prompt's last token is
+        always computed, so of a prompt of n tokens its own pool gives at most (n-1)//B*B, B the engine's block size;
+        then each further medium gives what it holds from there on. "sglang": the match of all tokens, read medium by
+        medium likewise. "trtllm": no rule is known, what is held counts, as for a pod whose engine is not named.
+        eagle: vLLM drops the last block that it matches, for its draft model (EAGLE or MTP without lookahead hashes:
+        releases before 0.33, or with a KV connector). True, or the groups (``group_idx``) that do; an empty iterable
+        or False for none. It has no effect unless the engine is "vllm". hybrid: a model of which SGLang publishes the
+        full-attention layers only (Mamba or sliding-window layers beside them); the pod is degraded.
+
+        O(media + workers).
+
+        Raises InvalidTypeError or InvalidValueError naming the option, with nothing changed.
         """
         counted = -1 if presence is None else arguments.choice(presence, "presence", ("count", "set"))
         media = arguments.names(() if clear_media is None else clear_media, "clear_media")
         ignored = arguments.names(() if ignore_media is None else ignore_media, "ignore_media")
         chunk = -1 if chunk_size is None else arguments.whole(chunk_size, "chunk_size", 1, 0x7FFFFFFF)
         most = -1 if max_blocks is None else arguments.whole(max_blocks, "max_blocks", 0, (1 << 63) - 1)
+        named = -1 if engine is None else arguments.choice(engine, "engine", answers.ENGINES) + 1
+        drops, groups = arguments.eagle(eagle)
+        silent = -1 if hybrid is None else arguments.flag(hybrid, "hybrid")
         self._configure(pod, counted, clear_media is not None, media, chunk, most)
         if ignore_media is not None:
             self._ignore(pod, ignored)
+        if (named, drops, silent) != (-1, -1, -1):
+            self._engine(pod, named, drops, groups, silent)
 
     def remove_pod(self, pod: str) -> None:
         """Forgets the pod and all it holds. O(its blocks).

@@ -210,7 +210,7 @@ public:
         std::map<std::pair<u32, i64>, u32> out;
         for (const Hit& h : m.hits)
             for (u32 pod = 0; pod < kPods; ++pod)
-                if (pods_[pod] == h.pod && (h.alone || h.medium == kNone)) {
+                if (pods_[pod] == h.pod && (h.says & kReused)) {
                     u32& most = out[{pod, h.rank}];
                     most = std::max(most, h.blocks);
                 }

@@ -575,13 +575,11 @@ private:
             if (pod == kNone) die("an answer of a pod that is gone");
             if (h.blocks == 0 || h.blocks > blocks)
                 die("an answer of " + std::to_string(h.blocks) + " to " + std::to_string(blocks) + " blocks");
-            if (h.alone) a.insert({pod, h.rank, "*", h.blocks});
-            if (h.alone || h.medium == kNone) best = std::max(best, h.blocks);
+            if (h.says & kReused && h.says & kMedium) a.insert({pod, h.rank, "*", h.blocks});
+            if (h.says & kReused) best = std::max(best, h.blocks);
             a.insert({pod, h.rank, h.medium == kNone ? "*" : lower_case(media.at(h.medium)), h.blocks});
         }
-        if (m.best == kNone
-                ? best != 0
-                : m.hits[m.best].blocks != best || !(m.hits[m.best].alone || m.hits[m.best].medium == kNone))
+        if (m.best == kNone ? best != 0 : m.hits[m.best].blocks != best || !(m.hits[m.best].says & kReused))
             die("the best answer is not the best");
         return a;
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.server
 import json
+import re
 import socket
 import threading
 
@@ -63,6 +64,50 @@ def test_a_pod_in_one_word(text, name, endpoint, answers):
 def test_a_word_that_is_no_pod_is_refused(text):
     with pytest.raises(InvalidValueError):
         PodSource.from_string(text)
+
+
+def test_a_word_says_the_engine_too():
+    source = PodSource.from_string("a=tcp://h:5557,5558,engine=vllm,eagle=0+2,ignore_media=CPU+DISK")
+    assert source == PodSource(
+        "a", endpoint="tcp://h:5557", replay_endpoint="tcp://h:5558", engine="vllm", eagle={0, 2},
+        ignore_media={"CPU", "DISK"},
+    )  # fmt: skip
+    source = PodSource.from_string("a,b=tcp://h:5557,engine=sglang,hybrid=true", engine="vllm")
+    assert (source.name, source.engine, source.hybrid) == ("a,b", "sglang", True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "vlm"}, "one of vllm, sglang, trtllm"),
+        ({"engine": ["vllm"]}, "one of vllm, sglang, trtllm"),
+        ({"eagle": True}, "engine='vllm'"),
+        ({"eagle": True, "engine": "sglang"}, "engine='vllm'"),
+        ({"eagle": "0", "engine": "vllm"}, "set of groups"),
+        ({"eagle": [-1], "engine": "vllm"}, "numbers from 0 on"),
+        ({"eagle": [True], "engine": "vllm"}, "numbers from 0 on"),
+        ({"hybrid": 1}, "True or False"),
+        ({"ignore_media": "CPU"}, "set of names"),
+        ({"ignore_media": [1]}, "set of names"),
+    ],
+)
+def test_an_engine_that_can_not_be_is_refused(options, message):
+    with pytest.raises((InvalidValueError, InvalidTypeError), match=re.escape(message)):
+        PodSource("a", endpoint="tcp://h:5557", **options)
+
+
+@pytest.mark.parametrize("option", ["engine=vlm", "motor=x", "eagle=yes", "eagle=true", "hybrid=2", "eagle="])
+def test_a_word_whose_option_is_none_is_refused(option):
+    with pytest.raises(InvalidValueError):
+        PodSource.from_string(f"a=tcp://h:5557,{option}")
+
+
+@pytest.mark.parametrize("where", ["top", "state"])
+def test_an_sglang_server_that_says_its_model_is_hybrid(server, where):
+    fact = {"is_hybrid_swa": True}
+    server.answers = {"/server_info": {**SGLANG, **(fact if where == "top" else {"internal_states": [fact]})}}
+    assert PodSource.from_sglang(server.url).hybrid
+    assert not PodSource.from_sglang(server.url, hybrid=False).hybrid
 
 
 def test_a_pod_that_is_no_text_is_refused():
@@ -190,14 +235,16 @@ def test_a_vllm_server_says_where_its_ranks_are(server):
         1: ("tcp://10.0.0.9:5558", None),
     }
     source = PodSource.from_vllm(server.url, headers={"Authorization": "Bearer x"}, presence="set")
-    assert source == PodSource(host, model="llama", topic="kv", ranks=expected, presence="set", address=server.url)
+    assert source == PodSource(
+        host, model="llama", topic="kv", ranks=expected, presence="set", engine="vllm", address=server.url
+    )
     assert {(path, sent["Authorization"]) for path, sent in server.headers} == {
         ("/kv_event_sources", "Bearer x"),
         ("/v1/models", "Bearer x"),
     }
     server.headers.clear()
     named = PodSource.from_vllm(server.url + "/", name="a", model="m")
-    assert named == PodSource("a", model="m", topic="kv", ranks=expected, address=server.url)
+    assert named == PodSource("a", model="m", topic="kv", ranks=expected, engine="vllm", address=server.url)
     assert [path for path, _ in server.headers] == ["/kv_event_sources"], "what is known is not asked for"
 
 
@@ -260,7 +307,7 @@ def test_an_older_sglang_server_says_it_in_its_arguments(server):
     host = server.url.removeprefix("http://")
     assert PodSource.from_sglang(server.url) == PodSource(
         host, endpoint="tcp://127.0.0.1:6557", replay_endpoint="tcp://127.0.0.1:6657", dp_size=2, model="llama",
-        topic="kv", block_size=64, address=server.url,
+        topic="kv", block_size=64, engine="sglang", address=server.url,
     )  # fmt: skip
     server.answers = {"/get_server_info": {**SGLANG, "served_model_name": None, "dp_size": None}}
     source = PodSource.from_sglang(server.url, name="a", block_size=16)

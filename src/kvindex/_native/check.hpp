@@ -160,7 +160,7 @@ inline std::string Index::check() const {
         for (u32 h : all) {
             const Face& f = faces_[h];
             if (f.pod != right.pod || f.rank != right.rank || f.medium != right.medium || f.factor != right.factor ||
-                f.verdict != right.verdict || f.rootless != right.rootless || f.bits != right.bits)
+                f.verdict != right.verdict || f.flags != right.flags || f.bits != right.bits)
                 return fail("face is not the worker's", id, h);
         }
         const std::vector<u32>& hybrids = spaces_[w.space].hybrids;
@@ -168,7 +168,8 @@ inline std::string Index::check() const {
         if (listed != (w.face == kNone && (!w.holders.empty() || w.guess != kNone)) ||
             (listed && hybrids[w.in_hybrid_list] != id))
             return fail("list of hybrids is wrong", id, listed);
-        if (w.rootless != (listed && right.rootless)) return fail("worker without a full group missorted", id, listed);
+        if (w.rootless != (listed && right.flags & kRootless))
+            return fail("worker without a full group missorted", id, listed);
         rootless_of[w.space] += w.rootless;
 
         std::map<u64, u32> known_chains, known_kids;

@@ -102,6 +102,18 @@ public:
         pods_[pod].set_presence = set;
         judge(pod);
     }
+    void set_engine(u32 pod, Engine engine, bool eagle, std::vector<i64> groups, bool hybrid) {
+        Pod& p = pods_[pod];
+        p.engine = engine;
+        p.eagle = eagle;
+        p.eagle_groups = std::move(groups);
+        p.hybrid = hybrid;
+        ruled_ |= engine != Engine::unknown;
+        judge(pod);
+        for (u32 w : p.workers) refresh(w);
+    }
+    // Whether any pod's engine has been named.
+    bool ruled() const { return ruled_; }
     void set_chunk(u32 pod, u32 tokens) {
         pods_[pod].chunk_tokens = tokens;
         judge(pod);
@@ -142,7 +154,7 @@ public:
         Pod& p = pods_[pod];
         Verdict v = p.standing == Standing::followed ? Verdict::exact : Verdict::stale;
         for (const auto& s : p.streams) v = std::max(v, s.second);
-        if (p.refused.any) v = std::max(v, Verdict::degraded);
+        if (p.refused.any || p.hybrid) v = std::max(v, Verdict::degraded);
         for (u32 w : p.workers) v = std::max(v, workers_[w]->verdict);
         if (v == p.verdict) return;
         p.verdict = v;
@@ -154,6 +166,7 @@ public:
     Verdict own_verdict(const Worker& w) const {
         bool degraded = w.sticky || w.in_doubt || !w.unsure.empty() || w.small_blocks || w.parked() != 0;
         const Pod& p = pods_[w.pod];
+        degraded |= p.hybrid;
         // Where announcements are not counted, what a window has left can not be told from what it holds: vLLM 0.33.0
         // announces both, and 69 of 1,050 recorded answers said too much.
         for (const Group& g : w.groups)
@@ -197,12 +210,19 @@ public:
     }
     Face describe(const Worker& w) const {
         const Pod& p = pods_[w.pod];
-        Face f{p.uid, static_cast<u32>(w.rank), 0, 1, p.verdict, !w.groups.empty(), 0};
-        for (const Group& g : w.groups) f.rootless &= g.kind != Attention::full;
-        if (w.holders.empty()) return f;
-        const Holder& first = holders_[w.holders[0]];
-        f.medium = first.medium;
-        f.factor = first.factor;
+        Face f{p.uid, static_cast<u32>(w.rank), 0, 1, p.verdict, 0, 0};
+        bool rootless = !w.groups.empty(), windows = false, drops = false;
+        for (const Group& g : w.groups) {
+            rootless &= g.kind != Attention::full;
+            windows |= g.kind != Attention::full;
+            drops |= p.drops(g);
+        }
+        if (rootless) f.flags |= kRootless;
+        if (p.engine == Engine::vllm || p.engine == Engine::sglang) f.flags |= kTiers;
+        if (!w.holders.empty()) {
+            f.medium = holders_[w.holders[0]].medium;
+            f.factor = holders_[w.holders[0]].factor;
+        }
         bool alike = w.holders.size() <= 0xFFFF && w.guess == kNone;
         for (u32 h : w.holders) {
             if (holders_[h].medium != f.medium) f.medium = kNone;
@@ -210,6 +230,10 @@ public:
         }
         for (const Group& g : w.groups) alike &= g.factor == f.factor;
         if (alike) f.bits = static_cast<std::uint16_t>(w.holders.size());
+        // vLLM's connectors load a whole prompt, unless a window needs that its last token can be computed again.
+        if (p.engine == Engine::vllm && (f.medium == 0 || f.medium == kNone || windows)) f.flags |= kCutsLast;
+        if (drops) f.flags |= w.groups.size() == 1 ? kDropsLast : kDropsEach;
+        if (f.factor != 1 || f.flags & (kCutsLast | kDropsLast | kDropsEach)) f.flags |= kOdd;
         return f;
     }
     u64 holders_version() const { return holders_version_; }
@@ -444,7 +468,7 @@ protected:
             set_bit(rooted_, w.guess, listed);
         }
         spaces_[w.space].rootless -= w.rootless;
-        w.rootless = listed && f.rootless;
+        w.rootless = listed && f.flags & kRootless;
         spaces_[w.space].rootless += w.rootless;
         std::vector<u32>& list = spaces_[w.space].hybrids;
         if (listed && w.in_hybrid_list == kNone) {
@@ -546,6 +570,7 @@ protected:
     std::unordered_map<std::string, u32> space_ids_;
     u64 pods_version_ = first_version();
     u64 pods_made_ = 0;
+    bool ruled_ = false;
     u64 holders_version_ = 1;
 };
 

@@ -8,15 +8,20 @@
 
 namespace kvindex {
 
+// What a hit says. All of it at once, where a worker has one medium and reuses what it holds.
+inline constexpr u8 kReused = 1;  // what the engine reuses
+inline constexpr u8 kHeld = 2;    // the prefix that all media together hold
+inline constexpr u8 kMedium = 4;  // the prefix that this medium holds alone
+inline constexpr u8 kTier = 8;    // how far this medium reaches, read where the one before ends
+
 // One worker's answer; medium kNone: all media together.
-// `alone`: the worker has no other medium, so it stands for that as well.
 struct Hit {
     u64 pod;  // Pod::uid
     u32 rank;
     u32 medium;
     u32 blocks;
     Verdict verdict;
-    bool alone;
+    u8 says;
 };
 
 // Which pods may be named in the answer, as bits for one state of the index's pods and holders.
@@ -160,29 +165,40 @@ struct HashPath {
 class Matcher {
 public:
     template <class Path>
-    void match(const Index& ix, u32 space, const Path& path, const Filter* filter, bool only_exact, MatchResult& out,
-               bool more = false) {
+    // `most`: how many of the path's blocks do not have the prompt's last token. `more`: beside what `out` has already.
+    void match(const Index& ix, u32 space, const Path& path, u32 most, const Filter* filter, bool only_exact,
+               MatchResult& out, bool more = false) {
         if (!more) out.clear();
         if (space == kNone || path.n == 0) return;
         const u32 end = walk(ix, space, path, filter, out);
         const u32 words = static_cast<u32>(alive_.size());
         std::size_t n = ended_.size() + trails_.size();
         for (u32 i = 0; i < words; ++i) n += static_cast<std::size_t>(__builtin_popcountll(alive_[i]));
-        out.hits.reserve(out.hits.size() + n);
+        out.hits.reserve(out.hits.size() + (ix.ruled() ? 2 * n : n));
         const bool led = out.best != kNone;
-        u32 most = led ? out.hits[out.best].blocks : 0;
+        u32 longest = led ? out.hits[out.best].blocks : 0;
         u64 first = led ? out.hits[out.best].pod : 0;
         const Hit* best = nullptr;
         Hit* to = out.hits.room();
-        const auto show = [&](const Face& f, u32 blocks) {
-            if (f.factor != 1) blocks -= blocks % f.factor;
-            if (!blocks || (only_exact && f.verdict != Verdict::exact)) return;
-            if (blocks > most || (blocks == most && f.pod < first)) {
-                most = blocks;
+        const auto put = [&](const Face& f, u32 blocks, u8 says) {
+            if (says & kReused && (blocks > longest || (blocks == longest && f.pod < first))) {
+                longest = blocks;
                 first = f.pod;
                 best = to;
             }
-            *to++ = {f.pod, f.rank, f.medium, blocks, f.verdict, true};
+            *to++ = {f.pod, f.rank, f.medium, blocks, f.verdict, says};
+        };
+        const auto show = [&](const Face& f, u32 blocks) {
+            if (f.flags & kOdd) blocks -= blocks % f.factor;
+            if (!blocks || (only_exact && f.verdict != Verdict::exact)) return;
+            if (f.flags & kOdd) {
+                if (const u32 used = reused(f, blocks, most); used != blocks) {
+                    put(f, blocks, kHeld | kMedium | kTier);
+                    if (used) put(f, used, kReused);
+                    return;
+                }
+            }
+            put(f, blocks, kReused | kHeld | kMedium | kTier);
         };
         for (u32 i = 0; i < words; ++i)
             for (u64 bits = alive_[i]; bits; bits &= bits - 1)
@@ -199,7 +215,7 @@ public:
         }
         out.hits.grow(to);
         if (best) out.best = static_cast<u32>(best - out.hits.begin());
-        for (const Trail* t : mixed_) answer_hybrid(ix, *t, end, only_exact, out);
+        for (const Trail* t : mixed_) answer_hybrid(ix, *t, end, most, only_exact, out);
     }
 
 private:
@@ -226,23 +242,36 @@ private:
         u32 rooted;     // of those, how many are such as a prefix needs
         bool rootless;  // it may go on after a hole
     };
+    // A group in vLLM's look-up with a draft model.
+    struct Try {
+        u32 group;
+        bool drops;    // the block that it matches last
+        bool dropped;  // at the length that is tried
+        u32 found;     // how far it has come, or kNone
+    };
     // A piece with which something changes for a worker.
     struct Mark {
         u32 piece;
         u32 before;  // the mark before, or kNone
     };
 
-    static void emit(const Index& ix, const Worker& w, u32 medium, u32 blocks, bool alone, bool only_exact,
-                     MatchResult& out) {
-        const Pod& pod = ix.pod_at(w.pod);
-        if (blocks == 0 || (only_exact && pod.verdict != Verdict::exact)) return;
-        if (medium == kNone || alone) {
+    // How much is reused by a worker that holds a prefix and nothing else of the prompt.
+    static u32 reused(const Face& f, u32 blocks, u32 most) {
+        u32 used = blocks;
+        if (f.flags & kCutsLast && used > most) used = most - most % f.factor;
+        if (f.flags & kDropsLast) used -= std::min(used, f.factor);
+        if (f.flags & kDropsEach) used = std::min(used, blocks - f.factor);
+        return used;
+    }
+    static void emit(const Face& f, u32 medium, u32 blocks, u8 says, MatchResult& out) {
+        if (blocks == 0) return;
+        if (says & kReused) {
             const Hit* best = out.best == kNone ? nullptr : &out.hits[out.best];
-            if (!best || blocks > best->blocks || (blocks == best->blocks && pod.uid < best->pod))
+            if (!best || blocks > best->blocks || (blocks == best->blocks && f.pod < best->pod))
                 out.best = out.hits.size();
         }
         if (out.hits.full()) out.hits.reserve(2 * out.hits.size() + 4);
-        out.hits.push({pod.uid, static_cast<u32>(w.rank), medium, blocks, pod.verdict, alone});
+        out.hits.push({f.pod, f.rank, medium, blocks, f.verdict, says});
     }
 
     // Walks the prompt as far as content goes and somebody holds it; fills pieces_, ended_, alive_ and trails_.
@@ -385,7 +414,8 @@ private:
         u32& at = trail_of_[id];
         if (at >= trails_.size() || trails_[at].worker != id) {
             at = static_cast<u32>(trails_.size());
-            trails_.push_back({id, holder, static_cast<u32>(marks_.size()), 0, 0, 0, ix.face(holder).rootless});
+            trails_.push_back(
+                {id, holder, static_cast<u32>(marks_.size()), 0, 0, 0, (ix.face(holder).flags & kRootless) != 0});
             marks_.push_back({0, kNone});
         }
         Trail& t = trails_[at];
@@ -412,11 +442,15 @@ private:
         return m.before == kNone || (t.on == 0 && marks_[m.before].before == kNone);
     }
     // Several groups, media or kinds of attention: the rule of semantics.md, group by group, until none objects.
-    void answer_hybrid(const Index& ix, const Trail& t, u32 end, bool only_exact, MatchResult& out) {
+    void answer_hybrid(const Index& ix, const Trail& t, u32 end, u32 most, bool only_exact, MatchResult& out) {
         const Worker& w = ix.worker_at(t.worker);
+        const Face& f = ix.face(t.holder);
+        if (only_exact && f.verdict != Verdict::exact) return;
         own_.clear();
         for (u32 m = t.last; m != kNone; m = marks_[m].before) own_.push_back(pieces_[marks_[m].piece]);
         std::reverse(own_.begin(), own_.end());
+        const bool ruled = f.flags & (kTiers | kCutsLast | kDropsLast | kDropsEach);
+        per_medium_ = ruled;
         const u32 all = agreed(ix, w, end, kNone);
         media_.clear();
         if (w.guess != kNone) media_.push_back(0);
@@ -425,11 +459,176 @@ private:
             if (std::find(media_.begin(), media_.end(), m) == media_.end()) media_.push_back(m);
         }
         // No medium alone gives more than all of them together, and the only one gives as much.
-        if (media_.size() == 1 && w.guess == kNone) return emit(ix, w, media_[0], all, true, only_exact, out);
-        emit(ix, w, kNone, all, false, only_exact, out);
-        for (u32 m : media_) emit(ix, w, m, agreed(ix, w, all, m), false, only_exact, out);
+        if (media_.size() == 1 && w.guess == kNone && !ruled)
+            return emit(f, media_[0], all, kReused | kHeld | kMedium | kTier, out);
+        emit(f, kNone, all, ruled ? kHeld : kReused | kHeld, out);
+        const u8 alone = !ruled && media_.size() == 1 ? kMedium | kTier : kMedium;
+        for (u32 m : media_) emit(f, m, agreed(ix, w, all, m), alone, out);
+        if (!ruled) return;
+        std::sort(media_.begin(), media_.end(),
+                  [&](u32 a, u32 b) { return std::pair(ix.media().tier(a), a) < std::pair(ix.media().tier(b), b); });
+        u32 reach = 0;
+        for (u32 m : media_) {
+            const u32 to = beyond(ix, w, m, reach, end);
+            if (to > reach) emit(f, m, to, kTier, out);
+            reach = to;
+        }
+        emit(f, kNone, f.flags & kOdd ? reused(ix, w, f, end, most) : reach, kReused, out);
     }
-    u32 agreed(const Index& ix, const Worker& w, u32 length, u32 medium) {
+
+    // ---- what an engine reuses --------------------------------------------------------------------------------------
+
+    // The prefix that the engine's own pool holds, and from there what each further medium holds.
+    u32 reused(const Index& ix, const Worker& w, const Face& f, u32 end, u32 most) {
+        const u32 cut = f.flags & kCutsLast ? std::min(end, most) : end;
+        const bool windows =
+            std::any_of(w.groups.begin(), w.groups.end(), [](const Group& g) { return g.kind != Attention::full; });
+        const bool drops = f.flags & (kDropsLast | kDropsEach);
+        u32 length = 0;
+        for (u32 m : media_) {
+            if (m == 0) {
+                length = drops ? dropped(ix, w, end, cut) : agreed(ix, w, cut, 0, true);
+                continue;
+            }
+            // Connectors cut the last token off only where a window needs it, and drop what the engine drops.
+            u32 to = beyond(ix, w, m, length, windows ? cut : end);
+            if (drops && to > length) to -= std::min(to - length, in_medium(ix, w, 0, m).factor);
+            length = to;
+        }
+        return length;
+    }
+    // A group with the block size that it has in this medium: a connector's chunks are larger than its engine's blocks,
+    // and each is reused in its own. Where no engine's rules are asked for, the largest counts everywhere.
+    Group in_medium(const Index& ix, const Worker& w, u32 g, u32 medium) const {
+        Group group = g < w.groups.size() ? w.groups[g] : Group();
+        if (!per_medium_) return group;
+        u32 factor = 0;
+        for (u32 h : w.holders) {
+            const Holder& holder = ix.holder(h);
+            if (holder.group != g || (medium != kNone && holder.medium != medium)) continue;
+            factor = !factor           ? holder.factor
+                     : medium == kNone ? std::min(factor, holder.factor)
+                                       : std::max(factor, holder.factor);
+        }
+        if (factor) group.factor = factor;
+        return group;
+    }
+    // How far a medium reaches that is read from block `from` on.
+    u32 beyond(const Index& ix, const Worker& w, u32 medium, u32 from, u32 length) {
+        if (medium == 0) return agreed(ix, w, length, 0, true);
+        if (from >= length) return from;
+        if (from) {
+            const std::size_t i = piece_of(from);
+            if (own_[i].start < from)
+                own_.insert(own_.begin() + static_cast<std::ptrdiff_t>(i) + 1, {from, own_[i].set});
+        }
+        base_ = from;
+        const u32 to = agreed(ix, w, length, medium, true);
+        base_ = 0;
+        return std::max(from, to);
+    }
+    // vLLM's own look-up (HybridKVCacheCoordinator of 0.33) where a draft model makes groups drop the block that they
+    // match last: each looks one block further for it than the others have come, once for every length that is tried.
+    u32 dropped(const Index& ix, const Worker& w, u32 end, u32 cut) {
+        const Pod& pod = ix.pod_at(w.pod);
+        const u32 n = static_cast<u32>(w.groups.size());
+        if (n == 1) {
+            const u32 run = agreed(ix, w, cut, 0, true);
+            return run - std::min(run, in_medium(ix, w, 0, 0).factor);
+        }
+        // Groups of one kind are looked up together, full attention first.
+        tries_.clear();
+        u32 align = 1, kinds = 0;
+        for (int full = 1; full >= 0; --full) {
+            for (u32 g = 0; g < n; ++g) {
+                const Group group = in_medium(ix, w, g, 0);
+                if ((group.kind == Attention::full) != full) continue;
+                align = align / gcd(align, group.factor) * group.factor;
+                Try made{g, false, false, kNone};
+                bool first = true;
+                for (u32 o = 0; o < n; ++o) {
+                    const Group other = in_medium(ix, w, o, 0);
+                    if (other.kind != group.kind || other.window != group.window || other.factor != group.factor)
+                        continue;
+                    made.drops |= pod.drops(other);
+                    first &= o >= g;
+                }
+                kinds += first;
+                tries_.push_back(made);
+            }
+        }
+        const bool once = kinds == 2 && w.groups[tries_[0].group].kind == Attention::full;
+        for (u32 hit = cut;;) {
+            u32 at = hit;
+            for (Try& t : tries_) {
+                const Group group = in_medium(ix, w, t.group, 0);
+                if (group.kind == Attention::full && t.found != kNone) {
+                    at = std::min(at, t.found);
+                    continue;
+                }
+                const bool drop = t.drops && !t.dropped;
+                const u32 now = looked_up(ix, w, t.group, drop ? std::min(at + group.factor, end) : at, drop, align);
+                if (drop) {
+                    t.dropped = true;
+                } else if (now < at) {
+                    for (Try& o : tries_) o.dropped = false;
+                }
+                at = t.found = now;
+            }
+            if (at >= hit) return hit;
+            hit = at;
+            if (once) return hit;
+        }
+    }
+    u32 looked_up(const Index& ix, const Worker& w, u32 g, u32 length, bool drop, u32 align) {
+        const Group group = in_medium(ix, w, g, 0);
+        held_.resize(own_.size());
+        for (std::size_t i = 0; i < own_.size(); ++i) held_[i] = holds(ix, w, g, 0, own_[i].set);
+        if (group.kind == Attention::full || group.window == 0 || !drop) {
+            length -= length % group.factor;
+            if (group.kind != Attention::full) length -= length % align;
+            for (;;) {
+                u32 now = longest(ix, w, group, length);
+                now -= now % group.factor;
+                if (group.kind == Attention::full) {
+                    if (drop) now -= std::min(now, group.factor);
+                    return now - now % align;
+                }
+                now -= now % align;
+                if (now == length) return now;
+                length = now;
+            }
+        }
+        // A window, and behind it the block that is dropped.
+        const u32 need = window_blocks(ix, group) + group.factor;
+        for (u32 at = length;;) {
+            if (at < group.factor) return 0;
+            u32 left = at - group.factor;
+            left -= left % align;
+            if (left == 0) return 0;
+            at = left + group.factor;
+            if (const u32 held = back_to_held(at); held < at) {
+                at = held;
+                continue;
+            }
+            const u32 start = run_start(at);
+            if (start == 0 || at - start >= need) return left;
+            at = start;
+        }
+    }
+    static u32 gcd(u32 a, u32 b) { return b ? gcd(b, a % b) : a; }
+    // Blocks before a length that a sliding window asks for. vLLM looks for cached blocks from the right and counts
+    // them, so a window of one token still asks for one block.
+    static u32 window_blocks(const Index& ix, const Group& group) {
+        const u64 own = static_cast<u64>(ix.block_size()) * group.factor;
+        return static_cast<u32>(std::max<u64>(1, (group.window - 1 + own - 1) / own) * group.factor);
+    }
+
+    // ---- which length a worker's groups agree on
+    // ----------------------------------------------------------------------
+
+    // `every`: groups that this medium has nothing of object, too.
+    u32 agreed(const Index& ix, const Worker& w, u32 length, u32 medium, bool every = false) {
         const u32 groups = std::max<u32>(1, static_cast<u32>(w.groups.size()));
         // A guess says "GPU" and nothing of groups: where it stands alone, any group's rule will do.
         const bool only_guess = std::none_of(w.holders.begin(), w.holders.end(),
@@ -438,7 +637,7 @@ private:
             bool last_held = false;
             changed = false;
             for (u32 g = 0; g < groups; ++g) {
-                bool seen = medium == kNone || only_guess;
+                bool seen = medium == kNone || only_guess || every;
                 for (u32 h : w.holders) seen |= ix.holder(h).medium == medium && ix.holder(h).group == g;
                 if (!seen) continue;
                 const u32 now = fit(ix, w, g, medium, length);
@@ -459,7 +658,7 @@ private:
     u32 back_to_some(const Index& ix, const Worker& w, u32 medium, u32 length) {
         held_.resize(own_.size());
         for (std::size_t i = 0; i < own_.size(); ++i) {
-            held_[i] = holds(ix, w, kNone, medium, own_[i].set);
+            held_[i] = own_[i].start < base_ || holds(ix, w, kNone, medium, own_[i].set);
         }
         return back_to_held(length);
     }
@@ -476,10 +675,10 @@ private:
     }
     // The longest prefix of at most `length` blocks that this group can use.
     u32 fit(const Index& ix, const Worker& w, u32 g, u32 medium, u32 length) {
-        const Group plain;
-        const Group& group = g < w.groups.size() ? w.groups[g] : plain;
+        const Group group = in_medium(ix, w, g, medium);
         held_.resize(own_.size());
-        for (std::size_t i = 0; i < own_.size(); ++i) held_[i] = holds(ix, w, g, medium, own_[i].set);
+        for (std::size_t i = 0; i < own_.size(); ++i)
+            held_[i] = own_[i].start < base_ || holds(ix, w, g, medium, own_[i].set);
         for (;;) {
             length -= length % group.factor;
             if (length == 0) return 0;
@@ -496,10 +695,7 @@ private:
             case Attention::mamba: return back_to_held(length);
             case Attention::sliding: {
                 if (group.window == 0) break;
-                const u64 own = block * group.factor;
-                // vLLM looks for cached blocks from the right and counts them,
-                // so a window of one token still asks for one block.
-                const u64 need = std::max<u64>(1, (group.window - 1 + own - 1) / own) * group.factor;
+                const u32 need = window_blocks(ix, group);
                 for (;;) {
                     length = back_to_held(length);
                     const u32 start = run_start(length);
@@ -549,6 +745,9 @@ private:
     u32 following_ = 0;  // workers with several groups or media for which the prefix goes on
     std::vector<const Trail*> mixed_;
     std::vector<u32> media_;
+    std::vector<Try> tries_;
+    bool per_medium_ = false;
+    u32 base_ = 0;  // blocks before this count as held
     std::vector<u8> held_;
 };
 

@@ -141,6 +141,16 @@ public:
     void ignore_media(u64 uid, const std::vector<std::string>& media) {
         change(uid, [&](u32 pod, Change& c) { ix_.ignore_media(pod, media, c); });
     }
+    // engine -1: as it was; eagle -1: as it was, 0: nothing is dropped, 1: in these groups, or in all if there are
+    // none.
+    void engine(u64 uid, int engine, int eagle, const std::vector<i64>& groups, int hybrid) {
+        Writing w(*this);
+        const u32 pod = ix_.slot(uid);
+        if (pod == kNone) return;
+        const Pod& p = ix_.pod_at(pod);
+        ix_.set_engine(pod, engine < 0 ? p.engine : static_cast<Engine>(engine), eagle < 0 ? p.eagle : eagle == 1,
+                       eagle < 0 ? p.eagle_groups : groups, hybrid < 0 ? p.hybrid : hybrid == 1);
+    }
     void mark(u64 uid, i64 rank, int verdict) {
         Writing w(*this);
         if (const u32 pod = ix_.slot(uid); pod != kNone) ix_.mark(pod, rank, static_cast<Verdict>(verdict));
@@ -271,8 +281,9 @@ public:
         const std::shared_ptr<const Filter> filter = names ? names->compile(ix_) : nullptr;
         const u32 space = ix_.find_space(model);
         if (prompt.prefixes) {
-            matcher().match(ix_, space, HashPath{prompt.prefixes, static_cast<u32>(prompt.n_prefixes)}, filter.get(),
-                            only_exact, out);
+            const u32 n = static_cast<u32>(prompt.n_prefixes);
+            matcher().match(ix_, space, HashPath{prompt.prefixes, n}, before_last(prompt), filter.get(), only_exact,
+                            out);
             return true;
         }
         const u32 n = static_cast<u32>(prompt.n_tokens / ix_.block_size());
@@ -280,15 +291,16 @@ public:
         const ExtraDigests* extra = prompt.keyed ? &prompt.extra : nullptr;
         const auto run = [&](const BlockHasher& local) {
             roll.visit([&](auto bt) {
+                const u32 most = before_last(prompt);
                 constexpr unsigned BT = decltype(bt)::value;
                 const TokenPath<BT> path{roll, local, prompt.tokens, extra, ix_, n};
                 if (space == kNone || ix_.space_at(space).lengths.empty())
-                    return matcher().match(ix_, space, path, filter.get(), only_exact, out);
+                    return matcher().match(ix_, space, path, most, filter.get(), only_exact, out);
                 out.clear();
-                if (ix_.space_at(space).plain) matcher().match(ix_, space, path, filter.get(), only_exact, out, true);
+                if (ix_.space_at(space).plain) matcher().match(ix_, space, path, most, filter.get(), only_exact, out, true);
                 for (const auto& length : ix_.space_at(space).lengths) {
                     const LookaheadPath<BT> ahead{path, length.first, ix_.blocks(prompt.n_tokens, length.first)};
-                    matcher().match(ix_, space, ahead, filter.get(), only_exact, out, true);
+                    matcher().match(ix_, space, ahead, most, filter.get(), only_exact, out, true);
                 }
             });
         };
@@ -298,6 +310,11 @@ public:
             run(roll);
         }
         return true;
+    }
+    // How many of the prompt's complete blocks do not have its last token.
+    u32 before_last(const Prompt& p) const {
+        if (p.n_tokens) return static_cast<u32>((p.n_tokens - 1) / ix_.block_size());
+        return static_cast<u32>(p.n_prefixes ? p.n_prefixes - 1 : 0);
     }
     void guess(u64 uid, i64 rank, const std::string& model, const Prompt& prompt, double until) {
         if (prompt.prefixes) {

@@ -139,6 +139,11 @@ private:
             p.set_presence = flag();
             p.chunk_tokens = get<u32>();
             p.max_blocks = get<u64>();
+            const u32 rules = get<u32>();
+            need((rules & 255) <= static_cast<u32>(Engine::trtllm) && rules < 1024, "there is no such engine");
+            std::vector<i64> eagle_groups(count(8));
+            for (i64& g : eagle_groups) g = get<i64>();
+            ix_.set_engine(i, static_cast<Engine>(rules & 255), rules & 512, std::move(eagle_groups), rules & 256);
             if (flag()) p.refused.add_unknown();
             p.has_clear_media = flag();
             for (std::vector<u32>* media : {&p.clear_media, &p.ignore_media}) {

@@ -153,6 +153,9 @@ private:
             out_.put(static_cast<u32>(p.set_presence));
             out_.put(p.chunk_tokens);
             out_.put(p.max_blocks);
+            out_.put(static_cast<u32>(p.engine) | p.hybrid * 256u | p.eagle * 512u);
+            out_.put(static_cast<u32>(p.eagle_groups.size()));
+            for (i64 g : p.eagle_groups) out_.put(g);
             out_.put(static_cast<u32>(p.refused.any));
             out_.put(static_cast<u32>(p.has_clear_media));
             out_.put(static_cast<u32>(p.clear_media.size()));

@@ -37,6 +37,17 @@ struct Holder {
     u64 blocks = 0;  // index blocks whose set has this holder
 };
 
+// Which rules say how much an engine reuses of a prefix that it holds. Only vLLM's and SGLang's are known.
+enum class Engine : u8 { unknown, vllm, sglang, trtllm };
+
+// Of a Face.
+inline constexpr u8 kRootless = 1;    // the worker may go on after a hole
+inline constexpr u8 kOdd = 2;         // the prefix that it holds is not the answer as it is
+inline constexpr u8 kCutsLast = 4;    // the prompt's last token is always computed
+inline constexpr u8 kDropsLast = 8;   // of the run that this leaves, the last block is dropped
+inline constexpr u8 kDropsEach = 16;  // a group drops the last block of its whole run
+inline constexpr u8 kTiers = 32;      // one medium is read where the one before ends
+
 // What an answer says of a holder's worker: side by side, because reading it from worker and pod costs three cache
 // misses for each of 256 pods (3.9 us of an answer to 8 blocks, against 0.4).
 struct Face {
@@ -45,7 +56,7 @@ struct Face {
     u32 medium = 0;  // kNone: several
     u32 factor = 1;
     Verdict verdict = Verdict::exact;
-    bool rootless = false;   // the worker may go on after a hole
+    u8 flags = 0;
     std::uint16_t bits = 0;  // how many holders it has; 0: more than these have to be looked at
 };
 
@@ -234,10 +245,22 @@ struct Pod {
     Refused refused;
     u32 chunk_tokens = 0;
     u32 holders = 0;     // of all its workers, without ghosts and guesses
+    Engine engine = Engine::unknown;
+    bool eagle = false;  // it drops the last matched block: in these groups, or in all if there are none
+    std::vector<i64> eagle_groups;
+    bool hybrid = false;               // it evicts what its events do not say
     u64 max_blocks = 0;  // index blocks, over all workers, media and groups; 0: no limit
     u64 spare = 0;       // so many of them, or more, are free
     Standing standing = Standing::unheard;
     Verdict verdict = Verdict::stale;  // the worst of all
+
+    // Whether the engine drops the last block that it matches in this group. Draft models have neither a state nor
+    // chunks, and vLLM's look-up of those drops nothing.
+    bool drops(const Group& g) const {
+        return engine == Engine::vllm && eagle && (g.kind == Attention::full || g.kind == Attention::sliding) &&
+               (eagle_groups.empty() ||
+                std::find(eagle_groups.begin(), eagle_groups.end(), g.id) != eagle_groups.end());
+    }
 };
 
 struct Space {
@@ -313,6 +336,14 @@ public:
             const auto here = it++;
             if (here->second.users == 0) forget(here);
         }
+    }
+    // The order in which an engine reads them: its own pool, memory, then what is slower.
+    u32 tier(u32 id) const {
+        static const char* const order[] = {"GPU", "CPU", "CPU_PINNED", "DISK", "STORAGE", "EXTERNAL"};
+        const auto it = names_.find(id);
+        u32 n = 0;
+        while (n < 6 && (it == names_.end() || it->second.shown != order[n])) ++n;
+        return n;
     }
     std::size_t bytes() const { return bytes_; }
     // Empty when it has gone.

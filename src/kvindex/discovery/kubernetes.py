@@ -7,11 +7,7 @@ The labels are AIBrix's, so a cluster that was labelled for it needs nothing new
 ``model.aibrix.ai/name``                the model that it serves
 ``model.aibrix.ai/lora-id``             the adapter that it serves, if it is made for one
 ``model.aibrix.ai/port``                where it takes requests
-======================================  ==================================================
-
-A pod is followed while it is running and has an address. Its name is ``NAMESPACE/NAME``; its
-:attr:`~kvindex.PodSource.address` is where it takes requests, and its labels are the source's.
-"""
+======================================  ==========================================="""
 
 from __future__ import annotations
 
@@ -27,10 +23,10 @@ import time
 from typing import Any, Final
 
 from ..errors import InvalidTypeError, InvalidValueError, KVIndexError, StreamError
-from ..sync.source import PodSource, join_tcp
+from ..sync.source import PodSource, join_tcp, spelled
 from .reconciler import Watcher
 
-__all__ = ["ENABLED", "LORA", "MODEL", "PORT", "REPLAY_PORT", "REQUEST_PORT", "KubernetesPods"]
+__all__ = ["ENABLED", "ENGINE", "LORA", "MODEL", "PORT", "REPLAY_PORT", "REQUEST_PORT", "KubernetesPods"]
 
 ENABLED: Final = "model.aibrix.ai/kv-events-enabled"
 MODEL: Final = "model.aibrix.ai/name"
@@ -43,6 +39,14 @@ REPLAY_PORT: Final = "kvindex.io/replay-port"
 
 # Pods that one answer lists at most: an API server keeps a list of thousands waiting for memory.
 PAGE: Final = 500
+ENGINE: Final = "model.aibrix.ai/engine"
+#: Annotations or labels of a pod, and the fields of its source.
+TOLD: Final = {
+    "kvindex.io/engine": "engine",
+    "kvindex.io/eagle": "eagle",
+    "kvindex.io/hybrid": "hybrid",
+    "kvindex.io/ignore-media": "ignore_media",
+}
 
 # Seconds. How long one watch lasts before the API server ends it (it is taken up again where it was), and the back-off
 # while it can not be asked.
@@ -243,9 +247,14 @@ class KubernetesPods(Watcher):
             "labels": labels,
             "lora": labels.get(LORA) or None,
         }
+        told = {field: said[key] for key, field in TOLD.items() if said.get(key)}
+        if said.get(ENGINE):
+            told.setdefault("engine", said[ENGINE])
+        # What a pod says of its own engine counts before what is said of all.
+        options = {**described, **self._options, **spelled(told)}
         return PodSource(
             name, endpoint=join_tcp(ip, live), replay_endpoint=None if replay is None else join_tcp(ip, replay),
-            model=said[self._model_key], **{**described, **self._options},
+            model=said[self._model_key], **options,
         )  # fmt: skip
 
 

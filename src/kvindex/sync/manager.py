@@ -22,7 +22,7 @@ from .loop import StreamLoop
 from .policy import Policy
 from .ranks import MOST_RANKS
 from .sockets import Bound, Doorkeeper, SocketOptions
-from .source import Endpoints, PodSource, Presence, bind_endpoint, check_pair, is_key, same_endpoint
+from .source import Endpoints, Engine, PodSource, Presence, bind_endpoint, check_pair, is_key, same_endpoint
 from .status import (
     Configured,
     Forgotten,
@@ -162,9 +162,10 @@ class EventManager:
 
     def bind(
         self, endpoint: str, *, presence: Presence | None = None, clear_media: Iterable[str] | None = None,
-        chunk_size: int | None = None, max_blocks: int | None = None, max_event_rate: float | None = None,
-        max_byte_rate: float | None = None, max_pods: int = 1024, server_keys: tuple[str, str] | None = None,
-        publisher_keys: Iterable[str] | None = None,
+        chunk_size: int | None = None, engine: Engine | None = None, eagle: bool | Iterable[int] = False,
+        hybrid: bool = False, ignore_media: Iterable[str] = (), max_blocks: int | None = None,
+        max_event_rate: float | None = None, max_byte_rate: float | None = None, max_pods: int = 1024,
+        server_keys: tuple[str, str] | None = None, publisher_keys: Iterable[str] | None = None,
     ) -> str:  # fmt: skip
         """Let pods connect here instead of connecting to them; gives the endpoint, with the port where it was a
         wildcard.
@@ -184,6 +185,10 @@ class EventManager:
             "presence": presence,
             "clear_media": None if clear_media is None else frozenset(clear_media),
             "chunk_size": chunk_size,
+            "engine": engine,
+            "eagle": eagle,
+            "hybrid": hybrid,
+            "ignore_media": ignore_media,
             "max_blocks": max_blocks,
             "max_event_rate": max_event_rate,
             "max_byte_rate": max_byte_rate,
@@ -471,6 +476,10 @@ class EventManager:
             "presence": source.presence,
             "clear_media": source.clear_media,
             "chunk_size": source.chunk_size,
+            "engine": source.engine,
+            "eagle": source.eagle,
+            "hybrid": source.hybrid,
+            "ignore_media": source.ignore_media,
             "max_blocks": source.max_blocks or 0,
         }
         self._index.configure_pod(source.name, **options)

@@ -17,12 +17,15 @@ from typing import Any, Literal, NamedTuple, Self, TypeAlias
 import zmq
 from zmq.utils import z85
 
+from ..answers import ENGINES
 from ..errors import InvalidTypeError, InvalidValueError, StreamError
 
 __all__ = ["Curve", "Endpoints", "PodSource", "bind_endpoint", "check_pair", "is_key"]
 
 _TCP = re.compile(r"tcp://(?:\[(?P<v6>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^\[\]:/\s]+)):(?P<port>\d{1,5})/?")
 # The name is all up to the first "=" that a scheme follows: it may be a URL, with "=" in it.
+# Not what follows the last comma of a name: there an endpoint comes behind the "=".
+_OPTION = r",([a-z_]+)=([^,:/]*)"
 _POD = re.compile(r"(?:(?P<name>.+?)=)?(?P<endpoint>[a-z]+://[^,]+)(?:,(?P<answers>[^,]+))?", re.DOTALL)
 _WILDCARDS = ("*", "0.0.0.0", "::", "[::]", "")
 
@@ -31,6 +34,12 @@ _LONGEST_ANSWER = 4 << 20
 
 
 Presence: TypeAlias = Literal["count", "set"]
+Engine: TypeAlias = Literal["vllm", "sglang", "trtllm"]
+
+# What SGLang calls models with more than full attention, in what /server_info gives.
+_HYBRID = ("is_hybrid", "is_hybrid_swa", "is_hybrid_ssm", "is_hybrid_model")
+# What a string and a cluster's annotations may say of a pod's engine.
+_OPTIONS = ("engine", "eagle", "hybrid", "ignore_media")
 
 
 class Endpoints(NamedTuple):
@@ -103,6 +112,17 @@ class PodSource:
     :meth:`EventManager.bind`, the key that it connects with."""
     client_keys: tuple[str, str] | None = field(default=None, repr=False)
     """Our own (public, secret) keys, for publishers that admit only some; None makes a pair."""
+    engine: Engine | None = None
+    """The engine, whose rules say what of a prefix it reuses: ``"vllm"``, ``"sglang"`` or ``"trtllm"``. None is
+    unknown: what is held counts. Nothing guesses it."""
+    eagle: bool | frozenset[int] = False
+    """vLLM drops the last block that it matches, for its draft model, and puts no lookahead tokens into its hashes
+    (EAGLE or MTP before 0.33, or with a KV connector): True, or the groups (``group_idx``) that do."""
+    hybrid: bool = False
+    """A model of which SGLang announces the full-attention layers only: it has Mamba or sliding-window layers beside
+    them, whose evictions are silent. The pod is degraded."""
+    ignore_media: frozenset[str] = frozenset()
+    """Media whose events are skipped, counted and cost no verdict: a tier that announces no removals."""
     address: str | None = None
     """Where the pod takes requests, such as ``http://10.0.0.1:8000``, for the router; not interpreted."""
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -141,6 +161,7 @@ class PodSource:
             if isinstance(self.clear_media, str) or not isinstance(self.clear_media, Iterable):
                 raise InvalidTypeError(f"clear_media of pod {self.name!r} must be a set of names such as {{'GPU'}}")
             object.__setattr__(self, "clear_media", frozenset(self.clear_media))
+        self._check_engine()
         labels = self.labels
         if not isinstance(labels, Mapping) or not all(
             isinstance(each, str) for pair in labels.items() for each in pair
@@ -157,6 +178,29 @@ class PodSource:
             object.__setattr__(self, "dp_size", len(table))
         self._check_keys()
         self.workers()
+
+    def _check_engine(self) -> None:
+        whose = f"of pod {self.name!r}"
+        if self.engine is not None and self.engine not in ENGINES:
+            raise InvalidValueError(f"engine {whose} is {self.engine!r}; it must be one of {', '.join(ENGINES)}")
+        if not isinstance(self.eagle, bool):
+            if isinstance(self.eagle, (str, bytes)) or not isinstance(self.eagle, Iterable):
+                raise InvalidTypeError(f"eagle {whose} must be True, False or a set of groups, not {self.eagle!r:.60}")
+            groups = list(self.eagle)
+            if any(not isinstance(group, int) or isinstance(group, bool) or group < 0 for group in groups):
+                raise InvalidValueError(f"groups in eagle {whose} are numbers from 0 on, not {groups!r:.60}")
+            object.__setattr__(self, "eagle", frozenset(groups) if groups else False)
+        if self.eagle is not False and self.engine != "vllm":
+            raise InvalidValueError(
+                f"eagle {whose} says what vLLM drops, and its engine is {self.engine!r}: say engine='vllm', or leave it"
+            )
+        if not isinstance(self.hybrid, bool):
+            raise InvalidTypeError(f"hybrid {whose} must be True or False, not {self.hybrid!r:.60}")
+        if isinstance(self.ignore_media, str) or not isinstance(self.ignore_media, Iterable):
+            raise InvalidTypeError(f"ignore_media {whose} must be a set of names such as {{'CPU'}}")
+        object.__setattr__(self, "ignore_media", frozenset(self.ignore_media))
+        if any(not isinstance(name, str) for name in self.ignore_media):
+            raise InvalidTypeError(f"ignore_media {whose} must be a set of names such as {{'CPU'}}")
 
     def _check_keys(self) -> None:
         pair = self.client_keys
@@ -230,15 +274,23 @@ class PodSource:
 
     @classmethod
     def from_string(cls, text: str, **options: Any) -> Self:
-        """A source from a command line: ``[NAME=]ENDPOINT[,REPLAY_ENDPOINT]``.
+        """A source from a command line: ``[NAME=]ENDPOINT[,REPLAY_ENDPOINT][,OPTION=VALUE...]``.
 
         The name is the endpoint without its scheme unless given, and may be a URL; a replay endpoint at the same host
-        may be its port alone, as in ``a=tcp://10.0.0.1:5557,5558``. ``options`` are further fields. Errors as of the
-        class.
+        may be its port alone, as in ``a=tcp://10.0.0.1:5557,5558,engine=vllm``. OPTION is ``engine``, ``eagle``
+        (``true``, or groups: ``0+2``), ``hybrid`` or ``ignore_media`` (``CPU+DISK``), with a VALUE for each.
+        ``options`` are further fields; what the text says comes first. Errors as of the class.
         """
         if not isinstance(text, str):
             raise InvalidTypeError(f"a pod is written as [NAME=]ENDPOINT[,REPLAY_ENDPOINT], not as {text!r:.60}")
-        found = _POD.fullmatch(text)
+        plain = re.sub(rf"(?:{_OPTION})+\Z", "", text)
+        said = dict(re.findall(_OPTION, text[len(plain) :]))
+        if strange := sorted(set(said) - set(_OPTIONS)):
+            raise InvalidValueError(
+                f"{text!r:.120} has an option {strange[0]!r}; a pod has {', '.join(_OPTIONS)} there"
+            )
+        options |= spelled(said)
+        found = _POD.fullmatch(plain)
         if found is None:
             raise InvalidValueError(
                 f"{text!r:.120} is no [NAME=]ENDPOINT[,REPLAY_ENDPOINT], as in a=tcp://10.0.0.1:5557,5558"
@@ -301,6 +353,7 @@ class PodSource:
                 raise StreamError(f"{url}/kv_event_sources gave {item!r:.80}, which is no source: {error!r}") from error
         if model is None:
             model = _first_model(url, timeout, headers)
+        options.setdefault("engine", "vllm")
         topic = topics.pop() if len(topics) == 1 else None
         options.setdefault("address", url.rstrip("/"))
         return cls(name or f"{host}:{port}", model=model, topic=topic, ranks=ranks, **options)
@@ -357,6 +410,8 @@ class PodSource:
         if model is None:
             model = info.get("served_model_name") or info.get("model_path") or ""
         options.setdefault("block_size", tokens)
+        options.setdefault("engine", "sglang")
+        options.setdefault("hybrid", _is_hybrid(info))
         options.setdefault("address", url.rstrip("/"))
         return cls(name or f"{host}:{port}", model=model, topic=topic, **found, **options)
 
@@ -367,6 +422,33 @@ class PodSource:
     def named(self, name: str) -> Self:
         """The same source under another name."""
         return replace(self, name=name)
+
+
+def spelled(options: Mapping[str, str]) -> dict[str, Any]:
+    """The fields that ``engine``, ``eagle``, ``hybrid`` and ``ignore_media`` mean where they are written as text:
+    groups and media with ``+`` or ``,`` between them."""
+    given: dict[str, Any] = {}
+    for name, text in options.items():
+        parts = [part.strip() for part in re.split(r"[+,]", text) if part.strip()]
+        switch = {"true": True, "false": False}.get(text.strip().lower())
+        if name == "engine":
+            given[name] = text.strip()
+        elif name == "ignore_media":
+            given[name] = frozenset(parts)
+        elif switch is not None:
+            given[name] = switch
+        elif name == "eagle" and parts and all(part.isascii() and part.isdigit() for part in parts):
+            given[name] = frozenset(map(int, parts))
+        else:
+            groups = ", or the groups that drop, as in 0+2" if name == "eagle" else ""
+            raise InvalidValueError(f"{name} is written {text!r:.60}; it must be true or false{groups}")
+    return given
+
+
+def _is_hybrid(info: Mapping[str, Any]) -> bool:
+    """Whether an SGLang server says that its model has other layers than full attention."""
+    places = [info, *(each for each in info.get("internal_states") or () if isinstance(each, Mapping))]
+    return any(place.get(name) is True for place in places for name in _HYBRID)
 
 
 def _check(endpoint: str, whose: str) -> None:

@@ -34,7 +34,7 @@ from .frames import END, FrameFault, batch_events, parse_live, parse_replay
 from .policy import Policy
 from .ranks import Ranks
 from .sockets import BUDGET, Loop, Replay, SocketOptions, Subscription
-from .source import Endpoints, PodSource, Presence
+from .source import Endpoints, Engine, PodSource, Presence
 from .status import WORST_FIRST, Batch, Forgotten, IndexChange, Marked, StateChange, WorkerStatus
 from .stream import WorkerStream
 
@@ -69,7 +69,8 @@ class Index(Protocol):
 
     def configure_pod(
         self, pod: str, *, presence: Presence | None = None, clear_media: Iterable[str] | None = None,
-        chunk_size: int | None = None, max_blocks: int | None = None,
+        chunk_size: int | None = None, max_blocks: int | None = None, ignore_media: Iterable[str] | None = None,
+        engine: Engine | None = None, eagle: bool | Iterable[int] | None = None, hybrid: bool | None = None,
     ) -> None: ...  # fmt: skip
 
     def remove_pod(self, pod: str) -> None: ...
