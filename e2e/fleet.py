@@ -138,8 +138,8 @@ class IndexProcess(ToldProcess):
         for pod in pods:
             made = {name: value for name, value in asdict(source(pod, **options)).items() if value is not None}
             made.pop("dp_size")
-            if "clear_media" in made:
-                made["clear_media"] = sorted(made["clear_media"])
+            # Media and groups are sets, of which no payload knows.
+            made = {name: sorted(each) if isinstance(each, frozenset) else each for name, each in made.items()}
             self.ask("follow", source=made, form=pod.config.form, control=pod.ready["control"])
 
     def forget(self, *names: str) -> None:

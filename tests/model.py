@@ -931,12 +931,15 @@ class Reuse:
         for length in range(most - more, 0, -1):
             if length % unit:
                 continue
-            window = [True] * 0 if group.rule != "sliding" else held
             if drop and group.rule == "sliding":
                 size = group.k * self.model.block_size
                 start = length - max(1, -(-(group.window - 1) // size)) * group.k
-                if all(window[max(0, start) : length + more]):
-                    return length
+                if all(held[max(0, start) : length + more]):
+                    if start >= 0:
+                        return length
+                    # A beginning that is shorter than the window is aligned once more before its last block goes.
+                    run = (length + more) // unit * unit
+                    return max(0, run - group.k) // unit * unit
             elif self.model._agrees(self.pod, group, held, length):
                 return length
         return 0

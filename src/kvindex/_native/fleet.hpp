@@ -211,13 +211,15 @@ public:
     Face describe(const Worker& w) const {
         const Pod& p = pods_[w.pod];
         Face f{p.uid, static_cast<u32>(w.rank), 0, 1, p.verdict, 0, 0};
-        bool rootless = !w.groups.empty(), windows = false, drops = false;
+        bool rootless = !w.groups.empty(), windows = false, drops = false, lookahead = false;
         for (const Group& g : w.groups) {
             rootless &= g.kind != Attention::full;
             windows |= g.kind != Attention::full;
             drops |= p.drops(g);
+            lookahead |= p.drops(g) && g.kind != Attention::full;
         }
-        if (rootless) f.flags |= kRootless;
+        // A window that drops a block looks for it behind the end of what the other groups have.
+        if (rootless || lookahead) f.flags |= kRootless;
         if (p.engine == Engine::vllm || p.engine == Engine::sglang) f.flags |= kTiers;
         if (!w.holders.empty()) {
             f.medium = holders_[w.holders[0]].medium;

@@ -612,7 +612,13 @@ private:
                 continue;
             }
             const u32 start = run_start(at);
-            if (start == 0 || at - start >= need) return left;
+            if (at - start >= need) return left;
+            if (start == 0) {
+                // A beginning that is shorter than the window: vLLM aligns it once more before it drops.
+                at -= at % align;
+                at -= std::min(at, group.factor);
+                return at - at % align;
+            }
             at = start;
         }
     }

@@ -244,13 +244,13 @@ struct Pod {
     std::vector<u32> ignore_media;  // events of these are left out
     Refused refused;
     u32 chunk_tokens = 0;
-    u32 holders = 0;     // of all its workers, without ghosts and guesses
+    u32 holders = 0;  // of all its workers, without ghosts and guesses
     Engine engine = Engine::unknown;
     bool eagle = false;  // it drops the last matched block: in these groups, or in all if there are none
     std::vector<i64> eagle_groups;
-    bool hybrid = false;               // it evicts what its events do not say
-    u64 max_blocks = 0;  // index blocks, over all workers, media and groups; 0: no limit
-    u64 spare = 0;       // so many of them, or more, are free
+    bool hybrid = false;  // it evicts what its events do not say
+    u64 max_blocks = 0;   // index blocks, over all workers, media and groups; 0: no limit
+    u64 spare = 0;        // so many of them, or more, are free
     Standing standing = Standing::unheard;
     Verdict verdict = Verdict::stale;  // the worst of all
 

@@ -13,8 +13,8 @@ from ._terminal import CommandError, positive
 __all__ = ["add_arguments", "followed", "one_source", "sources"]
 
 POD = (
-    "[NAME=]tcp://HOST:PORT[,REPLAY], where REPLAY is an endpoint, or a port at the same host; or the URL of a vLLM or "
-    "SGLang server, http://HOST:PORT, which is asked where it publishes"
+    "[NAME=]tcp://HOST:PORT[,REPLAY][,engine=vllm], where REPLAY is an endpoint, or a port at the same host; or the "
+    "URL of a vLLM or SGLang server, http://HOST:PORT, which is asked where it publishes"
 )
 
 

@@ -190,6 +190,7 @@ def watch(
             shared = set(status.workers) - set(by_rank)
             yield from patient.labelled(events(patient, worker, expected, args, source.dp_size, shared), len(patients))
             yield from patient.labelled(contents(patient, worker, source, args.block_size), len(patients))
+            yield from patient.labelled(engine(patient, source), len(patients))
             yield from patient.labelled(losses(patient, worker), len(patients))
         if tokens is not None:
             yield from prompt(index, source.model, tokens, patients)
@@ -340,6 +341,42 @@ def contents(patient: Patient, worker: WorkerStatus, source: PodSource, size: in
             f"{counted(facts.other_keys, 'block has', 'blocks have')} further keys (images, prompt embeddings): found "
             "by prompts with the same extra_keys only",
         )
+
+
+def engine(patient: Patient, source: PodSource) -> Iterator[Finding]:
+    """Whether what the source says of the engine agrees with its events."""
+    facts = patient.facts
+    if not facts.blocks:
+        return
+    described = any(each.kind or each.window for each in facts.groups.values()) or len(facts.groups) > 1
+    if source.engine is None:
+        yield Finding(
+            "note",
+            "no engine is named: a match counts what is held, and not what an engine reuses of it (engine=vllm, sglang "
+            "or trtllm)",
+        )
+    elif source.engine == "sglang" and described:
+        yield Finding("WRONG", "engine=sglang, but its events describe groups of layers, as vLLM's do: engine=vllm?")
+    elif source.engine == "trtllm":
+        yield Finding("note", "no rule is known of what TensorRT-LLM reuses: a match counts what is held")
+    if source.hybrid:
+        told = "its events describe every group: hybrid= is for SGLang, whose events do not" if described else ""
+        yield Finding("WRONG" if told else "note", told or "hybrid=true: evictions are silent, so it is never exact")
+    if isinstance(source.eagle, frozenset) and (absent := sorted(source.eagle - set(facts.groups))):
+        yield Finding(
+            "WRONG",
+            f"eagle names {'group' if len(absent) == 1 else 'groups'} {', '.join(map(str, absent))}, its events "
+            f"{', '.join(map(str, sorted(facts.groups)))}",
+        )
+    others = sorted(set(facts.media) - {"GPU"} - {name.upper() for name in source.ignore_media})
+    if others and source.engine == "vllm" and source.clear_media is None:
+        yield Finding(
+            "note",
+            f"its clears do not say whether {', '.join(others)} went too, so it is degraded after one: clear_media "
+            "says what they mean here",
+        )
+    if unseen := sorted({name.upper() for name in source.ignore_media} - set(facts.media)):
+        yield Finding("note", f"ignore_media names {', '.join(unseen)}, of which no event has come")
 
 
 def losses(patient: Patient, worker: WorkerStatus) -> Iterator[Finding]:

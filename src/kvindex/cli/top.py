@@ -38,7 +38,7 @@ def add_parser(commands: Any) -> None:
         "was lost. Where there is no terminal, or with --once, one plain table.",
         status="0 when no pod is stale at the end, 1 when one is",
         lines=[
-            "kvindex top a=tcp://10.0.0.1:5557,5558 b=tcp://10.0.0.2:5557,5558",
+            "kvindex top a=tcp://10.0.0.1:5557,5558,engine=vllm b=tcp://10.0.0.2:5557,5558,engine=vllm",
             "kvindex top http://10.0.0.1:8000 --once",
             "kvindex top --pods pods.yaml",
         ],
