@@ -874,7 +874,7 @@ class Reuse:
         at = 0
         cut = len(self.path)
         if self.pod.engine == "vllm" and n:
-            cut = (n - 1) // self.model.block_size
+            cut = min(cut, (n - 1) // self.model.block_size)
         for medium in self.places:
             if medium == "GPU":
                 at = self.dropped(cut) if self.flagged else self.agreed("GPU", cut)

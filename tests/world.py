@@ -708,7 +708,9 @@ class World:
         same("hashes", match.hashes.tolist(), hashes.tolist())
         # Prefix hashes have no lookahead.
         plain = self.model.match(tokens, model=model, lengths={0}, **given)
-        same("by hashes: " + asked, answer_of(self.index.match_hashes(hashes, model=model, n_tokens=len(tokens))), plain)
+        same(
+            "by hashes: " + asked, answer_of(self.index.match_hashes(hashes, model=model, n_tokens=len(tokens))), plain
+        )
         only = self.index.match_prefix(tokens, model=model, only_exact=True, **given)
         same("only exact: " + asked, answer_of(only), {pod: a for pod, a in want.items() if states[pod] == "exact"})
         some = self.index.match_prefix(tokens, model=model, ready_pods=("a", "c", "nobody"), **given)

@@ -113,6 +113,14 @@ def test_a_window_needs_the_dropped_block_too(pair):
     assert asked(pair, 33).tokens == 0
 
 
+def test_what_the_hashes_cover_already_is_not_dropped(pair):
+    # The stream says that it hashes the next token: the option is wrong, and the stream wins.
+    pair.do("configure_pod", "a", engine="vllm", eagle=True)
+    ahead = [[h + 1] for h in HASHES[:-1]]
+    pair.ingest("a", stored(HASHES[:-1], TOKENS[:28], lookahead_token_ids=ahead))
+    assert asked(pair, 32).tokens == 28
+
+
 def test_eagle_is_vllms(pair):
     pair.do("configure_pod", "a", engine="sglang", eagle=True)
     pair.ingest("a", run(0, N))

@@ -211,12 +211,15 @@ public:
     Face describe(const Worker& w) const {
         const Pod& p = pods_[w.pod];
         Face f{p.uid, static_cast<u32>(w.rank), 0, 1, p.verdict, 0, 0};
+        // What its hashes cover already is not dropped.
+        const bool ahead = std::any_of(w.lengths.begin(), w.lengths.end(), [](u32 length) { return length != 0; });
         bool rootless = !w.groups.empty(), windows = false, drops = false, lookahead = false;
         for (const Group& g : w.groups) {
             rootless &= g.kind != Attention::full;
             windows |= g.kind != Attention::full;
-            drops |= p.drops(g);
-            lookahead |= p.drops(g) && g.kind != Attention::full;
+            if (ahead || !p.drops(g)) continue;
+            drops = true;
+            lookahead |= g.kind != Attention::full;
         }
         // A window that drops a block looks for it behind the end of what the other groups have.
         if (rootless || lookahead) f.flags |= kRootless;
@@ -492,6 +495,7 @@ protected:
             widen(w.lengths, w.lengths.size() + 1);
             ++(lookahead ? s.lengths[lookahead] : s.plain);
             w.lengths.push_back(lookahead);
+            if (!w.holders.empty()) refresh(holders_[w.holders[0]].worker);
         }
         w.length = lookahead;
         return true;

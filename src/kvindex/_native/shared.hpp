@@ -297,7 +297,8 @@ public:
                 if (space == kNone || ix_.space_at(space).lengths.empty())
                     return matcher().match(ix_, space, path, most, filter.get(), only_exact, out);
                 out.clear();
-                if (ix_.space_at(space).plain) matcher().match(ix_, space, path, most, filter.get(), only_exact, out, true);
+                if (ix_.space_at(space).plain)
+                    matcher().match(ix_, space, path, most, filter.get(), only_exact, out, true);
                 for (const auto& length : ix_.space_at(space).lengths) {
                     const LookaheadPath<BT> ahead{path, length.first, ix_.blocks(prompt.n_tokens, length.first)};
                     matcher().match(ix_, space, ahead, most, filter.get(), only_exact, out, true);
