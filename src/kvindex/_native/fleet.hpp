@@ -108,12 +108,9 @@ public:
         p.eagle = eagle;
         p.eagle_groups = std::move(groups);
         p.hybrid = hybrid;
-        ruled_ |= engine != Engine::unknown;
         judge(pod);
         for (u32 w : p.workers) refresh(w);
     }
-    // Whether any pod's engine has been named.
-    bool ruled() const { return ruled_; }
     void set_chunk(u32 pod, u32 tokens) {
         pods_[pod].chunk_tokens = tokens;
         judge(pod);
@@ -238,7 +235,7 @@ public:
         // vLLM's connectors load a whole prompt, unless a window needs that its last token can be computed again.
         if (p.engine == Engine::vllm && (f.medium == 0 || f.medium == kNone || windows)) f.flags |= kCutsLast;
         if (drops) f.flags |= w.groups.size() == 1 ? kDropsLast : kDropsEach;
-        if (f.factor != 1 || f.flags & (kCutsLast | kDropsLast | kDropsEach)) f.flags |= kOdd;
+        if (f.factor != 1 || f.flags & kRuled) f.flags |= kOdd;
         return f;
     }
     u64 holders_version() const { return holders_version_; }
@@ -576,7 +573,6 @@ protected:
     std::unordered_map<std::string, u32> space_ids_;
     u64 pods_version_ = first_version();
     u64 pods_made_ = 0;
-    bool ruled_ = false;
     u64 holders_version_ = 1;
 };
 

@@ -46,7 +46,8 @@ inline constexpr u8 kOdd = 2;         // the prefix that it holds is not the ans
 inline constexpr u8 kCutsLast = 4;    // the prompt's last token is always computed
 inline constexpr u8 kDropsLast = 8;   // of the run that this leaves, the last block is dropped
 inline constexpr u8 kDropsEach = 16;  // a group drops the last block of its whole run
-inline constexpr u8 kTiers = 32;      // one medium is read where the one before ends
+inline constexpr u8 kRuled = kCutsLast | kDropsLast | kDropsEach;
+inline constexpr u8 kTiers = 32;  // one medium is read where the one before ends
 
 // What an answer says of a holder's worker: side by side, because reading it from worker and pod costs three cache
 // misses for each of 256 pods (3.9 us of an answer to 8 blocks, against 0.4).
