@@ -25,6 +25,9 @@ class ModelJudge:
     def ingest(self, pod: str, payload: bytes):
         return self.model.ingest(pod, payload)
 
+    def configure(self, pod: str, **options) -> None:
+        self.model.configure_pod(pod, **options)
+
     def ask(self, tokens, **context) -> Answer:
         found = self.model.match(list(map(int, tokens)), **context)
         return Answer({p: a["tokens"] for p, a in found.items()}, {p: a["media"] for p, a in found.items()})
@@ -40,6 +43,9 @@ class IndexJudge:
         report = self.index.ingest(pod, payload)
         self.index._check()
         return report
+
+    def configure(self, pod: str, **options) -> None:
+        self.index.configure_pod(pod, **options)
 
     def ask(self, tokens, **context) -> Answer:
         match = self.index.match_prefix(tokens, **context)

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from kvindex.capture import CaptureWriter, Message, Query
 from kvindex.sim import Arrival, Prompt
 from kvindex.sim.control import ToldProcess
 from kvindex.sim.process import SimConfig, SimProcess, prompt_map
-from kvindex.sync.policy import Policy
+from kvindex.sync.stream import Policy
 
-from ..fleet import BRISK, ROOT, Comparison, at_rest, compare, source, until
+from .. import fleet
+from ..fleet import BRISK, ROOT, as_asked, at_rest, source, until
 from .cases import CASES, Case, workload
 
 MODEL = "m"
@@ -82,6 +84,13 @@ class Recorder:
         return self._index.ingest(pod, payload, model=model, dp_rank=dp_rank, seq=seq)
 
 
+@dataclass
+class Comparison(fleet.Comparison):
+    """As of a fleet; ``apart`` are the differences of pods that say that they are degraded."""
+
+    apart: int = 0
+
+
 class Here:
     """An index in this process, asked as one in another is: see :class:`e2e.fleet.IndexProcess`."""
 
@@ -104,7 +113,7 @@ class Here:
             )
             answers.append(
                 {
-                    pod: {"tokens": n, "ranks": match[pod].ranks, "media": match[pod].media}
+                    pod: {"tokens": n, "ranks": match[pod].ranks, "tiers": match[pod].tiers}
                     for pod, n in match.tokens.items()
                 }
             )
@@ -119,6 +128,7 @@ def run(case: Case, pods: Sequence[EngineProcess], requests: int, record: Path |
         pod.configure(case.options)
     index = PrefixIndex(**case.index)
     total = Comparison()
+    reasons: Counter[str] = Counter()
     with ExitStack() as stack:
         applied: Any = index
         writer = None
@@ -153,7 +163,7 @@ def run(case: Case, pods: Sequence[EngineProcess], requests: int, record: Path |
                 pod = dice.choice(list(pods))
                 for rank in range(case.options.get("ranks", 1)):
                     pod.serve_all([], rank)
-                    assert pod.ask("reset", rank=rank)["done"]
+                    assert pod.ask("reset", rank=rank, connector=case.resets == "all tiers")["done"]
         for pod in pods:
             for rank in range(case.options.get("ranks", 1)):
                 pod.serve_all([], rank)
@@ -161,6 +171,7 @@ def run(case: Case, pods: Sequence[EngineProcess], requests: int, record: Path |
         add(total, ask(here, pods, [each.prompt for each in arrivals], case))
         index._check()
         status = manager.status()
+        reasons.update(each.reason for each in status.values() if each.reason)
     figures: Counter[str] = Counter()
     for pod in pods:
         figures.update(pod.ask("status")["figures"])
@@ -170,6 +181,10 @@ def run(case: Case, pods: Sequence[EngineProcess], requests: int, record: Path |
         "answers": total.answers,
         "hit_tokens": total.hit_tokens,
         "differences": [list(each) for each in total.differences],
+        "verdict": "degraded" if case.degraded else "exact",
+        "why": case.degraded,
+        "apart": total.apart,
+        "said": sorted(reasons),
         "batches": sum(each.batches for each in status.values()),
         "lost": sum(each.lost_batches for each in status.values()),
         "errors": dict(sum((Counter(each.errors) for each in status.values()), Counter())),
@@ -187,6 +202,10 @@ def failed(case: Case, error: Exception) -> dict[str, Any]:
         "engine": case.engine,
         "feature": case.feature,
         "differences": [],
+        "verdict": "",
+        "why": "",
+        "apart": 0,
+        "said": [],
         "errors": {},
         "figures": {},
     }
@@ -210,12 +229,28 @@ def settle(here: Any, pods: Sequence[EngineProcess], case: Case) -> None:
 
 
 def ask(here: Any, pods: Sequence[EngineProcess], prompts: Sequence[Prompt], case: Case) -> Comparison:
-    found = compare(here, pods, prompts)
-    if case.degraded:
-        # What is wrong there is an answer that says too much, or one that does not say how far it can be trusted.
-        found.differences = [each for each in found.differences if each.indexed > each.actual]
-        states = {pod.name: here.index.pod_state(pod.name) for pod in pods}
-        assert set(states.values()) == {"degraded"}, states
+    """Every engine's own answer for every prompt, by rank and by tier, and the index's."""
+    found = Comparison()
+    wanted = "degraded" if case.degraded else "exact"
+    for pod in pods:
+        state = here.index.pod_state(pod.name)
+        # Before anything has happened that events cannot say, a pod that will be degraded may be exact.
+        assert state == wanted or (case.degraded and state == "exact" and case.resets), (pod.name, state)
+        truth = pod.truths(prompts)
+        answers = here.match([as_asked(pod, prompt, len(prompt)) for prompt in prompts], model=MODEL)["answers"]
+        for number, answer in enumerate(answers):
+            told = answer.get(pod.name, {"ranks": {}, "tiers": {}})
+            tiers = truth["tiers"][number]
+            for rank, hit in truth["hits"][number].items():
+                found.add(number, pod.name, rank, told["ranks"].get(rank, 0), tiers["GPU"] if case.own else hit)
+            if len(tiers) > 1 and not case.own:
+                # Tiers say what is there; of its own pool vLLM leaves out the last token, and EAGLE a block.
+                dropped = here.index.block_size if case.source.get("eagle") else 0
+                own = min(told["tiers"].get("GPU", 0), (len(prompts[number]) - 1) // 16 * 16)
+                found.add(number, pod.name, "GPU", max(0, own - dropped), tiers["GPU"])
+        if state == "degraded":
+            # It says itself that its answers may be others.
+            found.apart, found.differences = found.apart + len(found.differences), []
     return found
 
 
@@ -223,6 +258,7 @@ def add(total: Comparison, part: Comparison) -> None:
     total.answers += part.answers
     total.hit_tokens += part.hit_tokens
     total.differences += part.differences
+    total.apart += part.apart
 
 
 def questions(seen: Sequence[Arrival], dice: random.Random) -> list[Prompt]:
@@ -259,7 +295,10 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     shown = Table(title="answers of the index compared with the engines' own", title_justify="left")
     for name in ("engine", "feature"):
         shown.add_column(name)
-    for name in ("answers", "differences", "tokens held", "batches", "seconds"):
+    for name in ("answers", "differences"):
+        shown.add_column(name, justify="right")
+    shown.add_column("verdict")
+    for name in ("tokens held", "batches", "seconds"):
         shown.add_column(name, justify="right")
     shown.add_column("what happened in the engines")
     for row in rows:
@@ -267,6 +306,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         wrong = len(row["differences"])
         shown.add_row(
             row["engine"], row["feature"], f"{row['answers']:,}", f"[red]{wrong:,}[/]" if wrong else "0",
+            f"{row['verdict']}: {row['why']}; {row['apart']:,} answers apart" if row["why"] else row["verdict"],
             f"{row['hit_tokens']:,}", f"{row['batches']:,}", f"{row['seconds']:.1f}", happened,
         )  # fmt: skip
     return shown

@@ -22,27 +22,41 @@ class Case:
     """Options of :class:`PodSource`."""
     index: dict[str, Any] = field(default_factory=dict)
     shows: tuple[str, ...] = ("BlockStored", "BlockRemoved")
+    own: bool = False
+    """Only the engine's own pool is compared: the tiers behind it are left out of the index on purpose."""
     together: bool = False
     """Every prompt is sent four times at once."""
-    resets: bool = False
+    resets: str = ""
+    """Of which tiers ("GPU", "all tiers") caches are reset now and then."""
     sample: str | None = None
     """Of this name a recording is kept with the tests."""
     images: bool = False
     """Every other conversation starts with an image, which is in the keys of the blocks that it covers."""
-    degraded: bool = False
-    """What the engine publishes in this case can not be placed, and the index has to say so and answer nothing."""
+    degraded: str = ""
+    """Why events cannot say enough in this case: the index has to call its pods degraded."""
 
 
 _NAMES = {"adapters": (None, "adapter-a", "adapter-b"), "salts": (None, "tenant-x")}
 _FULL = ["full", 16]
+_STORED = ("BlockStored", "BlockRemoved")
+_LOADED = (*_STORED, "stores", "loads")
 
 
 def _vllm(feature: str, **options: Any) -> Case:
-    return Case(engine="vllm", feature=feature, **options)
+    return Case(engine="vllm", feature=feature, source={"engine": "vllm", **options.pop("source", {})}, **options)
 
 
 def _sglang(feature: str, **options: Any) -> Case:
-    return Case(engine="sglang", feature=feature, **options)
+    return Case(engine="sglang", feature=feature, source={"engine": "sglang", **options.pop("source", {})}, **options)
+
+
+def _tier(chunk: int = 1, described: bool = False, **more: Any) -> dict[str, Any]:
+    """A GPU cache that is too small for the work, and a CPU tier behind it."""
+    return {"offload": {"chunk": chunk, "chunks": 400 // chunk, "described": described}, "blocks": 130, **more}
+
+
+def _draft(tokens: int = 1, multi: bool = False, legacy: bool = False) -> dict[str, Any]:
+    return {"tokens": tokens, "multi": multi, "legacy": legacy}
 
 
 CASES: tuple[Case, ...] = (
@@ -81,12 +95,43 @@ CASES: tuple[Case, ...] = (
     _vllm("duplicate copies", options={"blocks": 300, "tokens_per_step": 4096}, together=True,
           shows=("BlockStored", "BlockRemoved", "copies"), sample="vllm-0.33.0-duplicate-copies"),
     _vllm("images", images=True, chat=_NAMES, sample="vllm-0.33.0-images"),
-    _vllm("resets", resets=True, shows=("BlockStored", "AllBlocksCleared", "resets")),
+    _vllm("resets", resets="GPU", shows=("BlockStored", "AllBlocksCleared", "resets")),
+    _vllm("EAGLE, lookahead of 1", options={"speculative": _draft()}, chat=_NAMES),
+    _vllm("MTP, lookahead of 3", options={"speculative": _draft(3, multi=True), "blocks": 250}),
+    _vllm("EAGLE, lookahead of 1, a window",
+          options={"speculative": _draft(), "groups": [_FULL, ["sliding", 16, 64]], "blocks": 350}),
+    _vllm("EAGLE, lookahead of 1, mamba layers",
+          options={"speculative": _draft(), "groups": [_FULL, ["mamba", 16]], "blocks": 400}),
+    _vllm("EAGLE, legacy hashes", options={"speculative": _draft(legacy=True)}, chat=_NAMES, source={"eagle": True}),
+    *(
+        _vllm(f"EAGLE, legacy hashes, {name}, {of} drop",
+              options={"speculative": _draft(legacy=True), "eagle_groups": flagged, "blocks": 400,
+                       "groups": [_FULL, beside]},
+              source={"eagle": flagged or True})
+        for name, beside in (("a window", ["sliding", 16, 64]), ("mamba layers", ["mamba", 16]))
+        for of, flagged in (("full-attention groups", [0]), ("all groups", []))
+    ),
+    _vllm("context parallelism, blocks of 32", options={"context_parallel": 2, "blocks": 100}, chat=_NAMES),
+    *(
+        _vllm(f"CPU tier, {how}{what}", options=_tier(described=how == "described"), shows=_LOADED, **more)
+        for how in ("placeholders", "described")
+        for what, more in (
+            ("", {}), (", salts and adapters", {"chat": _NAMES}), (", images", {"images": True, "chat": _NAMES}),
+        )
+    ),
+    _vllm("CPU tier, EAGLE", options=_tier(speculative=_draft(), eagle_groups=[0]), shows=_LOADED,
+          source={"eagle": True}),
+    _vllm("CPU tier, chunks of four blocks, left out", options=_tier(4, True), shows=_LOADED,
+          source={"ignore_media": ("CPU",)}, own=True),
+    _vllm("CPU tier, resets of the GPU", options=_tier(), resets="GPU", source={"clear_media": ("GPU",)},
+          shows=(*_LOADED, "AllBlocksCleared")),
+    _vllm("CPU tier, resets of all tiers", options=_tier(), resets="all tiers", shows=(*_LOADED, "AllBlocksCleared"),
+          degraded="a clear does not name the tiers that it clears"),
     _vllm(
         "all of it",
         options={"groups": [_FULL, ["sliding", 16, 100]], "blocks": 170, "tokens_per_step": 96, "ranks": 2,
                  "hashes": "bytes"},
-        chat={**_NAMES, "output_tokens": 160}, resets=True,
+        chat={**_NAMES, "output_tokens": 160}, resets="GPU",
         shows=("BlockStored", "BlockRemoved", "AllBlocksCleared", "preempted", "chunks"),
     ),
     # More at a time make copies, which a set cannot tell from reports; and the reports of a window name blocks that the
@@ -102,8 +147,15 @@ CASES: tuple[Case, ...] = (
     _sglang("data-parallel ranks", options={"ranks": 2, "blocks": 150}),
     _sglang("chunked prefill", options={"tokens_per_step": 48}, shows=("BlockStored", "BlockRemoved", "chunks")),
     _sglang("equal prompts at once", together=True),
-    _sglang("EAGLE, whose tokens are pairs", options={"eagle": True}, degraded=True, shows=("BlockStored",)),
-    _sglang("resets", resets=True, shows=("BlockStored", "AllBlocksCleared", "resets")),
+    _sglang("EAGLE, whose tokens are pairs", options={"eagle": True}, chat=_NAMES | {"adapters": (None,)}),
+    _sglang("resets", resets="GPU", shows=("BlockStored", "AllBlocksCleared", "resets")),
+    _sglang("unified tree", options={"beside": "full"}, chat=_NAMES | {"adapters": (None,)}),
+    _sglang("unified tree, pairs", options={"beside": "full", "eagle": True}),
+    _sglang("unified tree, a window of 64", options={"beside": "window", "share": 0.4}, source={"hybrid": True},
+            shows=(*_STORED, "silently evicted"), degraded="what the window evicts is in no event"),
+    _sglang("unified tree, mamba layers", options={"beside": "mamba", "page_size": 1, "blocks": 3200},
+            index={"block_size": 1}, source={"hybrid": True}, shows=(*_STORED, "silently evicted"),
+            degraded="which states there are is in no event"),
 )  # fmt: skip
 
 

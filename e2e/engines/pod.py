@@ -64,12 +64,14 @@ class EnginePod:
         return self._op_status()
 
     def _op_truths(self, prompts: list[dict[str, Any]]) -> dict[str, Any]:
-        asked, hits = [], []
+        asked, hits, tiers = [], [], []
         for item in prompts:
             prompt = prompt_of(item)
             asked.append(len(prompt) - 1 if self.ranks[0].recomputes_last else len(prompt))
-            hits.append({number: rank.hit(prompt) for number, rank in enumerate(self.ranks)})
-        return {"asked": asked, "hits": hits, "media": [], "seqs": self._op_status()["seqs"]}
+            reach = [rank.tiers(prompt) for rank in self.ranks]
+            hits.append({number: max(each.values()) for number, each in enumerate(reach)})
+            tiers.append(max(reach, key=lambda each: max(each.values())))
+        return {"asked": asked, "hits": hits, "tiers": tiers, "media": [], "seqs": self._op_status()["seqs"]}
 
     def _op_status(self) -> dict[str, Any]:
         return {
@@ -78,8 +80,8 @@ class EnginePod:
             "figures": dict(sum((rank.figures for rank in self.ranks), Counter())),
         }
 
-    def _op_reset(self, rank: int = 0) -> dict[str, Any]:
-        done = self.ranks[rank].reset()
+    def _op_reset(self, rank: int = 0, connector: bool = False) -> dict[str, Any]:
+        done = self.ranks[rank].reset(connector)
         return {"done": done, **self._op_status()}
 
     def _op_close(self) -> dict[str, Any]:

@@ -38,9 +38,16 @@ class Rank(ABC):
     def hit(self, prompt: Prompt) -> int:
         """The engine's own answer: how many tokens of this prompt it would reuse now."""
 
+    def tiers(self, prompt: Prompt) -> dict[str, int]:
+        """How far each tier reaches, with those above it, where the engine has several."""
+        return {"GPU": self.hit(prompt)}
+
     @abstractmethod
-    def reset(self) -> bool:
-        """Clear the cache as the engine's own endpoint does; ``False`` when it refuses because it is serving."""
+    def reset(self, connector: bool = False) -> bool:
+        """Clear the cache as the engine's own endpoint does; ``False`` when it refuses because it is serving.
+
+        ``connector``: the tiers below as well.
+        """
 
     @abstractmethod
     def blocks(self) -> int:

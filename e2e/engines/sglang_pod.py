@@ -25,6 +25,8 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, Ma
 from sglang.srt.mem_cache.events import LoRANameTable  # noqa: E402
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey  # noqa: E402
 
+from .sglang_tree import UnifiedTree  # noqa: E402
+
 
 class _Allocator:
     """Takes back what the tree evicts; there is no memory."""
@@ -44,6 +46,7 @@ class _Running:
     prompt: Prompt
     done: int
     node: Any
+    lock: Any
 
 
 class SglangRank(Rank):
@@ -52,11 +55,17 @@ class SglangRank(Rank):
         self._names = LoRANameTable()
         dynamo = bool(options.get("dynamo", False))
         self._page = options.get("page_size", 16)
-        self.tree = RadixCache.create_simulated(
-            mock_allocator=_Allocator(), page_size=self._page, enable_kv_cache_events=True,
-            dynamo_kv_event_format=dynamo, kv_event_lora_names=self._names,
-        )  # fmt: skip
-        self.tree.is_eagle = bool(options.get("eagle", False))
+        eagle = bool(options.get("eagle", False))
+        self.tree: Any
+        if "beside" in options:
+            chosen = {name: options[name] for name in ("beside", "window", "share") if name in options}
+            self.tree = UnifiedTree(self._page, self._names, eagle=eagle, dynamo=dynamo, **chosen)
+        else:
+            self.tree = RadixCache.create_simulated(
+                mock_allocator=_Allocator(), page_size=self._page, enable_kv_cache_events=True,
+                dynamo_kv_event_format=dynamo, kv_event_lora_names=self._names,
+            )  # fmt: skip
+            self.tree.is_eagle = eagle
         self._room = options.get("blocks", 200) * self._page
         self._chunk = options.get("tokens_per_step", 512)
         self._most = options.get("max_seqs", 4)
@@ -95,9 +104,9 @@ class SglangRank(Rank):
         while self._waiting and len(self._running) < self._most:
             prompt, output = self._waiting.popleft()
             found = self._match(self._key(prompt.tokens.tolist(), prompt))
-            self.tree.inc_lock_ref(found.last_device_node)
+            lock = self.tree.inc_lock_ref(found.last_device_node)
             tokens = prompt.tokens.tolist() + output
-            self._running.append(_Running(tokens, prompt, found.device_prefix_len, found.last_device_node))
+            self._running.append(_Running(tokens, prompt, found.device_prefix_len, found.last_device_node, lock))
         if not self._running:
             return False
         for request in list(self._running):
@@ -109,8 +118,10 @@ class SglangRank(Rank):
             else:
                 # The last token of an answer has no KV: no step follows that would compute it.
                 self._checkpoint(request, request.tokens[:-1])
-                self.tree.dec_lock_ref(request.node)
+                self._unlock(request)
                 self._running.remove(request)
+        if isinstance(self.tree, UnifiedTree):
+            self.figures["silently evicted"] += self.tree.shrink(self._room)
         self._flush()
         return True
 
@@ -123,14 +134,20 @@ class SglangRank(Rank):
         if len(key):
             self.tree.insert(InsertParams(key=key))
             node = self._match(key).last_device_node
+            lock = self.tree.inc_lock_ref(node)
+            self._unlock(request)
+            request.node, request.lock = node, lock
+
+    def _unlock(self, request: _Running) -> None:
+        if isinstance(self.tree, UnifiedTree):
+            self.tree.dec_lock_ref(request.node, request.lock)
+        else:
             self.tree.dec_lock_ref(request.node)
-            self.tree.inc_lock_ref(node)
-            request.node = node
 
     def hit(self, prompt: Prompt) -> int:
         return int(self._match(self._key(prompt.tokens.tolist(), prompt)).device_prefix_len)
 
-    def reset(self) -> bool:
+    def reset(self, connector: bool = False) -> bool:
         if self._running or self._waiting:
             return False
         self.tree.reset()

@@ -19,10 +19,12 @@ from vllm.config import (
     CacheConfig,
     DeviceConfig,
     KVEventsConfig,
+    KVTransferConfig,
     ParallelConfig,
     SchedulerConfig,
     VllmConfig,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import OffloadingWorkerMetadata
 from vllm.lora.request import LoRARequest
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.sampling_params import SamplingParams
@@ -38,7 +40,7 @@ from vllm.v1.kv_cache_interface import (
     MambaSpec,
     SlidingWindowSpec,
 )
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -47,6 +49,8 @@ from kvindex.sim import Prompt
 from .rank import Rank, endpoints, reachable
 
 _LONGEST = 20_000
+# What a chunk takes at least: the offloading manager rounds it up to this.
+_CHUNK_BYTES = 4096
 
 
 def _spec(kind: str, size: int, extent: int | None = None) -> Any:
@@ -61,6 +65,36 @@ def _spec(kind: str, size: int, extent: int | None = None) -> Any:
         case "mamba":
             return MambaSpec(block_size=size, shapes=((1,),), dtypes=(torch.float16,), mamba_cache_mode="align")
     raise ValueError(f"no kind of group is called {kind!r}")
+
+
+class _Draft(SimpleNamespace):
+    """An EAGLE draft model as the scheduler asks about it; a real description needs the model."""
+
+    def __init__(self, tokens: int, multi: bool, legacy: bool) -> None:
+        super().__init__(
+            method="eagle", num_speculative_tokens=tokens, num_speculative_tokens_per_batch_size=None,
+            disable_eagle_block_drop=False, disable_lookahead_block_hashes=legacy, parallel_drafting=False,
+            draft_model_config=None, target_model_config=None, max_num_new_slots_for_drafting=0,
+        )  # fmt: skip
+        self.use_heterogeneous_vocab = False
+        self._is = {"eagle", "eagle_block_drop", *(["multi_module_mtp"] if multi else [])}
+
+    def __getattr__(self, name: str) -> Any:
+        kind, _, what = name.partition("_")
+        if kind not in ("use", "needs"):
+            raise AttributeError(name)
+        return lambda: what in self._is
+
+
+def _offloading(chunk: int, chunks: int, described: bool) -> KVTransferConfig:
+    """Native offloading to the CPU: ``chunks`` chunks of ``chunk`` blocks."""
+    return KVTransferConfig(
+        kv_connector="OffloadingConnector", kv_role="kv_both",
+        kv_connector_extra_config={
+            "spec_name": "CPUOffloadingSpec", "blocks_per_chunk": chunk, "cpu_bytes_to_use": chunks * _CHUNK_BYTES,
+            "self_describing_kv_events": described,
+        },
+    )  # fmt: skip
 
 
 def _images(prompt: Prompt, size: int) -> list[MultiModalFeatureSpec]:
@@ -100,33 +134,42 @@ class VllmRank(Rank):
             ),
             parallel_config=ParallelConfig(),
             device_config=DeviceConfig("cpu"),
+            kv_transfer_config=_offloading(**options["offload"]) if "offload" in options else None,
         )  # fmt: skip
+        config.parallel_config.decode_context_parallel_size = options.get("context_parallel", 1)
+        if "speculative" in options:
+            config.speculative_config = _Draft(**options["speculative"])
         # A real description would have to be of a model whose code can be imported; these are all that is asked of it.
         config.model_config = SimpleNamespace(
             uses_mrope=False, is_encoder_decoder=False, max_model_len=_LONGEST, runner_type="generate",
             is_diffusion=False, multimodal_config=None, supports_multimodal_inputs=False, return_sampling_mask=False,
-            skip_tokenizer_init=True,
+            skip_tokenizer_init=True, use_mla=False, dtype=torch.float16, model="m",
+            get_total_num_kv_heads=lambda: 1,
         )  # fmt: skip
         config.parallel_config.data_parallel_index = rank
         cache.num_gpu_blocks = options.get("blocks", 200)
         layout = KVCacheConfig(
             num_blocks=cache.num_gpu_blocks,
             kv_cache_tensors=[],
-            kv_cache_groups=[KVCacheGroupSpec([f"layer{n}"], _spec(*group)) for n, group in enumerate(groups)],
+            kv_cache_groups=[
+                KVCacheGroupSpec([f"layer{n}"], _spec(*group), is_eagle_group=n in options.get("eagle_groups", ()))
+                for n, group in enumerate(groups)
+            ],
             prefix_cache_retention_interval=options.get("retention"),
         )
         # PYTHONHASHSEED is read here, as in a server that starts: pods with and without it name blocks differently.
         hash_with = {"sha256": sha256, "sha256_cbor": sha256_cbor}[options.get("hash", "sha256")]
         init_none_hash(hash_with)
         self.scheduler = Scheduler(
-            config, layout, structured_output_manager=StructuredOutputManager(config), block_size=lcm(*sizes),
-            hash_block_size=gcd(*sizes),
+            config, layout, structured_output_manager=StructuredOutputManager(config),
+            block_size=lcm(*sizes) * options.get("context_parallel", 1),
+            hash_block_size=gcd(*sizes) * options.get("context_parallel", 1),
         )  # fmt: skip
         # As a multimodal model's scheduler has them; there is no processor to ask for these sizes.
         self.scheduler.max_num_encoder_input_tokens = _LONGEST
         self.scheduler.encoder_cache_manager = EncoderCacheManager(cache_size=100 * _LONGEST)
-        self._block_size = gcd(*sizes)
-        self._hasher = get_request_block_hasher(gcd(*sizes), hash_with)
+        self._block_size = gcd(*sizes) * options.get("context_parallel", 1)
+        self._hasher = get_request_block_hasher(self._block_size, hash_with, self.scheduler.num_hash_lookahead_tokens)
         self._extra = {"kv_cache_report_mode": options.get("report", "incremental")}
         self._numbers = count()
         self._outputs: dict[str, list[int]] = {}
@@ -169,7 +212,9 @@ class VllmRank(Rank):
 
     def step(self) -> bool:
         scheduler = self.scheduler
-        if not scheduler.has_requests():
+        connector = scheduler.connector
+        # A connector goes on with its transfers when there are no requests.
+        if not scheduler.has_requests() and not (connector is not None and connector.has_pending_push_work()):
             return False
         plan = scheduler.schedule()
         self.figures["preempted"] += len(plan.preempted_req_ids or ())
@@ -182,23 +227,56 @@ class VllmRank(Rank):
             sampled.append([self._outputs[name][request.num_output_tokens]] if whole else [])
         names = list(plan.num_scheduled_tokens)
         places = {name: place for place, name in enumerate(names)}
-        scheduler.update_from_output(plan, ModelRunnerOutput(names, places, sampled))
+        output = ModelRunnerOutput(names, places, sampled, kv_connector_output=self._transferred(plan))
+        scheduler.update_from_output(plan, output)
         copies = scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block._cache.values()
         most = sum(len(each) - 1 for each in copies if isinstance(each, dict))
         self.figures["copies"] = max(self.figures["copies"], most)
         return True
 
-    def hit(self, prompt: Prompt) -> int:
-        _blocks, tokens, _boundary = self.scheduler.kv_cache_manager.get_computed_blocks(self._request(prompt))
-        return int(tokens)
+    def _transferred(self, plan: Any) -> KVConnectorOutput | None:
+        """A worker that does every transfer at once; there is no memory to move."""
+        if self.scheduler.connector is None:
+            return None
+        told = plan.kv_connector_metadata
+        done = OffloadingWorkerMetadata()
+        for job in (*told.load_jobs, *told.store_jobs):
+            done.mark_completed(job)
+        self.figures["stores"] += len(told.store_jobs)
+        self.figures["loads"] += len(told.load_jobs)
+        arrived = {job.req_id for job in told.load_jobs.values() if not job.sync}
+        return KVConnectorOutput(finished_recving=arrived, kv_connector_worker_meta=done)
 
-    def reset(self) -> bool:
-        done = self.scheduler.reset_prefix_cache()
+    def hit(self, prompt: Prompt) -> int:
+        return max(self.tiers(prompt).values())
+
+    def tiers(self, prompt: Prompt) -> dict[str, int]:
+        request = self._request(prompt)
+        _blocks, own, _boundary = self.scheduler.kv_cache_manager.get_computed_blocks(request)
+        found = {"GPU": int(own)}
+        connector = self.scheduler.connector
+        if connector is not None:
+            # What a request would be told, and then it goes away: looking up changes no order of eviction.
+            connector.on_new_request(request)
+            asked = connector.connector_scheduler
+            more, _later = connector.get_num_new_matched_tokens(request, int(own))
+            asked._current_batch_sync_loads.discard(request.request_id)
+            asked._release_step()
+            del asked._req_status[request.request_id]
+            if more is None:
+                raise ValueError("a transfer is under way; ask after it")
+            found["CPU"] = int(own) + more
+        return found
+
+    def reset(self, connector: bool = False) -> bool:
+        done = self.scheduler.reset_prefix_cache(reset_connector=connector)
         # Events leave only in a step; nothing is scheduled in this one.
         plan = self.scheduler.schedule()
         if plan.num_scheduled_tokens:
             raise ValueError("a reset in the middle of requests has to be followed by their next step")
-        self.scheduler.update_from_output(plan, ModelRunnerOutput([], {}, []))
+        self.scheduler.update_from_output(
+            plan, ModelRunnerOutput([], {}, [], kv_connector_output=self._transferred(plan))
+        )
         self.figures["resets"] += done
         return bool(done)
 
