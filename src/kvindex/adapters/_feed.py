@@ -39,7 +39,10 @@ class Feed:
             report = self.index.process_block_removed(event)
         else:
             report = self.index.process_all_blocks_cleared(event)
-            # Nothing that was lost before matters any more.
+            # These sources clear a worker's tiers together, which an engine's own event leaves open. Nothing that was
+            # lost before matters any more.
+            if event.medium is None:
+                self.index.clear_worker(event.pod, event.dp_rank or 0)
             self.index.mark_worker(event.pod, event.dp_rank or 0, "exact")
         for name in ("stored", "removed", "cleared", "parked", "skipped"):
             self.counts[name] += getattr(report, name)
