@@ -41,6 +41,13 @@ Event event(EventKind kind, Batch& b, std::vector<u64> hashes, std::vector<u32> 
     return e;
 }
 
+std::vector<u64> pods(const SharedIndex& ix) {
+    std::size_t all = 0;
+    std::vector<u64> out;
+    for (const std::string& name : ix.directory().some(kNone, all)) out.push_back(ix.directory().find(name));
+    return out;
+}
+
 void use(SharedIndex& ix, u32 size) {
     Batch b;
     const std::vector<u32> tokens(std::size_t{4} * size, 7);
@@ -49,10 +56,10 @@ void use(SharedIndex& ix, u32 size) {
     b.events.push_back(event(EventKind::stored, b, {2001, 2002},
                              std::vector<u32>(tokens.begin(), tokens.begin() + std::ptrdiff_t{2} * size), size, true,
                              2000));
-    for (const auto& pod : ix.pods())
+    for (const u64 pod : pods(ix))
         for (const char* model : {"", "m"}) {
             Report r;
-            ix.apply(pod.first, 0, model, b, Place(), r);
+            ix.apply(pod, 0, model, b, Place(), r);
             MatchResult m;
             Prompt p;
             p.tokens = tokens.data();
@@ -101,12 +108,12 @@ extern "C" int LLVMFuzzerTestOneInput(const u8* data, std::size_t n) {
         die("what was loaded is saved as something else");
     use(ix, h.block_size);
     sound(ix, "used");
-    for (const auto& pod : ix.pods()) {
-        ix.clear_worker(pod.first, 0);
+    for (const u64 pod : pods(ix)) {
+        ix.clear_worker(pod, 0);
         sound(ix, "cleared");
     }
-    for (const auto& pod : ix.pods()) ix.remove_pod(pod.first);
+    for (const u64 pod : pods(ix)) ix.remove_pod(pod);
     sound(ix, "removed");
-    if (ix.figures().blocks != 0) die("blocks are left when all pods are gone");
+    if (ix.stats().figures.blocks != 0) die("blocks are left when all pods are gone");
     return 0;
 }

@@ -535,8 +535,9 @@ private:
         // All its blocks masked: that the group exists is all there is to learn,
         // and it limits what the worker can reuse.
         if (n == 0) return;
-        const bool is_over = (e.lookahead != w.length && !learn_length(w, e.lookahead)) ||
-                             over_limit(w.pod, static_cast<u64>(n) * factor);
+        const bool is_over = over_limit(w.pod, static_cast<u64>(n) * factor);
+        // Events that only name blocks have no lookahead of their own.
+        const auto too_many_lengths = [&] { return e.lookahead != w.length && !learn_length(w, e.lookahead); };
         if (change.prepared) {
             if (whole && !change.sound) {
                 r.skip(Reason::bad_event);
@@ -546,9 +547,10 @@ private:
                 const auto given = b.hashes.begin() + e.hash_at + e.n_hashes;
                 change.locals.assign(given, given + n);
             }
+            const bool refused = is_over || (whole && too_many_lengths());
             begin_store(change, id, h, e, factor, whole);
-            if (is_over || !may_fit(n, u64{n} * factor)) {
-                change.reason = is_over ? Reason::over_limit : Reason::over_budget;
+            if (refused || !may_fit(n, u64{n} * factor)) {
+                change.reason = refused ? Reason::over_limit : Reason::over_budget;
                 change.step = Change::Step::turn_away;
             }
             return;
@@ -569,6 +571,7 @@ private:
             spoil(id);
             return;
         }
+        if (too_many_lengths()) return turn_away(id, ids, n, Reason::over_limit, r);
         if (!w.placed_full || w.small_blocks) {
             w.placed_full = true;
             w.small_blocks = false;

@@ -4,6 +4,8 @@
 // or per pod, and blocks are hashed only as far as somebody still holds them. A reader writes nothing.
 #pragma once
 
+#include <numeric>
+
 #include "index.hpp"
 
 namespace kvindex {
@@ -554,7 +556,7 @@ private:
             for (u32 g = 0; g < n; ++g) {
                 const Group group = in_medium(ix, w, g, 0);
                 if ((group.kind == Attention::full) != full) continue;
-                align = align / gcd(align, group.factor) * group.factor;
+                align = align / std::gcd(align, group.factor) * group.factor;
                 Try made{g, false, false, kNone};
                 bool first = true;
                 for (u32 o = 0; o < n; ++o) {
@@ -633,7 +635,6 @@ private:
             at = start;
         }
     }
-    static u32 gcd(u32 a, u32 b) { return b ? gcd(b, a % b) : a; }
     // Blocks before a length that a sliding window asks for. vLLM looks for cached blocks from the right and counts
     // them, so a window of one token still asks for one block.
     static u32 window_blocks(const Index& ix, const Group& group) {

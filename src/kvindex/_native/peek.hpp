@@ -4,6 +4,7 @@
 // it is. By the decoder's own rules for a time and a rank, so that no batch is of one worker here and of another there.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 
@@ -32,7 +33,7 @@ inline BatchPeek peek_batch(const uint8_t* p, size_t n, bool whole) {
     const auto time = [&] {
         MsgValue v;
         if (!r.next(v)) return false;
-        found.timed = seconds(v, found.ts) && found.ts == found.ts;
+        found.timed = seconds(v, found.ts) && !std::isnan(found.ts);
         return r.skip(v.children());
     };
     const auto events = [&] {

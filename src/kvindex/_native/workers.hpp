@@ -296,6 +296,7 @@ public:
         put("gpu", "GPU");
         names_.begin()->second.users = 1;
     }
+    ~Media() = default;
     Media(const Media&) = delete;
     Media& operator=(const Media&) = delete;
 
