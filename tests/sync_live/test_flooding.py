@@ -35,7 +35,7 @@ def whole(index: PrefixIndex, pod: LivePublisher) -> bool:
 
 def shown(view: top.View) -> str:
     with Console(width=200) as console, console.capture() as capture:
-        console.print(view.table())
+        console.print(view.table(width=200))
     return capture.get()
 
 
