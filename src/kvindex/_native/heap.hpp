@@ -65,7 +65,7 @@ public:
     }
     void* take(std::size_t n) {
         if (n > kLargest) return map_pages(room(n));
-        if (kPlain) return plain(std::malloc(n));
+        if (kPlain) return plain(std::malloc(room(n)));
         const u32 c = class_of(n);
         Slab* s = open_[c];
         if (!s) s = open(c);

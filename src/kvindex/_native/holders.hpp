@@ -150,10 +150,8 @@ private:
         u32 set = find(scratch_.data(), n);
         if (set != kNone) return set;
         recs_.reserve(m_, recs_.size() + free_.empty());
-        u64* w = static_cast<u64*>(std::malloc(sizeof(u64) * n));
-        if (!w) throw std::bad_alloc();
+        u64* w = static_cast<u64*>(m_.take(sizeof(u64) * n));
         std::memcpy(w, scratch_.data(), sizeof(u64) * n);
-        m_.add(sizeof(u64) * n);
         if (!free_.empty()) {
             set = free_.back();
             free_.pop();
@@ -179,8 +177,7 @@ private:
     }
     void drop_words(Rec& r) {
         if (!r.w) return;
-        std::free(r.w);
-        m_.sub(sizeof(u64) * r.n);
+        m_.give(r.w, sizeof(u64) * r.n);
         r.w = nullptr;
         r.n = 0;
     }

@@ -1,8 +1,6 @@
 // Growable arrays that report what they allocate, so that the index knows its own size at any moment.
 #pragma once
 
-#include <sys/mman.h>
-
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -12,6 +10,8 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
+
+#include "heap.hpp"
 
 namespace kvindex {
 
@@ -34,64 +34,49 @@ inline constexpr u32 kTurnBlocks = KVINDEX_TURN_BLOCKS;
 // leaves out the call.
 #define KVINDEX_INLINE [[gnu::always_inline]] inline
 
-// One counter per index. Everything native goes through it, so `bytes` is exact without asking the allocator.
+// One counter per index. Everything native goes through it, so `bytes` is exact.
 struct Memory {
     std::size_t bytes = 0;
     bool tight = false;  // there is a budget
     void add(std::size_t n) { bytes += n; }
     void sub(std::size_t n) { bytes -= n; }
+
+    // Counted as what it takes.
+    void* take(std::size_t n) {
+        void* const p = heap.take(n);
+        add(Heap::room(n));
+        return p;
+    }
+    // What is large enough for large pages gets them.
+    void* take_zeros(std::size_t n) {
+        void* const p = n >= kHugePage ? map_memory(n, true) : heap.take_zeros(n);
+        add(Heap::room(n));
+        return p;
+    }
+    void* resize(void* p, std::size_t from, std::size_t to) {
+        void* const q = heap.resize(p, from, to);
+        bytes += Heap::room(to) - Heap::room(from);
+        return q;
+    }
+    void give(void* p, std::size_t n) noexcept {
+        heap.give(p, n);
+        sub(Heap::room(n));
+    }
+
+    Heap heap;
 };
 
 // What was needed for one payload or event is kept for the next one, up to so many bytes: enough for an event of 10,000
 // blocks. Of a budget it is this part at most.
 inline constexpr std::size_t kMostScratch = std::size_t{1} << 20, kScratchShare = 64;
 
-inline constexpr std::size_t kHugePage = std::size_t{2} << 20;
-
-inline void make_huge([[maybe_unused]] void* p, [[maybe_unused]] std::size_t bytes) {
-#ifdef MADV_HUGEPAGE
-    madvise(p, bytes, MADV_HUGEPAGE);
-#endif
-}
-// Address space straight from the system, of which only what is touched takes memory. `huge`: in large pages where the
-// system has them to give. In an index of 10 million blocks nearly every access is to a page of memory that the
-// processor has forgotten the way to, and finding it again was a quarter of the time of a short match.
-inline void* map_memory(std::size_t bytes, bool huge) {
-    const std::size_t most = huge ? bytes + kHugePage : bytes;
-    void* got = mmap(nullptr, most, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (got == MAP_FAILED) throw std::bad_alloc();
-    if (!huge) return got;
-    // Large pages begin at multiples of their size.
-    char* const from = static_cast<char*>(got);
-    const std::size_t before = (kHugePage - reinterpret_cast<std::uintptr_t>(from) % kHugePage) % kHugePage;
-    if (before) munmap(from, before);
-    munmap(from + before + bytes, most - before - bytes);
-    make_huge(from + before, bytes);
-    return from + before;
-}
-// What is large enough for large pages gets them, at once or, not `soon`, when make_huge says so; the rest comes from
-// malloc.
-inline void* take_zeros(std::size_t bytes, bool soon = true) {
-    if (bytes >= kHugePage) return map_memory(bytes, soon);
-    void* p = std::calloc(1, bytes);
-    if (!p) throw std::bad_alloc();
-    return p;
-}
-inline void give_back(void* p, std::size_t bytes) {
-    if (bytes >= kHugePage) {
-        munmap(p, bytes);
-    } else {
-        std::free(p);
-    }
-}
-
 // 16 bytes against std::vector's 24, and growth of a quarter instead of doubling: chains keep several of these, and
 // half-empty tails would cost more than the copies do (a chain that grows block by block copies each element about five
-// times). Elements are moved with realloc, hence the restriction. The first kHere of them may lie in the place of the
+// times). Elements are moved as bytes, hence the restriction. The first kHere of them may lie in the place of the
 // pointer: most chains of a busy fleet are short, and each allocation is a cache miss for whoever reads.
 template <class T, u32 kHere = 0>
 class Buf {
-    static_assert(std::is_trivially_copyable<T>::value, "Buf relocates with realloc");
+    static_assert(std::is_trivially_copyable<T>::value, "Buf relocates bytes");
     static_assert(kHere * sizeof(T) <= sizeof(T*), "what lies in the pointer's place must fit there");
 
 public:
@@ -151,8 +136,7 @@ public:
     }
     void release(Memory& m) {
         if (!here()) {
-            std::free(heap());
-            m.sub(sizeof(T) * cap_);
+            if (cap_ > kHere) m.give(heap(), sizeof(T) * cap_);
         }
         point(nullptr);
         n_ = 0;
@@ -160,6 +144,8 @@ public:
     }
 
 private:
+    static constexpr std::size_t kFitted = 4096;
+
     bool here() const { return kHere && cap_ <= kHere; }
     void regrow(Memory& m, u32 cap) {
         if constexpr (kHere > 0) {
@@ -176,10 +162,10 @@ private:
         regrow_heap(m, cap);
     }
     void regrow_heap(Memory& m, u32 cap) {
-        void* q = std::realloc(static_cast<void*>(cap_ > kHere ? heap() : nullptr), sizeof(T) * cap);
-        if (!q) throw std::bad_alloc();
-        m.add(sizeof(T) * cap);
-        if (cap_ > kHere) m.sub(sizeof(T) * cap_);
+        // As many as fit into what is taken anyway.
+        const std::size_t bytes = sizeof(T) * cap;
+        if (bytes <= kFitted) cap = static_cast<u32>(Heap::room(bytes) / sizeof(T));
+        void* const q = cap_ > kHere ? m.resize(heap(), sizeof(T) * cap_, bytes) : m.take(bytes);
         point(static_cast<T*>(q));
         cap_ = cap;
     }
@@ -207,15 +193,8 @@ struct Counted {
     explicit Counted(Memory& memory) : m(&memory) {}
     template <class U>
     Counted(const Counted<U>& o) : m(o.m) {}  // NOLINT(misc-explicit-constructor): containers turn one into another
-    T* allocate(std::size_t n) {
-        T* p = std::allocator<T>().allocate(n);
-        m->add(n * sizeof(T));
-        return p;
-    }
-    void deallocate(T* p, std::size_t n) {
-        m->sub(n * sizeof(T));
-        std::allocator<T>().deallocate(p, n);
-    }
+    T* allocate(std::size_t n) { return static_cast<T*>(m->take(n * sizeof(T))); }
+    void deallocate(T* p, std::size_t n) { m->give(p, n * sizeof(T)); }
     using propagate_on_container_move_assignment = std::true_type;
     template <class U>
     bool operator==(const Counted<U>& o) const {

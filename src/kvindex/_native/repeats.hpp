@@ -55,10 +55,10 @@ private:
     template <class T>
     class Zeros {
     public:
-        explicit Zeros(u64 n) : bytes_(n * sizeof(T)), p_(static_cast<T*>(take_zeros(bytes_))) {}
+        explicit Zeros(u64 n) : bytes_(n * sizeof(T)), p_(static_cast<T*>(map_memory(bytes_, bytes_ >= kHugePage))) {}
         Zeros(const Zeros&) = delete;
         Zeros& operator=(const Zeros&) = delete;
-        ~Zeros() { give_back(p_, bytes_); }
+        ~Zeros() { munmap(p_, bytes_); }
         T* data() const { return p_; }
 
     private:

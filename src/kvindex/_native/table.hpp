@@ -212,15 +212,8 @@ private:
         if (slots_) f(slots_);
         for (const Part& p : parts_) f(p.slots);
     }
-    static Slot* new_slots(Memory& m, u32 lg) {
-        Slot* const slots = static_cast<Slot*>(take_zeros(sizeof(Slot) << lg));
-        m.add(sizeof(Slot) << lg);
-        return slots;
-    }
-    static void free_slots(Memory& m, Slot* slots, u32 lg) {
-        m.sub(sizeof(Slot) << lg);
-        give_back(slots, sizeof(Slot) << lg);
-    }
+    static Slot* new_slots(Memory& m, u32 lg) { return static_cast<Slot*>(m.take_zeros(sizeof(Slot) << lg)); }
+    static void free_slots(Memory& m, Slot* slots, u32 lg) { m.give(slots, sizeof(Slot) << lg); }
     static void place(Slot* slots, u32 lg, const Slot& s) {
         u32 i = s.half() >> (32 - lg);
         while (!slots[i].free()) i = (i + 1) & ((1u << lg) - 1);
