@@ -21,8 +21,16 @@ struct alignas(64) Page {
 };
 
 struct PageHome {
-    u32 chain;
-    u32 index;  // depth / kPageBlocks of the page's first slot
+    u32 chain;  // of a shared page its number among these
+    u32 index;  // depth / kPageBlocks of the page's first slot; kNone: the page is shared
+};
+
+// A page of which each slot belongs to another chain, of one block each.
+struct SharedPage {
+    u32 chains[kPageBlocks];
+    u32 page;
+    u32 open_at;  // its place among those with a free slot
+    u32 free;     // a bit for each slot
 };
 
 struct Run {
@@ -52,14 +60,17 @@ struct Chain {
     Buf<u32, 2> pages;
     Buf<Run, 1> runs;
     Age age;
-    u32 space = 0;
+    u32 space : 28, shared : 1;  // `shared`: its only block lies in a shared page
+    u32 shift : 3;               // how many slots behind those of its depths its blocks lie: 0 unless it is shared
     u32 first_kid = kNone;
     u32 kid_before = kNone, kid_after = kNone;
     u16 lookahead = 0;  // tokens behind each block that are in its hash; the same in what hangs below
     u16 row = 0;        // how many of the first pages have numbers that follow one another: nobody need look those up
     Buf<OwnNames> own;  // ordered by worker
 
+    Chain() : space(0), shared(0), shift(0) {}
     u32 end() const { return base + len; }
+    u32 slot(u32 depth) const { return (depth + shift) & (kPageBlocks - 1); }
 };
 
 struct Pos {
@@ -71,7 +82,8 @@ struct Pos {
 
 class Chains {
 public:
-    Chains(Memory& m, SetPool& sets) : m_(m), sets_(sets), chains_(m), pages_(m), homes_(m), ages_(m, chains_) {}
+    Chains(Memory& m, SetPool& sets)
+        : m_(m), sets_(sets), chains_(m), pages_(m), homes_(m), shared_(m), ages_(m, chains_) {}
     ~Chains() { clear(); }
     Chains(const Chains&) = delete;
     Chains& operator=(const Chains&) = delete;
@@ -87,7 +99,7 @@ public:
     // without what is kept of a chain's length.
     std::size_t growth(u32 blocks, u32 chains) const {
         const u32 pages = blocks / kPageBlocks + 2;
-        return pages_.growth(pages) + homes_.growth(pages) + chains_.growth(chains);
+        return pages_.growth(pages) + homes_.growth(pages) + chains_.growth(chains) + shared_.growth(chains);
     }
     template <class F>
     void each(F&& f) const {
@@ -96,7 +108,7 @@ public:
 
     // A block's reference: 32 bits that stay the same as long as the block exists.
     u32 ref(const Chain& c, u32 depth) const {
-        return c.pages[(depth >> kPageShift) - (c.base >> kPageShift)] * kPageBlocks + (depth & (kPageBlocks - 1));
+        return c.pages[(depth >> kPageShift) - (c.base >> kPageShift)] * kPageBlocks + c.slot(depth);
     }
     u32 ref(Pos p) const { return ref(chains_[p.chain], p.depth); }
     // Whether there is a block with this reference.
@@ -107,6 +119,10 @@ public:
     }
     Pos pos(u32 ref) const {
         const PageHome& h = homes_[ref >> kPageShift];
+        if (h.index == kNone) {
+            const u32 chain = shared_[h.chain].chains[ref & (kPageBlocks - 1)];
+            return {chain, chains_[chain].base};
+        }
         return {h.chain, h.index * kPageBlocks + (ref & (kPageBlocks - 1))};
     }
     u64& name(u32 ref) { return pages_[ref >> kPageShift].name[ref & (kPageBlocks - 1)]; }
@@ -145,7 +161,9 @@ public:
     KVINDEX_INLINE void prefetch_chain(u32 ref) const {
         // What was a block when its page was asked for may be none any more.
         if (!homes_.alive(ref >> kPageShift)) return;
-        const Chain& c = chains_[homes_[ref >> kPageShift].chain];
+        const PageHome& home = homes_[ref >> kPageShift];
+        if (home.index == kNone) return;
+        const Chain& c = chains_[home.chain];
         __builtin_prefetch(&c);
         __builtin_prefetch(reinterpret_cast<const char*>(&c) + 64);
     }
@@ -171,9 +189,21 @@ public:
         if (!ages_.on()) return;
         for (; id != kNone && !ages_.fresh(id); id = chains_[id].parent) ages_.renew(id);
     }
-    // Adds nameless blocks held by `set` at the end.
-    void append(u32 id, const u64* prefix, u32 n, u32 set) {
+    // Adds nameless blocks held by `set` at the end, of a chain that is not shared. `all`: how many it will have. A
+    // page of its own took 128 bytes for a prompt of one block.
+    void append(u32 id, const u64* prefix, u32 n, u32 set, u32 all) {
         Chain& c = chains_[id];
+        if (all == 1) {
+            share(id);
+            Page& page = pages_[c.pages[0]];
+            page.prefix[c.slot(c.base)] = *prefix;
+            page.name[c.slot(c.base)] = kNoName;
+            c.runs.push(m_, {c.base, set});
+            sets_.ref(set);
+            c.len = 1;
+            ++blocks_;
+            return;
+        }
         const u32 first = c.end(), last = first + n;
         const u32 need = ((last - 1) >> kPageShift) - (c.base >> kPageShift) + 1;
         c.pages.reserve(m_, need);
@@ -201,6 +231,7 @@ public:
     // Forgets the blocks from depth `end` on; the caller has seen to their names.
     void cut(u32 id, u32 end) {
         Chain& c = chains_[id];
+        if (c.shared && end == c.base) leave(c);
         blocks_ -= c.end() - end;
         const u32 keep = end == c.base ? 0 : ((end - 1) >> kPageShift) - (c.base >> kPageShift) + 1;
         while (c.pages.size() > keep) {
@@ -272,6 +303,18 @@ public:
         if (stop - lo > fresh_.size()) c.runs.trim(m_);
     }
 
+    // Gives a chain a page of its own, so that it may grow. The reference of its block changes.
+    void unshare(u32 id) {
+        Chain& c = chains_[id];
+        const u32 page = pages_.take();
+        if (const u32 h = homes_.take(); h != page) __builtin_trap();
+        homes_[page] = {id, c.base >> kPageShift};
+        const u32 from = ref(c, c.base), to = c.base & (kPageBlocks - 1);
+        pages_[page].prefix[to] = prefix(from);
+        pages_[page].name[to] = name(from);
+        leave(c);
+        add_page(c, page);
+    }
     // Moves all of `kid`, which starts where `id` ends, to the end of `id`.
     // moved(from_ref, to_ref) is told of every block whose reference changes: at most
     // those of one page. Names, kids and own names have been seen to by the caller.
@@ -409,6 +452,8 @@ public:
         chains_.clear();
         pages_.clear();
         homes_.clear();
+        shared_.clear();
+        open_.release(m_);
         ages_.clear();
         fresh_.release(m_);
         blocks_ = 0;
@@ -419,9 +464,52 @@ public:
         chains_.shrink();
         pages_.shrink();
         homes_.shrink();
+        shared_.shrink();
+        open_.release(m_);
     }
 
 private:
+    // A slot of a shared page for a chain's first block.
+    void share(u32 id) {
+        Chain& c = chains_[id];
+        open_.reserve(m_, open_.size() + 1);
+        if (open_.empty()) {
+            const u32 page = pages_.take();
+            if (const u32 h = homes_.take(); h != page) __builtin_trap();
+            const u32 s = shared_.take();
+            homes_[page] = {s, kNone};
+            shared_[s].page = page;
+            shared_[s].free = (1u << kPageBlocks) - 1;
+            shared_[s].open_at = 0;
+            open_.push(m_, s);
+        }
+        SharedPage& s = shared_[open_.back()];
+        const u32 slot = static_cast<u32>(__builtin_ctz(s.free));
+        add_page(c, s.page);
+        s.free &= s.free - 1;
+        if (!s.free) open_.pop();
+        s.chains[slot] = id;
+        c.shared = 1;
+        c.shift = (slot - c.base) & (kPageBlocks - 1);
+    }
+    void leave(Chain& c) {
+        const u32 page = c.pages[0], slot = c.slot(c.base), at = homes_[page].chain;
+        SharedPage& s = shared_[at];
+        if (!s.free) {
+            s.open_at = open_.size();
+            open_.push(m_, at);
+        }
+        s.free |= 1u << slot;
+        c.pages.truncate(0);
+        c.row = c.shared = c.shift = 0;
+        if (s.free != (1u << kPageBlocks) - 1) return;
+        shared_[open_.back()].open_at = s.open_at;
+        open_[s.open_at] = open_.back();
+        open_.pop();
+        pages_.give(page);
+        homes_.give(page);
+        shared_.give(at);
+    }
     void add_page(Chain& c, u32 page) {
         const u32 at = c.pages.size();
         if (c.row == at && at < 0xFFFF && (at == 0 || page == c.pages[0] + at)) ++c.row;
@@ -451,6 +539,8 @@ private:
     Pool<Chain> chains_;
     Pool<Page> pages_;
     Pool<PageHome> homes_;
+    Pool<SharedPage> shared_;
+    Buf<u32> open_;  // shared pages with a free slot
     Ages<Pool<Chain>> ages_;
     Buf<Run> fresh_;
     u64 blocks_ = 0;

@@ -505,8 +505,8 @@ inline void Index::clear_maps(Change& c) {
 inline void Index::collect_chains(Change& c) {
     const Worker& w = *workers_[c.workers[c.at]];
     const u32 stamp = c.cursor.stamp;
-    const bool more = w.chains.step(c.cursor, kTurnBlocks * 8, [&](const CountSlot& s) {
-        const u32 chain = static_cast<u32>(s.key);
+    const bool more = w.chains.step(c.cursor, kTurnBlocks * 8, [&](const ChainSlot& s) {
+        const u32 chain = s.above - 1;
         c.chains.push_back({chains_[chain].base, chain});
     });
     c.spend(kTurnBlocks / 4);
@@ -529,7 +529,7 @@ inline void Index::sweep_piece(Change& c) {
             return;
         }
         const u32 chain = c.chains.back().second;
-        if (!chains_.alive(chain) || !w.chains.get(chain)) {
+        if (!chains_.alive(chain) || !w.chains.has(chain)) {
             c.chains.pop_back();
             c.spend(1);
             continue;

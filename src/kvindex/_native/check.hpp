@@ -191,7 +191,7 @@ inline std::string Index::check() const {
         });
         if (!error.empty()) return error;
         std::map<u64, u32> got;
-        w.chains.each([&](u64 k, u32 n) { got[k] = n; });
+        w.chains.each([&](u32 chain) { ++got[chain]; });
         if (got != known_chains) return fail("list of known chains is wrong", id, got.size());
         got.clear();
         w.kids.each([&](u64 k, u32 n) { got[k] = n; });

@@ -89,7 +89,7 @@ struct Change {
     bool goes = false;       // the pod goes too
     u64 serial = 0;
     std::vector<std::pair<u32, u32>> chains;  // base and number
-    CountTable::Cursor cursor;
+    ChainTable::Cursor cursor;
     u32 swept = kNone;
 
     u32 left = 0;  // blocks that this turn may still change, or as much work
@@ -814,7 +814,7 @@ private:
     // The worker's chains, children before their parents.
     std::vector<u32> own_chains(const Worker& w) const {
         std::vector<u32> list;
-        w.chains.each([&](u64 chain, u32) { list.push_back(static_cast<u32>(chain)); });
+        w.chains.each([&](u32 chain) { list.push_back(chain); });
         std::sort(list.begin(), list.end(), [&](u32 a, u32 b) {
             return chains_[a].base != chains_[b].base ? chains_[a].base > chains_[b].base : a < b;
         });

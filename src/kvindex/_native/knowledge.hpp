@@ -476,6 +476,8 @@ protected:
         Space& space = spaces_[c.space];
         Chain& k = chains_[kid];
         if (k.runs[0].set == kEmptySet) return;
+        for (u32 id : {chain, kid})
+            if (chains_[id].shared) unshare(id);
         std::replace(loose_chains_.begin(), loose_chains_.end(), kid, chain);
         each_knower(chains_.set_at(k, k.base), [&](u32, Worker& w) {
             w.chains.sub(mem_, kid);
@@ -504,6 +506,14 @@ protected:
         k.parent = kNone;
         if (kid == pinned_) pinned_ = chain;
         chains_.destroy(kid);
+    }
+    void unshare(u32 chain) {
+        const Chain& c = chains_[chain];
+        Space& space = spaces_[c.space];
+        const u32 from = chains_.ref(c, c.base);
+        chains_.unshare(chain);
+        space.heads.turn(chains_.head(chain), chain, chains_.first_page(chain));
+        rename(space, from, chains_.ref(c, c.base));
     }
     // A block has a new reference: every table that had the old one follows.
     void rename(Space& space, u32 from, u32 to) {

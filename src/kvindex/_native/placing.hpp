@@ -87,7 +87,7 @@ protected:
             }
             const Chain& c = chains_[chain];
             const u32 most = std::min(n - i, c.end() - depth);
-            u32 k = 0;
+            u32 k = depth == c.base;  // It was found by this one.
             while (k < most) {
                 const u64* page = chains_.page(c, depth + k).prefix;
                 u32 s = (depth + k) & (kPageBlocks - 1);
@@ -109,7 +109,9 @@ protected:
             depth = chain == kNone ? 0 : at.depth + 1;
             chain = chains_.create(space, at.chain, depth, lookahead);
         }
-        chains_.append(chain, prefixes, n, set);
+        const u32 all = chains_[chain].len + n;
+        if (all > 1 && chains_[chain].shared) unshare(chain);
+        chains_.append(chain, prefixes, n, set, all);
         if (depth == chains_[chain].base)
             spaces_[space].heads.insert(mem_, prefixes[0], chain, chains_.first_page(chain));
         return {chain, depth};

@@ -211,7 +211,7 @@ private:
             const u32 end = c.base + records_[i].len;
             u8* to = out_.room(u64{8} * records_[i].len);
             for (u32 d = c.base; d < end;) {
-                const u32 slot = d & (kPageBlocks - 1), n = std::min(kPageBlocks - slot, end - d);
+                const u32 slot = ix_.chains_[chains_[i]].slot(d), n = std::min(kPageBlocks - slot, end - d);
                 std::memcpy(to, (ix_.chains_.page(c, d).*what) + slot, u64{8} * n);
                 to += u64{8} * n;
                 d += n;

@@ -409,6 +409,10 @@ public:
     void erase(Memory& m, u64 prefix, u32 chain) {
         if (HeadSlot* const at = slot_of(prefix, chain)) remove(m, at);
     }
+    // The chain begins with another page now.
+    void turn(u64 prefix, u32 chain, u32 page) {
+        if (HeadSlot* const at = slot_of(prefix, chain)) at->page = page;
+    }
     bool contains(u64 prefix, u32 chain, u32 page) const {
         const HeadSlot* const at = slot_of(prefix, chain);
         return at && at->page == page;
@@ -419,6 +423,39 @@ private:
         if (!size()) return nullptr;
         HeadSlot* const at =
             seek(mixed(prefix), [&](const HeadSlot& s) { return s.prefix == prefix && s.chain() == chain; });
+        return at->free() ? nullptr : at;
+    }
+};
+
+struct ChainSlot {
+    u32 above;  // the chain's number and one
+
+    static ChainSlot none() { return {0}; }
+    u32 half() const { return mixed(above); }
+    bool free() const { return above == 0; }
+};
+
+// Numbers of chains. In a table of counts they took 32 to 64 bytes each, of 307 for a prompt of one block.
+class ChainTable : public Slots<ChainSlot, 7, 2> {
+public:
+    void add(Memory& m, u32 chain) {
+        const u32 h = mixed(chain + 1);
+        make_room(m, h);
+        fill(seek(h, [](const ChainSlot&) { return false; }), {chain + 1});
+    }
+    void sub(Memory& m, u32 chain) {
+        if (ChainSlot* const at = slot_of(chain)) remove(m, at);
+    }
+    bool has(u32 chain) const { return slot_of(chain); }
+    template <class F>
+    void each(F&& f) const {
+        each_slot([&](const ChainSlot& s) { f(s.above - 1); });
+    }
+
+private:
+    ChainSlot* slot_of(u32 chain) const {
+        if (!size()) return nullptr;
+        ChainSlot* const at = seek(mixed(chain + 1), [&](const ChainSlot& s) { return s.above == chain + 1; });
         return at->free() ? nullptr : at;
     }
 };

@@ -128,7 +128,7 @@ struct Worker {
     std::vector<u32> lengths;        // of lookahead tokens in what it has announced
     u32 length = kNone;              // the last of them
     CountedMap<u64, u8> unsure;      // names below one that meant something else than a tier had said
-    CountTable chains;               // chains in which this worker knows a block
+    ChainTable chains;               // chains in which this worker knows a block
     CountTable kids;                 // (chain, depth) -> child chains there in which it knows a block
     std::unique_ptr<ParkingLot> lot;
     bool placed_full = false;   // has placed a block of a size that fits
