@@ -30,7 +30,7 @@ def draw_event(rng: Random) -> dict:
 
 def paths(position, so_far=()):
     """Every content that the model has ever seen."""
-    for (tokens, _, _), below in position.children.items():
+    for (tokens, *_), below in position.children.items():
         yield (*so_far, *tokens)
         yield from paths(below, (*so_far, *tokens))
 
