@@ -503,7 +503,7 @@ private:
             for (u32 i = 0; i < e.n_hashes; ++i) ids_[i] = name_of(b.hashes[e.hash_at + i]);
         }
         const u64* const ids = change.prepared ? change.ids.data() : ids_.data();
-        const bool whole = of_whole_blocks(e);
+        bool whole = of_whole_blocks(e);
         const u32 n = change.prepared ? change.n : distinct(e, ids);
         if (n < e.n_hashes) {
             r.skip(Reason::duplicate_hash, e.n_hashes - n);
@@ -535,6 +535,9 @@ private:
         // All its blocks masked: that the group exists is all there is to learn,
         // and it limits what the worker can reuse.
         if (n == 0) return;
+        // A tier's event may lack the salt, adapter or image of a block. Where the worker's own announcement of it may
+        // have been evicted, its names alone count: what they meant here, or nothing.
+        if (w.shed && holders_[h].medium != 0) whole = false;
         const bool is_over = over_limit(w.pod, static_cast<u64>(n) * factor);
         // Events that only name blocks have no lookahead of their own.
         const auto too_many_lengths = [&] { return e.lookahead != w.length && !learn_length(w, e.lookahead); };
