@@ -61,7 +61,7 @@ public:
     // What so many bytes take.
     static std::size_t room(std::size_t n) {
         if (n > kLargest) return (n + kPage - 1) / kPage * kPage;
-        return n <= kFine * 16 ? (n + 15) / 16 * 16 : size_of(class_of(n));
+        return n <= kFineBytes ? (n + 15) / 16 * 16 : size_of(class_of(n));
     }
     void* take(std::size_t n) {
         if (n > kLargest) return map_pages(room(n));
@@ -113,7 +113,8 @@ private:
 
     static constexpr std::size_t kPage = 4096, kSlab = std::size_t{64} << 10, kLargest = std::size_t{8} << 10;
     static constexpr std::size_t kHeader = 64, kItems = 128;  // where a slab's header and its first item begin
-    static constexpr u32 kFine = 16, kClasses = kFine + 5 * 8, kSlabs = kHugePage / kSlab, kSpare = 8;
+    static constexpr std::size_t kFineBytes = 256;
+    static constexpr u32 kFine = kFineBytes / 16, kClasses = kFine + 5 * 8, kSlabs = kHugePage / kSlab, kSpare = 8;
     // A sanitizer watches what malloc hands out.
 #if defined(__SANITIZE_ADDRESS__)
     static constexpr bool kPlain = true;
@@ -148,7 +149,7 @@ private:
     }
     // 16 sizes up to 256 bytes, then eight for each doubling.
     static u32 class_of(std::size_t n) {
-        if (n <= kFine * 16) return n ? static_cast<u32>((n - 1) / 16) : 0;
+        if (n <= kFineBytes) return n ? static_cast<u32>((n - 1) / 16) : 0;
         const u32 lg = 63 - static_cast<u32>(__builtin_clzll(n - 1));
         return kFine + (lg - 8) * 8 + static_cast<u32>((n - 1) >> (lg - 3)) - 8;
     }
@@ -156,12 +157,11 @@ private:
         if (c < kFine) return (c + 1) * 16;
         return ((c - kFine) % 8 + 9) << ((c - kFine) / 8 + 5);
     }
-    static Slab* slab_of(void* p) {
-        return reinterpret_cast<Slab*>((reinterpret_cast<std::uintptr_t>(p) & ~(kSlab - 1)) + kHeader);
+    static char* start(void* p, std::size_t unit) {
+        return static_cast<char*>(p) - reinterpret_cast<std::uintptr_t>(p) % unit;
     }
-    static Chunk* chunk_of(void* p) {
-        return reinterpret_cast<Chunk*>(reinterpret_cast<std::uintptr_t>(p) & ~(kHugePage - 1));
-    }
+    static Slab* slab_of(void* p) { return reinterpret_cast<Slab*>(start(p, kSlab) + kHeader); }
+    static Chunk* chunk_of(void* p) { return reinterpret_cast<Chunk*>(start(p, kHugePage)); }
     static u32 place(const Chunk* c, const Slab* s) {
         return static_cast<u32>((reinterpret_cast<const char*>(s) - reinterpret_cast<const char*>(c)) / kSlab);
     }
