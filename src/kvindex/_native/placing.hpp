@@ -60,12 +60,14 @@ public:
         guess_bytes_ += guess_cost(n);
     }
     double next_expiry() const { return guesses_.empty() ? kNever : guesses_.begin()->first; }
-    // A turn's worth of what is over.
-    void expire(double now) {
-        for (u32 left = kTurnBlocks; left && !guesses_.empty() && guesses_.begin()->first <= now;) {
+    // Drops a turn's worth of guesses that are over. False: there are more.
+    bool expire(double now) {
+        const auto over = [&] { return !guesses_.empty() && guesses_.begin()->first <= now; };
+        for (u32 left = kTurnBlocks; left && over();) {
             left -= std::min(left, 1 + static_cast<u32>(guesses_.begin()->second.prefixes.size() / kPageBlocks));
             drop_guess(guesses_.begin());
         }
+        return !over();
     }
 
 protected:

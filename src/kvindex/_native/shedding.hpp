@@ -46,8 +46,7 @@ public:
     }
     // A turn's worth of what is over; false: there is more.
     bool expire(double now) {
-        if (Placer::next_expiry() <= now) Placer::expire(now);
-        if (Placer::next_expiry() <= now) return false;
+        if (!Placer::expire(now)) return false;
         if (!(ttl_ > 0)) return true;
         for (u32 left = kTurnBlocks / kPiece + 1;
              chains_.ages().oldest() != kNone && chains_.ages().began_oldest() + ttl_ <= now; --left) {
