@@ -120,10 +120,10 @@ class Here:
         return {"answers": answers}
 
 
-def run(case: Case, pods: Sequence[EngineProcess], requests: int, record: Path | None) -> dict[str, Any]:
+def run(case: Case, pods: Sequence[EngineProcess], requests: int, seed: int, record: Path | None) -> dict[str, Any]:
     """Serve the case's workload in slices; between them, with requests half done, ask about everything seen so far."""
     start = time.monotonic()
-    dice = random.Random(case.feature)
+    dice = random.Random(f"{case.feature}{seed or ''}")
     for pod in pods:
         pod.configure(case.options)
     index = PrefixIndex(**case.index)
@@ -143,7 +143,7 @@ def run(case: Case, pods: Sequence[EngineProcess], requests: int, record: Path |
         here: Any = Here(index, manager)
         for pod in pods:
             manager.add_pod(source(pod, **case.source))
-        arrivals = workload(case, requests)
+        arrivals = workload(case, requests, seed)
         asked = 0
         for first in range(0, len(arrivals), 6):
             for pod in pods:
@@ -322,6 +322,7 @@ def main() -> int:
     args = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 200)
     rows = []
+    parser.add_argument("--seed", type=int, default=0, help="of the workloads and of the slices (%(default)s)")
     cases = [case for case in CASES if args.only is None or args.only in f"{case.engine} {case.feature}"]
     for engine in dict.fromkeys(case.engine for case in cases):
         with ExitStack() as stack:
@@ -330,7 +331,7 @@ def main() -> int:
                 if case.engine != engine:
                     continue
                 try:
-                    row = run(case, pods, args.requests, args.record)
+                    row = run(case, pods, args.requests, args.seed, args.record)
                 except (AssertionError, KVIndexError) as error:
                     row = failed(case, error)
                 rows.append(row)
