@@ -66,6 +66,8 @@ def record(arrivals: Sequence[Arrival], workers: int, blocks_per_worker: int) ->
     kept: list[tuple[float, Any]] = []
     form = newest()
     pods = [Pod(f"worker-{number}", form, {0: Engine(blocks_per_worker, BLOCK)}) for number in range(workers)]
+    for pod in pods:
+        index.configure_pod(pod.name, **pod.options)
 
     def publish(pod: str, rank: int, payload: bytes) -> None:
         index.ingest(pod, payload, dp_rank=rank)

@@ -93,7 +93,7 @@ class Observer(Server):
             Writer(where / f"{name}-{life}", dtype)
             for name, dtype in (("applied", applied_dtype), ("samples", sample_dtype), ("latency", latency_dtype))
         ]
-        self._probes = [prompt.tokens[:-1] for prompt in probes()]
+        self._probes = [prompt.tokens for prompt in probes()]
         self._others: Any = None
         self._restored = bool(args.snapshot) and Path(args.snapshot).exists()
         super().__init__(args)

@@ -32,13 +32,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import msgpack
-import numpy as np
 import zmq
 from benchmarks.machine import resident
 from rich.console import Console
 from rich.table import Table
 
 from kvindex import EventManager, PodSource, PrefixIndex
+from kvindex.sim import wire_form
 from kvindex.sim.control import Control, ToldProcess, follow_parent
 from kvindex.sim.process import SimConfig, SimPod, own_workload, prompt_map
 from kvindex.sync.status import StateChange
@@ -136,7 +136,7 @@ class Pod:
         config = self.config
         return PodSource(
             self.name, endpoint=f"tcp://127.0.0.1:{config.port}", model=MODEL,
-            replay_endpoint=f"tcp://127.0.0.1:{config.replay_port}",
+            replay_endpoint=f"tcp://127.0.0.1:{config.replay_port}", engine=wire_form(config.form).engine,
         )  # fmt: skip
 
 
@@ -330,9 +330,8 @@ class Storm:
             everything = [arrival.prompt for _, arrival in zip(range(128), own_workload(pod.config), strict=False)]
             prompts = self.dice.sample(everything, PROMPTS)
             truth = pod.ask("truths", prompts=[prompt_map(prompt) for prompt in prompts])
-            for prompt, asked, hits in zip(prompts, truth["asked"], truth["hits"], strict=True):
-                tokens = np.asarray(prompt.tokens)[:asked]
-                told = self.index.match_prefix(tokens, model=MODEL).tokens.get(pod.name, 0)
+            for prompt, hits in zip(prompts, truth["hits"], strict=True):
+                told = self.index.match_prefix(prompt.tokens, model=MODEL).tokens.get(pod.name, 0)
                 found.answers += 1
                 found.equal += told == max(hits.values())
 

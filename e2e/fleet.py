@@ -104,7 +104,7 @@ class Pods:
 
 def source(pod: SimProcess, **options: Any) -> PodSource:
     """How to follow a pod."""
-    return PodSource(pod.config.name, **{"ranks": pod.ranks, "model": pod.config.model, **options})
+    return PodSource(pod.config.name, **{"ranks": pod.ranks, "model": pod.config.model, **pod.options, **options})
 
 
 def own_prompts(config: SimConfig, count: int = 128) -> list[Prompt]:
@@ -237,12 +237,12 @@ class Comparison:
             self.differences.append(Difference(prompt, pod, place, indexed, actual))
 
 
-def as_asked(pod: SimProcess, prompt: Prompt, asked: int) -> Prompt:
-    """A prompt as an index has to be asked about it for this pod: without the token that vLLM always computes, and
-    with its adapter under the name that the pod's release publishes."""
+def as_asked(pod: SimProcess, prompt: Prompt) -> Prompt:
+    """A prompt as an index has to be asked about it for this pod: with its adapter under the name that the pod's
+    release publishes."""
     form = wire_form(pod.config.form)
     name = prompt.lora_name if form.says("lora_name") else str(prompt.lora_id) if prompt.lora_id else None
-    return Prompt(prompt.tokens[:asked], lora_name=name, cache_salt=prompt.cache_salt, extra_keys=prompt.extra_keys)
+    return Prompt(prompt.tokens, lora_name=name, cache_salt=prompt.cache_salt, extra_keys=prompt.extra_keys)
 
 
 def compare(index: IndexProcess, pods: Iterable[SimProcess], prompts: Sequence[Prompt]) -> Comparison:
@@ -251,7 +251,7 @@ def compare(index: IndexProcess, pods: Iterable[SimProcess], prompts: Sequence[P
     for pod in pods:
         name = pod.config.name
         truth = pod.truths(prompts)
-        asked = [as_asked(pod, prompt, length) for prompt, length in zip(prompts, truth["asked"], strict=True)]
+        asked = [as_asked(pod, prompt) for prompt in prompts]
         answers = index.match(asked, model=pod.config.model)["answers"]
         for number, answer in enumerate(answers):
             told = answer.get(name, {"ranks": {}, "media": {}})

@@ -135,17 +135,16 @@ class Server:
         return {"answers": answers, "seconds": seconds, "before": before, "after": self._applied()}
 
     def _op_route(self, prompts: list[dict[str, Any]], model: str, outputs: list[bytes], **options: Any) -> Any:
-        """Send each prompt where the least of it has to be computed; gives per prompt where it went, how many of the
-        tokens it was asked about the index said were there, and how many there were."""
+        """Send each prompt where the least of it has to be computed; gives per prompt where it went, how many tokens
+        the index said would be reused, and how many were."""
         pods = [target for target in self.targets.values() if target.model == model]
         decide = PrefixAware(self.index, model=model, **options)
         routed = []
         for item, output in zip(prompts, outputs, strict=True):
             prompt = prompt_of(item)
             pod: Any = decide(prompt, pods)  # type: ignore[arg-type]
-            asked = prompt.tokens[:-1] if pod.form.engine == "vllm" else prompt.tokens
             match = self.index.match_prefix(
-                asked, model=model, lora_name=pod.lora_name(prompt), cache_salt=prompt.cache_salt,
+                prompt.tokens, model=model, lora_name=pod.lora_name(prompt), cache_salt=prompt.cache_salt,
             )  # fmt: skip
             told = match.tokens.get(pod.name, 0)
             hit = self._serve(pod, prompt, output)

@@ -56,7 +56,7 @@ def test_adapters_and_salts_never_see_each_other(index: IndexProcess, pods: Pods
 def test_images_never_see_each_other(index: IndexProcess, pods: Pods, equal) -> None:
     """One text below several images, whose identifiers are in the keys of the blocks that they cover."""
     index.follow(*pods.start("map", array={"form": "vllm-0.22.0", "hashes": "bytes16"}))
-    tokens = np.arange(320, dtype=np.uint32)
+    tokens = np.arange(321, dtype=np.uint32)
     below = [Prompt(tokens, extra_keys=[None, [(name, 4)], [(name, -12)]]) for name in ("cat", "dog", "owl")]
     for pod in pods:
         for prompt in below[:2]:
@@ -79,7 +79,7 @@ def test_ranks_are_told_apart(index: IndexProcess, pods: Pods, equal) -> None:
     at_rest(index, pods)
     prompts = own_prompts(pods["map"].config, 60)
     equal(index, pods, prompts)
-    alone = Prompt(range(700_000, 700_160))
+    alone = Prompt(range(700_000, 700_161))
     pods["map"].serve(alone.tokens, rank=2)
     at_rest(index, pods)
     (answer,) = index.match([alone])["answers"]
@@ -95,7 +95,8 @@ def test_tiers(index: IndexProcess, pods: Pods, equal) -> None:
         named={"offload_tokens": True}, bare={"form": "vllm-0.20.0"}, disk={"offload_medium": "DISK"},
         sglang={"form": "sglang-0.5.22", "offload_medium": "CPU_PINNED"}, blocks=200, offload_blocks=900,
     )  # fmt: skip
-    index.follow(*pods)
+    # These resets are of all tiers; that is in no event.
+    index.follow(*pods, clear_media=["GPU", "CPU", "CPU_PINNED", "DISK"])
     pods.run(60)
     at_rest(index, pods)
     prompts = own_prompts(pods["named"].config, 70)[-50:]

@@ -52,6 +52,11 @@ class EngineProcess(SimProcess):
         self._command = self._program
         ToldProcess.launch(self)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Each case names them itself."""
+        return {}
+
     def configure(self, options: dict[str, Any]) -> None:
         """Make another engine in the process."""
         self.ready = self.ask("configure", options={**options, "topic": f"kv@{self.name}@{MODEL}"})
@@ -237,7 +242,7 @@ def ask(here: Any, pods: Sequence[EngineProcess], prompts: Sequence[Prompt], cas
         # Before anything has happened that events cannot say, a pod that will be degraded may be exact.
         assert state == wanted or (case.degraded and state == "exact" and case.resets), (pod.name, state)
         truth = pod.truths(prompts)
-        answers = here.match([as_asked(pod, prompt, len(prompt)) for prompt in prompts], model=MODEL)["answers"]
+        answers = here.match([as_asked(pod, prompt) for prompt in prompts], model=MODEL)["answers"]
         for number, answer in enumerate(answers):
             told = answer.get(pod.name, {"ranks": {}, "tiers": {}})
             tiers = truth["tiers"][number]
@@ -317,12 +322,12 @@ def main() -> int:
     parser.add_argument("--python", type=Path, default=ROOT / ".build/engines/bin/python", help="that has the engines")
     parser.add_argument("--only", metavar="TEXT", help="cases whose engine and feature have this in them")
     parser.add_argument("--requests", type=int, default=150, help="a case (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the workloads and of the slices (%(default)s)")
     parser.add_argument("--record", type=Path, metavar="DIR", help="write the samples there")
     parser.add_argument("--out", type=Path, default=ROOT / ".build/e2e-engines.json")
     args = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 200)
     rows = []
-    parser.add_argument("--seed", type=int, default=0, help="of the workloads and of the slices (%(default)s)")
     cases = [case for case in CASES if args.only is None or args.only in f"{case.engine} {case.feature}"]
     for engine in dict.fromkeys(case.engine for case in cases):
         with ExitStack() as stack:

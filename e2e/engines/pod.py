@@ -64,14 +64,13 @@ class EnginePod:
         return self._op_status()
 
     def _op_truths(self, prompts: list[dict[str, Any]]) -> dict[str, Any]:
-        asked, hits, tiers = [], [], []
+        hits, tiers = [], []
         for item in prompts:
             prompt = prompt_of(item)
-            asked.append(len(prompt) - 1 if self.ranks[0].recomputes_last else len(prompt))
             reach = [rank.tiers(prompt) for rank in self.ranks]
             hits.append({number: max(each.values()) for number, each in enumerate(reach)})
             tiers.append(max(reach, key=lambda each: max(each.values())))
-        return {"asked": asked, "hits": hits, "tiers": tiers, "media": [], "seqs": self._op_status()["seqs"]}
+        return {"hits": hits, "tiers": tiers, "media": [], "seqs": self._op_status()["seqs"]}
 
     def _op_status(self) -> dict[str, Any]:
         return {

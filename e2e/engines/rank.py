@@ -20,8 +20,6 @@ class Rank(ABC):
     replay_endpoint: str
     #: The next sequence number.
     seq = 0
-    #: Whether the engine computes the last token of a prompt itself, whatever it holds.
-    recomputes_last = False
 
     def __init__(self) -> None:
         self.figures: Counter[str] = Counter()

@@ -113,8 +113,6 @@ def _images(prompt: Prompt, size: int) -> list[MultiModalFeatureSpec]:
 
 
 class VllmRank(Rank):
-    recomputes_last = True
-
     def __init__(self, options: dict[str, Any], rank: int, first: int) -> None:
         super().__init__()
         os.environ["VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES"] = "1" if options.get("hashes", "int") == "int" else "0"

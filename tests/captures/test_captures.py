@@ -35,10 +35,16 @@ def records(request):
     return next(reader), reader
 
 
-def question(header, query):
-    """What to ask for the engine's own number: vLLM always computes the last token again."""
-    tokens = query.tokens[:-1] if header["engine"] == "vllm" else query.tokens
-    return tokens, {"lora_name": query.lora_name, "cache_salt": query.cache_salt, "extra_keys": query.extra_keys}
+def index_for(header, make=PrefixIndex, **options):
+    """An index that knows which engine was recorded."""
+    index = make(header["block_size"], **options)
+    for pod in header["pods"]:
+        index.configure_pod(pod, engine=header["engine"])
+    return index
+
+
+def context(query):
+    return {"lora_name": query.lora_name, "cache_salt": query.cache_salt, "extra_keys": query.extra_keys}
 
 
 def test_the_repository_has_samples_of_both_engines():
@@ -54,18 +60,17 @@ def test_every_capture_there_is_is_replayed(shared):
 
 def test_every_answer_is_the_engines_own(records):
     header, reader = records
-    index = PrefixIndex(header["block_size"])
+    index = index_for(header)
     answers = 0
     for record in reader:
         if isinstance(record, Message):
             report = index.ingest(record.pod, record.payload)
             assert (report.skipped, report.parked) == (0, 0)
             continue
-        tokens, context = question(header, record)
-        match = index.match_prefix(tokens, **context)
+        match = index.match_prefix(record.tokens, **context(record))
         assert {pod: match.tokens.get(pod, 0) for pod in record.hits} == record.hits
         assert set(match.tokens) <= set(record.hits)
-        assert index.match_hashes(match.hashes).tokens == match.tokens
+        assert index.match_hashes(match.hashes, n_tokens=len(record.tokens)).tokens == match.tokens
         answers += len(record.hits)
     index._check()
     if "feature" in header:
@@ -77,16 +82,15 @@ def test_every_answer_is_the_engines_own(records):
 
 def test_the_slow_model_gives_the_engines_answers_too_and_the_index_all_of_its(records):
     header, reader = records
-    index, model = PrefixIndex(header["block_size"]), Model(header["block_size"])
+    index, model = index_for(header), index_for(header, Model)
     for record in reader:
         if isinstance(record, Message):
             got, want = index.ingest(record.pod, record.payload), model.ingest(record.pod, record.payload)
             assert report_of(got) == report_of(want)
             continue
-        tokens, context = question(header, record)
-        found = model.match(tokens.tolist(), **context)
+        found = model.match(record.tokens.tolist(), **context(record))
         assert {pod: found.get(pod, {"tokens": 0})["tokens"] for pod in record.hits} == record.hits
-        assert answer_of(index.match_prefix(tokens, **context)) == found
+        assert answer_of(index.match_prefix(record.tokens, **context(record))) == found
     assert {model.pod_state(pod) for pod in header["pods"]} == {"exact"}
 
 
@@ -112,14 +116,13 @@ def test_a_set_forgets_blocks_that_the_engine_still_has(name):
     for presence in ("count", "set"):
         reader = read_capture(OWN[name])
         header = next(reader)
-        index = PrefixIndex(header["block_size"], presence=presence)
+        index = index_for(header, presence=presence)
         wrong[presence] = Counter()
         for record in reader:
             if isinstance(record, Message):
                 index.ingest(record.pod, record.payload)
                 continue
-            tokens, context = question(header, record)
-            told = index.match_prefix(tokens, **context).tokens
+            told = index.match_prefix(record.tokens, **context(record)).tokens
             for pod, hit in record.hits.items():
                 wrong[presence]["too much"] += told.get(pod, 0) > hit
                 wrong[presence]["too little"] += told.get(pod, 0) < hit

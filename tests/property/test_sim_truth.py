@@ -171,18 +171,13 @@ class Truth(RuleBasedStateMachine):
             return
         for prompt in self.asked:
             named = "engine" in self.told
-            tokens = prompt.tokens if named else self.engines[0][2].query_tokens(prompt.tokens)
             told = self.judge.ask(
-                tokens,
+                prompt.tokens,
                 lora_name=self.pods[0].lora_name(prompt),
                 cache_salt=prompt.cache_salt,
                 extra_keys=prompt.extra_keys,
             )
-            asked = Prompt(
-                tokens, lora_name=prompt.lora_name, lora_id=prompt.lora_id, cache_salt=prompt.cache_salt,
-                extra_keys=prompt.extra_keys,
-            )  # fmt: skip
-            truth = {pod.name: pod.hit(prompt) if named else pod.held(asked) for pod in self.pods}
+            truth = {pod.name: pod.hit(prompt) if named else pod.held(prompt) for pod in self.pods}
             # Only a block that another tier fills in between is there and yet not reused.
             assert all(pod.hit(prompt) <= pod.held(prompt) for pod in self.pods)
             assert told.tokens == {name: hit for name, hit in truth.items() if hit}, (self.form.name, self.told)
@@ -190,7 +185,7 @@ class Truth(RuleBasedStateMachine):
                 media = told.media.get(pod.name, {})
                 for medium in ("GPU", "CPU") if pod.name in told.tokens else ():
                     # No tier alone is worth more than all of them together are.
-                    alone = min(pod.held(asked, medium), truth[pod.name])
+                    alone = min(pod.held(prompt, medium), truth[pod.name])
                     assert media.get(medium, 0) == alone, (self.form.name, medium)
 
     @invariant()

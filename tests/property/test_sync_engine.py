@@ -39,6 +39,7 @@ class EngineWorld(World):
         self.window = window and form in ("vllm-0.22.0", "vllm-0.33.0")
         self.prompts = prompts()
         self.index = PrefixIndex(block_size=SIZE)
+        self.index.configure_pod("pod", engine=self.form.engine)
         # Since the last clear, and altogether. By what the machine says in between its other actions: its counters are
         # ahead of those, so that one call can count a loss of the life before a clear, or of the one after it.
         self.applied = self.lost = self.lost_ever = 0
@@ -101,10 +102,7 @@ class EngineWorld(World):
             return
         assert self.connection_open
         assert self.applied_upto() > self.owed
-        told = [
-            self.index.match_prefix(self.engine.query_tokens(prompt.tokens)).tokens.get("pod", 0)
-            for prompt in self.prompts
-        ]
+        told = [self.index.match_prefix(prompt.tokens).tokens.get("pod", 0) for prompt in self.prompts]
         assert told == self.answers[self.applied_upto()]
 
 

@@ -79,11 +79,11 @@ def recorded(path):
 def test_a_recording_has_every_batch_and_its_time(command, pod, tmp_path):
     path = tmp_path / "x.gz"
     pod.publish(30)
-    status, out, _ = command("record", word(pod), "-o", path, "--batches", 30, "--model", "m")
+    status, out, _ = command("record", word(pod) + ",engine=vllm", "-o", path, "--batches", 30, "--model", "m")
     assert status == 0
     assert "pod: 30 batches" in out
     header, records = recorded(path)
-    assert (header["block_size"], header["pods"], header["model"]) == (4, ["pod"], "m")
+    assert (header["block_size"], header["pods"], header["model"], header["engine"]) == (4, ["pod"], "m", "vllm")
     assert [(each.pod, each.seq, each.rank) for each in records] == [("pod", number, 0) for number in range(30)]
     times = [each.at for each in records]
     assert times == sorted(times)
@@ -115,6 +115,7 @@ def test_a_recording_of_live_batches_without_a_replay(command, pod, tmp_path):
     header, records = recorded(path)
     assert header["block_size"] == 8
     assert len(records) == 5
+    assert "engine" not in header
     assert {each.topic for each in records} == {"kv@pod@m"}
     assert [each.seq for each in records] == [records[0].seq + n for n in range(5)]
     assert "degraded" in out or records[0].seq == 0

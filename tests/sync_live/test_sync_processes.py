@@ -50,7 +50,7 @@ def manager(index: PrefixIndex, fleet: list[SimProcess]) -> Iterator[EventManage
 
 def follow(manager: EventManager, pods: list[SimProcess]) -> None:
     for pod in pods:
-        manager.add_pod(PodSource(pod.config.name, ranks=pod.ranks, model="sim"))
+        manager.add_pod(PodSource(pod.config.name, ranks=pod.ranks, model="sim", **pod.options))
     assert manager.wait_until_current(30.0)
 
 
@@ -75,8 +75,8 @@ def compare(index: PrefixIndex, pods: list[SimProcess], prompts: int = 40) -> in
     hits = 0
     for tokens in random.Random(1).sample(PROMPTS, prompts):
         for pod in pods:
-            asked, truth = pod.truth(tokens)
-            match = index.match_prefix(tokens[:asked], model="sim")
+            truth = pod.truth(tokens)
+            match = index.match_prefix(tokens, model="sim")
             ranks = match[pod.config.name].ranks if pod.config.name in match.tokens else {}
             assert {rank: ranks.get(rank, 0) for rank in truth} == truth
             hits += sum(truth.values())
@@ -146,8 +146,8 @@ def test_a_buffer_that_is_too_short_is_admitted_and_never_answers_too_much(index
         assert status.state == "degraded"
         assert status.lost_batches == pod.seqs()[0] - 20
         for tokens in PROMPTS[:40]:
-            asked, truth = pod.truth(tokens)
-            assert index.match_prefix(tokens[:asked], model="sim").tokens.get("short", 0) <= truth[0]
+            truth = pod.truth(tokens)
+            assert index.match_prefix(tokens, model="sim").tokens.get("short", 0) <= truth[0]
         pod.ask("reset")
         pod.ask("run", requests=20)
         at_rest(manager, [pod])
@@ -235,7 +235,7 @@ def test_what_a_pod_can_not_do_is_the_askers_error_and_the_pod_goes_on(fleet):
         pod.serve(np.arange(400 * 16 + 17))
     before = pod.serve(tokens, [7, 8])["hit"]
     # SGLang gives back what it holds to the last token, and this is all that it was asked for since.
-    assert (before, pod.serve(tokens)["hit"], pod.truth(tokens)) == (0, 64, (64, {0: 64}))
+    assert (before, pod.serve(tokens)["hit"], pod.truth(tokens)) == (0, 64, {0: 64})
     pod.pause()
     with pytest.raises(StreamError, match="does not answer 'status'"):
         pod.ask("status", patience=0.1)

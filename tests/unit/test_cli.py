@@ -130,7 +130,7 @@ def test_a_difference_is_named_and_ends_with_1(command, sample, tmp_path):
     assert row(out, "pod-0", "exact")[5] == "0"
 
 
-def test_vllm_is_compared_without_the_last_token_and_others_with_it(command, tmp_path):
+def test_answers_are_compared_by_the_rules_of_the_recorded_engine(command, tmp_path):
     """A prompt of exactly two blocks: vLLM would reuse one of them, SGLang both."""
     tokens = np.arange(32, dtype=np.uint32)
     event = Stored([b"1" * 8, b"2" * 8], None, tokens, 16)

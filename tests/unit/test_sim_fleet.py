@@ -36,7 +36,7 @@ class Oracle:
 
     def match_prefix(self, tokens, *, model="", lora_name=None, cache_salt=None, extra_keys=None):
         self.asked.append((model, lora_name, cache_salt))
-        prompt = Prompt([*tokens, 0], lora_name=lora_name, cache_salt=cache_salt, extra_keys=extra_keys)
+        prompt = Prompt(tokens, lora_name=lora_name, cache_salt=cache_salt, extra_keys=extra_keys)
         return SimpleNamespace(tokens={pod.name: pod.hit(prompt) for pod in self.pods if pod.hit(prompt)})
 
 
@@ -175,7 +175,7 @@ def test_a_wrong_index_is_caught_and_a_right_one_is_not():
     assert [tuple(difference) for difference in differences] == [("pod-1", 16, 0)]
 
 
-def test_engines_are_asked_in_their_own_way():
+def test_engines_are_asked_about_the_whole_prompt():
     mixed = [Pod("v", FORM, {0: Engine(20)}), Pod("s", SGLANG, {0: Engine(20, flavor="sglang")})]
     fleet = Fleet(mixed, lambda *_: None)
     for _ in mixed:
@@ -189,7 +189,8 @@ def test_engines_are_asked_in_their_own_way():
 
     index = Lengths(mixed)
     assert fleet.compare(index, Prompt(np.arange(64))) == (2, [])
-    assert index.asked == [63, 64]
+    assert index.asked == [64, 64]
+    assert [pod.options["engine"] for pod in mixed] == ["vllm", "sglang"]
 
 
 def test_an_adapter_is_asked_for_by_the_name_that_was_published():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from .. import PrefixIndex, PrefixMatch
 from ..sim.engine import Prompt
-from ..sim.fleet import Fleet
+from ..sim.fleet import Fleet, Pod
 
 __all__ = ["TimedIndex"]
 
@@ -16,13 +17,16 @@ SHOWN_DIFFERENCES = 10
 
 class TimedIndex:
     """A :class:`PrefixIndex` with a clock: ``publish`` takes a fleet's events, ``match_prefix`` a router's questions.
+    Answers about ``pods`` are by the rules of their engines.
 
     ``check`` compares the index's answers about one prompt with the engines' own. ``wrong`` describes the first that
     differ, ``differences`` counts them all.
     """
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, pods: Iterable[Pod] = ()) -> None:
         self.index = PrefixIndex(block_size=block_size)
+        for pod in pods:
+            self.index.configure_pod(pod.name, **pod.options)
         self.batches = 0
         self.hashes = 0
         self.ingest_seconds = 0.0

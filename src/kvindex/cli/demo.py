@@ -208,7 +208,10 @@ class Demo:
             self.manager = self._stack.enter_context(EventManager(self.index.index))
             for pod in self.pods:
                 assert pod.process is not None
-                self.manager.add_pod(PodSource(pod.name, ranks=pod.process.ranks, model=MODEL, block_size=BLOCK_SIZE))
+                source = PodSource(
+                    pod.name, ranks=pod.process.ranks, model=MODEL, block_size=BLOCK_SIZE, **pod.process.options
+                )
+                self.manager.add_pod(source)
             if not self.manager.wait_until_current(PATIENCE):
                 raise CommandError(f"the pods were not current after {PATIENCE:.0f} s: {self.manager.status()}")
             self.start = time.monotonic()
@@ -341,11 +344,9 @@ class Demo:
 
     def _told(self, pod: Pod, prompt: Prompt) -> int:
         # Not through the clock: a router asks once, and this is the same prompt again.
-        tokens = pod.twin.query_tokens(prompt.tokens)
         name, salt = pod.lora_name(prompt), prompt.cache_salt
-        return self.index.index.match_prefix(tokens, model=MODEL, lora_name=name, cache_salt=salt).tokens.get(
-            pod.name, 0
-        )
+        match = self.index.index.match_prefix(prompt.tokens, model=MODEL, lora_name=name, cache_salt=salt)
+        return match.tokens.get(pod.name, 0)
 
     def _compare(self, pod: Pod, told: int | None, true: int) -> None:
         if told is None or self.manager.status()[pod.name].state != "exact":
@@ -364,7 +365,7 @@ class Demo:
                 continue
             assert pod.process is not None
             told = self._told(pod, prompt)
-            _, hits = pod.process.truth(prompt.tokens, lora_name=prompt.lora_name, cache_salt=prompt.cache_salt)
+            hits = pod.process.truth(prompt.tokens, lora_name=prompt.lora_name, cache_salt=prompt.cache_salt)
             self._compare(pod, told, hits[0])
 
 

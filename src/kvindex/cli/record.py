@@ -166,6 +166,9 @@ def header(pods: list[PodSource]) -> dict[str, Any]:
     models = {source.model for source in pods}
     if len(models) == 1 and (model := models.pop()):
         made["model"] = model
+    engines = {source.engine for source in pods}
+    if len(engines) == 1 and (engine := engines.pop()):
+        made["engine"] = engine
     return made
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .. import CaptureError, EventDecodeError, PrefixIndex
+from ..answers import ENGINES
 from ..capture import Forget, Message, Query, read_capture
 from ..sim.engine import Engine
 from ..sim.fleet import Fleet, Pod, PrefixAware, RandomChoice, RoundRobin, Route
@@ -27,10 +28,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = ["add_parser"]
-
-# vLLM always recomputes the last prompt token, so its own number is the match of all the others. SGLang's is the match
-# of the whole prompt, and so is that of an engine that we know nothing of.
-LAST_TOKEN_RECOMPUTED = frozenset({"vllm"})
 
 
 def add_parser(commands: Any) -> None:
@@ -159,18 +156,19 @@ def replay_capture(path: str, out: Console) -> Replayed:
         assert isinstance(header, dict)
         index = PrefixIndex(block_size=header["block_size"])
         model = header.get("model") or ""
-        dropped = 1 if header.get("engine") in LAST_TOKEN_RECOMPUTED else 0
-        engine = " ".join(str(header[key]) for key in ("engine", "version") if header.get(key))
-        done = Replayed(f"{name} ({engine or 'unknown engine'}, block size {header['block_size']})")
+        # What is recorded of an engine whose rules are not known is compared with what is held.
+        engine = header["engine"] if header.get("engine") in ENGINES else None
+        title = " ".join(str(header[key]) for key in ("engine", "version") if header.get(key))
+        done = Replayed(f"{name} ({title or 'unknown engine'}, block size {header['block_size']})")
         done.pods = {pod: PodFigures() for pod in header.get("pods") or ()}
         try:
             for record in records:
                 if isinstance(record, Message):
-                    ingest(index, model, record, done)
+                    ingest(index, model, record, engine, done)
                 elif isinstance(record, Forget):
                     index.clear_worker(record.pod, record.rank)
                 elif isinstance(record, Query):
-                    ask(index, model, record, len(record.tokens) - dropped, name, done)
+                    ask(index, model, record, name, done)
                 bar.update(bar.task_ids[0], completed=file.tell())
         except CaptureError as error:
             done.error = error
@@ -181,8 +179,10 @@ def replay_capture(path: str, out: Console) -> Replayed:
     return done
 
 
-def ingest(index: PrefixIndex, model: str, message: Message, done: Replayed) -> None:
+def ingest(index: PrefixIndex, model: str, message: Message, engine: Any, done: Replayed) -> None:
     figures = done.pods.setdefault(message.pod, PodFigures())
+    if not figures.batches:
+        index.configure_pod(message.pod, engine=engine)
     figures.batches += 1
     start = time.perf_counter()
     try:
@@ -195,8 +195,7 @@ def ingest(index: PrefixIndex, model: str, message: Message, done: Replayed) -> 
     done.reasons.update(report.reasons)
 
 
-def ask(index: PrefixIndex, model: str, query: Query, length: int, name: str, done: Replayed) -> None:
-    tokens = query.tokens[: max(length, 0)]
+def ask(index: PrefixIndex, model: str, query: Query, name: str, done: Replayed) -> None:
     lora = query.lora_name
     if lora is None and query.lora_id:
         lora = str(query.lora_id)
@@ -207,14 +206,14 @@ def ask(index: PrefixIndex, model: str, query: Query, length: int, name: str, do
         "extra_keys": query.extra_keys,
     }
     start = time.perf_counter()
-    match = index.match_prefix(tokens, **asked)
+    match = index.match_prefix(query.tokens, **asked)
     done.match_seconds.append(time.perf_counter() - start)
     done.prompts += 1
     for pod, expected in query.hits.items():
         figures = done.pods.setdefault(pod, PodFigures())
         ready = index.pod_set([pod])
         start = time.perf_counter()
-        alone = index.match_prefix(tokens, ready_pods=ready, **asked)
+        alone = index.match_prefix(query.tokens, ready_pods=ready, **asked)
         figures.match_seconds.append(time.perf_counter() - start)
         figures.answers += 1
         # Asked for alone or among all, a pod's answer is the same; whichever is wrong is the difference.
@@ -286,16 +285,15 @@ class ServedTrace:
 def serve_trace(path: str, args: argparse.Namespace, out: Console) -> ServedTrace:
     """Serve it by three fleets at once, so that each prompt is made and hashed once and then forgotten."""
     name = os.path.basename(path)
-    index = TimedIndex(args.block_size)
+    routed = pods(args)
+    index = TimedIndex(args.block_size, routed)
     routes: dict[str, Route] = {
         "round-robin": RoundRobin(),
         "random": RandomChoice(args.seed),
         "prefix-aware": PrefixAware(index),
     }
-    fleets = {
-        routing: Fleet(pods(args), index.publish if routing == "prefix-aware" else lambda pod, rank, payload: None)
-        for routing in routes
-    }
+    fleets = {routing: Fleet(pods(args), lambda pod, rank, payload: None) for routing in ("round-robin", "random")}
+    fleets["prefix-aware"] = Fleet(routed, index.publish)
     done = ServedTrace(name, fleets, index)
 
     def served(bar: Progress) -> Iterator[Arrival]:

@@ -255,12 +255,10 @@ class Engine:
         """Physical blocks that a prompt of so many tokens needs when nothing of it is there."""
         return sum(-(-tokens // group.block_size) for group in self._groups)
 
-    def query_tokens(self, tokens: Tokens) -> Tokens:
-        """The part of a prompt that this engine looks up: vLLM always computes the last token itself.
-
-        With a lookahead that token can only be behind a block, so the whole prompt is looked up.
-        """
-        return tokens[:-1] if self.flavor == "vllm" and not self._lookahead else tokens
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the events of this engine do not say of it: arguments of :meth:`PrefixIndex.configure_pod`."""
+        return {"engine": self.flavor, "eagle": self._eagle, "hybrid": self._window_blocks > 0}
 
     def hit(
         self,
@@ -279,7 +277,10 @@ class Engine:
 
     def tiers_prompt(self, prompt: Prompt) -> tuple[int, int]:
         """How many tokens the GPU gives, and how many the second tier makes of them with the run behind."""
-        chain, tokens = self._chain(prompt), len(self.query_tokens(prompt.tokens))
+        chain, tokens = self._chain(prompt), len(prompt)
+        if self.flavor == "vllm" and not self._lookahead:
+            # The last token is always computed. With a lookahead it can only be behind a block.
+            tokens = max(0, tokens - 1)
         own = self._reach(chain, tokens, "GPU")
         if self._eagle:
             own = max(0, own - self.block_size)

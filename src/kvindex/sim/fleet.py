@@ -54,7 +54,7 @@ class Index(Protocol):
         cache_salt: str | None = ...,
         extra_keys: Any = ...,
     ) -> _Match:
-        """Per pod the tokens that it holds of this prompt."""
+        """Per pod the tokens that it reuses of this prompt."""
 
 
 class Target(Protocol):
@@ -108,6 +108,11 @@ class Pod:
         return sum(self._loads.values())
 
     @property
+    def options(self) -> dict[str, Any]:
+        """What an index has to be told of it: arguments of :meth:`PrefixIndex.configure_pod`."""
+        return next(iter(self.ranks.values())).options
+
+    @property
     def cached_blocks(self) -> int:
         """Blocks that a query could find, over all ranks."""
         return sum(engine.cached_blocks for engine in self.ranks.values())
@@ -157,7 +162,7 @@ class RandomChoice:
 class PrefixAware:
     """The pod that would have to compute least.
 
-    What a pod costs is the part of the prompt that it does not hold, plus ``balance`` times the tokens that it is
+    What a pod costs is the part of the prompt that it does not reuse, plus ``balance`` times the tokens that it is
     serving already. Among pods that cost as little as the cheapest, give or take ``slack`` of the prompt's length,
     the one that has served least takes it: without that, one pod would collect every conversation that starts alike.
     """
@@ -170,15 +175,15 @@ class PrefixAware:
 
     def __call__(self, prompt: Prompt, pods: Sequence[T]) -> T:
         # All pods of one router serve one model on one kind of engine, so how the first names things goes for all.
-        held = _ask(self._index, prompt, prompt.tokens, pods[0], self._model)
-        costs = [len(prompt) - held.get(pod.name, 0) + self._balance * pod.load for pod in pods]
+        reused = _ask(self._index, prompt, pods[0], self._model)
+        costs = [len(prompt) - reused.get(pod.name, 0) + self._balance * pod.load for pod in pods]
         limit = min(costs) + self._slack * len(prompt)
         return min((pod for pod, cost in zip(pods, costs, strict=True) if cost <= limit), key=lambda pod: pod.served)
 
 
-def _ask(index: Index, prompt: Prompt, tokens: Any, pod: Target, model: str) -> Mapping[str, int]:
+def _ask(index: Index, prompt: Prompt, pod: Target, model: str) -> Mapping[str, int]:
     name, keys, salt = pod.lora_name(prompt), prompt.extra_keys, prompt.cache_salt
-    return index.match_prefix(tokens, model=model, lora_name=name, cache_salt=salt, extra_keys=keys).tokens
+    return index.match_prefix(prompt.tokens, model=model, lora_name=name, cache_salt=salt, extra_keys=keys).tokens
 
 
 class Served(NamedTuple):
@@ -349,13 +354,15 @@ class Fleet:
         return {pod.name: pod.hit(prompt) for pod in self.pods}
 
     def compare(self, index: Index, prompt: Prompt, *, model: str = "") -> Comparison:
-        """Ask the index what the engines answer themselves, and compare."""
+        """Ask the index what the engines answer themselves, and compare.
+
+        The index has to know the engine of each pod: ``index.configure_pod(pod.name, **pod.options)``.
+        """
         asked: dict[str, Mapping[str, int]] = {}
         differences = []
         for pod in self.pods:
             if pod.form.name not in asked:
-                tokens = next(iter(pod.ranks.values())).query_tokens(prompt.tokens)
-                asked[pod.form.name] = _ask(index, prompt, tokens, pod, model)
+                asked[pod.form.name] = _ask(index, prompt, pod, model)
             told, true = asked[pod.form.name].get(pod.name, 0), pod.hit(prompt)
             if told != true:
                 differences.append(Difference(pod.name, told, true))

@@ -190,6 +190,7 @@ class SimPod:
             "name": self.config.name,
             "model": self.config.model,
             "block_size": self.config.block_size,
+            "options": self._engines[0].options,
             "ranks": {
                 rank: [None if self.config.connect else publisher.endpoint, publisher.replay_endpoint]
                 for rank, publisher in enumerate(self._publishers)
@@ -276,16 +277,13 @@ class SimPod:
         }
 
     def _op_truths(self, prompts: list[dict[str, Any]]) -> dict[str, Any]:
-        asked, hits, media = [], [], []
+        hits, media = [], []
         tiers = ["GPU"] if not self.config.offload_blocks else ["GPU", self.config.offload_medium]
         for item in prompts:
             prompt = prompt_of(item)
-            looked_up = self._engines[0].query_tokens(prompt.tokens)
-            asked.append(len(looked_up))
             hits.append({rank: engine.hit_prompt(prompt) for rank, engine in enumerate(self._engines)})
-            part = prompt_of({**item, "tokens": looked_up.tobytes()})
-            media.append({tier: max(engine.held_prompt(part, tier) for engine in self._engines) for tier in tiers})
-        return {"asked": asked, "hits": hits, "media": media, "seqs": self._op_status()["seqs"]}
+            media.append({tier: max(engine.held_prompt(prompt, tier) for engine in self._engines) for tier in tiers})
+        return {"hits": hits, "media": media, "seqs": self._op_status()["seqs"]}
 
     def _op_serve(
         self, tokens: bytes, output: bytes = b"", rank: int = 0, lora_name: str | None = None,
@@ -387,18 +385,24 @@ class SimProcess(ToldProcess):
         self.config = SimConfig(**{**asdict(config), **ports})
 
     @property
+    def options(self) -> dict[str, Any]:
+        """What its events do not say of its engine: fields of a :class:`PodSource`."""
+        found: dict[str, Any] = self.ready["options"]
+        return found
+
+    @property
     def ranks(self) -> dict[int, tuple[str, str | None]]:
         """Endpoint and replay endpoint of every rank: what a :class:`PodSource` takes."""
         return {int(rank): (pair[0], pair[1]) for rank, pair in self.ready["ranks"].items()}
 
-    def truth(self, tokens: npt.ArrayLike, **context: Any) -> tuple[int, dict[int, int]]:
-        """How many tokens of the prompt it looks up, and how many of them each rank holds."""
-        reply = self.truths([Prompt(tokens, **context)])
-        return reply["asked"][0], reply["hits"][0]
+    def truth(self, tokens: npt.ArrayLike, **context: Any) -> dict[int, int]:
+        """How many tokens of the prompt each rank would reuse."""
+        found: dict[int, int] = self.truths([Prompt(tokens, **context)])["hits"][0]
+        return found
 
     def truths(self, prompts: Iterable[Prompt]) -> dict[str, Any]:
-        """The truth about many prompts at one moment: lists ``asked`` and ``hits`` as :meth:`truth` has them,
-        ``media`` (per prompt, tokens by tier, of the best rank), and ``seqs``, the next sequence number of every rank
+        """The truth about many prompts at one moment: lists ``hits``, as :meth:`truth` gives them, and
+        ``media`` (tokens held by tier, of the best rank), and ``seqs``, the next sequence number of every rank
         at that moment."""
         return self.ask("truths", prompts=[prompt_map(prompt) for prompt in prompts])
 
