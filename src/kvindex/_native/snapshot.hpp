@@ -29,7 +29,7 @@ struct SnapshotHeader {
     u32 block_size, max_parked, set_presence, sections;
 };
 inline constexpr char kSnapshotMagic[8] = {'k', 'v', 'i', 'n', 'd', 'e', 'x', '\n'};
-inline constexpr u32 kSnapshotVersion = 2;
+inline constexpr u32 kSnapshotVersion = 3;
 inline constexpr u64 kChecksumFrom = 32;
 
 // What cannot be saved or is refused, in words. A standard exception, for these go through to Python as they are.

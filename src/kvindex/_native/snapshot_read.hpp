@@ -223,6 +223,11 @@ private:
                 ix_.add_holder(w, ix_.new_holder(i, medium, group, size));
                 if (size > 1) Index::set_bit(wide_, w.holders.back(), true);
             }
+            for (u32 k = count(4); k; --k) {
+                const u32 length = get<u32>();
+                need(length <= kMostLookahead && ix_.learn_length(w, length),
+                     "a model has too many lengths of lookahead");
+            }
             // Charged before the mask is made.
             masks += ix_.holder_slots() / 8 + 8;
             need(masks <= kFreeMasks + bytes_ * 16, "there are more workers than its size allows");

@@ -203,6 +203,10 @@ private:
                 out_.put(ix_.holders_[h].group);
                 out_.put(ix_.holders_[h].factor);
             }
+            // The blocks that are left need not have every length that was announced, and one with lookahead decides
+            // whether the engine drops a block for its draft model.
+            out_.put(static_cast<u32>(w.lengths.size()));
+            for (u32 length : w.lengths) out_.put(length);
         }
     }
     void write_blocks(u64 (Page::*what)[kPageBlocks]) {
