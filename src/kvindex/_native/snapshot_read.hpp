@@ -410,7 +410,6 @@ private:
         each_bit(c.runs[0].set, [&](u32 id) {
             Worker& w = *ix_.workers_[id];
             need(w.space == c.space, "a worker holds blocks of another model");
-            need(ix_.learn_length(w, c.lookahead), "a model has too many lengths of lookahead");
             w.chains.add(ix_.mem_, i);
             if (r.parent != kNone) w.kids.add(ix_.mem_, Index::kid_key(r.parent, r.base - 1));
         });
@@ -543,8 +542,7 @@ private:
                 p.orphan = kind & 1;
                 p.rolled = kind >> 1;
                 p.lookahead = get<u32>();
-                need(p.lookahead <= kMostLookahead && ix_.learn_length(*ix_.workers_[id], p.lookahead),
-                     "a model has too many lengths of lookahead");
+                need(p.lookahead <= kMostLookahead, "a block has more lookahead than is possible");
                 p.holder = holder_of(id);
                 const u32 n = count(9);
                 need(p.orphan ? n >= 1 : n == 1, "what waits has no blocks");
