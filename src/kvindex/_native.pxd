@@ -4,6 +4,7 @@ from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libcpp cimport bool as cbool
 from libcpp.map cimport map as cmap
+from libcpp.set cimport set as cset
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
@@ -105,6 +106,8 @@ cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
         uint64_t blocks, parked
         int state
         int64_t last_seq
+        cbool in_doubt
+        cset[uint32_t] lookahead
 
     cppclass Place:
         pass

@@ -192,10 +192,12 @@ class PrefixIndex(Index):
         return answers.VERDICTS[self._verdict(pod)]
 
     def worker_stats(self, pod: str) -> dict[int, dict[str, Any]]:
-        """``{rank: {"blocks", "parked", "state", "last_seq"}}``. O(ranks).
+        """``{rank: {"blocks", "parked", "state", "last_seq", "in_doubt", "lookahead"}}``. O(ranks).
 
         blocks: index blocks held, in every medium and group; parked: stored hashes that wait; last_seq: number of the
-        last batch, None where batches came without. Raises UnknownPodError.
+        last batch, None where batches came without; in_doubt: a clear left open which media it cleared; lookahead: how
+        many tokens behind a block the hashes of its blocks cover (0: none), sorted, empty before any stored event.
+        Raises UnknownPodError.
         """
         return {
             worker["rank"]: {
@@ -203,6 +205,8 @@ class PrefixIndex(Index):
                 "parked": worker["parked"],
                 "state": answers.VERDICTS[worker["state"]],
                 "last_seq": None if worker["last_seq"] < 0 else worker["last_seq"],
+                "in_doubt": worker["in_doubt"],
+                "lookahead": sorted(worker["lookahead"]),
             }
             for worker in self._workers(pod)
         }

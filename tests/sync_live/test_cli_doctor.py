@@ -406,6 +406,77 @@ def test_what_happens_while_it_is_watched():
     assert "partial_block" not in text
 
 
+# What its options say of the engine
+
+PLAIN = {
+    "type": "BlockStored",
+    "block_hashes": [1],
+    "parent_block_hash": None,
+    "token_ids": [1, 2, 3, 4],
+    "block_size": 4,
+}
+WINDOW = {"group_idx": 1, "kv_cache_spec_kind": "sliding_window", "kv_cache_spec_sliding_window": 8}
+
+
+def told_of(options, *events):
+    """What doctor says of these options of a pod that has sent these events."""
+    source = PodSource("pod", endpoint="tcp://127.0.0.1:1", **options)
+    patient = doctor.Patient(0, source.workers()[0])
+    for event in events:
+        patient.facts.add(msgpack.packb([1.0, [{**PLAIN, **event}], 0]))
+    return list(doctor.engine(patient, source))
+
+
+@pytest.mark.parametrize(
+    ("options", "events", "level", "expected"),
+    [
+        ({}, [{}], "note", "no engine is named"),
+        ({"engine": "sglang"}, [{}, WINDOW], "WRONG", "as vLLM's do: engine=vllm?"),
+        ({"engine": "vllm", "clear_media": ["GPU"]}, [{"medium": "CPU_PINNED"}], "WRONG", "have CPU_PINNED, as"),
+        ({"engine": "vllm"}, [{"cache_salt": "x"}], "WRONG", "have cache_salt, as SGLang's do"),
+        ({"engine": "trtllm"}, [{}], "note", "no rule is known"),
+        ({"engine": "vllm", "eagle": True}, [{"lookahead_token_ids": [[5, 6]]}], "note", "it has no effect"),
+        ({"engine": "vllm", "eagle": [0, 3]}, [{}, WINDOW], "WRONG", "eagle names group 3, its events 0, 1"),
+        ({"engine": "sglang", "hybrid": True}, [{}], "note", "never exact"),
+        ({"engine": "vllm", "hybrid": True}, [{}, WINDOW], "WRONG", "hybrid= is for SGLang"),
+        ({"engine": "vllm"}, [{}, {"medium": "cpu"}], "note", "whether CPU went too"),
+        ({"engine": "vllm", "ignore_media": ["disk"]}, [{}], "note", "ignore_media names DISK"),
+    ],
+)  # fmt: skip
+def test_an_option_that_is_missing_or_contradicts_the_stream_is_named(options, events, level, expected):
+    ((found, text),) = told_of(options, *events)
+    assert found == level
+    assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("options", "events"),
+    [
+        ({"engine": "vllm"}, [{}, WINDOW]),
+        ({"engine": "vllm"}, [{"extra_keys": [["salt"]]}, {"lookahead_token_ids": [[5]]}]),
+        ({"engine": "vllm", "eagle": True}, [{}]),
+        ({"engine": "vllm", "eagle": [1]}, [{}, WINDOW]),
+        ({"engine": "vllm", "clear_media": ["GPU"]}, [{}, {"medium": "CPU"}]),
+        ({"engine": "vllm", "ignore_media": ["cpu"]}, [{}, {"medium": "CPU"}]),
+        ({"engine": "sglang"}, [{"cache_salt": "x"}, {"medium": "CPU_PINNED"}]),
+        ({"engine": "sglang", "eagle": False}, [{"token_ids": [[1, 2], [2, 3], [3, 4], [4, 5]]}]),
+    ],
+)
+def test_nothing_is_said_of_options_that_agree_with_the_stream(options, events):
+    assert told_of(options, *events) == []
+    assert told_of({}) == [], "nothing is known before a block is stored"
+
+
+def test_what_contradicts_an_option_is_told_of_a_live_pod(ask, pod):
+    ahead = {**PLAIN, "lookahead_token_ids": [[5]]}
+    pod.publish_raw(msgpack.packb([1.0, [ahead], 0]))
+    status, findings = ask(word(pod) + ",engine=vllm,eagle=true")
+    assert status == 0
+    notes = [text for level, text in findings if level == "note"]
+    assert any(text.startswith("eagle= is for hashes") for text in notes)
+    assert any("its stream is exact, as far as that goes: eagle has no effect" in text for text in notes)
+
+
 # By the engine's own server
 
 

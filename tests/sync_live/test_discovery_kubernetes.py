@@ -251,6 +251,35 @@ def test_pods_come_and_go_with_the_cluster(cluster, manager):
     assert set(manager.status()) == {"other/b"}, "closing the watch leaves the pods"
 
 
+def test_labels_and_annotations_say_what_events_do_not(cluster, manager):
+    enabled = {ENABLED: "true", MODEL: "llama"}
+    told = {
+        "plain": ({}, {}, {"engine": "sglang"}),
+        "aibrix": ({"model.aibrix.ai/engine": "vllm"}, {}, {"engine": "vllm"}),
+        "own": ({"model.aibrix.ai/engine": "vllm"}, {"kvindex.io/engine": "trtllm"}, {"engine": "trtllm"}),
+        "eagle": ({}, {"kvindex.io/engine": "vllm", "kvindex.io/eagle": "true"}, {"engine": "vllm", "eagle": True}),
+        "groups": ({}, {"kvindex.io/engine": "vllm", "kvindex.io/eagle": "0+2"}, {"engine": "vllm", "eagle": {0, 2}}),
+        "hybrid": ({"kvindex.io/hybrid": "true"}, {"kvindex.io/hybrid": "false"}, {"engine": "sglang", "hybrid": True}),
+        "media": ({}, {"kvindex.io/ignore-media": "CPU, DISK"}, {"engine": "sglang", "ignore_media": {"CPU", "DISK"}}),
+    }
+    for number, (name, (labels, notes, _)) in enumerate(told.items()):
+        cluster.put(name, f"127.77.0.{number + 1}", labels={**enabled, **labels}, annotations=notes)
+    wrong = {"kvindex.io/engine": "vlm", "kvindex.io/eagle": "yes", "kvindex.io/hybrid": "maybe"}
+    for number, (key, value) in enumerate(wrong.items()):
+        cluster.put(f"wrong{number}", f"127.77.1.{number + 1}", annotations={key: value})
+    cluster.put("drops", "127.77.1.9", annotations={"kvindex.io/eagle": "true"})
+    with KubernetesPods(manager, api=cluster.api, engine="sglang") as pods:
+        for number, (name, (labels, _, options)) in enumerate(told.items()):
+            expected = source(f"default/{name}", f"127.77.0.{number + 1}", labels={**enabled, **labels}, **options)
+            assert pods.pods[f"default/{name}"] == expected
+        refused = pods.refused
+    assert set(refused) == {f"default/{name}" for name in ("wrong0", "wrong1", "wrong2", "drops")}
+    assert "'vlm'" in refused["default/wrong0"]
+    assert "'yes'" in refused["default/wrong1"]
+    assert "'maybe'" in refused["default/wrong2"]
+    assert "engine='vllm'" in refused["default/drops"], "eagle is vLLM's, and the engine of all is SGLang"
+
+
 def test_one_namespace_other_ports_and_a_label_of_ones_own(cluster, manager):
     cluster.put("a", labels={"serves": "yes", MODEL: "llama"}, namespace="mine")
     cluster.put("b", labels={"serves": "yes", MODEL: "llama"}, namespace="other")

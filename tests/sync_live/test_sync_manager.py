@@ -343,6 +343,52 @@ def test_an_event_of_unknown_kind_degrades_what_holds_something_and_is_named(ind
     until(lambda: manager.status()["pod"].state == "exact")
 
 
+@pytest.mark.parametrize("ahead", [[[5]], [[5, 6, 7]], None])
+def test_an_option_that_the_stream_contradicts_has_no_effect_and_is_told_once(index, manager, pod, caplog, ahead):
+    """Hashes that cover the draft model's tokens need no block dropped; without them ``eagle`` counts."""
+    tokens = list(range(5))
+    event = {"type": "BlockStored", "block_hashes": [7], "parent_block_hash": None, "token_ids": tokens[:4]}
+    if ahead is not None:
+        tokens += ahead[0][1:]
+        event["lookahead_token_ids"] = [[4, *ahead[0][1:]]]
+    with caplog.at_level(logging.WARNING, "kvindex.sync"):
+        for number in range(3):
+            more = {**event, "block_hashes": [7 + number], "block_size": 4, "group_idx": 0}
+            pod.publish_raw(msgpack.packb([time.time(), [more], 0]))
+        manager.add_pod(source(pod, engine="vllm", eagle=True))
+        until(lambda: caught_up(manager, pod))
+    status = manager.status()["pod"]
+    told = [record.getMessage() for record in caplog.records if "option_contradicted" in record.getMessage()]
+    assert status.state == "exact"
+    if ahead is None:
+        assert (status.reason, told) == ("", [])
+        assert index.match_prefix(tokens, model="m").tokens == {}
+        assert index.worker_stats("pod")[0]["lookahead"] == [0]
+        return
+    want = f"eagle has no effect: the hashes of its blocks have a lookahead of {len(ahead[0])}, so no block is dropped"
+    assert status.reason == want
+    assert len(told) == 1
+    assert want in told[0]
+    assert index.match_prefix(tokens, model="m").tokens == {"pod": 4}
+    assert index.worker_stats("pod")[0]["lookahead"] == [len(ahead[0])]
+
+
+def test_the_reason_names_the_option_or_the_clear_that_leaves_it_in_doubt(index, manager, pod):
+    manager.add_pod(source(pod, engine="sglang", hybrid=True))
+    pod.publish(1)
+    until(lambda: manager.status()["pod"].blocks == 1)
+    assert manager.status()["pod"].state == "degraded"
+    assert manager.status()["pod"].reason.startswith("hybrid=True: ")
+    manager.remove_pod("pod")
+    stored = {"type": "BlockStored", "block_hashes": [7], "parent_block_hash": None, "token_ids": [1, 2, 3, 4]}
+    for event in ({**stored, "block_size": 4, "medium": "CPU"}, {"type": "AllBlocksCleared"}):
+        pod.publish_raw(msgpack.packb([time.time(), [event], 0]))
+    manager.add_pod(source(pod, engine="vllm"))
+    until(lambda: manager.status()["pod"].state == "degraded")
+    assert index.worker_stats("pod")[0]["in_doubt"]
+    assert "a clear did not say whether it cleared the tiers" in manager.status()["pod"].reason
+
+
 def test_a_clear_of_one_medium_is_not_taken_for_a_clean_start(index, manager, pod):
     clear = {"type": "AllBlocksCleared", "medium": "CPU"}
     stored = ["BlockStored", [7], None, [1, 2, 3, 4], 4, None]

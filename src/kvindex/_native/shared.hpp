@@ -2,6 +2,7 @@
 #pragma once
 
 #include <limits>
+#include <set>
 #include <thread>
 
 #include "batches.hpp"
@@ -59,9 +60,11 @@ inline void hash_prompt(const Prompt& p, u32 block_size, u64 seed, bool rolled, 
 
 struct PodFigures {
     i64 rank;
-    u64 blocks, parked;
-    int state;
-    i64 last_seq;  // -1: none
+    u64 blocks = 0, parked = 0;
+    int state = 0;
+    i64 last_seq = -1;  // -1: none
+    bool in_doubt = false;
+    std::set<u32> lookahead;
 };
 
 // Where a batch stands in its stream; seq -1: not told.
@@ -363,18 +366,20 @@ public:
         const u32 pod = ix_.slot(uid);
         if (pod == kNone) return out;
         const Pod& p = ix_.pod_at(pod);
-        for (const auto& s : p.streams) out.push_back({s.first, 0, 0, static_cast<int>(s.second), -1});
+        for (const auto& s : p.streams) out.push_back({s.first, 0, 0, static_cast<int>(s.second), -1, false, {}});
         for (u32 id : p.workers) {
             const Worker& w = ix_.worker_at(id);
             auto it = std::find_if(out.begin(), out.end(), [&](const PodFigures& f) { return f.rank == w.rank; });
-            if (it == out.end()) it = out.insert(out.end(), PodFigures{w.rank, 0, 0, 0, -1});
+            if (it == out.end()) it = out.insert(out.end(), PodFigures{w.rank, 0, 0, 0, -1, false, {}});
             it->blocks += ix_.held(w);
             it->parked += w.parked();
             it->state = std::max(it->state, static_cast<int>(ix_.own_verdict(w)));
+            it->in_doubt |= w.in_doubt;
+            it->lookahead.insert(w.lengths.begin(), w.lengths.end());
         }
         for (const auto& s : p.positions) {
             auto it = std::find_if(out.begin(), out.end(), [&](const PodFigures& f) { return f.rank == s.first; });
-            if (it == out.end()) it = out.insert(out.end(), PodFigures{s.first, 0, 0, 0, -1});
+            if (it == out.end()) it = out.insert(out.end(), PodFigures{s.first, 0, 0, 0, -1, false, {}});
             it->last_seq = static_cast<i64>(s.second.seq);
         }
         return out;

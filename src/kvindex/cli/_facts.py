@@ -45,6 +45,10 @@ class Facts:
         self.under_salt = 0
         self.other_keys = 0
         self.media: Counter[str] = Counter()
+        self.lookahead: set[int] = set()
+        """How many tokens behind a block hashes cover; 0 where none."""
+        self.salt_fields = 0
+        """Blocks whose event has the salt as a field, as SGLang's have; vLLM's have it among the extra keys."""
         self.ranks: Counter[int | None] = Counter()
         self.first_ts: float | None = None
         self.unknown = 0
@@ -96,7 +100,11 @@ class Facts:
         adapter = event.lora_name
         if adapter is None and event.lora_id not in (None, 0, -1):
             adapter = str(event.lora_id)
+        if len(event.token_ids):
+            ahead = event.lookahead_token_ids
+            self.lookahead.add(len(ahead[0]) if ahead else 0)
         salt, others = event.cache_salt, False
+        self.salt_fields += count if salt is not None else 0
         for place, keys in enumerate(event.extra_keys or ()):
             for key in keys or ():
                 if key == adapter:

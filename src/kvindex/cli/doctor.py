@@ -357,11 +357,20 @@ def engine(patient: Patient, source: PodSource) -> Iterator[Finding]:
         )
     elif source.engine == "sglang" and described:
         yield Finding("WRONG", "engine=sglang, but its events describe groups of layers, as vLLM's do: engine=vllm?")
+    elif source.engine == "vllm" and (
+        told := sorted({"CPU_PINNED"} & set(facts.media)) + ["cache_salt"] * (facts.salt_fields > 0)
+    ):
+        yield Finding("WRONG", f"engine=vllm, but its events have {' and '.join(told)}, as SGLang's do: engine=sglang?")
     elif source.engine == "trtllm":
         yield Finding("note", "no rule is known of what TensorRT-LLM reuses: a match counts what is held")
     if source.hybrid:
         told = "its events describe every group: hybrid= is for SGLang, whose events do not" if described else ""
         yield Finding("WRONG" if told else "note", told or "hybrid=true: evictions are silent, so it is never exact")
+    if source.eagle and max(facts.lookahead, default=0):
+        yield Finding(
+            "note",
+            "eagle= is for hashes without lookahead, and those of its blocks have one: it has no effect, leave it out",
+        )
     if isinstance(source.eagle, frozenset) and (absent := sorted(source.eagle - set(facts.groups))):
         yield Finding(
             "WRONG",

@@ -45,8 +45,8 @@ log = logging.getLogger("kvindex.sync")
 # What an operator has to look at; everything else is the stream looking after itself.
 _SERIOUS: Final = frozenset(
     {
-        "bad_frames", "distrusted", "gap_accepted", "rejected", "replay_conflict", "replay_endless", "replay_failed",
-        "replay_useless", "rival", "silent", "throttled", "unreachable",
+        "bad_frames", "distrusted", "gap_accepted", "option_contradicted", "rejected", "replay_conflict",
+        "replay_endless", "replay_failed", "replay_useless", "rival", "silent", "throttled", "unreachable",
     }
 )  # fmt: skip
 
@@ -121,6 +121,11 @@ class Setting:
                 tap(item)
             except Exception:
                 log.exception("a callback for changes of the index has failed")
+
+
+def _contradicted(ahead: Iterable[int]) -> str:
+    covered = " or ".join(str(length) for length in sorted(ahead) if length)
+    return f"eagle has no effect: the hashes of its blocks have a lookahead of {covered}, so no block is dropped"
 
 
 def _named(topic: bytes) -> str:
@@ -613,6 +618,8 @@ class Worker:
             if self.source.clear_media is None and not several and any(whole):
                 self.unknown = None
                 actions += self.stream.cleared(action.seq, now)
+        if report.stored and self.source.eagle and "eagle" not in self.explained:
+            self._compare_eagle(now)
         if report.parked or report.skipped:
             self.events["parked"] += report.parked
             self.events["skipped"] += report.skipped
@@ -626,6 +633,18 @@ class Worker:
                 # Once for each reason until the worker starts anew: the counters have the rest.
                 self.explained.add(reason)
                 self._say(reason, self._explain(reason, payload), now)
+
+    def _compare_eagle(self, now: float) -> None:
+        """The first blocks of its own show whether their hashes cover what is behind them: what then said of it is
+        said once."""
+        ahead = self._lookahead(self._setting.index.worker_stats(self.pod))
+        if ahead:
+            self.explained.add("eagle")
+        if max(ahead, default=0):
+            self._say("option_contradicted", _contradicted(ahead), now)
+
+    def _lookahead(self, figures: Mapping[int, dict[str, Any]]) -> set[int]:
+        return {length for rank in self.speaks_for if rank in figures for length in figures[rank]["lookahead"]}
 
     def _explain(self, reason: str, payload: bytes) -> str:
         if reason == "unknown_event":
@@ -729,11 +748,21 @@ class Worker:
                 figures = self._setting.index.worker_stats(self.pod)
             except KeyError:
                 figures = {}
+        state, reason = self._verdict_of(figures)
+        if self.source.eagle and max(ahead := self._lookahead(figures), default=0):
+            reason = "; ".join(filter(None, (reason, _contradicted(ahead))))
+        return state, reason
+
+    def _verdict_of(self, figures: Mapping[int, dict[str, Any]]) -> tuple[str, str]:
         states = [figures[rank]["state"] for rank in self.speaks_for if rank in figures]
         own = min(states, key=WORST_FIRST.index, default=self.verdict)
         if WORST_FIRST.index(own) < WORST_FIRST.index(self.verdict):
             if self.unknown is not None:
                 return own, f"an event of kind {self.unknown}, which is not known, may have taken blocks away"
+            if any(figures[rank]["in_doubt"] for rank in self.speaks_for if rank in figures):
+                return own, "a clear did not say whether it cleared the tiers behind the engine's own pool as well"
+            if self.source.hybrid:
+                return own, "hybrid=True: what it evicts beside full attention is in no event"
             return own, "blocks could not be placed, or not be followed exactly"
         if self._uncleared:
             return self.verdict, _UNCLEARED
