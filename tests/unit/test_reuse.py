@@ -120,6 +120,7 @@ def test_what_the_hashes_cover_already_is_not_dropped(pair):
     pair.ingest("a", stored(HASHES[:-1], TOKENS[:28], lookahead_token_ids=ahead))
     assert asked(pair, 32).tokens == 28
 
+
 def test_a_file_keeps_what_the_hashes_were_seen_to_cover(pair, tmp_path):
     pair.do("configure_pod", "a", engine="vllm", eagle=True)
     pair.ingest("a", stored([99], [7] * 4, lookahead_token_ids=[[8]]), removed(99), run(0, N))

@@ -358,9 +358,11 @@ def engine(patient: Patient, source: PodSource) -> Iterator[Finding]:
     elif source.engine == "sglang" and described:
         yield Finding("WRONG", "engine=sglang, but its events describe groups of layers, as vLLM's do: engine=vllm?")
     elif source.engine == "vllm" and (
-        told := sorted({"CPU_PINNED"} & set(facts.media)) + ["cache_salt"] * (facts.salt_fields > 0)
+        others_own := [name for name in facts.media if name == "CPU_PINNED"] + ["cache_salt"] * (facts.salt_fields > 0)
     ):
-        yield Finding("WRONG", f"engine=vllm, but its events have {' and '.join(told)}, as SGLang's do: engine=sglang?")
+        yield Finding(
+            "WRONG", f"engine=vllm, but its events have {' and '.join(others_own)}, as SGLang's do: engine=sglang?"
+        )
     elif source.engine == "trtllm":
         yield Finding("note", "no rule is known of what TensorRT-LLM reuses: a match counts what is held")
     if source.hybrid:
