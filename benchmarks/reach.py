@@ -54,6 +54,8 @@ GOALS: dict[str, Goal] = {
     "growth blocks": _at_most(2, 1.3),
     "growth pods": _at_most(2, 1.3),
     "hybrid us": _at_most(40, 15),
+    "picks 64": _at_most(2, 1.3),
+    "picks 256": _at_most(3, 1.3),
     "two readers": _times(1.7, 1.9),
     "tail": _at_most(20, 10),
     "snapshot seconds": _at_most(1, 0.2),

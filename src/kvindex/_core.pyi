@@ -143,6 +143,37 @@ class Index:
     def _probes(self) -> float: ...
     def _compared(self, match: PrefixMatch) -> int: ...
 
+@final
+class Loads:
+    def __new__(
+        cls,
+        index: Index,
+        credits: list[tuple[bytes, float]],
+        context: float,
+        request: float,
+        tie: float,
+        half_life: float,
+        degraded: bool,
+        start: int,
+    ) -> Self: ...
+    def choose(
+        self, match: PrefixMatch, n_tokens: int, model: str, pods: PodSet | None, now: float
+    ) -> tuple[int, int, str | None, int, int, bool, int, float] | None: ...
+    def expect(
+        self,
+        pod: int,
+        rank: int,
+        model: str,
+        tokens: _Tokens,
+        lora_name: str | None,
+        cache_salt: str | None,
+        extra_keys: _ExtraKeys | None,
+        until: float,
+    ) -> None: ...
+    def prefilled(self, at: int, pod: int, prefill: int) -> None: ...
+    def finished(self, at: int, pod: int, prefill: int, context: int) -> None: ...
+    def rows(self) -> list[tuple[str, int, int, int, int]]: ...
+
 def hash_tokens(
     tokens: _Tokens,
     block_size: int,

@@ -426,6 +426,9 @@ cdef class Index:
         return {**s.figures, **s.totals, "skipped_reasons": _reasons(s.report)}
 
 
+include "_loads.pxi"
+
+
 def hash_tokens(tokens, block_size, hash_seed, lora_name, cache_salt, extra_keys, bint rolled):
     cdef _Ints t = _tokens(tokens)
     cdef uint32_t size = arguments.whole(block_size, "block_size", 1, 65536)

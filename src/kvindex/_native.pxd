@@ -4,6 +4,7 @@ from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libcpp cimport bool as cbool
 from libcpp.map cimport map as cmap
+from libcpp.pair cimport pair
 from libcpp.set cimport set as cset
 from libcpp.string cimport string
 from libcpp.vector cimport vector
@@ -81,6 +82,28 @@ cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
         Hits hits
         uint32_t best
         uint64_t compared
+
+    cppclass Weights:
+        vector[pair[string, double]] credits
+        double context, request, tie, half_life
+        cbool degraded
+
+    cppclass LoadChoice "kvindex::Loads::Choice":
+        uint32_t at, candidates
+        uint64_t pod, reused
+        int64_t rank
+        cbool whole
+        double cost
+
+    cppclass WorkerLoad "kvindex::Loads::Load":
+        uint64_t pod, prefill, context, requests
+        int64_t rank
+        cbool there
+
+    cppclass NativeLoads "kvindex::Loads":
+        NativeLoads(Weights, uint64_t start) except +
+        void prefilled(uint32_t at, uint64_t pod, uint64_t prefill)
+        void finished(uint32_t at, uint64_t pod, uint64_t prefill, uint64_t context)
 
     cppclass Prompt:
         const uint32_t* tokens
@@ -162,6 +185,8 @@ cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
                      int64_t& dp_rank, DecodeFault&) except +
         Taken apply(uint64_t, int64_t rank, const string& model, const Batch&, const Place&, Report&) except +
         cbool match(const Prompt&, const string& model, PodNames*, cbool only_exact, cbool wait, MatchResult&) except +
+        cbool choose(NativeLoads&, const Hits&, uint64_t n_tokens, const string& model, PodNames*, double now, cbool wait, LoadChoice&) except +
+        vector[WorkerLoad] loads(NativeLoads&) except +
         void guess(uint64_t, int64_t rank, const string& model, const Prompt&, double until) except +
         double next_expiry()
         double probes()

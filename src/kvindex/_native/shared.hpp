@@ -9,6 +9,7 @@
 #include "changes.hpp"
 #include "check.hpp"
 #include "forks.hpp"
+#include "loads.hpp"
 #include "lock.hpp"
 #include "match.hpp"
 #include "snapshot_read.hpp"
@@ -314,6 +315,21 @@ public:
             run(roll);
         }
         return true;
+    }
+    // `wait` false: gives up, as match does.
+    bool choose(Loads& loads, const Hits& hits, u64 n_tokens, const std::string& model, PodNames* names, double now,
+                bool wait, Loads::Choice& out) const {
+        Reading g(*this, wait);
+        if (!g.on) return false;
+        const std::shared_ptr<const Filter> filter = names ? names->compile(ix_) : nullptr;
+        loads.choose(ix_, hits, n_tokens, ix_.find_space(model), filter.get(), now, out);
+        return true;
+    }
+    // What each worker has to do, of the workers that are still there.
+    std::vector<Loads::Load> loads(Loads& of) const {
+        Reading g(*this, true);
+        of.follow(ix_);
+        return of.rows();
     }
     // How many of the prompt's complete blocks do not have its last token.
     u32 before_last(const Prompt& p) const {

@@ -1,0 +1,52 @@
+"""``python -m benchmarks.picks``: what picking a pod costs beside the match that it begins with."""
+
+from __future__ import annotations
+
+import argparse
+
+from kvindex import PrefixIndex
+from kvindex.routing import EndpointPicker
+
+from .data import BLOCK, Tokens, beginning, chain, fill
+from .interleave import interleaved
+from .machine import described
+from .reach import Reached, verdicts
+from .report import amount, say
+
+__all__ = ["main"]
+
+DEPTH = 2048
+CALLS = 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.picks", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=101, help="interleaved rounds (%(default)s)")
+    options = parser.parse_args()
+    rows = []
+    for pods in (64, 256):
+        say(f"{DEPTH} blocks, held by {pods} pods")
+        index = PrefixIndex(block_size=BLOCK)
+        fill(index, [chain(1, number, DEPTH) for number in range(8)], [f"pod-{number}" for number in range(pods)])
+        picker = EndpointPicker(index)
+
+        def pick(tokens: Tokens, picker: EndpointPicker = picker) -> None:
+            choice = picker.pick(tokens)
+            assert choice is not None
+            assert choice.cached_tokens == DEPTH * BLOCK
+            picker.finished(choice)
+
+        def inputs(_: str, number: int) -> list[Tokens]:
+            return [beginning(1, (number * CALLS + call) % 8, DEPTH) for call in range(CALLS)]
+
+        timings = interleaved({"match": index.match_prefix, "pick": pick}, inputs, options.rounds)
+        ratio = timings.ratio("pick", "match")
+        us = f"{amount(timings.best('match'))} → {amount(timings.best('pick'))} µs"
+        what = "pick and finished against match_prefix"
+        rows.append(Reached(what, f"{pods} pods, {us}", f"picks {pods}", ratio.median, ratio))
+    print(verdicts(rows))
+    print(", ".join(f"{name} {value}" for name, value in described("numpy").items()))
+
+
+if __name__ == "__main__":
+    main()
