@@ -28,6 +28,9 @@ class ModelJudge:
     def configure(self, pod: str, **options) -> None:
         self.model.configure_pod(pod, **options)
 
+    def state(self, pod: str) -> str:
+        return self.model.pod_state(pod)
+
     def ask(self, tokens, **context) -> Answer:
         found = self.model.match(list(map(int, tokens)), **context)
         return Answer({p: a["tokens"] for p, a in found.items()}, {p: a["media"] for p, a in found.items()})
@@ -46,6 +49,9 @@ class IndexJudge:
 
     def configure(self, pod: str, **options) -> None:
         self.index.configure_pod(pod, **options)
+
+    def state(self, pod: str) -> str:
+        return self.index.pod_state(pod)
 
     def ask(self, tokens, **context) -> Answer:
         match = self.index.match_prefix(tokens, **context)

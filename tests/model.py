@@ -632,7 +632,8 @@ class Model:
                 held = {m for (m, _, _), ks in worker.copies.items() if ks} | {
                     p.medium for p in worker.parked if any(p.live)
                 }
-                doubtful = not everything and (worker.doubtful or bool(held - {"GPU"}))
+                cleared = {m for m in held if m == "GPU" or (pod.engine == "sglang" and m.upper().startswith("CPU"))}
+                doubtful = not everything and (worker.doubtful or bool(held - cleared))
                 pod.workers[r, model] = Worker(doubtful=doubtful)
                 continue
             self._clear_media(worker, media)

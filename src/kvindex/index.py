@@ -125,12 +125,13 @@ class PrefixIndex(Index):
 
         presence: "count" or "set". clear_media: the media that its clears clear, where they name none; without it all
         go, and a worker that held something in another medium than its own pool is degraded, since vLLM publishes the
-        same event whether an offloading tier was reset or not. ignore_media: events of these media are skipped, counted
-        as ``ignored_medium`` and cost no verdict (a tier that publishes no removals); what they said before is
-        forgotten, and an empty iterable ends it. chunk_size: tokens per chunk of
-        chunked-local attention; max_blocks: index blocks that it may hold, over all ranks, media and groups (0: any
-        number), those that wait included. A stored event beyond that, or of more than 1,024 ranks and models of one
-        pod, is skipped as ``over_limit``, and the pod is degraded: it holds more than is known.
+        same event whether an offloading tier was reset or not. With engine="sglang" host memory (media that begin with
+        CPU) causes no doubt: SGLang clears it together with its tree. ignore_media: events of these media are skipped,
+        counted as ``ignored_medium`` and cost no verdict (a tier that publishes no removals); what they said before is
+        forgotten, and an empty iterable ends it. chunk_size: tokens per chunk of chunked-local attention; max_blocks:
+        index blocks that it may hold, over all ranks, media and groups (0: any number), those that wait included. A
+        stored event beyond that, or of more than 1,024 ranks and models of one pod, is skipped as ``over_limit``, and
+        the pod is degraded: it holds more than is known.
 
         engine: which engine's rules say what is reused of a prefix that is held. "vllm": the prompt's last token is
         always computed, so of a prompt of n tokens its own pool gives at most (n-1)//B*B, B the engine's block size;

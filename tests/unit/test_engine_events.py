@@ -40,6 +40,26 @@ def test_a_copy_that_waits_elsewhere_leaves_doubt_too(pair):
     assert (pair.parked("a"), pair.state("a")) == (0, "degraded")
 
 
+@pytest.mark.parametrize(
+    ("engine", "media", "state"),
+    [
+        ("sglang", ["CPU_PINNED"], "exact"),
+        ("sglang", ["CPU", "cpu_tier1"], "exact"),
+        ("sglang", ["CPU_PINNED", "DISK"], "degraded"),
+        ("sglang", ["EXTERNAL"], "degraded"),
+        ("vllm", ["CPU_PINNED"], "degraded"),
+        ("trtllm", ["CPU"], "degraded"),
+    ],
+)
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_clear_of_sglang_is_of_the_host_pool_as_well(pair, engine, media, state, waits):
+    """It resets its tree and that pool in one step; its storage stays."""
+    pair.do("configure_pod", "a", engine=engine)
+    pair.ingest("a", stored([1, 2], A + B), *(stored([7 if waits else 1], (), size=0, medium=m) for m in media))
+    pair.ingest("a", cleared())
+    assert (pair.tokens(A + B), pair.parked("a"), pair.state("a")) == ({}, 0, state)
+
+
 def test_clear_media_says_what_a_clear_means(pair):
     pair.do("configure_pod", "a", clear_media={"GPU"})
     pair.ingest("a", stored([1, 2], A + B), stored([1], (), size=0, **CPU), cleared())

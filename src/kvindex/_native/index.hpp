@@ -363,7 +363,8 @@ public:
         } else {
             begin_clear(c, pod, rank, nullptr);
             // vLLM's reset_prefix_cache leaves an offloading tier alone; with reset_external, a sleep or a pause the
-            // tier goes too. The events are the same.
+            // tier goes too. The events are the same. SGLang clears its tree and the host's pool in one step (0.5.23,
+            // UnifiedRadixCache._reset_full), and leaves its storage alone.
             for (std::size_t i = 0; i < c.workers.size(); ++i) {
                 const Worker& w = *workers_[c.workers[i]];
                 c.doubts[i] = w.in_doubt || held_elsewhere(w);
@@ -807,12 +808,14 @@ private:
         return false;
     }
     bool counts_once(const Worker& w) const { return pods_[w.pod].set_presence; }
-    // Whether another medium than the engine's own holds something, or something that was forgotten here.
+    // Whether a medium that the engine's clears may leave alone holds something, or something that was forgotten here.
     bool held_elsewhere(const Worker& w) const {
+        const bool sglang = pods_[w.pod].engine == Engine::sglang;
+        const auto spared = [&](u32 medium) { return medium != 0 && !(sglang && media_.is_host(medium)); };
         for (u32 h : w.holders)
-            if (holders_[h].medium != 0 && (holders_[h].blocks || w.shed)) return true;
+            if (spared(holders_[h].medium) && (holders_[h].blocks || w.shed)) return true;
         return w.lot && std::any_of(w.lot->by_id.begin(), w.lot->by_id.end(),
-                                    [](const auto& hash) { return !hash.first.dead && hash.first.medium != 0; });
+                                    [&](const auto& hash) { return !hash.first.dead && spared(hash.first.medium); });
     }
     // The worker's chains, children before their parents.
     std::vector<u32> own_chains(const Worker& w) const {

@@ -347,6 +347,11 @@ public:
         while (n < 6 && (it == names_.end() || it->second.shown != order[n])) ++n;
         return n;
     }
+    // Memory of the host: CPU, CPU_PINNED, CPU_TIER1, ...
+    bool is_host(u32 id) const {
+        const auto it = names_.find(id);
+        return it != names_.end() && it->second.key.compare(0, 3, "cpu") == 0;
+    }
     std::size_t bytes() const { return bytes_; }
     // Empty when it has gone.
     std::string name(u32 id) const {
