@@ -8,6 +8,7 @@ import numpy as np
 
 from cpython.buffer cimport *
 from cpython.list cimport PyList_AsTuple
+from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_CheckExact
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.sequence cimport PySequence_Fast, PySequence_Fast_GET_SIZE, PySequence_Fast_ITEMS
 from cpython.unicode cimport PyUnicode_CheckExact
@@ -191,11 +192,11 @@ cdef class Index:
         cdef IngestReport report = IngestReport.__new__(IngestReport)
         cdef string name
         _text(model, "model", name)
-        cdef int64_t rank = -1 if dp_rank is None else arguments.rank(dp_rank)
+        cdef int64_t rank = -1 if dp_rank is None else _whole(dp_rank, "dp_rank", 0x80000000)
         if not isinstance(pod, str):
             arguments.utf8(pod, "pod")
         cdef uint64_t uid = self.remembered(pod)
-        cdef int64_t number = -1 if seq is None else arguments.whole(seq, "seq", 0, 0x7FFFFFFFFFFFFFFF)
+        cdef int64_t number = -1 if seq is None else _whole(seq, "seq", 0x7FFFFFFFFFFFFFFF)
         cdef double ts = 0
         cdef DecodeFault fault
         cdef Taken taken = BUSY

@@ -35,18 +35,24 @@ class Ranks:
         self._named: int | None = None
         self._last = -1
 
+    def is_own(self, payload: bytes) -> bool:
+        """Whether a batch is of ``own`` at first sight: it names no rank, or the same as the one before. O(1)."""
+        # The rank is the last element of the array, and its last byte says enough where it is as usual and not the end
+        # of a longer number: skipping over the events to read it costs as much as half of their decoding.
+        if len(payload) <= 3:
+            return payload[:1] == b"\x92"
+        if payload[0] != 0x93:
+            return payload[0] == 0x92
+        last = payload[-1]
+        if last != 0xC0 and (last != self._last or self.several):
+            return False
+        return payload[-2] != 0xCC and payload[-3] != 0xCD
+
     def of(self, payload: bytes) -> int | None:
         """The worker that a batch belongs to. None when it shows that what was applied to ``own`` so far was another
         worker's: forget it, and apply the stream anew. O(1) for a batch of the rank before; O(bytes) for another."""
-        # The rank is the last element of the array, and its last byte says enough where it is as usual and not the end
-        # of a longer number: skipping over the events to read it costs as much as half of their decoding.
-        head = payload[:1]
-        if head == b"\x92":
+        if self.is_own(payload):
             return self.own
-        if head == b"\x93" and len(payload) > 3 and payload[-2] != 0xCC and payload[-3] != 0xCD:
-            last = payload[-1]
-            if last == 0xC0 or (last == self._last and not self.several):
-                return self.own
         carried = carried_rank(payload)
         if carried is None or carried >= MOST_RANKS:
             return self.own

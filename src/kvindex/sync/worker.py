@@ -366,8 +366,8 @@ class Worker:
         self.schedule()
 
     def _charge(self, frames: list[bytes], now: float) -> None:
-        if self._allowance is not None:
-            self._allowance.charge(batch_events(frames[-1]), sum(map(len, frames)), now)
+        assert self._allowance is not None
+        self._allowance.charge(batch_events(frames[-1]), sum(map(len, frames)), now)
 
     def compete(self, connection: int | None, now: float) -> None:
         """An earlier connection to a bound endpoint speaks for this worker too; None: it does no longer."""
@@ -426,7 +426,8 @@ class Worker:
     def _live(self, frames: list[bytes], now: float) -> None:
         if self.gone:
             return
-        self._charge(frames, now)
+        if self._allowance is not None:
+            self._charge(frames, now)
         try:
             topic, seq, payload = parse_live(frames)
         except FrameFault as fault:
@@ -447,12 +448,12 @@ class Worker:
         """Hand a published batch to its stream."""
         self._heard = seq
         self._heard_at = now
-        actions: list[Action] = []
-        plain = self.stream.follows(seq, payload, now)
-        if plain is None:
+        actions: list[Action]
+        if (ts := self.stream.follows(seq, payload, now)) is None:
             actions = self.stream.live(seq, payload, now)
         else:
-            self._ingest(plain, actions, now)
+            actions = []
+            self._ingest(seq, payload, ts, True, actions, now)
             if self.gone:
                 return
             self.last_seq = seq
@@ -475,7 +476,8 @@ class Worker:
     def _reply(self, question: int, frames: list[bytes], now: float) -> None:
         if self.gone or self.replay is None or question != self.question:
             return
-        self._charge(frames, now)
+        if self._allowance is not None:
+            self._charge(frames, now)
         try:
             reply = parse_replay(frames)
         except FrameFault as fault:
@@ -503,7 +505,7 @@ class Worker:
                 return
             kind = type(action)
             if kind is Ingest:
-                self._ingest(action, actions, now)  # type: ignore[arg-type]
+                self._ingest(*action, actions, now)  # type: ignore[misc, call-arg, arg-type]
                 continue
             match action:
                 case RequestReplay(start):
@@ -576,54 +578,55 @@ class Worker:
             )
         return rank
 
-    def _ingest(self, action: Ingest, actions: list[Action], now: float) -> None:
-        rank, several = self.rank, False
-        if self.ranks is not None:
-            whose = self._whose(self.ranks, action.payload, actions, now)
+    def _ingest(
+        self, seq: int, payload: bytes, ts: float | None, joined: bool, actions: list[Action], now: float
+    ) -> None:  # fmt: skip
+        rank, ranks, setting = self.rank, self.ranks, self._setting
+        if ranks is not None and (ranks.misplaced is not None or not ranks.is_own(payload)):
+            whose = self._whose(ranks, payload, actions, now)
             if whose is None or self.gone:
                 return
-            rank, several = whose, self.ranks.several
+            rank = whose
         # Where several workers share one sequence none of them has all of it, so none may say how far it is.
-        joined = action.joined and not several
-        if self._setting.taps:
+        joined = joined and (ranks is None or not ranks.several)
+        if setting.taps:
             topic = self.replay_topic if self.seen_topic is None else self.seen_topic
-            batch = Batch(self.pod, rank, self.model, topic, action.seq, action.payload, joined)
-            if not self._shows(batch):
+            if not self._shows(Batch(self.pod, rank, self.model, topic, seq, payload, joined)):
                 return
         if self._uncleared:
             if not self._clear(now):
-                actions += self.stream.rejected(action.seq, action.payload, now, "what was before can not be cleared")
+                actions += self.stream.rejected(seq, payload, now, "what was before can not be cleared")
                 return
             actions.append(Mark(self.stream.verdict, self.stream.reason))
         try:
-            report = self._setting.index.ingest(
-                self.pod, action.payload, model=self.model, dp_rank=rank, seq=action.seq if joined else None
-            )
+            report = setting.index.ingest(
+                self.pod, payload, model=self.model, dp_rank=rank, seq=seq if joined else None
+            )  # fmt: skip
         except EventDecodeError as error:
             self.errors["undecodable"] += 1
-            actions += self.stream.rejected(action.seq, action.payload, now, str(error))
+            actions += self.stream.rejected(seq, payload, now, str(error))
             return
         except Exception as error:
             # Whatever it is, the batch is not applied; the stream goes on and the worker is not exact any more.
             self.errors["refused"] += 1
-            actions += self.stream.rejected(action.seq, action.payload, now, f"the index refuses it: {error!r}")
+            actions += self.stream.rejected(seq, payload, now, f"the index refuses it: {error!r}")
             return
         self.stored += report.stored
         self.removed += report.removed
-        if action.ts is not None and action.seq == self._heard:
-            self.lag = time.time() - action.ts
+        if ts is not None and seq == self._heard:
+            self.lag = time.time() - ts
         if report.cleared:
             self.events["cleared"] += report.cleared
-            whole = (isinstance(e, AllBlocksCleared) and e.medium is None for e in decode_batch(action.payload).events)
-            if self.source.clear_media is None and not several and any(whole):
+            whole = (isinstance(e, AllBlocksCleared) and e.medium is None for e in decode_batch(payload).events)
+            if self.source.clear_media is None and (ranks is None or not ranks.several) and any(whole):
                 self.unknown = None
-                actions += self.stream.cleared(action.seq, now)
-        if report.stored and self.source.eagle and "eagle" not in self.explained:
+                actions += self.stream.cleared(seq, now)
+        if self.source.eagle and report.stored and "eagle" not in self.explained:
             self._compare_eagle(now)
         if report.parked or report.skipped:
             self.events["parked"] += report.parked
             self.events["skipped"] += report.skipped
-            self._skipped(report, action.payload, now)
+            self._skipped(report, payload, now)
 
     def _skipped(self, report: Any, payload: bytes, now: float) -> None:
         self._host.look_at(self)
