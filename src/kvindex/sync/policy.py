@@ -55,7 +55,7 @@ class Policy:
     """Batches that may wait for a hole to be filled."""
     max_pending_bytes: int = 64 << 20
     """Bytes that may wait for a hole to be filled."""
-    memory: int = 1024
+    memory: int = 256
     """Fingerprints of applied batches that are kept. One would do; more tell duplicates from restarts."""
     burst: float = 2.0
     """How many seconds of its limit a silent pod saves up (:attr:`PodSource.max_event_rate`)."""

@@ -27,7 +27,7 @@ class Ranks:
     def __init__(self, own: int, elsewhere: Collection[int]) -> None:
         self.own = own
         self.elsewhere = elsewhere
-        self.others: set[int] = set()
+        self.others: frozenset[int] = frozenset()
         """The workers beside ``own`` that batches were applied to."""
         self.several = False
         self.misplaced: int | None = None
@@ -69,5 +69,5 @@ class Ranks:
             if self._named != self.own:
                 return None
         if carried != self.own:
-            self.others.add(carried)
+            self.others |= {carried}
         return carried

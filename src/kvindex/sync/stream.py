@@ -68,6 +68,17 @@ class WorkerStream:
     applies.
     """
 
+    __slots__ = (
+        "_agrees", "_answers", "_attempts", "_bad", "_behind", "_blame", "_brought", "_conflicts",
+        "_connected_at", "_contradiction", "_dated", "_doubt", "_endpoint", "_foreign", "_guessed",
+        "_has_replay", "_heal_at", "_heal_wait", "_heard_at", "_held_up_until", "_history", "_hole_at",
+        "_holes", "_holes_end", "_hopeless", "_known", "_lost_at", "_marked", "_mixed", "_open", "_out",
+        "_patience", "_pending", "_place", "_probe_at", "_probe_wait", "_refusal", "_replay",
+        "_replay_endpoint", "_retry", "_retry_at", "_started", "_steady", "_tails", "_tries", "_trusts",
+        "_unconfirmed", "_unheard", "_uniform", "_unproven", "_verified", "_verified_at", "_why_lost", "counts",
+        "is_connected", "last_ts", "policy", "reason", "verdict",
+    )  # fmt: skip
+
     def __init__(
         self,
         *,

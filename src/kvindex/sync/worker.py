@@ -139,6 +139,15 @@ class Worker:
     :meth:`describe` belongs to the loop's thread.
     """
 
+    __slots__ = (
+        "_allowance", "_asking", "_backlog", "_backlog_bytes", "_blamed", "_curve", "_heard", "_heard_at",
+        "_host", "_looking_up", "_overlooked", "_resume_at", "_setting", "_unbeaten", "_uncleared", "at",
+        "attempt", "connection", "due", "errors", "events", "explained", "gone", "lag", "last_seq", "model",
+        "opened_at", "pod", "question", "rank", "ranks", "reconnect_at", "removed", "replay", "replay_topic",
+        "rival", "seen_topic", "source", "state", "stored", "stream", "subscription", "tokens", "tokens_at",
+        "topic", "unknown", "unsaid", "verdict",
+    )  # fmt: skip
+
     def __init__(
         self, host: Host, setting: Setting, source: PodSource, rank: int, at: Endpoints, place: StreamPlace | None,
         allowance: Allowance | None = None,
@@ -151,11 +160,12 @@ class Worker:
         self.source = source
         self.model = source.model
         # At a bound endpoint the manager tells ranks apart, for each comes by a connection of its own.
-        self.ranks = None if at.endpoint is None else Ranks(rank, set(source.workers()) - {rank})
+        self.ranks = None if at.endpoint is None else Ranks(rank, tuple(source.workers().keys() - {rank}))
         self._curve = source.curve()
         self._allowance = allowance
         self._resume_at: float | None = None  # nothing is taken before
-        self._backlog: deque[tuple[int, bytes]] = deque()  # of a bound endpoint, which can not wait for one pod
+        # Of a bound endpoint, which can not wait for one pod. An empty deque takes 760 bytes.
+        self._backlog: deque[tuple[int, bytes]] | None = None
         self._backlog_bytes = 0
         self._overlooked = -1  # the highest that was let go for want of room there
         self.stream = WorkerStream(
@@ -189,7 +199,7 @@ class Worker:
         self.stored = self.removed = 0
         self.events: Counter[str] = Counter()  # those that are not in every batch
         self.errors: Counter[str] = Counter()
-        self.explained: set[str] = set()
+        self.explained: frozenset[str] = frozenset()  # an empty set takes 216 bytes
         self.unknown: str | None = None  # the kind of an event that nobody knows, until the worker starts anew
         self._heard_at: float | None = None  # of the connection that stands: the last message, or its beginning
         self._unbeaten = 0  # connections in a row that ended as heartbeats without an answer end them
@@ -278,8 +288,7 @@ class Worker:
 
     def disconnected(self, now: float, why: str) -> None:
         """The connection is gone."""
-        self._backlog.clear()
-        self._backlog_bytes, self._overlooked = 0, -1
+        self._backlog, self._backlog_bytes, self._overlooked = None, 0, -1
         self._carry(self.stream.disconnected(now, why), now)
         self.schedule()
 
@@ -395,6 +404,8 @@ class Worker:
             self.hear(seq, payload, now)
         else:
             policy = self.stream.policy
+            if self._backlog is None:
+                self._backlog = deque()
             if (
                 len(self._backlog) < policy.max_pending
                 and self._backlog_bytes + len(payload) <= policy.max_pending_bytes
@@ -410,6 +421,7 @@ class Worker:
         """Hear what has waited here."""
         for _ in range(BUDGET):
             if not self._backlog:
+                self._backlog = None
                 if self._overlooked >= 0:
                     self._carry(self.stream.overlooked(self._overlooked, now), now)
                     self._overlooked = -1
@@ -505,7 +517,7 @@ class Worker:
                 return
             kind = type(action)
             if kind is Ingest:
-                self._ingest(*action, actions, now)  # type: ignore[misc, call-arg, arg-type]
+                self._ingest(*action, actions, now)  # type: ignore[call-arg]
                 continue
             match action:
                 case RequestReplay(start):
@@ -554,7 +566,7 @@ class Worker:
             self._say("refused", f"the index can not forget what was before, and is asked again: {error!r}", now)
             return False
         self._uncleared = False
-        self.explained.clear()
+        self.explained = frozenset()
         self.unknown = None
         return True
 
@@ -634,7 +646,7 @@ class Worker:
             self.errors[reason] += count
             if reason not in self.explained and reason not in ("unknown_hash", "ignored_medium"):
                 # Once for each reason until the worker starts anew: the counters have the rest.
-                self.explained.add(reason)
+                self.explained |= {reason}
                 self._say(reason, self._explain(reason, payload), now)
 
     def _compare_eagle(self, now: float) -> None:
@@ -642,7 +654,7 @@ class Worker:
         said once."""
         ahead = self._lookahead(self._setting.index.worker_stats(self.pod))
         if ahead:
-            self.explained.add("eagle")
+            self.explained |= {"eagle"}
         if max(ahead, default=0):
             self._say("option_contradicted", _contradicted(ahead), now)
 
