@@ -348,7 +348,8 @@ def test_figures_that_are_not_0_have_their_column_before_those_that_are(pod):
     with EventManager(PrefixIndex(block_size=8), policy=BRISK) as manager:
         pod.publish(3)
         manager.add_pod(PodSource.from_string(word(pod)))
-        until(lambda: manager.status()["pod"].errors, LONG)
+        until(lambda: sum(manager.status()["pod"].errors.values()) == 3, LONG)  # one a batch
+        until(lambda: manager.status()["pod"].state == "degraded", LONG)
         with Console(width=80) as console, console.capture() as capture:
             console.print(top.View(manager).table(80, 24))
     line = cells(capture.get(), "pod")
