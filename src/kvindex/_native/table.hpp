@@ -247,13 +247,23 @@ private:
         Slot* const slots = parts_[from].slots;
         u32 i = 0, moved = 0;
         while (!slots[i].free()) ++i;
-        for (u32 k = 0; k <= mask(); ++k, i = next(i)) {
-            if (slots[i].free()) continue;
-            const Slot s = slots[i];
-            slots[i] = Slot::none();
-            const bool over = s.half() >> bit & 1;
-            place(over ? fresh : slots, lg_, s);
-            moved += over;
+        // Which slots are free and which entries move is as good as random: a branch on either is guessed wrong a
+        // third or half of the time, which was most of 1.7 ms for a segment of 2 MB.
+        Slot* const to[2] = {slots, fresh};
+        constexpr u32 kAtOnce = 64;
+        Slot taken[kAtOnce + 1];
+        for (u32 k = 0; k <= mask();) {
+            u32 n = 0;
+            for (const u32 stop = std::min(k + kAtOnce, mask() + 1); k < stop; ++k, i = next(i)) {
+                taken[n] = slots[i];
+                n += !slots[i].free();
+                slots[i] = Slot::none();
+            }
+            for (u32 j = 0; j < n; ++j) {
+                const u32 over = taken[j].half() >> bit & 1;
+                place(to[over], lg_, taken[j]);
+                moved += over;
+            }
         }
         const u32 part = parts_.size();
         parts_[from].n -= moved;
@@ -309,6 +319,7 @@ private:
 struct RefSlot {
     u64 both;
 
+    RefSlot() = default;
     RefSlot(u32 half, u32 ref) : both((u64{half} << 32) | static_cast<u32>(~ref)) {}
     static RefSlot none() { return {0, kNone}; }
     u32 half() const { return static_cast<u32>(both >> 32); }
@@ -381,6 +392,7 @@ struct HeadSlot {
     u64 prefix;
     u32 above, page;  // the chain's number and one
 
+    HeadSlot() = default;
     HeadSlot(u64 prefix, u32 chain, u32 page) : prefix(prefix), above(chain + 1), page(page) {}
     static HeadSlot none() { return {0, kNone, 0}; }
     u32 chain() const { return above - 1; }
