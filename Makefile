@@ -75,7 +75,7 @@ help:
 	@echo 'make bench-replay      a trace (TRACE=...) sped up until the index falls behind'
 	@echo 'make bench-streams     events over TCP until they are applied: one publisher, and fleets of up to 1,000'
 	@echo 'make bench-gate BASE=REV  exit 1 when something got slower or larger than in REV; 2 when nothing is known'
-	@echo 'make bench-rows        growth, hybrid pods, threads, tail, snapshot and churn, each beside what was promised'
+	@echo 'make bench-rows        growth, hybrid pods, threads, tail, stalls, memory and others, each beside what was promised'
 	@echo 'make lint              style, types and clang-tidy'
 	@echo 'make coverage          which lines the tests run, Python and native'
 	@echo 'make ci                everything that a pull request has to pass, in the order of the pipeline'
@@ -157,16 +157,23 @@ $(FUZZ)/fuzz_%: tests/fuzz/fuzz_%.cpp $(wildcard src/kvindex/_native/*.hpp)
 comma := ,
 
 # No fuzzer: it tries every allocation there is, and has a main of its own.
-FAILING := -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=mmap
+FAILING := -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=mmap,--wrap=mremap
 FAIL_FLAGS := $(subst fuzzer$(comma),,$(FUZZ_FLAGS)) $(FAILING)
 
 $(FUZZ)/fail_memory: tests/fuzz/fail_memory.cpp $(wildcard src/kvindex/_native/*.hpp)
 	mkdir -p $(@D)
 	$(CLANG) $(FAIL_FLAGS) -Isrc/kvindex/_native $< -o $@
 
+# With the slabs of heap.hpp, in whose place the others have malloc, for the address sanitizer to watch.
+LIVE_FLAGS := $(subst fuzzer$(comma),,$(FUZZ_FLAGS)) -DKVINDEX_SLABS -Wl,--wrap=mmap,--wrap=munmap,--wrap=mremap
+$(FUZZ)/live_memory: tests/fuzz/live_memory.cpp $(wildcard src/kvindex/_native/*.hpp)
+	mkdir -p $(@D)
+	$(CLANG) $(LIVE_FLAGS) -Isrc/kvindex/_native $< -o $@
+
 # Half of the time for each.
-fuzz: .venv/.test-tools $(FUZZ)/fuzz_ingest $(FUZZ)/fuzz_snapshot $(FUZZ)/fail_memory
+fuzz: .venv/.test-tools $(FUZZ)/fuzz_ingest $(FUZZ)/fuzz_snapshot $(FUZZ)/fail_memory $(FUZZ)/live_memory
 	$(FUZZ)/fail_memory
+	$(FUZZ)/live_memory
 	$(BIN)/python tests/fuzz/seeds.py $(FUZZ)/corpus
 	$(BIN)/python tests/fuzz/snapshots.py $(FUZZ)/snapshots
 	for of in ingest:corpus snapshot:snapshots; do \

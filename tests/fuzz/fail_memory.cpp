@@ -7,7 +7,7 @@
 //   - no answer is ever larger than the twin's (where no hash means two contents), and pods that know less than theirs
 //   say that they are degraded;
 //   - when the pods are gone, so are the blocks, and the memory is what it was at the start.
-// Linked with --wrap for malloc, calloc, realloc and mmap (see the Makefile).
+// Linked with --wrap for malloc, calloc, realloc, mmap and mremap (see the Makefile).
 
 #include <cstdio>
 #include <cstdlib>
@@ -47,11 +47,15 @@ void* __real_malloc(std::size_t n);
 void* __real_calloc(std::size_t n, std::size_t size);
 void* __real_realloc(void* p, std::size_t n);
 void* __real_mmap(void* at, std::size_t n, int prot, int flags, int fd, off_t from);
+void* __real_mremap(void* p, std::size_t from, std::size_t to, int flags);
 void* __wrap_malloc(std::size_t n) { return fails() ? nullptr : __real_malloc(n); }
 void* __wrap_calloc(std::size_t n, std::size_t size) { return fails() ? nullptr : __real_calloc(n, size); }
 void* __wrap_realloc(void* p, std::size_t n) { return fails() ? nullptr : __real_realloc(p, n); }
 void* __wrap_mmap(void* at, std::size_t n, int prot, int flags, int fd, off_t from) {
     return fails() ? MAP_FAILED : __real_mmap(at, n, prot, flags, fd, from);
+}
+void* __wrap_mremap(void* p, std::size_t from, std::size_t to, int flags) {
+    return fails() ? MAP_FAILED : __real_mremap(p, from, to, flags);
 }
 }
 // NOLINTEND(bugprone-reserved-identifier)

@@ -114,6 +114,8 @@ public:
     // Whether there is a block with this reference.
     bool is_block(u32 ref) const {
         if (!homes_.alive(ref >> kPageShift)) return false;
+        const PageHome& h = homes_[ref >> kPageShift];
+        if (h.index == kNone && shared_[h.chain].free >> (ref & (kPageBlocks - 1)) & 1) return false;
         const Pos p = pos(ref);
         return p.depth >= chains_[p.chain].base && p.depth < chains_[p.chain].end();
     }

@@ -37,7 +37,6 @@ inline constexpr u32 kTurnBlocks = KVINDEX_TURN_BLOCKS;
 // One counter per index. Everything native goes through it, so `bytes` is exact.
 struct Memory {
     std::size_t bytes = 0;
-    bool tight = false;  // there is a budget
     void add(std::size_t n) { bytes += n; }
     void sub(std::size_t n) { bytes -= n; }
 
@@ -49,8 +48,9 @@ struct Memory {
     }
     // What is large enough for large pages gets them.
     void* take_zeros(std::size_t n) {
-        void* const p = n >= kHugePage ? map_memory(n, true) : heap.take_zeros(n);
-        add(Heap::room(n));
+        const std::size_t room = Heap::room(n);
+        void* const p = n >= kHugePage ? map_memory(room, true) : heap.take_zeros(n);
+        add(room);
         return p;
     }
     void* resize(void* p, std::size_t from, std::size_t to) {

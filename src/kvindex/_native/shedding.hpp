@@ -32,7 +32,6 @@ public:
     // max_bytes 0: no budget. ttl 0: for ever.
     Shedder(u32 block_size, u64 seed, bool set_presence, u32 max_parked, u64 max_bytes, double ttl)
         : Parker(block_size, seed, set_presence, max_parked), max_(max_bytes), ttl_(ttl) {
-        mem_.tight = max_ != 0;
         if (max_ || ttl_ > 0) chains_.ages().open(ttl_);
     }
 
