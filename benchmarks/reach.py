@@ -60,6 +60,13 @@ GOALS: dict[str, Goal] = {
     "tail": _at_most(20, 10),
     "snapshot seconds": _at_most(1, 0.2),
     "churn": _at_most(1.05),
+    "wait ms": _at_most(2, 0.5),
+    "pause ms": _at_most(10, 2),
+    "long event": _at_most(1.5, 1),
+    "hostile": _at_most(1.1, 1),
+    "bytes 1 block": _at_most(150, 96),
+    "stays": _at_most(5, 1),
+    "peak": _at_most(1),
 }
 
 

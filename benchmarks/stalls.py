@@ -1,0 +1,209 @@
+"""``python -m benchmarks.stalls``: how long one call keeps a match waiting, and how long every other Python thread.
+
+A wait is the longest call of ``match_prefix`` while another thread stores blocks without a pause, so that every table
+grows. A pause is the longest time for which a thread that only sleeps was kept from running beside one call on a large
+index.
+
+By the clock both are mostly those of a shared machine, which takes a core away for milliseconds, from whoever waits or
+from whoever is waited for. So the processor decides: what all threads of the process used of it meanwhile, where that
+is less than what the clock says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+import time
+from array import array
+from collections.abc import Callable
+from functools import partial
+from itertools import chain as chain_of
+from itertools import repeat
+from mmap import MADV_HUGEPAGE, MAP_ANONYMOUS, MAP_PRIVATE, mmap
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from kvindex import PrefixIndex
+from kvindex.sim.wire import Cleared, encode_batch
+
+from .data import BLOCK, beginning, chain, chains, fill, newest, payloads
+from .machine import described
+from .reach import Reached, verdicts
+from .report import amount, say, table
+
+NAP = 0.0002
+
+
+def touch(size: int = 1 << 29) -> None:
+    """Has the host of a virtual machine give it memory in large pages, as on one that has run for a while.
+
+    The first use of 2 MB that no process has had took 5 ms here, and 0.2 ms from then on.
+    """
+    with mmap(-1, size, MAP_PRIVATE | MAP_ANONYMOUS) as memory:
+        memory.madvise(MADV_HUGEPAGE)
+        memory[:: 1 << 12] = bytes(size >> 12)
+
+
+class Waits(NamedTuple):
+    """Milliseconds of every call, by the clock and by what the process used of the processor."""
+
+    clock: npt.NDArray[np.float64]
+    processor: npt.NDArray[np.float64]
+
+
+def waits(blocks: int, budget: int | None) -> Waits:
+    """Every match of a known prompt while ``blocks`` blocks are stored by another thread."""
+    index = PrefixIndex(block_size=BLOCK, max_bytes=budget)
+    fill(index, [chain(50, 0, 8)], ["pod"])
+    prompt = chain(50, 0, 8).tokens
+    ended = threading.Event()
+
+    def store() -> None:
+        for number in range(blocks // 64):
+            for payload in payloads([chain(51, number, 64)], 64):
+                index.ingest("pod", payload)
+        ended.set()
+
+    writer = threading.Thread(target=store)
+    clock, processor, match, nap = time.perf_counter, time.process_time, index.match_prefix, time.sleep
+    found = array("d"), array("d")
+    # The match keeps the interpreter lock, and nobody takes it away between two looks at the clock.
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(10)
+    try:
+        writer.start()
+        while not ended.is_set():
+            nap(NAP)
+            used, at = processor(), clock()
+            match(prompt)
+            found[0].append(clock() - at)
+            found[1].append(processor() - used)
+    finally:
+        sys.setswitchinterval(before)
+        writer.join()
+    stats = index.stats()
+    assert stats["blocks"] + stats["shed_blocks"] == blocks // 64 * 64 + 8, stats
+    by_clock = 1000 * np.asarray(found[0])
+    return Waits(by_clock, np.minimum(by_clock, 1000 * np.asarray(found[1])))
+
+
+class Pause(NamedTuple):
+    """Milliseconds, by the clock and by what the process used of the processor."""
+
+    clock: float
+    processor: float
+
+
+def pause(call: Callable[[], object]) -> Pause:
+    """The longest time for which a thread that sleeps 0.2 ms at a time was kept from running beside the call."""
+    worst, ready, ended = [0.0, 0.0], threading.Event(), threading.Event()
+
+    def tick() -> None:
+        ready.set()
+        last, used = time.perf_counter(), time.process_time()
+        while not ended.is_set():
+            time.sleep(NAP)
+            now, uses = time.perf_counter(), time.process_time()
+            worst[0] = max(worst[0], now - last)
+            worst[1] = max(worst[1], min(now - last, uses - used))
+            last, used = now, uses
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    ready.wait()
+    call()
+    ended.set()
+    ticker.join()
+    return Pause(*(1000 * max(seconds - NAP, 0) for seconds in worst))
+
+
+Call: TypeAlias = Callable[[PrefixIndex], object]
+
+
+def calls(folder: Path) -> dict[str, Call]:
+    """What is called on an index of its own."""
+    prompt = beginning(53, 0, 65_536)
+    (event,) = payloads([chain(53, 0, 65_536)], 65_536)
+    clear = encode_batch([Cleared()], newest())
+    return {
+        "match_prefix of 1,048,576 tokens": lambda index: index.match_prefix(prompt),
+        "match_many of 1,000 prompts": lambda index: index.match_many([prompt[: 512 * BLOCK]] * 1000),
+        "stats": lambda index: index.stats(),
+        "pod_state": lambda index: index.pod_state("pod"),
+        "worker_stats": lambda index: index.worker_stats("pod"),
+        "stream_places": lambda index: index.stream_places("pod"),
+        "mark_worker": lambda index: index.mark_worker("pod", 0, "exact"),
+        "save": lambda index: index.save(folder / "again"),
+        "load": lambda index: index.load(folder / "saved"),
+        "add_prefix of 1,048,576 tokens": lambda index: index.add_prefix("pod", prompt, ttl=60),
+        "ingest of one event of 65,536 blocks": lambda index: index.ingest("pod", event),
+        "ingest of a clear": lambda index: index.ingest("pod", clear),
+        "clear_worker": lambda index: index.clear_worker("pod"),
+        "configure_pod, presence": lambda index: index.configure_pod("pod", presence="set"),
+        "configure_pod, ignore_media": lambda index: index.configure_pod("pod", ignore_media=["GPU"]),
+        "remove_pod": lambda index: index.remove_pod("pod"),
+        "match_prefix that expires all": lambda index: index.match_prefix(prompt[:BLOCK]),
+    }
+
+
+def pauses(blocks: int, rounds: int) -> dict[str, Pause]:
+    """The best of the rounds of each call, on an index of ``blocks`` blocks of one pod."""
+    found = {}
+    with TemporaryDirectory() as folder:
+        saved = Path(folder) / "saved"
+        index = PrefixIndex(block_size=BLOCK)
+        for number in range(blocks // 1024):
+            fill(index, chains(52 + number, 16, 64), ["pod"])
+        index.save(saved)
+        for name, call in calls(Path(folder)).items():
+            ttl = 1.0 if "expires" in name else None
+            of_call = []
+            for _ in range(rounds):
+                times = chain_of([0.0], repeat(1e6))
+                index = PrefixIndex.load(saved, ttl=ttl, clock=times.__next__)
+                of_call.append(pause(partial(call, index)))
+            found[name] = Pause(*map(min, zip(*of_call, strict=True)))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.stalls", description=__doc__)
+    parser.add_argument("--blocks", type=int, default=3_000_000, help="stored while matches wait (%(default)s)")
+    parser.add_argument("--held", type=int, default=2_000_000, help="while threads pause (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="the best one of each call counts (%(default)s)")
+    options = parser.parse_args()
+    marks, rows = [], []
+    for what, budget in (("no budget", None), ("a budget of half of it", options.blocks * 20)):
+        say(f"storing {options.blocks:,} blocks, {what}")
+        touch()
+        found = waits(options.blocks, budget)
+        where = f"{options.blocks:,} blocks stored, {what}; {len(found.clock):,} matches"
+        marks.append(Reached("longest wait of a match, ms", where, "wait ms", float(found.processor.max())))
+        for kind, ms in zip(("by the clock", "by the processor"), found, strict=True):
+            rows.append([f"{what}, {kind}", *(amount(1000 * q) for q in np.percentile(ms, [50, 99, 99.9, 100]))])
+    say(f"storing {options.held:,} blocks")
+    before = sys.getswitchinterval()
+    # What a thread waits for another one's Python is not what is asked.
+    sys.setswitchinterval(NAP)
+    paused = pauses(options.held, options.rounds)
+    sys.setswitchinterval(before)
+    longest = max(paused, key=lambda name: paused[name].processor)
+    where = f"{options.held:,} blocks, {longest}"
+    marks.append(Reached("longest pause of another thread, ms", where, "pause ms", paused[longest].processor))
+    print(verdicts(marks))
+    print(table(["µs of a match", "p50", "p99", "p99.9", "max"], rows))
+    print(
+        table(
+            ["ms of a pause", "by the clock", "by the processor"], [[n, *map(amount, ms)] for n, ms in paused.items()]
+        )
+    )
+    print(", ".join(f"{name} {value}" for name, value in described("numpy").items()))
+
+
+if __name__ == "__main__":
+    main()
