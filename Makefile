@@ -327,7 +327,11 @@ coverage: .venv/.coverage-tools $(COVERED)/.built
 		--fail-under-line 98
 
 # The long runs of what `make test` does in minutes.
-test-nightly: .venv/.test-tools
+.venv/.nightly-tools: .venv/.test-tools
+	$(call listed,["project"]["optional-dependencies"]["nightly"])
+	touch $@
+
+test-nightly: .venv/.nightly-tools
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -q -n $(JOBS) $(JUNIT) tests/property tests/threads
 
 # What a release would be made of: the sdist, and the wheel that is built from it, installed where there is nothing else

@@ -1,0 +1,159 @@
+"""``python -m benchmarks.encoding``: what the token ids of a growing conversation cost, and other threads meanwhile."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import threading
+import time
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+from kvindex import BlockStored, PrefixIndex
+from kvindex.routing import EndpointPicker
+from kvindex.text import PromptEncoder
+
+from .interleave import interleaved
+from .machine import described
+from .reach import Reached, verdicts
+from .report import amount, say
+
+__all__ = ["main"]
+
+ROOT = Path(__file__).resolve().parents[1]
+TURNS, TOKENS = 41, 32_768
+#: Llama 3's.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+OPENING = "<|im_start|>assistant\n"
+
+
+def trained(texts: list[str]) -> Tokenizer:
+    """A byte-level BPE as today's models have it, with a vocabulary of what this repository is written in."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=16_000, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return tokenizer
+
+
+def conversation(tokenizer: Tokenizer, texts: list[str], seed: int) -> list[str]:
+    """The prompt of each turn, without the opening of the answer."""
+    rng = random.Random(seed)
+    lines = [line for text in texts for line in text.splitlines(keepends=True)]
+    text, prompts = "", []
+    for turn in range(TURNS):
+        said: list[str] = []
+        count = 0
+        while count < TOKENS // TURNS - 12:
+            said.append(rng.choice(lines))
+            count += len(tokenizer.encode(said[-1], add_special_tokens=False).ids)
+        text += f"<|im_start|>{('user', 'assistant')[turn % 2]}\n{''.join(said)}<|im_end|>\n"
+        prompts.append(text)
+    return prompts
+
+
+def longest_pause(work: threading.Thread) -> float:
+    """Seconds that this thread was kept from running, beyond what it wanted to sleep, while ``work`` ran."""
+    longest = 0.0
+    # From before its start: work that never gives up the interpreter lock is over when start() returns.
+    before = time.perf_counter()
+    work.start()
+    while True:
+        now = time.perf_counter()
+        longest = max(longest, now - before - 0.0002)
+        if not work.is_alive():
+            return longest
+        before = now
+        time.sleep(0.0002)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.encoding", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (%(default)s)")
+    options = parser.parse_args()
+    texts = [path.read_text() for kind in ("*.md", "*.py", "*.hpp") for path in sorted(ROOT.glob(f"[bds]*/**/{kind}"))]
+    say("training a tokenizer")
+    tokenizer = trained(texts)
+    prompts = [conversation(tokenizer, texts, seed) for seed in range(2)]
+    rows = []
+
+    encoder = PromptEncoder(tokenizer)
+
+    def whole(turns: list[str]) -> None:
+        for text in turns:
+            tokenizer.encode(text + OPENING, add_special_tokens=False)
+
+    def incremental(turns: list[str]) -> None:
+        for text in turns:
+            encoder.encode(text + OPENING)
+
+    def inputs(_: str, number: int) -> list[list[str]]:
+        # Nothing of this conversation is known; the tokenizer's own cache of words is as warm as the other's.
+        encoder._cache = type(encoder._cache)(1 << 30)
+        return [prompts[number % 2]]
+
+    say(f"{TURNS} turns, {options.rounds} rounds")
+    timings = interleaved({"whole": whole, "incremental": incremental}, inputs, options.rounds)
+    assert encoder.stats()["fallbacks"] == 0
+    ratio = timings.ratio("whole", "incremental")
+    ms = f"{timings.best('whole') / 1000:.0f} → {timings.best('incremental') / 1000:.0f} ms"
+    rows.append(
+        Reached(
+            "conversation, turn by turn, against whole", f"{TURNS} turns, {ms}", "conversation", ratio.median, ratio
+        )
+    )
+
+    last, before = prompts[0][-1] + OPENING, prompts[0][-2]
+    ids = encoder.encode(last)
+    index = PrefixIndex(block_size=16)
+    held = ids[: len(ids) * 40 // 41 // 16 * 16]
+    for pod in range(64):
+        index.process_block_stored(
+            BlockStored(
+                pod=f"pod-{pod}", model="", block_hashes=list(range(len(held) // 16)), token_ids=held, block_size=16
+            )
+        )
+    picker = EndpointPicker(index)
+    seconds = []
+    for number in range(4 * options.rounds):
+        inputs("", number)
+        encoder.encode(before + OPENING)
+        began = time.perf_counter()
+        choice = picker.pick(encoder.encode(last))
+        seconds.append(time.perf_counter() - began)
+        assert choice is not None
+        assert choice.cached_tokens >= len(held)
+        picker.finished(choice)
+    rows.append(Reached("last turn, text to pod, ms", f"{len(ids):,} tokens", "last turn ms", min(seconds) * 1000))
+
+    pauses = {}
+    for name, call in (
+        ("encode", lambda: tokenizer.encode(last, add_special_tokens=False)),
+        ("PromptEncoder", lambda: encoder.encode(last)),
+    ):
+        seconds = []
+        for number in range(4 * options.rounds):
+            inputs("", number)
+            seconds.append(longest_pause(threading.Thread(target=call)))
+        pauses[name] = min(seconds) * 1000
+    where = f"{len(ids):,} tokens, {amount(pauses['encode'])} ms by encode"
+    rows.append(Reached("longest pause of another thread, ms", where, "encode pause ms", pauses["PromptEncoder"]))
+    print(verdicts(rows))
+    print("pauses and last turn: best of all rounds, since what else the machine does only adds to them")
+    print(", ".join(f"{name} {value}" for name, value in described("numpy", "tokenizers").items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,354 @@
+"""Chat templates, engines that tokenize, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from kvindex import InvalidTypeError, InvalidValueError, KVIndexError
+from kvindex.text import EncodeError, PromptEncoder, RemoteEncoder
+
+TEMPLATE = """{%- for message in messages %}
+    {%- if message.role not in ["system", "user", "assistant"] %}
+        {{- raise_exception("no role " ~ message.role) }}
+    {%- endif %}
+    {{- "<|start|>" ~ message.role ~ "\\n" ~ message.content ~ "<|end|>\\n" }}
+{%- endfor %}
+{%- if tools %}{{ tools | tojson }}{% endif %}
+{%- if add_generation_prompt %}{{ "<|start|>assistant\\n" }}{% endif %}
+{%- if thinking %}{{ "think" }}{% endif %}"""
+MESSAGES = [{"role": "user", "content": "hello"}]
+RENDERED = "<|start|>user\nhello<|end|>\n<|start|>assistant\n"
+
+
+def tokenizer():
+    made = Tokenizer(
+        models.BPE(vocab={letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
+    )
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.add_special_tokens(["<|start|>", "<|end|>"])
+    return made
+
+
+def whole(text):
+    return tokenizer().encode(text, add_special_tokens=False).ids
+
+
+@pytest.fixture
+def encoder():
+    return PromptEncoder(tokenizer(), TEMPLATE)
+
+
+def test_a_chat_is_its_template_encoded(encoder):
+    assert encoder.encode_chat(MESSAGES).tolist() == whole(RENDERED)
+    assert encoder.encode_chat(MESSAGES, add_generation_prompt=False).tolist() == whole("<|start|>user\nhello<|end|>\n")
+    assert encoder.encode_chat(MESSAGES, thinking=True).tolist() == whole(RENDERED + "think")
+    tools = [{"type": "function", "function": {"name": "größe"}}]
+    written = json.dumps(tools, ensure_ascii=False)
+    text = RENDERED.replace("<|end|>\n", f"<|end|>\n{written}")
+    assert encoder.encode_chat(MESSAGES, tools).tolist() == whole(text)
+
+
+def test_a_template_that_raises_is_one_clear_error_and_others_are_served(encoder):
+    with pytest.raises(EncodeError, match="cannot render these messages: no role tool") as raised:
+        encoder.encode_chat([{"role": "tool", "content": ""}])
+    assert isinstance(raised.value, KVIndexError)
+    with pytest.raises(EncodeError, match="cannot render"):
+        encoder.encode_chat([3])
+    with pytest.raises(EncodeError, match="has no chat template"):
+        PromptEncoder(tokenizer()).encode_chat(MESSAGES)
+    with pytest.raises(InvalidValueError, match="chat_template is no Jinja template"):
+        PromptEncoder(tokenizer(), "{% if %}")
+    assert encoder.encode_chat(MESSAGES).tolist() == whole(RENDERED)
+
+
+def test_a_template_cannot_reach_what_is_outside():
+    hostile = PromptEncoder(tokenizer(), "{{ messages.__class__.__mro__[1].__subclasses__() }}")
+    with pytest.raises(EncodeError):
+        hostile.encode_chat(MESSAGES)
+
+
+@pytest.mark.parametrize("text", ["abc\ud800def", "<|start|>a<|end|>\udfff"])
+def test_a_lone_surrogate_is_named(encoder, text):
+    with pytest.raises(InvalidValueError, match="lone surrogate"):
+        encoder.encode(text)
+    assert encoder.stats()["calls"] == 0
+    assert encoder.encode("abc").tolist() == whole("abc")
+
+
+@pytest.mark.parametrize("wrong", [None, b"abc", 3, ["a"]])
+def test_what_is_no_text_is_refused(encoder, wrong):
+    with pytest.raises(InvalidTypeError, match="text is"):
+        encoder.encode(wrong)
+
+
+@pytest.mark.parametrize("text", ["", "<|end|>", "<|end|><|end|>", "a<|end|>", "<|end|>a"])
+def test_ends(encoder, text):
+    for _ in range(2):
+        assert encoder.encode(text).tolist() == whole(text)
+
+
+def test_very_many_special_tokens_are_encoded_whole(encoder):
+    text = "<|end|>" * 50_000
+    assert encoder.encode(text).tolist() == whole(text)
+    assert encoder._cache._entries.keys() == {text}
+
+
+def test_ids_are_uint32_and_a_callers_own_or_read_only(encoder):
+    for text in ("hello", RENDERED):
+        first = encoder.encode(text)
+        if first.flags.writeable:
+            first[:] = 0
+        assert encoder.encode(text).tolist() == whole(text)
+        assert first.dtype == "uint32"
+
+
+@pytest.mark.parametrize("max_bytes", [0, 1000, 3000])
+def test_the_cache_is_bounded_and_the_oldest_goes(max_bytes):
+    encoder = PromptEncoder(tokenizer(), max_bytes=max_bytes)
+    for i in range(50):
+        encoder.encode(f"{i} hello" * 3)
+        assert encoder.stats()["bytes"] <= max_bytes
+    before = encoder.stats()["tokens_reused"]
+    encoder.encode("49 hello" * 3)
+    assert (encoder.stats()["tokens_reused"] > before) == (max_bytes > 0)
+    before = encoder.stats()["tokens_reused"]
+    encoder.encode("0 hello" * 3)
+    assert encoder.stats()["tokens_reused"] == before
+
+
+def test_the_users_tokenizer_is_left_alone_and_changes_to_it_have_no_effect():
+    theirs = tokenizer()
+    theirs.enable_truncation(3)
+    theirs.enable_padding(length=100)
+    encoder = PromptEncoder(theirs)
+    assert encoder.encode("hello world").tolist() == whole("hello world")
+    assert theirs.truncation["max_length"] == 3
+    theirs.add_special_tokens(["hello"])
+    assert encoder.encode("hello").tolist() == whole("hello")
+
+
+def test_an_id_that_is_not_the_tokens_at_a_cut_is_encoded_whole(encoder):
+    # In place of a tokenizer that treats a token otherwise than its kind says.
+    encoder._marks["<|end|>"] = 7
+    assert encoder.encode(RENDERED).tolist() == whole(RENDERED)
+    assert encoder.stats()["fallbacks"] == 1
+
+
+class Transformers:
+    """What of a transformers tokenizer is asked for."""
+
+    def __init__(self, fast=True):
+        if fast:
+            self.backend_tokenizer = tokenizer()
+
+    def apply_chat_template(self, messages, *, tokenize, tools, add_generation_prompt, chat_template="T", **more):
+        assert tokenize is False
+        return f"{chat_template}<|start|>{messages[0]['content']}{tools}{add_generation_prompt}{more}"
+
+    def __call__(self, text, *, add_special_tokens):
+        assert add_special_tokens is False
+        return {"input_ids": whole(text)}
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_transformers(fast):
+    encoder = PromptEncoder(Transformers(fast))
+    assert bool(encoder._marks) == fast
+    for _ in range(2):
+        assert encoder.encode_chat(MESSAGES, x=1).tolist() == whole("T<|start|>helloNoneTrue{'x': 1}")
+    assert encoder.stats()["tokens_reused"] > 0
+    other = PromptEncoder(Transformers(fast), "U")
+    assert other.encode_chat(MESSAGES).tolist() == whole("U<|start|>helloNoneTrue{}")
+
+
+def test_what_is_no_tokenizer_is_refused():
+    with pytest.raises(InvalidTypeError, match=r"tokenizer is 3; it must be a tokenizers.Tokenizer"):
+        PromptEncoder(3)
+    with pytest.raises(InvalidTypeError, match="chat_template"):
+        PromptEncoder(tokenizer(), 3)
+    with pytest.raises(InvalidValueError, match="max_bytes"):
+        PromptEncoder(tokenizer(), max_bytes=-1)
+
+
+def test_mistral_refuses_what_it_does_not_know():
+    mistral = pytest.importorskip("mistral_common.tokens.tokenizers.mistral").MistralTokenizer.v3(is_tekken=True)
+    encoder = PromptEncoder(mistral)
+    with pytest.raises(EncodeError, match="mistral-common cannot encode these messages"):
+        encoder.encode_chat([{"role": "robot", "content": "x"}])
+    with pytest.raises(InvalidValueError, match="have no templates"):
+        PromptEncoder(mistral, TEMPLATE)
+
+
+# ---- an engine's /tokenize ------------------------------------------------------------------------------------------
+
+
+class Engine(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.requests, self.connections, self.answer = [], 0, None
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.stopped = threading.Event()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self):
+        self.stopped.set()
+        self.shutdown()
+        self.server_close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def setup(self):
+        super().setup()
+        self.server.connections += 1
+
+    def log_message(self, *_):
+        pass
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append((self.path, body, self.headers.get("Authorization")))
+        answer = self.server.answer
+        if callable(answer):
+            return answer(self)
+        if answer is None:
+            text = body["prompt"] if "prompt" in body else json.dumps(body["messages"])
+            answer = 200, json.dumps({"tokens": list(text.encode()), "count": len(text.encode())}).encode()
+        status, data = answer
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture
+def engine():
+    engine = Engine()
+    yield engine
+    engine.close()
+
+
+def test_an_engine_is_asked_once_for_the_same_over_one_connection(engine):
+    encoder = RemoteEncoder(engine.url + "/", model="m", headers={"Authorization": "Bearer x"})
+    for text in ("hello", "hello", "größe", ""):
+        ids = encoder.encode(text)
+        assert ids.tolist() == list(text.encode())
+        assert ids.dtype == "uint32"
+    assert [body["prompt"] for _, body, _ in engine.requests] == ["hello", "größe", ""]
+    assert engine.requests[0] == (
+        "/tokenize",
+        {"model": "m", "prompt": "hello", "add_special_tokens": False},
+        "Bearer x",
+    )
+    encoder.encode_chat(MESSAGES, [{"name": "f"}], enable_thinking=False)
+    assert engine.requests[-1][1] == {
+        "model": "m",
+        "messages": MESSAGES,
+        "add_generation_prompt": True,
+        "tools": [{"name": "f"}],
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    assert engine.connections == 1
+    assert encoder.stats()["tokens_reused"] == 5
+    encoder.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "named"),
+    [
+        ((404, b"no such thing"), "answered 404: 'no such thing'"),
+        ((500, b"\xff" * 1000), "answered 500"),
+        ((302, b""), "answered 302"),
+        ((200, b"<html>"), "answered '<html>', which has no list of token ids"),
+        ((200, b"[1, 2]"), "no list of token ids"),
+        ((200, b'{"tokens": 3}'), "no list of token ids"),
+        ((200, b'{"tokens": null}'), "no list of token ids"),
+        ((200, b'{"tokens": "abc"}'), "no list of token ids"),
+        ((200, b'{"tokens": [1, "2"]}'), "no list of token ids"),
+        ((200, b'{"tokens": [1, 2.5]}'), "no list of token ids"),
+        ((200, b'{"tokens": [true]}'), "no list of token ids"),
+        ((200, b'{"tokens": [[1]]}'), "no list of token ids"),
+        ((200, b'{"tokens": [-1]}'), "no list of token ids"),
+        ((200, b'{"tokens": [4294967296]}'), "no list of token ids"),
+        ((200, b'{"tokens": [' + b"9" * 400 + b"]}"), "no list of token ids"),
+        ((200, b"[" * 100_000), "no list of token ids"),
+        ((200, b""), "no list of token ids"),
+    ],
+)
+def test_nonsense_is_one_clear_error_and_is_not_kept(engine, answer, named):
+    encoder = RemoteEncoder(engine.url)
+    engine.answer = answer
+    with pytest.raises(EncodeError, match=named):
+        encoder.encode("hello")
+    engine.answer = None
+    assert encoder.encode("hello").tolist() == list(b"hello")
+    encoder.close()
+
+
+def drips(handler):
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000000")
+    handler.end_headers()
+    while not handler.server.stopped.wait(0.01):
+        try:
+            handler.wfile.write(b"[")
+            handler.wfile.flush()
+        except OSError:
+            return
+
+
+def hangs(handler):
+    handler.server.stopped.wait(30)
+
+
+def cuts(handler):
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000000")
+    handler.end_headers()
+    handler.wfile.write(b'{"tokens": [1')
+    handler.close_connection = True
+
+
+@pytest.mark.parametrize("answer", [drips, hangs, cuts])
+def test_a_server_that_hangs_costs_no_more_than_the_time_out(engine, answer):
+    encoder = RemoteEncoder(engine.url, timeout=0.2)
+    engine.answer = answer
+    with pytest.raises(EncodeError, match="tokenize"):
+        encoder.encode("hello")
+    engine.answer = None
+    assert RemoteEncoder(engine.url).encode("hello").tolist() == list(b"hello")
+    encoder.close()
+
+
+def test_nobody_there_and_no_url():
+    with pytest.raises(EncodeError, match="gives no token ids"):
+        RemoteEncoder("http://127.0.0.1:1", timeout=1.0).encode("a")
+    for wrong in ("127.0.0.1:8000", "tcp://a:1"):
+        with pytest.raises(InvalidValueError, match="url is"):
+            RemoteEncoder(wrong)
+    with pytest.raises(InvalidTypeError, match="url is 3"):
+        RemoteEncoder(3)
+    encoder = RemoteEncoder("http://127.0.0.1:1")
+    with pytest.raises(InvalidTypeError, match="no JSON form"):
+        encoder.encode_chat([{"role": "user", "content": object()}])
+    with pytest.raises(InvalidTypeError, match="text is"):
+        encoder.encode(b"abc")
+
+
+@pytest.mark.parametrize(
+    ("module", "make"),
+    [("urllib3", lambda: RemoteEncoder("http://a")), ("jinja2", lambda: PromptEncoder(tokenizer(), TEMPLATE))],
+)
+def test_what_is_not_installed_says_what_to_install(monkeypatch, module, make):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=r"pip install 'kvindex\[text\]'"):
+        make()
