@@ -19,7 +19,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rows", description=__doc__)
     parser.add_argument("--out", type=Path, help="file that the tables are written to as well")
     options = parser.parse_args()
-    page = ["# Growth, hybrid pods, picks, encoding, threads, tail, snapshot, churn, stalls, hostile pods, memory", INTRO]
+    page = [
+        "# Growth, hybrid pods, picks, encoding, threads, tail, snapshot, churn, stalls, hostile pods, memory",
+        INTRO,
+    ]
     failed = []
     for name in ROWS:
         print(f"\n## {name}\n", flush=True)
