@@ -769,9 +769,12 @@ class Worker:
         return state, reason
 
     def _verdict_of(self, figures: Mapping[int, dict[str, Any]]) -> tuple[str, str]:
-        states = [figures[rank]["state"] for rank in self.speaks_for if rank in figures]
-        own = min(states, key=WORST_FIRST.index, default=self.verdict)
-        if WORST_FIRST.index(own) < WORST_FIRST.index(self.verdict):
+        if self.ranks is None or not self.ranks.others:  # as of nearly all workers
+            own = figures[self.rank]["state"] if self.rank in figures else self.verdict
+        else:
+            states = [figures[rank]["state"] for rank in self.speaks_for if rank in figures]
+            own = min(states, key=WORST_FIRST.index, default=self.verdict)
+        if own != self.verdict and WORST_FIRST.index(own) < WORST_FIRST.index(self.verdict):
             if self.unknown is not None:
                 return own, f"an event of kind {self.unknown}, which is not known, may have taken blocks away"
             if any(figures[rank]["in_doubt"] for rank in self.speaks_for if rank in figures):
@@ -793,7 +796,9 @@ class Worker:
         """What it is like at this moment, and the workers that it speaks for besides; ``table`` has the index's own
         figures by rank."""
         own = self._described(table)
-        others = sorted(self.speaks_for[1:])
+        if self.ranks is None or not self.ranks.others:
+            return {self.rank: own}
+        others = sorted(self.ranks.others)
         return {self.rank: own} | {
             rank: replace(
                 own,
