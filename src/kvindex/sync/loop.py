@@ -263,7 +263,7 @@ class StreamLoop:
                 print(0, file=slack)  # back to the system's own
 
     def _turn(self) -> None:
-        if self._flows and not self._hot:
+        if self._flows and not self._hot and not self._replaying:
             self._called.poll(GATHER)
             wait: float | None = 0.0
         else:

@@ -12,6 +12,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, Self, TypeAlias
 
 import zmq
@@ -494,6 +495,7 @@ def join_tcp(host: str, port: int) -> str:
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
+@lru_cache(4096)  # two of a pod, asked for at each connection and replay
 def is_address(host: str) -> bool:
     try:
         ipaddress.ip_address(host.partition("%")[0])

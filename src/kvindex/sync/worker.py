@@ -345,14 +345,16 @@ class Worker:
         """See to it that :meth:`tick` is called when something is due."""
         if self.gone:
             return
+        due = self.stream.deadline()
         patience = None if self.opened_at is None else self.opened_at + self._setting.options.patience
-        times = (self.stream.deadline(), self.reconnect_at, patience, self._resume_at)
-        due = min((at for at in times if at is not None), default=None)
-        if due is not None and due != self.due:
+        for at in (self.reconnect_at, patience, self._resume_at):
+            if at is not None and (due is None or at < due):
+                due = at
+        if due is None:
+            self.due = None
+        elif self.due is None or due < self.due:  # one that comes too early finds nothing to do, and is set anew
             self.due = due
             self._host.wake_at(due, self)
-        elif due is None:
-            self.due = None
 
     # -------------------------------------------------------------------------------------------------- messages
 
