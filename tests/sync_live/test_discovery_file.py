@@ -68,7 +68,12 @@ def test_the_same_pods_as_yaml_and_as_json(tmp_path):
         ("- {endpoint: 'tcp://h:1'}\n", "pod 1: a pod without a name"),
         (
             "- {name: a, endpoint: 'tcp://h:1'}\n- {name: b, endpoint: 'tcp://H:1/'}\n",
-            "pod 2: pod 'b' publishes at tcp://H:1/, as pod 'a' before it",
+            "pod 2: rank 0 of pod 'b' publishes at tcp://H:1/, which is of pod 'a' before it",
+        ),
+        (
+            "- {name: a, endpoint: 'tcp://h:1', replay_endpoint: 'tcp://h:2'}\n"
+            "- {name: b, endpoint: 'tcp://g:1', replay_endpoint: 'tcp://h:2'}\n",
+            "pod 2: rank 0 of pod 'b' answers replays at tcp://h:2, which is of pod 'a' before it",
         ),
         ("- {name: a, endpiont: 'tcp://h:1', 7: 8}\n", "pod 1: unknown fields 7, endpiont;"),
         ("- {name: a, endpoint: 'tcp://*:1'}\n", "name the host that it runs on"),

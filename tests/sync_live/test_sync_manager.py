@@ -947,6 +947,25 @@ def test_an_engine_has_one_name(index, manager, spelling):
     manager.add_pod(PodSource("b", endpoint=spelling))
 
 
+@pytest.mark.parametrize(
+    ("use", "endpoints"),
+    [
+        ("answers replays", ("tcp://127.0.0.1:2", "tcp://[0::1]:5558")),
+        ("publishes", ("tcp://[0::1]:5558", "tcp://127.0.0.1:2")),
+    ],
+)
+def test_a_replay_endpoint_has_one_name(index, manager, use, endpoints):
+    manager.add_pod(PodSource("a", endpoint="tcp://127.0.0.1:1", replay_endpoint="tcp://[::1]:5558"))
+    copied = PodSource("b", endpoint=endpoints[0], replay_endpoint=endpoints[1])
+    with pytest.raises(StreamError, match=rf"rank 0 of pod 'b' {use} at .*:5558, which is followed as pod 'a' already"):
+        manager.add_pod(copied)
+    assert list(manager.status()) == ["a"]
+    with pytest.raises(UnknownPodError):
+        index.pod_state("b")
+    manager.remove_pod("a")
+    manager.add_pod(copied)
+
+
 def test_a_pod_is_described_anew_and_its_streams_notice_nothing(index, manager, pod):
     pod.publish(2)
     told = []

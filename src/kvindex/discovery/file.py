@@ -68,12 +68,10 @@ def _parse(data: bytes, path: str) -> dict[str, PodSource]:
             raise kind(f"{path}, pod {number}: {error}") from None
         if source.name in pods:
             raise InvalidValueError(f"{path}, pod {number}: there is a pod {source.name!r} before it")
-        for pair in source.workers().values():
-            if pair.endpoint is not None and (at := owners.setdefault(same_endpoint(pair.endpoint), source.name)):
-                if at == source.name:
-                    continue
+        for use, endpoint in source.endpoints():
+            if (owner := owners.setdefault(same_endpoint(endpoint), source.name)) != source.name:
                 raise InvalidValueError(
-                    f"{path}, pod {number}: pod {source.name!r} publishes at {pair.endpoint}, as pod {at!r} before it"
+                    f"{path}, pod {number}: {use} at {endpoint}, which is of pod {owner!r} before it"
                 )
         pods[source.name] = source
     return pods

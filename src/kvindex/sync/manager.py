@@ -113,7 +113,7 @@ class EventManager:
         self._admitted: dict[bytes, frozenset[str] | None] = {}  # by domain; None is everybody
         self._templates: dict[Bound, dict[str, Any]] = {}
         self._topics: dict[bytes, str] = {}
-        self._endpoints: dict[str, str] = {}  # where followed pods publish
+        self._endpoints: dict[str, str] = {}  # where followed pods publish and answer replays
         # Names that were removed: what is still on its way must not bring them back. Bounded, oldest first.
         self._removed: OrderedDict[str, None] = OrderedDict()
         self._faults: Counter[str] = Counter()
@@ -428,12 +428,12 @@ class EventManager:
         topic = (source.topic or f"kv@{source.name}@{source.model}").encode()
         if bound and self._topics.get(topic, source.name) != source.name:
             raise StreamError(f"topic {topic.decode()!r} belongs to pod {self._topics[topic]!r} already")
-        for rank, pair in source.workers().items():
-            owner = self._endpoints.get(same_endpoint(pair.endpoint or ""), source.name)
+        for use, endpoint in source.endpoints():
+            owner = self._endpoints.get(same_endpoint(endpoint), source.name)
             if owner != source.name:
                 raise StreamError(
-                    f"rank {rank} of pod {source.name!r} publishes at {pair.endpoint}, which is followed as pod"
-                    f" {owner!r} already: one engine has one name, and each engine its own port"
+                    f"{use} at {endpoint}, which is followed as pod {owner!r} already: one"
+                    " engine has one name, and each engine its own ports"
                 )
         if present is not None:
             self._remove(source.name)  # it came by itself, before anybody could say what it is
@@ -491,9 +491,8 @@ class EventManager:
         }
         # Before any callback: it may remove the pod again.
         self._pods[source.name] = pod
-        for pair in ends.values():
-            if pair.endpoint is not None:
-                self._endpoints[same_endpoint(pair.endpoint)] = source.name
+        for _, endpoint in source.endpoints():
+            self._endpoints[same_endpoint(endpoint)] = source.name
         if topic is not None:
             self._topics[topic] = source.name
         self._removed.pop(source.name, None)
@@ -524,8 +523,8 @@ class EventManager:
             worker.close()
         for topic in [topic for topic, owner in self._topics.items() if owner == name]:
             del self._topics[topic]
-        for pair in pod.source.workers().values():
-            self._endpoints.pop(same_endpoint(pair.endpoint or ""), None)
+        for _, endpoint in pod.source.endpoints():
+            self._endpoints.pop(same_endpoint(endpoint), None)
         self._removed[name] = None
         while len(self._removed) > 65536:
             self._removed.popitem(last=False)

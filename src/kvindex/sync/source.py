@@ -258,6 +258,15 @@ class PodSource:
                 seen[endpoint] = use
         return table
 
+    def endpoints(self) -> list[tuple[str, str]]:
+        """Every endpoint of every rank, and its use, in words. O(ranks)."""
+        return [
+            (f"rank {rank} of pod {self.name!r} {use}", endpoint)
+            for rank, pair in self.workers().items()
+            for use, endpoint in zip(("publishes", "answers replays"), pair, strict=True)
+            if endpoint is not None
+        ]
+
     def _offset(self, endpoint: str | None, rank: int) -> str | None:
         if endpoint is None or rank == 0:
             return endpoint
