@@ -11,7 +11,7 @@ import re
 import signal
 import socket
 import threading
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import partial
 from types import SimpleNamespace
 
@@ -252,41 +252,44 @@ def test_another_rank(ask):
     assert "of rank 1, not 0" in text
 
 
-def neighbours(attempts=50):
-    """Two free ports, one behind the other."""
+def neighbours(make, attempts=50):
+    """What ``make`` opens at two ports, one behind the other. Any other process may take one of them meanwhile: then it
+    is tried at two others."""
     for _ in range(attempts):
         with socket.create_server(("127.0.0.1", 0)) as first:
             number = first.getsockname()[1]
-            try:
-                socket.create_server(("127.0.0.1", number + 1)).close()
-            except OSError:
-                continue
-        return f"tcp://127.0.0.1:{number}", f"tcp://127.0.0.1:{number + 1}"
+        with suppress(zmq.ZMQError):
+            return make(f"tcp://127.0.0.1:{number}", f"tcp://127.0.0.1:{number + 1}")
     raise AssertionError("no two free ports")
 
 
-def test_the_port_behind_is_looked_at(ask):
-    endpoint, behind = neighbours()
-    with LivePublisher(endpoint=endpoint, replay_endpoint=behind) as pod:
+def test_the_port_behind_is_looked_at(ask, monkeypatch):
+    monkeypatch.setattr(doctor, "PROBE", 20.0)  # who is there answers, but not always within half a second
+    with neighbours(lambda endpoint, behind: LivePublisher(endpoint=endpoint, replay_endpoint=behind)) as pod:
+        endpoint, behind = pod.ranks[0]
         pod.publish(3)
         status, findings = ask(f"pod={endpoint}")
         assert status == 1
         assert any(f"no replay endpoint was given ({behind} looks like one)" in text for text in wrong(findings))
-    endpoint, behind = neighbours()
-    with LivePublisher(endpoint=endpoint) as pod, zmq.Context() as context:
-        other = Publisher(context, behind)
-        try:
-            pod.publish(3)
-            _, findings = ask(word(pod))
-            assert (
-                "note",
-                f"{behind} publishes as well: if that is a data-parallel rank of this pod, --ranks",
-            ) in findings
-            pod.publish(3)
-            status, findings = ask(f"pod={endpoint}", "--ranks", 2)
-            assert any(text.startswith("rank 1: a publisher is at") for _, text in findings)
-        finally:
-            other.close()
+    with zmq.Context() as context, ExitStack() as stack:
+
+        def both(endpoint, behind):
+            with ExitStack() as opened:
+                other = opened.enter_context(closing(Publisher(context, behind)))
+                pod = opened.enter_context(LivePublisher(endpoint=endpoint))
+                stack.enter_context(opened.pop_all())
+            return pod, other
+
+        pod, other = neighbours(both)
+        pod.publish(3)
+        _, findings = ask(word(pod))
+        assert (
+            "note",
+            f"{other.endpoint} publishes as well: if that is a data-parallel rank of this pod, --ranks",
+        ) in findings
+        pod.publish(3)
+        status, findings = ask(f"pod={pod.ranks[0][0]}", "--ranks", 2)
+        assert any(text.startswith("rank 1: a publisher is at") for _, text in findings)
 
 
 def test_without_a_replay_endpoint_history_is_missing(ask):

@@ -1264,9 +1264,9 @@ def test_a_tap_may_add_the_pod_anew_that_it_is_shown(index, manager, pod):
 
     def again(item):
         if isinstance(item, Batch) and len(begun) < 3:
-            begun.append(item.seq)
             manager.remove_pod(item.pod)
             manager.add_pod(source(pod))
+            begun.append(item.seq)  # last: whoever waits for it asks for a pod that is there
 
     manager.tap(again)
     replica = Replica(manager)
