@@ -248,11 +248,14 @@ def ask(here: Any, pods: Sequence[EngineProcess], prompts: Sequence[Prompt], cas
             tiers = truth["tiers"][number]
             for rank, hit in truth["hits"][number].items():
                 found.add(number, pod.name, rank, told["ranks"].get(rank, 0), tiers["GPU"] if case.own else hit)
-            if len(tiers) > 1 and not case.own:
-                # Tiers say what is there; of its own pool vLLM leaves out the last token, and EAGLE a block.
-                dropped = here.index.block_size if case.source.get("eagle") else 0
-                own = min(told["tiers"].get("GPU", 0), (len(prompts[number]) - 1) // 16 * 16)
-                found.add(number, pod.name, "GPU", max(0, own - dropped), tiers["GPU"])
+            # With several groups a tier's reach without the last token is another question.
+            if len(tiers) > 1 and not case.own and len(case.options.get("groups", "1")) == 1:
+                own = told["tiers"].get("GPU", 0)
+                if case.engine == "vllm":
+                    # Tiers say what is there; of its own pool vLLM leaves out the last token, and EAGLE a block.
+                    own = min(own, (len(prompts[number]) - 1) // 16 * 16)
+                    own = max(0, own - (here.index.block_size if case.source.get("eagle") else 0))
+                found.add(number, pod.name, "GPU", own, tiers["GPU"])
         if state == "degraded":
             # It says itself that its answers may be others.
             found.apart, found.differences = found.apart + len(found.differences), []

@@ -121,6 +121,14 @@ CASES: tuple[Case, ...] = (
     ),
     _vllm("CPU tier, EAGLE", options=_tier(speculative=_draft(), eagle_groups=[0]), shows=_LOADED,
           source={"eagle": True}),
+    _vllm("CPU tier, described, mamba layers", options=_tier(described=True, groups=[_FULL, ["mamba", 16]], blocks=230),
+          shows=_LOADED),
+    _vllm("CPU tier, a window", options=_tier(groups=[_FULL, ["sliding", 16, 100]], blocks=230), shows=_LOADED,
+          degraded="of a prompt of whole blocks it loads all but the last token, and answers are whole blocks"),
+    _vllm("CPU tier, EAGLE, mamba layers",
+          options=_tier(speculative=_draft(), eagle_groups=[0], groups=[_FULL, ["mamba", 16]], blocks=230),
+          shows=_LOADED, source={"eagle": [0]},
+          degraded="the pool's and the connector's look-up of several groups follow no rule together"),
     _vllm("CPU tier, chunks of four blocks, left out", options=_tier(4, True), shows=_LOADED,
           source={"ignore_media": ("CPU",)}, own=True),
     _vllm("CPU tier, resets of the GPU", options=_tier(), resets="GPU", source={"clear_media": ("GPU",)},
@@ -151,6 +159,16 @@ CASES: tuple[Case, ...] = (
     _sglang("resets", resets="GPU", shows=("BlockStored", "AllBlocksCleared", "resets")),
     _sglang("unified tree", options={"beside": "full"}, chat=_NAMES | {"adapters": (None,)}),
     _sglang("unified tree, pairs", options={"beside": "full", "eagle": True}),
+    *(
+        _sglang(f"unified tree, host pool, {policy}{what}", **more, shows=(*_LOADED, "evicted of the host", *shows),
+                options={"beside": "full", "host": 4800, "policy": policy, "blocks": 130, **options})
+        for policy in ("write_through", "write_back")
+        for what, options, shows, more in (
+            ("", {}, (), {}),
+            (", pairs and salts", {"eagle": True}, (), {"chat": _NAMES | {"adapters": (None,)}}),
+            (", resets", {}, ("AllBlocksCleared", "resets"), {"resets": "GPU"}),
+        )
+    ),
     _sglang("unified tree, a window of 64", options={"beside": "window", "share": 0.4}, source={"hybrid": True},
             shows=(*_STORED, "silently evicted"), degraded="what the window evicts is in no event"),
     _sglang("unified tree, mamba layers", options={"beside": "mamba", "page_size": 1, "blocks": 3200},

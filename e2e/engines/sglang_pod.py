@@ -54,19 +54,22 @@ class SglangRank(Rank):
         super().__init__()
         self._names = LoRANameTable()
         dynamo = bool(options.get("dynamo", False))
+        self._room = options.get("blocks", 200) * options.get("page_size", 16)
         self._page = options.get("page_size", 16)
         eagle = bool(options.get("eagle", False))
         self.tree: Any
         if "beside" in options:
-            chosen = {name: options[name] for name in ("beside", "window", "share") if name in options}
-            self.tree = UnifiedTree(self._page, self._names, eagle=eagle, dynamo=dynamo, **chosen)
+            names = ("beside", "window", "share", "host", "policy")
+            self.tree = UnifiedTree(
+                self._page, self._names, eagle=eagle, dynamo=dynamo, room=self._room, figures=self.figures,
+                **{name: options[name] for name in names if name in options},
+            )  # fmt: skip
         else:
             self.tree = RadixCache.create_simulated(
                 mock_allocator=_Allocator(), page_size=self._page, enable_kv_cache_events=True,
                 dynamo_kv_event_format=dynamo, kv_event_lora_names=self._names,
             )  # fmt: skip
             self.tree.is_eagle = eagle
-        self._room = options.get("blocks", 200) * self._page
         self._chunk = options.get("tokens_per_step", 512)
         self._most = options.get("max_seqs", 4)
         self._waiting: deque[tuple[Prompt, list[int]]] = deque()
@@ -103,7 +106,10 @@ class SglangRank(Rank):
     def step(self) -> bool:
         while self._waiting and len(self._running) < self._most:
             prompt, output = self._waiting.popleft()
-            found = self._match(self._key(prompt.tokens.tolist(), prompt))
+            key = self._key(prompt.tokens.tolist(), prompt)
+            found = self._match(key)
+            if found.host_hit_length and self.tree.load(found):
+                found = self._match(key)
             lock = self.tree.inc_lock_ref(found.last_device_node)
             tokens = prompt.tokens.tolist() + output
             self._running.append(_Running(tokens, prompt, found.device_prefix_len, found.last_device_node, lock))
@@ -122,6 +128,7 @@ class SglangRank(Rank):
                 self._running.remove(request)
         if isinstance(self.tree, UnifiedTree):
             self.figures["silently evicted"] += self.tree.shrink(self._room)
+            self.tree.settle()
         self._flush()
         return True
 
@@ -145,7 +152,13 @@ class SglangRank(Rank):
             self.tree.dec_lock_ref(request.node)
 
     def hit(self, prompt: Prompt) -> int:
-        return int(self._match(self._key(prompt.tokens.tolist(), prompt)).device_prefix_len)
+        return max(self.tiers(prompt).values())
+
+    def tiers(self, prompt: Prompt) -> dict[str, int]:
+        found = self._match(self._key(prompt.tokens.tolist(), prompt))
+        own = int(found.device_prefix_len)
+        tiered = isinstance(self.tree, UnifiedTree) and self.tree.tiered
+        return {"GPU": own, "CPU_PINNED": own + int(found.host_hit_length)} if tiered else {"GPU": own}
 
     def reset(self, connector: bool = False) -> bool:
         if self._running or self._waiting:

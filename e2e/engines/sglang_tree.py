@@ -6,6 +6,8 @@ have computed is a number.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +20,8 @@ from sglang.srt.mem_cache.memory_pool import HybridReqToTokenPool
 from sglang.srt.mem_cache.rust_tree_core import adapter
 from sglang.srt.mem_cache.unified_cache.components import ComponentType, mamba
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+from .sglang_host import attach
 
 __all__ = ["UnifiedTree"]
 
@@ -42,8 +46,8 @@ class _Allocator(SWATokenToKVPoolAllocator):
     device = "cpu"
     full_attn_allocator = swa_attn_allocator = _Nothing()
 
-    def __init__(self) -> None:
-        pass
+    def __init__(self, available: Callable[[], int]) -> None:
+        self.available_size = available
 
     def free(self, indices: Any) -> None:
         pass
@@ -76,12 +80,14 @@ class UnifiedTree:
     """One tree, with what the scheduler does to it around a request.
 
     ``beside``: ``full`` for nothing beside full attention, ``window`` or ``mamba``. ``window``: tokens. ``share``: the
-    size of the second pool, as a share of the first (a window's tokens, or states).
+    size of the second pool, as a share of the first (a window's tokens, or states). ``host``: tokens of the host's
+    pool (0: none), and its write ``policy``. ``figures`` counts what happens in it.
     """
 
     def __init__(
         self, page: int, names: Any, *, beside: str = "full", eagle: bool = False, dynamo: bool = False,
-        window: int = 64, share: float = 0.5,
+        window: int = 64, share: float = 0.5, room: int = 0, host: int = 0, policy: str = "write_through",
+        figures: Counter[str],
     ) -> None:  # fmt: skip
         # What a server's arguments would say: every state may stay, at any place.
         for module in (mamba, adapter):
@@ -93,12 +99,16 @@ class UnifiedTree:
         self._numbers = count(1)
         self._tree = UnifiedRadixCache(
             CacheInitParams(
-                disable=False, req_to_token_pool=_Pool(), token_to_kv_pool_allocator=_Allocator(), page_size=page,
+                disable=False, req_to_token_pool=_Pool(), page_size=page,
+                token_to_kv_pool_allocator=_Allocator(lambda: room - self.total_size()),
                 is_eagle=eagle, enable_kv_cache_events=True, dynamo_kv_event_format=dynamo, kv_event_lora_names=names,
                 sliding_window_size=window if beside == "window" else None,
                 tree_components=(ComponentType.FULL, *_BESIDE[beside]),
             )
         )  # fmt: skip
+        self.tiered = host > 0
+        if host:
+            attach(self._tree, host, policy, self._numbers, figures)
 
     @property
     def kv_events(self) -> Any:
@@ -124,6 +134,15 @@ class UnifiedTree:
             over = tree.mamba_evictable_size() + tree.mamba_protected_size() - max(1, most // 100)
             return int(tree.evict(EvictParams(mamba_num=over)).mamba_num_evicted) if over > 0 else 0
         return 0
+
+    def load(self, found: Any) -> bool:
+        """Bring what the host has behind a match to the device, as a request that starts does."""
+        return bool(self._tree.load_back(found.best_match_node))
+
+    def settle(self) -> None:
+        """Let it see the transfers that are done, as at each step of the scheduler."""
+        if self.tiered:
+            self._tree.check_hicache_events()
 
     def evict(self, params: EvictParams) -> Any:
         return self._tree.evict(params)
