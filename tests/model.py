@@ -220,7 +220,24 @@ class Pod:
             or worker.parked_copies > 0
             or unruled
             or uncounted
+            or self.unruled_tiers(worker)
         ]
+
+    def unruled_tiers(self, worker: Worker) -> bool:
+        """Whether vLLM reuses of a tier what no answer in whole blocks, or no rule that is known, says."""
+        windows = any(group.rule in ("sliding", "chunked") for group in worker.groups.values())
+        drops = len(worker.groups) > 1 and bool(self.flagged(worker))
+        return self.engine == "vllm" and (windows or drops) and any(medium != "GPU" for medium, _ in worker.seen)
+
+    def flagged(self, worker: Worker) -> set[int]:
+        """The groups that drop the last block that they match."""
+        if self.engine != "vllm" or any(worker.lengths):
+            return set()
+        return {
+            number
+            for number, group in worker.groups.items()
+            if (self.eagle is True or (self.eagle and number in self.eagle)) and group.rule in ("full", "sliding")
+        }
 
 
 # ---------------------------------------------------------------------------------------------- values off the wire
@@ -839,10 +856,7 @@ class Reuse:
     def __init__(self, model: Model, pod: Pod, worker: Worker, path: list, places: list[str]) -> None:
         self.model, self.pod, self.worker, self.path, self.places = model, pod, worker, path, places
         self.windows = any(group.rule != "full" for group in worker.groups.values())
-        flagged = {g for g in worker.groups if pod.eagle is True or (pod.eagle and g in pod.eagle)}
-        if pod.engine != "vllm" or any(worker.lengths):
-            flagged = set()
-        self.flagged = {g for g in flagged if worker.groups[g].rule in ("full", "sliding")}
+        self.flagged = pod.flagged(worker)
 
     def flags(self, group: int | None, medium: str, base: int = 0) -> list[bool]:
         held = self.worker.held(group, medium)

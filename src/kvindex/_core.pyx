@@ -263,6 +263,8 @@ cdef class Index:
     def match_hashes(self, hashes, *, model="", ready_pods=None, only_exact=False, n_tokens=None):
         """The same answer from the prompt's prefix hashes (uint64, one per complete block, see :func:`prefix_hashes`).
 
+        They cover no lookahead: workers whose blocks do (vLLM 0.33 and SGLang with EAGLE or MTP) are left out of this answer;
+        :meth:`match_prefix` finds them.
         n_tokens: the prompt's length, from which vLLM's rule for the last token begins; None for a prompt of just these blocks.
         """
         cdef _Ints h = _Ints()

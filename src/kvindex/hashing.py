@@ -40,7 +40,8 @@ def prefix_hashes(
     """uint64[len(tokens) // block_size]: the rolling hash of the whole prefix up to and including each complete block.
 
     What :meth:`PrefixIndex.match_hashes` takes. ``cache_salt`` and ``extra_keys`` (one entry per block) change their
-    block's hash, and so every later one. O(tokens). Any thread; releases the interpreter lock. Raises InvalidTypeError
+    block's hash, and so every later one. They cover no lookahead tokens, so blocks of a worker with EAGLE or MTP whose
+    hashes do are not found by them. O(tokens). Any thread; releases the interpreter lock. Raises InvalidTypeError
     or InvalidValueError, which names the position.
     """
     return hash_tokens(tokens, block_size, hash_seed, lora_name, cache_salt, extra_keys, True)

@@ -129,6 +129,45 @@ def test_a_file_keeps_what_the_hashes_were_seen_to_cover(pair, tmp_path):
     assert kvindex.PrefixIndex.load(tmp_path / "index").match_prefix([*TOKENS, 1]).tokens == {"a": 32}
 
 
+WINDOWED = {"group_idx": 1, "kv_cache_spec_kind": "sliding_window", "kv_cache_spec_sliding_window": 8}
+STATEFUL = {"group_idx": 1, "kv_cache_spec_kind": "mamba"}
+TIER = stored(HASHES, (), size=0, medium="CPU", group_idx=0)
+
+
+@pytest.mark.parametrize("tier_first", [False, True])
+@pytest.mark.parametrize(
+    ("options", "group", "state"),
+    [
+        ({"engine": "vllm"}, WINDOWED, "degraded"),
+        ({"engine": "vllm"}, {**WINDOWED, "kv_cache_spec_kind": "chunked_local_attention"}, "degraded"),
+        ({"engine": "vllm"}, STATEFUL, "exact"),
+        ({"engine": "vllm", "eagle": {0}}, STATEFUL, "degraded"),
+        ({"engine": "vllm", "eagle": {5}}, STATEFUL, "exact"),
+        ({"engine": "vllm", "ignore_media": {"CPU"}}, WINDOWED, "exact"),
+        ({"engine": "sglang"}, WINDOWED, "exact"),
+        ({}, WINDOWED, "exact"),
+    ],
+)
+def test_a_tier_of_which_vllm_reuses_what_no_answer_says_is_degraded(pair, options, group, state, tier_first):
+    """Beside a window it loads all but one token; a draft model's drop over several groups follows no known rule."""
+    full, beside = stored(HASHES, TOKENS, group_idx=0), stored(HASHES, TOKENS, **group)
+    pair.do("configure_pod", "a", chunk_size=8, **options)
+    pair.ingest("a", full, TIER if tier_first else beside)
+    assert pair.state("a") == "exact"
+    pair.ingest("a", beside if tier_first else TIER)
+    assert pair.state("a") == state
+    pair.do("configure_pod", "a", engine="sglang")
+    assert pair.state("a") == "exact"
+
+
+def test_a_tier_of_groups_that_look_ahead_drops_nothing(pair):
+    pair.do("configure_pod", "a", engine="vllm", eagle=True)
+    pair.ingest("a", stored(HASHES, TOKENS, group_idx=0), stored(HASHES, TOKENS, **STATEFUL), TIER)
+    assert pair.state("a") == "degraded"
+    pair.ingest("a", stored([99], [7, 7, 7, 7], lookahead_token_ids=[[1]], group_idx=0))
+    assert pair.state("a") == "exact"
+
+
 def test_eagle_is_vllms(pair):
     pair.do("configure_pod", "a", engine="sglang", eagle=True)
     pair.ingest("a", run(0, N))
