@@ -372,6 +372,8 @@ clean:
 	touch $@
 
 test-kv-sync-e2e: .venv/.e2e-tools
+	$(call need,command -v promtool,prometheus)
+	$(BIN)/python -m pytest -q tests/unit/test_metrics.py
 	$(BIN)/python -m pytest -q $(JUNIT) e2e
 
 e2e-quick: .venv/.e2e-tools

@@ -1,0 +1,179 @@
+"""Figures for Prometheus: a collector over an index, the streams that keep it, and the picker that asks it.
+
+::
+
+    from prometheus_client import CollectorRegistry, generate_latest
+    from kvindex import EventManager, PrefixIndex
+    from kvindex.metrics import KVIndexCollector
+    from kvindex.routing import EndpointPicker
+
+    index = PrefixIndex(block_size=16)
+    manager = EventManager(index)
+    registry = CollectorRegistry()                      # or prometheus_client.REGISTRY
+    registry.register(KVIndexCollector(index, manager, EndpointPicker(index, manager)))
+    assert b"kvindex_blocks 0.0" in generate_latest(registry)
+    manager.close()
+
+It needs the extra ``metrics`` (``pip install 'kvindex[metrics]'``). ``deploy/`` in the sources has alert rules and a
+dashboard for Grafana.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from typing import Any
+
+try:
+    from prometheus_client.metrics_core import (
+        CounterMetricFamily,
+        GaugeMetricFamily,
+        HistogramMetricFamily,
+        Metric,
+    )
+    from prometheus_client.registry import Collector
+except ImportError:
+    raise ImportError("kvindex.metrics needs prometheus_client: pip install 'kvindex[metrics]'") from None
+
+from .index import PrefixIndex
+from .routing import ERROR_TOKENS, PICK_SECONDS, EndpointPicker
+
+__all__ = ["KVIndexCollector"]
+
+# Metric, of what in stats(), help.
+_INDEX_GAUGES = (
+    ("kvindex_blocks", "blocks", "Distinct blocks in the index."),
+    ("kvindex_bytes", "bytes", "Native memory of the index in bytes."),
+    ("kvindex_pods", "pods", "Pods that the index knows."),
+)
+_INDEX_COUNTERS = (
+    ("kvindex_evicted_blocks", "shed_blocks", "Blocks that max_bytes evicted."),
+    ("kvindex_expired_blocks", "expired_blocks", "Blocks that the index's ttl took."),
+    ("kvindex_bad_payloads", "bad_payloads", "Payloads that were no event batch."),
+)
+_STATES = ("exact", "degraded", "stale")
+_WORKER_GAUGES = (
+    ("kvindex_worker_connected", "connected", "Whether the worker's subscription stands."),
+    ("kvindex_worker_blocks", "blocks", "Index blocks that the worker holds, in every medium and group."),
+    ("kvindex_worker_pending_blocks", "parked", "Blocks of the worker that wait for their parent."),
+    ("kvindex_worker_lag_seconds", "lag", "From the last live batch's own time to its application."),
+)
+_WORKER_COUNTERS = (
+    ("kvindex_worker_batches", "batches", "Event batches applied."),
+    ("kvindex_worker_gaps", "gaps", "Gaps in the sequence of what arrived."),
+    ("kvindex_worker_lost_batches", "lost_batches", "Batches that no replay had any more."),
+    ("kvindex_worker_replays", "replays", "Replays asked for."),
+    ("kvindex_worker_restarts", "restarts", "Times that another process was found behind the endpoint."),
+    ("kvindex_worker_throttled", "throttled", "Times that the worker waited for its rate limit."),
+)
+_PICKER_COUNTERS = (
+    ("kvindex_picks", "picks", "Requests for which a pod was picked."),
+    ("kvindex_unplaced_requests", "unplaced", "Requests for which no pod was ready."),
+    ("kvindex_expired_reservations", "expired", "Reservations that were never finished."),
+)
+_LOADS = (
+    ("kvindex_worker_requests", "requests", "Requests in flight."),
+    ("kvindex_worker_prefill_tokens", "prefill_tokens", "Tokens that wait for prefill, as expected."),
+    ("kvindex_worker_context_tokens", "context_tokens", "Tokens of the prompts of requests in flight."),
+)
+_REPORTS = (
+    ("kvindex_expected_cached_tokens", "expected_tokens", "Cached tokens expected, of requests whose engine reported."),
+    ("kvindex_reported_cached_tokens", "reported_tokens", "Cached tokens that engines reported."),
+)
+
+
+class KVIndexCollector(Collector):
+    """Everything that an index, its manager and its picker count, read at each scrape. Any thread may scrape.
+
+    Series of a worker have the labels ``pod`` and ``rank``; a pod that goes takes its series along. O(workers).
+
+    Args:
+        index: The index.
+        manager: The :class:`EventManager` (of either kind) that follows the pods, if there is one.
+        picker: The :class:`~kvindex.routing.EndpointPicker`, if there is one.
+    """
+
+    def __init__(self, index: PrefixIndex, manager: Any = None, picker: EndpointPicker | None = None) -> None:
+        self._index, self._manager, self._picker = index, manager, picker
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: a registry then takes the collector without scraping it."""
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        """The metrics of this moment."""
+        yield from _single(self._index.stats(), _INDEX_GAUGES, _INDEX_COUNTERS)
+        if self._manager is not None:
+            yield from self._streams()
+        if self._picker is not None:
+            yield from self._routing(self._picker.stats())
+
+    def _streams(self) -> Iterable[Metric]:
+        workers = [worker for pod in self._manager.status().values() for worker in pod.workers.values()]
+        state = GaugeMetricFamily(
+            "kvindex_worker_state", "1 for the state that the worker is in, 0 for the others.",
+            labels=["pod", "rank", "state"],
+        )  # fmt: skip
+        errors = CounterMetricFamily(
+            "kvindex_worker_errors", "Messages and events that could not be applied, by reason.",
+            labels=["pod", "rank", "reason"],
+        )  # fmt: skip
+        for worker in workers:
+            of = [_shown(worker.pod), str(worker.rank)]
+            for each in _STATES:
+                state.add_metric([*of, each], worker.state == each)
+            for reason, count in worker.errors.items():
+                errors.add_metric([*of, reason], count)
+        yield state
+        yield errors
+        rows = [((worker.pod, worker.rank), worker) for worker in workers]
+        yield from _labelled(rows, _WORKER_GAUGES, GaugeMetricFamily, getattr)
+        yield from _labelled(rows, _WORKER_COUNTERS, CounterMetricFamily, getattr)
+
+    def _routing(self, stats: dict[str, Any]) -> Iterable[Metric]:
+        yield from _single(stats, (), _PICKER_COUNTERS)
+        yield from _labelled(stats["workers"].items(), _LOADS, GaugeMetricFamily, dict.__getitem__)
+        for name, key, about in _REPORTS:
+            family = CounterMetricFamily(name, about, labels=["pod"])
+            for pod, figures in stats["pods"].items():
+                family.add_metric([_shown(pod)], figures[key])
+            yield family
+        errors = HistogramMetricFamily(
+            "kvindex_prediction_error_tokens", "Difference of expected and reported cached tokens, by request.",
+            labels=["pod"],
+        )  # fmt: skip
+        for pod, figures in stats["pods"].items():
+            total = figures["over_tokens"] + figures["under_tokens"]
+            errors.add_metric([_shown(pod)], _buckets(ERROR_TOKENS, figures["error_buckets"]), total)
+        yield errors
+        seconds = stats["pick_seconds"]
+        picks = HistogramMetricFamily("kvindex_pick_seconds", "Time of picking a pod, the match included.")
+        picks.add_metric([], _buckets(PICK_SECONDS, seconds["buckets"]), seconds["sum"])
+        yield picks
+
+
+def _single(stats: dict[str, Any], gauges: Iterable[Any], counters: Iterable[Any]) -> Iterable[Metric]:
+    for name, key, about in gauges:
+        yield GaugeMetricFamily(name, about, value=stats[key])
+    for name, key, about in counters:
+        yield CounterMetricFamily(name, about, value=stats[key])
+
+
+def _labelled(rows: Iterable[Any], metrics: Iterable[Any], kind: Any, get: Any) -> Iterable[Metric]:
+    for name, key, about in metrics:
+        family = kind(name, about, labels=["pod", "rank"])
+        for (pod, rank), figures in rows:
+            # A lag is None before the first live batch.
+            if (value := get(figures, key)) is not None:
+                family.add_metric([_shown(pod), str(rank)], value)
+        yield family
+
+
+def _shown(pod: str) -> str:
+    """A name that came out of a payload may have bytes that are no UTF-8, which no exposition can have."""
+    return pod.encode("utf-8", "replace").decode()
+
+
+def _buckets(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:
+    names = [*(repr(float(bound)) for bound in bounds), "+Inf"]
+    return list(zip(names, accumulate(counts), strict=True))
