@@ -90,6 +90,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     network.add_argument("--no-replay", action="store_true", help="answer no replays")
     network.add_argument("--control-port", type=int, default=0, metavar="N",
                          help="where tests tell it what to do, 0 for any free port (default %(default)s)")  # fmt: skip
+    network.add_argument("--http", type=int, metavar="PORT",
+                         help="where it answers as an OpenAI-compatible server, 0 for any free port")  # fmt: skip
     network.add_argument("--connect", metavar="ENDPOINT", help="publish to an endpoint that a router has bound")
     network.add_argument("--curve", metavar="FILE", help="encrypt its streams: a .key_secret file of zmq.auth")
     network.add_argument("--server-key", metavar="KEY", help="CURVE public key of the endpoint in --connect")
@@ -116,7 +118,7 @@ def run(args: argparse.Namespace, make: Callable[[SimConfig], SimPod] = SimPod) 
         values["replay_port"] = args.port + 100 if args.port else 0
     try:
         pod = make(SimConfig(**values))
-    except zmq.ZMQError as error:
+    except (zmq.ZMQError, OSError) as error:
         raise StreamError(f"{args.name} can not have the ports that it was given: {error}") from None
 
     def stop(_number: int, _frame: FrameType | None) -> None:

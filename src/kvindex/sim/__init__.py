@@ -20,6 +20,7 @@ from .fleet import (
     RoundRobin,
     Served,
 )
+from .process import SimConfig, SimPod, SimProcess
 from .sample import KINDS, write_sample
 from .wire import FORMS, Cleared, Event, Removed, Stored, WireForm, encode_batch, wire_form
 from .workload import Arrival, chat, endless_hit_rate, mooncake
@@ -42,6 +43,9 @@ __all__ = [
     "Request",
     "RoundRobin",
     "Served",
+    "SimConfig",
+    "SimPod",
+    "SimProcess",
     "Stored",
     "WireForm",
     "chat",

@@ -21,7 +21,7 @@ import zmq
 
 from ..errors import StreamError
 
-__all__ = ["Control", "ToldProcess", "follow_parent"]
+__all__ = ["Control", "Teller", "ToldProcess", "follow_parent"]
 
 
 class Control:
@@ -48,6 +48,38 @@ class Control:
 
     def close(self) -> None:
         self.socket.close(0)
+
+
+class Teller:
+    """Asks a :class:`Control` from within its process. Any thread, one after the other.
+
+    :meth:`ask` raises ValueError with the error that the control answered.
+    """
+
+    def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:
+        self._lock = threading.Lock()
+        self._closed = False
+        self._socket: zmq.Socket[bytes] = context.socket(zmq.REQ)
+        self._socket.linger = 0
+        self._socket.connect(endpoint)
+
+    def ask(self, op: str, **what: Any) -> dict[str, Any]:
+        with self._lock:
+            self._socket.send(msgpack.packb({"op": op, **what}))
+            # In turns, so that closing waits for nobody who is not answered any more.
+            while not self._closed and not self._socket.poll(100):
+                pass
+            if self._closed:
+                raise ValueError("the pod is stopping")
+            reply: dict[str, Any] = msgpack.unpackb(self._socket.recv(), strict_map_key=False)
+        if "error" in reply:
+            raise ValueError(reply["error"])
+        return reply
+
+    def close(self) -> None:
+        self._closed = True
+        with self._lock:
+            self._socket.close(0)
 
 
 def follow_parent(ended: Callable[[], object]) -> None:

@@ -23,7 +23,7 @@ import zmq
 import zmq.auth
 
 from ..errors import InvalidValueError
-from .control import Control, ToldProcess
+from .control import Control, Teller, ToldProcess
 from .engine import Engine, Prompt, Request
 from .publisher import Faults, Publisher, offset_port, topic_in_replay
 from .wire import HashForm, encode_batch, wire_form
@@ -70,6 +70,8 @@ class SimConfig:
     replay_port: int | None = 0
     """None answers no replays."""
     control_port: int = 0
+    http: int | None = None
+    """Port at which it also answers as an OpenAI-compatible server (:mod:`kvindex.sim.http`); None is not at all."""
     connect: str | None = None
     """An endpoint that the pod connects to instead of binding ``port``."""
     topic: str | None = None
@@ -146,6 +148,16 @@ class SimPod:
         self._next_request = time.monotonic()
         for rank in range(config.ranks):
             self._flush(rank)
+        self._http: Any = None
+        if config.http is not None:
+            try:
+                from .http import HttpServer
+
+                self._teller = Teller(self._context, self._control.endpoint)
+                self._http = HttpServer(self.ready(), self._teller.ask, config.host, config.http)
+            except BaseException:
+                self._context.destroy(linger=0)
+                raise
 
     def _engine(self) -> Engine:
         config = self.config
@@ -196,6 +208,7 @@ class SimPod:
                 for rank, publisher in enumerate(self._publishers)
             },
             "control": self._control.endpoint,
+            "http": None if self._http is None else self._http.url,
             "pid": os.getpid(),
             "server_key": None if self._public_key is None else self._public_key.decode(),
         }
@@ -261,6 +274,9 @@ class SimPod:
         self.close()
 
     def close(self) -> None:
+        if self._http is not None:
+            self._http.close()
+            self._teller.close()
         for publisher in self._publishers:
             publisher.close()
         self._control.close()
@@ -376,6 +392,8 @@ class SimProcess(ToldProcess):
         ports = {}
         if self.ready["control"].startswith("tcp://"):
             ports["control_port"] = _port(self.ready["control"])
+        if self.url is not None:
+            ports["http"] = _port(self.url)
         endpoint, answers = self.ready["ranks"]["0"]
         # Only one rank's ports can be asked for again; those of several follow each other only if they were given.
         if endpoint and config.ranks == 1:
@@ -394,6 +412,12 @@ class SimProcess(ToldProcess):
     def ranks(self) -> dict[int, tuple[str, str | None]]:
         """Endpoint and replay endpoint of every rank: what a :class:`PodSource` takes."""
         return {int(rank): (pair[0], pair[1]) for rank, pair in self.ready["ranks"].items()}
+
+    @property
+    def url(self) -> str | None:
+        """Where it answers as an OpenAI-compatible server: ``SimProcess(http=0)``."""
+        found: str | None = self.ready.get("http")
+        return found
 
     def truth(self, tokens: npt.ArrayLike, **context: Any) -> dict[int, int]:
         """How many tokens of the prompt each rank would reuse."""
