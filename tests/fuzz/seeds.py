@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
+from hostile import payloads as hostile
+
 from kvindex.capture import Message, read_capture
 from kvindex.sim import KINDS, write_sample
 
@@ -57,6 +59,9 @@ def inputs() -> Iterator[bytes]:
     for stream in simulated():
         for at in range(0, len(stream), 5):
             yield framed(SIXTEEN, stream[at : at + 5])
+    for size in (60, LARGEST // 4):
+        for payload in hostile(size):
+            yield framed(FOUR, [payload])
     rng = Random(1337)
     for length in (4, 12, 40) * 20:
         yield bytes([1]) + rng.randbytes(7) + rng.randbytes(8 * length)
