@@ -173,9 +173,9 @@ public:
         return degraded ? Verdict::degraded : Verdict::exact;
     }
     // Whether it has a tier of which vLLM reuses what no answer here says (0.33.0). Beside a window the connector loads
-    // all but the last token of a prompt of whole blocks, and an answer is whole blocks: 4 of 2,100 said too little.
+    // all but the last token of a prompt of whole blocks, and an answer is whole blocks: 4 of 1,050 said too little.
     // Where a draft model makes some of several groups drop a block, pool and connector look that up each in a way of
-    // its own: 193 to 312 of 2,100 differed, in both directions.
+    // its own: 193 to 312 of 1,050 differed, in both directions.
     bool unruled_tiers(const Worker& w) const {
         const Pod& p = pods_[w.pod];
         if (p.engine != Engine::vllm) return false;
