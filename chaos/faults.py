@@ -384,7 +384,10 @@ class SwappedReplay(_Misled):
     def told(self, scene: Scene, pod: str) -> Mapping[str, Any]:
         names = list(scene.pods)
         other = names[(names.index(pod) + 1) % len(names)]
-        return {"ranks": {0: (scene.pods[pod].ranks[0][0], scene.pods[other].ranks[0][1])}}
+        # By another address that leads there, for one that is another pod's already is refused.
+        host, port = scene.pods[other].ranks[0][1].removeprefix("tcp://").rsplit(":", 1)
+        behind = f"tcp://[::ffff:{host}]:{port}"
+        return {"ranks": {0: (scene.pods[pod].ranks[0][0], behind)}}
 
 
 class LostTail(Fault):
