@@ -228,6 +228,7 @@ private:
                 need(length <= kMostLookahead && ix_.learn_length(w, length),
                      "a model has too many lengths of lookahead");
             }
+            for (u32 k = count(8); k; --k) need(w.unsure.emplace(get<u64>(), u8{1}).second, "a name is unsure twice");
             // Charged before the mask is made.
             masks += ix_.holder_slots() / 8 + 8;
             need(masks <= kFreeMasks + bytes_ * 16, "there are more workers than its size allows");

@@ -188,8 +188,8 @@ private:
             out_.put(pod_no[w.pod]);
             out_.put(w.space);
             out_.put(w.rank);
-            out_.put(w.placed_full | w.small_blocks * 2u | (w.sticky || !w.unsure.empty()) * 4u |
-                     (w.ghost != kNone) * 8u | w.shed * 16u | w.muted * 32u | w.in_doubt * 64u);
+            out_.put(w.placed_full | w.small_blocks * 2u | w.sticky * 4u | (w.ghost != kNone) * 8u | w.shed * 16u |
+                     w.muted * 32u | w.in_doubt * 64u);
             out_.put(static_cast<u32>(w.groups.size()));
             for (const Group& g : w.groups) {
                 out_.put(g.id);
@@ -207,6 +207,11 @@ private:
             // whether the engine drops a block for its draft model.
             out_.put(static_cast<u32>(w.lengths.size()));
             for (u32 length : w.lengths) out_.put(length);
+            std::vector<u64> unsure;
+            for (const auto& entry : w.unsure) unsure.push_back(entry.first);
+            std::sort(unsure.begin(), unsure.end());
+            out_.put(static_cast<u32>(unsure.size()));
+            out_.put(unsure.data(), u64{8} * unsure.size());
         }
     }
     void write_blocks(u64 (Page::*what)[kPageBlocks]) {
