@@ -902,7 +902,7 @@ class Reuse:
 
     def dropped(self, cut: int) -> int:
         """vLLM's look-up over several groups, some of which drop the last block that they match."""
-        groups = {g: in_medium(self.pod, self.worker, g, "GPU") for g in self.worker.groups}
+        groups = {g: in_medium(self.pod, self.worker, g, "GPU") for g in sorted(self.worker.groups)}
         if len(groups) == 1:
             run = self.agreed("GPU", cut)
             return max(0, run - next(iter(groups.values())).k)

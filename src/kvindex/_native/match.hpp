@@ -4,6 +4,7 @@
 // or per pod, and blocks are hashed only as far as somebody still holds them. A reader writes nothing.
 #pragma once
 
+#include <algorithm>
 #include <numeric>
 
 #include "index.hpp"
@@ -497,6 +498,12 @@ private:
         const bool windows =
             std::any_of(w.groups.begin(), w.groups.end(), [](const Group& g) { return g.kind != Attention::full; });
         const bool drops = f.flags & (kDropsLast | kDropsEach);
+        // Engines look groups up in the order of their numbers, events introduce them in any.
+        if (drops) {
+            order_.resize(w.groups.size());
+            std::iota(order_.begin(), order_.end(), 0);
+            std::sort(order_.begin(), order_.end(), [&](u32 a, u32 b) { return w.groups[a].id < w.groups[b].id; });
+        }
         u32 length = 0;
         for (u32 m : media_) {
             if (m == 0) {
@@ -505,7 +512,7 @@ private:
             }
             // Connectors cut the last token off only where a window needs it, and drop what the engine drops.
             u32 to = beyond(ix, w, m, length, windows ? cut : end);
-            if (drops && to > length) to -= std::min(to - length, in_medium(ix, w, 0, m).factor);
+            if (drops && to > length) to -= std::min(to - length, in_medium(ix, w, order_[0], m).factor);
             length = to;
         }
         return length;
@@ -553,18 +560,18 @@ private:
         tries_.clear();
         u32 align = 1, kinds = 0;
         for (int full = 1; full >= 0; --full) {
-            for (u32 g = 0; g < n; ++g) {
-                const Group group = in_medium(ix, w, g, 0);
+            for (u32 i = 0; i < n; ++i) {
+                const Group group = in_medium(ix, w, order_[i], 0);
                 if ((group.kind == Attention::full) != full) continue;
                 align = align / std::gcd(align, group.factor) * group.factor;
-                Try made{g, false, false, kNone};
+                Try made{order_[i], false, false, kNone};
                 bool first = true;
                 for (u32 o = 0; o < n; ++o) {
-                    const Group other = in_medium(ix, w, o, 0);
+                    const Group other = in_medium(ix, w, order_[o], 0);
                     if (other.kind != group.kind || other.window != group.window || other.factor != group.factor)
                         continue;
                     made.drops |= pod.drops(other);
-                    first &= o >= g;
+                    first &= o >= i;
                 }
                 kinds += first;
                 tries_.push_back(made);
@@ -765,6 +772,7 @@ private:
     std::vector<Odd> odd_;
     std::vector<u32> media_;
     std::vector<Try> tries_;
+    std::vector<u32> order_;  // of a worker's groups, by number
     bool per_medium_ = false;
     u32 base_ = 0;  // blocks before this count as held
     std::vector<u8> held_;
