@@ -85,6 +85,13 @@ def test_an_entry_that_no_event_announced_is_cut_alike(pair):
     assert asked(pair, 32).tokens == 28
 
 
+def test_an_entry_beside_a_tier_is_cut_as_the_engines_own_blocks_are(pair):
+    pair.do("configure_pod", "a", engine="vllm")
+    pair.ingest("a", stored([50], [98] * 4, medium="CPU"))
+    pair.do("add_prefix", "a", TOKENS, ttl=1e12, now=0.0)
+    assert asked(pair, 32).tokens == 28
+
+
 # --------------------------------------------------------------------------------------------------------------- eagle
 
 
@@ -285,3 +292,11 @@ def test_an_option_that_is_none_is_refused_and_nothing_changed(pair, options, me
     with pytest.raises((kvindex.InvalidValueError, kvindex.InvalidTypeError), match=message):
         pair.index.configure_pod("a", presence="set", **{"engine": "vllm", **options})
     assert asked(pair, 32).tokens == 32
+
+
+def test_groups_count_by_their_numbers_and_not_by_their_arrival(pair):
+    # The block that a tier drops is one of group 0, of 8 tokens, though group 1 was announced first.
+    pair.do("configure_pod", "a", engine="vllm", eagle=True, chunk_size=8)
+    chunked = {"group_idx": 1, "kv_cache_spec_kind": "chunked_local_attention"}
+    pair.ingest("a", stored([60], [97] * 4, **chunked), stored([1, 3], TOKENS[:16], size=8, medium="CPU", **FULL))
+    assert pair.ask(TOKENS[:18])["a"]["tokens"] == 8

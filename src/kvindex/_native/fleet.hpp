@@ -248,6 +248,7 @@ public:
             if (holders_[h].medium != f.medium) f.medium = kNone;
             alike &= holders_[h].factor == f.factor;
         }
+        if (w.guess != kNone && f.medium != 0) f.medium = kNone;  // A guess says "GPU".
         for (const Group& g : w.groups) alike &= g.factor == f.factor;
         if (alike) f.bits = static_cast<std::uint16_t>(w.holders.size());
         // vLLM's connectors load a whole prompt, unless a window needs that its last token can be computed again.
