@@ -238,6 +238,11 @@ protected:
         each_copy(id, name, ref, [&](u32 h, u32) { any |= holders_[h].medium == medium; });
         return any;
     }
+    bool held_anywhere(u32 id, u64 name, u32 ref) const {
+        bool any = false;
+        each_copy(id, name, ref, [&](u32, u32) { any = true; });
+        return any;
+    }
     // The names that the worker has for a block: f(name).
     template <class F>
     void each_name(u32 id, Pos p, F&& f) const {

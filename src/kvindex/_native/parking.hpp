@@ -28,6 +28,9 @@ protected:
         const u32 ref = find(id, name);
         if (ref == kNone) {
             park_bare(id, h, name, r);
+        } else if (workers_[id]->shed && !held_anywhere(id, name, ref)) {
+            // A name of which nothing is held may mean something new, and what it means now was not read.
+            turn_away(id, &name, 1, Reason::shed, r);
         } else if (add_known(id, h, name, ref)) {
             ++r.stored;
         } else {
