@@ -267,6 +267,22 @@ def test_ever_new_ranks_groups_and_media_end_at_the_budget():
     assert index.match_prefix(prompt(2, 1)).tokens.keys() <= {"a", "d"}
 
 
+def test_a_clear_that_may_spare_a_tier_does_not_make_up_for_a_worker_that_found_no_room():
+    index = PrefixIndex(SIZE, max_bytes=LEAST)
+    for i in range(300):
+        index.ingest("a", payload(stored([1], prompt(2, 1)), rank=i))
+    index.ingest("gpu", payload(stored([1], prompt(2, 1))))
+    index.ingest("cpu", payload(stored([1], prompt(2, 1), medium="CPU")))
+    assert index.worker_stats("gpu") == index.worker_stats("cpu") == {}
+    assert index.pod_state("gpu") == index.pod_state("cpu") == "degraded"
+    for pod in ("gpu", "cpu"):
+        index.ingest(pod, payload(cleared()))
+    assert (index.pod_state("gpu"), index.pod_state("cpu")) == ("exact", "degraded")
+    index.clear_worker("cpu", 0)
+    index.mark_worker("cpu", 0, "exact")
+    assert index.pod_state("cpu") == "exact"
+
+
 def test_guesses_are_part_of_the_budget():
     index = PrefixIndex(SIZE, max_bytes=LEAST)
     for number in range(300):

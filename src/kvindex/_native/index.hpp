@@ -217,7 +217,7 @@ public:
         for (; i < b.events.size(); ++i) {
             const Event& e = b.events[i];
             if (e.kind != EventKind::stored) continue;
-            if (id == kNone) return refuse(turn.pod, turn.rank);
+            if (id == kNone) return refuse(turn.pod, turn.rank, e);
             bool known = false;
             try {
                 known = learned(*workers_[id], e, static_cast<u32>(e.block_size / block_size_));
@@ -312,7 +312,7 @@ public:
         if (e.kind == EventKind::stored && turn.worker == kNone && find_worker(turn) == kNone && !joins(turn.pod)) {
             const Reason why = admits(kWorkerBytes) ? Reason::over_limit : Reason::over_budget;
             r.skip(why, e.bad == Reason::none ? e.n_hashes : 1);
-            refuse(turn.pod, turn.rank);
+            refuse(turn.pod, turn.rank, e);
             return;
         }
         act(turn, b, e, holder, r);
@@ -369,6 +369,7 @@ public:
                 const Worker& w = *workers_[c.workers[i]];
                 c.doubts[i] = w.in_doubt || held_elsewhere(w);
             }
+            if (p.refused.elsewhere) c.forgives = false;
         }
     }
     // Events of these media are left out from now on, and what they said before goes.

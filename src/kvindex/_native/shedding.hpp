@@ -138,8 +138,8 @@ protected:
         recent_ = 0;
     }
     // A rank for whose worker there is no room holds more than is known.
-    void refuse(u32 pod, i64 rank) {
-        pods_[pod].refused.add(rank);
+    void refuse(u32 pod, i64 rank, const Event& e) {
+        pods_[pod].refused.add(rank, media_.find(e.medium.p, e.medium.n) != 0);
         judge(pod);
     }
     // The worker holds more than is known.

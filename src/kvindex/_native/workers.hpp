@@ -210,18 +210,20 @@ inline constexpr u32 kLongestMedium = 256;  // bytes of its name
 // The ranks that hold more than is known, since there was no room for a worker: none, one, or more than is remembered.
 struct Refused {
     bool any = false, several = false;
+    bool elsewhere = false;  // some of it in a medium that the engine's clears may leave alone
     i64 rank = 0;
 
-    void add(i64 r) {
+    void add(i64 r, bool in_other_medium) {
         several |= any && rank != r;
         any = true;
+        elsewhere |= in_other_medium;
         rank = r;
     }
-    void add_unknown() { any = several = true; }
+    void add_unknown() { any = several = elsewhere = true; }
     bool of(i64 r) const { return any && (several || rank == r); }
     // This rank holds nothing now, of no model.
     void forgive(i64 r) {
-        if (!several && rank == r) any = false;
+        if (!several && rank == r) any = elsewhere = false;
     }
 };
 
