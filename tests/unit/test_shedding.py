@@ -96,7 +96,7 @@ def test_what_was_matched_stays():
 
 def test_the_order_of_last_use_outlives_the_ages_that_are_told_apart():
     """Ages are kept in 128 classes; what grows older than those is still told from what is older yet."""
-    index = PrefixIndex(SIZE, max_bytes=4 * LEAST)
+    index = PrefixIndex(SIZE, max_bytes=2 * LEAST)
 
     def pass_time() -> None:
         for _ in range(150):  # each of these begins an age, for the index is small
