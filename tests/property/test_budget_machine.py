@@ -84,7 +84,10 @@ class Narrow(World):
         # Guesses that found no room are no part of what a verdict is about.
         stats = self.index.stats()
         least = want if not stats["shed_guesses"] + stats["expired_guesses"] else self.announced(tokens, model, given)
-        assert got.keys() <= want.keys(), f"{got.keys() - want.keys()} hold nothing of {tokens}"
+        # The model parks or refuses a tier's event below an unknown parent. An index that has evicted content of the
+        # worker places the copies by their names at once, and the engine has them: it may answer more than the model.
+        lacking = {pod for pod in self.model.pods if self.model.pod_state(pod) == "degraded"}
+        assert got.keys() - lacking <= want.keys(), f"{got.keys() - want.keys()} hold nothing of {tokens}"
         for pod, truth in want.items():
             answer = got.get(pod, {"tokens": 0, "ranks": {}, "media": {}})
             if self.index.pod_state(pod) == "exact":
@@ -93,6 +96,8 @@ class Narrow(World):
                 for part in ("ranks", "media"):
                     for name, n in sure[part].items():
                         assert answer[part].get(name, 0) >= n, f"{tokens}: {pod}, exact, answers {answer}, not {sure}"
+            if pod in lacking:
+                continue
             assert answer["tokens"] <= truth["tokens"], (tokens, pod)
             for part in ("ranks", "media"):
                 for name, n in answer[part].items():
