@@ -830,7 +830,7 @@ class Model:
             # However small the window, vLLM looks for one block at least.
             start = length - max(1, -(-(group.window - 1) // size)) * group.k
         elif group.rule == "mamba":
-            start = length - group.k
+            start = length - 1  # The state behind the last block is all that it needs, whatever the size of that block.
         elif group.rule == "chunked" and pod.chunk_size:
             start = length * self.block_size // pod.chunk_size * pod.chunk_size // size * group.k
         return all(held[max(start, 0) : length])
