@@ -134,8 +134,9 @@ def path(value: Any, what: str) -> str:
 def each(values: Any, what: str) -> Iterator[Any]:
     try:
         yield from values
+    # NotImplementedError: a memoryview of another format than Python's own.
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise InvalidTypeError(f"{what} is {shown(values)}, which cannot be gone through: {error}") from error
+        raise InvalidTypeError(f"{what} is {shown(values)}, which is not iterable: {error}") from error
 
 
 def unmasked(value: Any, what: str) -> None:

@@ -21,8 +21,8 @@ MOST_BYTES = 48
 #: Slots that are looked at for each entry: 2.2 of a table that is 0.7 full; up to 3.2 where names are in arithmetic
 #: progression, by the process's secret. Names that a publisher has chosen against a known mixture take thousands.
 MOST_PROBES = 16.0
-#: What is kept of the memory in which a payload was decoded.
-SCRATCH = 1 << 20
+#: What is kept of the memory in which a payload was decoded, and of that in which its blocks were placed: 1 MiB each.
+SCRATCH = 2 << 20
 PROMPT = np.arange(64, dtype=np.uint32)
 
 
