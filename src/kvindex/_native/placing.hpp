@@ -310,7 +310,10 @@ protected:
             run.n = end - j;
             run.locals += std::size_t{j} * factor;
             if (run.live) run.live += j;
-            if (!decide(run, factor)) return Placed::orphan;
+            // Blocks that were removed while they waited are remembered for what hangs below them, and the next one
+            // hangs elsewhere.
+            while (run.n && run.live && !run.live[run.n - 1]) --run.n;
+            if (run.n && !decide(run, factor)) return Placed::orphan;
             j = end;
         }
         return Placed::yes;
