@@ -112,11 +112,11 @@ test-wire: .venv/.test-tools
 
 # The sanitized core lies in a tree of its own, before the checkout on the path; everything else comes from .venv.
 # -UNDEBUG because Python's own flags switch the core's assertions off; -O1 keeps the stack traces readable.
-# Segments of tables have 128 bytes, not 2 MB, so that tests see many. Turns of the write lock keep their 512 blocks: in
-# turns of 4, which the fuzzers have, a long event waits in pieces where the slow model parks it as a whole, so what is
-# parked of a degraded worker differs.
+# Segments of tables and turns of the write lock have the product's sizes: with small segments a table has another size,
+# and tests of the budget count bytes; in small turns an event waits in pieces where the slow model parks it as a whole.
+# The fuzzers have both small.
 SANITIZED := .build/sanitize
-SANITIZE_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g -UNDEBUG -DKVINDEX_SEGMENT_BYTES=128
+SANITIZE_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g -UNDEBUG
 
 $(SANITIZED)/.built: setup.py $(CORE) $(shell find src/kvindex -name '*.py') | .venv/.test-tools
 	rm -rf $(SANITIZED)
