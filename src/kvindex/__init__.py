@@ -6,7 +6,7 @@ except ModuleNotFoundError as error:
     if error.name != "kvindex._core":
         raise
     raise ImportError("kvindex's compiled core is not built; in a checkout: pip install --editable .") from error
-from .answers import PodMatch
+from .answers import IndexStats, PodMatch, StreamPlace, Verdict, WorkerStats
 from .errors import (
     CapacityError,
     CaptureError,
@@ -36,6 +36,7 @@ __all__ = [
     "EventBatch",
     "EventDecodeError",
     "EventManager",
+    "IndexStats",
     "IngestReport",
     "InvalidTypeError",
     "InvalidValueError",
@@ -47,7 +48,10 @@ __all__ = [
     "PrefixMatch",
     "SnapshotError",
     "StreamError",
+    "StreamPlace",
     "UnknownPodError",
+    "Verdict",
+    "WorkerStats",
     "decode_batch",
     "local_hashes",
     "prefix_hashes",

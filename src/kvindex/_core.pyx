@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False, annotation_typing=False
 """The compiled core: arguments and buffers in, objects and exceptions out. What is computed, and how, stands in _native."""
 
 import time
@@ -31,7 +31,10 @@ include "_objects.pxi"
 
 @freelist(8)
 cdef class PrefixMatch:
-    """The answer to one prompt of ``blocks`` complete blocks: a mapping of the pods that hold any of it to :class:`PodMatch`.
+    """PrefixMatch()
+--
+
+    The answer to one prompt of ``blocks`` complete blocks: a mapping of the pods that hold any of it to :class:`PodMatch`.
 
     Dicts are built when asked for, O(pods); after the first, ``match[pod]`` is O(ranks and media of the pod). Any thread may read it.
     """
@@ -41,6 +44,8 @@ cdef class PrefixMatch:
     cdef readonly Py_ssize_t blocks
     cdef object prompt, lora_name, cache_salt, extra_keys, prefixes
     cdef dict hits, media
+
+    def __init__(self): raise InvalidTypeError("a PrefixMatch is what match_prefix returns, and is not made by hand")
 
     cdef str pod_name(self, uint64_t uid):
         return self.index.names.get(uid) or self.index.name(uid)
@@ -87,7 +92,7 @@ cdef class PrefixMatch:
                                         self.extra_keys, True)
         return self.prefixes
 
-    def best(self):
+    def best(self) -> tuple[str, int] | None:
         """``(pod, tokens)`` of the pod that holds most, the one known first among equals; None if nobody holds a block."""
         cdef Hit h
         if self.r.best == NO_MEDIUM:
@@ -97,7 +102,7 @@ cdef class PrefixMatch:
             return pod, h.blocks * self.index.block_size
         return max(self.tokens.items(), key=lambda item: item[1], default=None)
 
-    def __getitem__(self, pod):
+    def __getitem__(self, pod: str) -> PodMatch:
         """The pod's :class:`PodMatch`, zeros if it holds nothing. Raises :class:`UnknownPodError` for a pod that the index does not know."""
         cdef Hits* h = &self.r.hits
         if pod not in self:
@@ -181,7 +186,7 @@ cdef class Index:
 
     cdef double now(self) except? -1: return arguments.moment(self._clock(), "what clock returns")
 
-    def ingest(self, pod, payload, *, model="", dp_rank=None, seq=None):
+    def ingest(self, pod: str, payload: Buffer, *, model: str = "", dp_rank: int | None = None, seq: int | None = None) -> IngestReport:
         """Applies one batch as its engine wrote it (msgpack, every form since vLLM 0.9 and SGLang 0.4.6), without the interpreter lock.
 
         payload: bytes-like; model: namespace of the blocks; dp_rank: the stream's rank, None for the batch's own (or 0). O(its blocks).
@@ -245,7 +250,9 @@ cdef class Index:
         report.dp_rank = rank
         return report.done()
 
-    def match_prefix(self, tokens, *, model="", lora_name=None, cache_salt=None, extra_keys=None, ready_pods=None, only_exact=False):
+    def match_prefix(self, tokens: _Tokens, *, model: str = "", lora_name: str | None = None, cache_salt: str | None = None,
+                     extra_keys: _ExtraKeys | None = None, ready_pods: PodSet | Iterable[str] | None = None,
+                     only_exact: bool = False) -> PrefixMatch:
         """How many leading tokens of the prompt each pod holds now. O(matched blocks), then work per change of holders, never per pod and block.
 
         tokens: uint32, int32, int64 or uint64 array of one dimension (uint32 and int32 are not copied), or a sequence of ints.
@@ -260,7 +267,8 @@ cdef class Index:
         m.prompt, m.lora_name, m.cache_salt, m.extra_keys = tokens, lora_name, cache_salt, extra_keys
         return m
 
-    def match_hashes(self, hashes, *, model="", ready_pods=None, only_exact=False, n_tokens=None):
+    def match_hashes(self, hashes: _Hashes, *, model: str = "", ready_pods: PodSet | Iterable[str] | None = None, only_exact: bool = False,
+                     n_tokens: int | None = None) -> PrefixMatch:
         """The same answer from the prompt's prefix hashes (uint64, one per complete block, see :func:`prefix_hashes`).
 
         They cover no lookahead: workers whose blocks do (vLLM 0.33 and SGLang with EAGLE or MTP) are left out of this answer;
@@ -285,7 +293,9 @@ cdef class Index:
         m.prefixes = hashes
         return m
 
-    def match_many(self, prompts, *, model="", lora_name=None, cache_salt=None, extra_keys=None, ready_pods=None, only_exact=False):
+    def match_many(self, prompts: Iterable[_Tokens], *, model: str = "", lora_name: str | None = None, cache_salt: str | None = None,
+                   extra_keys: _ExtraKeys | None = None, ready_pods: PodSet | Iterable[str] | None = None,
+                   only_exact: bool = False) -> list[PrefixMatch]:
         """A :class:`PrefixMatch` for each prompt, as :meth:`match_prefix` gives it, with one release of the interpreter lock for all.
 
         prompts: an iterable of what match_prefix takes as tokens; the keywords go for all of them. Each answer is of some moment during
@@ -382,6 +392,10 @@ cdef class Index:
     def _mark(self, pod, int64_t rank, int verdict):
         cdef uint64_t uid = self.uid(pod)
         with nogil: self.ix.mark(uid, rank, verdict)
+
+    def _pods(self):
+        cdef size_t pods = 0
+        return [name.decode("utf-8", "surrogateescape") for name in self.ix.directory().some(<size_t>-1, pods)]
 
     def _verdict(self, pod):
         cdef uint64_t uid = self.known(pod)

@@ -137,7 +137,10 @@ cdef void _refer(bytes text, StrRef* out):
 
 
 cdef class PodSet:
-    """A compiled filter for ``ready_pods``, from :meth:`PrefixIndex.pod_set`; it finds pods that come later too. Any thread may use it."""
+    """PodSet(pods)
+--
+
+    A compiled filter for ``ready_pods``, from :meth:`PrefixIndex.pod_set`; it finds pods that come later too. Any thread may use it."""
 
     cdef PodNames* names
     cdef readonly frozenset pods
@@ -148,6 +151,8 @@ cdef class PodSet:
         self.pods = frozenset(name.decode("utf-8", "surrogateescape") for name in names)
 
     def __dealloc__(self): del self.names
+
+    def __repr__(self): return f"PodSet({sorted(self.pods)})"
 
 
 cdef class _Snapshot:
@@ -160,7 +165,10 @@ cdef class _Snapshot:
 
 
 cdef class IngestReport:
-    """What became of a batch or an event. Counts of engine hashes (stored, removed, parked), of clear events (cleared), of events and
+    """IngestReport()
+--
+
+    What became of a batch or an event. Counts of engine hashes (stored, removed, parked), of clear events (cleared), of events and
     removed hashes that were not applied (skipped), of those that were malformed (errors); ``reasons`` counts why by name. ``ts`` is the
     batch's timestamp in seconds (None for single events), ``dp_rank`` the rank it was applied to.
     """
@@ -169,6 +177,8 @@ cdef class IngestReport:
     cdef readonly uint64_t stored, removed, cleared, parked, skipped, errors
     cdef readonly object ts
     cdef readonly int64_t dp_rank
+
+    def __init__(self): raise InvalidTypeError("an IngestReport is what ingest returns, and is not made by hand")
 
     def __reduce__(self):
         return _report, (*(getattr(self, name) for name in answers.REPORT), self.ts, self.dp_rank)

@@ -1,13 +1,16 @@
-"""What a match says about pods, made from its native rows when it is asked for."""
+"""The values that an index returns: a pod's part of a match, which is made from native rows on request, and figures."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final, Literal, NamedTuple, TypeAlias, TypedDict
 
-__all__ = ["PodMatch", "StreamPlace"]
+__all__ = ["IndexStats", "PodMatch", "StreamPlace", "Verdict", "WorkerStats"]
 
-VERDICTS: Final = ("exact", "degraded", "stale")
+Verdict: TypeAlias = Literal["exact", "degraded", "stale"]
+"""The state of a pod or a worker, from best to worst."""
+
+VERDICTS: Final[tuple[Verdict, ...]] = ("exact", "degraded", "stale")
 ENGINES: Final = ("vllm", "sglang", "trtllm")
 REPORT = ("stored", "removed", "cleared", "parked", "skipped", "errors", "reasons")
 
@@ -35,7 +38,7 @@ class PodMatch(NamedTuple):
     blocks: int
     media: dict[str, int]
     ranks: dict[int, int]
-    state: str
+    state: Verdict
     held: int
     tiers: dict[str, int]
 
@@ -53,6 +56,62 @@ class StreamPlace(NamedTuple):
     fingerprint: int
     whole: bool
     model: str
+
+
+class IndexStats(TypedDict):
+    """The result of :meth:`PrefixIndex.stats`. Counters count since the index was made."""
+
+    blocks: int
+    """Distinct content, in index blocks."""
+    chains: int
+    sets: int
+    """Distinct sets of holders."""
+    holders: int
+    pods: int
+    workers: int
+    parked: int
+    """Stored hashes that wait for their parent."""
+    guesses: int
+    """Entries of :meth:`PrefixIndex.add_prefix`."""
+    bytes: int
+    """Native memory: everything that grows with events, without the names of pods and models and without scratch."""
+    shed_blocks: int
+    """``shed_*``: taken by ``max_bytes``."""
+    shed_chains: int
+    shed_parked: int
+    shed_guesses: int
+    expired_blocks: int
+    """``expired_*``: taken by ``ttl``."""
+    expired_chains: int
+    expired_guesses: int
+    batches: int
+    bad_payloads: int
+    events_stored: int
+    events_removed: int
+    events_cleared: int
+    blocks_stored: int
+    blocks_removed: int
+    blocks_parked: int
+    skipped: int
+    errors: int
+    skipped_reasons: dict[str, int]
+    """``skipped`` and ``errors`` by reason, with the names of :attr:`IngestReport.reasons`."""
+
+
+class WorkerStats(TypedDict):
+    """One rank in the result of :meth:`PrefixIndex.worker_stats`."""
+
+    blocks: int
+    """Index blocks held, in every medium and group."""
+    parked: int
+    """Stored hashes that wait for their parent."""
+    state: Verdict
+    last_seq: int | None
+    """The number of the last batch; None where batches came without numbers."""
+    in_doubt: bool
+    """Whether a clear left open which media it cleared."""
+    lookahead: list[int]
+    """How many tokens behind a block its blocks' hashes cover (0: none), sorted; empty before any stored event."""
 
 
 def pod_match(rows: Iterable[Row], block_size: int) -> PodMatch:

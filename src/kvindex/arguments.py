@@ -115,6 +115,16 @@ def seconds(value: Any, what: str) -> float:
     return s
 
 
+def octets(value: Any, what: str) -> bytes:
+    """A copy unless it is bytes: another thread may write to what is read without the interpreter lock."""
+    if type(value) is bytes:
+        return value
+    try:
+        return memoryview(value).tobytes()
+    except TypeError:
+        raise InvalidTypeError(f"{what} is {type(value).__name__}; it must be bytes-like") from None
+
+
 def path(value: Any, what: str) -> str:
     try:
         name = os.fspath(value)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Literal, Self
+from contextlib import suppress
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 
 from . import answers, arguments, snapshot
 from ._core import Index, IngestReport, PodSet
-from .answers import StreamPlace
+from .answers import IndexStats, StreamPlace, Verdict, WorkerStats
+from .errors import CapacityError, SnapshotError, UnknownPodError
 from .events import AllBlocksCleared, BlockRemoved, BlockStored
 
 if TYPE_CHECKING:
-    from ._core import _ExtraKeys, _Tokens, _Verdict
+    from typing_extensions import Buffer
+
+    from ._core import _ExtraKeys, _Tokens
 
 __all__ = ["PrefixIndex"]
 
@@ -41,13 +46,46 @@ class PrefixIndex(Index):
 
     Events: :meth:`ingest`, :meth:`process_block_stored`, :meth:`process_block_removed`,
     :meth:`process_all_blocks_cleared`. Questions: :meth:`match_prefix`, :meth:`match_many`, :meth:`match_hashes`,
-    :meth:`pod_set`. Pods: :meth:`add_prefix`, :meth:`remove_pod`, :meth:`pod_state`, :meth:`configure_pod`,
-    :meth:`clear_worker`, :meth:`mark_worker`. Figures: :meth:`stats`, :meth:`worker_stats`, :meth:`stream_places`.
-    Files: :meth:`save`, :meth:`load`.
+    :meth:`pod_set`. Pods: :meth:`pods`, :meth:`pod_state`, :meth:`add_prefix`, :meth:`remove_pod`,
+    :meth:`configure_pod`, :meth:`clear_worker`, :meth:`mark_worker`. Figures: :meth:`stats`, :meth:`worker_stats`,
+    :meth:`stream_places`. Snapshots: :meth:`save` and :meth:`load`, :meth:`dumps` and :meth:`loads`.
     """
 
     # No wrapper around ingest, match_prefix and match_hashes, and no __dict__: a call costs what it costs on Index.
     __slots__ = ()
+
+    # For inspect.signature and help(): a compiled class has no signature with types.
+    def __new__(
+        cls,
+        block_size: int = 16,
+        *,
+        hash_seed: int = 1337,
+        presence: Literal["count", "set"] = "count",
+        max_parked: int = 65536,
+        max_bytes: int | None = None,
+        ttl: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> Self:
+        return super().__new__(
+            cls,
+            block_size,
+            hash_seed=hash_seed,
+            presence=presence,
+            max_parked=max_parked,
+            max_bytes=max_bytes,
+            ttl=ttl,
+            clock=clock,
+        )
+
+    def __repr__(self) -> str:
+        pods, figures = self.pods(), self.stats()
+        states = Counter(pods.values())
+        told = ", ".join(f"{states[state]:,} {state}" for state in answers.VERDICTS if states[state])
+        return (
+            f"{type(self).__name__}(block_size={self.block_size}, {len(pods):,} pod{'s' * (len(pods) != 1)}"
+            f"{told and ': ' + told}, {figures['blocks']:,} block{'s' * (figures['blocks'] != 1)},"
+            f" {figures['bytes'] / 1e6:,.1f} MB)"
+        )
 
     def process_block_stored(self, event: BlockStored) -> IngestReport:
         """Applies a :class:`BlockStored`. O(blocks).
@@ -175,7 +213,7 @@ class PrefixIndex(Index):
         """
         self._clear(pod, arguments.rank(dp_rank))
 
-    def mark_worker(self, pod: str, dp_rank: int, verdict: _Verdict) -> None:
+    def mark_worker(self, pod: str, dp_rank: int, verdict: Verdict) -> None:
         """The stream's verdict on a worker: "exact", "degraded" or "stale". O(ranks).
 
         The pod's state is the worst of all it is told and of what it knows itself.
@@ -183,7 +221,7 @@ class PrefixIndex(Index):
         told = arguments.choice(verdict, "verdict", answers.VERDICTS)
         self._mark(pod, arguments.rank(dp_rank), told)
 
-    def pod_state(self, pod: str) -> _Verdict:
+    def pod_state(self, pod: str) -> Verdict:
         """The worst of its ranks: "exact", "degraded" (a hole accepted, or blocks not placed) or "stale". O(1).
 
         A pod of which no event has told and no :meth:`mark_worker` is stale.
@@ -192,14 +230,19 @@ class PrefixIndex(Index):
         """
         return answers.VERDICTS[self._verdict(pod)]
 
-    def worker_stats(self, pod: str) -> dict[int, dict[str, Any]]:
-        """``{rank: {"blocks", "parked", "state", "last_seq", "in_doubt", "lookahead"}}``. O(ranks).
+    def pods(self) -> dict[str, Verdict]:
+        """Every pod that is known, sorted by name, with its :meth:`pod_state`. O(pods log pods).
 
-        blocks: index blocks held, in every medium and group; parked: stored hashes that wait; last_seq: number of the
-        last batch, None where batches came without; in_doubt: a clear left open which media it cleared; lookahead: how
-        many tokens behind a block the hashes of its blocks cover (0: none), sorted, empty before any stored event.
-        Raises UnknownPodError.
+        Each state is of some moment during the call; a pod that is removed meanwhile is left out.
         """
+        states: dict[str, Verdict] = {}
+        for pod in sorted(self._pods()):
+            with suppress(UnknownPodError):
+                states[pod] = answers.VERDICTS[self._verdict(pod)]
+        return states
+
+    def worker_stats(self, pod: str) -> dict[int, WorkerStats]:
+        """The :class:`WorkerStats` of each rank. O(ranks). Raises UnknownPodError."""
         return {
             worker["rank"]: {
                 "blocks": worker["blocks"],
@@ -233,7 +276,23 @@ class PrefixIndex(Index):
         disk. Raises :class:`SnapshotError`, with whatever was there before unchanged and nothing left beside it, where
         the disk refuses it or the path leads to no regular file.
         """
-        snapshot.save(self, path)
+        name = arguments.path(path, "path")
+        snapshot.write(name, self._snapshot(f" to {name}"))
+
+    def dumps(self) -> bytes:
+        """The snapshot that :meth:`save` writes, as bytes. O(size of the index).
+
+        Raises CapacityError where there is no memory for it.
+        """
+        return bytes(self._snapshot())
+
+    def _snapshot(self, to: str = "") -> memoryview:
+        try:
+            return memoryview(self._saved())
+        except ValueError as error:
+            raise SnapshotError(f"this index cannot be saved{to}: {error}") from None
+        except MemoryError:
+            raise CapacityError(f"no memory to save an index of {self.stats()['blocks']} blocks{to}") from None
 
     @classmethod
     def load(
@@ -253,17 +312,55 @@ class PrefixIndex(Index):
         does not fit is shed. Raises :class:`SnapshotError`, naming the file, what is wrong with it and at which byte,
         for whatever is damaged, cut, contradictory, of a newer version, too large or no snapshot at all.
         """
-        return snapshot.load(cls, path, max_parked=max_parked, max_bytes=max_bytes, ttl=ttl, clock=clock)
+        name = arguments.path(path, "path")
+        return cls._loaded(snapshot.read(name), name, max_parked, max_bytes, ttl, clock)
 
-    def stats(self) -> dict[str, Any]:
-        """Figures of the whole index, all of one moment. O(1).
+    @classmethod
+    def loads(
+        cls,
+        data: Buffer,
+        *,
+        max_parked: int | None = None,
+        max_bytes: int | None = None,
+        ttl: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> Self:
+        """Makes an index of the bytes that :meth:`dumps` returns and :meth:`save` writes. O(bytes).
 
-        Now: ``blocks`` (distinct content), ``chains``, ``sets``, ``holders``, ``pods``, ``workers``, ``parked``,
-        ``guesses`` (of :meth:`add_prefix`), ``bytes`` (native memory: all that events make grow, without the names of
-        pods and models and without scratch). Since the start: what ``max_bytes`` (``shed_*``) and ``ttl``
-        (``expired_*``) took in blocks, chains, parked hashes and guesses; ``batches``, ``bad_payloads``, ``events_*``
-        by type, ``blocks_*`` by fate, ``skipped``, ``errors``, ``skipped_reasons``.
+        data: bytes-like; it is copied unless it is bytes. The other arguments are those of :meth:`load`.
+        Raises InvalidTypeError if data is not bytes-like, otherwise what :meth:`load` raises.
         """
+        found = arguments.octets(data, "data")
+        return cls._loaded(found, f"a snapshot of {len(found):,} bytes", max_parked, max_bytes, ttl, clock)
+
+    @classmethod
+    def _loaded(
+        cls,
+        data: bytes,
+        where: str,
+        max_parked: int | None,
+        max_bytes: int | None,
+        ttl: float | None,
+        clock: Callable[[], float],
+    ) -> Self:
+        with snapshot.refused(where):
+            head = snapshot.head(data, len(data))
+            index = cls(
+                head["block_size"],
+                hash_seed=head["seed"],
+                presence="set" if head["set_presence"] else "count",
+                max_parked=head["max_parked"] if max_parked is None else max_parked,
+                max_bytes=max_bytes,
+                ttl=ttl,
+                clock=clock,
+            )
+            # Content that is loaded counts as touched now, so the index has to know what time it is.
+            index._expire(clock())
+            index._load(data)
+            return index
+
+    def stats(self) -> IndexStats:
+        """The :class:`IndexStats` of the whole index, all of one moment. O(1)."""
         return self._figures()
 
     def _check(self) -> None:

@@ -20,7 +20,7 @@ dashboard for Grafana.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -152,7 +152,7 @@ class KVIndexCollector(Collector):
         yield picks
 
 
-def _single(stats: dict[str, Any], gauges: Iterable[Any], counters: Iterable[Any]) -> Iterable[Metric]:
+def _single(stats: Mapping[str, Any], gauges: Iterable[Any], counters: Iterable[Any]) -> Iterable[Metric]:
     for name, key, about in gauges:
         yield GaugeMetricFamily(name, about, value=stats[key])
     for name, key, about in counters:

@@ -1,4 +1,4 @@
-"""Snapshots as files: written whole or not at all, and never believed before they are checked."""
+"""Snapshots as files: written as a whole or not at all, read from regular files only. It knows no index."""
 
 from __future__ import annotations
 
@@ -6,34 +6,39 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Callable
-from contextlib import suppress
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
-from . import arguments
 from ._core import snapshot_head
 from .errors import CapacityError, InvalidValueError, SnapshotError
 
-if TYPE_CHECKING:
-    from .index import PrefixIndex
-
 __all__: list[str] = []
-
-T = TypeVar("T", bound="PrefixIndex")
 
 # What tells a snapshot from other files, and how long it is.
 _HEAD = 56
 
 
-def save(index: PrefixIndex, path: str | os.PathLike[str]) -> None:
-    # A link stays one: what it leads to is what is replaced.
-    target = os.path.realpath(arguments.path(path, "path"))
+@contextmanager
+def refused(where: str) -> Iterator[None]:
+    """Raises what the core says of a snapshot's bytes as :class:`SnapshotError`, naming their place."""
     try:
-        data = memoryview(index._saved())
+        yield
+    except InvalidValueError:
+        raise  # an argument of the caller
     except ValueError as error:
-        raise SnapshotError(f"this index cannot be saved to {path}: {error}") from None
+        raise SnapshotError(f"{where} is refused: {error}") from None
     except MemoryError:
-        raise CapacityError(f"no memory to save an index of {index.stats()['blocks']} blocks to {path}") from None
+        raise CapacityError(f"no memory to load {where}") from None
+
+
+def head(data: bytes, size: int) -> dict[str, int]:
+    """What the first bytes of a snapshot of ``size`` bytes say of its index."""
+    return snapshot_head(data[:_HEAD], size)
+
+
+def write(path: str, data: memoryview) -> None:
+    # A link stays one: what it leads to is what is replaced.
+    target = os.path.realpath(path)
     try:
         folder = os.open(os.path.dirname(target), os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -54,46 +59,20 @@ def save(index: PrefixIndex, path: str | os.PathLike[str]) -> None:
         ) from error
 
 
-def load(
-    cls: type[T],
-    path: str | os.PathLike[str],
-    *,
-    max_parked: int | None,
-    max_bytes: int | None,
-    ttl: float | None,
-    clock: Callable[[], float],
-) -> T:
-    name = arguments.path(path, "path")
-    try:
-        # Opening a pipe would wait for its other end.
-        with open(name, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            found = os.fstat(file.fileno())
-            _only_regular(found)
-            size = found.st_size
-            head = snapshot_head(file.read(_HEAD), size)
-            file.seek(0)
-            data = file.read(size)
-        index = cls(
-            head["block_size"],
-            hash_seed=head["seed"],
-            presence="set" if head["set_presence"] else "count",
-            max_parked=head["max_parked"] if max_parked is None else max_parked,
-            max_bytes=max_bytes,
-            ttl=ttl,
-            clock=clock,
-        )
-        # Content that is loaded counts as touched now, so the index has to know what time it is.
-        index._expire(clock())
-        index._load(data)
-    except InvalidValueError:
-        raise  # an argument of ours
-    except ValueError as error:
-        raise SnapshotError(f"{path} is refused: {error}") from None
-    except MemoryError:
-        raise CapacityError(f"no memory to load {path}") from None
-    except OSError as error:
-        raise _failed(f"{path} cannot be read", error) from error
-    return index
+def read(path: str) -> bytes:
+    """The bytes of a file whose first ones are a snapshot's and say how many there are."""
+    with refused(path):
+        try:
+            # Opening a pipe would wait for its other end.
+            with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+                found = os.fstat(file.fileno())
+                _only_regular(found)
+                # A large file that is no snapshot is not brought into memory.
+                head(file.read(_HEAD), found.st_size)
+                file.seek(0)
+                return file.read(found.st_size)
+        except OSError as error:
+            raise _failed(f"{path} cannot be read", error) from error
 
 
 def _failed(what: str, error: OSError, then: str = "") -> SnapshotError:

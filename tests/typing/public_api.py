@@ -13,13 +13,16 @@ from kvindex import (
     BlockRemoved,
     BlockStored,
     EventBatch,
+    IndexStats,
     IngestReport,
     PodMatch,
     PodSet,
     PrefixIndex,
     PrefixMatch,
+    StreamPlace,
+    Verdict,
+    WorkerStats,
 )
-from kvindex.answers import StreamPlace
 from kvindex.capture import CaptureWriter, Forget, Message, Query, read_capture
 
 index = PrefixIndex(block_size=16, hash_seed=1337, presence="count", max_parked=10, max_bytes=1 << 20, ttl=60.0)
@@ -51,6 +54,7 @@ assert_type(match.best(), tuple[str, int] | None)
 assert_type(match["a"], PodMatch)
 assert_type(match["a"].media, dict[str, int])
 assert_type(match["a"].ranks, dict[int, int])
+assert_type(match["a"].state, Verdict)
 
 report = index.ingest("a", b"payload", model="m", dp_rank=0)
 assert_type(report, IngestReport)
@@ -62,7 +66,12 @@ assert_type(index.process_block_stored(BlockStored(pod="a", block_hashes=[1])), 
 assert_type(index.process_block_removed(BlockRemoved(pod="a", block_hashes=[1])), IngestReport)
 assert_type(index.process_all_blocks_cleared(AllBlocksCleared(pod="a")), IngestReport)
 
-assert_type(index.stats(), dict[str, Any])
+assert_type(index.stats(), IndexStats)
+assert_type(index.stats()["bytes"], int)
+assert_type(index.worker_stats("a"), dict[int, WorkerStats])
+assert_type(index.pods(), dict[str, Verdict])
+assert_type(index.dumps(), bytes)
+assert_type(PrefixIndex.loads(bytearray(), max_parked=5), PrefixIndex)
 assert_type(index.stream_places("a"), dict[int, StreamPlace])
 assert_type(index.stream_places("a")[0].seq, int)
 assert_type(PrefixIndex.load("path", max_parked=5), PrefixIndex)
