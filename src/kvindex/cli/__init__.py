@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
         description=kvindex.__doc__,
         formatter_class=Layout,
         epilog=examples("kvindex demo", "kvindex top a=tcp://10.0.0.1:5557,5558", "kvindex doctor http://10.0.0.1:8000")
-        + "\n\nkvindex COMMAND --help says what each takes.",
+        + "\n\nkvindex COMMAND --help lists the options of a command.",
     )
     made.add_argument("--version", action="version", version=f"kvindex {kvindex.__version__}")
     commands = made.add_subparsers(dest="command", metavar="COMMAND", title="commands")

@@ -13,8 +13,8 @@ from ._terminal import CommandError, positive
 __all__ = ["add_arguments", "followed", "one_source", "sources"]
 
 POD = (
-    "[NAME=]tcp://HOST:PORT[,REPLAY][,engine=vllm], where REPLAY is an endpoint, or a port at the same host; or the "
-    "URL of a vLLM or SGLang server, http://HOST:PORT, which is asked where it publishes"
+    "[NAME=]tcp://HOST:PORT[,REPLAY][,engine=vllm], where REPLAY is an endpoint or a port of the same host; or the "
+    "URL of a vLLM or SGLang server, http://HOST:PORT, which names its own endpoints"
 )
 
 
@@ -22,30 +22,30 @@ def add_arguments(parser: argparse.ArgumentParser, *, several: bool = True) -> N
     """What says which pods, and what their events do not say about themselves."""
     if several:
         parser.add_argument("pods", nargs="*", metavar="POD", help=POD)
-        parser.add_argument("--pods", dest="file", metavar="FILE", help="a YAML or JSON file that lists pods")
+        parser.add_argument("--pods", dest="file", metavar="FILE", help="YAML or JSON file of pods")
     else:
-        parser.add_argument("pods", nargs="?", metavar="POD", help=f"{POD}; or the name of one in --pods")
-        parser.add_argument("--pods", dest="file", metavar="FILE", help="a YAML or JSON file that lists pods")
+        parser.add_argument("pods", nargs="?", metavar="POD", help=f"{POD}; or a name from the --pods file")
+        parser.add_argument("--pods", dest="file", metavar="FILE", help="YAML or JSON file of pods")
     parser.add_argument(
         "--replay",
         action="append",
         default=[],
         metavar="ENDPOINT",
-        help="replay endpoint, or its port, of the first POD that names none",
+        help="replay endpoint or port of the first POD without one",
     )
     parser.add_argument(
         "--ranks",
         type=positive,
         default=1,
         metavar="N",
-        help="data-parallel ranks of each POD, at following ports (default 1; a server says it itself)",
+        help="data-parallel ranks of each POD, on consecutive ports (default 1, or as its server reports)",
     )
     parser.add_argument(
         "--server-key",
         metavar="KEY",
-        help="CURVE public key of each POD's publisher: believe nobody else (40 characters)",
+        help="CURVE public key of each POD's publisher, 40 characters: accept no other",
     )
-    parser.add_argument("--model", help="model that the pods serve (default: what a server says, else none)")
+    parser.add_argument("--model", help="model that the pods serve (default: as the server reports, else none)")
 
 
 def sources(args: argparse.Namespace) -> list[PodSource]:

@@ -54,7 +54,7 @@ def examples(*lines: str) -> str:
 
 def add_command(commands: Any, name: str, *, help: str, description: str, status: str, lines: Sequence[str]) -> Any:
     """A subcommand's parser. ``status`` says what 0 and 1 mean; ``lines`` are examples that can be typed."""
-    status = f"exit status: {status}; 2 when it could not be done"
+    status = f"exit status: {status}; 2 if the command failed"
     return commands.add_parser(
         name, help=help, description=description, epilog=f"{examples(*lines)}\n\n{status}", formatter_class=Layout
     )

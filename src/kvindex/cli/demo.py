@@ -55,19 +55,19 @@ def add_parser(commands: Any) -> None:
     parser = add_command(
         commands,
         "demo",
-        help="a simulated fleet, routed by the index, and checked",
-        description="Simulated pods, each a process that publishes its events over TCP, serve conversations of many "
-        "turns; an EventManager follows their streams, and the prompts are routed by the index. On the way one pod is "
-        "killed and started again. Answers are compared with the pods' own.",
-        status="0 when every answer was equal, 1 on any difference",
+        help="route prompts over a simulated fleet and check every answer",
+        description="Start simulated pods that publish their events over TCP, follow them with an EventManager, and "
+        "route conversations of many turns by the index. One pod is killed and started again. Every answer is compared "
+        "with the pod's own cache.",
+        status="0 if every answer was equal, 1 on any difference",
         lines=["kvindex demo", "kvindex demo --pods 16 --seconds 60"],
     )
     parser.add_argument("--pods", type=int, default=8, metavar="N", help="pods in the fleet (default %(default)s)")
     parser.add_argument(
-        "--conversations", type=int, default=150, metavar="N", help="conversations to be served (default %(default)s)"
+        "--conversations", type=int, default=150, metavar="N", help="conversations to serve (default %(default)s)"
     )
     parser.add_argument("--seconds", type=float, default=20.0, metavar="N",
-                        help="seconds to spread them over, at least (default %(default)g)")  # fmt: skip
+                        help="least seconds to spread them over (default %(default)g)")  # fmt: skip
     parser.add_argument("--blocks-per-pod", type=int, default=3000, metavar="N",
                         help="blocks in the KV cache of a pod (default %(default)s)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the workload (default %(default)s)")

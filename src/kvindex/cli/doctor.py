@@ -66,10 +66,10 @@ def add_parser(commands: Any) -> None:
     parser = add_command(
         commands,
         "doctor",
-        help="why is my hit rate zero?",
-        description="Connect to one pod, watch its events, and say in plain words what keeps prompts from being found: "
-        "addresses, topics, block sizes, adapters and salts, gaps.",
-        status="0 when nothing is wrong, 1 when something is",
+        help="find the cause of a hit rate of zero",
+        description="Connect to one pod, watch its events, and report what keeps prompts from matching: addresses, "
+        "topics, block sizes, adapters, salts, gaps.",
+        status="0 if nothing is wrong, 1 otherwise",
         lines=[
             "kvindex doctor tcp://10.0.0.1:5557,5558",
             "kvindex doctor http://10.0.0.1:8000 --seconds 30 --tokens prompt.json",
@@ -78,13 +78,13 @@ def add_parser(commands: Any) -> None:
     add_arguments(parser, several=False)
     parser.add_argument("--block-size", type=positive, default=16, metavar="TOKENS",
                         help="block size of the router's index (default %(default)s)")  # fmt: skip
-    parser.add_argument("--topic", help="topic that the router subscribes to, if it names one")
+    parser.add_argument("--topic", help="topic of the router's subscription, if it has one")
     parser.add_argument("--seconds", type=seconds, default=5.0, metavar="N",
                         help="seconds to watch live events (default %(default)g)")  # fmt: skip
     parser.add_argument(
         "--tokens",
         metavar="FILE",
-        help="a prompt to look for: a file with a JSON list of token ids, - for standard input",
+        help="file with a JSON list of token ids, the prompt to look for; - for standard input",
     )
     parser.set_defaults(run=run)
 

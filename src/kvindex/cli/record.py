@@ -35,12 +35,12 @@ def add_parser(commands: Any) -> None:
     parser = add_command(
         commands,
         "record",
-        help="live streams into a capture",
-        description="Follow live streams and write every batch, as it was published, in the order in which an index "
-        "applies them, with the time of its arrival. With a replay endpoint the capture starts with what the publisher "
-        "still has. Ends by Ctrl-C, or when --seconds or --batches are over. A capture contains token ids: prompts can "
-        "be read from it.",
-        status="0 when something was recorded, 1 when there was no batch",
+        help="record live streams into a capture",
+        description="Follow live streams and write every batch as published, in the order in which an index applies "
+        "it, with the time of its arrival. With a replay endpoint, the capture starts with the publisher's earlier "
+        "batches. Recording ends with Ctrl-C, --seconds or --batches. A capture contains token ids, so prompts can be "
+        "read from it.",
+        status="0 if a batch was recorded, 1 if none was",
         lines=[
             "kvindex record a=tcp://10.0.0.1:5557,5558 -o a.msgpack.gz --seconds 60",
             "kvindex record --pods pods.yaml -o fleet.msgpack.gz",
@@ -48,10 +48,10 @@ def add_parser(commands: Any) -> None:
     )
     add_arguments(parser)
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="capture to write")
-    parser.add_argument("--seconds", type=seconds, metavar="N", help="end after so many seconds")
-    parser.add_argument("--batches", type=positive, metavar="N", help="end after so many batches of all pods together")
+    parser.add_argument("--seconds", type=seconds, metavar="N", help="end after N seconds")
+    parser.add_argument("--batches", type=positive, metavar="N", help="end after N batches of all pods together")
     parser.add_argument("--block-size", type=positive, metavar="TOKENS",
-                        help="block size to note in the capture (default: what the events say)")  # fmt: skip
+                        help="block size to note in the capture (default: from the events)")  # fmt: skip
     parser.set_defaults(run=run)
 
 

@@ -34,16 +34,16 @@ def add_parser(commands: Any) -> None:
     parser = add_command(
         commands,
         "replay",
-        help="a capture against the engine's own numbers, or a trace under three routings",
-        description="Replay captures of engines' event streams and compare every answer with the engine's own number; "
-        "serve Mooncake-style traces by a simulated fleet under three routings.",
-        status="0 when every answer was equal, 1 on any difference",
+        help="compare a capture with the engine's own numbers, or a trace under three routings",
+        description="Replay captures of event streams and compare every answer with the engine's own number, or serve "
+        "traces in Mooncake's format by a simulated fleet under three routings.",
+        status="0 if every answer was equal, 1 on any difference",
         lines=[
             "kvindex replay tests/samples/vllm-0.33.0-full-attention.msgpack.gz",
             "kvindex replay trace.jsonl.gz --pods 8 --limit 2000 --plot hit-rates.png",
         ],
     )
-    parser.add_argument("files", nargs="+", metavar="FILE", help="a capture, or a trace of JSON lines, plain or gzip")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="capture, or trace of JSON lines, plain or gzip")
     trace = parser.add_argument_group("traces only")
     trace.add_argument("--pods", type=positive, default=8, metavar="N", help="pods in the fleet (default %(default)s)")
     trace.add_argument("--limit", type=positive, metavar="N", help="only the first N requests")

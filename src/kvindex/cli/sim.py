@@ -26,11 +26,11 @@ def add_parser(commands: Any) -> None:
     parser = add_command(
         commands,
         "sim",
-        help="one simulated pod, which publishes as an engine does",
-        description="An engine without a model: it serves a made-up workload, allocates and evicts KV blocks, and "
-        "publishes its events as the real ones do (ZMQ PUB, and ROUTER for replays). Prints one line of JSON that says "
-        "where everything is, then runs until it is interrupted.",
-        status="0 when it was interrupted",
+        help="run a simulated pod that publishes as an engine does",
+        description="Run an engine without a model: it serves a synthetic workload, allocates and evicts KV blocks, "
+        "and publishes its events as real engines do (ZMQ PUB, and ROUTER for replays). It prints its endpoints as one "
+        "line of JSON and runs until it is interrupted.",
+        status="0 if it was interrupted",
         lines=[
             "kvindex sim --name a --port 5557",
             "kvindex sim --name b --port 5560 --ranks 2 --form sglang-0.5.22 --seed 1",
@@ -42,65 +42,65 @@ def add_parser(commands: Any) -> None:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", default="pod-0", help="name of the pod (default %(default)s)")
-    parser.add_argument("--model", default="sim", help="model that it serves (default %(default)s)")
+    parser.add_argument("--model", default="sim", help="model that the pod serves (default %(default)s)")
 
-    events = parser.add_argument_group("its events")
+    events = parser.add_argument_group("events")
     events.add_argument("--form", default="vllm-0.33.0", choices=list(FORMS), metavar="FORM",
-                        help=f"release with their wire form (default %(default)s): {', '.join(FORMS)}")  # fmt: skip
+                        help=f"release of the wire format (default %(default)s): {', '.join(FORMS)}")  # fmt: skip
     events.add_argument("--hashes", choices=["u64", "i64", "bytes16", "bytes32"],
-                        help="kind of block hashes, instead of the form's own")  # fmt: skip
+                        help="kind of block hashes (default: that of the release)")  # fmt: skip
     events.add_argument("--hash-seed", default="", metavar="TEXT",
-                        help="seed of the block hashes: pods that share it name equal blocks equally")  # fmt: skip
-    events.add_argument("--topic", help="topic of its messages (default kv@NAME@MODEL)")
+                        help="seed of the block hashes: equal seeds give equal blocks equal hashes")  # fmt: skip
+    events.add_argument("--topic", help="topic of the messages (default kv@NAME@MODEL)")
     events.add_argument("--buffer-steps", type=int, default=10_000, metavar="N",
                         help="batches kept for replays (default %(default)s)")  # fmt: skip
 
-    cache = parser.add_argument_group("its cache")
+    cache = parser.add_argument_group("cache")
     cache.add_argument("--ranks", type=int, default=1, metavar="N", help="data-parallel ranks (default %(default)s)")
     cache.add_argument("--blocks", type=int, default=4000, metavar="N",
                        help="blocks in the KV cache of a rank (default %(default)s)")  # fmt: skip
     cache.add_argument("--block-size", type=int, default=16, metavar="TOKENS",
                        help="tokens in a block (default %(default)s)")  # fmt: skip
     cache.add_argument("--window", type=int, metavar="TOKENS",
-                       help="window of a second, sliding-window group (default: there is none)")  # fmt: skip
+                       help="window of a second, sliding-window group (default: none)")  # fmt: skip
     cache.add_argument("--window-blocks", type=int, metavar="N",
-                       help="with SGLang: blocks in the window's pool, whose evictions are in no event")  # fmt: skip
+                       help="with SGLang: blocks in the window's pool, which evicts silently")  # fmt: skip
     cache.add_argument("--window-block-size", type=int, metavar="TOKENS",
                        help="tokens in a block of that group (default: as --block-size)")  # fmt: skip
     cache.add_argument("--window-interval", type=int, metavar="TOKENS",
-                       help="that group keeps only what a hit at a multiple of it needs (default: all)")  # fmt: skip
+                       help="keep only blocks that a hit at a multiple of TOKENS needs (default: all)")  # fmt: skip
     cache.add_argument("--offload-blocks", type=int, default=0, metavar="N",
                        help="blocks in a second tier (default %(default)s)")  # fmt: skip
     cache.add_argument("--offload-medium", default="CPU", metavar="NAME",
                        help="medium of the second tier (default %(default)s)")  # fmt: skip
-    cache.add_argument("--offload-tokens", action="store_true", help="the second tier's events say their tokens")
+    cache.add_argument("--offload-tokens", action="store_true", help="events of the second tier have tokens")
     cache.add_argument("--offload-keyless", action="store_true",
-                       help="and then neither adapter nor salt nor other keys, as connectors")  # fmt: skip
+                       help="and then no adapter, salt or other keys, like connectors")  # fmt: skip
     cache.add_argument("--lookahead", type=int, default=0, metavar="TOKENS",
                        help="tokens behind a block in its hash: EAGLE and MTP (default %(default)s)")  # fmt: skip
     cache.add_argument("--eagle", action="store_true",
-                       help="EAGLE as in vLLM before 0.33: the last matching block is not reused")  # fmt: skip
+                       help="EAGLE as in vLLM before 0.33: do not reuse the last matching block")  # fmt: skip
 
-    network = parser.add_argument_group("its sockets")
+    network = parser.add_argument_group("sockets")
     network.add_argument("--host", default="127.0.0.1", help="address to bind (default %(default)s)")
     network.add_argument("--port", type=int, default=5557, metavar="N",
-                         help="where rank 0 publishes, 0 for any free port (default %(default)s)")  # fmt: skip
+                         help="port of rank 0, 0 for any free port (default %(default)s)")  # fmt: skip
     network.add_argument("--replay-port", type=int, metavar="N",
-                         help="where rank 0 answers replays, 0 for any free port (default --port + 100)")  # fmt: skip
+                         help="replay port of rank 0, 0 for any free port (default --port + 100)")  # fmt: skip
     network.add_argument("--no-replay", action="store_true", help="answer no replays")
     network.add_argument("--control-port", type=int, default=0, metavar="N",
-                         help="where tests tell it what to do, 0 for any free port (default %(default)s)")  # fmt: skip
+                         help="port for commands of tests, 0 for any free port (default %(default)s)")  # fmt: skip
     network.add_argument("--http", type=int, metavar="PORT",
-                         help="where it answers as an OpenAI-compatible server, 0 for any free port")  # fmt: skip
+                         help="port of an OpenAI-compatible server, 0 for any free port")  # fmt: skip
     network.add_argument("--connect", metavar="ENDPOINT", help="publish to an endpoint that a router has bound")
-    network.add_argument("--curve", metavar="FILE", help="encrypt its streams: a .key_secret file of zmq.auth")
+    network.add_argument("--curve", metavar="FILE", help="encrypt the streams with a .key_secret file of zmq.auth")
     network.add_argument("--server-key", metavar="KEY", help="CURVE public key of the endpoint in --connect")
 
-    work = parser.add_argument_group("its workload")
+    work = parser.add_argument_group("workload")
     work.add_argument("--rate", type=float, default=4.0, metavar="N",
-                      help="requests a second, 0 to wait until it is told (default %(default)g)")  # fmt: skip
+                      help="requests a second, 0 to wait for commands (default %(default)g)")  # fmt: skip
     work.add_argument("--concurrent", type=int, default=4, metavar="N",
-                      help="requests at a time (default %(default)s)")  # fmt: skip
+                      help="concurrent requests (default %(default)s)")  # fmt: skip
     work.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the workload (default %(default)s)")
     work.add_argument("--adapters", type=int, default=0, metavar="N",
                       help="LoRA adapters that requests use (default %(default)s)")  # fmt: skip

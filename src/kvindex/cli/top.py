@@ -33,10 +33,10 @@ def add_parser(commands: Any) -> None:
     parser = add_command(
         commands,
         "top",
-        help="a live view of pods: states, lag, blocks, losses",
-        description="Follow live streams and show what state every pod is in, how far behind, what it holds and what "
-        "was lost. Where there is no terminal, or with --once, one plain table.",
-        status="0 when no pod is stale at the end, 1 when one is",
+        help="show the state, lag, blocks and losses of pods",
+        description="Follow live streams and show the state, lag, blocks and losses of every pod. Without a terminal, "
+        "or with --once, print one plain table.",
+        status="0 if no pod is stale at the end, 1 otherwise",
         lines=[
             "kvindex top a=tcp://10.0.0.1:5557,5558,engine=vllm b=tcp://10.0.0.2:5557,5558,engine=vllm",
             "kvindex top http://10.0.0.1:8000 --once",
@@ -44,11 +44,11 @@ def add_parser(commands: Any) -> None:
         ],
     )
     add_arguments(parser)
-    parser.add_argument("--once", action="store_true", help="print the table once, when every pod is current")
+    parser.add_argument("--once", action="store_true", help="print the table once every pod is current, and exit")
     parser.add_argument("--wait", type=seconds, default=5.0, metavar="SECONDS",
-                        help="how long pods may take to become current, with --once (default %(default)g)")  # fmt: skip
+                        help="with --once, longest wait for pods to become current (default %(default)g)")  # fmt: skip
     parser.add_argument("--interval", type=seconds, default=1.0, metavar="SECONDS",
-                        help="between two views (default %(default)g)")  # fmt: skip
+                        help="seconds between two views (default %(default)g)")  # fmt: skip
     parser.add_argument("--block-size", type=positive, default=16, metavar="TOKENS",
                         help="block size of the index (default %(default)s)")  # fmt: skip
     parser.set_defaults(run=run)
