@@ -684,8 +684,8 @@ class Model:
             at = self.roots.setdefault(model, Position())
             for content in self._query(tokens, lora_name, cache_salt, extra_keys, lookahead):
                 at = at.child(content)
-            worker.added.append((at, now + ttl))
-            if at.parent is not None:
+            if at.parent is not None:  # A prompt shorter than a block and its lookahead adds nothing.
+                worker.added.append((at, now + ttl))
                 worker.lengths.add(lookahead)
 
     def expire(self, now: float) -> None:
