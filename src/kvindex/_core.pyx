@@ -13,6 +13,7 @@ from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.sequence cimport PySequence_Fast, PySequence_Fast_GET_SIZE, PySequence_Fast_ITEMS
 from cpython.unicode cimport PyUnicode_CheckExact
 from cython cimport critical_section, freelist
+from libc.string cimport memcpy
 
 from kvindex._native cimport *
 
@@ -444,6 +445,7 @@ cdef class Index:
 
 
 include "_loads.pxi"
+include "_decode.pxi"
 
 
 def hash_tokens(tokens, block_size, hash_seed, lora_name, cache_salt, extra_keys, bint rolled):
@@ -458,18 +460,6 @@ def hash_tokens(tokens, block_size, hash_seed, lora_name, cache_salt, extra_keys
     if len(view):
         with nogil: hash_prompt(p, size, seed, rolled, &view[0])
     return out
-
-
-def scan_batch(payload):
-    """``(ts, dp_rank, [(kind, reason, offset, bytes, medium), ...])``: where a payload's events lie, and why some cannot be applied."""
-    cdef _Ints b = _payload(payload)
-    cdef Batch batch
-    cdef DecodeFault fault
-    if not decode_batch(<const uint8_t*>b.data, b.n, batch, fault):
-        raise _no_batch(b, fault)
-    return (batch.ts, None if batch.dp_rank < 0 else batch.dp_rank,
-            [(_KINDS[<int>e.kind], reason_name(e.bad).decode() if <int>e.bad else None, e.offset, e.bytes,
-              e.medium.p[:e.medium.n] if e.medium.p != NULL else None) for e in batch.events])
 
 
 def peek_batch(bytes data, cbool whole):

@@ -210,6 +210,10 @@ cdef extern from "_native/peek.hpp" namespace "kvindex" nogil:
 
     BatchPeek native_peek "kvindex::peek_batch" (const uint8_t*, size_t, cbool whole)
 
+cdef extern from "_native/fields.hpp" namespace "kvindex" nogil:
+    StrRef event_field(const uint8_t*, size_t, EventKind, const char* name, size_t)
+    StrRef event_text(const uint8_t*, size_t, EventKind, const char* name, size_t)
+
 cdef extern from "_native/xxh3.hpp" namespace "kvindex" nogil:
     ctypedef enum Isa "kvindex::Isa":
         pass

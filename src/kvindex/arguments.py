@@ -36,6 +36,15 @@ def shown(value: Any) -> str:
         return f"<{type(value).__name__}>"
 
 
+# What msgpack raises of nesting that it does not follow.
+TooDeep = (msgpack.StackError, RecursionError)
+
+
+def unpacked(data: bytes) -> Any:
+    # Surrogates stand for what is no UTF-8: a name that an engine wrote wrongly is still a name.
+    return msgpack.unpackb(data, use_list=False, unicode_errors="surrogateescape")
+
+
 def listed(some: Sequence[bytes], of: int) -> str:
     """The pods that a message names: some, and how many there are besides."""
     if not of:

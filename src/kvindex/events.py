@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, TypeAlias
 
-import msgpack
 import numpy as np
 import numpy.typing as npt
 
-from ._core import scan_batch
+from ._core import decode_events
 
 __all__ = ["AllBlocksCleared", "BlockRemoved", "BlockStored", "Event", "EventBatch", "decode_batch"]
 
@@ -140,26 +139,6 @@ class EventBatch(_ByValue):
     skipped: Sequence[tuple[int, str]] = ()
 
 
-# Element by element, in the order of the engines' array forms.
-_STORED = (
-    "type",
-    "block_hashes",
-    "parent_block_hash",
-    "token_ids",
-    "block_size",
-    "lora_id",
-    "medium",
-    "lora_name",
-    "extra_keys",
-    "group_idx",
-    "kv_cache_spec_kind",
-    "kv_cache_spec_sliding_window",
-)
-_REMOVED = ("type", "block_hashes", "medium", "group_idx")
-# What only maps have.
-_KEYS = {"stored": ("cache_salt", "lookahead_token_ids"), "removed": ("remaining_copy_counts",)}
-
-
 def decode_batch(payload: bytes | bytearray | memoryview, *, pod: str = "", model: str = "") -> EventBatch:
     """Decodes one payload, exactly as an engine published it, into an :class:`EventBatch`.
 
@@ -172,156 +151,27 @@ def decode_batch(payload: bytes | bytearray | memoryview, *, pod: str = "", mode
     cut short or lies about a length raises :class:`EventDecodeError`, whose ``offset`` is the byte.
 
     What is skipped, and where a broken payload ends, is what :meth:`PrefixIndex.ingest` says of it, with one exception:
-    the msgpack package follows nesting for about 1,000 levels only, and an event with more is a ``"bad_event"`` here.
+    the msgpack package follows nesting for about 1,000 levels only, and an event whose extra keys have more is a
+    ``"bad_event"`` here.
 
     O(bytes), and slow beside :meth:`PrefixIndex.ingest`. Safe from any thread.
     """
-    ts, dp_rank, found = scan_batch(payload)
-    data = memoryview(payload).cast("B")
+    ts, dp_rank, found = decode_events(payload)
     events: list[Event] = []
     skipped: list[tuple[int, str]] = []
-    for index, (kind, reason, offset, n_bytes, medium) in enumerate(found):
-        if reason is None and kind == "cleared":
-            name = None if medium is None else medium.decode("utf-8", "surrogateescape")
-            events.append(AllBlocksCleared(pod, dp_rank=dp_rank, medium=name))
-        elif reason is None:
-            try:
-                events.append(_event(kind, bytes(data[offset : offset + n_bytes]), pod, model, dp_rank))
-            except (msgpack.StackError, RecursionError):
-                reason = "bad_event"
+    for index, (kind, reason, wire) in enumerate(found):
         if reason is not None:
             skipped.append((index, reason))
+        elif kind == "stored":
+            events.append(BlockStored(pod, model, dp_rank=dp_rank, **wire))
+        elif kind == "removed":
+            events.append(BlockRemoved(pod, model, dp_rank=dp_rank, **wire))
+        else:
+            events.append(AllBlocksCleared(pod, dp_rank=dp_rank, **wire))
     return EventBatch(ts, events, dp_rank, skipped)
 
 
 def unknown_kinds(payload: bytes | bytearray | memoryview) -> list[str]:
     """What the events of a batch that are of no known kind call themselves, as far as they do."""
-    data = memoryview(payload).cast("B")
-    names = []
-    for _, reason, offset, n_bytes, _ in scan_batch(payload)[2]:
-        if reason == "unknown_event":
-            event = bytes(data[offset : offset + n_bytes])
-            spans = _array_spans(event, ("type",)) if _is_array(event[0]) else _map_spans(event)
-            tag = spans.get("type", b"\xc0")
-            names.append(f"{_unpack(tag)!r:.40}" if _is_str(tag[0]) else "without a name")
-    return names
-
-
-def _event(kind: str, data: bytes, pod: str, model: str, dp_rank: int | None) -> Event:
-    """The object for one event that the native check has found to be sound."""
-    wire = _fields(data, kind)
-    hashes = [_folded(h) for h in wire["block_hashes"]]
-    medium, group_idx = wire.get("medium"), wire.get("group_idx")
-    if kind == "removed":
-        remaining = wire.get("remaining_copy_counts")
-        return BlockRemoved(
-            pod,
-            model,
-            block_hashes=hashes,
-            medium=medium,
-            group_idx=group_idx,
-            dp_rank=dp_rank,
-            remaining_copy_counts=None if remaining is None else list(remaining),
-        )
-    parent, extra_keys = wire.get("parent_block_hash"), wire.get("extra_keys")
-    tokens, ahead = _split(wire.get("token_ids") or (), wire.get("block_size") or 0, len(hashes))
-    ahead = wire.get("lookahead_token_ids") if ahead is None else ahead
-    return BlockStored(
-        pod,
-        model,
-        block_hashes=hashes,
-        parent_block_hash=None if parent is None else _folded(parent),
-        token_ids=np.array(tokens, dtype=np.uint32),
-        block_size=wire.get("block_size"),
-        lora_id=wire.get("lora_id"),
-        medium=medium,
-        lora_name=wire.get("lora_name"),
-        extra_keys=None if extra_keys is None else [keys if keys is None else list(keys) for keys in extra_keys],
-        group_idx=group_idx,
-        kv_cache_spec_kind=wire.get("kv_cache_spec_kind"),
-        kv_cache_spec_sliding_window=wire.get("kv_cache_spec_sliding_window"),
-        cache_salt=wire.get("cache_salt"),
-        session_id=wire.get("session_id"),
-        dp_rank=dp_rank,
-        lookahead_token_ids=None if ahead is None else [list(tokens) for tokens in ahead],
-    )
-
-
-def _split(tokens: Sequence[Any], size: int, n: int) -> tuple[Sequence[int], list[list[int]] | None]:
-    """Tokens, and the one behind each block where they come in pairs (SGLang with EAGLE)."""
-    if not tokens or not isinstance(tokens[0], tuple):
-        return tokens, None
-    ends = [min(j * size, len(tokens)) - 1 for j in range(1, n + 1)]
-    return [token for token, _ in tokens], [[tokens[end][1]] for end in ends]
-
-
-def _fields(data: bytes, kind: str) -> dict[str, Any]:
-    """The fields of one event by name: of an array those at their places, of a map those with such keys.
-
-    Only these are decoded, because only they have been checked. The others may be what Python cannot hold, a list as a
-    key or a timestamp of three bytes, and are nobody's business: a newer engine may send anything there.
-    """
-    names = _STORED if kind == "stored" else _REMOVED
-    is_array = _is_array(data[0])
-    spans = _array_spans(data, names) if is_array else _map_spans(data)
-    # Element 7 of an array is the LoRA name, except in SGLang's, where a map around the cache salt is there.
-    if is_array and _is_map(spans.get("lora_name", b"\xc0")[0]):
-        spans |= {"lora_name": b"\xc0"} | {k: v for k, v in _map_spans(spans["lora_name"]).items() if k in _NAMESPACE}
-    wire = {name: _unpack(spans[name]) for name in (*names[1:], *_KEYS[kind]) if name in spans}
-    if kind == "stored" and _is_str(spans.get("session_id", b"\xc0")[0]):
-        wire["session_id"] = _unpack(spans["session_id"])
-    return wire
-
-
-_NAMESPACE = frozenset({"lora_name", "cache_salt"})
-
-
-def _unpack(data: bytes) -> Any:
-    # Surrogates stand for what is no UTF-8: a name that an engine wrote wrongly is still a name.
-    return msgpack.unpackb(data, use_list=False, unicode_errors="surrogateescape")
-
-
-def _array_spans(data: bytes, names: tuple[str, ...]) -> dict[str, bytes]:
-    reader = _reader(data)
-    n = reader.read_array_header()
-    return dict(zip(names[:n], (_value(data, reader) for _ in range(n)), strict=False))
-
-
-def _map_spans(data: bytes) -> dict[str, bytes]:
-    reader = _reader(data)
-    spans = {}
-    for _ in range(reader.read_map_header()):
-        key, value = _value(data, reader), _value(data, reader)
-        if _is_str(key[0]):
-            spans[_unpack(key)] = value
-    return spans
-
-
-def _value(data: bytes, reader: Any) -> bytes:
-    start = reader.tell()
-    reader.skip()
-    return data[start : reader.tell()]
-
-
-def _reader(data: bytes) -> Any:
-    reader = msgpack.Unpacker(max_buffer_size=len(data))
-    reader.feed(data)
-    return reader
-
-
-def _is_array(first: int) -> bool:
-    return 0x90 <= first <= 0x9F or first in (0xDC, 0xDD)
-
-
-def _is_map(first: int) -> bool:
-    return 0x80 <= first <= 0x8F or first in (0xDE, 0xDF)
-
-
-def _is_str(first: int) -> bool:
-    return 0xA0 <= first <= 0xBF or first in (0xD9, 0xDA, 0xDB)
-
-
-def _folded(block_hash: BlockHash) -> int:
-    if isinstance(block_hash, bytes):
-        return int.from_bytes(block_hash[-8:], "big")
-    return block_hash % 2**64
+    names = (wire["type"] for _, reason, wire in decode_events(payload)[2] if reason == "unknown_event")
+    return ["without a name" if name is None else f"{name!r:.40}" for name in names]

@@ -18,6 +18,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <set>
@@ -25,6 +26,7 @@
 #include <tuple>
 #include <vector>
 
+#include "fields.hpp"
 #include "peek.hpp"
 #include "shared.hpp"
 
@@ -68,6 +70,19 @@ std::string text(const Answer& a) {
 }
 
 std::string python(const StrRef& s) { return s.set() ? "'" + std::string(s.p, s.n) + "'" : "None"; }
+
+// A field as it lies in the payload says what the decoder has read.
+void check_fields(const u8* payload, const Event& e) {
+    if (e.many || e.bad != Reason::none) return;
+    const auto text = [&](const char* name) {
+        const StrRef found = event_text(payload + e.offset, e.bytes, e.kind, name, std::strlen(name));
+        return std::make_pair(found.set(), std::string(found.set() ? found.p : "", found.n));
+    };
+    const auto read = [](const StrRef& s) { return std::make_pair(s.set(), std::string(s.set() ? s.p : "", s.n)); };
+    if (e.kind != EventKind::cleared && text("medium") != read(e.medium)) die("two media of one event");
+    if (e.kind == EventKind::stored && text("kv_cache_spec_kind") != read(e.spec_kind)) die("two kinds of one group");
+    if (e.kind == EventKind::stored && text("lora_id") != read(e.lora_id_name)) die("two LoRA ids of one event");
+}
 
 class World {
 public:
@@ -122,6 +137,7 @@ public:
             die("a stream and the index read a batch differently");
         if (look.timed != glance.timed || look.events != glance.events || look.events > n / 3)
             die("two looks at one batch");
+        for (std::size_t i = 0; sound && i < batch.events.size(); ++i) check_fields(p, batch.events[i]);
         const i64 at = rank >= 0 ? rank : sound && batch.dp_rank >= 0 ? batch.dp_rank : 0;
         Report one, other;
         double ts = 0;

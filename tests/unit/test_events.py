@@ -9,6 +9,7 @@ import pickle
 import msgpack
 import numpy as np
 import pytest
+from support import STORED
 
 from kvindex.errors import EventDecodeError, InvalidTypeError, KVIndexError
 from kvindex.events import AllBlocksCleared, BlockRemoved, BlockStored, EventBatch, decode_batch
@@ -20,6 +21,7 @@ SOUND = {
     "token_ids": [1, 2, 3, 4],
     "block_size": 2,
 }
+WITHOUT_TYPE = {name: value for name, value in SOUND.items() if name != "type"}
 CLEARED = {"type": "AllBlocksCleared"}
 
 
@@ -38,17 +40,7 @@ def test_the_fields_are_the_engines_and_the_streams():
     assert names(BlockStored) == [
         "pod",
         "model",
-        "block_hashes",
-        "parent_block_hash",
-        "token_ids",
-        "block_size",
-        "lora_id",
-        "medium",
-        "lora_name",
-        "extra_keys",
-        "group_idx",
-        "kv_cache_spec_kind",
-        "kv_cache_spec_sliding_window",
+        *STORED,
         "cache_salt",
         "session_id",
         "dp_rank",
@@ -340,3 +332,33 @@ def test_a_key_that_comes_twice_counts_as_it_came_last():
     assert decode_batch(b"\x92\x01\x91" + twice).events == [BlockRemoved(block_hashes=[7])]
     twice = b"\x83" + b"".join(map(msgpack.packb, ("type", "BlockRemoved", "block_hashes", [7], "block_hashes", "x")))
     assert decode_batch(b"\x92\x01\x91" + twice).skipped == [(0, "bad_event")]
+
+
+def test_tokens_that_come_again_as_plain_ones_have_no_lookahead():
+    fields = [*SOUND.items(), ("token_ids", [5, 6, 7, 8])]
+    fields.insert(0, ("token_ids", [[1, 2], [2, 3], [3, 4], [4, 5]]))
+    twice = bytes([0x80 + len(fields)]) + b"".join(msgpack.packb(part) for pair in fields for part in pair)
+    (event,) = decode_batch(b"\x92\x01\x91" + twice).events
+    assert event == BlockStored(**{**WITHOUT_TYPE, "token_ids": np.array([5, 6, 7, 8], np.uint32)})
+
+
+def test_what_an_index_has_no_use_for_is_shown_as_it_was_written():
+    """nil, 0 and -1 are one LoRA id to an index, a block size of 0 is none, and counts end at 32 bits."""
+    for written in (
+        {"lora_id": -1},
+        {"lora_id": 0},
+        {"lora_id": None},
+        {"block_size": 0},
+        {"block_size": None},
+        {"kv_cache_spec_sliding_window": 0},
+        {"session_id": "s"},
+        {"lookahead_token_ids": [[], []]},
+    ):
+        (event,) = decode({**SOUND, **written}).events
+        assert {name: getattr(event, name) for name in written} == written
+    (event,) = decode({"type": "BlockRemoved", "block_hashes": [1], "remaining_copy_counts": [2**40]}).events
+    assert event.remaining_copy_counts == [2**40]
+    # Of a session only a name is a session, and what else an engine writes there is no reason to refuse the event.
+    for written in (5, [1], msgpack.ExtType(5, b"abc")):
+        (event,) = decode({**SOUND, "session_id": written}).events
+        assert event.session_id is None

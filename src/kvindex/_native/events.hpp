@@ -656,7 +656,7 @@ private:
 
     bool tokens() {
         out_.tokens.resize(e_->token_at);
-        bad_token_ = false;
+        bad_token_ = pairs_ = false;
         MsgValue v;
         if (!r_.next(v)) return false;
         if (v.is_nil()) return true;
