@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
@@ -98,6 +100,35 @@ def holdings_of(match: Any, pods: Any) -> dict[str, dict]:
         for pod, it in every.items()
         if it.held or it.tiers
     }
+
+
+def together(*jobs: Callable[[], object], main: Callable[[], None]) -> None:
+    """Runs `main` here and the jobs, again and again, in threads of their own for as long as `main` runs."""
+    done = threading.Event()
+    failures: list[BaseException] = []
+    ready = threading.Barrier(len(jobs) + 1)
+
+    def again(job: Callable[[], object]) -> None:
+        ready.wait()
+        try:
+            job()
+            while not done.is_set():
+                job()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=again, args=(job,)) for job in jobs]
+    for thread in threads:
+        thread.start()
+    ready.wait()
+    try:
+        main()
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    if failures:
+        raise failures[0]
 
 
 class Pair:

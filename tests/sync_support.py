@@ -10,6 +10,7 @@ not want to wait for the field's times.
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections import deque
@@ -439,3 +440,33 @@ def nothing_left_behind() -> Iterator[None]:
     before = here()
     yield
     until(lambda: here() == before)
+
+
+@contextmanager
+def listener(answer: bytes | None, *, stays: bool = False) -> Iterator[str]:
+    """A TCP server that is no publisher: it says ``answer`` and hangs up, unless it ``stays``, or says nothing."""
+    server = socket.create_server(("127.0.0.1", 0))
+    kept = []
+
+    def serve() -> None:
+        while True:
+            try:
+                client, _ = server.accept()
+            except OSError:
+                return
+            kept.append(client)
+            if answer is not None:
+                client.sendall(answer)
+                if not stays:
+                    client.close()
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield f"tcp://127.0.0.1:{server.getsockname()[1]}"
+    finally:
+        server.shutdown(socket.SHUT_RDWR)
+        server.close()
+        thread.join()
+        for client in kept:
+            client.close()

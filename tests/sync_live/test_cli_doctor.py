@@ -19,7 +19,7 @@ import msgpack
 import pytest
 import zmq
 from support import payload, stored
-from sync_support import BRISK, LivePublisher, nothing_left_behind, until
+from sync_support import BRISK, LivePublisher, listener, nothing_left_behind, until
 
 from kvindex import EventManager, PodSource, PrefixIndex
 from kvindex.cli import doctor, main
@@ -62,34 +62,6 @@ def word(pod, replay=True, rank=0):
 def pod():
     with LivePublisher() as made:
         yield made
-
-
-@contextmanager
-def listener(greeting):
-    """Takes connections and says only this."""
-    server = socket.create_server(("127.0.0.1", 0))
-    kept = []
-
-    def serve():
-        while True:
-            try:
-                client, _ = server.accept()
-            except OSError:
-                return
-            kept.append(client)
-            if greeting:
-                client.sendall(greeting)
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
-        yield f"tcp://127.0.0.1:{server.getsockname()[1]}"
-    finally:
-        server.shutdown(socket.SHUT_RDWR)
-        server.close()
-        thread.join()
-        for client in kept:
-            client.close()
 
 
 @contextmanager
@@ -152,7 +124,7 @@ def test_addresses_that_are_none(ask, refusing):
     ],
 )
 def test_addresses_where_somebody_else_is(ask, greeting, expected):
-    with listener(greeting) as endpoint:
+    with listener(greeting, stays=True) as endpoint:
         status, findings = ask(f"pod={endpoint}", tidy=False)
     assert status == 1
     (text,) = wrong(findings)
@@ -178,7 +150,7 @@ def test_sockets_of_another_kind(ask, kind, expected):
 def test_replay_endpoints_that_are_none(ask, pod, refusing):
     pod.publish(3)
     endpoint = pod.ranks[0][0]
-    with bound(zmq.PUB) as publisher, listener(b"HTTP/1.1 400 Bad Request\r\n\r\n") as speaks:
+    with bound(zmq.PUB) as publisher, listener(b"HTTP/1.1 400 Bad Request\r\n\r\n", stays=True) as speaks:
         for replay, expected in ((publisher, "is a publisher"), (speaks, "is HTTP"), (refusing, "nobody answers")):
             status, findings = ask(f"pod={endpoint}", "--replay", replay, tidy=False)
             assert status == 1

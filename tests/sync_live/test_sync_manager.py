@@ -10,13 +10,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import fields, replace
 
 import msgpack
 import pytest
 import zmq
-from sync_support import BRISK, LivePublisher, nothing_left_behind, until
+from sync_support import BRISK, LivePublisher, listener, nothing_left_behind, until
 
 from kvindex import EventDecodeError, InvalidTypeError, InvalidValueError, PrefixIndex, StreamError, UnknownPodError
 from kvindex.sync.manager import EventManager
@@ -638,35 +638,6 @@ def test_a_pod_that_can_not_be_cleared_claims_nothing_until_it_can(pod):
         until(lambda: caught_up(manager, pod) and index.pod_state("pod") == "exact")
         check_equal(index, pod)
         assert index.worker_stats("pod")[0]["blocks"] == 2
-
-
-@contextmanager
-def listener(answer: bytes | None) -> Iterator[str]:
-    """A TCP server that is no publisher: it says ``answer`` and hangs up, or never says anything."""
-    server = socket.create_server(("127.0.0.1", 0))
-    kept = []
-
-    def serve() -> None:
-        while True:
-            try:
-                client, _ = server.accept()
-            except OSError:
-                return
-            kept.append(client)
-            if answer is not None:
-                client.sendall(answer)
-                client.close()
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    try:
-        yield f"tcp://127.0.0.1:{server.getsockname()[1]}"
-    finally:
-        server.shutdown(socket.SHUT_RDWR)
-        server.close()
-        thread.join()
-        for client in kept:
-            client.close()
 
 
 def test_endpoints_that_are_none(index, pod):

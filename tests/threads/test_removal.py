@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import functools
 import threading
 from collections.abc import Callable
 
 import numpy as np
 import pytest
-from support import payload, stored
+from support import payload, stored, together
 from sync_support import BRISK, LivePublisher, until
 
 import kvindex
@@ -45,39 +45,14 @@ NAMING: dict[str, Callable[[PrefixIndex], object]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _eager_threads():
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    yield
-    sys.setswitchinterval(interval)
-
-
 def beside(jobs: list[Callable[[], object]], main: Callable[[], None]) -> None:
-    """`main` here while each job goes on in a thread of its own."""
-    over, failures = threading.Event(), []
-    started = threading.Barrier(len(jobs) + 1)
+    """`main` here while each job goes on in a thread of its own, whatever it is refused."""
 
     def again(job: Callable[[], object]) -> None:
-        started.wait()
-        try:
-            while not over.is_set():
-                with contextlib.suppress(UnknownPodError, kvindex.EventDecodeError):
-                    job()
-        except BaseException as error:
-            failures.append(error)
+        with contextlib.suppress(UnknownPodError, kvindex.EventDecodeError):
+            job()
 
-    threads = [threading.Thread(target=again, args=(job,)) for job in jobs]
-    for thread in threads:
-        thread.start()
-    started.wait()
-    try:
-        main()
-    finally:
-        over.set()
-        for thread in threads:
-            thread.join()
-    assert not failures, failures
+    together(*(functools.partial(again, job) for job in jobs), main=main)
 
 
 def assert_stored(index: PrefixIndex) -> None:

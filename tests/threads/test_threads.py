@@ -4,57 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import sys
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from random import Random
 
 import numpy as np
 import pytest
-from support import answer_of, cleared, payload, removed, stored
+from support import answer_of, cleared, payload, removed, stored, together
 from world import PODS, World, draw_setup, draw_step
 
 import kvindex
 from kvindex import PrefixIndex
-
-
-@pytest.fixture(autouse=True)
-def _eager_threads():
-    """Threads take turns as often as the interpreter can, not every 5 ms."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    yield
-    sys.setswitchinterval(interval)
-
-
-def together(*jobs: Callable[[], None], main: Callable[[], None]) -> None:
-    """Runs `main` here and the jobs, again and again, in threads of their own for as long as `main` runs."""
-    done = threading.Event()
-    failures: list[BaseException] = []
-    ready = threading.Barrier(len(jobs) + 1)
-
-    def again(job: Callable[[], None]) -> None:
-        ready.wait()
-        try:
-            job()
-            while not done.is_set():
-                job()
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=again, args=(job,)) for job in jobs]
-    for thread in threads:
-        thread.start()
-    ready.wait()
-    try:
-        main()
-    finally:
-        done.set()
-        for thread in threads:
-            thread.join()
-    if failures:
-        raise failures[0]
 
 
 class Timeline:

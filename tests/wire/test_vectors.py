@@ -13,24 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support import REMOVED, STORED
 
 from kvindex.errors import EventDecodeError
 from kvindex.events import AllBlocksCleared, BlockRemoved, BlockStored, EventBatch, decode_batch
 
-STORED = (
-    "block_hashes",
-    "parent_block_hash",
-    "token_ids",
-    "block_size",
-    "lora_id",
-    "medium",
-    "lora_name",
-    "extra_keys",
-    "group_idx",
-    "kv_cache_spec_kind",
-    "kv_cache_spec_sliding_window",
-)
-REMOVED = ("block_hashes", "medium", "group_idx")
 KINDS = {
     "BlockStored": (BlockStored, STORED),
     "BlockRemoved": (BlockRemoved, REMOVED),
