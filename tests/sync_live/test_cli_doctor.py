@@ -334,6 +334,31 @@ def test_chunked_attention_needs_its_chunk_size(ask, pod):
     assert any("chunk_size" in text for text in wrong(findings))
 
 
+def test_a_prompt_whose_tokens_are_shifted_is_recognised(ask, pod, tmp_path):
+    tokens = random.Random(7).sample(range(1000, 50_000), 40)
+    pod.publish_raw(payload(stored(range(1, 11), tokens), stored([20], range(4)), rank=0))
+    path = tmp_path / "prompt.json"
+
+    def about(prompt):
+        path.write_text(json.dumps(prompt))
+        status, findings = ask(word(pod), "--tokens", path)
+        return status, [text for text in wrong(findings) if "shifted" in text]
+
+    assert about(tokens) == (0, [])
+    status, (found,) = about([1, *tokens])
+    assert (status, found.partition(";")[0]) == (
+        1, "its tokens are shifted by 1: without its first token (1) 40 would be found"
+    )  # fmt: skip
+    status, (found,) = about(tokens[1:])
+    assert (status, found.partition(";")[0]) == (
+        1, f"its tokens are shifted by 1: with the token {tokens[0]} in front 40 would be found"
+    )  # fmt: skip
+    (found,) = about(tokens[4:])[1]
+    assert f"with the 4 tokens {', '.join(map(str, tokens[:4]))} in front 40 would be found" in found
+    # Nothing of it is there: no token in front helps, but that itself.
+    assert about(list(range(100, 140)))[1] == []
+
+
 def test_a_prompt_is_looked_for(ask, pod, tmp_path, monkeypatch, capsys):
     pod.publish_raw(payload(stored([1, 2], range(8)), stored([3], range(50, 54), lora_name="sql", extra_keys=[["sql"]]),
                             stored([4], range(70, 74), cache_salt="tenant"), rank=0))  # fmt: skip

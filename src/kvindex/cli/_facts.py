@@ -15,6 +15,8 @@ __all__ = ["Facts", "Group"]
 
 # An engine with thousands of adapters or salts is described by a few of them.
 EXAMPLES = 20
+# Beginnings of prompts that are kept: with each of them another prompt is compared, in microseconds.
+ROOTS = 1000
 
 
 class Group(NamedTuple):
@@ -45,6 +47,8 @@ class Facts:
         self.under_salt = 0
         self.other_keys = 0
         self.media: Counter[str] = Counter()
+        self.roots: dict[tuple[int, ...], None] = {}
+        """The tokens of blocks without a parent, the first :data:`ROOTS` of them in their order."""
         self.lookahead: set[int] = set()
         """How many tokens behind a block hashes cover; 0 where none."""
         self.salt_fields = 0
@@ -90,6 +94,8 @@ class Facts:
         self.media[(event.medium or "GPU").upper()] += count
         group = event.group_idx or 0
         if event.block_size and len(event.token_ids):
+            if event.parent_block_hash is None and len(self.roots) < ROOTS:
+                self.roots[tuple(map(int, event.token_ids[: event.block_size]))] = None
             self.sizes.setdefault(group, Counter())[event.block_size] += count
         else:
             self.without_tokens += count

@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -443,11 +443,53 @@ def prompt(index: PrefixIndex, model: str, tokens: list[int], patients: list[Pat
         yield Finding("WRONG", f"the prompt's {len(tokens)} tokens are less than a block of {index.block_size}")
         return
     yield Finding("WRONG", f"nothing of the prompt's {len(tokens):,} tokens is found")
+    yield from shifted(index, model, tokens, [root for patient in patients for root in patient.facts.roots])
     for name in sorted({name for patient in patients for name in patient.facts.adapters}):
         if count := found(lora_name=name):
             yield Finding("note", f"with lora_name={name!r} {count:,} tokens would be found")
     if count := max((found(cache_salt=salt) for patient in patients for salt in patient.facts.salts), default=0):
         yield Finding("note", f"with another tenant's cache_salt {count:,} tokens would be found")
+
+
+def shifted(
+    index: PrefixIndex, model: str, tokens: list[int], roots: list[tuple[int, ...]]
+) -> Iterator[Finding]:  # fmt: skip
+    """Whether the prompt would be found with fewer tokens in front, or with more: a BOS that is added twice or not at
+    all, another chat template, a prompt that was cut on the left."""
+
+    def found(ids: list[int]) -> int:
+        best = index.match_prefix(ids, model=model).best()
+        return best[1] if best else 0
+
+    for count in range(1, min(index.block_size, len(tokens)) + 1):
+        if rest := found(tokens[count:]):
+            many = "token" if count == 1 else f"{count} tokens"
+            yield Finding(
+                "WRONG",
+                f"its tokens are shifted by {count}: without its first {many} ({listed(tokens[:count])}) {rest:,} would"
+                " be found; is a BOS added twice, or another chat template used than the engine's?",
+            )
+            return
+    # The fewest tokens first: a whole block fits in front of whatever goes on from there.
+    for count in range(1, max(map(len, roots), default=0) + 1):
+        for root in roots:
+            if count > len(root) or list(root[count:]) != tokens[: len(root) - count]:
+                continue
+            whole = found([*root[:count], *tokens])
+            # What is put in front finds itself.
+            if whole - count < (index.block_size + 1) // 2:
+                continue
+            many = "token" if count == 1 else f"{count} tokens"
+            yield Finding(
+                "WRONG",
+                f"its tokens are shifted by {count}: with the {many} {listed(root[:count])} in front {whole:,} would be"
+                " found; is a BOS or a chat template left out, or the prompt cut on the left?",
+            )
+            return
+
+
+def listed(ids: Sequence[int]) -> str:
+    return ", ".join(map(str, ids[:4])) + (", ..." if len(ids) > 4 else "")
 
 
 def conclude(out: Console, source: PodSource, findings: list[Finding]) -> int:
