@@ -332,7 +332,11 @@ class LivePublisher:
         options = {"topic": f"kv@{name}@m", **options}
         endpoint = options.pop("endpoint", "tcp://127.0.0.1:*")
         answers = options.pop("replay_endpoint", "tcp://127.0.0.1:*")
-        self.publishers = [Publisher(self.context, endpoint, answers, **options) for _ in range(ranks)]
+        try:
+            self.publishers = [Publisher(self.context, endpoint, answers, **options) for _ in range(ranks)]
+        except zmq.ZMQError:
+            self.context.destroy(linger=0)
+            raise
         self.lock = threading.Lock()
         self.count = [0] * ranks
         self.first = [0] * ranks

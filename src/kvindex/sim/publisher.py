@@ -111,10 +111,17 @@ class Publisher:
         self._open()
 
     def _open(self) -> None:
+        self._router: zmq.Socket[bytes] | None = None
+        try:
+            self._open_sockets()
+        except zmq.ZMQError:
+            self.close()  # or the context could not end
+            raise
+
+    def _open_sockets(self) -> None:
         self._pub: zmq.Socket[bytes] = self._context.socket(zmq.PUB)
         self._pub.linger = 0
         self._pub.sndhwm = self._queue
-        self._router: zmq.Socket[bytes] | None = None
         if self._connect:
             if self._server_key is not None and self._secret_key is not None:
                 self._pub.curve_serverkey = self._server_key
