@@ -228,14 +228,26 @@ class Lying(FaultyChannel):
     live batch and a second of silence, exact means equal, whatever the other process has shown."""
 
     liar: Process | None = None
+    later: float
 
     @precondition(lambda self: self.liar is None)
-    @rule(published=st.integers(0, 8), later=st.sampled_from([-50.0, 0.0]))
-    def swap(self, published: int, later: float) -> None:
+    @rule(published=st.integers(0, 8), later=st.sampled_from([-50.0, 0.0, 50.0]), waiting=st.integers(0, 2))
+    def swap(self, published: int, later: float, waiting: int) -> None:
+        """Its batches are older or newer, and some come live while the question is still on its way to it."""
+        self.world.publish(waiting)
+        self.world.deliver()
         self.liar = Process()
-        for number in range(published):
-            self.liar.publish(batch(self.world.clock + later + number / 1000, f"other {number}"))
+        self.later = later
+        self.lie(published)
         self.world.liar = self.liar
+
+    @precondition(lambda self: self.liar is not None)
+    @rule(count=few)
+    def lie(self, count: int) -> None:
+        """The other process publishes, too."""
+        for _ in range(count):
+            number = len(self.liar.published)
+            self.liar.publish(batch(self.world.clock + self.later + number / 1000, f"other {number}"))
 
     @precondition(lambda self: self.liar is not None)
     @rule(lies=st.booleans())

@@ -763,6 +763,39 @@ def test_a_topic_is_compared_whole(index, manager):
 # Pods that come and go
 
 
+def test_an_address_that_another_models_engine_has_taken_over_is_not_exact(index, manager, pod):
+    """Where no topic is named the first one counts; but it names a model, and the next connection's names another."""
+    pod.publish(3)
+    manager.add_pod(PodSource("pod", endpoint=pod.ranks[0][0], replay_endpoint=pod.ranks[0][1], model="m"))
+    assert manager.wait_until_exact(20.0) == {}
+    assert manager.status()["pod"].reason == ""
+
+    def taken_over(topic):
+        with pod.lock:
+            pod.publishers[0]._topic = topic
+        pod.restart()
+        pod.publish(2)
+        until(lambda: index.match_prefix(pod.chain(), model="m").tokens)
+        until(lambda: manager.is_current())
+
+    taken_over(b"kv@other@another")
+    status = manager.status()["pod"]
+    assert status.state == "degraded"
+    for told in (pod.ranks[0][0], "'kv@other@another'", "'kv@pod@m'"):
+        assert told in status.reason
+    # A pod of another name that serves the same model is the next deployment.
+    taken_over(b"kv@10.0.0.7@m")
+    assert manager.wait_until_exact(20.0) == {}
+
+
+def test_a_topic_that_names_another_model_is_told_of(manager, pod):
+    """It may be an alias, so it is no reason not to be exact."""
+    pod.publish(1)
+    manager.add_pod(PodSource("pod", endpoint=pod.ranks[0][0], replay_endpoint=pod.ranks[0][1], model="alias"))
+    assert manager.wait_until_exact(20.0) == {}
+    assert manager.status()["pod"].reason == "its topic 'kv@pod@m' names another model than 'alias'"
+
+
 def test_a_pod_added_twice_is_one_clear_error(manager, pod):
     manager.add_pod(source(pod))
     with pytest.raises(StreamError, match="followed already"):

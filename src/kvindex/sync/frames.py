@@ -36,6 +36,7 @@ __all__ = [
     "parse_replay",
     "parse_topic",
     "replay_request",
+    "same_model",
 ]
 
 _U64 = struct.Struct(">Q")
@@ -121,6 +122,15 @@ def parse_topic(topic: bytes) -> tuple[str, str] | None:
     except ValueError:
         return None
     return (pod, model) if head == "kv" and pod else None
+
+
+def same_model(topic: bytes, other: bytes) -> bool:
+    """Whether two topics are the same, or are of one model whose pod has another name: names of pods change with each
+    deployment, and an address as a name with each restart."""
+    if topic == other:
+        return True
+    first, second = parse_topic(topic), parse_topic(other)
+    return first is not None and second is not None and first[1] == second[1]
 
 
 def batch_time(payload: bytes) -> float | None:

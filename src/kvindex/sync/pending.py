@@ -47,6 +47,9 @@ class Pending:
         self._outdated = self._outdated or seq < following
         return ""
 
+    def get(self, seq: int) -> Waiting | None:
+        return self._batches.get(seq)
+
     def pop(self, seq: int) -> Waiting | None:
         item = self._batches.pop(seq, None)
         if item is not None:

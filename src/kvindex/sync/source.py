@@ -79,7 +79,9 @@ class PodSource:
     """The model that its blocks belong to: queries name the same."""
     topic: str | None = None
     """The whole topic that its messages carry; None takes the first that arrives on a connection (for a pod that
-    connects to a bound endpoint: ``kv@NAME@MODEL``)."""
+    connects to a bound endpoint: ``kv@NAME@MODEL``). Events do not name their model, topics do: an address that another
+    model's engine takes over is noticed where topics have the form ``kv@POD@MODEL``. Where they are empty, which is
+    vLLM's default, it is taken for a restart, and its blocks for those of ``model``."""
     dp_size: int = 1
     """Data-parallel ranks. Rank r publishes at the port r higher, as vLLM and SGLang do, unless ``ranks`` says
     where."""

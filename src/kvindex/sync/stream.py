@@ -306,6 +306,8 @@ class WorkerStream:
         """The publisher's side has taken the request: it will be answered in its turn, however late that is."""
         if self._replay is not None and not self._replay.reached:
             self._replay.reached = True
+            # What was published while the request waited for a look-up or a connection is in the answer as well.
+            self._replay.shown = self._shown()
             self._replay.expires = max(now, self._held_up_until) + self._spread(self._patience.late)
 
     def replay_lost(self, now: float) -> list[Action]:
@@ -489,7 +491,7 @@ class WorkerStream:
             else:
                 self._probe_at = None
                 # A stream that is never silent would not find out that its replays are another's.
-                self._unconfirmed = False
+                self._unconfirmed = self._unconfirmed and self._shown() < 0
                 self._ask(Purpose.IDLE, max(0, self._history.next - 1))
         return self._settle(now)
 
@@ -622,7 +624,10 @@ class WorkerStream:
             self.counts["late"] += 1  # what came after it is applied, so its time is over
         elif known is None and not newer and ts is not None and seq < self._history.base:
             # Older than anything remembered, in number and in time: a copy that comes very late, or a restart under a
-            # clock that was set back. Only the publisher can tell.
+            # clock that was set back. Only the publisher can tell; and where all that is applied is what a replay has
+            # brought, that may be another process's, which would vouch for itself.
+            if self._brought and not self._agrees:
+                self._doubts(seq)
             if self._may_verify(now):
                 self._verified = self._started = False
                 self._hold(seq, payload, ts)
@@ -704,6 +709,14 @@ class WorkerStream:
         """A replay brings a batch that is applied, or given up: is it the same?"""
         known = self._history.recall(seq)
         mine = fingerprint(payload)
+        waiting = self._pending.get(seq)
+        if waiting is not None and waiting.ts is not None and batch_time(payload) is not None:
+            # It came live and is older than what is remembered: only this answer can tell whether it is the same.
+            if waiting.payload == payload:
+                self._agree()
+            elif not self._agrees and known in (None, mine):
+                self._disagree(seq)
+                return
         if self._bad.get(seq) == mine:
             replay.contiguous = False  # the publisher's own copy is as unreadable as ours
         if known == mine:
@@ -793,6 +806,7 @@ class WorkerStream:
     def _doubts(self, seq: int | None) -> None:
         """One connection leads to one process, and it has published another batch than an answer has: the publisher has
         restarted behind something between, or the answer is another process's."""
+        self._unconfirmed = True  # the next live batch is asked for, however busy the stream is
         self._foreign = (
             f"{self._replay_endpoint} does not give batch {seq} as {self._endpoint} published it: the next one shows"
             " whether the engine has restarted or that is another process's replay endpoint"
@@ -904,7 +918,9 @@ class WorkerStream:
             if replay.purpose is Purpose.IDLE:
                 self.counts["tails_recovered"] += 1
             replay.brought = self._brought = True
-            self._apply(seq, payload, ts, live=item is not None)
+            # What was published under this number counts as published only where it is what is applied: an answer that
+            # was doubted would otherwise be confirmed by the next one of the same wrong process.
+            self._apply(seq, payload, ts, live=item is not None and item.payload == payload)
         self._drain()
 
     def _end(self, replay: Question, now: float, *, marked: bool = True) -> None:
@@ -1104,6 +1120,13 @@ class WorkerStream:
             first, longest = self.policy.idle_probe
             self._probe_wait = min(longest, self._probe_wait * 2.0) if self._probe_wait else first
             self._probe_at = now + self._spread(self._probe_wait)
+        if self._probe_at is not None and self._is_unconfirmed() and self._shown() >= 0:
+            self._probe_at, self._probe_wait = now, 0.0  # the silence behind it is waited for as ever
+
+    def _is_unconfirmed(self) -> bool:
+        """Whether nothing shows yet that what came live continues what replays have brought: the number alone may be
+        chance, and the next batch is asked for at once."""
+        return self._unconfirmed and self._brought and not self._agrees
 
     def _spread(self, wait: float) -> float:
         return wait * (1.0 + self.policy.jitter * self._uniform())
@@ -1166,6 +1189,7 @@ class WorkerStream:
         whole = self._hole_at is None and not self._missing()
         well = self._known and self._verified and self._started and self._open is None
         heard = self._probe_wait <= self.policy.idle_probe[0] and not self._unheard and not self._tails
+        heard = heard and not self._is_unconfirmed()
         self._steady = self.is_connected and well and whole and heard
         out, self._out = self._out, []
         return out

@@ -30,7 +30,7 @@ from .actions import (
     Verdict,
 )
 from .allowance import PAUSE, Allowance
-from .frames import END, FrameFault, batch_events, parse_live, parse_replay
+from .frames import END, FrameFault, batch_events, parse_live, parse_replay, parse_topic, same_model
 from .policy import Policy
 from .ranks import Ranks
 from .sockets import BUDGET, Loop, Replay, SocketOptions, Subscription
@@ -140,8 +140,8 @@ class Worker:
     """
 
     __slots__ = (
-        "_allowance", "_asking", "_backlog", "_backlog_bytes", "_blamed", "_curve", "_heard", "_heard_at",
-        "_host", "_looking_up", "_overlooked", "_resume_at", "_setting", "_unbeaten", "_uncleared", "at",
+        "_allowance", "_asking", "_backlog", "_backlog_bytes", "_blamed", "_curve", "_first_topic", "_heard",
+        "_heard_at", "_host", "_looking_up", "_overlooked", "_resume_at", "_setting", "_unbeaten", "_uncleared", "at",
         "attempt", "connection", "due", "errors", "events", "explained", "gone", "lag", "last_seq", "model",
         "opened_at", "pod", "question", "rank", "ranks", "reconnect_at", "removed", "replay", "replay_topic",
         "rival", "seen_topic", "source", "state", "stored", "stream", "subscription", "tokens", "tokens_at",
@@ -178,6 +178,7 @@ class Worker:
         self.topic = None if source.topic is None else source.topic.encode()
         self.seen_topic: bytes | None = self.topic
         self.replay_topic: bytes | None = None
+        self._first_topic = self.topic  # of any connection
         self.subscription: Subscription | None = None
         self.opened_at: float | None = None
         self._looking_up = False
@@ -257,7 +258,7 @@ class Worker:
         if endpoint is None:
             self._lost(attempt, now, error)
             return
-        self.seen_topic = self.topic
+        self.seen_topic, self.replay_topic = self.topic, None
         self.opened_at = now  # from here on: a look-up takes as long as it takes
         self.schedule()
         try:
@@ -453,9 +454,12 @@ class Worker:
                 self._foreign(topic, self.seen_topic, now)
                 return
             self.seen_topic = topic
+            self._note_topic(topic, now)
             if self.replay_topic is not None and self.replay_topic != topic:
                 what = f"topic {_named(self.replay_topic)}, {self.at.endpoint} publishes {_named(topic)}"
                 self._carry(self.stream.replay_foreign(now, f"{self.at.replay_endpoint} answers with {what}"), now)
+            if self.gone:  # a callback has removed it
+                return
         self.hear(seq, payload, now)
 
     def hear(self, seq: int, payload: bytes, now: float) -> None:
@@ -475,6 +479,18 @@ class Worker:
                 return
         self._carry(actions, now)
         self.schedule()
+
+    def _note_topic(self, topic: bytes, now: float) -> None:
+        """The first message or reply of a connection has this topic, where none was named."""
+        if self._first_topic is None:
+            self._first_topic = topic
+        if not same_model(self._first_topic, topic):
+            before = _named(self._first_topic)
+            why = (
+                f"{self.at.endpoint} publishes topic {_named(topic)}, and {before} before: another engine is there now,"
+                " or the same with another model"
+            )
+            self._carry(self.stream.distrust(now, why), now)
 
     def _foreign(self, topic: bytes, expected: bytes, now: float) -> None:
         self.errors["foreign_topic"] += 1
@@ -505,6 +521,8 @@ class Worker:
             other = f"topic {_named(reply.topic)}, this stream has {_named(self.seen_topic)}"
             self._carry(self.stream.replay_refused(now, f"{self.at.replay_endpoint} answers with {other}"), now)
         else:
+            if reply.topic is not None and self.seen_topic is None and self.replay_topic != reply.topic:
+                self._note_topic(reply.topic, now)
             self.replay_topic = reply.topic
             self._carry(self.stream.replayed(reply.seq, reply.payload, now), now)
         self.schedule()
@@ -766,9 +784,18 @@ class Worker:
             except KeyError:
                 figures = {}
         state, reason = self._verdict_of(figures)
+        if state == "exact" and self.topic is None and self._first_topic:
+            reason = "; ".join(filter(None, (reason, self._other_model(self._first_topic))))
         if self.source.eagle and max(ahead := self._lookahead(figures), default=0):
             reason = "; ".join(filter(None, (reason, _contradicted(ahead))))
         return state, reason
+
+    def _other_model(self, topic: bytes) -> str:
+        """What a topic says against the model that the pod was added with; an alias of it may be right."""
+        said = parse_topic(topic)
+        if said is None or not self.model or said[1] == self.model:
+            return ""
+        return f"its topic {_named(topic)} names another model than {self.model!r:.80}"
 
     def _verdict_of(self, figures: Mapping[int, dict[str, Any]]) -> tuple[str, str]:
         if self.ranks is None or not self.ranks.others:  # as of nearly all workers
