@@ -289,22 +289,37 @@ class Subscription(_Watched):
                 self._made(now)
             else:
                 # What has arrived before is the stream's, in this order.
-                self._take(self._message)
-                if self.closed:
+                self._take(self._message if self._stands else self._early)
+                if self.closed or self._over:
                     return
                 self._over = True
                 self._lost(now, _why(event, self._keyed, self._stands))
 
     def ready(self, now: float) -> bool:
+        if self._stands or self.immediate:
+            return self._take(self._message)
+        self._happened(now)
+        return self._take(self._early)
+
+    def _early(self, frames: list[bytes], now: float) -> None:
+        """A message before the connection is known to stand: libzmq tells of that first, but for old peers never."""
         if not self._stands:
-            self._happened(now)  # libzmq tells of the connection before its first message
-        return self._take(self._message)
+            self._happened(now)
+        if self._stands:
+            self._message(frames, now)
+        elif not self._over and not self.closed:
+            self._over = True
+            self._lost(now, f"what publishes there {OUTDATED}")
 
     def failed(self, now: float, error: Exception) -> None:
         self.close()
         if not self._over:
             self._over = True
             self._lost(now, f"closed here: {error!r}")
+
+
+# A handshake, of which libzmq tells, came with ZMTP 3; and heartbeats, without which a silent death is not noticed.
+OUTDATED: Final = "speaks ZMTP 2 or older, as libzmq before 4.0 does, which can not be followed"
 
 
 def _why(event: int, keyed: bool, stood: bool) -> str:

@@ -33,7 +33,7 @@ from .allowance import PAUSE, Allowance
 from .frames import END, FrameFault, batch_events, parse_live, parse_replay, parse_topic, same_model
 from .policy import Policy
 from .ranks import Ranks
-from .sockets import BUDGET, Loop, Replay, SocketOptions, Subscription
+from .sockets import BUDGET, OUTDATED, Loop, Replay, SocketOptions, Subscription
 from .source import Endpoints, Engine, PodSource, Presence
 from .status import WORST_FIRST, Batch, Forgotten, IndexChange, Marked, StateChange, WorkerStatus
 from .stream import WorkerStream
@@ -331,7 +331,8 @@ class Worker:
             self.reconnect_at = None
             self._connect(now)
         if self.opened_at is not None and now >= self.opened_at + self._setting.options.patience:
-            self._lost(self.attempt, now, "no connection came about")
+            why = f"no connection came about: what answers there is no ZMQ publisher, or {OUTDATED}"
+            self._lost(self.attempt, now, why)
         if self._resume_at is not None and now >= self._resume_at:
             self._resume_at = None
             for sock in (self.subscription, self.replay):
