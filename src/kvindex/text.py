@@ -146,15 +146,27 @@ class PromptEncoder(_Encoder):
             ignored.
         chat_template: A Jinja template, in place of the tokenizer's own. A ``tokenizers.Tokenizer`` has none.
         max_bytes: Limit of the cache: texts, ids and what keeping them takes.
+        part_separator: Between the text parts of a message, where the template reads contents as strings only: vLLM
+            has a newline there, SGLang a space.
 
     Raises:
         InvalidTypeError: The tokenizer is of no known kind.
     """
 
-    def __init__(self, tokenizer: Any, chat_template: str | None = None, *, max_bytes: int = 64 << 20) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        chat_template: str | None = None,
+        *,
+        max_bytes: int = 64 << 20,
+        part_separator: str = "\n",
+    ) -> None:
         super().__init__(max_bytes)
         if chat_template is not None:
             arguments.utf8(chat_template, "chat_template")
+        arguments.utf8(part_separator, "part_separator")
+        self._separator = part_separator
+        self._reads_parts: bool | None = None
         self._template: Callable[..., str] | None = None
         self._mistral: Any = None
         self._marks: dict[str, int] = {}
@@ -239,6 +251,9 @@ class PromptEncoder(_Encoder):
     ) -> _Ids:
         """uint32[n]: the ids of a conversation, rendered by the chat template.
 
+        Messages are given to the template as engines do: the arguments of tool calls as objects, no content as an empty
+        one, and text parts as one string where the template reads only strings.
+
         Args:
             messages: As in an OpenAI request: ``[{"role": "user", "content": "..."}, ...]``.
             tools: As in an OpenAI request.
@@ -257,10 +272,48 @@ class PromptEncoder(_Encoder):
                 "a tokenizers.Tokenizer has no chat template: give PromptEncoder(tokenizer, chat_template)"
             )
         try:
-            text = self._template(messages, tools=tools, add_generation_prompt=add_generation_prompt, **template_kwargs)
+            read = [self._as_read(message) for message in messages]
+            text = self._template(read, tools=tools, add_generation_prompt=add_generation_prompt, **template_kwargs)
         except Exception as error:
             raise EncodeError(f"the chat template cannot render these messages: {error}") from error
         return self.encode(text)
+
+    # ---- messages ---------------------------------------------------------------------------------------------------
+
+    # Source: vLLM 0.33's renderers/chat_utils/chat_message.py, SGLang 0.5.23's openai/serving_chat.py.
+    def _as_read(self, message: Any) -> Any:
+        """A message of an OpenAI request as engines give it to a template."""
+        if not isinstance(message, Mapping):
+            return message
+        read = dict(message)
+        content, calls = read.get("content"), read.get("tool_calls")
+        if content is None:
+            read["content"] = ""
+        elif isinstance(content, list) and (not (parts := self._parts_are_read()) or read.get("role") == "tool"):
+            texts = [text for part in content if (text := _text(part)) is not None]
+            # Images and the like are the template's business.
+            if len(texts) == len(content):
+                read["content"] = self._separator.join(text for text in texts if text or parts)
+        if read.get("role") == "assistant" and isinstance(calls, list):
+            del read["tool_calls"]
+            if calls:
+                read["tool_calls"] = [_called(call) for call in calls]
+        return read
+
+    def _parts_are_read(self) -> bool:
+        """Whether the template makes the same of a text and of a list with that text as its part."""
+        if self._reads_parts is None:
+            assert self._template is not None
+            text = "a text"
+            found: list[str | None] = []
+            for content in (text, [{"type": "text", "text": text}]):
+                try:
+                    message = {"role": "user", "content": content}
+                    found.append(self._template([message], tools=None, add_generation_prompt=False))
+                except Exception:
+                    found.append(None)
+            self._reads_parts = found[1] is not None and found[0] in (None, found[1])
+        return self._reads_parts
 
     # ---- one kind of tokenizer each ---------------------------------------------------------------------------------
 
@@ -453,6 +506,26 @@ class RemoteEncoder(_Encoder):
             shown = arguments.shown(data[:200].decode(errors="replace"))
             raise EncodeError(f"{self._url} answered {shown}, which has no list of token ids as tokens") from None
         return ids.astype(np.uint32)
+
+
+def _text(part: Any) -> str | None:
+    """The text of a message's part; None where it is another kind of part."""
+    if isinstance(part, str):
+        return part
+    text = part.get("text") if isinstance(part, Mapping) and part.get("type") in ("text", "input_text") else None
+    return text if isinstance(text, str) else None
+
+
+def _called(call: Any) -> Any:
+    """A tool call with its arguments as an object; those that are none are empty."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or isinstance(function.get("arguments"), Mapping):
+        return call
+    try:
+        parsed = json.loads(function.get("arguments") or "{}")
+    except (TypeError, ValueError, RecursionError):
+        parsed = {}
+    return {**call, "function": {**function, "arguments": parsed if isinstance(parsed, dict) else {}}}
 
 
 def _ids(tokens: Sequence[int]) -> _Ids:

@@ -140,6 +140,67 @@ def test_an_id_that_is_not_the_tokens_at_a_cut_is_encoded_whole(encoder):
     assert encoder.stats()["fallbacks"] == 1
 
 
+AGENT = """{% for m in messages %}<|start|>{{ m.content }}
+{%- for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}<|end|>{% endfor %}"""
+
+
+def agent(messages, template=AGENT, **options):
+    """The ids of messages, to be compared with those of the text that a template should make of them."""
+    return PromptEncoder(tokenizer(), template, **options).encode_chat(messages).tolist()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given"),
+    [
+        ('{"at": "größe", "n": [1, 2.5, null]}', '{"at": "größe", "n": [1, 2.5, null]}'),
+        ({"at": 1}, '{"at": 1}'),
+        ("", "{}"),
+        (None, "{}"),
+        ("{", "{}"),
+        ("[1]", "{}"),
+        ("[" * 100_000, "{}"),
+        (3, "{}"),
+    ],
+)
+def test_arguments_of_tool_calls_are_objects_to_the_template_as_in_engines(arguments, given):
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    assert agent([message]) == whole(f"<|start|>{given}<|end|>")
+    # What the caller has stays as it was.
+    assert message["tool_calls"][0]["function"]["arguments"] == arguments
+
+
+def test_no_tool_calls_and_strange_ones_reach_the_template():
+    assert agent([{"role": "assistant", "tool_calls": []}]) == whole("<|start|><|end|>")
+    template = "{% for m in messages %}{{ 'calls' if 'tool_calls' in m else 'none' }}{% endfor %}"
+    assert agent([{"role": "assistant", "content": "", "tool_calls": []}], template) == whole("none")
+    for strange in ([3], [{}], [{"function": 3}], "x"):
+        assert agent([{"role": "assistant", "content": "", "tool_calls": strange}], template) == whole("calls")
+
+
+PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+READS = """{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}
+{%- for c in m.content %}{{ c.text or c.type }}{% endfor %}{% endif %}{% endfor %}"""
+
+
+def test_text_parts_are_one_string_where_the_template_reads_strings_alone():
+    message = {"role": "user", "content": PARTS}
+    assert agent([message]) == whole("<|start|>a\nb<|end|>")
+    assert agent([message], part_separator=" ") == whole("<|start|>a b<|end|>")
+    assert agent([message], "{% for m in messages %}{{ m.content + '!' }}{% endfor %}") == whole("a\nb!")
+    # As vLLM joins them.
+    empty = {"type": "text", "text": ""}
+    assert agent([{"role": "user", "content": [PARTS[0], empty, PARTS[1]]}]) == whole("<|start|>a\nb<|end|>")
+    assert agent([{"role": "tool", "content": [PARTS[0], empty]}], READS) == whole("a\n")
+    # One that reads parts is given them.
+    assert agent([message], READS) == whole("ab")
+    image = {"role": "user", "content": [*PARTS, {"type": "image"}]}
+    assert agent([image], READS) == whole("abimage")
+    # But for results of tools, which most templates read as strings.
+    assert agent([{"role": "tool", "content": PARTS}], READS) == whole("a\nb")
+    assert agent([{"role": "user"}, {"role": "user", "content": None}]) == whole("<|start|><|end|>" * 2)
+
+
 class Transformers:
     """What of a transformers tokenizer is asked for."""
 
