@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -66,6 +67,9 @@ def python(arguments: list[str]) -> None:
         engine("sglang", arguments[2:])
     elif arguments[:2] == ["-m", "pytest"]:
         pytest(arguments[2:])
+    elif arguments[0] == "-m" and arguments[1].startswith("kvindex."):
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__")
     elif arguments[0] == "-m" and importlib.util.find_spec(arguments[1]) is None:
         sys.exit(f"no module {arguments[1]}")
 

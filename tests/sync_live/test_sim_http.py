@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 import sys
 from contextlib import ExitStack
 
 import pytest
 import urllib3
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
-from kvindex import EventManager, PodSource, PrefixIndex
+from kvindex import EventManager, PodSource, PrefixIndex, StreamError
 from kvindex.routing import EndpointPicker
 from kvindex.sim import SimProcess
+from kvindex.sim import tokenizer as sim_tokenizer
 from kvindex.sim.http import chat_ids
-from kvindex.text import EncodeError, RemoteEncoder
+from kvindex.text import EncodeError, PromptEncoder, RemoteEncoder
 
 HTTP = urllib3.PoolManager()
+ENCODER = PromptEncoder(sim_tokenizer.tokenizer(), sim_tokenizer.TEMPLATE)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +137,38 @@ def test_an_encoder_reads_its_tokens(pods):
     chat = [{"role": "user", "content": "größe"}]
     assert encoder.encode_chat(chat).tolist() == chat_ids(chat)
     with pytest.raises(EncodeError, match="no role"):
+        encoder.encode_chat([{"role": "robot", "content": ""}])
+
+
+def test_an_engine_of_sglangs_form_is_asked_as_sglang_is():
+    with SimProcess(name="s", form="sglang-0.5.22", http=0, ranks=2, window=64, window_blocks=100) as pod:
+        source = PodSource.from_sglang(pod.url)
+        assert source.workers() == pod.ranks
+        assert (source.engine, source.hybrid, source.model, source.block_size) == ("sglang", True, "sim", 16)
+        with pytest.raises(StreamError, match="404"):
+            PodSource.from_vllm(pod.url)
+
+
+texts = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40).filter(lambda text: "<|" not in text)
+contents = texts | st.lists(texts.map(lambda text: {"type": "text", "text": text}), max_size=3) | st.none()
+chats = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": contents}), min_size=1
+)
+
+
+@given(chats, st.booleans())
+@settings(max_examples=200)
+def test_the_written_tokenizer_and_template_give_the_engines_ids(chat, opening):
+    assert ENCODER.encode_chat(chat, add_generation_prompt=opening).tolist() == chat_ids(chat, opening)
+
+
+def test_the_written_files_are_those_of_a_models_directory(tmp_path):
+    subprocess.run([sys.executable, "-m", "kvindex.sim.tokenizer", tmp_path / "model"], check=True)
+    made = Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json"))
+    encoder = PromptEncoder(made, (tmp_path / "model" / "chat_template.jinja").read_text())
+    chat = [{"role": role, "content": "größe\n"} for role in ("system", "user", "assistant", "tool")]
+    assert encoder.encode_chat(chat).tolist() == chat_ids(chat)
+    with pytest.raises(EncodeError, match="no role robot"):
         encoder.encode_chat([{"role": "robot", "content": ""}])
 
 

@@ -1,8 +1,10 @@
 """The HTTP face of a simulated pod: what of an OpenAI-compatible server a router asks, over a cache without a model.
 
-Token ids are the UTF-8 bytes of a text. A message is the id of its role, its content, and the id of the end; an answer
-is made up, the same for the same prompt. ``usage.prompt_tokens_details.cached_tokens`` is what the cache really had.
-It needs the extra ``sim`` (``pip install 'kvindex[sim]'``).
+Token ids are the UTF-8 bytes of a text. A message is the id of its role, its content, and the id of the end
+(:mod:`kvindex.sim.tokenizer`); an answer is made up, the same for the same prompt.
+``usage.prompt_tokens_details.cached_tokens`` is what the cache really had. Where events come from is told as the form's
+engine tells it: ``/kv_event_sources`` of vLLM, ``/server_info`` of SGLang. It needs the extra ``sim`` (``pip install
+'kvindex[sim]'``).
 """
 
 from __future__ import annotations
@@ -28,10 +30,10 @@ try:
 except ImportError:
     raise ImportError("kvindex sim --http needs starlette and uvicorn: pip install 'kvindex[sim]'") from None
 
+from .tokenizer import END, ROLES
+
 __all__ = ["HttpServer", "chat_ids", "text_ids"]
 
-_ROLES = ("system", "user", "assistant", "tool")
-_END = 256 + len(_ROLES)
 _WORDS = ("the", "cache", "holds", "a", "prefix", "of", "this", "prompt", "and", "reads", "what", "is", "new")
 _LONGEST = 1 << 20
 
@@ -57,15 +59,15 @@ def chat_ids(messages: Any, add_generation_prompt: bool = True) -> list[int]:
     ids: list[int] = []
     for message in messages:
         role = message.get("role") if isinstance(message, dict) else None
-        if role not in _ROLES:
-            raise _Refused(f"no role {role!r}; there are {', '.join(_ROLES)}")
+        if role not in ROLES:
+            raise _Refused(f"no role {role!r}; there are {', '.join(ROLES)}")
         content = message.get("content") or ""
         if isinstance(content, list):
             content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
         if not isinstance(content, str):
             raise _Refused("content must be a text or a list of parts")
-        ids += [256 + _ROLES.index(role), *text_ids(content), _END]
-    return [*ids, 256 + _ROLES.index("assistant")] if add_generation_prompt else ids
+        ids += [256 + ROLES.index(role), *text_ids(content), END]
+    return [*ids, 256 + ROLES.index("assistant")] if add_generation_prompt else ids
 
 
 def _answer(ids: list[int], tokens: int) -> str:
@@ -87,11 +89,14 @@ class HttpServer:
         self._facts, self._ask = facts, ask
         self._socket = socket.create_server((host, port))
         self.url = f"http://{host}:{self._socket.getsockname()[1]}"
+        told = Route("/kv_event_sources", self._sources)
+        if facts["options"]["engine"] == "sglang":
+            told = Route("/server_info", self._server_info)
         app = Starlette(
             routes=[
                 Route("/health", self._health),
                 Route("/v1/models", self._models),
-                Route("/kv_event_sources", self._sources),
+                told,
                 Route("/tokenize", self._tokenize, methods=["POST"]),
                 Route("/v1/tokenize", self._tokenize, methods=["POST"]),
                 Route("/v1/completions", self._complete, methods=["POST"]),
@@ -123,6 +128,23 @@ class HttpServer:
                 for rank, (endpoint, replay) in self._facts["ranks"].items()
             ]
         )
+
+    async def _server_info(self, _: Request) -> Response:
+        ranks = self._facts["ranks"]
+        publishers = [
+            {"dp_rank": rank, "endpoint": endpoint, "replay_endpoint": replay}
+            for rank, (endpoint, replay) in ranks.items()
+        ]
+        return JSONResponse(
+            {
+                "served_model_name": self._facts["model"],
+                "is_hybrid_swa": self._facts["options"]["hybrid"],
+                "kv_events_config": json.dumps({"publisher": "zmq", "endpoint": ranks[0][0]}),
+                "kv_events": {
+                    "block_size": self._facts["block_size"], "dp_size": len(ranks), "publishers": publishers,
+                },
+            }
+        )  # fmt: skip
 
     async def _tokenize(self, request: Request) -> Response:
         ids = _prompt(await _body(request))
