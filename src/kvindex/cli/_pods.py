@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from .. import EventManager, PodSource, StreamError
 from ..discovery import PodFile, read_pods
@@ -101,17 +102,19 @@ def _different(found: list[PodSource]) -> list[PodSource]:
 
 def _source(text: str, args: argparse.Namespace, answers: list[str]) -> PodSource:
     if text.startswith(("http://", "https://")) and "://" not in text.partition("://")[2]:
-        return _ask(text, args.model, args.server_key)
+        key = getattr(args, "api_key", None)
+        headers = None if key is None else {"Authorization": f"Bearer {key}"}
+        return _ask(text, model=args.model, server_key=args.server_key, headers=headers)
     if answers and "," not in text:
         text = f"{text},{answers.pop(0)}"
     return PodSource.from_string(text, model=args.model or "", dp_size=args.ranks, server_key=args.server_key)
 
 
-def _ask(url: str, model: str | None, key: str | None) -> PodSource:
+def _ask(url: str, **options: Any) -> PodSource:
     try:
-        return PodSource.from_vllm(url, model=model, server_key=key)
+        return PodSource.from_vllm(url, **options)
     except StreamError as as_vllm:
         try:
-            return PodSource.from_sglang(url, model=model, server_key=key)
+            return PodSource.from_sglang(url, **options)
         except StreamError as as_sglang:
             raise CommandError(f"asked as vLLM: {as_vllm}; asked as SGLang: {as_sglang}") from None
