@@ -85,7 +85,7 @@ help:
 	@echo 'make links             every link of every page, by its form where it leads elsewhere; links-outside: all the way'
 	@echo 'make dist              sdist and wheel'
 	@echo 'make test-kv-sync-e2e  pods, an index and routers as processes, against what the pods know themselves'
-	@echo 'make chaos-storm       64 publishing pods, 200 restarts in any order, and each accounted for'
+	@echo 'make chaos-storm       its restart storm at full size: 64 pods, 200 restarts a round, each accounted for'
 	@echo 'make test-kv-sync-chaos  every fault there is: what the index claimed meanwhile, and how it recovered'
 	@echo 'make test-kv-sync-benchmark  what is promised of speed and size, and streams over TCP'
 	@echo 'make test-kv-sync-all  these three, after every test'
@@ -228,7 +228,7 @@ bench-check: .venv/.bench-tools $(PEERS)/.tried
 bench-replay: .venv/.bench-tools
 	$(BENCH) benchmarks.replay $(TRACE)
 
-bench-streams: .venv/.installed
+bench-streams: .venv/.test-tools
 	$(BIN)/python -m benchmarks.streams
 	$(BIN)/python -m benchmarks.herd
 	$(BIN)/python -m benchmarks.fleets
@@ -247,7 +247,7 @@ REPEATS ?= 10
 
 test-kv-sync-chaos: .venv/.test-tools
 	$(call need,command -v iptables && command -v tc && command -v stress-ng && command -v cc && ls /usr/lib/*/faketime/libfaketime.so.1,iptables iproute2 stress-ng gcc libc6-dev libfaketime)
-	$(BIN)/python -m chaos run chaos/experiments/*.yaml --repeats $(REPEATS)
+	$(BIN)/python -m chaos chaos/experiments/*.yaml --repeats $(REPEATS)
 
 test-kv-sync-benchmark: bench-rows bench-streams
 
@@ -255,11 +255,11 @@ test-kv-sync-all: test test-kv-sync-e2e test-kv-sync-chaos test-kv-sync-benchmar
 
 # Half a minute of it, for everywhere: no rights, no tools.
 chaos-quick: .venv/.test-tools
-	$(BIN)/python -m chaos run chaos/experiments/*.yaml --quick
+	$(BIN)/python -m chaos chaos/experiments/*.yaml --quick
 
-# 64 pods and 200 restarts a minute, for two minutes and a half.
+# The restart storm of the end-to-end tests, at full size.
 chaos-storm: .venv/.test-tools
-	$(BIN)/python -m chaos storm
+	STORM=64x200 $(BIN)/python -m pytest -q $(JUNIT) e2e/test_restart_storm.py
 
 # The site, in .build/site; nothing is fetched while it is built or read. NO_MKDOCS_2_WARNING switches off an announcement.
 .PHONY: docs docs-pictures

@@ -8,6 +8,8 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import psutil
+
 __all__ = ["commit", "described", "resident"]
 
 
@@ -46,7 +48,7 @@ def described(*packages: str) -> dict[str, str]:
 
 def resident() -> int:
     """Bytes of this process that lie in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(psutil.Process().memory_info().rss)
 
 
 def _lines(path: Path) -> list[str]:

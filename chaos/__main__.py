@@ -1,21 +1,7 @@
-"""``python -m chaos COMMAND``."""
+"""``python -m chaos FILE...``."""
 
-from __future__ import annotations
-
-import argparse
 import sys
 
-from . import run, storm
-
-
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m chaos")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    run.add_parser(commands)
-    storm.add_parser(commands)
-    args = parser.parse_args(argv)
-    status: int = args.run(args, argv)
-    return status
-
+from .run import main
 
 sys.exit(main(sys.argv[1:]))

@@ -7,7 +7,6 @@ are timed apart from that, in a thread that shares nothing with the sampler but 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import logging
 import os
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmarks.machine import resident
+import psutil
 from e2e.fleet import IndexProcess
 from e2e.server import Server, main
 
@@ -168,62 +167,34 @@ class Observer(Server):
         kind, file descriptors by what they are."""
         gc.collect()
         # A long replay passes through as many bytes as the pod has history. What is free again goes back first.
-        with suppress(AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
+        psutil.heap_trim()
         kinds: Counter[str] = Counter()
         for fd in os.listdir("/proc/self/fd"):
             with suppress(OSError):  # the directory's own is gone by now
                 kind = os.readlink(f"/proc/self/fd/{fd}").partition(":")[0]
                 kinds["file" if kind.startswith("/") else kind] += 1
-        size = resident()
+        process = psutil.Process()
+        size = process.memory_info().rss
         return {
             "rss": size,
             # The index's own is partly not malloc's; what is counted twice by this makes it stricter.
             "held": size if (heap := in_heap()) is None else heap + self.index.stats()["bytes"],
-            "threads": len(os.listdir("/proc/self/task")),
+            "threads": process.num_threads(),
             "fds": kinds.total(),
             "kinds": dict(kinds),
         }
 
 
-class _HeapInfo(ctypes.Structure):
-    """glibc's ``struct mallinfo2``."""
-
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in (
-            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
-        )
-    ]  # fmt: skip
-
-    def held(self) -> int:
-        return int(self.uordblks) + int(self.hblkhd)
-
-
-#: Bytes asked for to see whether malloc counts them: far more than other threads give back meanwhile. They are never
-#: touched, so they cost no memory.
-_TRIED = 1 << 24
 #: Bytes that a small object of Python is taken for, which has its own allocator: they are counted, not measured.
 SMALL = 128
 
 
 def in_heap() -> int | None:
-    """Bytes that were asked of malloc and not given back, and those of Python's small objects. None where the C library
-    does not tell, or is not who is asked: a sanitizer or another allocator may stand before it."""
-    everywhere = ctypes.CDLL(None)
-    try:
-        told, ask, give_back = everywhere.mallinfo2, everywhere.malloc, everywhere.free
-    except AttributeError:
-        return None
-    told.restype = _HeapInfo
-    ask.argtypes, ask.restype, give_back.argtypes = [ctypes.c_size_t], ctypes.c_void_p, [ctypes.c_void_p]
-    before, tried = told(), ask(_TRIED)
-    info = told()
-    give_back(tried)
-    # Addresses do not say who is asked: a program that is not position-independent has one of its own for malloc.
-    if info.held() - before.held() < _TRIED // 2:
-        return None
-    return before.held() + SMALL * sys.getallocatedblocks()
+    """Bytes that were asked of malloc and not given back, and those of Python's small objects. None where a sanitizer
+    or another allocator stands before the C library's, which then says 0."""
+    heap = psutil.heap_info()
+    held = int(heap.heap_used + heap.mmap_used)
+    return held + SMALL * sys.getallocatedblocks() if held else None
 
 
 class ObserverProcess(IndexProcess):

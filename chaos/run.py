@@ -28,7 +28,7 @@ from .metronome import Metronome
 from .report import plot, say, table
 from .scene import Scene
 
-__all__ = ["add_parser"]
+__all__ = ["main"]
 
 #: Seconds in which a new scene comes into its stride, and seconds of it that everything is compared with.
 WARM = 2.0
@@ -205,13 +205,9 @@ def _errors(log: Path) -> list[str]:
     return [f"the index logged {line!r:.300}" for line in lines if " ERROR " in line][:5]
 
 
-# ------------------------------------------------------------------------------------------------------ command line
-
-
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "run",
-        help="apply experiments to local processes and hosts",
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m chaos",
         description="Apply each fault of Chaos Mesh experiments to a local fleet, hold it, heal it, and judge what the "
         "index claimed meanwhile and how it recovered. What needs rights or tools that are missing is skipped, and "
         "says so. Results: a table, chaos/reports/results.json, and a timeline per experiment beside it.",
@@ -223,10 +219,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of who is hit (%(default)s)")
     parser.add_argument("--reports", type=Path, default=ROOT / "chaos" / "reports", metavar="DIR",
                         help="for results and timelines (chaos/reports)")  # fmt: skip
-    parser.set_defaults(run=command)
-
-
-def command(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    args = parser.parse_args(argv)
     console = Console()
     if not console.is_terminal:
         console.width = 150  # as wide as the table is, in a log

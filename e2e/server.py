@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import zmq
 
 from kvindex import EventManager, PodSource, PrefixIndex
@@ -168,12 +169,12 @@ class Server:
 
     def _op_stats(self) -> dict[str, Any]:
         """The index's figures, and the process's: resident bytes, threads, file descriptors."""
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        process = psutil.Process()
         return {
             "index": self.index.stats(),
-            "rss": pages * os.sysconf("SC_PAGE_SIZE"),
+            "rss": process.memory_info().rss,
             "threads": threading.active_count(),
-            "fds": len(os.listdir("/proc/self/fd")),
+            "fds": process.num_fds(),
         }
 
     def _op_check(self) -> dict[str, Any]:
