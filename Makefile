@@ -14,7 +14,8 @@ BIN := .venv/bin
 # What a run found, for .github/summary.py and other machines.
 REPORTS := .build/reports
 JUNIT = --junit-xml=$(REPORTS)/junit-$@.xml
-CORE := $(wildcard $(foreach kind,pyx pxd pxi hpp,src/kvindex/*.$(kind)) src/kvindex/_native/*.hpp)
+HEADERS := $(sort $(shell find src/kvindex/_native -name '*.hpp'))
+CORE := $(wildcard $(foreach kind,pyx pxd pxi hpp,src/kvindex/*.$(kind))) $(HEADERS)
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 
 # $(call need,test,packages): install the Debian packages when the test fails, and say what is missing where there is no apt-get.
@@ -142,7 +143,7 @@ sanitize: .venv/.test-tools $(SANITIZED)/.built
 # Every call of the shared index from six threads at once, with segments so small that tables grow all the time. Without one
 # lock of directory.hpp it reports 28 races within 3 seconds.
 TSAN := .build/tsan/race
-$(TSAN): tests/threads/race.cpp $(wildcard src/kvindex/_native/*.hpp)
+$(TSAN): tests/threads/race.cpp $(HEADERS)
 	mkdir -p $(@D)
 	$${CXX:-g++} -std=c++17 -O1 -g -fsanitize=thread -DKVINDEX_SEGMENT_BYTES=128 -Isrc/kvindex/_native $< -o $@
 
@@ -153,11 +154,11 @@ FUZZ := .build/fuzz
 CLANG := $$(command -v clang++ || command -v clang++-14)
 FUZZ_FLAGS := -std=c++17 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -DKVINDEX_SEGMENT_BYTES=128 -DKVINDEX_TURN_BLOCKS=4
 
-$(FUZZ)/fuzz_%: tests/fuzz/fuzz_%.cpp $(wildcard src/kvindex/_native/*.hpp)
+$(FUZZ)/fuzz_%: tests/fuzz/fuzz_%.cpp $(HEADERS)
 	$(call need,echo 'extern "C" int LLVMFuzzerTestOneInput(const char*$(comma) unsigned long) { return 0; }' \
 		| $(CLANG) $(FUZZ_FLAGS) -x c++ - -o /dev/null,clang-14 libclang-rt-14-dev)
 	mkdir -p $(@D)
-	$(CLANG) $(FUZZ_FLAGS) -Isrc/kvindex -Isrc/kvindex/_native $< -o $@
+	$(CLANG) $(FUZZ_FLAGS) -Isrc/kvindex/_native $< -o $@
 
 comma := ,
 
@@ -165,13 +166,13 @@ comma := ,
 FAILING := -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=mmap,--wrap=mremap
 FAIL_FLAGS := $(subst fuzzer$(comma),,$(FUZZ_FLAGS)) $(FAILING)
 
-$(FUZZ)/fail_memory: tests/fuzz/fail_memory.cpp $(wildcard src/kvindex/_native/*.hpp)
+$(FUZZ)/fail_memory: tests/fuzz/fail_memory.cpp $(HEADERS)
 	mkdir -p $(@D)
 	$(CLANG) $(FAIL_FLAGS) -Isrc/kvindex/_native $< -o $@
 
 # With the slabs of heap.hpp, in whose place the others have malloc, for the address sanitizer to watch.
 LIVE_FLAGS := $(subst fuzzer$(comma),,$(FUZZ_FLAGS)) -DKVINDEX_SLABS -Wl,--wrap=mmap,--wrap=munmap,--wrap=mremap
-$(FUZZ)/live_memory: tests/fuzz/live_memory.cpp $(wildcard src/kvindex/_native/*.hpp)
+$(FUZZ)/live_memory: tests/fuzz/live_memory.cpp $(HEADERS)
 	mkdir -p $(@D)
 	$(CLANG) $(LIVE_FLAGS) -Isrc/kvindex/_native $< -o $@
 
@@ -292,13 +293,14 @@ docs-pictures: .venv/.installed
 	touch $@
 
 # The fuzzers include every header of _native; _tokens.hpp stands apart from those, with Python.h.
-NATIVE := $(wildcard src/kvindex/*.hpp src/kvindex/_native/*.hpp tests/fuzz/*.cpp tests/threads/*.cpp chaos/*.c)
+NATIVE := $(HEADERS) $(wildcard src/kvindex/*.hpp tests/fuzz/*.cpp tests/threads/*.cpp chaos/*.c)
 
 lint: .venv/.lint-tools
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint src/kvindex
+	$(BIN)/python -m pytest -q tests/packaging/test_native_layers.py
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 	$(BIN)/clang-tidy --quiet tests/fuzz/*.cpp -- -std=c++17 -Isrc/kvindex/_native
 	$(BIN)/clang-tidy --quiet src/kvindex/_tokens.hpp -- -xc++ -std=c++17 -isystem "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')"

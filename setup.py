@@ -17,7 +17,7 @@ core = Extension(
     "kvindex._core",
     sources=["src/kvindex/_core.pyx"],
     depends=sorted(str(p) for pattern in ("*.pxd", "*.pxi", "*.hpp") for p in PACKAGE.rglob(pattern)),
-    include_dirs=["src/kvindex"],
+    include_dirs=["src/kvindex", "src/kvindex/_native"],
     language="c++",
     extra_compile_args=["-std=c++17", *optimise, "-fvisibility=hidden"],
 )

@@ -16,7 +16,7 @@ cdef extern from "_tokens.hpp" namespace "kvindex":
     Py_ssize_t narrow_tokens(const char* p, Py_ssize_t n, Py_ssize_t stride, int width, cbool is_signed, uint32_t* out)
     Py_ssize_t first_negative(const int* p, Py_ssize_t n)
 
-cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
+cdef extern from "_native/concurrent_index.hpp" namespace "kvindex" nogil:
     ctypedef enum Reason "kvindex::Reason":
         pass
     ctypedef enum EventKind "kvindex::EventKind":
@@ -201,7 +201,7 @@ cdef extern from "_native/shared.hpp" namespace "kvindex" nogil:
         cmap[uint32_t, string] media(const Hits&) except +
         string check() except +
 
-cdef extern from "_native/peek.hpp" namespace "kvindex" nogil:
+cdef extern from "_native/wire/peek.hpp" namespace "kvindex" nogil:
     struct BatchPeek:
         cbool timed
         double ts
@@ -210,11 +210,11 @@ cdef extern from "_native/peek.hpp" namespace "kvindex" nogil:
 
     BatchPeek native_peek "kvindex::peek_batch" (const uint8_t*, size_t, cbool whole)
 
-cdef extern from "_native/fields.hpp" namespace "kvindex" nogil:
+cdef extern from "_native/wire/fields.hpp" namespace "kvindex" nogil:
     StrRef event_field(const uint8_t*, size_t, EventKind, const char* name, size_t)
     StrRef event_text(const uint8_t*, size_t, EventKind, const char* name, size_t)
 
-cdef extern from "_native/xxh3.hpp" namespace "kvindex" nogil:
+cdef extern from "_native/hash/xxh3.hpp" namespace "kvindex" nogil:
     ctypedef enum Isa "kvindex::Isa":
         pass
     Isa best_isa()

@@ -18,7 +18,7 @@
 #include <string>
 #include <vector>
 
-#include "shared.hpp"
+#include "concurrent_index.hpp"
 
 namespace {
 

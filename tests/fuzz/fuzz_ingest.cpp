@@ -26,9 +26,9 @@
 #include <tuple>
 #include <vector>
 
-#include "fields.hpp"
-#include "peek.hpp"
-#include "shared.hpp"
+#include "concurrent_index.hpp"
+#include "wire/fields.hpp"
+#include "wire/peek.hpp"
 
 namespace {
 

@@ -9,7 +9,7 @@
 #include <cstring>
 #include <vector>
 
-#include "shared.hpp"
+#include "concurrent_index.hpp"
 
 using namespace kvindex;
 

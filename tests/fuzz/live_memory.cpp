@@ -18,7 +18,7 @@
 #include <string>
 #include <vector>
 
-#include "pool.hpp"
+#include "base/pool.hpp"
 
 namespace {
 

@@ -9,7 +9,7 @@
 #include <thread>
 #include <vector>
 
-#include "shared.hpp"
+#include "concurrent_index.hpp"
 
 using namespace kvindex;
 

@@ -1,5 +1,3 @@
-// SPDX-License-Identifier: Apache-2.0
-//
 // Changes that take more than one turn of the write lock: events of very many blocks, clears, removals of pods, and
 // parked blocks whose parent has come.
 //

@@ -1,32 +1,20 @@
-// SPDX-License-Identifier: Apache-2.0
+// The index: events in, chains and holder sets changed. Matching reads what it keeps (query/match.hpp).
 //
-// The index: events in, chains and holder sets changed. Matching reads what it keeps (match.hpp).
-//
-// It is built in layers, each of which uses only those below: who is there (fleet.hpp), what each worker knows
-// (knowledge.hpp), how blocks are put into their place (placing.hpp), what waits for a place (parking.hpp), what goes
-// when there is too much (shedding.hpp), and here what events mean.
+// It is built in layers, each of which uses only those below: who is there (workers/registry.hpp), what each worker
+// knows (workers/presence.hpp), how blocks are put into their place (ingest/insertion.hpp), what waits for a place
+// (ingest/pending.hpp), what goes when there is too much (ingest/eviction.hpp), and here what events mean.
 #pragma once
 
 #include <algorithm>
 #include <cstdio>
 
-#include "extra_keys.hpp"
-#include "repeats.hpp"
-#include "shedding.hpp"
+#include "hash/extra_keys.hpp"
+#include "hash/identity.hpp"
+#include "ingest/eviction.hpp"
+#include "ingest/repeats.hpp"
 
 namespace kvindex {
 
-// How extra keys change a block's local hash. A seed of its own keeps the result apart from every rolling step.
-inline u64 mix_extra(u64 local, u64 digest, u64 seed) {
-    const u64 both[2] = {local, digest};
-    return xxh3_64(both, sizeof both, seed ^ 0x9E3779B97F4A7C15ull);
-}
-
-// How the tokens behind a block change its local hash, where they are in the engine's hash. Mixed in last.
-inline u64 mix_lookahead(u64 local, const u32* tokens, u32 n, u64 seed) {
-    const u64 both[2] = {local, xxh3_64(tokens, std::size_t{n} * sizeof(u32), seed)};
-    return xxh3_64(both, sizeof both, seed ^ 0xC2B2AE3D27D4EB4Full);
-}
 // A change that goes on over several turns of the write lock (changes.hpp).
 struct Change {
     // In the order in which they come: of a store, of what waited for it, of a removal, of a clear.

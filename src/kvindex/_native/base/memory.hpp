@@ -1,0 +1,209 @@
+// Growable arrays that report what they allocate, so that the index knows its own size at any moment.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "base/heap.hpp"
+
+namespace kvindex {
+
+using u8 = std::uint8_t;
+using u16 = std::uint16_t;
+using u32 = std::uint32_t;
+using u64 = std::uint64_t;
+using i64 = std::int64_t;
+
+inline constexpr u32 kNone = 0xFFFFFFFFu;
+
+// Blocks that are changed in one turn of the write lock, some 0.1 ms. What takes more goes on in the next turn. Fewer
+// than in earnest where tests are to see the turns.
+#ifndef KVINDEX_TURN_BLOCKS
+#define KVINDEX_TURN_BLOCKS 512
+#endif
+inline constexpr u32 kTurnBlocks = KVINDEX_TURN_BLOCKS;
+
+// For functions that only prefetch: GCC 12 takes one that it does not inline for a function without any effect, and
+// leaves out the call.
+#define KVINDEX_INLINE [[gnu::always_inline]] inline
+
+// One counter per index. Everything native goes through it, so `bytes` is exact.
+struct Memory {
+    std::size_t bytes = 0;
+    void add(std::size_t n) { bytes += n; }
+    void sub(std::size_t n) { bytes -= n; }
+
+    // Counted as what it takes.
+    void* take(std::size_t n) {
+        void* const p = heap.take(n);
+        add(Heap::room(n));
+        return p;
+    }
+    // What is large enough for large pages gets them.
+    void* take_zeros(std::size_t n) {
+        const std::size_t room = Heap::room(n);
+        void* const p = n >= kHugePage ? map_memory(room, true) : heap.take_zeros(n);
+        add(room);
+        return p;
+    }
+    void* resize(void* p, std::size_t from, std::size_t to) {
+        void* const q = heap.resize(p, from, to);
+        bytes += Heap::room(to) - Heap::room(from);
+        return q;
+    }
+    void give(void* p, std::size_t n) noexcept {
+        heap.give(p, n);
+        sub(Heap::room(n));
+    }
+
+    Heap heap;
+};
+
+// What was needed for one payload or event is kept for the next one, up to so many bytes: enough for an event of 10,000
+// blocks. Of a budget it is this part at most.
+inline constexpr std::size_t kMostScratch = std::size_t{1} << 20, kScratchShare = 64;
+
+// 16 bytes against std::vector's 24, and growth of a quarter instead of doubling: chains keep several of these, and
+// half-empty tails would cost more than the copies do (a chain that grows block by block copies each element about five
+// times). Elements are moved as bytes, hence the restriction. The first kHere of them may lie in the place of the
+// pointer: most chains of a busy fleet are short, and each allocation is a cache miss for whoever reads.
+template <class T, u32 kHere = 0>
+class Buf {
+    static_assert(std::is_trivially_copyable<T>::value, "Buf relocates bytes");
+    static_assert(kHere * sizeof(T) <= sizeof(T*), "what lies in the pointer's place must fit there");
+
+public:
+    T* data() { return here() ? reinterpret_cast<T*>(place_) : heap(); }
+    const T* data() const { return here() ? reinterpret_cast<const T*>(place_) : heap(); }
+    u32 size() const { return n_; }
+    bool empty() const { return n_ == 0; }
+    T& operator[](std::size_t i) { return data()[i]; }
+    const T& operator[](std::size_t i) const { return data()[i]; }
+    T& back() { return data()[n_ - 1]; }
+    const T& back() const { return data()[n_ - 1]; }
+    T* begin() { return data(); }
+    T* end() { return data() + n_; }
+    const T* begin() const { return data(); }
+    const T* end() const { return data() + n_; }
+
+    void reserve(Memory& m, u32 need) {
+        if (need <= cap_) return;
+        u32 cap = cap_ + cap_ / 4 + 1;
+        if (cap < need) cap = need;
+        regrow(m, cap);
+    }
+    void push(Memory& m, const T& v) {
+        T copy = v;
+        reserve(m, n_ + 1);
+        data()[n_++] = copy;
+    }
+    void resize(Memory& m, u32 n) {
+        reserve(m, n);
+        n_ = n;
+    }
+    // Opens or closes a gap: `erase` elements at `at` become `insert` uninitialised ones.
+    void splice(Memory& m, u32 at, u32 erase, u32 insert) {
+        const u32 tail = n_ - at - erase;
+        if (insert > erase) reserve(m, n_ + insert - erase);
+        if (tail) std::memmove(data() + at + insert, data() + at + erase, sizeof(T) * tail);
+        n_ = at + insert + tail;
+    }
+    void pop() { --n_; }
+    void truncate(u32 n) { n_ = n; }
+    // Gives back slack once half of the space is unused;
+    // called where things shrink, so that memory follows the content down.
+    void trim(Memory& m) {
+        if (n_ == 0) {
+            release(m);
+        } else if (cap_ > 4 && n_ <= cap_ / 2) {
+            shrink(m, n_ + n_ / 8);
+        }
+    }
+    // Stays as large as it is where there is no memory: what goes must not need any.
+    void shrink(Memory& m, u32 cap) {
+        try {
+            if (cap < cap_) regrow(m, cap);
+        } catch (const std::bad_alloc&) {
+            return;
+        }
+    }
+    void release(Memory& m) {
+        if (!here()) {
+            if (cap_ > kHere) m.give(heap(), sizeof(T) * cap_);
+        }
+        point(nullptr);
+        n_ = 0;
+        cap_ = kHere;
+    }
+
+private:
+    static constexpr std::size_t kFitted = 4096;
+
+    bool here() const { return kHere && cap_ <= kHere; }
+    void regrow(Memory& m, u32 cap) {
+        if constexpr (kHere > 0) {
+            if (here() || cap <= kHere) {
+                Buf to;
+                if (cap > kHere) to.regrow_heap(m, cap);
+                std::memcpy(static_cast<void*>(to.data()), data(), sizeof(T) * n_);
+                to.n_ = n_;
+                release(m);
+                *this = to;
+                return;
+            }
+        }
+        regrow_heap(m, cap);
+    }
+    void regrow_heap(Memory& m, u32 cap) {
+        // As many as fit into what is taken anyway.
+        const std::size_t bytes = sizeof(T) * cap;
+        if (bytes <= kFitted) cap = static_cast<u32>(Heap::room(bytes) / sizeof(T));
+        void* const q = cap_ > kHere ? m.resize(heap(), sizeof(T) * cap_, bytes) : m.take(bytes);
+        point(static_cast<T*>(q));
+        cap_ = cap;
+    }
+
+    // The pointer, or the items themselves; copied byte by byte,
+    // so that the compiler sees that the two are the same memory.
+    T* heap() const {
+        T* p;
+        std::memcpy(&p, place_, sizeof(T*));
+        return p;
+    }
+    void point(T* p) { std::memcpy(place_, &p, sizeof(T*)); }
+
+    alignas(T*) unsigned char place_[sizeof(T*)] = {};
+    u32 n_ = 0;
+    u32 cap_ = kHere;
+};
+
+// For containers of the standard library where they grow with what engines send.
+template <class T>
+struct Counted {
+    using value_type = T;
+    Memory* m;
+
+    explicit Counted(Memory& memory) : m(&memory) {}
+    template <class U>
+    Counted(const Counted<U>& o) : m(o.m) {}  // NOLINT(misc-explicit-constructor): containers turn one into another
+    T* allocate(std::size_t n) { return static_cast<T*>(m->take(n * sizeof(T))); }
+    void deallocate(T* p, std::size_t n) { m->give(p, n * sizeof(T)); }
+    using propagate_on_container_move_assignment = std::true_type;
+    template <class U>
+    bool operator==(const Counted<U>& o) const {
+        return m == o.m;
+    }
+    template <class U>
+    bool operator!=(const Counted<U>& o) const {
+        return m != o.m;
+    }
+};
+
+}  // namespace kvindex

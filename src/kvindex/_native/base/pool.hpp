@@ -1,0 +1,193 @@
+// Items of one kind with dense numbers and addresses that stay.
+#pragma once
+
+#include <algorithm>
+
+#include "base/memory.hpp"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#include <sanitizer/asan_interface.h>
+#endif
+#endif
+#ifndef ASAN_POISON_MEMORY_REGION
+#define ASAN_POISON_MEMORY_REGION(p, n) static_cast<void>(0)
+#define ASAN_UNPOISON_MEMORY_REGION(p, n) static_cast<void>(0)
+#endif
+
+namespace kvindex {
+
+// An item's number is its place in a few large arenas, so that finding it costs no access to memory that is not in the
+// cache anyway: with an array of pointers to slabs, a match of 10 million blocks waited for that array too. What is in
+// use is counted by slabs of 64 items; an arena is address space of which the touched part takes memory, and goes back
+// to the system when its last slab does.
+template <class T>
+class Pool {
+public:
+    explicit Pool(Memory& m) : m_(m) {}
+    ~Pool() { clear(); }
+    Pool(const Pool&) = delete;
+    Pool& operator=(const Pool&) = delete;
+
+    T& operator[](u32 id) { return arenas_[id >> kLg].items[id & kMask]; }
+    const T& operator[](u32 id) const { return arenas_[id >> kLg].items[id & kMask]; }
+    bool alive(u32 id) const { return (id >> 6) < slabs_.size() && !(slabs_[id >> 6].free >> (id & 63) & 1); }
+    u32 size() const { return n_; }
+    // How many of the numbers from `id` on are neighbours in memory, `most` at most.
+    u32 together(u32 id, u32 most) const { return most < kMask + 1 - (id & kMask) ? most : kMask + 1 - (id & kMask); }
+    // How many bytes more it takes to have so many items more.
+    std::size_t growth(u32 more) const {
+        const u32 spare = (slabs_.size() - holes_.size()) * 64 - n_;
+        return more > spare ? static_cast<std::size_t>((more - spare + 63) / 64) * (sizeof(T) * 64 + sizeof(Slab)) : 0;
+    }
+
+    u32 take() {
+        if (open_.empty()) open();
+        // One slab until it is full. Who took from the slab that something had just gone from put one new item into
+        // each as its old ones went, and then none became empty.
+        const u32 s = open_[0];
+        Slab& slab = slabs_[s];
+        const u32 id = s * 64 + static_cast<u32>(__builtin_ctzll(slab.free));
+        slab.free &= slab.free - 1;
+        if (!slab.free) leave(slab);
+        ++n_;
+        T* item = &(*this)[id];
+        ASAN_UNPOISON_MEMORY_REGION(item, sizeof(T));
+        new (item) T();
+        return id;
+    }
+    void give(u32 id) {
+        const u32 s = id >> 6;
+        Slab& slab = slabs_[s];
+        if (!slab.free) {
+            slab.open_at = open_.size();
+            open_.push(m_, s);
+        }
+        const u64 free = slab.free | 1ull << (id & 63);
+        // First, since it may fail: clear() must know what has been counted.
+        if (!~free) holes_.push(m_, s);
+        slab.free = free;
+        ASAN_POISON_MEMORY_REGION(&(*this)[id], sizeof(T));
+        --n_;
+        if (~free) return;
+        leave(slab);
+        m_.sub(sizeof(T) * 64);
+        Arena& arena = arenas_[id >> kLg];
+        // The first stays for the next item while little of it has been touched: emptying and filling a small index
+        // would be calls of the system otherwise.
+        if (--arena.used == 0 && (id >> kLg || arena.touched > kKept)) unmap(arena);
+        // What shrinks while other things grow: of a budget of 64 MB that first had prompts of one block, then of 64,
+        // 78 were resident, most of it in arenas with a few chains each.
+        if (holes_.size() - cold_ > kKept + slabs_.size() / 32) cool(holes_[cold_++]);
+        if (n_ == 0) {
+            cold_ = 0;
+            slabs_.release(m_);
+            open_.release(m_);
+            holes_.release(m_);
+        }
+    }
+    // Without a look at the items.
+    void clear() {
+        for (u32 i = 0; i < slabs_.size(); ++i)
+            if (~slabs_[i].free) m_.sub(sizeof(T) * 64);
+        n_ = 0;
+        shrink();
+    }
+    // Gives back what is only kept for the next item.
+    void shrink() {
+        if (n_) return;
+        for (Arena& arena : arenas_)
+            if (arena.items) unmap(arena);
+        slabs_.release(m_);
+        open_.release(m_);
+        holes_.release(m_);
+        cold_ = 0;
+        arenas_.release(m_);
+    }
+    template <class F>
+    void each(F&& f) const {
+        for (u32 s = 0; s < slabs_.size(); ++s)
+            for (u64 used = ~slabs_[s].free; used; used &= used - 1)
+                f(s * 64 + static_cast<u32>(__builtin_ctzll(used)));
+    }
+
+private:
+    struct Slab {
+        u64 free;     // a bit for each item
+        u32 open_at;  // its place in open_
+    };
+    struct Arena {
+        T* items;
+        u32 used;     // slabs
+        u32 touched;  // slabs, ever
+    };
+    // As many items as fit into a large page, rounded down to a power of two.
+    static constexpr u32 kLg = 63 - static_cast<u32>(__builtin_clzll(kHugePage / sizeof(T))), kMask = (1u << kLg) - 1;
+    static constexpr std::size_t kArenaBytes = sizeof(T) << kLg;
+    // Large pages take memory as a whole: only where three arenas are full before.
+    static constexpr u32 kHugeFrom = 3;
+    static constexpr u32 kKept = 8;
+    static constexpr std::size_t kSlabBytes = sizeof(T) * 64, kPageBytes = 4096;
+    static_assert(kLg >= 6, "a slab lies in one arena");
+
+    void open() {
+        const bool again = !holes_.empty();
+        const u32 s = again ? holes_.back() : slabs_.size(), a = s >> (kLg - 6);
+        if (a == arenas_.size()) arenas_.push(m_, {nullptr, 0, 0});
+        Arena& arena = arenas_[a];
+        if (!arena.items) {
+            arena.items = static_cast<T*>(map_memory(kArenaBytes, a >= kHugeFrom));
+            arena.touched = 0;
+            ASAN_POISON_MEMORY_REGION(arena.items, kArenaBytes);
+        }
+        open_.reserve(m_, open_.size() + 1);
+        if (again) {
+            holes_.pop();
+            cold_ = std::min(cold_, holes_.size());
+        } else {
+            slabs_.push(m_, {~0ull, 0});
+        }
+        open_.push(m_, s);
+        slabs_[s].open_at = open_.size() - 1;
+        const u32 place = (s & (kMask >> 6)) + 1;
+        if (arena.touched < place) arena.touched = place;
+        ++arena.used;
+        m_.add(sizeof(T) * 64);
+    }
+    void leave(const Slab& slab) {
+        const u32 last = open_.back();
+        open_[slab.open_at] = last;
+        slabs_[last].open_at = slab.open_at;
+        open_.pop();
+    }
+    // Gives back the pages of an empty slab, those that it shares with empty neighbours among them.
+    void cool(u32 s) {
+        const Arena& arena = arenas_[s >> (kLg - 6)];
+        if (!arena.items || kSlabBytes < kPageBytes) return;
+        constexpr u32 kSlabs = 1u << (kLg - 6);
+        const u32 at = s & (kSlabs - 1);
+        const auto empty = [&](u32 i) { return i < slabs_.size() && !~slabs_[i].free; };
+        std::size_t from = kSlabBytes * at, to = from + kSlabBytes;
+        from = at && empty(s - 1) ? from / kPageBytes * kPageBytes : (from + kPageBytes - 1) / kPageBytes * kPageBytes;
+        to = at + 1 < kSlabs && empty(s + 1) ? (to + kPageBytes - 1) / kPageBytes * kPageBytes
+                                             : to / kPageBytes * kPageBytes;
+        if (from < to) madvise(reinterpret_cast<char*>(arena.items) + from, to - from, MADV_DONTNEED);
+    }
+    void unmap(Arena& arena) {
+        ASAN_UNPOISON_MEMORY_REGION(arena.items, kArenaBytes);
+        munmap(static_cast<void*>(arena.items), kArenaBytes);
+        arena.items = nullptr;
+    }
+
+    Memory& m_;
+    Buf<Arena> arenas_;
+    Buf<Slab> slabs_;
+    Buf<u32> open_;   // slabs with a free item
+    Buf<u32> holes_;  // slabs without an item, to use again
+    u32 cold_ = 0;    // of these, the first ones, which are the last to be used again: their memory has been given back
+    u32 n_ = 0;
+};
+
+}  // namespace kvindex

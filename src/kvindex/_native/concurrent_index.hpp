@@ -1,0 +1,687 @@
+// The index as threads share it: what is locked, for how long, and what each thread keeps to itself.
+#pragma once
+
+#include <limits>
+#include <set>
+#include <thread>
+
+#include "base/at_fork.hpp"
+#include "base/lock.hpp"
+#include "changes.hpp"
+#include "check.hpp"
+#include "query/loads.hpp"
+#include "query/match.hpp"
+#include "query/pod_filter.hpp"
+#include "query/prompt.hpp"
+#include "snapshot/reader.hpp"
+#include "snapshot/writer.hpp"
+#include "wire/batches.hpp"
+
+namespace kvindex {
+
+struct PodFigures {
+    i64 rank;
+    u64 blocks = 0, parked = 0;
+    int state = 0;
+    i64 last_seq = -1;  // -1: none
+    bool in_doubt = false;
+    std::set<u32> lookahead;
+};
+
+// Where a batch stands in its stream; seq -1: not told.
+struct Place {
+    i64 seq = -1;
+    double ts = 0;
+    u64 fingerprint = 0;
+};
+
+struct StreamPlace {
+    i64 rank;
+    u64 seq, fingerprint;
+    double ts;
+    bool whole;
+    std::string model;
+};
+
+// There was no memory for a change, and what is known of content is gone.
+struct OutOfMemory : std::bad_alloc {
+    const char* what() const noexcept override {
+        return "no memory for a change of the index: what it knew of all pods is forgotten, and they are degraded until "
+               "their engines clear or restart; give the process more, or the index less by max_bytes";
+    }
+};
+
+// What became of a payload. Nothing yet: busy, where somebody else has the index; unknown, where the pod is not there.
+enum class Taken : u8 { yes, no_batch, busy, unknown };
+
+struct Totals {
+    u64 batches, bad_payloads, events_stored, events_removed, events_cleared;
+    u64 blocks_stored, blocks_removed, blocks_parked, skipped, errors;
+};
+
+// All figures of one moment.
+struct Stats {
+    Index::Figures figures;
+    Totals totals;
+    Report report;
+};
+
+class SharedIndex {
+public:
+    // max_bytes 0, ttl 0: without a limit.
+    SharedIndex(u32 block_size, u64 seed, bool set_presence, u32 max_parked, u64 max_bytes = 0, double ttl = 0)
+        : ix_(block_size, seed, set_presence, max_parked, max_bytes - max_bytes / kScratchShare, ttl),
+          batches_(max_bytes ? std::min(kMostScratch, max_bytes / kScratchShare) : kMostScratch) {
+        note_expiry();
+        Forks<SharedIndex>::add(this);
+    }
+    ~SharedIndex() { Forks<SharedIndex>::drop(this); }
+    SharedIndex(const SharedIndex&) = delete;
+    SharedIndex& operator=(const SharedIndex&) = delete;
+
+    u64 open_pod(const std::string& name) {
+        Writing w(*this);
+        return ix_.pod_at(ix_.pod(name)).uid;
+    }
+    // The name may be opened anew before the last of the pod's blocks has gone.
+    bool remove_pod(u64 uid) {
+        const bool gone = change(uid, [&](u32 pod, Change& c) { ix_.begin_end(c, pod); });
+        if (gone) {
+            const Writing w(*this);
+            if (!ix_.any_pods()) batches_.clear();
+        }
+        return gone;
+    }
+    void configure(u64 uid, int set_presence, bool has_media, const std::vector<std::string>& media, i64 chunk,
+                   i64 max_blocks) {
+        Writing w(*this);
+        const u32 pod = w.idle(uid);
+        if (pod == kNone) return;
+        if (set_presence >= 0) ix_.set_presence(pod, set_presence != 0);
+        if (has_media) ix_.set_clear_media(pod, media);
+        if (max_blocks >= 0) ix_.set_max_blocks(pod, static_cast<u64>(max_blocks));
+        if (chunk >= 0) ix_.set_chunk(pod, static_cast<u32>(chunk));
+    }
+    void ignore_media(u64 uid, const std::vector<std::string>& media) {
+        change(uid, [&](u32 pod, Change& c) { ix_.ignore_media(pod, media, c); });
+    }
+    // engine -1: as it was; eagle -1: as it was, 0: nothing is dropped, 1: in these groups, or in all if there are
+    // none.
+    void engine(u64 uid, int engine, int eagle, const std::vector<i64>& groups, int hybrid) {
+        Writing w(*this);
+        const u32 pod = ix_.slot(uid);
+        if (pod == kNone) return;
+        const Pod& p = ix_.pod_at(pod);
+        ix_.set_engine(pod, engine < 0 ? p.engine : static_cast<Engine>(engine), eagle < 0 ? p.eagle : eagle == 1,
+                       eagle < 0 ? p.eagle_groups : groups, hybrid < 0 ? p.hybrid : hybrid == 1);
+    }
+    void mark(u64 uid, i64 rank, int verdict) {
+        Writing w(*this);
+        if (const u32 pod = ix_.slot(uid); pod != kNone) ix_.mark(pod, rank, static_cast<Verdict>(verdict));
+    }
+    void clear_worker(u64 uid, i64 rank) {
+        change(uid, [&](u32 pod, Change& c) { ix_.clear_worker(pod, rank, c); });
+    }
+
+    const PodDirectory& directory() const { return ix_.directory(); }
+
+    // The whole payload is decoded before the lock is taken, and nothing is applied if
+    // it is no batch. rank -1: the batch's own. `wait` false: gives up rather than wait
+    // for others, so that a caller may try a small one with the interpreter locked.
+    // A pod that is gone before anything was waited for is unknown; one that goes meanwhile takes the batch with it.
+    Taken ingest(u64 uid, const u8* payload, u64 bytes, const std::string& model, i64 rank, i64 seq, bool wait,
+                 Report& r, double& ts, i64& dp_rank, DecodeFault& fault) {
+        const Batches::Lent lent(batches_);
+        Batch& batch = *lent;
+        Place place;
+        if ((place.seq = seq) >= 0) place.fingerprint = xxh3_64(payload, bytes, 0);
+        bool whole = false;
+        try {
+            whole = decode_batch(payload, bytes, batch, fault, false);
+        } catch (const std::bad_alloc&) {
+            // Content is as it was, and this worker's is not what its engine says any more.
+            batch = Batch();
+            Writing w(*this);
+            lose(uid, rank < 0 ? 0 : rank, model, place);
+            throw;
+        }
+        if (!whole) {
+            if (!wait) return Taken::busy;
+            Writing w(*this);
+            ++totals_.bad_payloads;
+            lose(uid, rank < 0 ? 0 : rank, model, place);
+            return Taken::no_batch;
+        }
+        place.ts = ts = batch.ts;
+        dp_rank = rank >= 0 ? rank : batch.dp_rank >= 0 ? batch.dp_rank : 0;
+        if (!uid) return Taken::unknown;
+        return apply(uid, dp_rank, model, batch, place, r, wait);
+    }
+    Taken apply(u64 uid, i64 rank, const std::string& model, const Batch& batch, const Place& place, Report& r,
+                bool wait = true) {
+        // The lock is given up between events, so that a reader waits for about this many blocks at most (some
+        // microseconds); taking it for each one-block event would double their cost.
+        constexpr u64 kTurn = 128;
+        const std::size_t n = batch.events.size();
+        std::size_t i = 0;
+        Change change;
+        bool on = false;
+        do {
+            change.relax();
+            if (!change.on() && i < n && Index::is_long(batch.events[i])) {
+                if (!wait) return Taken::busy;
+                if (!change.prepared) prepare(uid, rank, model, batch, i, on, change);
+            }
+            u32 pod = kNone;
+            if (on) {
+                lock_.lock();
+            } else if (!wait) {
+                if (saving_.load(std::memory_order_relaxed) || !lock_.try_lock()) return Taken::busy;
+            } else {
+                // What has begun goes on: who saves waits for its end.
+                wait_for_saver();
+                lock_.lock();
+            }
+            Written w(*this);
+            half_ -= on;
+            if (!on && !wait) {
+                pod = ix_.slot(uid);
+                if (pod == kNone) return Taken::unknown;
+                if (ix_.pod_at(pod).busy || ix_.loose() || is_much(pod, rank, batch)) return Taken::busy;
+            } else {
+                pod = change.on() ? ix_.slot(uid) : w.idle(uid);
+            }
+            if (pod == kNone) {
+                if (!wait && !on) return Taken::unknown;
+                // Removed while this was on its way: never resurrected.
+                r.skip(Reason::pod_removed, n - i + batch.joined);
+                return Taken::yes;
+            }
+            ix_.heard(pod);
+            Turn turn(pod, rank, model, ix_.find_space(model), change);
+            try {
+                if (!change.on()) ix_.expect_first(turn, batch, i);
+                for (u64 work = 0; i < n && work < kTurn; ++i) {
+                    if (!change.on()) {
+                        const Event& e = batch.events[i];
+                        // Prepared before the next turn.
+                        if (Index::is_long(e) && !change.prepared) break;
+                        ix_.expect(turn, batch, i);
+                        work += 1 + e.n_hashes;
+                        totals_.events_stored += e.kind == EventKind::stored;
+                        totals_.events_removed += e.kind == EventKind::removed;
+                        totals_.events_cleared += e.kind == EventKind::cleared;
+                        ix_.apply(turn, batch, e, r);
+                        change.prepared = false;
+                    }
+                    if (!finish_now(change, r, pod)) break;
+                }
+                if (i == n && wait && ix_.loose()) ix_.tie_up();
+                ix_.tidy();
+                if (i == n && !(wait && ix_.loose())) {
+                    ++totals_.batches;
+                    report_.add(r);
+                    note_expiry();
+                    note(pod, rank, model, place, r.cleared && batch.clears() && !ix_.pod_at(pod).has_clear_media,
+                         false);
+                    return Taken::yes;
+                }
+                ++half_;
+            } catch (const std::bad_alloc&) {
+                give_up(change, pod);
+                ix_.missed(turn, batch, i);
+                throw OutOfMemory();
+            }
+            on = true;
+        } while (true);
+    }
+
+    // `wait` false: gives up (and returns false) rather than wait for a writer,
+    // so that a caller may try with the interpreter locked.
+    bool match(const Prompt& prompt, const std::string& model, PodNames* names, bool only_exact, bool wait,
+               MatchResult& out) const {
+        Reading g(*this, wait);
+        if (!g.on) return false;
+        const std::shared_ptr<const Filter> filter = names ? names->compile(ix_) : nullptr;
+        const u32 space = ix_.find_space(model);
+        if (prompt.prefixes) {
+            const u32 n = static_cast<u32>(prompt.n_prefixes);
+            matcher().match(ix_, space, HashPath{prompt.prefixes, n}, before_last(prompt), filter.get(), only_exact,
+                            out);
+            return true;
+        }
+        const u32 n = static_cast<u32>(prompt.n_tokens / ix_.block_size());
+        const BlockHasher& roll = ix_.hasher();
+        const ExtraDigests* extra = prompt.keyed ? &prompt.extra : nullptr;
+        const auto run = [&](const BlockHasher& local) {
+            roll.visit([&](auto bt) {
+                const u32 most = before_last(prompt);
+                constexpr unsigned BT = decltype(bt)::value;
+                const TokenPath<BT> path{roll, local, prompt.tokens, extra, ix_, n};
+                if (space == kNone || ix_.space_at(space).lengths.empty())
+                    return matcher().match(ix_, space, path, most, filter.get(), only_exact, out);
+                out.clear();
+                if (ix_.space_at(space).plain)
+                    matcher().match(ix_, space, path, most, filter.get(), only_exact, out, true);
+                for (const auto& length : ix_.space_at(space).lengths) {
+                    const LookaheadPath<BT> ahead{path, length.first, ix_.blocks(prompt.n_tokens, length.first)};
+                    matcher().match(ix_, space, ahead, most, filter.get(), only_exact, out, true);
+                }
+            });
+        };
+        if (prompt.adapted) {
+            run(BlockHasher(ix_.seed(), ix_.block_size(), xxh3_64(prompt.adapter.data(), prompt.adapter.size(), 0)));
+        } else {
+            run(roll);
+        }
+        return true;
+    }
+    // `wait` false: gives up, as match does.
+    bool choose(Loads& loads, const Hits& hits, u64 n_tokens, const std::string& model, PodNames* names, double now,
+                bool wait, Loads::Choice& out) const {
+        Reading g(*this, wait);
+        if (!g.on) return false;
+        const std::shared_ptr<const Filter> filter = names ? names->compile(ix_) : nullptr;
+        loads.choose(ix_, hits, n_tokens, ix_.find_space(model), filter.get(), now, out);
+        return true;
+    }
+    // What each worker has to do, of the workers that are still there.
+    std::vector<Loads::Load> loads(Loads& of) const {
+        Reading g(*this, true);
+        of.follow(ix_);
+        return of.rows();
+    }
+    // How many of the prompt's complete blocks do not have its last token.
+    u32 before_last(const Prompt& p) const {
+        if (p.n_tokens) return static_cast<u32>((p.n_tokens - 1) / ix_.block_size());
+        return static_cast<u32>(p.n_prefixes ? p.n_prefixes - 1 : 0);
+    }
+    void guess(u64 uid, i64 rank, const std::string& model, const Prompt& prompt, double until) {
+        if (prompt.prefixes) {
+            const std::vector<u64> given(prompt.prefixes, prompt.prefixes + prompt.n_prefixes);
+            return guess(uid, rank, model, given, until, 0);
+        }
+        std::vector<u32> lengths;
+        {
+            Reading g(*this, true);
+            if (const u32 pod = ix_.slot(uid); pod != kNone) lengths = ix_.lengths(pod, rank, model);
+        }
+        for (u32 lookahead : lengths) {
+            std::vector<u64> prefixes(ix_.blocks(prompt.n_tokens, lookahead));
+            hash_prompt(prompt, ix_.block_size(), ix_.seed(), true, prefixes.data(), lookahead);
+            guess(uid, rank, model, prefixes, until, lookahead);
+        }
+    }
+    void guess(u64 uid, i64 rank, const std::string& model, const std::vector<u64>& prefixes, double until,
+               u32 lookahead = 0) {
+        Writing w(*this);
+        if (const u32 pod = w.idle(uid); pod != kNone)
+            whole([&] {
+                ix_.guess(pod, rank, model, prefixes.data(), static_cast<u32>(prefixes.size()), until, lookahead);
+            });
+        note_expiry();
+    }
+    double next_expiry() const { return expiry_.load(std::memory_order_relaxed); }
+    void expire(double now) {
+        for (bool done = false; !done;) {
+            Writing w(*this);
+            whole([&] { done = ix_.expire(now); });
+            if (ix_.loose()) whole([&] { ix_.tie_up(); });
+            note_expiry();
+        }
+    }
+
+    int verdict(u64 uid) const {
+        Reading g(*this, true);
+        const u32 pod = ix_.slot(uid);
+        return pod == kNone ? -1 : static_cast<int>(ix_.pod_at(pod).verdict);
+    }
+    std::vector<PodFigures> pod_figures(u64 uid) const {
+        Reading g(*this, true);
+        std::vector<PodFigures> out;
+        const u32 pod = ix_.slot(uid);
+        if (pod == kNone) return out;
+        const Pod& p = ix_.pod_at(pod);
+        for (const auto& s : p.streams) out.push_back({s.first, 0, 0, static_cast<int>(s.second), -1, false, {}});
+        for (u32 id : p.workers) {
+            const Worker& w = ix_.worker_at(id);
+            auto it = std::find_if(out.begin(), out.end(), [&](const PodFigures& f) { return f.rank == w.rank; });
+            if (it == out.end()) it = out.insert(out.end(), PodFigures{w.rank, 0, 0, 0, -1, false, {}});
+            it->blocks += ix_.held(w);
+            it->parked += w.parked();
+            it->state = std::max(it->state, static_cast<int>(ix_.own_verdict(w)));
+            it->in_doubt |= w.in_doubt;
+            it->lookahead.insert(w.lengths.begin(), w.lengths.end());
+        }
+        for (const auto& s : p.positions) {
+            auto it = std::find_if(out.begin(), out.end(), [&](const PodFigures& f) { return f.rank == s.first; });
+            if (it == out.end()) it = out.insert(out.end(), PodFigures{s.first, 0, 0, 0, -1, false, {}});
+            it->last_seq = static_cast<i64>(s.second.seq);
+        }
+        return out;
+    }
+    std::vector<StreamPlace> places(u64 uid) const {
+        Reading g(*this, true);
+        std::vector<StreamPlace> out;
+        const u32 pod = ix_.slot(uid);
+        if (pod == kNone) return out;
+        for (const auto& s : ix_.pod_at(pod).positions)
+            out.push_back({s.first, s.second.seq, s.second.fingerprint, s.second.ts, s.second.whole,
+                           ix_.space_at(s.second.space).model});
+        return out;
+    }
+
+    // ---- snapshots --------------------------------------------------------------------------------------------------
+
+    // Matches go on meanwhile. Writers wait where they disturb nobody: one that
+    // waited for the lock would keep new readers out of it. Batches that have been
+    // applied in part are waited for, since the rest would be replayed as a whole.
+    void save(SnapshotBytes& out) const {
+        std::lock_guard<std::mutex> one(saver_);
+        copy(out);
+        seal_snapshot(out);
+    }
+    // Into an index that nothing has been told yet. What is refused leaves one that is good for nothing.
+    void load(const u8* data, u64 bytes) {
+        const Writing w(*this);
+        std::vector<u64> c = counters();
+        SnapshotReader reader(ix_, data, bytes);
+        reader.read(c);
+        Losses shed, expired;
+        std::size_t at = 0;
+        for (u64* to : counted(totals_, report_, shed, expired)) *to = c[at++];
+        ix_.recount(shed, expired);
+        reader.fit();
+        note_expiry();
+    }
+    Stats stats() const {
+        Reading g(*this, true);
+        Stats out{ix_.figures(), totals_, report_};
+        out.figures.bytes += batches_.bytes();
+        Totals& t = out.totals;
+        t.blocks_stored = report_.stored;
+        t.blocks_removed = report_.removed;
+        t.blocks_parked = report_.parked;
+        t.skipped = report_.skipped;
+        t.errors = report_.errors;
+        return out;
+    }
+    double probes() const {
+        Reading g(*this, true);
+        return ix_.probes();
+    }
+    // The names of the media of hits, but for those that nobody has any more.
+    std::map<u32, std::string> media(const Hits& hits) const {
+        Reading g(*this, true);
+        std::map<u32, std::string> out;
+        for (const Hit& h : hits)
+            if (ix_.media().has(h.medium) && !out.count(h.medium)) out.emplace(h.medium, ix_.media().name(h.medium));
+        return out;
+    }
+    std::string check() {
+        for (;;) {
+            {
+                const Writing w(*this);
+                if (at_rest()) return ix_.check();
+            }
+            std::this_thread::sleep_for(std::chrono::microseconds(200));
+        }
+    }
+    const BlockHasher& hasher() const { return ix_.hasher(); }
+
+    // ---- a process that forks ---------------------------------------------------------------------------------------
+
+    // A child gets the index as a snapshot would have it, between batches, and with nobody inside.
+    void before_fork() {
+        saver_.lock();
+        saving_.store(true);
+        for (;;) {
+            lock_.lock();
+            if (at_rest()) return ix_.directory().before_fork();
+            lock_.unlock();
+            std::this_thread::sleep_for(std::chrono::microseconds(200));
+        }
+    }
+    void after_fork() {
+        ix_.directory().after_fork();
+        lock_.unlock();
+        open_gate();
+        saver_.unlock();
+    }
+    // Those who waited for a lock or held one are not here. Nor are those who listened: what engines say from now on,
+    // they say to the parent.
+    void in_child() {
+        new (&lock_) TurnLock();
+        new (&saver_) std::mutex();
+        new (&gate_) std::mutex();
+        new (&opened_) std::condition_variable();
+        new (&calm_) std::condition_variable();
+        saving_.store(false);
+        ix_.directory().in_child();
+        ix_.nobody_listens();
+    }
+
+private:
+    struct Written {
+        explicit Written(SharedIndex& s) : s_(s) {}
+        Written(const Written&) = delete;
+        Written& operator=(const Written&) = delete;
+        ~Written() { s_.lock_.unlock(); }
+        // The pod with this number, once no long change of it is under way; kNone: it has been removed.
+        u32 idle(u64 uid) {
+            for (;;) {
+                const u32 pod = s_.ix_.slot(uid);
+                if (pod == kNone || !s_.ix_.pod_at(pod).busy) return pod;
+                s_.lock_.unlock();
+                {
+                    std::unique_lock<std::mutex> g(s_.gate_);
+                    s_.calm_.wait_for(g, std::chrono::milliseconds(1));
+                }
+                s_.lock_.lock();
+            }
+        }
+        SharedIndex& s_;
+    };
+    struct Writing : Written {
+        explicit Writing(SharedIndex& s) : Written(s) {
+            s_.wait_for_saver();
+            s_.lock_.lock();
+        }
+    };
+    struct Reading {
+        Reading(const SharedIndex& s, bool wait) : s_(s), on(wait || s.lock_.spin_lock_shared()) {
+            if (wait) s.lock_.lock_shared();
+        }
+        Reading(const Reading&) = delete;
+        Reading& operator=(const Reading&) = delete;
+        ~Reading() {
+            if (on) s_.lock_.unlock_shared();
+        }
+        const SharedIndex& s_;
+        bool on;
+    };
+    // A change that leaves the index in order also where there is no memory for it.
+    template <class F>
+    void whole(F&& f) {
+        try {
+            f();
+        } catch (const std::bad_alloc&) {
+            ix_.start_over();
+            throw OutOfMemory();
+        }
+    }
+    // Does what one turn can of a change; true if that is all of it.
+    bool finish_now(Change& c, Report& r, u32 pod) {
+        if (!c.on()) return true;
+        if (!ix_.go_on(c, r)) {
+            ix_.set_busy(pod, true);
+            return false;
+        }
+        ix_.set_busy(pod, false);
+        calm_.notify_all();
+        return true;
+    }
+    // What needs no lock of a long event. Where there is no memory for it, it is lost as any change is.
+    void prepare(u64 uid, i64 rank, const std::string& model, const Batch& batch, std::size_t i, bool on,
+                 Change& change) {
+        try {
+            ix_.prepare(batch, batch.events[i], change);
+        } catch (const std::bad_alloc&) {
+            lock_.lock();
+            const Written w(*this);
+            half_ -= on;
+            if (const u32 pod = ix_.slot(uid); pod != kNone) {
+                ix_.start_over();
+                ix_.missed(Turn(pod, rank, model, ix_.find_space(model), change), batch, i);
+            }
+            throw OutOfMemory();
+        }
+    }
+    // There was no memory for a change.
+    void give_up(Change& c, u32 pod) {
+        ix_.start_over();
+        // What clears goes on without content, which needs no memory.
+        Report unused;
+        if (c.on()) ix_.go_through(c, unused);
+        ix_.set_busy(pod, false);
+        calm_.notify_all();
+    }
+    // A change of one pod that no event has begun.
+    template <class F>
+    bool change(u64 uid, F&& begin) {
+        Change c;
+        Report unused;
+        for (bool on = false;; on = true) {
+            c.relax();
+            if (on) {
+                lock_.lock();
+            } else {
+                wait_for_saver();
+                lock_.lock();
+            }
+            Written w(*this);
+            half_ -= on;
+            if (!on) {
+                c.pod = w.idle(uid);
+                if (c.pod == kNone) return false;
+            }
+            const u32 pod = c.pod;
+            try {
+                if (!on) begin(pod, c);
+                const bool done = finish_now(c, unused, pod);
+                if (done && ix_.loose()) ix_.tie_up();
+                if (done && !ix_.loose()) {
+                    if (c.goes) ix_.shrink();
+                    note_expiry();
+                    return true;
+                }
+            } catch (const std::bad_alloc&) {
+                give_up(c, pod);
+                if (c.goes) ix_.shrink();
+                note_expiry();
+                if (!c.goes) throw OutOfMemory();
+                return true;
+            }
+            ++half_;
+        }
+    }
+    // Whether the batch may take longer than those wait who have the interpreter.
+    bool is_much(u32 pod, i64 rank, const Batch& b) const {
+        u64 work = 0;
+        for (const Event& e : b.events) {
+            work += e.n_hashes;
+            if (e.kind == EventKind::cleared && ix_.holds_much(pod, rank)) return true;
+        }
+        return work > kTurnBlocks || ix_.parks_much(pod, rank);
+    }
+    // Nothing is half done.
+    bool at_rest() {
+        while (half_ == 0 && ix_.loose()) ix_.tie_up();
+        return half_ == 0;
+    }
+    static Matcher& matcher() {
+        static thread_local Matcher m;
+        return m;
+    }
+    void copy(SnapshotBytes& out) const {
+        const Gate gate(*this);
+        for (;;) {
+            {
+                Reading g(*this, true);
+                if (half_ == 0 && !ix_.loose()) return SnapshotWriter(ix_, out).write(counters());
+            }
+            tidy_up();
+            std::this_thread::sleep_for(std::chrono::microseconds(200));
+        }
+    }
+    void tidy_up() const {
+        SharedIndex& s = const_cast<SharedIndex&>(*this);
+        s.lock_.lock();
+        const Written w(s);
+        if (half_ == 0 && ix_.loose()) s.ix_.tie_up();
+    }
+    // Holds off who would begin to write.
+    struct Gate {
+        explicit Gate(const SharedIndex& s) : s_(s) { s_.saving_.store(true); }
+        Gate(const Gate&) = delete;
+        Gate& operator=(const Gate&) = delete;
+        ~Gate() { s_.open_gate(); }
+        const SharedIndex& s_;
+    };
+    void open_gate() const {
+        std::lock_guard<std::mutex> g(gate_);
+        saving_.store(false);
+        opened_.notify_all();
+    }
+    void wait_for_saver() {
+        if (!saving_.load(std::memory_order_relaxed)) return;
+        std::unique_lock<std::mutex> g(gate_);
+        opened_.wait(g, [&] { return !saving_.load(); });
+    }
+    // A payload of this stream could not be read.
+    void lose(u64 uid, i64 rank, const std::string& model, const Place& at) {
+        const u32 pod = ix_.slot(uid);
+        if (pod == kNone) return;
+        ix_.lost_payload(pod, rank);
+        note(pod, rank, model, at, false, true);
+    }
+    void note(u32 pod, i64 rank, const std::string& model, const Place& at, bool clean, bool lost) {
+        if (at.seq < 0) {
+            ix_.lose_place(pod, rank);
+        } else {
+            ix_.advance(pod, rank, model, static_cast<u64>(at.seq), at.ts, at.fingerprint, clean, lost);
+        }
+    }
+    // Everything that has been counted since the start, in the order in which a snapshot has it.
+    static std::vector<u64*> counted(Totals& t, Report& r, Losses& shed, Losses& expired) {
+        std::vector<u64*> all{&t.batches,        &t.bad_payloads, &t.events_stored, &t.events_removed,
+                              &t.events_cleared, &r.stored,       &r.removed,       &r.cleared,
+                              &r.parked,         &r.skipped,      &r.errors};
+        for (u64& n : r.reasons) all.push_back(&n);
+        for (Losses* l : {&shed, &expired}) all.insert(all.end(), {&l->blocks, &l->chains, &l->parked, &l->guesses});
+        return all;
+    }
+    std::vector<u64> counters() const {
+        Totals t = totals_;
+        Report r = report_;
+        Losses shed = ix_.shed(), expired = ix_.expired();
+        std::vector<u64> out;
+        for (const u64* n : counted(t, r, shed, expired)) out.push_back(*n);
+        return out;
+    }
+    void note_expiry() { expiry_.store(ix_.next_expiry(), std::memory_order_relaxed); }
+
+    Index ix_;
+    Batches batches_;
+    mutable TurnLock lock_;
+    Totals totals_ = {};
+    Report report_;
+    std::atomic<double> expiry_{1e300};
+    // Of saving: one at a time, and who waits for its end.
+    mutable std::mutex saver_, gate_;
+    mutable std::condition_variable opened_, calm_;
+    mutable std::atomic<bool> saving_{false};
+    u64 half_ = 0;  // batches of which a part has been applied
+};
+
+}  // namespace kvindex

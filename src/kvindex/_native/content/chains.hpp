@@ -1,0 +1,551 @@
+// Chains: content stored once. A chain is a run of blocks, each the child of the
+// one before; it hangs below a block of its parent chain, and forks only where
+// content does. Which holders have which blocks is kept as runs over interned sets.
+#pragma once
+
+#include "base/pool.hpp"
+#include "content/generations.hpp"
+#include "content/holder_sets.hpp"
+
+namespace kvindex {
+
+inline constexpr u32 kPageBlocks = 8;
+inline constexpr u32 kPageShift = 3;
+
+// Eight blocks: one cache line of prefix hashes, which is all that a match reads, and one of the engine hashes that
+// name them. Small pages rather than one array per chain: appending never copies, a block's reference never changes
+// while its chain grows, and the mean loss at both ends of a chain is one page.
+struct alignas(64) Page {
+    u64 prefix[kPageBlocks];
+    u64 name[kPageBlocks];
+};
+
+struct PageHome {
+    u32 chain;  // of a shared page its number among these
+    u32 index;  // depth / kPageBlocks of the page's first slot; kNone: the page is shared
+};
+
+// A page of which each slot belongs to another chain, of one block each.
+struct SharedPage {
+    u32 chains[kPageBlocks];
+    u32 page;
+    u32 open_at;  // its place among those with a free slot
+    u32 free;     // a bit for each slot
+};
+
+struct Run {
+    u32 start;  // depth of its first block; it ends where the next run starts, the last one where the chain ends
+    u32 set;
+};
+
+// Engine hashes of one worker in one chain, where they are not the ones that the pages carry.
+struct OwnNames {
+    u32 worker;
+    u32 start;  // depth of ids[0]
+    u32 used;   // entries that are not kNoName
+    Buf<u64> ids;
+};
+
+// "No name" in a page or in OwnNames, and "this worker knows the block, but has no name for it". Both are legal engine
+// hashes too: whoever reads one asks the table of names before believing it.
+inline constexpr u64 kNoName = 0x9B1D5A3C77E0F24Bull;
+inline constexpr u64 kNameless = 0x64E2A5C3881F0DB4ull;
+
+// What a match reads comes first.
+struct Chain {
+    u32 parent = kNone;
+    u32 base = 0;  // depth of the first block; the parent's block is at base - 1
+    u32 len = 0;
+    u32 kids = 0;
+    Buf<u32, 2> pages;
+    Buf<Run, 1> runs;
+    Age age;
+    u32 space : 28, shared : 1;  // `shared`: its only block lies in a shared page
+    u32 shift : 3;               // how many slots behind those of its depths its blocks lie: 0 unless it is shared
+    u32 first_kid = kNone;
+    u32 kid_before = kNone, kid_after = kNone;
+    u16 lookahead = 0;  // tokens behind each block that are in its hash; the same in what hangs below
+    u16 row = 0;        // how many of the first pages have numbers that follow one another: nobody need look those up
+    Buf<OwnNames> own;  // ordered by worker
+
+    Chain() : space(0), shared(0), shift(0) {}
+    u32 end() const { return base + len; }
+    u32 slot(u32 depth) const { return (depth + shift) & (kPageBlocks - 1); }
+};
+
+struct Pos {
+    u32 chain;
+    u32 depth;
+    bool operator==(const Pos& o) const { return chain == o.chain && depth == o.depth; }
+    bool operator!=(const Pos& o) const { return !(*this == o); }
+};
+
+class Chains {
+public:
+    Chains(Memory& m, SetPool& sets)
+        : m_(m), sets_(sets), chains_(m), pages_(m), homes_(m), shared_(m), ages_(m, chains_) {}
+    ~Chains() { clear(); }
+    Chains(const Chains&) = delete;
+    Chains& operator=(const Chains&) = delete;
+
+    Chain& operator[](u32 c) { return chains_[c]; }
+    const Chain& operator[](u32 c) const { return chains_[c]; }
+    bool alive(u32 c) const { return chains_.alive(c); }
+    u32 count() const { return chains_.size(); }
+    u64 blocks() const { return blocks_; }
+    Ages<Pool<Chain>>& ages() { return ages_; }
+    const Ages<Pool<Chain>>& ages() const { return ages_; }
+    // How many bytes more so many blocks more in so many chains more would take at most,
+    // without what is kept of a chain's length.
+    std::size_t growth(u32 blocks, u32 chains) const {
+        const u32 pages = blocks / kPageBlocks + 2;
+        return pages_.growth(pages) + homes_.growth(pages) + chains_.growth(chains) + shared_.growth(chains);
+    }
+    template <class F>
+    void each(F&& f) const {
+        chains_.each(f);
+    }
+
+    // A block's reference: 32 bits that stay the same as long as the block exists.
+    u32 ref(const Chain& c, u32 depth) const {
+        return c.pages[(depth >> kPageShift) - (c.base >> kPageShift)] * kPageBlocks + c.slot(depth);
+    }
+    u32 ref(Pos p) const { return ref(chains_[p.chain], p.depth); }
+    // Whether there is a block with this reference.
+    bool is_block(u32 ref) const {
+        if (!homes_.alive(ref >> kPageShift)) return false;
+        const PageHome& h = homes_[ref >> kPageShift];
+        if (h.index == kNone && shared_[h.chain].free >> (ref & (kPageBlocks - 1)) & 1) return false;
+        const Pos p = pos(ref);
+        return p.depth >= chains_[p.chain].base && p.depth < chains_[p.chain].end();
+    }
+    Pos pos(u32 ref) const {
+        const PageHome& h = homes_[ref >> kPageShift];
+        if (h.index == kNone) {
+            const u32 chain = shared_[h.chain].chains[ref & (kPageBlocks - 1)];
+            return {chain, chains_[chain].base};
+        }
+        return {h.chain, h.index * kPageBlocks + (ref & (kPageBlocks - 1))};
+    }
+    u64& name(u32 ref) { return pages_[ref >> kPageShift].name[ref & (kPageBlocks - 1)]; }
+    u64 name(u32 ref) const { return pages_[ref >> kPageShift].name[ref & (kPageBlocks - 1)]; }
+    u64 prefix(u32 ref) const { return pages_[ref >> kPageShift].prefix[ref & (kPageBlocks - 1)]; }
+    u64 prefix(Pos p) const { return prefix(ref(p)); }
+    u64 head(u32 c) const { return prefix(ref(chains_[c], chains_[c].base)); }
+    u32 first_page(u32 c) const { return chains_[c].pages[0]; }
+    // The part of a page that belongs to the chain from `depth` on:
+    // a pointer to its prefix hashes, and how many there are.
+    const Page& page(const Chain& c, u32 depth) const {
+        return pages_[c.pages[(depth >> kPageShift) - (c.base >> kPageShift)]];
+    }
+
+    // The number of page `i` of a chain that begins with page `first`, and the prefix hashes in it.
+    static u32 page_number(const Chain& c, u32 first, u32 i) { return i < c.row ? first + i : c.pages[i]; }
+    const u64* prefixes(u32 page) const { return pages_[page].prefix; }
+
+    // Asks for a chain and for the first `pages` of its pages before it is known which they are: they are mostly
+    // neighbours, since they were taken for one event.
+    KVINDEX_INLINE void prefetch(const HeadSlot& head, u32 pages) const {
+        const Chain& c = chains_[head.chain()];
+        __builtin_prefetch(&c);
+        __builtin_prefetch(reinterpret_cast<const char*>(&c) + 64);
+        const Page* page = &pages_[head.page];
+        pages = pages_.together(head.page, pages);
+        for (u32 i = 0; i < pages; ++i) __builtin_prefetch(page[i].prefix);
+    }
+    // Asks for a block's page and for who has it; and, when that has come, for the chain.
+    KVINDEX_INLINE void prefetch_block(u32 ref) const {
+        const Page& page = pages_[ref >> kPageShift];
+        __builtin_prefetch(page.prefix);
+        __builtin_prefetch(page.name);
+        __builtin_prefetch(&homes_[ref >> kPageShift]);
+    }
+    KVINDEX_INLINE void prefetch_chain(u32 ref) const {
+        // What was a block when its page was asked for may be none any more.
+        if (!homes_.alive(ref >> kPageShift)) return;
+        const PageHome& home = homes_[ref >> kPageShift];
+        if (home.index == kNone) return;
+        const Chain& c = chains_[home.chain];
+        __builtin_prefetch(&c);
+        __builtin_prefetch(reinterpret_cast<const char*>(&c) + 64);
+    }
+    // Asks for pages of prefix hashes ahead of their use.
+    KVINDEX_INLINE void prefetch(const Chain& c, u32 first, u32 from, u32 to) const {
+        for (u32 i = from; i < to; ++i) __builtin_prefetch(prefixes(page_number(c, first, i)));
+    }
+
+    u32 create(u32 space, u32 parent, u32 base, u32 lookahead) {
+        const u32 id = chains_.take();
+        Chain& c = chains_[id];
+        c.space = space;
+        c.parent = parent;
+        c.base = base;
+        c.lookahead = static_cast<u16>(lookahead);
+        if (parent != kNone) link(id);
+        ages_.add(id);
+        if (parent != kNone) touch(parent);
+        return id;
+    }
+    // An event stores to the chain, and so it needs all that the chain hangs on.
+    void touch(u32 id) {
+        if (!ages_.on()) return;
+        for (; id != kNone && !ages_.fresh(id); id = chains_[id].parent) ages_.renew(id);
+    }
+    // Adds nameless blocks held by `set` at the end, of a chain that is not shared. `all`: how many it will have. A
+    // page of its own took 128 bytes for a prompt of one block.
+    void append(u32 id, const u64* prefix, u32 n, u32 set, u32 all) {
+        Chain& c = chains_[id];
+        if (all == 1) {
+            share(id);
+            Page& page = pages_[c.pages[0]];
+            page.prefix[c.slot(c.base)] = *prefix;
+            page.name[c.slot(c.base)] = kNoName;
+            c.runs.push(m_, {c.base, set});
+            sets_.ref(set);
+            c.len = 1;
+            ++blocks_;
+            return;
+        }
+        const u32 first = c.end(), last = first + n;
+        const u32 need = ((last - 1) >> kPageShift) - (c.base >> kPageShift) + 1;
+        c.pages.reserve(m_, need);
+        while (c.pages.size() < need) {
+            const u32 p = pages_.take();
+            if (const u32 h = homes_.take(); h != p)
+                __builtin_trap();  // both pools give the same ids for the same calls
+            homes_[p] = {id, (c.base >> kPageShift) + c.pages.size()};
+            add_page(c, p);
+        }
+        for (u32 d = first; d < last;) {
+            Page& page = pages_[c.pages[(d >> kPageShift) - (c.base >> kPageShift)]];
+            for (u32 s = d & (kPageBlocks - 1); s < kPageBlocks && d < last; ++s, ++d) {
+                page.prefix[s] = *prefix++;
+                page.name[s] = kNoName;
+            }
+        }
+        if (c.runs.empty() || c.runs.back().set != set) {
+            c.runs.push(m_, {first, set});
+            sets_.ref(set);
+        }
+        c.len += n;
+        blocks_ += n;
+    }
+    // Forgets the blocks from depth `end` on; the caller has seen to their names.
+    void cut(u32 id, u32 end) {
+        Chain& c = chains_[id];
+        if (c.shared && end == c.base) leave(c);
+        blocks_ -= c.end() - end;
+        const u32 keep = end == c.base ? 0 : ((end - 1) >> kPageShift) - (c.base >> kPageShift) + 1;
+        while (c.pages.size() > keep) {
+            pages_.give(c.pages.back());
+            homes_.give(c.pages.back());
+            c.pages.pop();
+        }
+        while (!c.runs.empty() && c.runs.back().start >= end) {
+            sets_.unref(c.runs.back().set);
+            c.runs.pop();
+        }
+        c.len = end - c.base;
+        c.pages.trim(m_);
+        c.row = static_cast<u16>(std::min<u32>(c.row, keep));
+        c.runs.trim(m_);
+    }
+    void destroy(u32 id) {
+        Chain& c = chains_[id];
+        if (c.len) cut(id, c.base);
+        if (c.parent != kNone) unlink(id);
+        ages_.drop(id);
+        release(c);
+        chains_.give(id);
+    }
+
+    u32 run_at(const Chain& c, u32 depth) const {
+        u32 lo = 0, hi = c.runs.size();
+        while (hi - lo > 1) {
+            const u32 mid = (lo + hi) / 2;
+            if (c.runs[mid].start <= depth) {
+                lo = mid;
+            } else {
+                hi = mid;
+            }
+        }
+        return lo;
+    }
+    u32 set_at(const Chain& c, u32 depth) const { return c.runs[run_at(c, depth)].set; }
+    u32 run_end(const Chain& c, u32 run) const { return run + 1 < c.runs.size() ? c.runs[run + 1].start : c.end(); }
+
+    // Replaces the set of every block in [from, to) by f(set, blocks), and joins runs that became equal.
+    template <class F>
+    void change(u32 id, u32 from, u32 to, F&& f) {
+        Chain& c = chains_[id];
+        const u32 lo = run_at(c, from);
+        u32 hi = lo;
+        fresh_.truncate(0);
+        auto put = [&](u32 start, u32 set) {
+            if (fresh_.empty() ? lo > 0 && c.runs[lo - 1].set == set : fresh_.back().set == set) return;
+            fresh_.push(m_, {start, set});
+            sets_.ref(set);
+        };
+        if (c.runs[lo].start < from) put(c.runs[lo].start, c.runs[lo].set);
+        for (;; ++hi) {
+            const u32 a = c.runs[hi].start > from ? c.runs[hi].start : from;
+            const u32 end = run_end(c, hi);
+            put(a, f(c.runs[hi].set, (end < to ? end : to) - a));
+            if (end >= to) {
+                if (end > to) put(to, c.runs[hi].set);
+                break;
+            }
+        }
+        u32 stop = hi + 1;
+        const u32 last = fresh_.empty() ? (lo ? c.runs[lo - 1].set : kNone) : fresh_.back().set;
+        if (stop < c.runs.size() && c.runs[stop].set == last) ++stop;
+        for (u32 i = lo; i < stop; ++i) sets_.unref(c.runs[i].set);
+        c.runs.splice(m_, lo, stop - lo, fresh_.size());
+        if (!fresh_.empty()) std::memcpy(c.runs.data() + lo, fresh_.data(), sizeof(Run) * fresh_.size());
+        if (stop - lo > fresh_.size()) c.runs.trim(m_);
+    }
+
+    // Gives a chain a page of its own, so that it may grow. The reference of its block changes.
+    void unshare(u32 id) {
+        Chain& c = chains_[id];
+        const u32 page = pages_.take();
+        if (const u32 h = homes_.take(); h != page) __builtin_trap();
+        homes_[page] = {id, c.base >> kPageShift};
+        const u32 from = ref(c, c.base), to = c.base & (kPageBlocks - 1);
+        pages_[page].prefix[to] = prefix(from);
+        pages_[page].name[to] = name(from);
+        leave(c);
+        add_page(c, page);
+    }
+    // Moves all of `kid`, which starts where `id` ends, to the end of `id`.
+    // moved(from_ref, to_ref) is told of every block whose reference changes: at most
+    // those of one page. Names, kids and own names have been seen to by the caller.
+    template <class F>
+    void join(u32 id, u32 kid, F&& moved) {
+        Chain& c = chains_[id];
+        Chain& k = chains_[kid];
+        u32 i = 0;
+        if (k.base & (kPageBlocks - 1)) {
+            const u32 from = k.pages[0], to = c.pages.back();
+            const u32 stop =
+                k.end() < ((k.base | (kPageBlocks - 1)) + 1) ? ((k.end() - 1) & (kPageBlocks - 1)) + 1 : kPageBlocks;
+            for (u32 s = k.base & (kPageBlocks - 1); s < stop; ++s) {
+                pages_[to].prefix[s] = pages_[from].prefix[s];
+                pages_[to].name[s] = pages_[from].name[s];
+                moved(from * kPageBlocks + s, to * kPageBlocks + s);
+            }
+            pages_.give(from);
+            homes_.give(from);
+            i = 1;
+        }
+        for (; i < k.pages.size(); ++i) {
+            homes_[k.pages[i]].chain = id;
+            add_page(c, k.pages[i]);
+        }
+        u32 r = 0;
+        if (c.runs.back().set == k.runs[0].set) {
+            sets_.unref(k.runs[0].set);
+            r = 1;
+        }
+        for (; r < k.runs.size(); ++r) c.runs.push(m_, k.runs[r]);
+        c.len += k.len;
+        k.pages.truncate(0);
+        k.row = 0;
+        k.runs.truncate(0);
+        k.len = 0;
+    }
+    void link(u32 id) {
+        Chain& c = chains_[id];
+        Chain& p = chains_[c.parent];
+        c.kid_before = kNone;
+        c.kid_after = p.first_kid;
+        if (p.first_kid != kNone) chains_[p.first_kid].kid_before = id;
+        p.first_kid = id;
+        ++p.kids;
+    }
+    void unlink(u32 id) {
+        Chain& c = chains_[id];
+        Chain& p = chains_[c.parent];
+        if (c.kid_before != kNone) {
+            chains_[c.kid_before].kid_after = c.kid_after;
+        } else {
+            p.first_kid = c.kid_after;
+        }
+        if (c.kid_after != kNone) chains_[c.kid_after].kid_before = c.kid_before;
+        --p.kids;
+    }
+
+    // Own names. Returns kNoName where the worker uses the page's name.
+    u64 own_name(const Chain& c, u32 worker, u32 depth) const {
+        if (c.own.empty()) return kNoName;
+        const u32 i = own_at(c, worker);
+        if (i == c.own.size() || c.own[i].worker != worker) return kNoName;
+        const OwnNames& o = c.own[i];
+        return depth >= o.start && depth - o.start < o.ids.size() ? o.ids[depth - o.start] : kNoName;
+    }
+    void set_own_name(u32 id, u32 worker, u32 depth, u64 value) {
+        Chain& c = chains_[id];
+        u32 i = own_at(c, worker);
+        if (i == c.own.size() || c.own[i].worker != worker) {
+            if (value == kNoName) return;
+            c.own.splice(m_, i, 0, 1);
+            c.own[i] = OwnNames{worker, depth, 0, {}};
+        }
+        OwnNames& o = c.own[i];
+        if (depth < o.start) {
+            const u32 more = o.start - depth;
+            o.ids.splice(m_, 0, 0, more);
+            for (u32 j = 0; j < more; ++j) o.ids[j] = kNoName;
+            o.start = depth;
+        }
+        while (depth - o.start >= o.ids.size()) o.ids.push(m_, kNoName);
+        u64& slot = o.ids[depth - o.start];
+        if (slot == kNoName) ++o.used;
+        slot = value;
+        if (value != kNoName) return;
+        if (--o.used == 0) {
+            o.ids.release(m_);
+            c.own.splice(m_, i, 1, 0);
+            c.own.trim(m_);
+            return;
+        }
+        while (o.ids.back() == kNoName) o.ids.pop();
+        o.ids.trim(m_);
+    }
+    // Own names of `kid`, which is about to become the end of `id`.
+    void move_own(u32 id, u32 kid) {
+        Chain& c = chains_[id];
+        Chain& k = chains_[kid];
+        for (OwnNames& o : k.own) {
+            const u32 i = own_at(c, o.worker);
+            if (i == c.own.size() || c.own[i].worker != o.worker) {
+                c.own.splice(m_, i, 0, 1);
+                c.own[i] = o;
+                // Nothing belongs to two if there is no memory for the next.
+                o.ids = {};
+                continue;
+            }
+            OwnNames& to = c.own[i];
+            while (to.start + to.ids.size() < o.start) to.ids.push(m_, kNoName);
+            const u32 at = to.ids.size();
+            to.ids.resize(m_, at + o.ids.size());
+            std::memcpy(to.ids.data() + at, o.ids.data(), sizeof(u64) * o.ids.size());
+            to.used += o.used;
+            o.ids.release(m_);
+        }
+        k.own.truncate(0);
+    }
+    bool has_own(const Chain& c, u32 worker) const {
+        const u32 i = own_at(c, worker);
+        return i < c.own.size() && c.own[i].worker == worker;
+    }
+    void drop_own(u32 id, u32 worker) {
+        Chain& c = chains_[id];
+        const u32 i = own_at(c, worker);
+        if (i == c.own.size() || c.own[i].worker != worker) return;
+        c.own[i].ids.release(m_);
+        c.own.splice(m_, i, 1, 0);
+        c.own.trim(m_);
+    }
+
+    // All of it, whatever state it was left in.
+    void clear() {
+        chains_.each([&](u32 c) { release(chains_[c]); });
+        chains_.clear();
+        pages_.clear();
+        homes_.clear();
+        shared_.clear();
+        open_.release(m_);
+        ages_.clear();
+        fresh_.release(m_);
+        blocks_ = 0;
+    }
+    // Gives back what was only needed while changing.
+    void shrink() {
+        fresh_.release(m_);
+        chains_.shrink();
+        pages_.shrink();
+        homes_.shrink();
+        shared_.shrink();
+        open_.release(m_);
+    }
+
+private:
+    // A slot of a shared page for a chain's first block.
+    void share(u32 id) {
+        Chain& c = chains_[id];
+        open_.reserve(m_, open_.size() + 1);
+        if (open_.empty()) {
+            const u32 page = pages_.take();
+            if (const u32 h = homes_.take(); h != page) __builtin_trap();
+            const u32 s = shared_.take();
+            homes_[page] = {s, kNone};
+            shared_[s].page = page;
+            shared_[s].free = (1u << kPageBlocks) - 1;
+            shared_[s].open_at = 0;
+            open_.push(m_, s);
+        }
+        SharedPage& s = shared_[open_.back()];
+        const u32 slot = static_cast<u32>(__builtin_ctz(s.free));
+        add_page(c, s.page);
+        s.free &= s.free - 1;
+        if (!s.free) open_.pop();
+        s.chains[slot] = id;
+        c.shared = 1;
+        c.shift = (slot - c.base) & (kPageBlocks - 1);
+    }
+    void leave(Chain& c) {
+        const u32 page = c.pages[0], slot = c.slot(c.base), at = homes_[page].chain;
+        SharedPage& s = shared_[at];
+        if (!s.free) {
+            s.open_at = open_.size();
+            open_.push(m_, at);
+        }
+        s.free |= 1u << slot;
+        c.pages.truncate(0);
+        c.row = c.shared = c.shift = 0;
+        if (s.free != (1u << kPageBlocks) - 1) return;
+        shared_[open_.back()].open_at = s.open_at;
+        open_[s.open_at] = open_.back();
+        open_.pop();
+        pages_.give(page);
+        homes_.give(page);
+        shared_.give(at);
+    }
+    void add_page(Chain& c, u32 page) {
+        const u32 at = c.pages.size();
+        if (c.row == at && at < 0xFFFF && (at == 0 || page == c.pages[0] + at)) ++c.row;
+        c.pages.push(m_, page);
+    }
+    static u32 own_at(const Chain& c, u32 worker) {
+        u32 lo = 0, hi = c.own.size();
+        while (lo < hi) {
+            const u32 mid = (lo + hi) / 2;
+            if (c.own[mid].worker < worker) {
+                lo = mid + 1;
+            } else {
+                hi = mid;
+            }
+        }
+        return lo;
+    }
+    void release(Chain& c) {
+        for (OwnNames& o : c.own) o.ids.release(m_);
+        c.own.release(m_);
+        c.pages.release(m_);
+        c.runs.release(m_);
+    }
+
+    Memory& m_;
+    SetPool& sets_;
+    Pool<Chain> chains_;
+    Pool<Page> pages_;
+    Pool<PageHome> homes_;
+    Pool<SharedPage> shared_;
+    Buf<u32> open_;  // shared pages with a free slot
+    Ages<Pool<Chain>> ages_;
+    Buf<Run> fresh_;
+    u64 blocks_ = 0;
+};
+
+}  // namespace kvindex

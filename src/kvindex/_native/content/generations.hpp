@@ -1,0 +1,183 @@
+// When each chain was last stored to or matched, roughly: who goes first when there is too much.
+//
+// Time is cut into generations. Whoever touches a chain writes the generation's number into it, if
+// another one stands there: that is all that a reader ever writes, at most once per chain and generation.
+// The lists that say who is oldest belong to the writer, and it puts a chain where its number says only
+// when it comes across it at the old end. So a touch costs a comparison, and finding the oldest is O(1)
+// amortised: each chain is moved at most once per generation in which something touched it.
+//
+// A parent is never older than its children: who touches a chain touches what it hangs on, too.
+#pragma once
+
+#include "base/memory.hpp"
+
+namespace kvindex {
+
+// What a chain has of this.
+struct Age {
+    mutable u32 touched = 0;           // generation
+    u32 older = kNone, newer = kNone;  // its neighbours in a list
+};
+
+// Items: a container of things with a member `age`, addressed by number.
+template <class Items>
+class Ages {
+public:
+    Ages(Memory& m, Items& items) : m_(m), items_(items) {}
+    ~Ages() {
+        if (rings_) m_.sub(sizeof(Ring) * kRings);
+        delete[] rings_;
+    }
+    Ages(const Ages&) = delete;
+    Ages& operator=(const Ages&) = delete;
+
+    // Before the first item. span: seconds that the generations
+    // must be able to tell apart in steps of a hundredth, or 0.
+    void open(double span) {
+        rings_ = new Ring[kRings];
+        m_.add(sizeof(Ring) * kRings);
+        for (u32 i = 0; i < kRings; ++i) rings_[i].link.older = rings_[i].link.newer = kSentinel + i;
+        step_ = span / 100;
+        oldest_ = now_ = 1;
+        rings_[slot(now_)].began = kLongAgo;
+    }
+    bool on() const { return rings_ != nullptr; }
+    // All items are gone.
+    void clear() {
+        for (u32 i = 0; on() && i < kRings; ++i) rings_[i].link.older = rings_[i].link.newer = kSentinel + i;
+    }
+
+    void add(u32 id) {
+        if (!on()) return;
+        items_[id].age.touched = now_;
+        put(id, newest_end(now_));
+    }
+    void drop(u32 id) {
+        if (on()) unlink(id);
+    }
+    // Where everything that readers may not write is read too; any number of them at once.
+    void seen(const Age& age) const {
+        if (__atomic_load_n(&age.touched, __ATOMIC_RELAXED) != now_)
+            __atomic_store_n(&age.touched, now_, __ATOMIC_RELAXED);
+    }
+    bool fresh(u32 id) const { return __atomic_load_n(&items_[id].age.touched, __ATOMIC_RELAXED) == now_; }
+    // What the writer touches is the newest at once.
+    void renew(u32 id) {
+        if (!on()) return;
+        items_[id].age.touched = now_;
+        unlink(id);
+        put(id, newest_end(now_));
+    }
+
+    // A new generation begins.
+    void advance(double time) {
+        ++now_;
+        if (now_ - oldest_ == kRings) {
+            // The oldest two become one, in their order.
+            const u32 end = kSentinel + slot(oldest_), into = kSentinel + slot(oldest_ + 1);
+            const u32 first = at(end).newer, last = at(end).older, then = at(into).newer;
+            if (first != end) {
+                at(first).older = into;
+                at(into).newer = first;
+                at(last).newer = then;
+                at(then).older = last;
+                at(end).older = at(end).newer = end;
+            }
+            ++oldest_;
+        }
+        rings_[slot(now_)].began = time;
+    }
+    // By the clock: hundredths of the span are told apart, so that what is said of an age is at most so much too old.
+    bool due(double time) const { return time >= next_step(); }
+    double next_step() const { return rings_[slot(now_)].began + step_; }
+    double began_oldest() const { return rings_[slot(oldest_)].began; }
+
+    // The one that was touched longest ago, or kNone.
+    // Of two in one generation, the one that was so in the one before, or came first.
+    u32 oldest() {
+        for (;;) {
+            const u32 end = kSentinel + slot(oldest_), id = at(end).newer;
+            if (id == end) {
+                if (oldest_ == now_) return kNone;
+                ++oldest_;
+                continue;
+            }
+            const u32 age = now_ - items_[id].age.touched;  // modulo 2^32: numbers may start over
+            if (age >= now_ - oldest_) return id;
+            unlink(id);
+            put(id, newest_end(now_ - age));
+        }
+    }
+    // Whether nothing is older than this generation.
+    bool all_fresh() { return oldest() == kNone || oldest_ == now_; }
+    // `id` is as old as the oldest: it is that now.
+    void next(u32 id) {
+        unlink(id);
+        put(id, kSentinel + slot(oldest_));
+    }
+
+    // For _check().
+    bool younger(u32 id, u32 than) const {
+        return on() && now_ - items_[id].age.touched < now_ - items_[than].age.touched;
+    }
+    // For _check(): how many are in the lists; false if a list is broken.
+    bool count(u32& n) const {
+        n = 0;
+        if (!on()) return true;
+        for (u32 g = oldest_; g != now_ + 1; ++g) {
+            const u32 end = kSentinel + slot(g);
+            u32 before = end;
+            for (u32 id = at(end).newer; id != end; before = id, id = at(id).newer, ++n)
+                if (at(id).older != before || (g != oldest_ && now_ - items_[id].age.touched > now_ - g)) return false;
+            if (at(end).older != before) return false;
+        }
+        return true;
+    }
+
+private:
+    // Enough for the hundred steps of a span. Without a span they are as many generations as can be told apart.
+    static constexpr u32 kRings = 128;
+    static constexpr u32 kSentinel = kNone - kRings;
+    static constexpr double kLongAgo = -1e300;
+
+    struct Link {
+        u32 older, newer;
+    };
+    struct Ring {
+        double began = 0;
+        Link link{0, 0};
+    };
+    // A chain's neighbours, or a list's two ends. At an end "newer" is the first, so every list is a circle.
+    struct Ref {
+        u32& older;
+        u32& newer;
+    };
+
+    static u32 slot(u32 generation) { return generation % kRings; }
+    Ref at(u32 id) const {
+        if (id >= kSentinel) return {rings_[id - kSentinel].link.older, rings_[id - kSentinel].link.newer};
+        return {items_[id].age.older, items_[id].age.newer};
+    }
+    // After which item the newest of a generation is put.
+    u32 newest_end(u32 generation) const { return at(kSentinel + slot(generation)).older; }
+    void put(u32 id, u32 after) {
+        const Ref left = at(after), it = at(id);
+        it.older = after;
+        it.newer = left.newer;
+        at(it.newer).older = id;
+        left.newer = id;
+    }
+    void unlink(u32 id) {
+        const Ref it = at(id);
+        at(it.older).newer = it.newer;
+        at(it.newer).older = it.older;
+    }
+
+    Memory& m_;
+    Items& items_;
+    Ring* rings_ = nullptr;
+    double step_ = 0;
+    u32 now_ = 0, oldest_ = 0;
+};
+
+}  // namespace kvindex

@@ -1,0 +1,296 @@
+// What goes when there is too much (max_bytes) or when nobody has asked for it in a long time (ttl).
+//
+// Content goes, for all workers at once: the chain that was stored to or matched longest ago,
+// from its end, children before parents. Who held any of it is degraded from then on, since
+// it holds more than is known here. Everything that is known of a worker stays a part of what
+// would be known without a budget, so an answer can be too small and never too large:
+//   - a removal of what was shed finds no copy, and there is none to take;
+//   - a store below what was shed is turned away, not parked, and what its names meant before is forgotten
+//     (see Parker::turn_away);
+//   - what an event says of its group is learned even if its blocks are refused: a group that is not known would
+//     object to nothing.
+// Entries of add_prefix say nothing of what an engine holds, so what becomes of them changes no verdict. They have a
+// small share of the budget for themselves, which they leave in the order in which they end; events have the rest.
+//
+// Room is made before an event, by what it may need at most. That keeps tables from
+// doubling and pages from being taken one by one, so what is shed is about what is
+// stored; only what such an estimate cannot know is made up for afterwards.
+#pragma once
+
+#include "ingest/pending.hpp"
+
+namespace kvindex {
+
+struct Losses {
+    u64 blocks = 0, chains = 0, parked = 0, guesses = 0;
+};
+
+class Shedder : public Parker {
+public:
+    // max_bytes 0: no budget. ttl 0: for ever.
+    Shedder(u32 block_size, u64 seed, bool set_presence, u32 max_parked, u64 max_bytes, double ttl)
+        : Parker(block_size, seed, set_presence, max_parked), max_(max_bytes), ttl_(ttl) {
+        if (max_ || ttl_ > 0) chains_.ages().open(ttl_);
+    }
+
+    // When expire() has something to do. The reader that finds it overdue does it,
+    // so that its answer counts nothing that is over.
+    double next_expiry() const {
+        const double guesses = Placer::next_expiry();
+        if (!(ttl_ > 0)) return guesses;
+        const double step = chains_.ages().next_step();
+        return std::min(guesses, chains_.count() ? std::min(step, chains_.ages().began_oldest() + ttl_) : step);
+    }
+    // A turn's worth of what is over; false: there is more.
+    bool expire(double now) {
+        if (!Placer::expire(now)) return false;
+        if (!(ttl_ > 0)) return true;
+        for (u32 left = kTurnBlocks / kPiece + 1;
+             chains_.ages().oldest() != kNone && chains_.ages().began_oldest() + ttl_ <= now; --left) {
+            if (left == 0) return false;
+            if (!shed_oldest(kPiece, expired_)) break;
+        }
+        if (chains_.ages().due(now)) chains_.ages().advance(now);
+        return true;
+    }
+
+    void guess(u32 pod, i64 rank, const std::string& model, const u64* prefixes, u32 n, double until, u32 lookahead) {
+        const u32 id = find_worker(pod, rank, find_space(model));
+        // Without what was to be learned of the worker, a guess may promise more than its groups would agree to.
+        const bool able = id == kNone
+                              ? !pods_[pod].refused.of(rank) && joins(pod) && admits(kWorkerBytes + kHolderBytes)
+                              : !workers_[id]->muted;
+        if (!able || !make_guess_room(id, n)) {
+            ++shed_.guesses;
+            return;
+        }
+        Placer::guess(pod, rank, model, prefixes, n, until, lookahead);
+        fit();
+    }
+
+    // What was lost before this index was loaded.
+    void recount(const Losses& shed, const Losses& expired) {
+        shed_ = shed;
+        expired_ = expired;
+    }
+    const Losses& shed() const { return shed_; }
+    const Losses& expired() const { return expired_; }
+
+protected:
+    bool bounded() const { return max_ != 0; }
+    u64 budget() const { return max_; }
+    // What the budget is about: all that streams can make grow.
+    std::size_t bytes() const { return mem_.bytes; }
+    // Whether something may be made that only a clear takes away again. Half of the budget is for content.
+    bool admits(std::size_t more) const { return !max_ || fixed_ + media_.bytes() + more <= max_ / 2; }
+
+    // Whether a pod may have one worker more.
+    bool joins(u32 pod) const { return pods_[pod].workers.size() < kMostWorkers && admits(kWorkerBytes); }
+
+    // Makes room for an event that may add so many names and index blocks below a known parent, and `more` bytes
+    // besides. False if it cannot be had: then nothing may be added.
+    bool make_room(u32 id, u32 names, u32 blocks, std::size_t more, u32 parent) {
+        if (!chains_.ages().on()) return true;
+        grow_older(blocks);
+        pinned_ = parent == kNone ? kNone : chains_.pos(parent).chain;
+        chains_.touch(pinned_);
+        if (!max_) return true;
+        // The share that is kept free for what cannot be estimated: sets, runs, tables of chains.
+        const std::size_t limit = max_ - max_ / 32;
+        if (!may_fit(names, blocks, more)) return false;
+        if (announced() + growth(id, names, blocks) + more <= limit) return true;
+        for (bool renewed = false; announced() + growth(id, names, blocks) + more > limit;) {
+            if (lot_bytes_ > max_ / 8 && shed_waiting()) continue;
+            if (!renewed && chains_.ages().all_fresh()) {
+                // What the event hangs on goes last: if it comes to that, there is no room for the event.
+                for (u32 chain = pinned_; chain != kNone; chain = chains_[chain].parent) chains_.ages().renew(chain);
+                renewed = true;
+            }
+            if (!shed_oldest(kPiece, shed_, true) && !shed_waiting()) return false;
+        }
+        return true;
+    }
+    // A monster is refused before anything is shed for it.
+    bool may_fit(u32 names, u64 blocks, std::size_t more = 0) const {
+        return !max_ || fixed_ + media_.bytes() + more + blocks * (sizeof(Page) + sizeof(PageHome)) / kPageBlocks +
+                                RefTable().growth(names) <=
+                            max_ - max_ / 32;
+    }
+    // After an event: what could not be foreseen.
+    void fit() {
+        if (!max_) return;
+        // What waits answers nothing, and takes ten times the room of what is in its place.
+        while (lot_bytes_ > max_ / 8 && shed_waiting()) {
+        }
+        while (bytes() > max_ && (shed_guess() || shed_oldest(kPiece, shed_) || shed_waiting())) {
+        }
+    }
+    // What the writer may keep of its scratch.
+    std::size_t most_scratch() const { return max_ ? std::min(kMostScratch, max_ / kScratchShare) : kMostScratch; }
+    // All content is about to go.
+    void shed_everything() {
+        shed_.blocks += chains_.blocks();
+        shed_.chains += chains_.count();
+        shed_.parked += parked_;
+        shed_.guesses += guesses_.size();
+        recent_ = 0;
+    }
+    // A rank for whose worker there is no room holds more than is known.
+    void refuse(u32 pod, i64 rank, const Event& e) {
+        pods_[pod].refused.add(rank, media_.find(e.medium.p, e.medium.n) != 0);
+        judge(pod);
+    }
+    // The worker holds more than is known.
+    void fall_short(u32 id) {
+        Worker& w = *workers_[id];
+        if (w.shed) return;
+        w.shed = true;
+        shed_.parked += w.parked();
+        drop_lot(w);
+        spoil(id);
+    }
+
+private:
+    // Blocks that are shed at a time: enough to make finding the oldest cheap,
+    // few enough to leave most of a long chain.
+    static constexpr u32 kPiece = std::min(128u, kTurnBlocks);
+    // Of the budget, for guesses: the share that is kept free. What could not be estimated takes it from them.
+    static constexpr std::size_t kGuessShare = 32;
+
+    // Without a clock, time is what is stored: as many generations
+    // as there are rings while everything is replaced once.
+    void grow_older(u32 blocks) {
+        recent_ += blocks;
+        if (ttl_ > 0 || recent_ * 128 <= chains_.blocks()) return;
+        chains_.ages().advance(0);
+        recent_ = 0;
+    }
+    // What events made grow, at least: a guess is counted with its blocks, and an event may have announced those too.
+    std::size_t announced() const { return bytes() - std::min(bytes(), guess_bytes_); }
+    // Other guesses make room for one, and nothing else does.
+    bool make_guess_room(u32 id, u32 blocks) {
+        if (!max_) return true;
+        if (guess_cost(blocks) > max_ / kGuessShare) return false;
+        grow_older(blocks);
+        while (guess_bytes_ + guess_cost(blocks) > max_ / kGuessShare ||
+               bytes() + growth(id, 0, blocks) + guess_cost(blocks) > max_)
+            if (!shed_guess()) return false;
+        return true;
+    }
+    bool shed_guess() {
+        if (guesses_.empty()) return false;
+        drop_guess(guesses_.begin());
+        ++shed_.guesses;
+        return true;
+    }
+
+    std::size_t growth(u32 id, u32 names, u32 blocks) const {
+        std::size_t n = chains_.growth(blocks, 1);
+        if (id == kNone) return n;
+        const Worker& w = *workers_[id];
+        n += spaces_[w.space].names.growth(names) + spaces_[w.space].heads.growth(1) + w.chains.growth(1) +
+             w.kids.growth(1);
+        if (w.own.size()) n += w.own.growth(names) + names * sizeof(u64) * 5 / 4;
+        return n;
+    }
+    // The chain that was touched longest ago, of those that no other hangs on.
+    u32 oldest_leaf() {
+        u32 id = chains_.ages().oldest();
+        // No child is younger than its parent, so all of them are as old as the oldest.
+        while (id != kNone && chains_[id].first_kid != kNone) {
+            id = chains_[id].first_kid;
+            chains_.ages().next(id);
+        }
+        return id;
+    }
+    // Sheds at most so many blocks of the oldest chain.
+    // False if there is none but, where it is to stay, the pinned one, which is renewed and therefore the last.
+    bool shed_oldest(u32 piece, Losses& losses, bool but_pinned = false) {
+        const u32 id = oldest_leaf();
+        if (id == kNone || (but_pinned && id == pinned_)) return false;
+        const Chain& c = chains_[id];
+        const u32 from = c.len <= piece ? c.base : c.end() - piece;
+        if (find_guessers(id, from)) {
+            // Whatever goes through here is over when the chain is; where room is wanted, the next of all has to do.
+            if (&losses == &shed_) return shed_guess();
+            const std::size_t n = guesses_.size();
+            for (u32 worker : guessers_) drop_guesses(worker, {id, from});
+            losses.guesses += n - guesses_.size();
+            return true;
+        }
+        const u64 blocks = chains_.blocks();
+        const u32 chains = chains_.count();
+        shed_tail(id, from);
+        losses.blocks += blocks - chains_.blocks();
+        losses.chains += chains - chains_.count();
+        return true;
+    }
+    bool find_guessers(u32 chain, u32 from) {
+        guessers_.clear();
+        sets_.each(chains_.set_at(chains_[chain], from), [&](u32 h) {
+            if (workers_[holders_[h].worker]->guess == h) guessers_.push_back(holders_[h].worker);
+        });
+        return !guessers_.empty();
+    }
+    // Forgets the blocks from `from` on of a chain that no other hangs on, whoever holds them.
+    void shed_tail(u32 chain, u32 from) {
+        const Chain& c = chains_[chain];
+        // What anybody knows of a chain is its beginning, so all who know any of these blocks know the first.
+        const u32 set = chains_.set_at(c, from);
+        straddling_.clear();
+        sets_.each(set, [&](u32 h) {
+            if (from % holders_[h].factor) straddling_.push_back(h);
+        });
+        losers_.clear();
+        each_knower(set, [&](u32 id, Worker&) { losers_.push_back(id); });
+        for (u32 id : losers_) {
+            const Worker& w = *workers_[id];
+            if (w.copies.empty() && w.unsure.empty() && !chains_.has_own(c, id)) continue;
+            for (u32 d = c.end(); d-- > from;)
+                if (knows(w, chains_.set_at(c, d))) drop_names(id, {chain, d}, chains_.ref(c, d));
+        }
+        chains_.change(chain, from, c.end(), [&](u32 s, u32 k) {
+            sets_.each(s, [&](u32 h) { holders_[h].blocks -= k; });
+            return kEmptySet;
+        });
+        const Pos above = before({chain, from});
+        for (u32 id : losers_)
+            if (from == c.base) lose_chain(*workers_[id], chain);
+        // An engine block of several index blocks goes as one, whatever of it lies before the cut or in a parent.
+        for (u32 h : straddling_) {
+            const u32 id = holders_[h].worker;
+            Pos p = above;
+            while ((p.depth + 1) % holders_[h].factor && !child_has(*workers_[id], p, h)) {
+                const Pos up = before(p);
+                lose_bit(id, h, p);
+                p = up;
+            }
+            climb(id, p);
+        }
+        for (u32 id : losers_) climb(id, above);
+        trim(chain);
+        for (u32 id : losers_) fall_short(id);
+    }
+    // Forgets what waits in the fullest lot, or a guess. False if there is nothing of either.
+    bool shed_waiting() {
+        u32 fullest = kNone;
+        for (u32 id = 0; id < workers_.size(); ++id)
+            if (workers_[id] && workers_[id]->lot &&
+                (fullest == kNone || workers_[id]->lot->by_id.size() > workers_[fullest]->lot->by_id.size()))
+                fullest = id;
+        if (fullest != kNone) {
+            fall_short(fullest);
+            return true;
+        }
+        return shed_guess();
+    }
+
+    const u64 max_;
+    const double ttl_;
+    u64 recent_ = 0;  // blocks since the generation began
+    Losses shed_, expired_;
+    // Scratch of the one writer.
+    std::vector<u32> guessers_, straddling_, losers_;
+};
+
+}  // namespace kvindex

@@ -1,0 +1,293 @@
+// The load of each worker, and the worker at which one more prompt costs least. A match says what a prompt can reuse;
+// nothing here changes the index.
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <tuple>
+
+#include "query/match.hpp"
+
+namespace kvindex {
+
+// What a token of each tier is worth, and what work weighs against one token of prefill.
+struct Weights {
+    std::vector<std::pair<std::string, double>> credits;  // by medium in lower case; "gpu", "cpu" and "disk" are there
+    double context = 0;                                   // for each token of a running request's prompt
+    double request = 0;                                   // for each running request
+    double tie = 0;                                       // share of the prompt within which costs are equal
+    double half_life = 1;                                 // seconds until what a worker was given counts half
+    bool degraded = true;                                 // whether degraded pods are candidates
+};
+
+class Loads {
+public:
+    struct Choice {
+        u32 at = kNone;  // the worker's row, or kNone: no candidate
+        u32 candidates = 0;
+        u64 pod = 0;
+        i64 rank = 0;
+        u64 reused = 0;      // tokens
+        bool whole = false;  // every complete block of the prompt is held
+        double cost = 0;
+    };
+    struct Load {
+        u64 pod = 0;  // Pod::uid; 0: the row is free
+        i64 rank = 0;
+        u32 next = kNone;    // the pod's next row
+        bool there = false;  // the pod has this rank now
+        Verdict verdict = Verdict::stale;
+        u64 prefill = 0;  // tokens that requests before their first token still have to compute
+        u64 context = 0;  // tokens of all running requests' prompts
+        u64 requests = 0;
+        double given = 0;  // decayed work, in units that all rows share
+        // What the prompt at hand finds.
+        u32 reused = 0, held = 0;
+        double worth = 0;
+    };
+
+    // start: where the search begins among equals, so that several routers do not all begin with the same worker.
+    Loads(Weights weights, u64 start) : weights_(std::move(weights)), start_(start) { gpu_ = credit_of("gpu"); }
+
+    // Chooses among the pods of `filter`, or among all that serve `space`, and counts the request as the worker's.
+    // O(workers + hits). For whoever holds the index's lock in either mode.
+    void choose(const Index& ix, const Hits& hits, u64 n_tokens, u32 space, const Filter* filter, double now,
+                Choice& out) {
+        out = Choice();
+        follow(ix);
+        take(ix, hits);
+        const double per_block = ix.block_size();
+        const auto cost_of = [&](const Load& l) {
+            return static_cast<double>(n_tokens) - l.worth * per_block + static_cast<double>(l.prefill) +
+                   weights_.context * static_cast<double>(l.context) +
+                   weights_.request * static_cast<double>(l.requests);
+        };
+        costs_.resize(rows_.size());
+        double least = kNever;
+        for (u32 i = 0; i < rows_.size(); ++i) {
+            const Load& l = rows_[i];
+            costs_[i] = kNever;
+            if (!l.there || l.verdict == Verdict::stale || (!weights_.degraded && l.verdict != Verdict::exact))
+                continue;
+            if (filter ? !filter->pod(static_cast<u32>(l.pod)) : !l.held && !serves(ix, l, space)) continue;
+            ++out.candidates;
+            costs_[i] = cost_of(l);
+            least = std::min(least, costs_[i]);
+        }
+        if (!out.candidates) return;
+        const double limit = least + weights_.tie * static_cast<double>(n_tokens);
+        const u32 n = static_cast<u32>(rows_.size()), first = static_cast<u32>(start_ % n);
+        for (u32 k = 0; k < n; ++k) {
+            const u32 i = first + k < n ? first + k : first + k - n;
+            if (costs_[i] > limit || costs_[i] == kNever) continue;
+            if (out.at == kNone || rows_[i].given < rows_[out.at].given) out.at = i;
+        }
+        Load& l = rows_[out.at];
+        out.pod = l.pod;
+        out.rank = l.rank;
+        out.reused = std::min<u64>(u64{l.reused} * ix.block_size(), n_tokens);
+        out.whole = l.held >= n_tokens / ix.block_size();
+        out.cost = costs_[out.at];
+        begin(l, n_tokens - out.reused, n_tokens, now);
+    }
+    // The request has its first token. A row that belongs to another worker by now is left alone, here and below.
+    void prefilled(u32 at, u64 pod, u64 prefill) {
+        if (Load* l = row(at, pod)) l->prefill -= prefill;
+    }
+    void finished(u32 at, u64 pod, u64 prefill, u64 context) {
+        Load* l = row(at, pod);
+        if (!l) return;
+        l->prefill -= prefill;
+        l->context -= context;
+        --l->requests;
+    }
+    // Where a pod was removed its rows are freed.
+    void follow(const Index& ix) {
+        const u32 n = ix.pod_slots();
+        if (pods_.size() < n) pods_.resize(n);
+        for (u32 slot = 0; slot < pods_.size(); ++slot) {
+            Known& k = pods_[slot];
+            const Pod* p = slot < n ? &ix.pod_at(slot) : nullptr;
+            const u64 uid = p ? p->uid : 0;
+            if (k.uid != uid) {
+                forget(k);
+                k.uid = uid;
+            }
+            if (!uid) continue;
+            if (k.first == kNone || k.streams != p->streams.size() || k.workers != p->workers.size()) rank(ix, *p, k);
+            for (u32 i = k.first; i != kNone; i = rows_[i].next) {
+                Load& l = rows_[i];
+                l.verdict = p->verdict;
+                l.reused = l.held = 0;
+                l.worth = 0;
+            }
+        }
+    }
+    const std::vector<Load>& rows() const { return rows_; }
+
+private:
+    struct Known {
+        u64 uid = 0;
+        u32 first = kNone;
+        std::size_t streams = 0, workers = 0;
+    };
+    // A medium's reach in the prompt.
+    struct Reach {
+        u32 row;
+        bool medium;  // alone, whatever others hold; otherwise a tier, from where the one before ends
+        u32 blocks;
+        double credit;
+    };
+
+    Load* row(u32 at, u64 pod) { return at < rows_.size() && rows_[at].pod == pod ? &rows_[at] : nullptr; }
+    void begin(Load& l, u64 prefill, u64 context, double now) {
+        l.prefill += prefill;
+        l.context += context;
+        ++l.requests;
+        // Work decays by growing the unit of what comes later; that way nothing is touched in between.
+        double age = (now - epoch_) / weights_.half_life;
+        if (!(std::fabs(age) < 512)) {
+            const double shrink = age > 0 ? std::exp2(-std::min(age, 4096.0)) : 1;
+            for (Load& each : rows_) each.given *= shrink;
+            epoch_ = now;
+            age = 0;
+        }
+        l.given += std::exp2(age) *
+                   (static_cast<double>(prefill) + weights_.context * static_cast<double>(context) + weights_.request);
+    }
+    void forget(Known& k) {
+        for (u32 i = k.first; i != kNone;) {
+            const u32 next = rows_[i].next;
+            rows_[i] = Load();
+            free_.push_back(i);
+            i = next;
+        }
+        k = Known();
+    }
+    u32 find(const Known& k, i64 rank) const {
+        u32 i = k.first;
+        while (i != kNone && rows_[i].rank != rank) i = rows_[i].next;
+        return i;
+    }
+    // A rank that is new begins as if it had been given what the others were given least, or every tie would be its
+    // own until it had caught up.
+    void add(Known& k, i64 rank) {
+        u32 i = find(k, rank);
+        if (i == kNone) {
+            double least = kNever;
+            for (const Load& l : rows_)
+                if (l.pod) least = std::min(least, l.given);
+            if (free_.empty()) {
+                free_.push_back(static_cast<u32>(rows_.size()));
+                rows_.emplace_back();
+            }
+            i = free_.back();
+            free_.pop_back();
+            Load& l = rows_[i];
+            l.pod = k.uid;
+            l.rank = rank;
+            l.given = least == kNever ? 0 : least;
+            l.next = k.first;
+            k.first = i;
+        }
+        rows_[i].there = true;
+    }
+    // The ranks that a pod has: those whose streams are followed, and those of which something was stored.
+    void rank(const Index& ix, const Pod& p, Known& k) {
+        for (u32 i = k.first; i != kNone; i = rows_[i].next) rows_[i].there = false;
+        for (const auto& s : p.streams) add(k, s.first);
+        for (const u32 w : p.workers) add(k, ix.worker_at(w).rank);
+        if (p.streams.empty() && p.workers.empty()) add(k, 0);
+        k.streams = p.streams.size();
+        k.workers = p.workers.size();
+    }
+    // A pod of which nothing is stored may serve any model.
+    static bool serves(const Index& ix, const Load& l, u32 space) {
+        const Pod& p = ix.pod_at(static_cast<u32>(l.pod));
+        return p.workers.empty() ||
+               std::any_of(p.workers.begin(), p.workers.end(), [&](u32 w) { return ix.worker_at(w).space == space; });
+    }
+    double credit_of(const std::string& medium) const {
+        const std::string family = medium.compare(0, 3, "cpu") == 0 ? "cpu" : "disk";
+        double found = 0;
+        for (const auto& c : weights_.credits) {
+            if (c.first == medium) return c.second;
+            if (c.first == family) found = c.second;
+        }
+        return found;
+    }
+    double credit(const Index& ix, u32 medium) const {
+        if (medium == 0) return gpu_;
+        std::string name = ix.media().name(medium);
+        for (char& c : name) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c + 'a' - 'A') : c;
+        return credit_of(name);
+    }
+    void take(const Index& ix, const Hits& hits) {
+        reaches_.clear();
+        for (const Hit& h : hits) {
+            const u32 slot = static_cast<u32>(h.pod);
+            // Removed between the match and now.
+            if (slot >= pods_.size() || pods_[slot].uid != h.pod) continue;
+            u32 at = find(pods_[slot], h.rank);
+            if (at == kNone) {
+                rank(ix, ix.pod_at(slot), pods_[slot]);
+                at = find(pods_[slot], h.rank);
+                if (at == kNone) continue;
+                rows_[at].verdict = ix.pod_at(slot).verdict;
+            }
+            Load& l = rows_[at];
+            if (h.says & kHeld) l.held = std::max(l.held, h.blocks);
+            if (h.says == (kReused | kHeld | kMedium | kTier)) {
+                if (h.blocks <= l.reused) continue;
+                l.reused = h.blocks;
+                l.worth = h.blocks * credit(ix, h.medium);
+                continue;
+            }
+            if (h.says & kReused) l.reused = std::max(l.reused, h.blocks);
+            if (h.medium == kNone || !(h.says & (kTier | kMedium))) continue;
+            const double c = credit(ix, h.medium);
+            if (h.says & kTier) reaches_.push_back({at, false, h.blocks, c});
+            if (h.says & kMedium) reaches_.push_back({at, true, h.blocks, c});
+        }
+        if (reaches_.empty()) return;
+        // Tiers before media. Tiers are cumulative, so the order of their reaches is that in which they are read; of
+        // media, the best of those that reach so far is read.
+        std::sort(reaches_.begin(), reaches_.end(), [](const Reach& a, const Reach& b) {
+            return std::tie(a.row, a.medium, a.blocks, a.credit) < std::tie(b.row, b.medium, b.blocks, b.credit);
+        });
+        for (auto i = reaches_.begin(); i != reaches_.end();) {
+            const u32 row = i->row;
+            const auto same = [&](const Reach& r, bool medium) { return r.row == row && r.medium == medium; };
+            auto end = i;
+            while (end != reaches_.end() && same(*end, i->medium)) ++end;
+            const double worst =
+                std::min_element(i, end, [](const Reach& a, const Reach& b) { return a.credit < b.credit; })->credit;
+            if (i->medium)
+                for (auto k = end; --k != i;) (k - 1)->credit = std::max((k - 1)->credit, k->credit);
+            Load& l = rows_[row];
+            u32 at = 0;
+            l.worth = 0;
+            for (; i != end; ++i) {
+                const u32 to = std::min(i->blocks, l.reused);
+                if (to > at) l.worth += (to - at) * i->credit;
+                at = std::max(at, to);
+            }
+            // Where no medium alone holds it, the prefix lies in several.
+            l.worth += (l.reused - at) * worst;
+            while (i != reaches_.end() && i->row == row) ++i;
+        }
+    }
+
+    static constexpr double kNever = std::numeric_limits<double>::infinity();
+
+    Weights weights_;
+    double gpu_ = 1, epoch_ = 0;
+    u64 start_;
+    std::vector<Known> pods_;  // by Pod's slot
+    std::vector<Load> rows_;
+    std::vector<u32> free_;
+    std::vector<double> costs_;
+    std::vector<Reach> reaches_;
+};
+
+}  // namespace kvindex

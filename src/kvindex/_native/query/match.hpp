@@ -1,0 +1,761 @@
+// The question: how many leading blocks of this prompt does each worker hold?
+//
+// A prompt is walked along the chains it shares content with. Work is done per run of equal holder sets, not per block
+// or per pod, and blocks are hashed only as far as somebody still holds them. A reader writes nothing.
+#pragma once
+
+#include <algorithm>
+#include <numeric>
+
+#include "hash/identity.hpp"
+#include "index.hpp"
+#include "query/pod_filter.hpp"
+
+namespace kvindex {
+
+// What a hit says. All of it at once, where a worker has one medium and reuses what it holds.
+inline constexpr u8 kReused = 1;  // what the engine reuses
+inline constexpr u8 kHeld = 2;    // the prefix that all media together hold
+inline constexpr u8 kMedium = 4;  // the prefix that this medium holds alone
+inline constexpr u8 kTier = 8;    // how far this medium reaches, read where the one before ends
+
+// One worker's answer; medium kNone: all media together.
+struct Hit {
+    u64 pod;  // Pod::uid
+    u32 rank;
+    u32 medium;
+    u32 blocks;
+    Verdict verdict;
+    u8 says;
+};
+
+// A vector that neither clears what will be written nor asks at each step whether there is room:
+// at 256 pods that is half of the time.
+class Hits {
+public:
+    Hits() = default;
+    Hits(const Hits&) = delete;
+    Hits& operator=(const Hits&) = delete;
+    ~Hits() { std::free(p_); }
+
+    u32 size() const { return n_; }
+    const Hit* begin() const { return p_; }
+    const Hit* end() const { return p_ + n_; }
+    const Hit& operator[](u32 i) const { return p_[i]; }
+    bool full() const { return n_ == room_; }
+    void clear() { n_ = 0; }
+    void reserve(std::size_t n) {
+        if (n <= room_) return;
+        Hit* p = static_cast<Hit*>(std::realloc(static_cast<void*>(p_), n * sizeof(Hit)));
+        if (!p) throw std::bad_alloc();
+        p_ = p;
+        room_ = n;
+    }
+    // What is written from room() on, where room is reserved, counts up to `end`.
+    Hit* room() { return p_ + n_; }
+    void grow(const Hit* end) { n_ = static_cast<u32>(end - p_); }
+    void push(const Hit& hit) { p_[n_++] = hit; }
+
+private:
+    Hit* p_ = nullptr;
+    u32 n_ = 0;
+    std::size_t room_ = 0;
+};
+
+struct MatchResult {
+    Hits hits;
+    u32 best = kNone;  // index of the best hit
+    u64 compared = 0;  // blocks compared with a chain
+    void clear() {
+        hits.clear();
+        best = kNone;
+        compared = 0;
+    }
+};
+
+// A prompt as tokens. BT: tokens of a block if known when compiling, else 0.
+template <unsigned BT>
+struct TokenPath {
+    const BlockHasher& roll;
+    const BlockHasher& local;
+    const u32* tokens;
+    const ExtraDigests* extra;  // nullptr: none
+    const Index& ix;
+    u32 n;
+
+    u64 hash(u32 i, u64 prev) const {
+        const std::size_t step = BT ? BT : local.block_tokens();
+        u64 h = local.template local_fixed<BT>(tokens + step * i);
+        if (extra && i < extra->has.size() && extra->has[i]) h = mix_extra(h, extra->digest[i], ix.seed());
+        return i ? roll.roll(prev, h) : h;
+    }
+    // How many of the blocks i, i+1, ... have the prefix hashes `expect`. Each step
+    // takes its predecessor from `expect`, not from the step before: once that one
+    // agreed they are the same number, and so the steps do not wait for one another. i is
+    // not 0: a chain's first block is not compared, the chain was found by it.
+    u32 agree(const u64* expect, u32 i, u32 count, u64 prev) const {
+        const std::size_t step = BT ? BT : local.block_tokens();
+        u32 k = 0;
+        if (extra) {
+            for (; k < count && hash(i + k, prev) == expect[k]; ++k) prev = expect[k];
+            return k;
+        }
+        for (; k < count; ++k) {
+            if (roll.roll(prev, local.template local_fixed<BT>(tokens + step * (i + k))) != expect[k]) return k;
+            prev = expect[k];
+        }
+        return count;
+    }
+};
+
+// The same where the tokens behind each block are in its hash. The last blocks, behind which there are none, match
+// nothing.
+template <unsigned BT>
+struct LookaheadPath {
+    TokenPath<BT> plain;
+    u32 lookahead;
+    u32 n;
+
+    u64 hash(u32 i, u64 prev) const {
+        const std::size_t step = BT ? BT : plain.local.block_tokens();
+        const u32* tokens = plain.tokens + step * i;
+        u64 h = plain.local.template local_fixed<BT>(tokens);
+        const ExtraDigests* extra = plain.extra;
+        if (extra && i < extra->has.size() && extra->has[i]) h = mix_extra(h, extra->digest[i], plain.ix.seed());
+        h = mix_lookahead(h, tokens + step, lookahead, plain.ix.seed());
+        return i ? plain.roll.roll(prev, h) : h;
+    }
+    u32 agree(const u64* expect, u32 i, u32 count, u64 prev) const {
+        u32 k = 0;
+        for (; k < count && hash(i + k, prev) == expect[k]; ++k) prev = expect[k];
+        return k;
+    }
+};
+
+// A prompt as the prefix hashes of its blocks.
+struct HashPath {
+    const u64* prefixes;
+    u32 n;
+
+    u64 hash(u32 i, u64) const { return prefixes[i]; }
+    u32 agree(const u64* expect, u32 i, u32 count, u64) const {
+        u32 k = 0;
+        while (k < count && expect[k] == prefixes[i + k]) ++k;
+        return k;
+    }
+};
+
+class Matcher {
+public:
+    template <class Path>
+    // `most`: how many of the path's blocks do not have the prompt's last token. `more`: beside what `out` has already.
+    void match(const Index& ix, u32 space, const Path& path, u32 most, const Filter* filter, bool only_exact,
+               MatchResult& out, bool more = false) {
+        if (!more) out.clear();
+        if (space == kNone || path.n == 0) return;
+        const u32 end = walk(ix, space, path, filter, out);
+        const u32 words = static_cast<u32>(alive_.size());
+        std::size_t n = ended_.size() + trails_.size();
+        for (u32 i = 0; i < words; ++i) n += static_cast<std::size_t>(__builtin_popcountll(alive_[i]));
+        out.hits.reserve(out.hits.size() + n);
+        const bool led = out.best != kNone;
+        u32 longest = led ? out.hits[out.best].blocks : 0;
+        u64 first = led ? out.hits[out.best].pod : 0;
+        const Hit* best = nullptr;
+        Hit* to = out.hits.room();
+        odd_.clear();
+        const auto show = [&](const Face& f, u32 blocks) {
+            if (f.flags & kOdd) {
+                if (f.flags & kRuled) return set_aside(f, blocks);
+                blocks -= blocks % f.factor;
+            }
+            if (!blocks || (only_exact && f.verdict != Verdict::exact)) return;
+            if (blocks > longest || (blocks == longest && f.pod < first)) {
+                longest = blocks;
+                first = f.pod;
+                best = to;
+            }
+            *to++ = {f.pod, f.rank, f.medium, blocks, f.verdict, kReused | kHeld | kMedium | kTier};
+        };
+        for (u32 i = 0; i < words; ++i)
+            for (u64 bits = alive_[i]; bits; bits &= bits - 1)
+                show(ix.face(i * 64 + static_cast<u32>(__builtin_ctzll(bits))), end);
+        for (const Ended& e : ended_) show(ix.face(e.holder), e.blocks);
+        mixed_.clear();
+        for (const Trail& t : trails_) {
+            const Face& f = ix.face(t.holder);
+            if (f.bits && t.began == f.bits && f.medium != kNone && at_once(t)) {
+                show(f, marks_[t.last].before == kNone ? end : pieces_[marks_[t.last].piece].start);
+            } else {
+                mixed_.push_back(&t);
+            }
+        }
+        out.hits.grow(to);
+        if (best) out.best = static_cast<u32>(best - out.hits.begin());
+        for (const Odd& o : odd_) answer_odd(*o.face, o.blocks, most, only_exact, out);
+        for (const Trail* t : mixed_) answer_hybrid(ix, *t, end, most, only_exact, out);
+    }
+
+private:
+    // Pages of a chain that a walk asks for before it is there: 16 take longer to compare than memory takes to answer.
+    static constexpr u32 kAhead = 16;
+    // Pages of a chain that a walk asks for before it knows which they are.
+    static constexpr u32 kGuessed = 8;
+
+    struct Ended {
+        u32 holder;
+        u32 blocks;
+    };
+    struct Piece {
+        u32 start;  // in blocks of the prompt; ends where the next one starts
+        u32 set;
+    };
+    // A worker with several groups or media, along the prompt.
+    struct Trail {
+        u32 worker;
+        u32 holder;     // one of its own
+        u32 last;       // its newest mark
+        u32 began;      // how many of its holders have the first block
+        u32 on;         // and how many the block at hand
+        u32 rooted;     // of those, how many are such as a prefix needs
+        bool rootless;  // it may go on after a hole
+    };
+    // A worker whose engine has rules, and the prefix that it holds.
+    struct Odd {
+        const Face* face;
+        u32 blocks;
+    };
+    // A group in vLLM's look-up with a draft model.
+    struct Try {
+        u32 group;
+        bool drops;    // the block that it matches last
+        bool dropped;  // at the length that is tried
+        u32 found;     // how far it has come, or kNone
+    };
+    // A piece with which something changes for a worker.
+    struct Mark {
+        u32 piece;
+        u32 before;  // the mark before, or kNone
+    };
+
+    // How much is reused by a worker that holds a prefix and nothing else of the prompt.
+    static u32 reused(const Face& f, u32 blocks, u32 most) {
+        u32 used = blocks;
+        if (f.flags & kCutsLast && used > most) used = most - most % f.factor;
+        if (f.flags & kDropsLast) used -= std::min(used, f.factor);
+        if (f.flags & kDropsEach) used = std::min(used, blocks - f.factor);
+        return used;
+    }
+    // Apart from the loop that shows everybody else: there the two kinds of hit would cost each of 256 pods five
+    // instructions.
+    __attribute__((noinline)) void set_aside(const Face& f, u32 blocks) { odd_.push_back({&f, blocks}); }
+    static void answer_odd(const Face& f, u32 blocks, u32 most, bool only_exact, MatchResult& out) {
+        blocks -= blocks % f.factor;
+        if (!blocks || (only_exact && f.verdict != Verdict::exact)) return;
+        const u32 used = reused(f, blocks, most);
+        const u8 held = kHeld | kMedium | kTier;
+        emit(f, f.medium, blocks, used == blocks ? held | kReused : held, out);
+        if (used != blocks) emit(f, f.medium, used, kReused, out);
+    }
+    static void emit(const Face& f, u32 medium, u32 blocks, u8 says, MatchResult& out) {
+        if (blocks == 0) return;
+        if (says & kReused) {
+            const Hit* best = out.best == kNone ? nullptr : &out.hits[out.best];
+            if (!best || blocks > best->blocks || (blocks == best->blocks && f.pod < best->pod))
+                out.best = out.hits.size();
+        }
+        if (out.hits.full()) out.hits.reserve(2 * out.hits.size() + 4);
+        out.hits.push({f.pod, f.rank, medium, blocks, f.verdict, says});
+    }
+
+    // Walks the prompt as far as content goes and somebody holds it; fills pieces_, ended_, alive_ and trails_.
+    template <class Path>
+    u32 walk(const Index& ix, u32 space, const Path& path, const Filter* filter, MatchResult& out) {
+        const Chains& chains = ix.chains();
+        pieces_.clear();
+        ended_.clear();
+        alive_.clear();
+        trails_.clear();
+        marks_.clear();
+        u32 i = 0, last_set = kNone;
+        u64 prev = 0;
+        HeadSlot head = enter(ix, space, {kNone, kNone}, path, 0, 0);
+        if (head.chain() == kNone) return 0;
+        const bool hybrids = !ix.space_at(space).hybrids.empty();
+        const bool always = ix.space_at(space).rootless != 0;
+        following_ = 0;
+        for (;;) {
+            const Chain& c = chains[head.chain()];
+            chains.ages().seen(c.age);
+            const u32 stop = std::min(c.end(), c.base + (path.n - i));
+            const auto page_of = [&](u32 d) { return (d >> kPageShift) - (c.base >> kPageShift); };
+            const auto prefixes = [&](u32 d) {
+                return chains.prefixes(chains.page_number(c, head.page, page_of(d))) + (d & (kPageBlocks - 1));
+            };
+            const u32 pages = page_of(stop - 1) + 1;
+            u32 depth = c.base;
+            chains.prefetch(c, head.page, std::min<u32>(c.row, kGuessed), std::min(kAhead, pages));
+            for (u32 r = 0; depth < stop; ++r) {
+                const u32 set = c.runs[r].set;
+                if (set != last_set) {
+                    // The set says something about the prompt only if its block is the prompt's: the path may leave the
+                    // chain just here, though not at its first block, by which it was found.
+                    if (depth != c.base && !path.agree(prefixes(depth), i, 1, prev)) goto fork;
+                    const bool some = narrow(ix, set, i, last_set == kNone, filter);
+                    if (hybrids) follow(ix, last_set == kNone ? kEmptySet : last_set, set, filter);
+                    pieces_.push_back({i, set});
+                    if (!some && !following_ && !always) return i;
+                    last_set = set;
+                }
+                if (depth == c.base) {
+                    prev = head.prefix;
+                    ++i;
+                    ++depth;
+                    ++out.compared;
+                }
+                const u32 run_stop = std::min(stop, chains.run_end(c, r));
+                while (depth < run_stop) {
+                    const u32 slot = depth & (kPageBlocks - 1);
+                    const u32 count = std::min(kPageBlocks - slot, run_stop - depth);
+                    if (slot == 0) {
+                        const u32 next = page_of(depth) + kAhead - 1;
+                        if (next < pages) chains.prefetch(c, head.page, next, next + 1);
+                    }
+                    const u64* expect = prefixes(depth);
+                    const u32 k = path.agree(expect, i, count, prev);
+                    out.compared += k;
+                    i += k;
+                    depth += k;
+                    if (k) prev = expect[k - 1];
+                    if (k < count) goto fork;
+                }
+            }
+        fork:
+            if (i == path.n || c.kids == 0) return i;
+            head = enter(ix, space, {head.chain(), depth - 1}, path, i, prev);
+            if (head.chain() == kNone) return i;
+        }
+    }
+    // The chain below `parent` that begins with block `i` of the prompt.
+    template <class Path>
+    static HeadSlot enter(const Index& ix, u32 space, Pos parent, const Path& path, u32 i, u64 prev) {
+        const u32 pages = ((path.n - 1) >> kPageShift) - (i >> kPageShift) + 1;
+        return ix.child(space, parent, path.hash(i, prev), std::min(pages, kGuessed));
+    }
+    // Takes out of alive_ what the set lacks. Returns whether anybody is left.
+    bool narrow(const Index& ix, u32 set, u32 at, bool first, const Filter* filter) {
+        const SetPool& sets = ix.sets();
+        const u64* words = sets.data(set);
+        u32 n = sets.words(set);
+        const std::vector<u64>& simple = ix.simple();
+        u64 any = 0;
+        if (const std::vector<u64>& guessed = ix.guessed(); !guessed.empty()) {
+            for (u32 i = 0; i < n && i < guessed.size(); ++i) any |= words[i] & guessed[i];
+            if (any) {
+                with_guesses_.assign(words, words + n);
+                with_guesses_.resize(std::max<std::size_t>(n, simple.size()));
+                for (u32 i = 0; i < n && i < guessed.size(); ++i)
+                    for (u64 bits = words[i] & guessed[i]; bits; bits &= bits - 1) {
+                        const u32 h = ix.stands_for(i * 64 + static_cast<u32>(__builtin_ctzll(bits)));
+                        with_guesses_[h >> 6] |= 1ull << (h & 63);
+                    }
+                words = with_guesses_.data();
+                n = static_cast<u32>(with_guesses_.size());
+                any = 0;
+            }
+        }
+        if (first) {
+            const u32 m = std::min<u32>(n, static_cast<u32>(simple.size()));
+            alive_.resize(m);
+            for (u32 i = 0; i < m; ++i) {
+                alive_[i] = words[i] & simple[i];
+                if (filter) alive_[i] &= i < filter->holders.size() ? filter->holders[i] : 0;
+                any |= alive_[i];
+            }
+            return any != 0;
+        }
+        for (u32 i = 0; i < alive_.size(); ++i) {
+            const u64 now = i < n ? words[i] : 0;
+            for (u64 gone = alive_[i] & ~now; gone; gone &= gone - 1)
+                ended_.push_back({i * 64 + static_cast<u32>(__builtin_ctzll(gone)), at});
+            alive_[i] &= now;
+            any |= alive_[i];
+        }
+        return any != 0;
+    }
+    // Marks the workers with several groups or media of which a holder comes or goes with this piece: each is looked at
+    // where something changes for it, and not once a piece (256 of them, 50 pieces: 241 us).
+    void follow(const Index& ix, u32 before, u32 set, const Filter* filter) {
+        const SetPool& sets = ix.sets();
+        const u64 *was = sets.data(before), *now = sets.data(set);
+        const u32 n_was = sets.words(before), n_now = sets.words(set);
+        const std::vector<u64>&grouped = ix.grouped(), &rooted = ix.rooted();
+        const u32 n = std::min(std::max(n_was, n_now), static_cast<u32>(grouped.size()));
+        for (u32 i = 0; i < n; ++i) {
+            const u64 on = i < n_now ? now[i] : 0;
+            u64 changed = (on ^ (i < n_was ? was[i] : 0)) & grouped[i];
+            if (filter) changed &= i < filter->holders.size() ? filter->holders[i] : 0;
+            for (; changed; changed &= changed - 1) {
+                const u64 bit = changed & (0 - changed);
+                change(ix, i * 64 + static_cast<u32>(__builtin_ctzll(bit)), on & bit,
+                       i < rooted.size() && rooted[i] & bit);
+            }
+        }
+    }
+    void change(const Index& ix, u32 holder, bool on, bool rooted) {
+        const u32 piece = static_cast<u32>(pieces_.size()), id = ix.holder(holder).worker;
+        if (id >= trail_of_.size()) trail_of_.resize(id + 1);
+        u32& at = trail_of_[id];
+        if (at >= trails_.size() || trails_[at].worker != id) {
+            at = static_cast<u32>(trails_.size());
+            trails_.push_back(
+                {id, holder, static_cast<u32>(marks_.size()), 0, 0, 0, (ix.face(holder).flags & kRootless) != 0});
+            marks_.push_back({0, kNone});
+        }
+        Trail& t = trails_[at];
+        if (marks_[t.last].piece != piece) {
+            // Beyond a hole in what needs every block nothing counts.
+            if (!t.rooted && !t.rootless) return;
+            marks_.push_back({piece, t.last});
+            t.last = static_cast<u32>(marks_.size() - 1);
+        }
+        t.on += on ? 1 : -1;
+        t.began += piece == 0;
+        if (!rooted) return;
+        if (on) {
+            following_ += t.rooted++ == 0;
+        } else {
+            following_ -= --t.rooted == 0;
+        }
+    }
+
+    // Whether all that the worker holds of the prompt, in every group, is a beginning that ends at one place: then no
+    // group objects.
+    bool at_once(const Trail& t) const {
+        const Mark& m = marks_[t.last];
+        return m.before == kNone || (t.on == 0 && marks_[m.before].before == kNone);
+    }
+    // Several groups, media or kinds of attention: the rule of semantics.md, group by group, until none objects.
+    void answer_hybrid(const Index& ix, const Trail& t, u32 end, u32 most, bool only_exact, MatchResult& out) {
+        const Worker& w = ix.worker_at(t.worker);
+        const Face& f = ix.face(t.holder);
+        if (only_exact && f.verdict != Verdict::exact) return;
+        own_.clear();
+        for (u32 m = t.last; m != kNone; m = marks_[m].before) own_.push_back(pieces_[marks_[m].piece]);
+        std::reverse(own_.begin(), own_.end());
+        const bool ruled = f.flags & (kTiers | kRuled);
+        per_medium_ = ruled;
+        const u32 all = agreed(ix, w, end, kNone);
+        media_.clear();
+        if (w.guess != kNone) media_.push_back(0);
+        for (u32 h : w.holders) {
+            const u32 m = ix.holder(h).medium;
+            if (std::find(media_.begin(), media_.end(), m) == media_.end()) media_.push_back(m);
+        }
+        // No medium alone gives more than all of them together, and the only one gives as much.
+        if (media_.size() == 1 && w.guess == kNone && !ruled)
+            return emit(f, media_[0], all, kReused | kHeld | kMedium | kTier, out);
+        emit(f, kNone, all, ruled ? kHeld : kReused | kHeld, out);
+        const u8 alone = !ruled && media_.size() == 1 ? kMedium | kTier : kMedium;
+        for (u32 m : media_) emit(f, m, agreed(ix, w, all, m), alone, out);
+        if (!ruled) return;
+        std::sort(media_.begin(), media_.end(),
+                  [&](u32 a, u32 b) { return std::pair(ix.media().tier(a), a) < std::pair(ix.media().tier(b), b); });
+        u32 reach = 0;
+        for (u32 m : media_) {
+            const u32 to = beyond(ix, w, m, reach, end);
+            if (to > reach) emit(f, m, to, kTier, out);
+            reach = to;
+        }
+        emit(f, kNone, f.flags & kOdd ? reused(ix, w, f, end, most) : reach, kReused, out);
+    }
+
+    // ---- what an engine reuses --------------------------------------------------------------------------------------
+
+    // The prefix that the engine's own pool holds, and from there what each further medium holds.
+    u32 reused(const Index& ix, const Worker& w, const Face& f, u32 end, u32 most) {
+        const u32 cut = f.flags & kCutsLast ? std::min(end, most) : end;
+        const bool windows =
+            std::any_of(w.groups.begin(), w.groups.end(), [](const Group& g) { return g.kind != Attention::full; });
+        const bool drops = f.flags & (kDropsLast | kDropsEach);
+        // Engines look groups up in the order of their numbers, events introduce them in any.
+        if (drops) {
+            order_.resize(w.groups.size());
+            std::iota(order_.begin(), order_.end(), 0);
+            std::sort(order_.begin(), order_.end(), [&](u32 a, u32 b) { return w.groups[a].id < w.groups[b].id; });
+        }
+        u32 length = 0;
+        for (u32 m : media_) {
+            if (m == 0) {
+                length = drops ? dropped(ix, w, end, cut) : agreed(ix, w, cut, 0, true);
+                continue;
+            }
+            // Connectors cut the last token off only where a window needs it, and drop what the engine drops.
+            u32 to = beyond(ix, w, m, length, windows ? cut : end);
+            if (drops && to > length) to -= std::min(to - length, in_medium(ix, w, order_[0], m).factor);
+            length = to;
+        }
+        return length;
+    }
+    // A group with the block size that it has in this medium: a connector's chunks are larger than its engine's blocks,
+    // and each is reused in its own. Where no engine's rules are asked for, the largest counts everywhere.
+    Group in_medium(const Index& ix, const Worker& w, u32 g, u32 medium) const {
+        Group group = g < w.groups.size() ? w.groups[g] : Group();
+        if (!per_medium_) return group;
+        u32 factor = 0;
+        for (u32 h : w.holders) {
+            const Holder& holder = ix.holder(h);
+            if (holder.group != g || (medium != kNone && holder.medium != medium)) continue;
+            factor = !factor           ? holder.factor
+                     : medium == kNone ? std::min(factor, holder.factor)
+                                       : std::max(factor, holder.factor);
+        }
+        if (factor) group.factor = factor;
+        return group;
+    }
+    // How far a medium reaches that is read from block `from` on.
+    u32 beyond(const Index& ix, const Worker& w, u32 medium, u32 from, u32 length) {
+        if (medium == 0) return agreed(ix, w, length, 0, true);
+        if (from >= length) return from;
+        if (from) {
+            const std::size_t i = piece_of(from);
+            if (own_[i].start < from)
+                own_.insert(own_.begin() + static_cast<std::ptrdiff_t>(i) + 1, {from, own_[i].set});
+        }
+        base_ = from;
+        const u32 to = agreed(ix, w, length, medium, true);
+        base_ = 0;
+        return std::max(from, to);
+    }
+    // vLLM's own look-up (HybridKVCacheCoordinator of 0.33) where a draft model makes groups drop the block that they
+    // match last: each looks one block further for it than the others have come, once for every length that is tried.
+    u32 dropped(const Index& ix, const Worker& w, u32 end, u32 cut) {
+        const Pod& pod = ix.pod_at(w.pod);
+        const u32 n = static_cast<u32>(w.groups.size());
+        if (n == 1) {
+            const u32 run = agreed(ix, w, cut, 0, true);
+            return run - std::min(run, in_medium(ix, w, 0, 0).factor);
+        }
+        // Groups of one kind are looked up together, full attention first.
+        tries_.clear();
+        u32 align = 1, kinds = 0;
+        for (int full = 1; full >= 0; --full) {
+            for (u32 i = 0; i < n; ++i) {
+                const Group group = in_medium(ix, w, order_[i], 0);
+                if ((group.kind == Attention::full) != full) continue;
+                align = align / std::gcd(align, group.factor) * group.factor;
+                Try made{order_[i], false, false, kNone};
+                bool first = true;
+                for (u32 o = 0; o < n; ++o) {
+                    const Group other = in_medium(ix, w, order_[o], 0);
+                    if (other.kind != group.kind || other.window != group.window || other.factor != group.factor)
+                        continue;
+                    made.drops |= pod.drops(other);
+                    first &= o >= i;
+                }
+                kinds += first;
+                tries_.push_back(made);
+            }
+        }
+        const bool once = kinds == 2 && w.groups[tries_[0].group].kind == Attention::full;
+        for (u32 hit = cut;;) {
+            u32 at = hit;
+            for (Try& t : tries_) {
+                const Group group = in_medium(ix, w, t.group, 0);
+                if (group.kind == Attention::full && t.found != kNone) {
+                    at = std::min(at, t.found);
+                    continue;
+                }
+                const bool drop = t.drops && !t.dropped;
+                const u32 now = looked_up(ix, w, t.group, drop ? std::min(at + group.factor, end) : at, drop, align);
+                if (drop) {
+                    t.dropped = true;
+                } else if (now < at) {
+                    for (Try& o : tries_) o.dropped = false;
+                }
+                at = t.found = now;
+            }
+            if (at >= hit) return hit;
+            hit = at;
+            if (once) return hit;
+        }
+    }
+    u32 looked_up(const Index& ix, const Worker& w, u32 g, u32 length, bool drop, u32 align) {
+        const Group group = in_medium(ix, w, g, 0);
+        held_.resize(own_.size());
+        for (std::size_t i = 0; i < own_.size(); ++i) held_[i] = holds(ix, w, g, 0, own_[i].set);
+        if (group.kind == Attention::full || group.window == 0 || !drop) {
+            length -= length % group.factor;
+            if (group.kind != Attention::full) length -= length % align;
+            for (;;) {
+                u32 now = longest(ix, w, group, length);
+                now -= now % group.factor;
+                if (group.kind == Attention::full) {
+                    if (drop) now -= std::min(now, group.factor);
+                    return now - now % align;
+                }
+                now -= now % align;
+                if (now == length) return now;
+                length = now;
+            }
+        }
+        // A window, and behind it the block that is dropped.
+        const u32 need = window_blocks(ix, group) + group.factor;
+        for (u32 at = length;;) {
+            if (at < group.factor) return 0;
+            u32 left = at - group.factor;
+            left -= left % align;
+            if (left == 0) return 0;
+            at = left + group.factor;
+            if (const u32 held = back_to_held(at); held < at) {
+                at = held;
+                continue;
+            }
+            const u32 start = run_start(at);
+            if (at - start >= need) return left;
+            if (start == 0) {
+                // A beginning that is shorter than the window: vLLM aligns it once more before it drops.
+                at -= at % align;
+                at -= std::min(at, group.factor);
+                return at - at % align;
+            }
+            at = start;
+        }
+    }
+    // Blocks before a length that a sliding window asks for. vLLM looks for cached blocks from the right and counts
+    // them, so a window of one token still asks for one block.
+    static u32 window_blocks(const Index& ix, const Group& group) {
+        const u64 own = static_cast<u64>(ix.block_size()) * group.factor;
+        return static_cast<u32>(std::max<u64>(1, (group.window - 1 + own - 1) / own) * group.factor);
+    }
+
+    // ---- which length a worker's groups agree on
+    // ----------------------------------------------------------------------
+
+    // `every`: groups that this medium has nothing of object, too.
+    u32 agreed(const Index& ix, const Worker& w, u32 length, u32 medium, bool every = false) {
+        const u32 groups = std::max<u32>(1, static_cast<u32>(w.groups.size()));
+        // A guess says "GPU" and nothing of groups: where it stands alone, any group's rule will do.
+        const bool only_guess = std::none_of(w.holders.begin(), w.holders.end(),
+                                             [&](u32 h) { return medium == kNone || ix.holder(h).medium == medium; });
+        for (bool changed = true; changed && length;) {
+            bool last_held = false;
+            changed = false;
+            for (u32 g = 0; g < groups; ++g) {
+                bool seen = medium == kNone || only_guess || every;
+                for (u32 h : w.holders) seen |= ix.holder(h).medium == medium && ix.holder(h).group == g;
+                if (!seen) continue;
+                const u32 now = fit(ix, w, g, medium, length);
+                changed |= now != length;
+                length = now;
+                last_held |= g >= w.groups.size() || w.groups[g].kind != Attention::chunked;
+            }
+            // Rules that ask for no block at all (chunked attention at
+            // the end of a chunk) must not promise what other pods hold.
+            if (last_held) continue;
+            const u32 now = back_to_some(ix, w, medium, length);
+            changed |= now != length;
+            length = now;
+        }
+        return length;
+    }
+    // The largest length up to `length` whose last block the worker holds in any of its groups.
+    u32 back_to_some(const Index& ix, const Worker& w, u32 medium, u32 length) {
+        held_.resize(own_.size());
+        for (std::size_t i = 0; i < own_.size(); ++i) {
+            held_[i] = own_[i].start < base_ || holds(ix, w, kNone, medium, own_[i].set);
+        }
+        return back_to_held(length);
+    }
+    // group kNone: any.
+    bool holds(const Index& ix, const Worker& w, u32 group, u32 medium, u32 set) const {
+        if (w.guess != kNone && (medium == kNone || medium == 0) && ix.sets().has(set, w.guess)) return true;
+        for (u32 h : w.holders) {
+            const Holder& holder = ix.holder(h);
+            if ((group == kNone || holder.group == group) && (medium == kNone || holder.medium == medium) &&
+                ix.sets().has(set, h))
+                return true;
+        }
+        return false;
+    }
+    // The longest prefix of at most `length` blocks that this group can use.
+    u32 fit(const Index& ix, const Worker& w, u32 g, u32 medium, u32 length) {
+        const Group group = in_medium(ix, w, g, medium);
+        held_.resize(own_.size());
+        for (std::size_t i = 0; i < own_.size(); ++i)
+            held_[i] = own_[i].start < base_ || holds(ix, w, g, medium, own_[i].set);
+        for (;;) {
+            length -= length % group.factor;
+            if (length == 0) return 0;
+            const u32 now = longest(ix, w, group, length);
+            if (now == length) return length;
+            length = now;
+        }
+    }
+    u32 longest(const Index& ix, const Worker& w, const Group& group, u32 length) const {
+        const u64 block = ix.block_size();
+        const u32 chunk = ix.pod_at(w.pod).chunk_tokens;
+        u64 from = 0;
+        switch (group.kind) {
+            case Attention::mamba: return back_to_held(length);
+            case Attention::sliding: {
+                if (group.window == 0) break;
+                const u32 need = window_blocks(ix, group);
+                for (;;) {
+                    length = back_to_held(length);
+                    const u32 start = run_start(length);
+                    if (length == 0 || start == 0 || length - start >= need) return length;
+                    length = start;
+                }
+            }
+            case Attention::chunked:
+                if (chunk) from = length * block / chunk * chunk / block;
+                break;
+            case Attention::full: break;
+        }
+        return first_hole(static_cast<u32>(from), length);
+    }
+    u32 piece_of(u32 b) const {
+        u32 i = static_cast<u32>(own_.size()) - 1;
+        while (own_[i].start > b) --i;
+        return i;
+    }
+    u32 first_hole(u32 from, u32 length) const {
+        for (u32 i = 0; i < own_.size() && own_[i].start < length; ++i) {
+            const u32 end = i + 1 < own_.size() ? std::min(length, own_[i + 1].start) : length;
+            if (end > from && !held_[i]) return std::max(from, own_[i].start);
+        }
+        return length;
+    }
+    // The largest length up to `length` whose last block is held, or 0.
+    u32 back_to_held(u32 length) const {
+        while (length && !held_[piece_of(length - 1)]) length = own_[piece_of(length - 1)].start;
+        return length;
+    }
+    // Where the held run that ends at `length` starts.
+    u32 run_start(u32 length) const {
+        if (!length) return 0;
+        u32 i = piece_of(length - 1);
+        while (i > 0 && held_[i - 1]) --i;
+        return own_[i].start;
+    }
+
+    std::vector<u64> alive_, with_guesses_;
+    std::vector<Ended> ended_;
+    std::vector<Piece> pieces_;
+    std::vector<Piece> own_;  // those that change something for the worker at hand
+    std::vector<Trail> trails_;
+    std::vector<u32> trail_of_;  // by worker; right where the trail is the worker's
+    std::vector<Mark> marks_;
+    u32 following_ = 0;  // workers with several groups or media for which the prefix goes on
+    std::vector<const Trail*> mixed_;
+    std::vector<Odd> odd_;
+    std::vector<u32> media_;
+    std::vector<Try> tries_;
+    std::vector<u32> order_;  // of a worker's groups, by number
+    bool per_medium_ = false;
+    u32 base_ = 0;  // blocks before this count as held
+    std::vector<u8> held_;
+};
+
+}  // namespace kvindex

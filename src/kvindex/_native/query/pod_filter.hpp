@@ -1,0 +1,51 @@
+// The pods that a question is about.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "index.hpp"
+
+namespace kvindex {
+
+// Which pods may be named in the answer, as bits for one state of the index's pods and holders.
+struct Filter {
+    std::vector<u64> pods;
+    std::vector<u64> holders;
+    u64 pods_version = 0, holders_version = 0;
+
+    Filter(const Index& ix, const std::vector<std::string>& names)
+        : pods_version(ix.pods_version()), holders_version(ix.holders_version()) {
+        pods.assign(ix.pod_slots() / 64 + 1, 0);
+        holders.assign(ix.holder_slots() / 64 + 1, 0);
+        for (const std::string& name : names)
+            if (const u32 id = ix.find_pod(name); id != kNone) pods[id >> 6] |= 1ull << (id & 63);
+        for (u32 h = 0; h < ix.holder_slots(); ++h)
+            if (const u32 w = ix.holder(h).worker; w != kNone && pod(ix.worker_at(w).pod))
+                holders[h >> 6] |= 1ull << (h & 63);
+    }
+    bool pod(u32 id) const { return (id >> 6) < pods.size() && (pods[id >> 6] >> (id & 63) & 1); }
+    bool current(const Index& ix) const {
+        return pods_version == ix.pods_version() && holders_version == ix.holders_version();
+    }
+};
+
+// Names of pods, compiled into bits when a match needs them and kept for as long as they are right.
+class PodNames {
+public:
+    explicit PodNames(std::vector<std::string> names) : names_(std::move(names)) {}
+    std::shared_ptr<const Filter> compile(const Index& ix) {
+        std::lock_guard<std::mutex> g(m_);
+        if (!filter_ || !filter_->current(ix)) filter_ = std::make_shared<const Filter>(ix, names_);
+        return filter_;
+    }
+
+private:
+    std::mutex m_;
+    std::vector<std::string> names_;
+    std::shared_ptr<const Filter> filter_;
+};
+
+}  // namespace kvindex

@@ -1,0 +1,140 @@
+// The whole index as bytes, and back.
+//
+// A snapshot has what cannot be computed: content, names, who holds what, what waits. Tables, counts,
+// masks and lists of children are made again while it is read, so that most of the structure's
+// invariants hold by construction; the rest is verified. Checksums are no protection against intent:
+// whatever bytes come in, what is accepted passes Index::check(), and what is allocated is in
+// proportion to the file. Nothing is replayed: content goes back into its pages by memcpy.
+//
+//   header    magic, version, file size, XXH3 of all that follows, seed, block size ..., sizes of the sections
+//   sections  in the order of `Section`, each from a multiple of 8 bytes on; little-endian
+#pragma once
+
+#include <stdexcept>
+#include <tuple>
+
+#include "index.hpp"
+
+namespace kvindex {
+
+struct SnapshotHeader {
+    char magic[8];
+    u32 version;
+    u32 zero;
+    u64 bytes;     // of the whole file
+    u64 checksum;  // of what follows
+    u64 seed;
+    u32 block_size, max_parked, set_presence, sections;
+};
+inline constexpr char kSnapshotMagic[8] = {'k', 'v', 'i', 'n', 'd', 'e', 'x', '\n'};
+inline constexpr u32 kSnapshotVersion = 3;
+inline constexpr u64 kChecksumFrom = 32;
+
+// What cannot be saved or is refused, in words. A standard exception, for these go through to Python as they are.
+using SnapshotRefused = std::invalid_argument;
+
+[[noreturn]] inline void refuse_snapshot(const std::string& what, u64 offset) {
+    throw SnapshotRefused(what + ", seen at byte " + std::to_string(offset));
+}
+
+enum class Section : u8 {
+    media,
+    models,
+    pods,
+    workers,
+    sets,
+    chains,
+    runs,
+    prefixes,
+    names,
+    own,
+    own_ids,
+    copies,
+    parked,
+    counters,
+    COUNT
+};
+inline constexpr u32 kSections = static_cast<u32>(Section::COUNT);
+inline constexpr u64 kSnapshotHead = sizeof(SnapshotHeader) + u64{8} * kSections;
+
+// A worker's mask spans the holders up to its last one, so very many workers cost the square of their number. Real
+// fleets stay far below this; a file made up of workers does not.
+inline constexpr u64 kFreeMasks = 64ull << 20;
+
+struct ChainRecord {
+    u32 space, parent, base, len, runs, own, lookahead, zero;
+};
+struct OwnRecord {
+    u32 worker, start, n, zero;
+};
+
+class SnapshotBytes {
+public:
+    SnapshotBytes() = default;
+    ~SnapshotBytes() { std::free(p_); }
+    SnapshotBytes(const SnapshotBytes&) = delete;
+    SnapshotBytes& operator=(const SnapshotBytes&) = delete;
+
+    const u8* data() const { return p_; }
+    u64 size() const { return n_; }
+    void reserve(u64 cap) {
+        if (cap <= cap_) return;
+        void* q = std::realloc(p_, cap);
+        if (!q) throw std::bad_alloc();
+        p_ = static_cast<u8*>(q);
+        cap_ = cap;
+    }
+    u8* room(u64 n) {
+        if (n_ + n > cap_) reserve(std::max(n_ + n, cap_ + cap_ / 2));
+        n_ += n;
+        return p_ + n_ - n;
+    }
+    void put(const void* from, u64 n) {
+        if (n) std::memcpy(room(n), from, n);
+    }
+    template <class T>
+    void put(T value) {
+        static_assert(std::is_arithmetic<T>::value, "only what has no padding");
+        std::memcpy(room(sizeof value), &value, sizeof value);
+    }
+    void text(const std::string& s) {
+        put(static_cast<u32>(s.size()));
+        put(s.data(), s.size());
+    }
+    void align() {
+        static const u8 zeros[8] = {};
+        put(zeros, -n_ & 7);
+    }
+    u8* at(u64 offset) { return p_ + offset; }
+
+private:
+    u8* p_ = nullptr;
+    u64 n_ = 0, cap_ = 0;
+};
+
+// The last step of writing. It reads nothing but the bytes, so no lock is needed for it.
+inline void seal_snapshot(SnapshotBytes& out) {
+    SnapshotHeader h{};
+    std::memcpy(&h, out.data(), sizeof h);
+    h.checksum = xxh3_64(out.data() + kChecksumFrom, out.size() - kChecksumFrom, 0);
+    std::memcpy(out.at(0), &h, sizeof h);
+}
+
+// What must be known before the rest is read: whether it is a snapshot at all, of how many bytes, of which index.
+inline SnapshotHeader snapshot_head(const u8* data, u64 bytes, u64 file_bytes) {
+    SnapshotHeader h = {};
+    if (bytes) std::memcpy(&h, data, std::min<u64>(bytes, sizeof h));
+    if (std::memcmp(h.magic, kSnapshotMagic, std::min<u64>(bytes, sizeof h.magic)) != 0)
+        refuse_snapshot("it is no snapshot of an index", 0);
+    if (bytes < sizeof h) refuse_snapshot("it ends within its header", bytes);
+    if (h.version > kSnapshotVersion) refuse_snapshot("it was written by a newer version of kvindex", 8);
+    if (h.version != kSnapshotVersion) refuse_snapshot("its version is none", 8);
+    if (h.zero != 0) refuse_snapshot("its header is damaged", 12);
+    if (h.bytes > file_bytes) refuse_snapshot("it is cut short", file_bytes);
+    if (h.bytes < file_bytes) refuse_snapshot("something follows its end", h.bytes);
+    if (h.sections != kSections || h.bytes < kSnapshotHead || h.set_presence > 1 || h.block_size == 0 ||
+        h.block_size > 65536 || h.max_parked > 0x7FFFFFFF)
+        refuse_snapshot("its header is damaged", kChecksumFrom);
+    return h;
+}
+}  // namespace kvindex

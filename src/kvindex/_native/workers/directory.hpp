@@ -1,0 +1,108 @@
+// Which pods there are: the one map from names to numbers, and back.
+#pragma once
+
+#include <cstdint>
+#include <mutex>
+#include <new>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+namespace kvindex {
+
+// A number is never used twice, so "number 5 was given to pod a" stays true for ever, and a caller may keep it; whether
+// the pod is still there is asked here. The map changes under the index's write lock, and under a mutex of its own, so
+// that a call finds its pod before it waits for the index: a batch that waits while its pod is removed is dropped, and
+// a call that begins after the removal opens the pod anew.
+class PodDirectory {
+public:
+    using Uid = std::uint64_t;  // 0: no pod
+
+    // Without the mutex, for whoever holds the index's lock in either mode.
+    Uid uid(const std::string& name) const {
+        const auto it = uids_.find(name);
+        return it == uids_.end() ? 0 : it->second;
+    }
+    std::size_t size() const { return uids_.size(); }
+
+    // For any thread at any time.
+    Uid find(const std::string& name) const {
+        const std::lock_guard<std::mutex> g(m_);
+        return uid(name);
+    }
+    bool has(Uid uid) const {
+        const std::lock_guard<std::mutex> g(m_);
+        const auto it = names_.find(uid);
+        return it != names_.end() && it->second.open;
+    }
+    // Also of a pod that has been removed, while few others have been removed since; otherwise empty, with `known`
+    // false.
+    std::string name(Uid uid, bool& known) const {
+        const std::lock_guard<std::mutex> g(m_);
+        const auto it = names_.find(uid);
+        known = it != names_.end();
+        return known ? it->second.name : std::string();
+    }
+    // Some names, for a message.
+    std::vector<std::string> some(std::size_t most, std::size_t& all) const {
+        const std::lock_guard<std::mutex> g(m_);
+        std::vector<std::string> out;
+        for (auto it = uids_.begin(); it != uids_.end() && out.size() < most; ++it) out.push_back(it->first);
+        all = uids_.size();
+        return out;
+    }
+
+    // Either is there afterwards as a whole or, where memory ends, not at all.
+    void open(const std::string& name, Uid uid) {
+        const std::lock_guard<std::mutex> g(m_);
+        names_.emplace(uid, Entry{name, true});
+        try {
+            uids_.emplace(name, uid);
+        } catch (...) {
+            names_.erase(uid);
+            throw;
+        }
+    }
+    void close(const std::string& name) noexcept {
+        const std::lock_guard<std::mutex> g(m_);
+        const auto it = uids_.find(name);
+        if (it == uids_.end()) return;
+        const Uid uid = it->second;
+        uids_.erase(it);
+        names_.at(uid).open = false;
+        try {
+            if (removed_.size() < kRemembered) removed_.reserve(removed_.size() < 16 ? 16 : kRemembered);
+        } catch (const std::bad_alloc&) {
+            names_.erase(uid);
+            return;
+        }
+        if (removed_.size() < kRemembered) {
+            removed_.push_back(uid);
+            return;
+        }
+        names_.erase(removed_[next_]);
+        removed_[next_] = uid;
+        next_ = (next_ + 1) % kRemembered;
+    }
+
+    // A process that forks: see base/at_fork.hpp.
+    void before_fork() { m_.lock(); }
+    void after_fork() { m_.unlock(); }
+    void in_child() { new (&m_) std::mutex(); }
+
+private:
+    // Removed pods whose names answers from before still find.
+    static constexpr std::size_t kRemembered = 1024;
+    struct Entry {
+        std::string name;
+        bool open;
+    };
+
+    mutable std::mutex m_;
+    std::unordered_map<std::string, Uid> uids_;
+    std::unordered_map<Uid, Entry> names_;
+    std::vector<Uid> removed_;  // a ring, once it is full
+    std::size_t next_ = 0;
+};
+
+}  // namespace kvindex

@@ -1,0 +1,599 @@
+// Pods, workers, holders and models: who is there, and what is thought of them. Blocks are not known here.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+
+#include "workers/directory.hpp"
+#include "workers/workers.hpp"
+
+namespace kvindex {
+
+class Fleet {
+public:
+    explicit Fleet(bool set_presence) : set_presence_(set_presence), media_(mem_) {}
+    ~Fleet() {
+        for (auto& w : workers_)
+            if (w) release(*w);
+        for (Space& s : spaces_) {
+            s.heads.release(mem_);
+            s.names.release(mem_);
+        }
+    }
+    Fleet(const Fleet&) = delete;
+    Fleet& operator=(const Fleet&) = delete;
+
+    u32 find_pod(const std::string& name) const {
+        const u64 uid = directory_.uid(name);
+        return uid ? static_cast<u32>(uid) : kNone;
+    }
+    u32 pod(const std::string& name) {
+        if (const u32 found = find_pod(name); found != kNone) return found;
+        const u32 id = free_pods_.empty() ? static_cast<u32>(pods_.size()) : free_pods_.back();
+        widen(pods_, id + 1);
+        widen(free_pods_, pods_.size() + 1);
+        Pod p;
+        p.name = name;
+        p.set_presence = set_presence_;
+        p.standing = first_standing_;
+        p.uid = (++pods_made_ << 32) | id;
+        directory_.open(name, p.uid);
+        // Here and where else something is made: from now on no memory is needed, so that it is there as a whole or
+        // not.
+        if (free_pods_.empty()) {
+            pods_.push_back(std::move(p));
+        } else {
+            free_pods_.pop_back();
+            pods_[id] = std::move(p);
+        }
+        ++pods_version_;
+        return id;
+    }
+    u32 find_space(const std::string& model) const {
+        const auto it = space_ids_.find(model);
+        return it == space_ids_.end() ? kNone : it->second;
+    }
+    u64 pods_version() const { return pods_version_; }
+    bool any_pods() const { return directory_.size() != 0; }
+    u32 pod_slots() const { return static_cast<u32>(pods_.size()); }
+    const Pod& pod_at(u32 id) const { return pods_[id]; }
+    // The pod that had this number when it was opened, or kNone if it has been removed since.
+    u32 slot(u64 uid) const {
+        const u32 id = static_cast<u32>(uid);
+        return uid && id < pods_.size() && pods_[id].uid == uid ? id : kNone;
+    }
+    Pod& pod_at(u32 id) { return pods_[id]; }
+    const Media& media() const { return media_; }
+
+    PodDirectory& directory() { return directory_; }
+    const PodDirectory& directory() const { return directory_; }
+
+    // An event has come.
+    void heard(u32 pod) {
+        if (pods_[pod].standing != Standing::unheard) return;
+        pods_[pod].standing = Standing::followed;
+        sum_up(pod);
+    }
+    void mark(u32 pod, i64 rank, Verdict v) {
+        pods_[pod].streams[rank] = v;
+        pods_[pod].standing = Standing::followed;
+        judge(pod);
+    }
+    // No stream is followed any more: what is known of all that there are is out of date from now on.
+    void nobody_listens() {
+        first_standing_ = Standing::cut_off;
+        for (u32 id = 0; id < pods_.size(); ++id) {
+            Pod& p = pods_[id];
+            p.standing = Standing::cut_off;
+            for (auto& s : p.streams) s.second = Verdict::stale;
+            try {
+                for (u32 w : p.workers) p.streams[workers_[w]->rank] = Verdict::stale;
+                // Of which nothing is held now: that, too, was so.
+                for (const auto& s : p.positions) p.streams[s.first] = Verdict::stale;
+            } catch (const std::bad_alloc&) {
+                p.refused.add_unknown();
+            }
+            judge(id);
+        }
+    }
+    void set_presence(u32 pod, bool set) {
+        pods_[pod].set_presence = set;
+        judge(pod);
+    }
+    void set_engine(u32 pod, Engine engine, bool eagle, std::vector<i64> groups, bool hybrid) {
+        Pod& p = pods_[pod];
+        p.engine = engine;
+        p.eagle = eagle;
+        p.eagle_groups = std::move(groups);
+        p.hybrid = hybrid;
+        judge(pod);
+        for (u32 w : p.workers) refresh(w);
+    }
+    void set_chunk(u32 pod, u32 tokens) {
+        pods_[pod].chunk_tokens = tokens;
+        judge(pod);
+    }
+    void set_clear_media(u32 pod, const std::vector<std::string>& media) {
+        set_media(pods_[pod].clear_media, media);
+        pods_[pod].has_clear_media = true;
+    }
+    void set_media(std::vector<u32>& list, const std::vector<std::string>& media) {
+        std::vector<u32> ids;
+        ids.reserve(media.size());
+        for (const std::string& m : media) {
+            const u32 id = media_.id(m.data(), m.size());
+            if (id == kNone) continue;
+            media_.take(id);
+            ids.push_back(id);
+        }
+        for (u32 id : list) media_.drop(id);
+        list = std::move(ids);
+    }
+    void set_max_blocks(u32 pod, u64 most) {
+        pods_[pod].max_blocks = most;
+        pods_[pod].spare = 0;
+    }
+    // The worst of what the streams say and of what could not be placed.
+    void judge(u32 pod) {
+        for (u32 w : pods_[pod].workers) workers_[w]->verdict = own_verdict(*workers_[w]);
+        sum_up(pod);
+    }
+    // After a change of one worker: few change what is thought of it, and a pod may have a thousand.
+    void judge(Worker& w) {
+        const Verdict now = own_verdict(w);
+        if (now == w.verdict) return;
+        w.verdict = now;
+        sum_up(w.pod);
+    }
+    void sum_up(u32 pod) {
+        Pod& p = pods_[pod];
+        Verdict v = p.standing == Standing::followed ? Verdict::exact : Verdict::stale;
+        for (const auto& s : p.streams) v = std::max(v, s.second);
+        if (p.refused.any || p.hybrid) v = std::max(v, Verdict::degraded);
+        for (u32 w : p.workers) v = std::max(v, workers_[w]->verdict);
+        if (v == p.verdict) return;
+        p.verdict = v;
+        for (u32 w : p.workers) {
+            for (u32 h : workers_[w]->holders) faces_[h].verdict = v;
+            if (workers_[w]->guess != kNone) faces_[workers_[w]->guess].verdict = v;
+        }
+    }
+    Verdict own_verdict(const Worker& w) const {
+        bool degraded = w.sticky || w.in_doubt || !w.unsure.empty() || w.small_blocks || w.parked() != 0;
+        const Pod& p = pods_[w.pod];
+        degraded |= p.hybrid;
+        // Where announcements are not counted, what a window has left can not be told from what it holds: vLLM 0.33.0
+        // announces both, and 69 of 1,050 recorded answers said too much.
+        for (const Group& g : w.groups)
+            degraded |=
+                (g.kind == Attention::chunked && !p.chunk_tokens) || (g.kind != Attention::full && p.set_presence);
+        degraded |= unruled_tiers(w);
+        return degraded ? Verdict::degraded : Verdict::exact;
+    }
+    // Whether it has a tier of which vLLM reuses what no answer here says (0.33.0). Beside a window the connector loads
+    // all but the last token of a prompt of whole blocks, and an answer is whole blocks: 4 of 1,050 said too little.
+    // Where a draft model makes some of several groups drop a block, pool and connector look that up each in a way of
+    // its own: 193 to 312 of 1,050 differed, in both directions.
+    bool unruled_tiers(const Worker& w) const {
+        const Pod& p = pods_[w.pod];
+        if (p.engine != Engine::vllm) return false;
+        const bool drops = w.groups.size() > 1 && !looks_ahead(w);
+        bool unruled = false, tiered = false;
+        for (const Group& g : w.groups)
+            unruled |= g.kind == Attention::sliding || g.kind == Attention::chunked || (drops && p.drops(g));
+        for (u32 h : w.holders) tiered |= holders_[h].medium != 0;
+        return unruled && tiered;
+    }
+    // Its hashes cover what a draft model reads already: nothing is dropped.
+    static bool looks_ahead(const Worker& w) {
+        return std::any_of(w.lengths.begin(), w.lengths.end(), [](u32 length) { return length != 0; });
+    }
+    const Space& space_at(u32 id) const { return spaces_[id]; }
+    // Slots that are looked at for every name and every beginning of a chain that is there, by the number of these.
+    double probes() const {
+        u64 looked = 0, found = 0;
+        const auto count = [&](const auto& table) {
+            looked += table.probes();
+            found += table.size();
+        };
+        for (const Space& s : spaces_) {
+            count(s.heads);
+            count(s.names);
+        }
+        for (const auto& w : workers_)
+            if (w) count(w->own);
+        return found ? static_cast<double>(looked) / static_cast<double>(found) : 0;
+    }
+    const Worker& worker_at(u32 id) const { return *workers_[id]; }
+    const Holder& holder(u32 id) const { return holders_[id]; }
+    u32 holder_slots() const { return static_cast<u32>(holders_.size()); }
+    // The holders that have a face, and the guesses that stand for one of them.
+    const std::vector<u64>& simple() const { return simple_; }
+    const std::vector<u64>& guessed() const { return guessed_; }
+    // The holders of workers that no single bit describes, and those among them without which a prefix ends.
+    const std::vector<u64>& grouped() const { return grouped_; }
+    const std::vector<u64>& rooted() const { return rooted_; }
+    const Face& face(u32 holder) const { return faces_[holder]; }
+    u32 stands_for(u32 guess) const { return stands_for_[guess]; }
+    // The holder whose bit says all of the worker, or kNone if its groups and media must be looked at. A guess says
+    // "GPU", so beside copies on the GPU it is one more bit for the same.
+    u32 face_of(const Worker& w) const {
+        if (w.holders.empty()) return w.groups.empty() ? w.guess : kNone;
+        if (w.holders.size() != 1 || w.groups.size() != 1 || w.groups[0].kind != Attention::full) return kNone;
+        return w.guess == kNone || holders_[w.holders[0]].medium == 0 ? w.holders[0] : kNone;
+    }
+    Face describe(const Worker& w) const {
+        const Pod& p = pods_[w.pod];
+        Face f{p.uid, static_cast<u32>(w.rank), 0, 1, p.verdict, 0, 0};
+        const bool ahead = looks_ahead(w);
+        bool rootless = !w.groups.empty(), windows = false, drops = false, lookahead = false;
+        for (const Group& g : w.groups) {
+            rootless &= g.kind != Attention::full;
+            windows |= g.kind != Attention::full;
+            if (ahead || !p.drops(g)) continue;
+            drops = true;
+            lookahead |= g.kind != Attention::full;
+        }
+        // A window that drops a block looks for it behind the end of what the other groups have.
+        if (rootless || lookahead) f.flags |= kRootless;
+        if (p.engine == Engine::vllm || p.engine == Engine::sglang) f.flags |= kTiers;
+        if (!w.holders.empty()) {
+            f.medium = holders_[w.holders[0]].medium;
+            f.factor = holders_[w.holders[0]].factor;
+        }
+        bool alike = w.holders.size() <= 0xFFFF && w.guess == kNone;
+        for (u32 h : w.holders) {
+            if (holders_[h].medium != f.medium) f.medium = kNone;
+            alike &= holders_[h].factor == f.factor;
+        }
+        if (w.guess != kNone && f.medium != 0) f.medium = kNone;  // A guess says "GPU".
+        for (const Group& g : w.groups) alike &= g.factor == f.factor;
+        if (alike) f.bits = static_cast<std::uint16_t>(w.holders.size());
+        // vLLM's connectors load a whole prompt, unless a window needs that its last token can be computed again.
+        if (p.engine == Engine::vllm && (f.medium == 0 || f.medium == kNone || windows)) f.flags |= kCutsLast;
+        if (drops) f.flags |= w.groups.size() == 1 ? kDropsLast : kDropsEach;
+        if (f.factor != 1 || f.flags & kRuled) f.flags |= kOdd;
+        return f;
+    }
+    u64 holders_version() const { return holders_version_; }
+    u64 held(const Worker& w) const {
+        u64 n = 0;
+        for (u32 h : w.holders) n += holders_[h].blocks;
+        return n;
+    }
+
+protected:
+    u32 space(const std::string& model) {
+        const auto it = space_ids_.find(model);
+        if (it != space_ids_.end()) return it->second;
+        const u32 id = static_cast<u32>(spaces_.size());
+        widen(spaces_, id + 1);
+        Space made;
+        made.model = model;
+        space_ids_.emplace(model, id);
+        spaces_.push_back(std::move(made));
+        return id;
+    }
+    u32 find_worker(u32 pod, i64 rank, u32 space) const {
+        for (u32 w : pods_[pod].workers)
+            if (workers_[w]->rank == rank && workers_[w]->space == space) return w;
+        return kNone;
+    }
+    u32 worker(u32 pod, i64 rank, u32 space) {
+        const u32 found = find_worker(pod, rank, space);
+        return found != kNone ? found : add_worker(pod, rank, space);
+    }
+    u32 add_worker(u32 pod, i64 rank, u32 space) {
+        const u32 id = free_workers_.empty() ? static_cast<u32>(workers_.size()) : free_workers_.back();
+        widen(workers_, id + 1);
+        widen(free_workers_, workers_.size() + 1);
+        widen(pods_[pod].workers, pods_[pod].workers.size() + 1);
+        widen(spaces_[space].hybrids, workers_.size() + 1);
+        std::unique_ptr<Worker> made(new Worker(mem_));
+        if (free_workers_.empty()) {
+            workers_.emplace_back();
+        } else {
+            free_workers_.pop_back();
+        }
+        workers_[id] = std::move(made);
+        charge(kWorkerBytes);
+        Worker& w = *workers_[id];
+        w.pod = pod;
+        w.rank = rank;
+        w.space = space;
+        // What an event said of one that there was no room for is not known: its groups might limit every answer.
+        w.shed = w.muted = w.sticky = pods_[pod].refused.of(rank);
+        w.verdict = own_verdict(w);
+        pods_[pod].workers.push_back(id);
+        return id;
+    }
+    u32 new_holder(u32 worker, u32 medium, u32 group, u32 factor) {
+        Worker& w = *workers_[worker];
+        const u32 id = free_holders_.empty() ? static_cast<u32>(holders_.size()) : free_holders_.back();
+        widen(holders_, id + 1);
+        widen(faces_, id + 1);
+        widen(stands_for_, id + 1);
+        widen(free_holders_, holders_.size() + 1);
+        widen(w.holders, w.holders.size() + 1);
+        for (std::vector<u64>* mask : {&simple_, &guessed_, &grouped_, &rooted_, &w.mask}) widen(*mask, (id >> 6) + 1);
+        if (free_holders_.empty()) {
+            holders_.emplace_back();
+            faces_.emplace_back();
+            stands_for_.push_back(kNone);
+        } else {
+            free_holders_.pop_back();
+        }
+        charge(kHolderBytes);
+        holders_[id] = Holder{worker, medium, group, factor, 0};
+        media_.take(medium);
+        ++holders_version_;
+        return id;
+    }
+    void free_holder(u32 id) {
+        refund(kHolderBytes);
+        media_.drop(holders_[id].medium);
+        holders_[id] = Holder();
+        for (std::vector<u64>* mask : {&simple_, &guessed_, &grouped_, &rooted_}) set_bit(*mask, id, false);
+        free_holders_.push_back(id);
+        ++holders_version_;
+    }
+    static void set_bit(std::vector<u64>& mask, u32 bit, bool on) {
+        if (on && mask.size() <= bit >> 6) mask.resize((bit >> 6) + 1);
+        if ((bit >> 6) < mask.size()) {
+            if (on) {
+                mask[bit >> 6] |= 1ull << (bit & 63);
+            } else {
+                mask[bit >> 6] &= ~(1ull << (bit & 63));
+            }
+        }
+    }
+    // A second holder of what `h` is for, which no match counts until it is shown.
+    u32 hidden_like(u32 id, u32 h) {
+        Worker& w = *workers_[id];
+        widen(w.hidden, w.hidden.size() + 1);
+        const u32 twin = new_holder(id, holders_[h].medium, holders_[h].group, holders_[h].factor);
+        set_bit(w.mask, twin, true);
+        w.hidden.push_back(twin);
+        return twin;
+    }
+    // What the holder has counts from now on, all at once. Needs no memory.
+    void show(u32 id, u32 h) {
+        Worker& w = *workers_[id];
+        w.hidden.erase(std::find(w.hidden.begin(), w.hidden.end(), h));
+        w.holders.push_back(h);
+        ++pods_[w.pod].holders;
+        refresh(id);
+    }
+    void hide(u32 id, u32 h) {
+        Worker& w = *workers_[id];
+        widen(w.hidden, w.hidden.size() + 1);
+        w.holders.erase(std::find(w.holders.begin(), w.holders.end(), h));
+        w.hidden.push_back(h);
+        --pods_[w.pod].holders;
+        for (std::vector<u64>* mask : {&simple_, &grouped_, &rooted_}) set_bit(*mask, h, false);
+        refresh(id);
+    }
+    // A holder that holds nothing goes, hidden or not.
+    void drop_holder(u32 id, u32 h) noexcept {
+        Worker& w = *workers_[id];
+        pods_[w.pod].holders -= static_cast<u32>(std::count(w.holders.begin(), w.holders.end(), h));
+        for (std::vector<u32>* list : {&w.holders, &w.hidden})
+            list->erase(std::remove(list->begin(), list->end(), h), list->end());
+        set_bit(w.mask, h, false);
+        free_holder(h);
+        refresh(id);
+    }
+    u32 ghost(u32 id) {
+        Worker& w = *workers_[id];
+        if (w.ghost == kNone) {
+            w.ghost = new_holder(id, 0, 0, 1);
+            set_bit(w.mask, w.ghost, true);
+        }
+        return w.ghost;
+    }
+    // The worker's group of that number, or how many it has.
+    static u32 find_group(const Worker& w, i64 number) {
+        const i64 id = number < 0 ? 0 : number;
+        u32 g = 0;
+        while (g < w.groups.size() && w.groups[g].id != id) ++g;
+        return g;
+    }
+    // kNone: it would be one too many.
+    u32 group(Worker& w, const Event& e, u32 factor) {
+        const i64 id = e.group < 0 ? 0 : e.group;
+        const u32 g = find_group(w, id);
+        if (g == kMostGroups) return kNone;
+        const bool made = g == w.groups.size();
+        if (made) {
+            w.groups.emplace_back();
+            w.groups[g].id = id;
+            charge(sizeof(Group));
+        }
+        Group& to = w.groups[g];
+        const Group before = to;
+        to.factor = std::max(to.factor, factor);
+        if (e.spec_kind.set()) {
+            to.kind = attention_of(e.spec_kind.p, e.spec_kind.n);
+            to.told_kind = true;
+        }
+        if (e.window > 0) {
+            to.window = static_cast<u32>(std::min<i64>(e.window, 0x7FFFFFFF));
+            if (!to.told_kind) to.kind = Attention::sliding;
+        }
+        if (made || before.kind != to.kind) judge(w);
+        if (before.factor != to.factor) pods_[w.pod].spare = 0;
+        return g;
+    }
+    // kNone: it would be one too many.
+    u32 holder_for(u32 id, const StrRef& medium, u32 group, u32 factor) {
+        Worker& w = *workers_[id];
+        const u32 known = media_.find(medium.p, medium.n);
+        for (u32 h : w.holders)
+            if (holders_[h].medium == known && holders_[h].group == group && holders_[h].factor == factor) return h;
+        if (!holder_fits(w, known) || medium.n > kLongestMedium) return kNone;
+        const u32 made = media_.id(medium.p, medium.n);
+        if (made == kNone) return kNone;
+        u32 h;
+        try {
+            h = new_holder(id, made, group, factor);
+        } catch (const std::bad_alloc&) {
+            media_.drop_unused(made);
+            throw;
+        }
+        add_holder(w, h);
+        judge(w);
+        refresh(id);
+        return h;
+    }
+    bool holder_fits(const Worker& w, u32 medium) const {
+        if (w.holders.size() >= kMostHolders || pods_[w.pod].holders >= kMostHoldersOfPod) return false;
+        std::vector<u32> media;
+        for (u32 h : w.holders) {
+            if (holders_[h].medium == medium) return true;
+            media.push_back(holders_[h].medium);
+        }
+        std::sort(media.begin(), media.end());
+        return std::unique(media.begin(), media.end()) - media.begin() < kMostMedia;
+    }
+    void add_holder(Worker& w, u32 h) {
+        w.holders.push_back(h);
+        set_bit(w.mask, h, true);
+        ++pods_[w.pod].holders;
+    }
+    // Sorts the worker into "a bit says all" or "its groups and media must be looked at".
+    void refresh(u32 id) {
+        Worker& w = *workers_[id];
+        for (u32 h : w.holders) set_bit(simple_, h, false);
+        if (w.guess != kNone) {
+            set_bit(simple_, w.guess, false);
+            set_bit(guessed_, w.guess, false);
+        }
+        w.face = face_of(w);
+        const Face f = describe(w);
+        for (u32 h : w.holders) faces_[h] = f;
+        if (w.guess != kNone) faces_[w.guess] = f;
+        if (w.face != kNone) {
+            set_bit(simple_, w.face, true);
+            if (w.guess != kNone && w.guess != w.face) {
+                set_bit(guessed_, w.guess, true);
+                stands_for_[w.guess] = w.face;
+            }
+        }
+        const bool listed = w.face == kNone && (!w.holders.empty() || w.guess != kNone);
+        for (u32 h : w.holders) {
+            set_bit(grouped_, h, listed);
+            set_bit(rooted_, h, listed && w.groups[holders_[h].group].kind == Attention::full);
+        }
+        if (w.guess != kNone) {
+            set_bit(grouped_, w.guess, listed);
+            set_bit(rooted_, w.guess, listed);
+        }
+        spaces_[w.space].rootless -= w.rootless;
+        w.rootless = listed && f.flags & kRootless;
+        spaces_[w.space].rootless += w.rootless;
+        std::vector<u32>& list = spaces_[w.space].hybrids;
+        if (listed && w.in_hybrid_list == kNone) {
+            w.in_hybrid_list = static_cast<u32>(list.size());
+            list.push_back(id);
+        } else if (!listed && w.in_hybrid_list != kNone) {
+            list[w.in_hybrid_list] = list.back();
+            workers_[list.back()]->in_hybrid_list = w.in_hybrid_list;
+            list.pop_back();
+            w.in_hybrid_list = kNone;
+        }
+    }
+    // The worker has blocks with so many lookahead tokens. False: its model has too many lengths already, and each
+    // costs every question a pass.
+    bool learn_length(Worker& w, u32 lookahead) {
+        if (std::find(w.lengths.begin(), w.lengths.end(), lookahead) == w.lengths.end()) {
+            Space& s = spaces_[w.space];
+            if (lookahead && !s.lengths.count(lookahead) && s.lengths.size() >= kMostLengths) return false;
+            widen(w.lengths, w.lengths.size() + 1);
+            ++(lookahead ? s.lengths[lookahead] : s.plain);
+            w.lengths.push_back(lookahead);
+            judge(w);
+            if (!w.holders.empty()) refresh(holders_[w.holders[0]].worker);
+        }
+        w.length = lookahead;
+        return true;
+    }
+    void drop_lengths(Worker& w) {
+        Space& s = spaces_[w.space];
+        for (u32 lookahead : w.lengths) {
+            if (lookahead == 0) {
+                --s.plain;
+            } else if (const auto it = s.lengths.find(lookahead); --it->second == 0) {
+                s.lengths.erase(it);
+            }
+        }
+        w.lengths.clear();
+        w.length = kNone;
+    }
+    void spoil(u32 id) {
+        workers_[id]->sticky = true;
+        judge(*workers_[id]);
+    }
+    void release(Worker& w) {
+        w.own.release(mem_);
+        w.chains.release(mem_);
+        w.kids.release(mem_);
+    }
+    void drop_worker(u32 id) {
+        Worker& w = *workers_[id];
+        if (w.ghost != kNone) free_holder(w.ghost);
+        drop_groups(w);
+        release(w);
+        workers_[id].reset();
+        refund(kWorkerBytes);
+        free_workers_.push_back(id);
+    }
+
+    // What streams make and nothing but a clear or the pod's end takes away:
+    // in a bounded index it must not be all there is room for.
+    // Each with its places in lists, pods and masks.
+    static constexpr std::size_t kMostLengths = 4;
+    static constexpr std::size_t kWorkerBytes = sizeof(Worker) + sizeof(void*) + 64;
+    static constexpr std::size_t kHolderBytes = sizeof(Holder) + 64;
+    void charge(std::size_t n) {
+        mem_.add(n);
+        fixed_ += n;
+    }
+    void refund(std::size_t n) {
+        mem_.sub(n);
+        fixed_ -= n;
+    }
+    void drop_groups(Worker& w) {
+        refund(sizeof(Group) * w.groups.size());
+        w.groups.clear();
+    }
+
+    // No two indexes have a version in common: a filter that was compiled for one must not be taken for another's,
+    // such as one that was loaded in its place.
+    static u64 first_version() {
+        static std::atomic<u64> made{0};
+        return ++made << 32;
+    }
+
+    Memory mem_;
+    std::size_t fixed_ = 0;
+    bool set_presence_;
+    Media media_;
+    std::vector<Pod> pods_;
+    PodDirectory directory_;
+    Standing first_standing_ = Standing::unheard;  // of a pod that is opened
+    std::vector<u32> free_pods_;
+    std::vector<std::unique_ptr<Worker>> workers_;
+    std::vector<u32> free_workers_;
+    std::vector<Holder> holders_;
+    std::vector<u32> free_holders_;
+    std::vector<u64> simple_, guessed_, grouped_, rooted_;
+    std::vector<Face> faces_;      // by holder
+    std::vector<u32> stands_for_;  // by guess: the holder
+    std::vector<Space> spaces_;
+    std::unordered_map<std::string, u32> space_ids_;
+    u64 pods_version_ = first_version();
+    u64 pods_made_ = 0;
+    u64 holders_version_ = 1;
+};
+
+}  // namespace kvindex

@@ -1,0 +1,295 @@
+// Who holds: pods, their workers, the workers' holders, and what a worker knows that fits no chain (yet).
+#pragma once
+
+#include <algorithm>
+#include <cctype>
+#include <map>
+#include <memory>
+#include <set>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "content/chains.hpp"
+#include "wire/events.hpp"
+#include "workers/media.hpp"
+
+namespace kvindex {
+
+enum class Verdict : u8 { exact, degraded, stale };
+
+enum class Attention : u8 { full, sliding, mamba, chunked };
+
+// A group of a hybrid model, as the worker's own stored events described it.
+struct Group {
+    i64 id = 0;
+    Attention kind = Attention::full;
+    bool told_kind = false;
+    u32 window = 0;  // tokens; sliding only
+    u32 factor = 1;  // the group's block size in index blocks: the largest seen
+};
+
+// A dense id in the holder sets: one worker's copies in one medium and group, of one block size.
+struct Holder {
+    u32 worker = kNone;
+    u32 medium = 0;
+    u32 group = 0;  // index into Worker::groups
+    u32 factor = 1;
+    u64 blocks = 0;  // index blocks whose set has this holder
+};
+
+// Which rules say how much an engine reuses of a prefix that it holds. Only vLLM's and SGLang's are known.
+enum class Engine : u8 { unknown, vllm, sglang, trtllm };
+
+// Of a Face.
+inline constexpr u8 kRootless = 1;    // the worker may go on after a hole
+inline constexpr u8 kOdd = 2;         // the prefix that it holds is not the answer as it is
+inline constexpr u8 kCutsLast = 4;    // the prompt's last token is always computed
+inline constexpr u8 kDropsLast = 8;   // of the run that this leaves, the last block is dropped
+inline constexpr u8 kDropsEach = 16;  // a group drops the last block of its whole run
+inline constexpr u8 kRuled = kCutsLast | kDropsLast | kDropsEach;
+inline constexpr u8 kTiers = 32;  // one medium is read where the one before ends
+
+// What an answer says of a holder's worker: side by side, because reading it from worker and pod costs three cache
+// misses for each of 256 pods (3.9 us of an answer to 8 blocks, against 0.4).
+struct Face {
+    u64 pod = 0;  // Pod::uid
+    u32 rank = 0;
+    u32 medium = 0;  // kNone: several
+    u32 factor = 1;
+    Verdict verdict = Verdict::exact;
+    u8 flags = 0;
+    std::uint16_t bits = 0;  // how many holders it has; 0: more than these have to be looked at
+};
+
+// Copies of one block that "the bit is set, so there is one copy under the block's first name" does not describe.
+struct Copy {
+    u64 id;
+    u32 holder;  // kNone: the entry only keeps a second name known
+    u32 count;
+};
+
+// Stored blocks that cannot be placed yet. An orphan event waits for its parent, anything else for its own hash.
+struct Parked {
+    u64 waits_for = 0;
+    bool orphan = false;
+    u32 lookahead = 0;
+    bool rolled = false;  // `locals` are prefix hashes
+    u32 holder = 0;
+    u32 left = 0;  // how many are live
+    std::vector<u64> ids;
+    std::vector<u64> locals;  // orphans: ids.size() * factor local hashes
+    std::vector<u8> live;     // 0: its copy has been removed since, the position still counts
+};
+
+// One hash of one record, ordered so that the latest live one of a medium and group is found without looking at others:
+// a lot may have thousands of one hash, in one record or each.
+struct ParkedHash {
+    u64 name;
+    bool dead;
+    u32 medium, group;
+    u64 serial;
+    bool operator<(const ParkedHash& o) const {
+        if (name != o.name) return name < o.name;
+        if (dead != o.dead) return dead < o.dead;
+        if (medium != o.medium) return medium < o.medium;
+        if (group != o.group) return group < o.group;
+        return serial < o.serial;
+    }
+};
+
+struct ParkingLot {
+    u64 next = 0;
+    u32 hashes = 0;  // live entries
+    std::map<u64, Parked> records;
+    std::set<std::pair<u64, u64>> waiting;  // hash that is waited for, record
+    std::map<ParkedHash, u32> by_id;        // parked hash -> which of the record's
+    std::set<u64> dead;                     // records without a live entry
+};
+
+using Copies = std::vector<Copy, Counted<Copy>>;
+template <class K, class V>
+using CountedMap = std::unordered_map<K, V, Mixed, std::equal_to<K>, Counted<std::pair<const K, V>>>;
+
+struct Worker {
+    explicit Worker(Memory& m) : second(Counted<char>(m)), copies(Counted<char>(m)), unsure(Counted<char>(m)) {}
+
+    u32 pod = 0;
+    i64 rank = 0;
+    u32 space = 0;
+    std::vector<u32> holders;  // real ones; without those of forgotten groups
+    u32 ghost = kNone;         // holds what the worker has no copy of, but whose position it must remember
+    u32 guess = kNone;         // holds what add_prefix announced
+    std::vector<u32> hidden;   // holders of a long change: what they hold is known, and no match counts it
+    std::vector<u64> mask;     // bits of holders, hidden and ghost
+    std::vector<Group> groups;
+    RefTable own;                    // own names -> block
+    CountedMap<u64, u32> second;     // further names of a block -> block
+    CountedMap<u32, Copies> copies;  // block -> copies, where bits do not suffice
+    std::vector<u32> lengths;        // of lookahead tokens in what it has announced
+    u32 length = kNone;              // the last of them
+    CountedMap<u64, u8> unsure;      // names below one that meant something else than a tier had said
+    ChainTable chains;               // chains in which this worker knows a block
+    CountTable kids;                 // (chain, depth) -> child chains there in which it knows a block
+    std::unique_ptr<ParkingLot> lot;
+    bool placed_full = false;   // has placed a block of a size that fits
+    bool small_blocks = false;  // has only sent single blocks that are too small: partial ones or a wrong size?
+    bool sticky = false;        // something could not be placed, for good
+    bool in_doubt = false;      // a clear did not say whether another medium than the engine's own was meant
+    bool shed = false;          // something that it holds was forgotten: nothing waits for what may have been that
+    bool muted = false;         // what limits its answers could not be kept: nothing of it is, until it starts anew
+    Reason why_muted = Reason::over_budget;
+    Verdict verdict = Verdict::exact;  // what its own state says, as the pod's verdict has it
+    u32 face = kNone;                  // the holder whose bit is all that a match needs, if one is
+    bool rootless = false;             // no group needs every block of a prefix
+    u32 in_hybrid_list = kNone;
+
+    u32 parked() const { return lot ? lot->hashes : 0; }
+};
+
+// Entries of add_prefix: the whole path, so that it is found again whatever became of the chains.
+struct Guess {
+    u32 worker;
+    std::vector<u64> prefixes;
+};
+using Guesses = std::multimap<double, Guess>;  // by when they end
+
+// Along how many blocks two paths are one. A prefix hash stands for all blocks before it,
+// so the place where they part is found by halving.
+inline std::size_t together(const std::vector<u64>& a, const std::vector<u64>& b) {
+    std::size_t same = 0;
+    for (std::size_t end = std::min(a.size(), b.size()); same < end;) {
+        const std::size_t middle = same + (end - same) / 2;
+        if (a[middle] == b[middle]) {
+            same = middle + 1;
+        } else {
+            end = middle;
+        }
+    }
+    return same;
+}
+
+// In this order, whoever shares most of a path stands next to it, and those that go on from a path come next after it.
+struct ByPath {
+    using is_transparent = void;
+    bool operator()(Guesses::const_iterator x, Guesses::const_iterator y) const {
+        const int way = compare(x->second.prefixes, y->second.prefixes);
+        return way ? way < 0 : &*x < &*y;
+    }
+    bool operator()(Guesses::const_iterator x, const std::vector<u64>& path) const {
+        return compare(x->second.prefixes, path) < 0;
+    }
+
+private:
+    static int compare(const std::vector<u64>& a, const std::vector<u64>& b) {
+        const std::size_t same = together(a, b);
+        if (same < a.size() && same < b.size()) return a[same] < b[same] ? -1 : 1;
+        return a.size() == b.size() ? 0 : a.size() < b.size() ? -1 : 1;
+    }
+};
+
+// How far the stream of one rank has been applied.
+struct Position {
+    u64 seq = 0;          // of the last batch
+    double ts = 0;        // its timestamp, seconds
+    u64 fingerprint = 0;  // XXH3 of its payload: another process has other bytes under this number
+    u32 space = 0;        // the model that it was applied to
+    bool whole = false;   // every batch since a clean start has been applied
+};
+
+// Ranks and models of one pod, together. More than any engine has, and few enough to be looked through: an event that
+// begins a turn asks for its worker, and what changes a verdict looks at all of them.
+inline constexpr std::size_t kMostWorkers = 1024;
+
+// Groups, media and holders (one for each medium, group and block size that are used together) of a worker, and holders
+// of a pod. Engines have fewer than ten groups and media; 1,024 ranks of two groups on two media have 4,096 holders. A
+// match asks each group of each medium, and a set has a bit for each holder: without a limit, 2,000 empty groups of one
+// pod made each match of its model take 2.9 ms.
+inline constexpr u32 kMostGroups = 64, kMostMedia = 32, kMostHolders = 256, kMostHoldersOfPod = 8192;
+inline constexpr u32 kLongestMedium = 256;  // bytes of its name
+
+// The ranks that hold more than is known, since there was no room for a worker: none, one, or more than is remembered.
+struct Refused {
+    bool any = false, several = false;
+    bool elsewhere = false;  // some of it in a medium that the engine's clears may leave alone
+    i64 rank = 0;
+
+    void add(i64 r, bool in_other_medium) {
+        several |= any && rank != r;
+        any = true;
+        elsewhere |= in_other_medium;
+        rank = r;
+    }
+    void add_unknown() { any = several = elsewhere = true; }
+    bool of(i64 r) const { return any && (several || rank == r); }
+    // This rank holds nothing now, of no model.
+    void forgive(i64 r) {
+        if (!several && rank == r) any = elsewhere = false;
+    }
+};
+
+// Whether anything is known of a pod's content. Where nothing is, it is stale, whatever else is known of it.
+enum class Standing : u8 {
+    unheard,   // configured or guessed at: until the first event
+    cut_off,   // events may have been missed, by a forked child or since a snapshot: until its stream has a verdict
+    followed,  // as exact as its streams and workers are
+};
+
+struct Pod {
+    u64 uid = 0;  // slot and a count of all pods ever opened: a removed pod's number never means another pod
+    std::string name;
+    std::vector<u32> workers;
+    std::map<i64, Verdict> streams;     // per rank, from the stream layer
+    std::map<i64, Position> positions;  // per rank, where batches came with their sequence numbers
+    bool busy = false;                  // a long change is under way; other changes of this pod wait for its end
+    bool set_presence = false;
+    bool has_clear_media = false;
+    std::vector<u32> clear_media;
+    std::vector<u32> ignore_media;  // events of these are left out
+    Refused refused;
+    u32 chunk_tokens = 0;
+    u32 holders = 0;  // of all its workers, without ghosts and guesses
+    Engine engine = Engine::unknown;
+    bool eagle = false;  // it drops the last matched block: in these groups, or in all if there are none
+    std::vector<i64> eagle_groups;
+    bool hybrid = false;  // it evicts what its events do not say
+    u64 max_blocks = 0;   // index blocks, over all workers, media and groups; 0: no limit
+    u64 spare = 0;        // so many of them, or more, are free
+    Standing standing = Standing::unheard;
+    Verdict verdict = Verdict::stale;  // the worst of all
+
+    // Whether the engine drops the last block that it matches in this group. Draft models have neither a state nor
+    // chunks, and vLLM's look-up of those drops nothing.
+    bool drops(const Group& g) const {
+        return engine == Engine::vllm && eagle && (g.kind == Attention::full || g.kind == Attention::sliding) &&
+               (eagle_groups.empty() ||
+                std::find(eagle_groups.begin(), eagle_groups.end(), g.id) != eagle_groups.end());
+    }
+};
+
+struct Space {
+    std::string model;
+    HeadTable heads;             // chains by the prefix hash of their first block
+    RefTable names;              // engine hash in a page -> block
+    std::map<u32, u32> lengths;  // of lookahead tokens -> how many workers have announced such blocks; without 0
+    u32 plain = 0;               // workers that have announced blocks without
+    std::vector<u32> hybrids;    // workers whose groups and media must be looked at
+    u32 rootless = 0;            // how many of them may go on after a hole
+};
+
+// Room for `n` in all, so that adding one needs no memory. By doubling, which reserve alone does not do.
+template <class V>
+void widen(V& list, std::size_t n) {
+    if (list.capacity() < n) list.reserve(std::max(n, 2 * list.capacity()));
+}
+
+inline Attention attention_of(const char* p, std::size_t n) {
+    const std::string s = lower(p, n);
+    const auto has = [&](const char* part) { return s.find(part) != std::string::npos; };
+    if (has("sliding_window")) return Attention::sliding;
+    if (has("mamba") || has("linear")) return Attention::mamba;
+    if (has("chunked_local")) return Attention::chunked;
+    return Attention::full;
+}
+
+}  // namespace kvindex

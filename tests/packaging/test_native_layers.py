@@ -1,0 +1,75 @@
+"""The headers of the core: what each may include, and that each compiles by itself."""
+
+import os
+import re
+import shlex
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+NATIVE = Path(__file__).resolve().parents[2] / "src/kvindex/_native"
+
+# From the ground up, as docs/structure.md draws it. A part includes itself and the parts it names, directly or not.
+BELOW = {
+    "base": set(),
+    "wire": {"base"},
+    "hash": {"base", "wire"},
+    "content": {"base"},
+    "workers": {"base", "wire", "content"},
+    "ingest": {"base", "wire", "hash", "content", "workers"},
+    "index": {"base", "wire", "hash", "content", "workers", "ingest"},
+    "query": {"base", "wire", "hash", "content", "workers", "ingest", "index"},
+    "snapshot": {"base", "wire", "hash", "content", "workers", "ingest", "index"},
+    "concurrent_index": {"base", "wire", "hash", "content", "workers", "ingest", "index", "query", "snapshot"},
+}
+# Files beside the folders belong to the part that they are about.
+ALONE = {"changes": "index", "check": "index"}
+
+HEADERS = sorted(path.relative_to(NATIVE) for path in NATIVE.rglob("*.hpp"))
+
+
+def part(path):
+    name = path.parts[0] if len(path.parts) > 1 else path.stem
+    return ALONE.get(name, name)
+
+
+def test_there_are_headers_in_every_part():
+    assert {part(path) for path in HEADERS} == set(BELOW)
+
+
+@pytest.mark.parametrize("path", HEADERS, ids=str)
+def test_a_header_includes_its_own_part_and_lower_ones(path):
+    included = [Path(name) for name in re.findall(r'^\s*#\s*include\s*"(.+)"', (NATIVE / path).read_text(), re.M)]
+    assert not [str(to) for to in included if not (NATIVE / to).is_file()], "named from _native on"
+    assert not [str(to) for to in included if part(to) not in {part(path), *BELOW[part(path)]}]
+
+
+def test_no_header_includes_itself():
+    includes = {
+        str(path): re.findall(r'^\s*#\s*include\s*"(.+)"', (NATIVE / path).read_text(), re.M) for path in HEADERS
+    }
+
+    def reach(start):
+        seen, todo = set(), list(includes[start])
+        while todo:
+            if (name := todo.pop()) not in seen:
+                seen.add(name)
+                todo += includes[name]
+        return seen
+
+    assert not [name for name in includes if name in reach(name)]
+
+
+def test_every_header_compiles_alone():
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+
+    def complaint(path):
+        options = ("-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-I", NATIVE, "-include", NATIVE / path)
+        done = subprocess.run([*compiler, *options, "-x", "c++", os.devnull], capture_output=True, text=True)
+        return done.stderr
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        complaints = dict(zip(HEADERS, pool.map(complaint, HEADERS), strict=True))
+    assert not {str(path): text for path, text in complaints.items() if text}
