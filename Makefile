@@ -400,4 +400,5 @@ $(ENGINES)/.installed: e2e/engines/requirements.txt | .venv/.test-tools
 e2e-engines: $(ENGINES)/.installed
 	$(ENGINES)/bin/python -m e2e.engines.flags vllm
 	$(ENGINES)/bin/python -m e2e.engines.flags sglang
+	PYTHONPATH=src $(ENGINES)/bin/python -m e2e.engines.renderer
 	$(BIN)/python -m e2e.engines --python $(ENGINES)/bin/python
