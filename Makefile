@@ -382,7 +382,7 @@ clean:
 	touch $@
 
 test-kv-sync-e2e: .venv/.e2e-tools
-	$(call need,command -v promtool,prometheus)
+	$(call need,command -v promtool && command -v prometheus,prometheus)
 	$(BIN)/python -m pytest -q tests/unit/test_metrics.py
 	$(BIN)/python -m pytest -q $(JUNIT) e2e
 

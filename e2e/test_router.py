@@ -1,0 +1,352 @@
+"""The whole router of the examples, over pods that answer as OpenAI-compatible servers."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import urllib3
+import yaml
+
+from kvindex.sim import tokenizer as sim_tokenizer
+from kvindex.text import PromptEncoder
+
+from .fleet import ROOT, Pods, source, until
+
+SYSTEM = {"role": "system", "content": "You are a router's own test. " * 12}
+ENCODER = PromptEncoder(sim_tokenizer.tokenizer(), sim_tokenizer.TEMPLATE)
+
+
+@dataclass
+class Served:
+    """An answer: the pod that gave it, the cached tokens that the router expected and the engine reported."""
+
+    pod: str = ""
+    expected: int = -1
+    reported: int | None = None
+    text: str = ""
+    whole: bool = False
+
+
+class Router:
+    """The example as a process, and a client of it."""
+
+    def __init__(self, pods: Path, model: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.http = urllib3.PoolManager(maxsize=32, retries=False, timeout=60.0)
+        command = [sys.executable, ROOT / "examples" / "http_router.py", f"--pods={pods}", f"--model={model}"]
+        self.process = subprocess.Popen([*command, f"--port={port}"])
+        until(self.healthy, "the router is not ready")
+
+    def healthy(self) -> bool:
+        assert self.process.poll() is None, "the router has ended"
+        try:
+            return self.http.request("GET", f"{self.url}/health").status == 200
+        except urllib3.exceptions.HTTPError:
+            return False
+
+    def post(self, path: str, **body: Any) -> Any:
+        data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
+        return self.http.request("POST", self.url + path, body=data, headers=headers, preload_content=False)
+
+    def chat(self, messages: list[dict[str, str]], *, stream: bool = False, **more: Any) -> Served:
+        """Served by the router; ``whole`` is false where the answer is an error or cut off."""
+        if stream:
+            more |= {"stream": True, "stream_options": {"include_usage": True}}
+        found = Served()
+        try:
+            answer = self.post("/v1/chat/completions", messages=messages, model="sim", **{"max_tokens": 20, **more})
+            found.pod = answer.headers.get("x-kvindex-pod", "")
+            found.expected = int(answer.headers.get("x-kvindex-expected", -1))
+            data = answer.read().decode()
+            answer.release_conn()
+        except urllib3.exceptions.HTTPError:
+            return found
+        if answer.status != 200:
+            return found
+        parts = [data]
+        if stream:
+            *parts, done, rest = data.split("\n\n")
+            assert (done, rest) == ("data: [DONE]", "")
+        events = [json.loads(part.removeprefix("data: ")) for part in parts]
+        found.reported = events[-1]["usage"]["prompt_tokens_details"]["cached_tokens"]
+        kind = "delta" if stream else "message"
+        found.text = "".join(choice[kind]["content"] for event in events for choice in event["choices"])
+        found.whole = True
+        return found
+
+    def metrics(self) -> dict[str, float]:
+        """By name and pod."""
+        text = self.http.request("GET", f"{self.url}/metrics").data.decode()
+        return {
+            name + (f" {pod}" if pod else ""): float(value)
+            for name, pod, value in re.findall(r'^(\w+)(?:\{pod="(\w+)"(?:,rank="0")?\})? (\S+)$', text, re.M)
+        }
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.http.clear()
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pods, Path, Path]]:
+    """Four pods, the list of them, and the directory of their model."""
+    directory = tmp_path_factory.mktemp("router")
+    sim_tokenizer.save(directory / "model")
+    with Pods(http=0, blocks=9000) as pods:
+        listed = []
+        for pod in pods.start("a", "b", "c", "d"):
+            made = source(pod)
+            ((endpoint, replay_endpoint),) = made.workers().values()
+            listed.append(
+                {"name": made.name, "endpoint": endpoint, "replay_endpoint": replay_endpoint, "model": made.model,
+                 "engine": made.engine, "address": pod.url}
+            )  # fmt: skip
+        (directory / "pods.yaml").write_text(yaml.safe_dump(listed))
+        yield pods, directory / "pods.yaml", directory / "model"
+
+
+@contextmanager
+def started(listed: Path, model: Path) -> Iterator[Router]:
+    router = Router(listed, model)
+    try:
+        yield router
+    finally:
+        router.close()
+
+
+@pytest.fixture
+def router(fleet: tuple[Pods, Path, Path]) -> Iterator[Router]:
+    with started(*fleet[1:]) as made:
+        yield made
+
+
+def applied(router: Router, pods: Pods) -> None:
+    """Whatever the pods have published is in the router's index."""
+
+    def late() -> dict[str, tuple[float, int]]:
+        found = router.metrics()
+        return {
+            pod.config.name: (batches, seqs)
+            for pod in pods
+            if (batches := found[f"kvindex_worker_batches_total {pod.config.name}"]) < (seqs := pod.seqs()[0])
+        }
+
+    until(lambda: not late(), late)
+
+
+@pytest.mark.quick
+def test_every_answers_cached_tokens_are_the_expected_ones(fleet: tuple[Pods, Path, Path], router: Router) -> None:
+    """New, growing and repeated chats, of which every second turn ends with a block, streamed and whole."""
+    pods = fleet[0]
+    # Every pod has the system prompt, or who comes first there would be chance.
+    for pod in pods:
+        urllib3.request("POST", f"{pod.url}/v1/chat/completions", json={"messages": [SYSTEM], "model": "sim"})
+    applied(router, pods)
+    rng = random.Random(5)
+    chats: list[list[dict[str, str]]] = [[SYSTEM] for _ in range(16)]
+    answers: list[tuple[int, bool, Served]] = []
+
+    def turn(number: int, again: bool) -> tuple[int, bool, Served]:
+        served = router.chat(chats[number], stream=bool(number % 2))
+        return len(ENCODER.encode_chat(chats[number])), again, served
+
+    with ThreadPoolExecutor(8) as clients:
+        for at in range(4):
+            for chat in chats:
+                content = "".join(rng.choices("abcdefgh ", k=rng.randint(1, 99)))
+                length = len(ENCODER.encode_chat([*chat, {"role": "user", "content": content}]))
+                chat.append({"role": "user", "content": content + "." * (at % 2 * (-length % 16))})
+            for again in (False, True):
+                found = list(clients.map(turn, range(len(chats)), [again] * len(chats)))
+                answers += found
+                applied(router, pods)
+            for chat, (*_, served) in zip(chats, found, strict=True):
+                chat.append({"role": "assistant", "content": served.text})
+    assert all(served.whole for *_, served in answers)
+    assert [each for each in answers if each[2].reported != each[2].expected] == []
+    aligned = [served for length, again, served in answers if again and length % 16 == 0]
+    assert len(aligned) >= 32
+    reused = sum(served.reported or 0 for *_, served in answers)
+    assert reused > 0.7 * sum(length for length, *_ in answers)
+    assert {served.pod for *_, served in answers} == set("abcd")
+    figures = router.metrics()
+    assert figures["kvindex_picks_total"] == len(answers)
+    for name, count in Counter(served.pod for *_, served in answers).items():
+        assert figures[f"kvindex_prediction_error_tokens_count {name}"] == count
+        assert figures[f"kvindex_prediction_error_tokens_sum {name}"] == 0
+        assert figures[f"kvindex_worker_requests {name}"] == 0
+
+
+@pytest.mark.quick
+def test_a_pod_that_is_killed_costs_no_request_but_those_in_flight_on_it(
+    fleet: tuple[Pods, Path, Path], router: Router
+) -> None:
+    pods = fleet[0]
+    before, after, stop = threading.Semaphore(0), threading.Semaphore(0), threading.Event()
+    killed = threading.Event()
+
+    def client(number: int) -> list[tuple[bool, Served]]:
+        rng = random.Random(number)
+        served, chat = [], [SYSTEM]
+        while not stop.is_set():
+            dead = killed.is_set()
+            chat = [*chat[-6:], {"role": "user", "content": "".join(rng.choices("abc ", k=200))}]
+            served.append((dead, router.chat(chat, stream=rng.random() < 0.5, max_tokens=60)))
+            (after if dead else before).release()
+        return served
+
+    with ThreadPoolExecutor(8) as clients:
+        running = [clients.submit(client, number) for number in range(8)]
+        try:
+            for _ in range(60):
+                assert before.acquire(timeout=60)
+            pods["b"].kill()
+            killed.set()
+            for _ in range(120):
+                assert after.acquire(timeout=60)
+        finally:
+            stop.set()
+        answers = [each for one in running for each in one.result()]
+    failed = [(dead, served) for dead, served in answers if not served.whole]
+    # Sent before the kill and answered by it in part: one of a client at most. All later ones were served.
+    assert all(not dead and served.pod == "b" for dead, served in failed), failed
+    assert len(failed) <= 8
+    assert "b" in {served.pod for dead, served in answers if not dead}
+    assert "b" not in {served.pod for dead, served in answers if dead}
+    assert router.metrics()["kvindex_unplaced_requests_total"] == 0
+    assert all(router.metrics()[f"kvindex_worker_requests {name}"] == 0 for name in "acd")
+    # And back.
+    pods["b"].launch()
+    number = iter(range(10**6))
+    until(lambda: router.chat([{"role": "user", "content": f"{next(number)} again"}]).pod == "b")
+
+
+@pytest.mark.quick
+def test_a_router_that_is_told_to_end_lets_requests_in_flight_end(fleet: tuple[Pods, Path, Path]) -> None:
+    with started(*fleet[1:]) as router:
+        messages = [{"role": "user", "content": "tell me everything"}]
+        answer = router.post("/v1/chat/completions", messages=messages, model="sim", max_tokens=65536, stream=True)
+        data = answer.read(1)
+        # More than the sockets on its way take: what is not read is not sent yet.
+        assert sum(router.metrics()[f"kvindex_worker_requests {name}"] for name in "abcd") == 1
+        router.process.send_signal(signal.SIGTERM)
+
+        def refuses() -> bool:
+            try:
+                socket.create_connection(("127.0.0.1", int(router.url.rpartition(":")[2]))).close()
+            except ConnectionRefusedError:
+                return True
+            return False
+
+        until(refuses)
+        while piece := answer.read(1 << 20):
+            data += piece
+        answer.release_conn()
+        *parts, done, rest = data.decode().split("\n\n")
+        assert (done, rest) == ("data: [DONE]", "")
+        # The usage was the router's own question.
+        assert len(parts) == 65536
+        assert "usage" not in parts[-1]
+        router.http.clear()
+        assert router.process.wait(60) in (0, -signal.SIGTERM)
+
+
+@pytest.mark.quick
+def test_what_is_wrong_is_refused_by_name_and_leaves_nothing_in_flight(router: Router) -> None:
+    well = {"messages": [{"role": "user", "content": "hello"}], "model": "sim", "max_tokens": 1}
+    for path, body, status, named in (
+        ("/v1/chat/completions", {**well, "messages": [{"role": "robot", "content": ""}]}, 400, "no role robot"),
+        ("/v1/chat/completions", {**well, "messages": None}, 400, "cannot render these messages"),
+        ("/v1/chat/completions", {**well, "messages": [{"role": "user", "content": "\ud800"}]}, 400, "lone surrogate"),
+        ("/v1/chat/completions", {**well, "max_tokens": 0}, 400, "max_tokens is 0"),
+        ("/v1/chat/completions", {**well, "max_tokens": 0, "stream": True}, 400, "max_tokens is 0"),
+        ("/v1/completions", {"prompt": [-1], "model": "sim"}, 400, "tokens"),
+        ("/v1/completions", {"prompt": None}, 400, "tokens"),
+        ("/v1/completions", {"prompt": "hello", "model": "absent"}, 404, "no model 'absent'"),
+    ):
+        answer = router.post(path, **body)
+        text = answer.read().decode()
+        assert (answer.status, named in text) == (status, True), text
+        answer.release_conn()
+    assert router.http.request("POST", f"{router.url}/v1/completions", body=b"{").status == 422
+    assert router.chat(well["messages"]).whole
+    assert router.http.request("GET", f"{router.url}/v1/models").json()["data"] == [{"id": "sim", "object": "model"}]
+    figures = router.metrics()
+    assert all(figures[f"kvindex_worker_requests {name}"] == 0 for name in "abcd")
+
+
+@pytest.fixture
+def prometheus() -> str:
+    return shutil.which("prometheus") or pytest.skip("prometheus is not installed")
+
+
+def test_prometheus_scrapes_the_router_and_evaluates_the_rules_and_panels(
+    router: Router, prometheus: str, tmp_path: Path
+) -> None:
+    for number in range(5):
+        assert router.chat([{"role": "user", "content": f"{number}"}]).whole
+    often = {"scrape_interval": "200ms", "scrape_timeout": "200ms", "evaluation_interval": "200ms"}
+    target = {"targets": [router.url.removeprefix("http://")]}
+    config = {
+        "global": often,
+        "rule_files": [str(ROOT / "deploy" / "alerts.yml")],
+        "scrape_configs": [{"job_name": "router", "static_configs": [target]}],
+    }
+    (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(config))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        at = f"127.0.0.1:{free.getsockname()[1]}"
+    options = {"config.file": tmp_path / "prometheus.yml", "storage.tsdb.path": tmp_path, "web.listen-address": at}
+    process = subprocess.Popen(
+        [prometheus, *(f"--{name}={value}" for name, value in options.items())], stderr=subprocess.DEVNULL
+    )
+
+    def ask(path: str, **fields: str) -> Any:
+        try:
+            answer = router.http.request("GET", f"http://{at}/api/v1/{path}", fields=fields)
+        except urllib3.exceptions.HTTPError:
+            return None
+        assert answer.status in (200, 503), answer.data
+        return answer.json()["data"] if answer.status == 200 else None
+
+    def values(query: str) -> dict[str, float]:
+        found = ask("query", query=query)
+        return {row["metric"].get("pod", ""): float(row["value"][1]) for row in found["result"]} if found else {}
+
+    try:
+        until(lambda: values("kvindex_picks_total") == {"": 5}, lambda: ask("targets"))
+        assert values('kvindex_worker_state{state="exact"}') == dict.fromkeys("abcd", 1)
+        figures = router.metrics()
+        for name in ("kvindex_reported_cached_tokens_total", "kvindex_worker_batches_total"):
+            assert values(name) == {key.split()[1]: n for key, n in figures.items() if key.split()[0] == name}
+
+        def evaluated() -> list[dict[str, Any]]:
+            found = [rule for group in ask("rules")["groups"] for rule in group["rules"]]
+            return found if all(rule["health"] != "unknown" for rule in found) else []
+
+        rules = until(evaluated, "the rules are not evaluated")
+        assert {(rule["health"], rule["state"]) for rule in rules} == {("ok", "inactive")}
+        for panel in json.loads((ROOT / "deploy" / "grafana.json").read_text())["panels"]:
+            for each in panel["targets"]:
+                assert ask("query", query=each["expr"].replace("$__rate_interval", "1m")) is not None
+    finally:
+        process.kill()
+        process.wait()
