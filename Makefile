@@ -58,7 +58,7 @@ listed = $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.t
 	touch $@
 
 .PHONY: ci nightly tsan-nightly fuzz-nightly coverage test-nightly wheel-check release-check
-.PHONY: help build demo test test-unit test-wire sanitize tsan fuzz lint dist clean bench-peers bench-rows bench-streams bench-gate
+.PHONY: help build demo test test-unit test-wire sanitize tsan fuzz lint dist clean bench-peers bench-rows bench-streams bench-router bench-gate
 .PHONY: bench bench-quick bench-html bench-replay bench-baseline bench-check
 
 .PHONY: test-kv-sync-chaos test-kv-sync-benchmark test-kv-sync-all chaos-quick chaos-storm
@@ -75,6 +75,7 @@ help:
 	@echo 'make bench-baseline    keep the figures of this commit; bench-check: compare with those that were kept'
 	@echo 'make bench-replay      a trace (TRACE=...) sped up until the index falls behind'
 	@echo 'make bench-streams     events over TCP until they are applied: one publisher, and fleets of up to 1,000'
+	@echo 'make bench-router      requests a second through the router of the examples, by wrk'
 	@echo 'make bench-gate BASE=REV  exit 1 when something got slower or larger than in REV; 2 when nothing is known'
 	@echo 'make bench-rows        growth, hybrid pods, threads, tail, stalls, memory and others, each beside what was promised'
 	@echo 'make lint              style, types and clang-tidy'
@@ -233,6 +234,11 @@ bench-streams: .venv/.test-tools
 	$(BIN)/python -m benchmarks.streams
 	$(BIN)/python -m benchmarks.herd
 	$(BIN)/python -m benchmarks.fleets
+
+# The router of the examples, asked by wrk.
+bench-router: .venv/.test-tools
+	$(call need,command -v wrk,wrk)
+	$(BIN)/python -m benchmarks.router
 
 # ALLOW='--allow NAME' lets one figure get worse; ONLY='--only match' looks at some workloads.
 bench-gate: .venv/.bench-tools
