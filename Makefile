@@ -72,11 +72,11 @@ help:
 	@echo 'make bench-peers       kvindex beside Dynamo, a dict of sets and the floor: one process, one table'
 	@echo 'make bench             the asv suite on what is committed; bench-quick: each of it once, to see that it runs'
 	@echo 'make bench-html        the history of it as pages in .asv/html'
-	@echo 'make bench-baseline    keep the figures of this commit; bench-check: compare with those that were kept'
+	@echo 'make bench-baseline    keep what asv tracks of this commit; bench-check: compare with what was kept'
 	@echo 'make bench-replay      a trace (TRACE=...) sped up until the index falls behind'
 	@echo 'make bench-streams     events over TCP until they are applied: one publisher, and fleets of up to 1,000'
 	@echo 'make bench-router      requests a second through the router of the examples, by wrk'
-	@echo 'make bench-gate BASE=REV  exit 1 when something got slower or larger than in REV; 2 when nothing is known'
+	@echo 'make bench-gate BASE=REV  asv, of REV and HEAD: exit 1 when something got slower or larger by more than a tenth'
 	@echo 'make bench-rows        growth, hybrid pods, threads, tail, stalls, memory and others, each beside what was promised'
 	@echo 'make lint              style, types and clang-tidy'
 	@echo 'make coverage          which lines the tests run, Python and native'
@@ -221,11 +221,14 @@ bench-quick: .venv/.bench-tools .asv/.machine
 bench-html: .venv/.bench-tools .asv/.machine
 	$(ASV) publish --no-pull
 
-bench-baseline: .venv/.bench-tools $(PEERS)/.tried
-	$(BENCH) benchmarks.baseline make
+# What asv tracks, of the build in this checkout: counted instructions, sizes, and counts.
+bench-baseline: .venv/.bench-tools
+	$(call need,command -v valgrind,valgrind)
+	$(BIN)/python -m benchmarks.baseline make
 
-bench-check: .venv/.bench-tools $(PEERS)/.tried
-	$(BENCH) benchmarks.baseline check --out $(REPORTS) $(ONLY)
+bench-check: .venv/.bench-tools .asv/.machine
+	$(call need,command -v valgrind,valgrind)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m benchmarks.baseline check --out $(REPORTS) $(ONLY)
 
 bench-replay: .venv/.bench-tools
 	$(BENCH) benchmarks.replay $(TRACE)
@@ -240,10 +243,10 @@ bench-router: .venv/.test-tools
 	$(call need,command -v wrk,wrk)
 	$(BIN)/python -m benchmarks.router
 
-# ALLOW='--allow NAME' lets one figure get worse; ONLY='--only match' looks at some workloads.
-bench-gate: .venv/.bench-tools
+# Both revisions in environments of their own, taking turns. ASKED='--bench Match' measures some of it.
+bench-gate: .venv/.bench-tools .asv/.machine
 	@[ -n '$(BASE)' ] || { echo 'say what to compare with: make bench-gate BASE=REV' >&2; exit 2; }
-	$(BENCH) benchmarks.gate '$(BASE)' $(ALLOW) $(ONLY)
+	$(ASV) continuous --interleave-rounds --factor 1.1 --split --show-stderr $(ASKED) '$(BASE)' HEAD
 
 bench-rows: .venv/.bench-tools
 	$(BENCH) benchmarks.rows --out docs/performance/rows.md

@@ -8,7 +8,7 @@ from kvindex import PrefixIndex
 from .data import BLOCK, Chain, chains, fill, own, payloads
 from .workloads import KINDS, match
 
-__all__ = ["DEPTHS", "KINDS", "compared", "exact", "verdict"]
+__all__ = ["DEPTHS", "KINDS", "compared", "exact"]
 
 DEPTHS = (64, 2048)
 
@@ -20,18 +20,9 @@ def compared() -> dict[str, float]:
         for depth in DEPTHS:
             made = match(kind, depth, 8, content=32768)
             index = made.call.__self__  # type: ignore[attr-defined]
-            # Builds from before these counters have none.
-            if hasattr(index, "_compared"):
-                found = [index._compared(index.match_prefix(tokens)) for tokens in made.items(0)]
-                figures[f"blocks compared, {kind} {depth}"] = sum(found) / len(found)
+            found = [index._compared(index.match_prefix(tokens)) for tokens in made.items(0)]
+            figures[f"blocks compared, {kind} {depth}"] = sum(found) / len(found)
     return figures
-
-
-def verdict(name: str, before: float, after: float, limit: float) -> str:
-    """What the difference between two runs says: of a few probes more or less, nothing."""
-    if name.startswith("probes") and before <= after * limit and after <= before * limit:
-        return ""
-    return "worse" if after > before else "better" if after < before else ""
 
 
 def exact() -> dict[str, float]:
@@ -48,8 +39,7 @@ def exact() -> dict[str, float]:
         figures[f"bytes per block, {case}"] = stats["bytes"] / blocks
         figures[f"sets, {case}"] = stats["sets"]
         figures[f"chains, {case}"] = stats["chains"]
-        if hasattr(index, "_probes"):
-            figures[f"probes, {case}"] = index._probes()
+        figures[f"probes, {case}"] = index._probes()
         for number, name in enumerate(names):
             back = contents if agree else [Chain(each.tokens, own(each.hashes, number)) for each in contents]
             for payload in payloads(back, 256, back=True):

@@ -1,29 +1,24 @@
-"""What is measured again and again, by name: the asv suite, the gate and the baseline all take their work from here.
+"""What is measured again and again, by name: the asv suite takes its work from here.
 
 A :class:`Workload` gives an input for each round, does the work on it, and undoes what the work changed. Only the work
-is timed, and no two rounds in a row have the same input. Its *floor* is something on the same input that the standard
-tools do and kvindex has no part in: times over it mean the same on another machine, or on this one when it is busy.
+is measured, and no two rounds in a row have the same input.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from time import thread_time_ns
 from typing import Any
 
-import msgpack
 import numpy as np
-import xxhash
 
 from kvindex import PrefixIndex, local_hashes, prefix_hashes
 from kvindex.sim.wire import FORMS, WireForm, encode_batch, wire_form
 
 from .data import BLOCK, Chain, Tokens, beginning, chain, fill, newest, payloads, removed, stored
 
-__all__ = ["CORE", "KINDS", "Workload", "hashing", "ingest", "match", "remove", "run", "store_objects", "workload"]
+__all__ = ["CORE", "KINDS", "Workload", "hashing", "ingest", "match", "remove", "store_objects", "workload"]
 
 #: What the prompt finds: everything, nothing, half of it, one of 16 branches below its half, blocks missing here and
 #: there (others on each pod), or a hybrid model's two groups.
@@ -44,19 +39,12 @@ class Workload:
     name: str
     items: Callable[[int], Sequence[Any]]
     call: Callable[[Any], object]
-    floor: Callable[[Any], object]
     undo: Callable[[], object] = _nothing
 
     def work(self, items: Sequence[Any]) -> None:
         call = self.call
         for item in items:
             call(item)
-
-    def least(self, items: Sequence[Any]) -> None:
-        """The floor of the same items."""
-        floor = self.floor
-        for item in items:
-            floor(item)
 
 
 def _calls(depth: int) -> int:
@@ -80,9 +68,8 @@ def match(kind: str, depth: int, pods: int, *, form: str = "numpy", content: int
         return [tokens.copy() for tokens in some]
 
     ask = index.match_hashes if form == "hashes" else index.match_prefix
-    floor: Callable[[Any], object] = partial(array, "I") if form == "list" else xxhash.xxh3_64_intdigest
     name = f"match {form} {kind} {depth} blocks {pods} pods"
-    return Workload(name, items, ask, floor)
+    return Workload(name, items, ask)
 
 
 def _full(index: PrefixIndex, names: Sequence[str], depth: int, count: int) -> Iterator[Tokens]:
@@ -162,7 +149,7 @@ def hashing(what: str, depth: int, *, content: int = CONTENT) -> Workload:
     def items(number: int) -> Sequence[Tokens]:
         return [prompts[(number * calls + place) % len(prompts)].copy() for place in range(calls)]
 
-    return Workload(f"{what}_hashes {depth} blocks", items, call, xxhash.xxh3_64_intdigest)
+    return Workload(f"{what}_hashes {depth} blocks", items, call)
 
 
 def _filled(content: int) -> PrefixIndex:
@@ -196,7 +183,7 @@ def ingest(each: int, *, form: str | None = None, known: bool = False, content: 
             index.clear_worker("pod-other")
 
     name = f"ingest {each} blocks an event" + (" known" if known else "") + (f" {form}" if form else "")
-    return Workload(name, items, partial(index.ingest, "pod"), msgpack.unpackb, undo)
+    return Workload(name, items, partial(index.ingest, "pod"), undo)
 
 
 def remove(each: int, *, content: int = CONTENT) -> Workload:
@@ -209,7 +196,7 @@ def remove(each: int, *, content: int = CONTENT) -> Workload:
             index.ingest("pod", payload)
         return list(payloads(contents, each, back=True))
 
-    return Workload(f"remove {each} blocks an event", items, partial(index.ingest, "pod"), msgpack.unpackb)
+    return Workload(f"remove {each} blocks an event", items, partial(index.ingest, "pod"))
 
 
 def store_objects(each: int, *, content: int = CONTENT) -> Workload:
@@ -235,14 +222,11 @@ def store_objects(each: int, *, content: int = CONTENT) -> Workload:
     def undo() -> None:
         index.clear_worker("pod")
 
-    def floor(event: BlockStored) -> int:
-        return xxhash.xxh3_64_intdigest(event.token_ids)
-
-    return Workload(f"store {each} blocks an object", items, index.process_block_stored, floor, undo)
+    return Workload(f"store {each} blocks an object", items, index.process_block_stored, undo)
 
 
 def _named() -> dict[str, Callable[..., Workload]]:
-    """The smaller set that the gate compares: what routers and streams do all the time."""
+    """The smaller set whose instructions are counted: what routers and streams do all the time."""
     made: list[tuple[str, Callable[..., Workload]]] = []
     for depth in (8, 64, 512, 2048):
         made.append((f"match numpy full {depth} blocks 8 pods", partial(match, "full", depth, 8)))
@@ -272,18 +256,3 @@ def workload(name: str, **options: Any) -> Workload:
     made = CORE[name](**options)
     assert made.name == name, f"{made.name} is listed as {name}"
     return made
-
-
-def run(made: Workload, first: int, count: int, clock: Callable[[], int] = thread_time_ns) -> tuple[int, int]:
-    """What the work and its floor took in ``count`` rounds, by ``clock``."""
-    work = floor = 0
-    for number in range(first, first + count):
-        items = made.items(number)
-        start = clock()
-        made.work(items)
-        between = clock()
-        made.least(items)
-        floor += clock() - between
-        work += between - start
-        made.undo()
-    return work, floor

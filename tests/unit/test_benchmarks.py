@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import msgpack
@@ -20,8 +17,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import baseline, data, reach, workloads  # noqa: E402
-from benchmarks.gate.builds import Build  # noqa: E402
-from benchmarks.gate.compare import FEWEST, MOST, Comparison  # noqa: E402
 from benchmarks.interleave import Timings, interleaved  # noqa: E402
 from benchmarks.peers.contenders import DictOfSets, KVIndex  # noqa: E402
 
@@ -136,73 +131,29 @@ def test_every_contender_gets_every_round_once_and_the_order_turns() -> None:
     assert {order[place] for place in range(0, 8, 2)} == {"a", "b"}
 
 
-@pytest.mark.parametrize(
-    ("votes", "expected"),
-    [
-        ([1.0] * FEWEST, False),
-        ([1.15] * FEWEST, True),
-        ([1.15] * (FEWEST - 1) + [1.0], True),
-        ([1.2, 1.0] * 3, None),
-        ([1.2] * (MOST // 2 + 1) + [1.0] * (MOST // 2), True),
-        ([1.2] * (MOST // 2) + [1.0] * (MOST // 2 + 1), False),
-    ],
-)
-def test_pairs_vote_and_more_are_asked_while_they_disagree(votes: list[float], expected: bool | None) -> None:
-    assert Comparison("", votes).slower(1.10) is expected
-
-
-@pytest.mark.parametrize("module", ["gate", "gate.worker"])
-def test_a_broken_run_is_no_regression(module: str) -> None:
-    told = ["no-such-revision"] if module == "gate" else []
-    done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{module}", *told],
-        cwd=ROOT, input='["open", "no such workload"]\n', capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if module == "gate":
-        assert done.returncode == 2
-        assert "no-such-revision" in done.stderr
-    else:
-        assert "no such workload" in json.loads(done.stdout)["failed"]
-
-
-MATCH, INGEST = "match numpy full 512 blocks 8 pods", "ingest 64 blocks an event"
-KEPT = {
-    "commit": "0123456789abcdef",
-    "machine": "a machine",
-    "toolchain": "a toolchain",
-    "exact": {"bytes per block, 1 pod": 34.0, "sets, 1 pod": 2, "lost": 0, "probes, 1 pod": 1.5},
-    "instructions": {MATCH: 1000, INGEST: 1000},
-    "over floor": {MATCH: 6.0, INGEST: 0.2},
-    "peers over kvindex": {"Dynamo": 20.0},
-}
+BYTES, SETS, PROBES = "Exact.track_bytes_per_block(1 pod)", "Exact.track_sets(1 pod)", "Exact.track_probes(1 pod)"
+MATCH = "Instructions.track_instructions(match numpy full 512 blocks 8 pods)"
+KEPT = {"commit": "0123456789", "machine": "a machine", "toolchain": "a toolchain"}
+FIGURES = {BYTES: 34.0, SETS: 0, PROBES: 1.5, MATCH: 1000}
 
 
 @pytest.mark.parametrize(
-    ("changed", "votes", "expected", "said"),
+    ("changed", "expected", "said"),
     [
-        ({}, {}, 0, "Nothing is worse"),
-        (
-            {"exact": {"bytes per block, 1 pod": 34.1, "sets, 1 pod": 2}},
-            {},
-            1,
-            "bytes per block, 1 pod: 34 → 34.1, +0.3%",
-        ),
-        ({"exact": {"bytes per block, 1 pod": 30.0, "sets, 1 pod": 2}}, {}, 0, "better"),
-        ({"exact": {"bytes per block, 1 pod": 34, "sets, 1 pod": 2, "lost": 3}}, {}, 1, "lost: 0 → 3, from nothing"),
-        ({"exact": {"probes, 1 pod": 1.55}}, {}, 0, "Nothing is worse"),
-        ({"exact": {"probes, 1 pod": 1.75}}, {}, 1, "probes, 1 pod: 1.5 → 1.75, +16.7%"),
-        ({"instructions": {MATCH: 1090, INGEST: 1000}}, {}, 0, "Nothing is worse"),
-        ({"instructions": {MATCH: 1150, INGEST: 1000}}, {}, 1, f"{MATCH}: 1000 → 1150, +15.0% since 0123456789"),
-        ({"over floor": {MATCH: 6.9, INGEST: 0.2}}, {MATCH: 1.15}, 1, f"time, {MATCH}: +15.0% since 0123456789"),
-        ({"over floor": {MATCH: 6.9, INGEST: 0.2}}, {MATCH: 1.01}, 0, "Nothing is worse"),
-        ({"peers over kvindex": {"Dynamo": 15.0}}, {MATCH: 1.2}, 1, f"time, {MATCH}: +20.0%"),
-        ({"peers over kvindex": {}}, {}, 0, "Nothing is worse"),
-        ({"toolchain": "another", "instructions": {MATCH: 2000, INGEST: 1000}}, {}, 0, "Nothing is worse"),
+        ({}, 0, "Nothing is worse"),
+        ({BYTES: 34.1}, 1, f"{BYTES}: 34 → 34.1, +0.3% since 0123456789"),
+        ({BYTES: 30.0}, 0, "better"),
+        ({SETS: 3}, 1, f"{SETS}: 0 → 3, from nothing"),
+        ({PROBES: 1.55}, 0, "Nothing is worse"),
+        ({PROBES: 1.75}, 1, f"{PROBES}: 1.5 → 1.75, +16.7%"),
+        ({MATCH: 1090}, 0, "Nothing is worse"),
+        ({MATCH: 1150}, 1, f"{MATCH}: 1000 → 1150, +15.0% since 0123456789"),
+        ({"toolchain": "another", MATCH: 2000}, 0, "Nothing is worse"),
+        ({"toolchain": "another", "both": ["counted anew"]}, 1, "counted anew"),
     ],
 )
 def test_the_baseline_names_what_is_worse_by_how_much_and_since_when(
     changed: dict[str, object],
-    votes: dict[str, float],
     expected: int,
     said: str,
     tmp_path: Path,
@@ -210,42 +161,23 @@ def test_the_baseline_names_what_is_worse_by_how_much_and_since_when(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     kept = tmp_path / "baseline.json"
-    kept.write_text(json.dumps(KEPT))
+    kept.write_text(json.dumps({**KEPT, "figures": FIGURES}))
     monkeypatch.setattr(baseline, "FILE", kept)
-    monkeypatch.setattr(baseline, "CORE", dict.fromkeys([MATCH, INGEST]))
-    monkeypatch.setattr(baseline, "built", lambda revision, changes=False: Build(revision, revision, tmp_path))
-    monkeypatch.setattr(baseline, "measured", lambda build, names: {**KEPT, **changed})
-    monkeypatch.setattr(baseline, "toolchain", lambda: changed.get("toolchain", KEPT["toolchain"]))
-
-    def compare(base: Build, new: Build, names: list[str], limit: float, say: object) -> list[Comparison]:
-        # Nobody is suspected but those whose votes are given, and they are compared with the baseline's own commit.
-        assert (base.name, new.name, set(names)) == (KEPT["commit"], "HEAD", set(votes))
-        return [Comparison(name, [votes[name]] * FEWEST) for name in names]
-
-    monkeypatch.setattr(baseline, "compare", compare)
-    drawn: list[list[list[str]]] = []
-    monkeypatch.setattr(baseline, "plot", lambda rows, limit, title, path: drawn.append(rows))
-    out = tmp_path / "reports"
-    assert baseline.check(0.10, "", out) == expected
+    monkeypatch.setattr(baseline, "measured", lambda only: {name: changed.get(name, FIGURES[name]) for name in FIGURES})
+    monkeypatch.setattr(baseline.instructions, "toolchain", lambda: changed.get("toolchain", KEPT["toolchain"]))
+    monkeypatch.setattr(baseline, "both", lambda base, threshold: changed.get("both", []))
+    assert baseline.check(0.10, "", tmp_path / "reports") == expected
     assert said in capsys.readouterr().out
-    assert said in (out / "bench-check.md").read_text()
-    (rows,) = drawn
-    assert all(f"| {row[1]} |" in " ".join((out / "bench-check.md").read_text().split()) for row in rows)
+    assert said in (tmp_path / "reports" / "bench-check.md").read_text()
 
 
-def test_a_plot_of_a_check_has_a_point_for_each_figure(tmp_path: Path) -> None:
-    """And none for a figure without a ratio, or of another kind."""
-    rows = [
-        ["time over floor", MATCH, "6", "6.1", "1.017", ""],
-        ["instructions", MATCH, "1000", "1150", "1.150", "worse"],
-        ["time over floor", INGEST, "0.2", "0.2", "1.000", ""],
-        ["exact", "lost", "0", "3", "", "worse"],
-    ]
-    baseline.plot(rows, 1.1, "since then", tmp_path / "plot.svg")
-    svg = (tmp_path / "plot.svg").read_text()
-    # A marker is defined once and used for each point, once more in the legend.
-    used = Counter(re.findall(r'<use xlink:href="#(m\w+)" x="[^"]+" y="[^"]+" style="fill', svg))
-    assert {3, 2} <= set(used.values()), used
+def test_what_is_kept_is_what_the_suite_tracks() -> None:
+    """Under the names that the suite gives, so that no figure is left out of a comparison in silence."""
+    kept = set(json.loads(baseline.FILE.read_text())["figures"])
+    assert kept >= set(baseline.measured("Exact")) | set(baseline.measured("Compared"))
+    assert {name for name in kept if name.startswith("Instructions")} == {
+        f"Instructions.track_instructions({name})" for name in workloads.CORE
+    }
 
 
 def test_a_name_that_is_alone_in_its_table_is_found_at_once_and_a_crowd_takes_little_more() -> None:

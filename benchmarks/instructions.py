@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -17,9 +18,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from .builds import BrokenRun, Build
+import kvindex
 
-__all__ = ["available", "count"]
+from .machine import described
+
+__all__ = ["available", "count", "toolchain"]
 
 #: Small enough that callgrind, which is fifty times slower, is done in a minute.
 CONTENT = 2048
@@ -30,31 +33,43 @@ def available() -> bool:
     return shutil.which("valgrind") is not None
 
 
-def count(build: Build, names: Sequence[str]) -> dict[str, int]:
-    """Instructions per round of each workload. Raises :class:`BrokenRun` when a workload fails."""
-    with tempfile.TemporaryDirectory(prefix="kvindex-gate-") as place:
+def toolchain() -> str:
+    """What the counts depend on besides the code."""
+    compiler = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=False).stdout
+    facts = described("numpy", "xxhash", "msgpack", "cython")
+    versions = [f"{name} {facts[name]}" for name in ("Python", "numpy", "xxhash", "cython")]
+    return "; ".join([compiler.partition("\n")[0], platform.machine(), *versions])
+
+
+def count(names: Sequence[str]) -> dict[str, int]:
+    """Instructions per round of each workload, by the package that this process imports. Raises RuntimeError when a
+    workload fails."""
+    path = [Path(kvindex.__file__).parents[1], Path(__file__).parents[1]]
+    # PYTHONSAFEPATH, or the checkout's own package would come first where it is the current directory.
+    env = {"PYTHONPATH": os.pathsep.join(map(str, path)), "PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1"}
+    with tempfile.TemporaryDirectory(prefix="kvindex-callgrind-") as place:
         out = Path(place) / "out"
         done = subprocess.run(
             ["valgrind", "--quiet", "--tool=callgrind", f"--callgrind-out-file={out}", "--dump-before=getppid",
-             sys.executable, "-m", "benchmarks.gate.instructions", *names],
-            cwd=build.benchmarks, env=build.environment(), capture_output=True, text=True, check=False,
+             sys.executable, "-m", "benchmarks.instructions", *names],
+            cwd=place, env=os.environ | env, capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode:
-            raise BrokenRun(f"{build.name} fails under callgrind:\n{done.stderr[-4000:]}")
+            raise RuntimeError(f"a workload fails under callgrind:\n{done.stderr[-4000:]}")
         # Part n holds what was executed before the n-th call: parts 2, 4, ... are the workloads, between two calls.
         totals = []
-        for part in range(1, 2 * len(names) + 1):
+        for part in range(2, 2 * len(names) + 1, 2):
             text = Path(f"{out}.{part}").read_text(errors="replace")
             found = re.search(r"^(?:totals|summary): (\d+)", text, re.MULTILINE)
             if found is None:
-                raise BrokenRun(f"callgrind wrote no total for part {part}")
-            totals.append(int(found[1]))
-    return dict(zip(names, (total // ROUNDS for total in totals[1::2]), strict=True))
+                raise RuntimeError(f"callgrind wrote no total for part {part}")
+            totals.append(int(found[1]) // ROUNDS)
+    return dict(zip(names, totals, strict=True))
 
 
 def _run(name: str) -> None:
     # A function of its own: what one workload leaves behind must not be freed in the count of the next.
-    from ..workloads import workload
+    from .workloads import workload
 
     made = workload(name, content=CONTENT)
     for number in range(2):

@@ -1,1 +1,0 @@
-"""Did this change make anything slower or larger? ``make bench-gate BASE=REV`` and ``make bench-check``."""
