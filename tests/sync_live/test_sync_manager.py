@@ -151,7 +151,7 @@ def test_a_name_that_takes_longer_to_look_up_than_a_connection_may_take_is_conne
         ranks = {0: tuple(each.replace("127.0.0.1", "slow.test") for each in pod.ranks[0])}
         manager.add_pod(source(pod, ranks=ranks))
         until(lambda: "looking up the address of tcp://slow.test" in manager.status()["pod"].reason)
-        patience.append(time.monotonic() + manager._options.patience)
+        patience.append(time.monotonic() + manager._bound._options.patience)
         assert manager.wait_until_current(20.0)
         assert manager.status()["pod"].workers[0].counters.get("failed_connects", 0) == 0
         check_equal(index, pod)

@@ -7,6 +7,7 @@ same process: what is checked is what has happened until which moment.
 from __future__ import annotations
 
 import heapq
+import itertools
 import random
 import struct
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from kvindex.sync.policy import Policy
 from kvindex.sync.sockets import SocketOptions
 from kvindex.sync.source import Endpoints
 from kvindex.sync.status import Batch, IndexChange
+from kvindex.sync.turns import Turns
 from kvindex.sync.worker import Setting, Worker
 
 
@@ -35,7 +37,8 @@ class Host:
         self.now = 1000.0
         self.hot: dict[Any, None] = {}
         self.watched: dict[int, Any] = {}
-        self.timers: list[tuple[float, int, Worker]] = []
+        self.timers: list[tuple[float, int, Callable[[float], None]]] = []
+        self.order = itertools.count()
         self.publishers: list[Publisher] = []
 
     def clock(self) -> float:
@@ -53,20 +56,11 @@ class Host:
     def within(self, command: Callable[[], None]) -> None:
         command()
 
-    def resolve(self, endpoint: str, then: Callable[[str | None, str], None]) -> None:
-        then(endpoint, "")
+    def call_at(self, due: float, callback: Callable[[float], None]) -> None:
+        heapq.heappush(self.timers, (due, next(self.order), callback))
 
-    def wake_at(self, due: float, worker: Worker) -> None:
-        heapq.heappush(self.timers, (due, len(self.timers) + id(worker), worker))
-
-    def look_at(self, worker: Worker) -> None:
-        worker.compare_state()
-
-    def admit(self, worker: Worker, start: int) -> bool:
-        return True
-
-    def leave(self, worker: Worker) -> None:
-        pass
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        callback()
 
     def busy(self) -> None:
         """Everything that can be done at this moment."""
@@ -87,11 +81,9 @@ class Host:
             self.busy()
             if not self.timers or self.timers[0][0] > until:
                 break
-            due, _, worker = heapq.heappop(self.timers)
+            due, _, callback = heapq.heappop(self.timers)
             self.now = max(self.now, due)
-            if worker.due == due and not worker.gone:
-                worker.due = None
-                worker.tick(self.now)
+            callback(self.now)
         self.now = until
 
 
@@ -109,6 +101,8 @@ class Fleet:
             [self._applied],
             lambda change: self.changes.append((change.pod, change.new, change.reason)),
             lambda: "none",
+            lambda endpoint, then: then(endpoint, ""),
+            Turns(16),
         )  # fmt: skip
         self.workers: dict[str, Worker] = {}
         self.publishers: dict[str, Publisher] = {}

@@ -1273,7 +1273,7 @@ def test_a_history_that_is_gone_is_no_reason_not_to_ask_whether_it_is_the_same_p
     world.publish(10)
     world.connect()
     world.wait(20.0)
-    assert (world.verdict, world.stream._hopeless) == ("degraded", True)
+    assert (world.verdict, world.stream._losses.hopeless) == ("degraded", True)
     world.disconnect()
     world.connect()
     world.wait(30.0, serve=False)

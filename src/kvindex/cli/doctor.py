@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .. import EventManager, PodSource, PrefixIndex
-from ..sync.source import Endpoints, split_tcp
+from ..sync.addresses import split_tcp
+from ..sync.source import Endpoints
 from ..sync.status import Batch, IndexChange, WorkerStatus
 from ._facts import Facts
 from ._pods import add_arguments, one_source

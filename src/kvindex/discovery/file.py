@@ -20,7 +20,8 @@ import time
 from typing import Any, NamedTuple
 
 from ..errors import InvalidTypeError, InvalidValueError, KVIndexError
-from ..sync.source import PodSource, same_endpoint
+from ..sync.addresses import same_endpoint
+from ..sync.source import PodSource
 from .reconciler import Watcher
 
 __all__ = ["PodFile", "read_pods"]

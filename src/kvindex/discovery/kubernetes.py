@@ -23,7 +23,8 @@ import time
 from typing import Any, Final
 
 from ..errors import InvalidTypeError, InvalidValueError, KVIndexError, StreamError
-from ..sync.source import PodSource, join_tcp, spelled
+from ..sync.addresses import join_tcp
+from ..sync.source import PodSource, spelled
 from .reconciler import Watcher
 
 __all__ = ["ENABLED", "ENGINE", "LORA", "MODEL", "PORT", "REPLAY_PORT", "REQUEST_PORT", "KubernetesPods"]

@@ -26,12 +26,15 @@ class History:
     """The batches up to ``next``, which is the number of the one that comes next. Every call is O(1) but :meth:`lose`,
     which is O(size)."""
 
-    __slots__ = ("_anchor", "_connected_at", "_memory", "base", "next")
+    __slots__ = ("_anchor", "_connected_at", "_memory", "base", "dated", "next", "ts")
 
     def __init__(self, size: int) -> None:
         self.next = 0
         self.base = 0
         """The first number whose fingerprint is kept."""
+        self.ts: float | None = None
+        """The time of the last batch that says one, whose number is ``dated``."""
+        self.dated = -1
         self._memory = array("q", bytes(8 * size))
         # The last batch that was applied, with its fingerprint, once so many behind it are given up that the memory has
         # no other: without it a stream that lost much could not tell its own process from another.
@@ -41,19 +44,31 @@ class History:
     def forget(self) -> None:
         """Nothing is applied."""
         self.next = self.base = self._connected_at = 0
-        self._anchor = None
+        self._anchor = self.ts = None
+
+    def place(self, seq: int, ts: float | None) -> None:
+        """Everything up to ``seq`` was applied before, and nothing of it is remembered."""
+        self.next = self.base = seq + 1
+        self.ts, self.dated = ts, seq
 
     def connected(self) -> None:
         """What was applied so far came over another connection."""
         self._connected_at = self.next
 
-    def note(self, seq: int, payload: bytes, live: bool) -> None:
-        """A batch is applied: the next one, or the first."""
+    def note(self, seq: int, payload: bytes, ts: float | None, live: bool) -> None:
+        """A batch is applied: the next one, or the first. ``ts`` is its time."""
         memory = self._memory
         memory[seq % len(memory)] = (hash(payload) & _MASK or 2) | live
         if seq - self.base >= len(memory):
             self.base = seq - len(memory) + 1
         self.next = seq + 1
+        if ts is not None:
+            self.ts, self.dated = ts, seq
+
+    def is_older_than(self, seq: int, ts: float | None) -> bool:
+        """Whether a batch that is behind us says a time that is not: no batch of this process does."""
+        # What was given up behind the last batch with a time is newer than that one by rights.
+        return ts is not None and self.ts is not None and ts > self.ts and seq <= self.dated
 
     def restore(self, seq: int, payload: bytes) -> None:
         """The last batch that was applied is known again, and no other."""

@@ -11,17 +11,16 @@ import selectors
 import socket
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import zmq
 
 from ..errors import StreamError
-from .resolver import Resolver
-from .worker import Worker
 
 __all__ = ["StreamLoop"]
 
@@ -56,18 +55,18 @@ class _Poller:
 
 
 class StreamLoop:
-    """One thread for the sockets of all workers. :meth:`call`, :meth:`post`, :meth:`within`, :meth:`start` and
+    """One thread for many sockets and times. :meth:`call`, :meth:`post`, :meth:`within`, :meth:`start` and
     :meth:`close` are for any thread, everything else is for its own.
 
     ``ending`` is called in the thread when it ends, however that comes, with the sockets still there; ``ended`` when it
-    is over.
+    is over. ``hurries`` says whether messages are taken as fast as they come.
     """
 
     def __init__(
         self,
         *,
         context: zmq.Context[Any] | None,
-        max_replays: int,
+        hurries: Callable[[], bool],
         ending: Callable[[], None],
         ended: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
@@ -75,7 +74,7 @@ class StreamLoop:
         self.clock = clock
         self._own_context = context is None
         self._context = context
-        self.max_replays = max_replays
+        self._hurries = hurries
         self._ending = ending
         self._ended = ended
         self._lock = threading.Lock()
@@ -88,13 +87,9 @@ class StreamLoop:
         self._handlers: dict[int, Any] = {}  # by file descriptor
         self._hot: set[Any] = set()
         self._flows = False  # the last turn has found messages
-        self._timers: list[tuple[float, int, Worker]] = []
+        self._timers: list[tuple[float, int, Callable[[float], None]]] = []
         self._order = itertools.count()
-        self._replaying: set[Worker] = set()
-        self._replay_queue: OrderedDict[Worker, int] = OrderedDict()
-        self._looks: set[Worker] = set()
-        self._resolver = Resolver()
-        self.resolve = self._resolver.resolve
+        self._soon: set[Callable[[], None]] = set()
 
     # ------------------------------------------------------------------------------------------- from any thread
 
@@ -192,7 +187,7 @@ class StreamLoop:
         with suppress(OSError):
             self._wake.send(b"\0")
 
-    # ---------------------------------------------------------------------------------------- for sockets and workers
+    # ---------------------------------------------------------------------------------------------- from its own thread
 
     @property
     def context(self) -> zmq.Context[Any]:
@@ -213,30 +208,13 @@ class StreamLoop:
         """Call its ``ready`` before the loop waits again."""
         self._hot.add(handler)
 
-    def wake_at(self, due: float, worker: Worker) -> None:
-        """Call :meth:`Worker.tick` then, unless the worker's ``due`` has changed."""
-        heapq.heappush(self._timers, (due, next(self._order), worker))
+    def call_at(self, due: float, callback: Callable[[float], None]) -> None:
+        """Call this with the time when it is ``due``."""
+        heapq.heappush(self._timers, (due, next(self._order), callback))
 
-    def look_at(self, worker: Worker) -> None:
-        """Call :meth:`Worker.compare_state` before the loop waits again."""
-        self._looks.add(worker)
-
-    def admit(self, worker: Worker, start: int) -> bool:
-        """Whether this worker may run a replay now; if not, its :meth:`Worker.ask` is called when it may."""
-        if len(self._replaying) >= self.max_replays:
-            self._replay_queue[worker] = start
-            return False
-        self._replaying.add(worker)
-        return True
-
-    def leave(self, worker: Worker) -> None:
-        """This worker runs no replay any more, and waits for none."""
-        self._replay_queue.pop(worker, None)
-        if worker in self._replaying:
-            self._replaying.discard(worker)
-            if self._replay_queue and not self._stopping:
-                following, start = self._replay_queue.popitem(last=False)
-                following.ask(start)
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Call this before the loop waits again: once, however often that is asked."""
+        self._soon.add(callback)
 
     # ---------------------------------------------------------------------------------------------------- the loop
 
@@ -263,7 +241,7 @@ class StreamLoop:
                 print(0, file=slack)  # back to the system's own
 
     def _turn(self) -> None:
-        if self._flows and not self._hot and not self._replaying:
+        if self._flows and not self._hot and not self._hurries():
             self._called.poll(GATHER)
             wait: float | None = 0.0
         else:
@@ -292,19 +270,11 @@ class StreamLoop:
                 log.exception("a stream has failed")
                 handler.failed(now, error)
         while self._timers and self._timers[0][0] <= now:
-            due, _, worker = heapq.heappop(self._timers)
-            if worker.due == due and not worker.gone:
-                worker.due = None
-                try:
-                    worker.tick(now)
-                except Exception:
-                    log.exception("%s: its time could not be kept; trying again", worker.who)
-                    worker.reconnect_at = now + 1.0
-                    worker.schedule()
-        if self._looks:
-            looks, self._looks = self._looks, set()
-            for worker in looks:
-                worker.compare_state()
+            self._do(partial(heapq.heappop(self._timers)[2], now))
+        if self._soon:
+            soon, self._soon = self._soon, set()
+            for callback in soon:
+                callback()
 
     def _do(self, command: Callable[[], None]) -> None:
         try:
@@ -316,7 +286,6 @@ class StreamLoop:
     def _end(self) -> None:
         with self._lock:
             self._stopping = True
-        self._resolver.close()
         self._do(self._ending)
         with self._lock:
             self._stopped = True

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Final, TypeAlias
 
-from .source import is_address, join_tcp, split_tcp
+from .addresses import is_address, join_tcp, split_tcp
 
 __all__ = ["Resolver"]
 

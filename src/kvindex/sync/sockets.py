@@ -1,4 +1,4 @@
-"""The sockets of streams: one connection to one publisher, one replay, one bound endpoint.
+"""The sockets of streams: one connection to one publisher, and one replay.
 
 Each is driven by the poll loop of the manager's thread: :meth:`ready` takes what has arrived, up to a budget or until
 its turn is over, and says whether there may be more. ZMQ's file descriptors are edge-triggered: they are readable when
@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, cast
 
 import zmq
-from zmq.utils import z85
 
 from .frames import replay_request
+from .loop import StreamLoop
 from .source import Curve
 
-__all__ = ["Bound", "Doorkeeper", "Replay", "SocketOptions", "Subscription"]
+__all__ = ["OUTDATED", "Replay", "SocketOptions", "Subscription", "Watched", "receive_frames"]
 
 # What is taken from one socket before the others have their turn: so many messages, and none after so many seconds. By
 # messages alone, batches of 4 MB from one pod kept the others waiting for nine seconds. What a pod waits for another's
@@ -45,16 +45,6 @@ _LOST: Final = (
 # Not by pyzmq's recv_monitor_message: it makes a member of an enum of every value, and those are kept for ever. A pod
 # that can not be reached costs 1 kB of that at each attempt, for the value is a random time.
 _EVENT: Final = struct.Struct("=Hi")
-
-
-class Loop(Protocol):
-    """What a socket needs of the loop that drives it."""
-
-    def watch(self, fd: int, handler: Any) -> None: ...
-
-    def unwatch(self, fd: int) -> None: ...
-
-    def clock(self) -> float: ...
 
 
 class SocketOptions:
@@ -105,7 +95,7 @@ _POLLIN: Final = int(zmq.POLLIN)
 _POLLOUT: Final = int(zmq.POLLOUT)
 
 
-def _frames(sock: zmq.Socket[bytes]) -> list[zmq.Frame]:
+def receive_frames(sock: zmq.Socket[bytes]) -> list[zmq.Frame]:
     """The next message; raises ``zmq.Again`` when there is none, which costs 7 us.
 
     ``recv_multipart`` looks at RCVMORE after every frame by way of an enum: 8 us for three frames, or 2.6. A frame
@@ -121,7 +111,7 @@ def _frames(sock: zmq.Socket[bytes]) -> list[zmq.Frame]:
 
 
 def _bytes(sock: zmq.Socket[bytes]) -> list[bytes]:
-    """As :func:`_frames`, as bytes."""
+    """As :func:`receive_frames`, as bytes."""
     recv = sock.recv
     frame: zmq.Frame = recv(_NOBLOCK, False)
     message = [frame.bytes]
@@ -157,7 +147,7 @@ class _Monitor:
         pass
 
 
-class _Watched:
+class Watched:
     """A socket in the loop, with or without a monitor.
 
     ``admits`` is asked before each message whether it may be taken; who says no sees to it that :meth:`ready` is called
@@ -167,7 +157,7 @@ class _Watched:
     __slots__ = ("_admits", "_fd", "_loop", "_monitor", "_sock", "_waiting", "closed")
 
     def __init__(
-        self, loop: Loop, sock: zmq.Socket[bytes], *, admits: Callable[[float], bool] | None = None,
+        self, loop: StreamLoop, sock: zmq.Socket[bytes], *, admits: Callable[[float], bool] | None = None,
         waiting: Callable[[float, bool], None] | None = None,
     ) -> None:  # fmt: skip
         self._loop = loop
@@ -247,7 +237,7 @@ class _Watched:
             raise
 
 
-class Subscription(_Watched):
+class Subscription(Watched):
     """One SUB socket with one connection to one publisher.
 
     Calls ``made(now)`` when the subscription stands, ``lost(now, why)`` once when it can not be made or is over, and
@@ -257,7 +247,7 @@ class Subscription(_Watched):
     __slots__ = ("_keyed", "_lost", "_made", "_message", "_over", "_stands", "immediate")
 
     def __init__(
-        self, loop: Loop, context: zmq.Context[Any], options: SocketOptions, endpoint: str, topic: bytes, *,
+        self, loop: StreamLoop, context: zmq.Context[Any], options: SocketOptions, endpoint: str, topic: bytes, *,
         made: Callable[[float], None], lost: Callable[[float, str], None],
         message: Callable[[list[bytes], float], None], curve: Curve | None = None,
         admits: Callable[[float], bool] | None = None, waiting: Callable[[float, bool], None] | None = None,
@@ -337,7 +327,7 @@ def _why(event: int, keyed: bool, stood: bool) -> str:
     return "what answers there is no ZMQ publisher, or one with keys, or does not answer"
 
 
-class Replay(_Watched):
+class Replay(Watched):
     """One question of one DEALER. A new one for every question, so that no late answer is taken for another's.
 
     Calls ``reached(now)`` when a ROUTER has taken the request, and ``lost(now)`` once when its connection is over.
@@ -349,7 +339,7 @@ class Replay(_Watched):
     QUEUE: Final = 20_000
 
     def __init__(
-        self, loop: Loop, context: zmq.Context[Any], options: SocketOptions, endpoint: str, start: int, *,
+        self, loop: StreamLoop, context: zmq.Context[Any], options: SocketOptions, endpoint: str, start: int, *,
         reached: Callable[[float], None], lost: Callable[[float], None],
         message: Callable[[list[bytes], float], None], curve: Curve | None = None,
         admits: Callable[[float], bool] | None = None,
@@ -385,101 +375,3 @@ class Replay(_Watched):
         # Asking for events takes the bell's ring: what has come since the last look would not ring again. Where nothing
         # may be taken, who said so comes back.
         return bool(events & _POLLIN) and (self._admits is None or self._admits(now))
-
-
-class Bound(_Watched):
-    """One SUB socket that many publishers connect to.
-
-    Calls ``message(frames, connection, key, now)`` with a number that is higher for a later connection (None when the
-    connection is already gone), and ``lost(connection, now)`` when one is over. With a ``secret`` key only those
-    connections are made that a :class:`Doorkeeper` admits to the ``domain``, and ``key`` is the publisher's own, public
-    one.
-    """
-
-    def __init__(
-        self, loop: Loop, context: zmq.Context[Any], options: SocketOptions, endpoint: str, *,
-        lost: Callable[[int, float], None], message: Callable[[list[bytes], int | None, str | None, float], None],
-        secret: bytes | None = None, domain: bytes = b"",
-    ) -> None:  # fmt: skip
-        sock: zmq.Socket[bytes] = context.socket(zmq.SUB)
-        options.apply(sock)
-        sock.ipv6 = endpoint.startswith("tcp://[")
-        sock.subscribe(b"")
-        self._keyed = secret is not None
-        if secret is not None:
-            sock.curve_server = True
-            sock.curve_secretkey = secret
-            sock.zap_domain = domain
-        try:
-            sock.bind(endpoint)
-        except zmq.ZMQError:
-            sock.close(0)
-            raise
-        super().__init__(loop, sock)
-        self.endpoint = cast(bytes, sock.last_endpoint).rstrip(b"\0").decode()
-        self._lost = lost
-        self._message = message
-        self._connections: dict[int, int] = {}  # file descriptor -> number of its connection
-        self._count = 0
-        self._watch_events(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED, self._note_connections)
-
-    def _note_connections(self, now: float) -> None:
-        for event, fd in self._events():
-            if event == zmq.EVENT_ACCEPTED:
-                self._count += 1
-                self._connections[fd] = self._count
-            elif (connection := self._connections.pop(fd, None)) is not None:
-                self._lost(connection, now)
-
-    def ready(self, now: float) -> bool:
-        self._note_connections(now)  # first: a descriptor that is used again is another connection's
-        return self._take(self._hand_over, _frames)
-
-    def _hand_over(self, frames: list[zmq.Frame], now: float) -> None:
-        # libzmq puts the descriptor that a message was read from among its properties; inproc has none.
-        try:
-            fd = int(frames[0].get("__fd"))
-        except (zmq.ZMQError, ValueError, TypeError):
-            fd = -1
-        if fd not in self._connections and fd != -1:
-            self._note_connections(now)
-        key = cast(str, frames[0].get("User-Id")) if self._keyed else None
-        self._message([frame.bytes for frame in frames], self._connections.get(fd), key, now)
-
-    def failed(self, now: float, error: Exception) -> None:
-        # It stays open: one of its pods has caused that, and nobody would open it again for the others.
-        pass
-
-
-class Doorkeeper(_Watched):
-    """Says which publishers may connect to endpoints with keys, and has libzmq note with each message whose it is: ZAP,
-    rfc.zeromq.org/spec/27. pyzmq's own authenticators need a thread or an event loop of theirs.
-
-    Asks ``admits(domain, key)``. Who is not admitted may try again, for he may be a moment later. There is one in a
-    context: a second one raises ``zmq.ZMQError``.
-    """
-
-    def __init__(self, loop: Loop, context: zmq.Context[Any], admits: Callable[[bytes, str], bool]) -> None:
-        sock: zmq.Socket[bytes] = context.socket(zmq.REP)
-        sock.linger = 0
-        try:
-            sock.bind("inproc://zeromq.zap.01")
-        except zmq.ZMQError:
-            sock.close(0)
-            raise
-        super().__init__(loop, sock)
-        self._admits_to = admits
-
-    def ready(self, now: float) -> bool:
-        return self._take(self._answer)
-
-    def _answer(self, frames: list[bytes], now: float) -> None:
-        version, request, domain, _, _, mechanism, *credentials = frames
-        key = z85.encode(credentials[0]).decode() if mechanism == b"CURVE" else ""
-        admitted = key != "" and self._admits_to(domain, key)
-        verdict = [b"200", b"OK", key.encode()] if admitted else [b"300", b"not admitted", b""]
-        self._sock.send_multipart([version, request, *verdict, b""], zmq.NOBLOCK)
-
-    def failed(self, now: float, error: Exception) -> None:
-        # It stays: without it nobody could connect any more.
-        pass

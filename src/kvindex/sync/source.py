@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import ipaddress
-import json
 import re
 import struct
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
-from functools import lru_cache
 from typing import Any, Literal, NamedTuple, Self, TypeAlias
 
 import zmq
@@ -20,25 +13,19 @@ from zmq.utils import z85
 
 from ..answers import ENGINES
 from ..errors import InvalidTypeError, InvalidValueError, StreamError
+from .addresses import check_endpoint, join_tcp, offset_endpoint, split_tcp
 
-__all__ = ["Curve", "Endpoints", "PodSource", "bind_endpoint", "check_pair", "is_key"]
+__all__ = ["Curve", "Endpoints", "PodSource", "check_pair", "is_key", "spelled"]
 
-_TCP = re.compile(r"tcp://(?:\[(?P<v6>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^\[\]:/\s]+)):(?P<port>\d{1,5})/?")
 # The name is all up to the first "=" that a scheme follows: it may be a URL, with "=" in it.
 # Not what follows the last comma of a name: there an endpoint comes behind the "=".
 _OPTION = r",([a-z_]+)=([^,:/]*)"
 _POD = re.compile(r"(?:(?P<name>.+?)=)?(?P<endpoint>[a-z]+://[^,]+)(?:,(?P<answers>[^,]+))?", re.DOTALL)
-_WILDCARDS = ("*", "0.0.0.0", "::", "[::]", "")
-
-# Descriptions of a few ranks are a few hundred bytes; SGLang's /server_info with all its arguments is some 20 kB.
-_LONGEST_ANSWER = 4 << 20
 
 
 Presence: TypeAlias = Literal["count", "set"]
 Engine: TypeAlias = Literal["vllm", "sglang", "trtllm"]
 
-# What SGLang calls models with more than full attention, in what /server_info gives.
-_HYBRID = ("is_hybrid", "is_hybrid_swa", "is_hybrid_ssm", "is_hybrid_model")
 # What a string and a cluster's annotations may say of a pod's engine.
 _OPTIONS = ("engine", "eagle", "hybrid", "ignore_media")
 
@@ -250,7 +237,7 @@ class PodSource:
             for what, endpoint in zip(("publishes", "answers replays"), pair, strict=True):
                 if endpoint is None:
                     continue
-                _check(endpoint, f"rank {rank} of pod {self.name!r}")
+                check_endpoint(endpoint, f"rank {rank} of pod {self.name!r}")
                 use = f"rank {rank} {what}"
                 if endpoint in seen:
                     raise InvalidValueError(
@@ -272,17 +259,7 @@ class PodSource:
     def _offset(self, endpoint: str | None, rank: int) -> str | None:
         if endpoint is None or rank == 0:
             return endpoint
-        if (found := _TCP.fullmatch(endpoint)) is not None:
-            port = int(found["port"]) + rank
-            if port > 65535:
-                raise InvalidValueError(f"rank {rank} of pod {self.name!r} would be at port {port} of {endpoint}")
-            return endpoint[: found.start("port")] + str(port)
-        if endpoint.startswith("inproc://"):
-            return f"{endpoint}_dp{rank}"
-        raise InvalidValueError(
-            f"{endpoint} of pod {self.name!r} has no port to count ranks by: say where each of them is, by"
-            " ranks={...}"
-        )
+        return offset_endpoint(endpoint, rank, f"pod {self.name!r}")
 
     @classmethod
     def from_string(cls, text: str, **options: Any) -> Self:
@@ -343,32 +320,10 @@ class PodSource:
         request. Raises :class:`StreamError` when the server can not be asked or publishes nothing. Source: vLLM pull
         request 55844.
         """
-        host, port = _host(url)
-        answer = _get(url, "/kv_event_sources", timeout, headers)
-        if not isinstance(answer, list):
-            raise StreamError(f"{url}/kv_event_sources gave {answer!r:.80}, which is no list of sources")
-        if not answer:
-            raise StreamError(f"{url} publishes no KV events: start vLLM with --kv-events-config")
-        ranks: dict[int, Endpoints] = {}
-        topics = set()
-        for item in answer:
-            try:
-                rank = int(item.get("data_parallel_rank") or 0)
-                if rank in ranks:
-                    raise ValueError(f"rank {rank} is there twice")
-                endpoint = _reachable(item["endpoint"], host)
-                if endpoint is None:
-                    raise ValueError("it has no endpoint")
-                ranks[rank] = Endpoints(endpoint, _reachable(item.get("replay_endpoint"), host))
-                topics.add(item.get("topic") or None)
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise StreamError(f"{url}/kv_event_sources gave {item!r:.80}, which is no source: {error!r}") from error
-        if model is None:
-            model = _first_model(url, timeout, headers)
-        options.setdefault("engine", "vllm")
-        topic = topics.pop() if len(topics) == 1 else None
-        options.setdefault("address", url.rstrip("/"))
-        return cls(name or f"{host}:{port}", model=model, topic=topic, ranks=ranks, **options)
+        from ..discovery.engines import describe_vllm
+
+        told, usual = describe_vllm(url, name, model, timeout, headers)
+        return cls(**told, **{**usual, **options})
 
     @classmethod
     def from_sglang(
@@ -381,51 +336,10 @@ class PodSource:
         also is what names the replay endpoint. ``name``, ``model``, ``headers``, ``options``, ``timeout`` and errors
         as in :meth:`from_vllm`. Source: SGLang pull requests 25844, 32729 and 38032.
         """
-        host, port = _host(url)
-        try:
-            info = _get(url, "/server_info", timeout, headers)
-        except StreamError as error:
-            if "404" not in str(error):
-                raise
-            info = _get(url, "/get_server_info", timeout, headers)  # its name until 0.5.4
-        if not isinstance(info, dict):
-            raise StreamError(f"{url}/server_info gave {info!r:.80}, which is no description of a server")
-        try:
-            config = _sglang_config(info)
-            block = info.get("kv_events") or {}
-            size = block.get("dp_size") or info.get("dp_size") or 1
-            topic = block.get("topic") or config.get("topic") or None
-            endpoint = _advertised(block, "endpoint", host) or _reachable(config.get("endpoint"), host)
-            answers = _advertised(block, "replay_endpoint", host) or _reachable(config.get("replay_endpoint"), host)
-            if endpoint is None:
-                raise StreamError(f"{url} publishes no KV events: start SGLang with --kv-events-config")
-            found: dict[str, Any] = {"endpoint": endpoint, "replay_endpoint": answers, "dp_size": int(size)}
-            if block.get("publishers"):
-                base = cls("ranks", **found).workers()
-                found = {
-                    "ranks": {
-                        int(p["dp_rank"]): Endpoints(
-                            _reachable(p["endpoint"], host),
-                            _reachable(p.get("replay_endpoint"), host)
-                            or base.get(int(p["dp_rank"]), Endpoints(None, None)).replay_endpoint,
-                        )
-                        for p in block["publishers"]
-                    }
-                }
-            tokens = int(block.get("block_size") or info.get("page_size") or 0) or None
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, (InvalidValueError, InvalidTypeError)):
-                raise StreamError(f"{url}/server_info describes streams that can not be: {error}") from error
-            raise StreamError(
-                f"{url}/server_info describes its events as {info.get('kv_events')!r:.120}: {error!r}"
-            ) from error
-        if model is None:
-            model = info.get("served_model_name") or info.get("model_path") or ""
-        options.setdefault("block_size", tokens)
-        options.setdefault("engine", "sglang")
-        options.setdefault("hybrid", _is_hybrid(info))
-        options.setdefault("address", url.rstrip("/"))
-        return cls(name or f"{host}:{port}", model=model, topic=topic, **found, **options)
+        from ..discovery.engines import describe_sglang
+
+        told, usual = describe_sglang(url, name, model, timeout, headers)
+        return cls(**told, **{**usual, **options})
 
     def same_streams(self, other: PodSource) -> bool:
         """Whether the other source differs in nothing but ``address`` and ``labels``."""
@@ -457,64 +371,6 @@ def spelled(options: Mapping[str, str]) -> dict[str, Any]:
     return given
 
 
-def _is_hybrid(info: Mapping[str, Any]) -> bool:
-    """Whether an SGLang server says that its model has other layers than full attention."""
-    places = [info, *(each for each in info.get("internal_states") or () if isinstance(each, Mapping))]
-    return any(place.get(name) is True for place in places for name in _HYBRID)
-
-
-def _check(endpoint: str, whose: str) -> None:
-    if endpoint.startswith(("ipc://", "inproc://")) and len(endpoint.partition("://")[2]) > 0:
-        return
-    found = _TCP.fullmatch(endpoint)
-    if found is None:
-        raise InvalidValueError(f"{whose}: {endpoint!r} is no endpoint: tcp://host:port, ipc://path or inproc://name")
-    host, port = found["v6"] or found["host"], int(found["port"])
-    if host in _WILDCARDS:
-        raise InvalidValueError(f"{whose}: {endpoint} is what a publisher binds; name the host that it runs on")
-    if not 0 < port <= 65535:
-        raise InvalidValueError(f"{whose}: port {port} of {endpoint} is not in 1..65535")
-
-
-def bind_endpoint(endpoint: str) -> str:
-    """Check an endpoint to bind: as for connecting, and also with a wildcard for the host, or for the port."""
-    if not isinstance(endpoint, str):
-        raise InvalidTypeError(f"an endpoint to bind is a str, not {type(endpoint).__name__}")
-    if endpoint.startswith(("ipc://", "inproc://")) or _TCP.fullmatch(endpoint):
-        return endpoint
-    if re.fullmatch(r"tcp://[^\s/]+:(\*|\d{1,5})", endpoint):
-        return endpoint
-    raise InvalidValueError(f"{endpoint!r} is no endpoint to bind: tcp://*:port, tcp://address:port, ipc://path")
-
-
-def split_tcp(endpoint: str) -> tuple[str, int] | None:
-    """``(host, port)`` of a tcp endpoint, None of any other."""
-    found = _TCP.fullmatch(endpoint)
-    return None if found is None else (found["v6"] or found["host"], int(found["port"]))
-
-
-def same_endpoint(endpoint: str) -> str:
-    """One spelling for all spellings of an endpoint, as far as they can be told without a look-up."""
-    at = split_tcp(endpoint)
-    if at is None:
-        return endpoint
-    host = at[0].lower()
-    return join_tcp(str(ipaddress.ip_address(host)) if is_address(host) and "%" not in host else host, at[1])
-
-
-def join_tcp(host: str, port: int) -> str:
-    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
-
-
-@lru_cache(4096)  # two of a pod, asked for at each connection and replay
-def is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return False
-    return True
-
-
 def check_pair(pair: object, what: str) -> tuple[str, str]:
     """A CURVE key pair (public, secret), or an error that says ``what`` is none."""
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
@@ -530,80 +386,3 @@ def is_key(key: object) -> bool:
         return isinstance(key, str) and len(key) == 40 and len(z85.decode(key.encode())) == 32
     except (KeyError, ValueError, struct.error):
         return False
-
-
-def _host(url: str) -> tuple[str, int]:
-    parts = urllib.parse.urlsplit(url) if isinstance(url, str) else None
-    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InvalidValueError(f"{url!r} is no URL of a server: http://host:port")
-    return parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
-
-
-def _get(url: str, path: str, timeout: float, headers: Mapping[str, str] | None) -> Any:
-    where = url.rstrip("/") + path
-    request = urllib.request.Request(where, headers={"Accept": "application/json", **(headers or {})})
-    try:
-        until = time.monotonic() + timeout
-        with urllib.request.urlopen(request, timeout=timeout) as response:
-            body = b""
-            # In pieces: the timeout is of each read, and a server may send a byte a second.
-            while len(body) <= _LONGEST_ANSWER and (piece := response.read1(1 << 16)):
-                body += piece
-                if time.monotonic() > until:
-                    raise TimeoutError(f"no whole answer within {timeout} s")
-            if response.length and len(body) <= _LONGEST_ANSWER:
-                raise OSError(f"the answer ends {response.length} bytes early")
-    except urllib.error.HTTPError as error:
-        hint = ": it may be older than this; name its endpoints to PodSource" if error.code == 404 else ""
-        error.close()
-        raise StreamError(f"{where} answered {error.code} {error.reason}{hint}") from error
-    except (OSError, ValueError) as error:  # no route, no name, no answer in time, no HTTP
-        raise StreamError(f"{where} can not be asked: {getattr(error, 'reason', error)}") from error
-    except Exception as error:
-        # http.client has no base class below Exception for what is no HTTP. Its message is what came instead: at a port
-        # of events kilobytes of token ids, which belong into no log.
-        raise StreamError(f"{where} does not speak HTTP ({type(error).__name__})") from None
-    if len(body) > _LONGEST_ANSWER:
-        raise StreamError(f"{where} answered with more than {_LONGEST_ANSWER} bytes")
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise StreamError(f"{where} gave no JSON: {body[:40]!r}") from error
-
-
-def _first_model(url: str, timeout: float, headers: Mapping[str, str] | None) -> str:
-    answer = _get(url, "/v1/models", timeout, headers)
-    try:
-        return str(answer["data"][0]["id"])
-    except (KeyError, IndexError, TypeError) as error:
-        raise StreamError(f"{url}/v1/models names no model: give it as model=") from error
-
-
-def _reachable(endpoint: Any, host: str) -> str | None:
-    """What a publisher says it has bound, as somebody on another machine connects to it."""
-    if not endpoint:
-        return None
-    if not isinstance(endpoint, str):
-        raise TypeError(f"an endpoint is a string, not {endpoint!r}")
-    found = re.fullmatch(r"tcp://(.*):(\d+)", endpoint)
-    if found is not None and found[1] in _WILDCARDS:
-        return join_tcp(host, int(found[2]))
-    return endpoint
-
-
-def _advertised(block: Mapping[str, Any], what: str, host: str) -> str | None:
-    port = block.get(f"{what}_port_base")
-    if not port:
-        return None
-    named = block.get(f"{what}_host") or block.get("endpoint_host") or "*"
-    return join_tcp(host if named in _WILDCARDS else named, int(port))
-
-
-def _sglang_config(info: Mapping[str, Any]) -> dict[str, Any]:
-    config = info.get("kv_events_config")
-    if isinstance(config, str) and config.strip():
-        config = json.loads(config)
-    if not isinstance(config, dict) or config.get("publisher") != "zmq":
-        return {}
-    # SGLang's own default endpoint.
-    return {"endpoint": "tcp://*:5557", **config}

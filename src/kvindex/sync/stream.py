@@ -19,8 +19,9 @@ batch carries its time, so another process has other bytes). Other bytes, a newe
 that ends before the last known number or starts behind it mean that what is known does not continue: the worker is
 cleared and rebuilt.
 
-Its parts: :mod:`.actions` and :mod:`.policy`, :mod:`.history` (what is applied), :mod:`.pending` (what waits),
-:mod:`.replay` (a question, its tries, how long it is waited for).
+Its parts: :mod:`.actions` and :mod:`.policy`, :mod:`.history` (what is applied), :mod:`.losses` (what is given up),
+:mod:`.pending` (what waits), :mod:`.replay` (a question, its tries, how long it is waited for), :mod:`.trust` (what
+answers are worth), :mod:`.waits` (when it asks by itself).
 """
 
 from __future__ import annotations
@@ -46,9 +47,12 @@ from .actions import (
 )
 from .frames import batch_time
 from .history import LOST, History, fingerprint
+from .losses import Losses
 from .pending import Pending
 from .policy import Policy
 from .replay import Patience, Purpose, Question, Tries
+from .trust import Trust
+from .waits import Waits
 
 __all__ = ["WorkerStream"]
 
@@ -69,14 +73,10 @@ class WorkerStream:
     """
 
     __slots__ = (
-        "_agrees", "_answers", "_attempts", "_bad", "_behind", "_blame", "_brought", "_conflicts",
-        "_connected_at", "_contradiction", "_dated", "_doubt", "_endpoint", "_foreign", "_guessed",
-        "_has_replay", "_heal_at", "_heal_wait", "_heard_at", "_held_up_until", "_history", "_hole_at",
-        "_holes", "_holes_end", "_hopeless", "_known", "_lost_at", "_marked", "_mixed", "_open", "_out",
-        "_patience", "_pending", "_place", "_probe_at", "_probe_wait", "_refusal", "_replay",
-        "_replay_endpoint", "_retry", "_retry_at", "_started", "_steady", "_tails", "_tries", "_trusts",
-        "_unconfirmed", "_unheard", "_uniform", "_unproven", "_verified", "_verified_at", "_why_lost", "counts",
-        "is_connected", "last_ts", "policy", "reason", "verdict",
+        "_attempts", "_behind", "_blame", "_connected_at", "_history", "_hole_at", "_known", "_losses", "_lost_at",
+        "_marked", "_mixed", "_open", "_out", "_patience", "_pending", "_place", "_replay", "_retry", "_retry_at",
+        "_started", "_steady", "_tries", "_trust", "_verified", "_verified_at", "_waits", "_why_lost", "counts",
+        "is_connected", "policy", "state",
     )  # fmt: skip
 
     def __init__(
@@ -92,78 +92,62 @@ class WorkerStream:
         self.policy = policy or Policy()
         self.counts: Counter[str] = Counter()
         self.is_connected = False
-        self.last_ts: float | None = None
-        self.verdict: Verdict = "stale"
-        self.reason = "not connected yet"
-        self._uniform = uniform
-        self._endpoint = endpoint
-        self._replay_endpoint = replay_endpoint
-        self._has_replay = replay
+        self.state = Mark("stale", "not connected yet")
         self._out: list[Action] = []
         self._marked: Verdict | None = None
         self._steady = False  # the next batch can be applied without another thought
-        # What is applied.
+        # What is applied, what is given up, and what waits.
         self._known = False  # something of a process is applied or given up
         self._history = History(self.policy.memory)
-        self._dated = -1  # the batch that last_ts is of
-        # What is given up since the last clean start.
-        self._holes = 0
-        self._holes_end = 0
-        self._bad: dict[int, int] = {}  # seq -> fingerprint of a batch that could not be applied
-        self._hopeless = False  # the publisher does not have the whole history any more
+        self._losses = Losses()
+        self._pending = Pending(self.policy.max_pending, self.policy.max_pending_bytes)
+        self._hole_at: int | None = None  # where a hole was noticed that is neither filled nor given up
+        self._behind = False  # something has arrived that may not be taken yet
         # What the connection is worth.
         self._connected_at = 0.0
         self._lost_at: float | None = None
-        self._why_lost = self.reason
+        self._why_lost = self.state.reason
         self._attempts = 0
         self._verified = False  # what is applied is of the process behind this connection
+        self._verified_at = float("-inf")  # when that was asked for the last time, though nothing was lost
         self._started = False  # and everything up to the first live batch is applied
-        self._unproven = False  # as far as can be said without a replay
-        self._guessed = 0  # what is applied before this batch is of the same process only as far as can be guessed
         self._mixed = False  # more than one process has come over this connection
-        # An answer has stopped without its end marker: there may be more of it until another one shows its end, or a
-        # live batch behind this one is applied.
-        self._open: int | None = None
-        # What the replay endpoint is worth.
-        self._trusts = replay
-        self._conflicts = 0
-        self._agrees = False  # a batch came over this connection and in an answer, with the same bytes
-        self._brought = False  # something is applied that only an answer has shown
-        self._foreign = ""  # why it is another process's, until they agree
-        self._doubt = ""  # why its last answer shows nothing
-        self._refusal = ""  # why the last reply was refused
         self._blame = ""  # what the caller holds against this connection
-        self._contradiction: int | None = None  # a live batch that was another one in an answer
-        self._unconfirmed = True  # since the last connection nothing was asked for behind a live batch
-        self._tails = 0  # answers in a row that brought batches while none came live
-        self._answers = False  # it has answered since the connection stands
-        self._unheard = False  # silent, and so is the replay endpoint
-        # What waits.
-        self._pending = Pending(self.policy.max_pending, self.policy.max_pending_bytes)
-        self._hole_at: int | None = None  # where a hole was noticed that is neither filled nor given up
+        # What is asked, when, and what the answers are worth.
+        self._trust = Trust(replay, endpoint, replay_endpoint)
         self._replay: Question | None = None
         self._retry: Question | None = None
         self._retry_at = 0.0
         self._tries = Tries()
         self._patience = Patience(self.policy)
-        self._held_up_until = float("-inf")
-        self._behind = False  # something has arrived that may not be taken yet
-        self._heard_at = 0.0
-        self._probe_at: float | None = None
-        self._probe_wait = 0.0
-        self._verified_at = float("-inf")
-        self._heal_at: float | None = None
-        self._heal_wait = self.policy.heal[0]
+        self._waits = Waits(self.policy, uniform)
+        # An answer has stopped without its end marker: there may be more of it until another one shows its end, or a
+        # live batch behind this one is applied.
+        self._open: int | None = None
         # The last batch of what was applied before this stream began, until it is recognised.
         self._place = place
         if place is not None:
             self._known = True
-            self._history.next = self._history.base = place.seq + 1
-            self.last_ts, self._dated = place.ts, place.seq
+            self._history.place(place.seq, place.ts)
             if not place.whole:
-                self._holes, self._holes_end = 1, place.seq + 1
+                self._losses.accept(place.seq + 1)
 
     # ------------------------------------------------------------------------------------------------------ questions
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the last :class:`Mark` said."""
+        return self.state.verdict
+
+    @property
+    def reason(self) -> str:
+        """Why, for people."""
+        return self.state.reason
+
+    @property
+    def last_ts(self) -> float | None:
+        """The time of the last applied batch that says one."""
+        return self._history.ts
 
     @property
     def last_seq(self) -> int | None:
@@ -189,7 +173,7 @@ class WorkerStream:
         elif self._retry is not None:
             return self._retry_at
         else:
-            due = (self._heal_at, self._probe_at)
+            due = (self._waits.heal_at, self._waits.probe_at)
         return min((at for at in due if at is not None), default=None)
 
     # ----------------------------------------------------------------------------------------------------- connection
@@ -204,29 +188,24 @@ class WorkerStream:
         elif self._attempts:
             self._say("connected", f"at attempt {self._attempts + 1}")
         self.is_connected = True
-        self._connected_at = self._heard_at = now
-        self._conflicts = 0
+        self._connected_at = self._waits.heard_at = now
         self._mixed = self._behind = False
         self._open = None
-        # Whose a replay endpoint was found to be stays so until it agrees: it may be asked again, no more.
-        self._trusts = self._has_replay
-        self._agrees = self._answers = self._brought = self._unheard = False
-        self._unconfirmed = True
-        self._doubt = self._blame = ""
-        self._tails = 0
+        self._blame = ""
+        self._trust.connected()
         self._history.connected()
         self._patience.calm()
         self._stop_replay()
         # What waited came over the connection before: a replay brings it again, and nobody else could place it.
         self._drop_waiting()
         self._verified = not self._known
-        if self._trusts:
+        if self._trust.asks:
             self._started = False
             # What a snapshot goes back to may be most of the history: then its last batch has to do.
             start = 0 if self._place is None else self._place.seq
             self._ask(Purpose.VERIFY if self._known else Purpose.START, start)
         elif not self._known:
-            self._started = self._unproven = True
+            self._started = self._losses.unproven = True
         return self._settle(now)
 
     def disconnected(self, now: float, why: str = "the connection was lost") -> list[Action]:
@@ -247,7 +226,7 @@ class WorkerStream:
         first, longest = self.policy.reconnect
         delay = min(longest / (1.0 + self.policy.jitter), first * 2.0 ** min(self._attempts, 30))
         self._attempts += 1
-        self._out.append(Reconnect(self._spread(delay)))
+        self._out.append(Reconnect(self._waits.spread(delay)))
         return self._settle(now)
 
     # ------------------------------------------------------------------------------------------------------- messages
@@ -255,14 +234,15 @@ class WorkerStream:
     def follows(self, seq: int, payload: bytes, now: float) -> float | None:
         """The fast path of :meth:`live`: the time of a batch that is the next one of a stream that is well, which the
         caller applies. None for any other batch, with nothing changed. No deadline changes by it."""
-        if not self._steady or seq != self._history.next:
+        history = self._history
+        if not self._steady or seq != history.next:
             return None
         ts: float | None = peek_batch(payload, False)[0]
-        if ts is None or (self.last_ts is not None and ts < self.last_ts - self.policy.clock_step):
+        last = history.ts
+        if ts is None or (last is not None and ts < last - self.policy.clock_step):
             return None
-        self.last_ts, self._dated = ts, seq
-        self._heard_at = now
-        self._history.note(seq, payload, True)
+        self._waits.heard_at = now
+        history.note(seq, payload, ts, True)
         self.counts["batches"] += 1
         return ts
 
@@ -271,10 +251,8 @@ class WorkerStream:
         if (time := self.follows(seq, payload, now)) is not None:
             return [Ingest(seq, payload, time)]
         ts = batch_time(payload)
-        self._heard_at = now
-        self._unheard, self._tails = False, 0
-        if self._probe_wait > self.policy.idle_probe[0]:
-            self._probe_at, self._probe_wait = None, 0.0  # silence begins anew
+        self._waits.heard(now)
+        self._trust.unheard, self._trust.tails = False, 0
         if self._known and seq > self._history.next + self.policy.seq_jump:
             self.counts["bad_seq_jump"] += 1
             return self.suspect(now)
@@ -300,7 +278,7 @@ class WorkerStream:
     def replay_sent(self, now: float) -> None:
         """The request of the last :class:`RequestReplay` is on its way; its time counts from here."""
         if self._replay is not None and self._replay.sent_at is None:
-            self._replay.sent(max(now, self._held_up_until), self.policy)
+            self._replay.sent(max(now, self._waits.held_up_until), self.policy)
 
     def replay_reached(self, now: float) -> None:
         """The publisher's side has taken the request: it will be answered in its turn, however late that is."""
@@ -308,7 +286,7 @@ class WorkerStream:
             self._replay.reached = True
             # What was published while the request waited for a look-up or a connection is in the answer as well.
             self._replay.shown = self._shown()
-            self._replay.expires = max(now, self._held_up_until) + self._spread(self._patience.late)
+            self._replay.expires = max(now, self._waits.held_up_until) + self._waits.spread(self._patience.late)
 
     def replay_lost(self, now: float) -> list[Action]:
         """The connection that the request went over is gone: nothing more of its answer comes."""
@@ -322,13 +300,13 @@ class WorkerStream:
         if replay is not None:
             replay.heard(now, self._patience.pause, self.policy)
             replay.refused += 1
-            self._refusal = why
+            self._trust.refusal = why
         return []
 
     def replay_foreign(self, now: float, why: str) -> list[Action]:
         """What replays have brought is of another stream than what is published: ``why``."""
-        if self._trusts and self._history.next and not self._agrees:
-            self._conflicts += 1
+        if self._trust.asks and self._history.next and not self._trust.agrees:
+            self._trust.conflicts += 1
             self._disown(why)
         return self._settle(now)
 
@@ -338,10 +316,10 @@ class WorkerStream:
         self._say("rebuild", f"{why}: cleared, building again")
         reached = self._history.next
         self._reset(why)
-        if self._trusts:
+        if self._trust.asks:
             self._ask(Purpose.START, 0)
         else:
-            self._started = self._unproven = True
+            self._started = self._losses.unproven = True
             self._accept(reached, "there is no replay to ask")
         return self._settle(now)
 
@@ -360,7 +338,7 @@ class WorkerStream:
             return []
         self._recognise(seq, payload)
         replay.heard(now, self._patience.pause, self.policy)
-        self._answers, self._unheard = True, False
+        self._trust.answered()
         replay.frames += 1
         if replay.first is None:
             replay.first = seq
@@ -404,17 +382,21 @@ class WorkerStream:
         self._plan_heal(now)
         return self._settle(now)
 
+    def abandon(self, reason: str) -> None:
+        """Nobody feeds it any more."""
+        self.state = Mark("stale", reason)
+
     # ------------------------------------------------------------------------------------------------ limits of ours
 
     def hold_up(self, now: float, until: float) -> None:
         """Nothing of this stream is taken before ``until``: what is late meanwhile is so by our own will, and the
         publisher's silence is none."""
         self.counts["throttled"] += 1
-        more = until - max(now, self._held_up_until)
+        more = until - max(now, self._waits.held_up_until)
         if more <= 0.0:
             return
-        self._held_up_until = until
-        self._heard_at = max(self._heard_at, until)
+        self._waits.held_up_until = until
+        self._waits.heard_at = max(self._waits.heard_at, until)
         if self._replay is not None:
             self._replay.hold_up(more)
 
@@ -441,10 +423,10 @@ class WorkerStream:
 
     def cleared(self, seq: int, now: float) -> list[Action]:
         """Batch ``seq`` cleared the whole worker: what was given up before it does not matter any more."""
-        if seq >= self._holes_end - 1 and (self._holes or self._unproven):
+        if seq >= self._losses.end - 1 and (self._losses.count or self._losses.unproven):
             self._say("clean", f"batch {seq} cleared the worker, nothing that was given up before matters any more")
             self._forget_holes()
-            self._unproven = False
+            self._losses.unproven = False
         return self._settle(now)
 
     def rejected(self, seq: int, payload: bytes, now: float, why: str) -> list[Action]:
@@ -452,13 +434,8 @@ class WorkerStream:
         self.counts["rejected"] += 1
         self.counts["lost_batches"] += 1
         self._say("rejected", f"batch {seq}: {why}")
-        self._holes += 1
-        self._holes_end = max(self._holes_end, seq + 1)
+        self._losses.reject(seq, payload)
         self._history.spoil(seq)
-        if len(self._bad) < 256:
-            self._bad[seq] = fingerprint(payload)
-        else:
-            self._hopeless = True
         return self._settle(now)
 
     # ----------------------------------------------------------------------------------------------------------- time
@@ -479,33 +456,33 @@ class WorkerStream:
         elif self._retry is not None:
             if now >= self._retry_at:
                 self._continue(self._retry)
-        elif self._heal_at is not None and now >= self._heal_at:
-            self._heal_at = None
-            if not self._trusts:
+        elif self._waits.heal_at is not None and now >= self._waits.heal_at:
+            self._waits.heal_at = None
+            if not self._trust.asks:
                 self._ask(Purpose.AGREE, self._history.next - 1)
             else:
                 self._ask(Purpose.START if not self._known else Purpose.HEAL if self._verified else Purpose.VERIFY, 0)
-        elif self._probe_at is not None and now >= self._probe_at:
-            if now < self._heard_at + self._probe_wait and not (self._unconfirmed and self._shown() >= 0):
-                self._probe_at = self._heard_at + self._probe_wait
+        elif self._waits.probe_at is not None and now >= self._waits.probe_at:
+            if now < self._waits.heard_at + self._waits.probe_wait and not (
+                self._trust.unconfirmed and self._shown() >= 0
+            ):
+                self._waits.probe_at = self._waits.heard_at + self._waits.probe_wait
             else:
-                self._probe_at = None
+                self._waits.probe_at = None
                 # A stream that is never silent would not find out that its replays are another's.
-                self._unconfirmed = self._unconfirmed and self._shown() < 0
+                self._trust.unconfirmed = self._trust.unconfirmed and self._shown() < 0
                 self._ask(Purpose.IDLE, max(0, self._history.next - 1))
         return self._settle(now)
 
     # ------------------------------------------------------------------------------------------------------- applying
 
     def _apply(self, seq: int, payload: bytes, ts: float | None, *, live: bool) -> None:
-        self._history.note(seq, payload, live)
+        self._history.note(seq, payload, ts, live)
         self.counts["batches"] += 1
         if not self._known:
             self._known = True
-            self._unproven = False  # seq is 0: whatever comes later has nothing before it that could be missing
-        if ts is not None:
-            self.last_ts, self._dated = ts, seq
-        self._out.append(Ingest(seq, payload, ts, seq != self._guessed or not seq))
+            self._losses.unproven = False  # seq is 0: whatever comes later has nothing before it that could be missing
+        self._out.append(Ingest(seq, payload, ts, seq != self._losses.guessed or not seq))
 
     def _accept(self, upto: int, why: str) -> None:
         """Give up everything from the next batch to ``upto``, which is not included."""
@@ -515,8 +492,7 @@ class WorkerStream:
         self._say("gap_accepted", f"{upto - at} batches from {at} to {upto - 1} are lost: {why}")
         self._history.lose(upto)
         self._known = True
-        self._holes_end = upto
-        self._holes += 1
+        self._losses.accept(upto)
         self._hole_at = None
 
     def _hold(self, seq: int, payload: bytes, ts: float | None) -> None:
@@ -550,10 +526,10 @@ class WorkerStream:
         if self._history.recall(seq) == fingerprint(payload):
             self._history.confirm(seq)
             self._agree()
-        elif self._newer(seq, ts):
-            self._contradiction = seq
+        elif self._history.is_older_than(seq, ts):
+            self._trust.contradiction = seq
         elif ts is not None:  # or it was damaged on the way
-            self._doubts(seq)
+            self._trust.suspect(seq)
 
     def _meet(self, seq: int) -> None:
         """Everything up to this live batch is applied."""
@@ -580,7 +556,7 @@ class WorkerStream:
         """See to it that somebody is asked for what is missing."""
         if not self._missing() or not self.is_connected:
             return
-        if not self._trusts:
+        if not self._trust.asks:
             self._accept_all("there is no replay to ask")
         elif self._started and (not self.replaying or self._background()):
             self._open_hole()
@@ -615,7 +591,7 @@ class WorkerStream:
 
     def _backwards(self, seq: int, payload: bytes, ts: float | None, now: float) -> None:
         known = self._history.recall(seq)
-        newer = self._newer(seq, ts)
+        newer = self._history.is_older_than(seq, ts)
         if known == fingerprint(payload):
             self.counts["duplicates"] += 1
             self._met(seq, payload, ts)
@@ -626,13 +602,13 @@ class WorkerStream:
             # Older than anything remembered, in number and in time: a copy that comes very late, or a restart under a
             # clock that was set back. Only the publisher can tell; and where all that is applied is what a replay has
             # brought, that may be another process's, which would vouch for itself.
-            if self._brought and not self._agrees:
-                self._doubts(seq)
+            if self._trust.brought and not self._trust.agrees:
+                self._trust.suspect(seq)
             if self._may_verify(now):
                 self._verified = self._started = False
                 self._hold(seq, payload, ts)
                 self._ask(Purpose.VERIFY, 0)
-            elif self._trusts:
+            elif self._trust.asks:
                 self.counts["duplicates"] += 1
             else:
                 self._start_over(seq, payload, ts, now)
@@ -647,29 +623,25 @@ class WorkerStream:
         # One connection leads to one process. If two lives come over it, something between mixes them, and what was
         # taken for the old one's last batches may have been the new one's first.
         self._mixed = True
-        if self._trusts:
+        if self._trust.asks:
             self._ask(Purpose.START, 0)
         else:
             self._drain()
             self._look_at_hole(now)
-            self._started = self._unproven = True
+            self._started = self._losses.unproven = True
             # And those are forgotten: a clear that comes before them does not make up for that.
-            self._holes += 1
-            self._holes_end = max(self._holes_end, reached)
+            self._losses.count += 1
+            self._losses.end = max(self._losses.end, reached)
 
     # -------------------------------------------------------------------------------------------------- who is there?
 
     def _older(self, ts: float | None) -> bool:
-        return ts is not None and self.last_ts is not None and ts < self.last_ts - self.policy.clock_step
-
-    def _newer(self, seq: int, ts: float | None) -> bool:
-        """Whether a batch that is behind us says a time that is not: no batch of this process does."""
-        # What was given up behind the last batch with a time is newer than that one by rights.
-        return ts is not None and self.last_ts is not None and ts > self.last_ts and seq <= self._dated
+        last = self._history.ts
+        return ts is not None and last is not None and ts < last - self.policy.clock_step
 
     def _may_verify(self, now: float) -> bool:
         # Rarely, for a publisher with an unsteady clock would otherwise be asked all the time.
-        if not self._trusts or (self.replaying and not self._background()):
+        if not self._trust.asks or (self.replaying and not self._background()):
             return False
         if now - self._verified_at < self.policy.idle_probe[1]:
             return False
@@ -685,13 +657,13 @@ class WorkerStream:
             return
         # A new process can only be ahead of the old one if it had the time to publish as much.
         since = self._lost_at if self._lost_at is not None else self._connected_at
-        ahead = seq > self._history.next and seq < (self._heard_at - since) * self.policy.restart_rate
+        ahead = seq > self._history.next and seq < (self._waits.heard_at - since) * self.policy.restart_rate
         # And what was applied before this stream began has to be shown: nobody knows how long ago that was.
         if seq < self._history.next or ahead or self._older(ts) or self._place is not None:
             self._restarted(f"batch {seq} came after {self._history.next - 1}, over a new connection")
         else:
-            self._verified = self._started = self._unproven = True
-            self._guessed = self._history.next
+            self._verified = self._started = self._losses.unproven = True
+            self._losses.guessed = self._history.next
         self._hold(seq, payload, ts)
         self._drain()
         self._accept_all("no replay can be had")
@@ -714,27 +686,27 @@ class WorkerStream:
             # It came live and is older than what is remembered: only this answer can tell whether it is the same.
             if waiting.payload == payload:
                 self._agree()
-            elif not self._agrees and known in (None, mine):
+            elif not self._trust.agrees and known in (None, mine):
                 self._disagree(seq)
                 return
-        if self._bad.get(seq) == mine:
+        if self._losses.rejected(seq, mine):
             replay.contiguous = False  # the publisher's own copy is as unreadable as ours
         if known == mine:
             replay.matched = True
             self._verified = True
-            if seq < self._guessed:
-                self._guessed = 0
+            if seq < self._losses.guessed:
+                self._losses.guessed = 0
             if self._history.came_live(seq):
                 self._agree()
             if seq == self._history.next - 1:
                 self._drain()
         elif replay.purpose is Purpose.AGREE:
             pass
-        elif self._history.came_live(seq) and not self._agrees and batch_time(payload) is not None:
+        elif self._history.came_live(seq) and not self._trust.agrees and batch_time(payload) is not None:
             self._disagree(seq)
         elif known is None:
             ts = batch_time(payload)
-            if self._newer(seq, ts):
+            if self._history.is_older_than(seq, ts):
                 self._not_ours(replay, seq, payload, now, f"batch {seq} is newer than {self._history.next - 1}")
         elif known != LOST:
             self._not_ours(replay, seq, payload, now, f"batch {seq} is another one than before")
@@ -754,29 +726,26 @@ class WorkerStream:
             self._replaced(replay, why, seq)
 
     def _too_many_conflicts(self, now: float) -> bool:
-        self._conflicts += 1
-        if self._conflicts <= self.policy.max_conflicts:
+        self._trust.conflicts += 1
+        if self._trust.conflicts <= self.policy.max_conflicts:
             return False
-        self._disown(f"{self._replay_endpoint} gives batches of more than one process: it is not asked any more")
+        self._disown(self._trust.changes())
         return True
 
     def _agree(self) -> None:
         """A batch has come live and in an answer: the replay endpoint is the publisher's."""
-        self._agrees = True
-        self._doubt = ""
-        if self._foreign:
-            self._say("replay_agrees", f"{self._replay_endpoint} gives what {self._endpoint} publishes")
-            self._foreign = ""
-            if not self._trusts:
-                self._trusts, self._heal_at, self._heal_wait = True, None, self.policy.heal[0]
+        self._trust.agrees = True
+        self._trust.doubt = ""
+        if self._trust.foreign:
+            self._say("replay_agrees", self._trust.fits())
+            self._trust.foreign = ""
+            if not self._trust.asks:
+                self._trust.asks, self._waits.heal_at, self._waits.heal_wait = True, None, self.policy.heal[0]
 
     def _disagree(self, seq: int) -> None:
         """An answer is not of the process that publishes."""
-        self._conflicts += 1
-        self._disown(
-            f"{self._replay_endpoint} gives another batch {seq} than {self._endpoint} publishes: it is another"
-            " process's replay endpoint"
-        )
+        self._trust.conflicts += 1
+        self._disown(self._trust.differs(seq))
 
     def _disown(self, why: str) -> None:
         """Forget what replays have brought, and believe no more of them until they agree."""
@@ -784,9 +753,9 @@ class WorkerStream:
         self._say("replay_conflict", why)
         waiting, seen = self._pending.items(), self._pending.seen
         self._reset("what the replay brought was of another stream")
-        self._foreign = why
-        self._trusts = False
-        self._started = self._unproven = True
+        self._trust.foreign = why
+        self._trust.asks = False
+        self._started = self._losses.unproven = True
         for seq, item in waiting:
             self._hold(seq, item.payload, item.ts)
         self._pending.seen = seen  # what did not fit is missing all the same
@@ -796,21 +765,13 @@ class WorkerStream:
 
     def _restarted(self, why: str, *, keep_replay: bool = False, against: int | None = None) -> None:
         """Another process answers; ``against`` is a batch that it has another of, or none."""
-        published = against is not None and self._shown() >= 0 and self._history.is_of_connection(against)
+        if against is not None and (self._shown() < 0 or not self._history.is_of_connection(against)):
+            against = None
         self.counts["restarts"] += 1
         self._say("restart", f"{why}: cleared, building again")
         self._reset("the engine has restarted", keep_replay=keep_replay)
-        if published:
-            self._doubts(against)
-
-    def _doubts(self, seq: int | None) -> None:
-        """One connection leads to one process, and it has published another batch than an answer has: the publisher has
-        restarted behind something between, or the answer is another process's."""
-        self._unconfirmed = True  # the next live batch is asked for, however busy the stream is
-        self._foreign = (
-            f"{self._replay_endpoint} does not give batch {seq} as {self._endpoint} published it: the next one shows"
-            " whether the engine has restarted or that is another process's replay endpoint"
-        )
+        if against is not None:  # what is of this connection is not of the one process that it leads to
+            self._trust.suspect(against)
 
     def _replaced(self, replay: Question, why: str, against: int) -> None:
         with self._keeping() if replay.purpose is Purpose.VERIFY else nullcontext():
@@ -826,26 +787,21 @@ class WorkerStream:
         self._pending = kept
 
     def _reset(self, reason: str, *, keep_replay: bool = False) -> None:
-        self._mark("stale", reason)  # before the Clear: nobody may read an exact answer while it is rebuilt
+        self._mark(Mark("stale", reason))  # before the Clear: nobody may read an exact answer while it is rebuilt
         if not keep_replay:
             self._stop_replay()
         self._out.append(Clear())
         self._drop_waiting()
         self._forget_holes()
-        self._known = self._started = self._unproven = self._mixed = False
+        self._known = self._started = self._losses.unproven = self._mixed = False
         self._verified = True
         self._history.forget()
-        self._open = self._place = self._contradiction = None
-        self._agrees = self._brought = False
-        self._tails = 0
-        self.last_ts = None
+        self._trust.forget()
+        self._open = self._place = None
 
     def _forget_holes(self) -> None:
-        self._holes = self._holes_end = self._guessed = 0
-        self._bad.clear()
-        self._hopeless = False
-        self._heal_at = None
-        self._heal_wait = self.policy.heal[0]
+        self._losses.forget()
+        self._waits.well()
 
     # -------------------------------------------------------------------------------------------------------- replays
 
@@ -855,7 +811,7 @@ class WorkerStream:
         expect = self._history.next - 1 if self._known else -1
         self._replay, self._retry = Question(purpose, start, expect, self._shown()), None
         if purpose is not Purpose.IDLE:
-            self._probe_at, self._probe_wait = None, 0.0
+            self._waits.stop_probing()
         self.counts["replays_asked"] += 1
         self._out.append(RequestReplay(start))
 
@@ -876,7 +832,7 @@ class WorkerStream:
     def _later(self, replay: Question, now: float) -> None:
         self._stop_replay()
         self._retry = replay
-        self._retry_at = now + self._spread(self._tries.wait(self.policy))
+        self._retry_at = now + self._waits.spread(self._tries.wait(self.policy))
 
     def _tried(self, limit: int) -> bool:
         """One more try at this place has failed: True when it was the last."""
@@ -914,10 +870,10 @@ class WorkerStream:
                     self._disagree(seq)
                     return
                 elif item.ts is not None:  # or it was damaged on the way
-                    self._doubts(seq)
+                    self._trust.suspect(seq)
             if replay.purpose is Purpose.IDLE:
                 self.counts["tails_recovered"] += 1
-            replay.brought = self._brought = True
+            replay.brought = self._trust.brought = True
             # What was published under this number counts as published only where it is what is applied: an answer that
             # was doubted would otherwise be confirmed by the next one of the same wrong process.
             self._apply(seq, payload, ts, live=item is not None and item.payload == payload)
@@ -926,22 +882,19 @@ class WorkerStream:
     def _end(self, replay: Question, now: float, *, marked: bool = True) -> None:
         """The answer is complete; without its end marker, as far as anybody can tell."""
         self._stop_replay()
-        self._answers, self._unheard = True, False
+        self._trust.answered()
         if marked and not replay.stalled:
             self._patience.calm()
         if replay.purpose is Purpose.AGREE:
             return
-        lacks = marked and not replay.refused and replay.pos < replay.shown and not self._agrees
-        if lacks and (replay.frames or self._brought):
+        lacks = marked and not replay.refused and replay.pos < replay.shown and not self._trust.agrees
+        if lacks and (replay.frames or self._trust.brought):
             # The publisher had what it has published. Its queue may have been full, which the second time tells.
             if replay.frames and not self._tried(self.policy.hole_tries):
                 self._later(replay, now)
             else:
-                self._conflicts += 1
-                self._disown(
-                    f"{self._replay_endpoint} ends before batch {replay.shown}, which {self._endpoint} had published:"
-                    " it is another process's replay endpoint"
-                )
+                self._trust.conflicts += 1
+                self._disown(self._trust.ends_before(replay.shown))
             return
         if not replay.frames and (replay.refused or replay.shown >= 0):
             self._shows_nothing(replay, now)
@@ -963,12 +916,14 @@ class WorkerStream:
             return
         self._verified = True
         if replay.matched or replay.brought:
-            self._doubt = ""
+            self._trust.doubt = ""
         if replay.purpose is Purpose.IDLE:
-            self._tails = self._tails + 1 if replay.brought and self._heard_at <= self._connected_at else 0
+            self._trust.tails = (
+                self._trust.tails + 1 if replay.brought and self._waits.heard_at <= self._connected_at else 0
+            )
         if marked:
             self._open = self._open if short else None
-        elif replay.purpose in (Purpose.START, Purpose.VERIFY) or self._unproven:
+        elif replay.purpose in (Purpose.START, Purpose.VERIFY) or self._losses.unproven:
             self._open = -1
         elif replay.purpose is Purpose.IDLE and replay.brought:
             self._open = self._pending.seen
@@ -988,23 +943,17 @@ class WorkerStream:
         self._started = True
         self._mixed = self._mixed and not marked
         # An answer that matches what came after a guess alone says nothing of what was before.
-        self._unproven = self._guessed > 0
+        self._losses.unproven = self._losses.guessed > 0
         if replay.purpose is Purpose.HEAL:
             self._healed(replay)
         self._look_at_hole(now)
 
     def _shows_nothing(self, replay: Question, now: float) -> None:
         """An answer was complete, and nothing of it could be taken."""
-        if replay.refused:
-            why = self._refusal
-        else:
-            why = (
-                f"{self._replay_endpoint} answers without a batch, though {self._endpoint} has published"
-                f" {replay.shown}: it keeps none, or is another process's"
-            )
-        if not self._doubt:
+        why = self._trust.refusal if replay.refused else self._trust.is_empty(replay.shown)
+        if not self._trust.doubt:
             self._say("replay_useless", why)
-        self._doubt = why
+        self._trust.doubt = why
         if replay.background or self._tried(self.policy.hole_tries):
             self._unanswered(replay, now, final=True)
         else:
@@ -1012,9 +961,9 @@ class WorkerStream:
 
     def _healed(self, replay: Question) -> None:
         """The publisher has shown its history: is it whole?"""
-        if not replay.contiguous or replay.pos < max(self._holes_end, self._guessed) - 1:
-            self._hopeless = True
-        elif self._holes or self._guessed:
+        if not replay.contiguous or replay.pos < max(self._losses.end, self._losses.guessed) - 1:
+            self._losses.hopeless = True
+        elif self._losses.count or self._losses.guessed:
             self.counts["rebuilds"] += 1
             self._say("rebuild", "the publisher still has every batch from 0 on: cleared, building again")
             self._reset("building again from the whole history")
@@ -1056,9 +1005,9 @@ class WorkerStream:
 
     def _silent(self) -> None:
         # Where it never answered the stream is degraded already, and silence tells nothing new.
-        if self._answers and not self._unheard:
-            self._unheard = True
-            self._say("silent", f"{self._replay_endpoint} does not answer, and {self._endpoint} publishes nothing")
+        if self._trust.answers and not self._trust.unheard:
+            self._trust.unheard = True
+            self._say("silent", self._trust.silence())
 
     def _endless(self, why: str, now: float) -> None:
         self.counts["endless_replays"] += 1
@@ -1094,7 +1043,7 @@ class WorkerStream:
                         self._hold(seq, item.payload, item.ts)
                 self._pending.seen = max(self._pending.seen, seen)  # what did not fit is missing all the same
             else:
-                self._unproven = self._unproven or replay.purpose in (Purpose.START, Purpose.VERIFY)
+                self._losses.unproven = self._losses.unproven or replay.purpose in (Purpose.START, Purpose.VERIFY)
                 if self._hole_at is not None and not self._missing():
                     # Only a replay has shown that there is more, and it can not be had any more.
                     self._accept(replay.pos + 1, "no replay brings them")
@@ -1105,91 +1054,88 @@ class WorkerStream:
     # ---------------------------------------------------------------------------------------------------------- waits
 
     def _plan_heal(self, now: float) -> None:
-        asks = self._trusts or (
-            self._has_replay
-            and self._conflicts <= self.policy.max_conflicts
+        asks = self._trust.asks or (
+            self._trust.has
+            and self._trust.conflicts <= self.policy.max_conflicts
             and self._history.came_live(self._history.next - 1)
         )
-        if asks and self._heal_at is None:
-            self._heal_at = now + self._spread(self._heal_wait)
-            self._heal_wait = min(self._heal_wait * 2.0, self.policy.heal[1])
+        if asks:
+            self._waits.plan_heal(now)
 
     def _plan_probe(self, now: float) -> None:
-        """Keep a silent stream asking whether it has missed the end: soon at first, then ever more rarely."""
-        if self._probe_at is None and self._trusts and self._verified and self._started and not self.replaying:
-            first, longest = self.policy.idle_probe
-            self._probe_wait = min(longest, self._probe_wait * 2.0) if self._probe_wait else first
-            self._probe_at = now + self._spread(self._probe_wait)
-        if self._probe_at is not None and self._is_unconfirmed() and self._shown() >= 0:
-            self._probe_at, self._probe_wait = now, 0.0  # the silence behind it is waited for as ever
-
-    def _is_unconfirmed(self) -> bool:
-        """Whether nothing shows yet that what came live continues what replays have brought: the number alone may be
-        chance, and the next batch is asked for at once."""
-        return self._unconfirmed and self._brought and not self._agrees
-
-    def _spread(self, wait: float) -> float:
-        return wait * (1.0 + self.policy.jitter * self._uniform())
+        """Keep a silent stream asking whether it has missed the end."""
+        idle = self._trust.asks and self._verified and self._started and not self.replaying
+        if idle and self._waits.probe_at is None:
+            self._waits.plan_probe(now)
+        if self._waits.probe_at is not None and self._trust.is_unconfirmed and self._shown() >= 0:
+            self._waits.probe_at_once(now)
 
     # -------------------------------------------------------------------------------------------------------- verdict
 
-    def _judgement(self) -> tuple[Verdict, str]:
+    def _judgement(self) -> Mark:
+        """What answers of this worker are worth at this moment: the first objection counts."""
+        if stale := self._unknown():
+            return Mark("stale", stale)
+        if degraded := self._objection():
+            return Mark("degraded", degraded)
+        if not self._trust.has:
+            return Mark("exact", "without a replay endpoint the loss of the last batches can not be noticed")
+        return Mark("exact", "")
+
+    def _unknown(self) -> str:
+        """Why it is not known at this moment whether everything is applied, or nothing."""
         if not self.is_connected:
-            return "stale", self._why_lost
+            return self._why_lost
         if self._behind:
-            return "stale", "it sends more than its limit allows"
+            return "it sends more than its limit allows"
         if not self._verified:
             asking = "asking" if self.replaying else "nothing has shown yet"
-            return "stale", f"{asking} whether this is still the process it was"
+            return f"{asking} whether this is still the process it was"
         if not self._started:
-            return "stale", self._waits_for_replay()
+            return self._waits_for_replay()
         if self._missing() or self._hole_at is not None:
-            return "stale", f"batch {self._history.next} is missing"
-        if self._unheard:
-            return "stale", f"{self._replay_endpoint} does not answer, and {self._endpoint} publishes nothing"
-        if worst := self._foreign or self._blame or self._doubt:
-            return "degraded", worst
-        if self._tails > 1:
-            silent = f"{self._endpoint} publishes nothing of what {self._replay_endpoint} gives"
-            return "degraded", f"{silent}: its topic is another one, or it is another process"
-        if self._holes:
-            return "degraded", f"{self._holes} hole(s) in the stream had to be accepted"
-        if self._unproven:
-            return "degraded", "no replay has shown what was before"
-        if self._open is not None:
-            return "degraded", f"a replay stopped without its end marker, there may be more than {self.last_seq}"
-        if not self._has_replay:
-            return "exact", "without a replay endpoint the loss of the last batches can not be noticed"
-        return "exact", ""
+            return f"batch {self._history.next} is missing"
+        return self._trust.silence() if self._trust.unheard else ""
+
+    def _objection(self) -> str:
+        """Why what is applied may be wrong, or nothing."""
+        trust = self._trust
+        return (
+            trust.foreign or self._blame or trust.doubt or trust.complaint() or self._losses.complaint()
+            or self._cut_short()
+        )  # fmt: skip
+
+    def _cut_short(self) -> str:
+        if self._open is None:
+            return ""
+        return f"a replay stopped without its end marker, there may be more than {self.last_seq}"
 
     def _waits_for_replay(self) -> str:
         if self._replay is not None and self._replay.waits:
-            return f"replaying: {self._replay_endpoint} has the request and has not begun to answer"
+            return f"replaying: {self._trust.replay_endpoint} has the request and has not begun to answer"
         return "replaying"
 
-    def _mark(self, verdict: Verdict, reason: str) -> None:
-        self.verdict, self.reason = verdict, reason
-        if verdict != self._marked:
-            self._marked = verdict
-            self._out.append(Mark(verdict, reason))
+    def _mark(self, mark: Mark) -> None:
+        self.state = mark
+        if mark.verdict != self._marked:
+            self._marked = mark.verdict
+            self._out.append(mark)
 
     def _say(self, kind: str, detail: str) -> None:
         self._out.append(Incident(kind, detail))
 
     def _settle(self, now: float) -> list[Action]:
-        if self._contradiction is not None:
-            self._disagree(self._contradiction)
+        if self._trust.contradiction is not None:
+            self._disagree(self._trust.contradiction)
         if self.is_connected:
             self._plan_probe(now)
             # That a history can not be had any more is no reason not to ask who is there.
-            wanting = (self._holes or self._unproven) and not self._hopeless
-            if (wanting or not self._verified or not self._trusts) and not self.replaying:
+            if (self._losses.can_heal or not self._verified or not self._trust.asks) and not self.replaying:
                 self._plan_heal(now)
-        self._mark(*self._judgement())
+        self._mark(self._judgement())
         whole = self._hole_at is None and not self._missing()
         well = self._known and self._verified and self._started and self._open is None
-        heard = self._probe_wait <= self.policy.idle_probe[0] and not self._unheard and not self._tails
-        heard = heard and not self._is_unconfirmed()
+        heard = self._waits.probe_wait <= self.policy.idle_probe[0] and self._trust.is_heard
         self._steady = self.is_connected and well and whole and heard
         out, self._out = self._out, []
         return out

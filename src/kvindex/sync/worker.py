@@ -31,14 +31,17 @@ from .actions import (
 )
 from .allowance import PAUSE, Allowance
 from .frames import END, FrameFault, batch_events, parse_live, parse_replay, parse_topic, same_model
+from .loop import StreamLoop
 from .policy import Policy
 from .ranks import Ranks
-from .sockets import BUDGET, OUTDATED, Loop, Replay, SocketOptions, Subscription
+from .resolver import Then
+from .sockets import BUDGET, OUTDATED, Replay, SocketOptions, Subscription
 from .source import Endpoints, Engine, PodSource, Presence
 from .status import WORST_FIRST, Batch, Forgotten, IndexChange, Marked, StateChange, WorkerStatus
 from .stream import WorkerStream
+from .turns import Turns
 
-__all__ = ["Host", "Index", "Setting", "Worker"]
+__all__ = ["Index", "Setting", "Worker"]
 
 log = logging.getLogger("kvindex.sync")
 
@@ -80,27 +83,6 @@ class Index(Protocol):
     def stream_places(self, pod: str) -> dict[int, StreamPlace]: ...
 
 
-class Host(Loop, Protocol):
-    """What a worker needs of the loop that drives it: see :class:`StreamLoop`."""
-
-    @property
-    def context(self) -> zmq.Context[Any]: ...
-
-    def within(self, command: Callable[[], None]) -> None: ...
-
-    def resolve(self, endpoint: str, then: Callable[[str | None, str], None]) -> None: ...
-
-    def again(self, handler: Any) -> None: ...
-
-    def wake_at(self, due: float, worker: Worker) -> None: ...
-
-    def look_at(self, worker: Worker) -> None: ...
-
-    def admit(self, worker: Worker, start: int) -> bool: ...
-
-    def leave(self, worker: Worker) -> None: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Setting:
     """What all workers of a manager share."""
@@ -114,6 +96,10 @@ class Setting:
     """Told of every change of a worker's state."""
     need: Callable[[], str]
     """How many descriptors the manager needs, and how many there may be, for people."""
+    resolve: Callable[[str, Then], None]
+    """Looks the host of an endpoint up."""
+    turns: Turns
+    """For replays."""
 
     def show(self, item: IndexChange) -> None:
         for tap in list(self.taps):
@@ -141,7 +127,7 @@ class Worker:
 
     __slots__ = (
         "_allowance", "_asking", "_backlog", "_backlog_bytes", "_blamed", "_curve", "_first_topic", "_heard",
-        "_heard_at", "_host", "_looking_up", "_overlooked", "_resume_at", "_setting", "_unbeaten", "_uncleared", "at",
+        "_heard_at", "_looking_up", "_loop", "_overlooked", "_resume_at", "_setting", "_unbeaten", "_uncleared", "at",
         "attempt", "connection", "due", "errors", "events", "explained", "gone", "lag", "last_seq", "model",
         "opened_at", "pod", "question", "rank", "ranks", "reconnect_at", "removed", "replay", "replay_topic",
         "rival", "seen_topic", "source", "state", "stored", "stream", "subscription", "tokens", "tokens_at",
@@ -149,10 +135,10 @@ class Worker:
     )  # fmt: skip
 
     def __init__(
-        self, host: Host, setting: Setting, source: PodSource, rank: int, at: Endpoints, place: StreamPlace | None,
-        allowance: Allowance | None = None,
+        self, loop: StreamLoop, setting: Setting, source: PodSource, rank: int, at: Endpoints,
+        place: StreamPlace | None, allowance: Allowance | None = None,
     ) -> None:  # fmt: skip
-        self._host = host
+        self._loop = loop
         self._setting = setting
         self.pod = source.name
         self.rank = rank
@@ -245,15 +231,15 @@ class Worker:
         attempt = self.attempt
         assert self.at.endpoint is not None
         self._looking_up = True
-        self._host.resolve(
+        self._setting.resolve(
             self.at.endpoint,
-            lambda endpoint, error: self._host.within(partial(self._subscribe, attempt, endpoint, error)),
+            lambda endpoint, error: self._loop.within(partial(self._subscribe, attempt, endpoint, error)),
         )
 
     def _subscribe(self, attempt: int, endpoint: str | None, error: str) -> None:
         if self.gone or self.attempt != attempt:
             return
-        now = self._host.clock()
+        now = self._loop.clock()
         self._looking_up = False
         if endpoint is None:
             self._lost(attempt, now, error)
@@ -263,7 +249,7 @@ class Worker:
         self.schedule()
         try:
             self.subscription = Subscription(
-                self._host, self._host.context, self._setting.options, endpoint, self.topic or b"",
+                self._loop, self._loop.context, self._setting.options, endpoint, self.topic or b"",
                 made=partial(self._made, attempt),
                 lost=partial(self._lost, attempt),
                 message=self._live,
@@ -325,6 +311,17 @@ class Worker:
             " (EventManager(heartbeat=0))"
         )
 
+    def _on_time(self, now: float) -> None:
+        if self.gone or self.due is None or self.due > now:
+            return
+        self.due = None
+        try:
+            self.tick(now)
+        except Exception:
+            log.exception("%s: its time could not be kept; trying again", self.who)
+            self.reconnect_at = now + 1.0
+            self.schedule()
+
     def tick(self, now: float) -> None:
         """Do what is due."""
         if self.reconnect_at is not None and now >= self.reconnect_at:
@@ -337,7 +334,7 @@ class Worker:
             self._resume_at = None
             for sock in (self.subscription, self.replay):
                 if sock is not None:
-                    self._host.again(sock)
+                    self._loop.again(sock)
             if self.at.endpoint is None:
                 self._work_off(now)
         self._carry(self.stream.tick(now), now)
@@ -356,7 +353,7 @@ class Worker:
             self.due = None
         elif self.due is None or due < self.due:  # one that comes too early finds nothing to do, and is set anew
             self.due = due
-            self._host.wake_at(due, self)
+            self._loop.call_at(due, self._on_time)
 
     # -------------------------------------------------------------------------------------------------- messages
 
@@ -545,7 +542,7 @@ class Worker:
                     self._end_replay()
                     self.ask(start)
                 case AwaitReplay():
-                    self._host.leave(self)  # it costs nothing while it waits
+                    self._setting.turns.leave(self)  # it costs nothing while it waits
                 case CancelReplay():
                     self._end_replay()
                 case Clear():
@@ -662,7 +659,7 @@ class Worker:
             self._skipped(report, payload, now)
 
     def _skipped(self, report: Any, payload: bytes, now: float) -> None:
-        self._host.look_at(self)
+        self._loop.call_soon(self.compare_state)
         for reason, count in report.reasons.items():
             self.errors[reason] += count
             if reason not in self.explained and reason not in ("unknown_hash", "ignored_medium"):
@@ -694,26 +691,28 @@ class Worker:
 
     def ask(self, start: int) -> None:
         """Ask for a replay, now or when it is this worker's turn."""
-        if self.gone or self.at.replay_endpoint is None or not self._host.admit(self, start):
+        if self.gone or self.at.replay_endpoint is None:
+            return
+        if not self._setting.turns.take(self, partial(self.ask, start)):
             return
         self._asking = True
         self.question += 1
         question = self.question
 
-        self._host.resolve(
+        self._setting.resolve(
             self.at.replay_endpoint,
-            lambda endpoint, error: self._host.within(partial(self._send, question, start, endpoint, error)),
+            lambda endpoint, error: self._loop.within(partial(self._send, question, start, endpoint, error)),
         )
 
     def _send(self, question: int, start: int, endpoint: str | None, error: str) -> None:
         if self.gone or not self._asking or self.replay is not None or question != self.question:
             return
-        now = self._host.clock()
+        now = self._loop.clock()
         if endpoint is not None:
             try:
                 self.replay = Replay(
-                    self._host,
-                    self._host.context,
+                    self._loop,
+                    self._loop.context,
                     self._setting.options,
                     endpoint,
                     start,
@@ -746,7 +745,7 @@ class Worker:
         if self.replay is not None:
             self.replay.close()
             self.replay = None
-        self._host.leave(self)
+        self._setting.turns.leave(self)
 
     # --------------------------------------------------------------------------------------- what others get to know
 
@@ -767,8 +766,8 @@ class Worker:
         """The manager ends, by a close or because its thread has failed: close, and tell that nothing is known any
         more."""
         self.close()
-        self.verdict = self.stream.verdict = "stale"
-        self.stream.reason = reason
+        self.verdict = "stale"
+        self.stream.abandon(reason)
         try:
             for rank in self.speaks_for:
                 if self._setting.taps:

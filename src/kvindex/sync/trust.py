@@ -1,0 +1,117 @@
+"""What a publisher's replay endpoint has shown of itself: whether it is the publisher's at all."""
+
+from __future__ import annotations
+
+__all__ = ["Trust"]
+
+
+class Trust:
+    """What answers are worth. ``endpoint`` and ``replay_endpoint`` are the addresses that complaints name; ``has`` says
+    whether there is one. Every call is O(1)."""
+
+    __slots__ = (
+        "agrees", "answers", "asks", "brought", "conflicts", "contradiction", "doubt", "endpoint", "foreign", "has",
+        "refusal", "replay_endpoint", "tails", "unconfirmed", "unheard",
+    )  # fmt: skip
+
+    def __init__(self, has: bool, endpoint: str, replay_endpoint: str) -> None:
+        self.has = has
+        self.endpoint = endpoint
+        self.replay_endpoint = replay_endpoint
+        self.foreign = ""
+        """Why it is another process's, until they agree."""
+        self.refusal = ""
+        """Why the last reply was refused."""
+        self.contradiction: int | None = None
+        """A live batch that was another one in an answer."""
+        self.connected()
+
+    def connected(self) -> None:
+        """A connection stands. Whose the endpoint was found to be stays so until it agrees."""
+        self.asks = self.has
+        """Its answers are taken for the publisher's."""
+        self.conflicts = 0
+        self.agrees = False
+        """A batch came over this connection and in an answer, with the same bytes."""
+        self.brought = False
+        """Something is applied that only an answer has shown."""
+        self.answers = False
+        """It has answered since the connection stands."""
+        self.unheard = False
+        """The publisher is silent, and so is the replay endpoint."""
+        self.unconfirmed = True
+        """Since the last connection nothing was asked for behind a live batch."""
+        self.tails = 0
+        """Answers in a row that brought batches while none came live."""
+        self.doubt = ""
+        """Why its last answer shows nothing."""
+
+    def forget(self) -> None:
+        """Nothing that it has brought is applied any more."""
+        self.agrees = self.brought = False
+        self.contradiction = None
+        self.tails = 0
+
+    @property
+    def is_unconfirmed(self) -> bool:
+        """Whether nothing shows yet that what came live continues what answers have brought: the number alone may be
+        chance, and the next batch is asked for at once."""
+        return self.unconfirmed and self.brought and not self.agrees
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether the publisher is, or may be: nothing speaks against the next live batch."""
+        return not self.unheard and not self.tails and not self.is_unconfirmed
+
+    def answered(self) -> None:
+        """Something has come of it."""
+        self.answers, self.unheard = True, False
+
+    def suspect(self, seq: int) -> None:
+        """One connection leads to one process, and it has published another batch than an answer has: the publisher has
+        restarted behind something between, or the answer is another process's."""
+        self.unconfirmed = True  # the next live batch is asked for, however busy the stream is
+        self.foreign = (
+            f"{self.replay_endpoint} does not give batch {seq} as {self.endpoint} published it: the next one shows"
+            " whether the engine has restarted or that is another process's replay endpoint"
+        )
+
+    def differs(self, seq: int) -> str:
+        """The reason where an answer has another batch than was published."""
+        return (
+            f"{self.replay_endpoint} gives another batch {seq} than {self.endpoint} publishes: it is another"
+            " process's replay endpoint"
+        )
+
+    def ends_before(self, shown: int) -> str:
+        """The reason where an answer does not have what was published."""
+        return (
+            f"{self.replay_endpoint} ends before batch {shown}, which {self.endpoint} had published: it is another"
+            " process's replay endpoint"
+        )
+
+    def is_empty(self, shown: int) -> str:
+        """The reason where an answer has nothing, though something was published."""
+        return (
+            f"{self.replay_endpoint} answers without a batch, though {self.endpoint} has published {shown}: it keeps"
+            " none, or is another process's"
+        )
+
+    def changes(self) -> str:
+        """The reason where answers claim one restart after the other."""
+        return f"{self.replay_endpoint} gives batches of more than one process: it is not asked any more"
+
+    def fits(self) -> str:
+        """For people, when it is known whose it is."""
+        return f"{self.replay_endpoint} gives what {self.endpoint} publishes"
+
+    def silence(self) -> str:
+        """The reason where neither answers nor batches come."""
+        return f"{self.replay_endpoint} does not answer, and {self.endpoint} publishes nothing"
+
+    def complaint(self) -> str:
+        """Why batches and answers seem to be of different processes though none contradicts another, or nothing."""
+        if self.tails <= 1:
+            return ""
+        silent = f"{self.endpoint} publishes nothing of what {self.replay_endpoint} gives"
+        return f"{silent}: its topic is another one, or it is another process"

@@ -1,0 +1,61 @@
+"""When a stream asks by itself: in silence whether it has missed the end, and after losses for the whole history."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .policy import Policy
+
+__all__ = ["Waits"]
+
+
+class Waits:
+    """Two times that are planned, with growing waits between them. ``uniform`` gives numbers in [0, 1), which jitter is
+    made of. Times are seconds of any steady clock. Every call is O(1)."""
+
+    __slots__ = ("_policy", "_uniform", "heal_at", "heal_wait", "heard_at", "held_up_until", "probe_at", "probe_wait")
+
+    def __init__(self, policy: Policy, uniform: Callable[[], float]) -> None:
+        self._policy = policy
+        self._uniform = uniform
+        self.heard_at = 0.0
+        """When the last message came, or may have come."""
+        self.held_up_until = float("-inf")
+        """Nothing is taken before, by our own will."""
+        self.probe_at: float | None = None
+        self.probe_wait = 0.0
+        self.heal_at: float | None = None
+        self.heal_wait = policy.heal[0]
+
+    def spread(self, wait: float) -> float:
+        """A wait with jitter, so that a fleet does not come back in step."""
+        return wait * (1.0 + self._policy.jitter * self._uniform())
+
+    def heard(self, now: float) -> None:
+        """A live batch has come: silence begins anew."""
+        self.heard_at = now
+        if self.probe_wait > self._policy.idle_probe[0]:
+            self.stop_probing()
+
+    def stop_probing(self) -> None:
+        self.probe_at, self.probe_wait = None, 0.0
+
+    def plan_probe(self, now: float) -> None:
+        """Soon at first, then ever more rarely."""
+        first, longest = self._policy.idle_probe
+        self.probe_wait = min(longest, self.probe_wait * 2.0) if self.probe_wait else first
+        self.probe_at = now + self.spread(self.probe_wait)
+
+    def probe_at_once(self, now: float) -> None:
+        """Not for a silence: the one behind it is waited for as ever."""
+        self.probe_at, self.probe_wait = now, 0.0
+
+    def plan_heal(self, now: float) -> None:
+        if self.heal_at is None:
+            self.heal_at = now + self.spread(self.heal_wait)
+            self.heal_wait = min(self.heal_wait * 2.0, self._policy.heal[1])
+
+    def well(self) -> None:
+        """Nothing has to be healed."""
+        self.heal_at = None
+        self.heal_wait = self._policy.heal[0]
