@@ -17,7 +17,7 @@ from typing import Any
 from e2e.fleet import ROOT, at_rest, compare, own_prompts
 from rich.console import Console
 
-from kvindex.sync.policy import Policy
+from kvindex.sync.policy import StreamPolicy
 
 from .experiment import Experiment, ExperimentError, load
 from .faults import Fault, fault_of
@@ -126,7 +126,7 @@ def _run(fault: Fault, where: Path, reports: Path, result: Result, repeats: int,
             if number < repeats and _connections_lost(scene) != lost:
                 # A connection that does not last is tried again later and later. Repetitions stand for themselves, and
                 # not for a pod that is never there for long.
-                time.sleep(Policy().settled)
+                time.sleep(StreamPolicy().settled)
         differences = _rest(scene)
         for name, status in scene.index.status().items():
             counters[name] = dict(status["workers"][0]["counters"])

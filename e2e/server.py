@@ -24,7 +24,7 @@ from kvindex import EventManager, PodSource, PrefixIndex
 from kvindex.sim import PrefixAware, Prompt, wire_form
 from kvindex.sim.control import Control, follow_parent
 from kvindex.sim.process import prompt_map, prompt_of
-from kvindex.sync.policy import Policy
+from kvindex.sync.policy import StreamPolicy
 
 
 class Target:
@@ -54,7 +54,7 @@ class Server:
         policy = {name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(args.policy).items()}
         self.context: zmq.Context[Any] = zmq.Context()
         self.control = Control(self.context, self, args.host)
-        self.manager = EventManager(self.followed(), policy=Policy(**policy), heartbeat=args.heartbeat)
+        self.manager = EventManager(self.followed(), policy=StreamPolicy(**policy), heartbeat=args.heartbeat)
         self.manager.start()
         self.targets: dict[str, Target] = {}
         self.stopping = False

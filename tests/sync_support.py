@@ -34,7 +34,7 @@ from kvindex.sync.actions import (
     Reconnect,
     RequestReplay,
 )
-from kvindex.sync.policy import Policy
+from kvindex.sync.policy import StreamPolicy
 from kvindex.sync.stream import WorkerStream
 
 GARBAGE = b"\xc1 damaged on the way"
@@ -89,7 +89,7 @@ class World:
     """A stream machine, what it is fed and what it did."""
 
     def __init__(
-        self, *, replay: bool = True, policy: Policy | None = None, buffer_steps: int = 10_000, **addresses: str
+        self, *, replay: bool = True, policy: StreamPolicy | None = None, buffer_steps: int = 10_000, **addresses: str
     ) -> None:
         self.now = 1000.0
         self.clock = 1.7e9  # the engines' wall clock
@@ -307,7 +307,7 @@ class Router(World):
         self.do(self.stream.tick(self.now))
 
 
-BRISK = Policy(
+BRISK = StreamPolicy(
     reconnect=(0.05, 0.3),
     replay_timeout=0.4,
     replay_patience=(2.0, 5.0),

@@ -24,7 +24,7 @@ from kvindex.capture import CaptureWriter, Message, Query
 from kvindex.sim import Arrival, Prompt
 from kvindex.sim.control import ToldProcess
 from kvindex.sim.process import SimConfig, SimProcess, prompt_map
-from kvindex.sync.stream import Policy
+from kvindex.sync.policy import StreamPolicy
 
 from .. import fleet
 from ..fleet import BRISK, ROOT, as_asked, at_rest, source, until
@@ -144,7 +144,7 @@ def run(case: Case, pods: Sequence[EngineProcess], requests: int, seed: int, rec
             }  # fmt: skip
             writer = stack.enter_context(CaptureWriter(record / f"{case.sample}.msgpack.gz", header))
             applied = Recorder(index, writer)
-        manager = stack.enter_context(EventManager(applied, policy=Policy(**BRISK)))
+        manager = stack.enter_context(EventManager(applied, policy=StreamPolicy(**BRISK)))
         here: Any = Here(index, manager)
         for pod in pods:
             manager.add_pod(source(pod, **case.source))

@@ -22,7 +22,9 @@ from .events import AllBlocksCleared, BlockRemoved, BlockStored, EventBatch, dec
 from .hashing import local_hashes, prefix_hashes
 from .index import PrefixIndex
 from .sync.manager import EventManager
+from .sync.policy import StreamPolicy
 from .sync.source import PodSource
+from .sync.status import PodStatus, StateChange, WorkerStatus
 from .tokens import tokens_from_bytes, tokens_to_bytes
 
 __version__ = "0.1.0"
@@ -44,14 +46,18 @@ __all__ = [
     "PodMatch",
     "PodSet",
     "PodSource",
+    "PodStatus",
     "PrefixIndex",
     "PrefixMatch",
     "SnapshotError",
+    "StateChange",
     "StreamError",
     "StreamPlace",
+    "StreamPolicy",
     "UnknownPodError",
     "Verdict",
     "WorkerStats",
+    "WorkerStatus",
     "decode_batch",
     "local_hashes",
     "prefix_hashes",

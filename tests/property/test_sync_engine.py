@@ -17,7 +17,7 @@ from kvindex import EventDecodeError, PrefixIndex
 from kvindex.sim.engine import Engine, Prompt
 from kvindex.sim.wire import encode_batch, wire_form
 from kvindex.sync.actions import Action, Clear, Incident, Ingest, Mark
-from kvindex.sync.policy import Policy
+from kvindex.sync.policy import StreamPolicy
 
 SIZE = 4
 FORMS = ["vllm-0.9.0", "vllm-0.22.0", "vllm-0.33.0", "sglang-0.4.7", "sglang-0.5.22"]
@@ -118,7 +118,7 @@ class FaultyStream(RuleBasedStateMachine):
         before=st.integers(0, 4),
     )
     def start(self, form: str, window: bool, replay: bool, buffer_steps: int, confirm: int, before: int) -> None:
-        policy = Policy(replay_confirm=confirm)
+        policy = StreamPolicy(replay_confirm=confirm)
         self.world = EngineWorld(form, window=window, replay=replay, policy=policy, buffer_steps=buffer_steps)
         self.replay = replay
         self.world.flush()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from sync_support import GARBAGE, Process, Router, World, batch
 
-from kvindex.sync.policy import Policy
+from kvindex.sync.policy import StreamPolicy
 
 few = st.integers(1, 4)
 
@@ -32,7 +32,7 @@ class FaultyChannel(RuleBasedStateMachine):
     ) -> None:
         # With nobody to ask, a copy that comes later than the memory reaches can not be told from a restart.
         memory = memory if replay else 1024
-        policy = Policy(memory=memory, max_pending=max_pending, replay_confirm=confirm)
+        policy = StreamPolicy(memory=memory, max_pending=max_pending, replay_confirm=confirm)
         self.world = self.kind(replay=replay, policy=policy, buffer_steps=buffer_steps)
         self.replay = replay
         # Most of what can go wrong goes wrong with a stream that was well.

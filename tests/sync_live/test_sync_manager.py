@@ -22,7 +22,7 @@ from sync_support import BRISK, LivePublisher, listener, nothing_left_behind, un
 
 from kvindex import EventDecodeError, InvalidTypeError, InvalidValueError, PrefixIndex, StreamError, UnknownPodError
 from kvindex.sync.manager import EventManager
-from kvindex.sync.policy import Policy
+from kvindex.sync.policy import StreamPolicy
 from kvindex.sync.source import PodSource
 from kvindex.sync.status import (
     Batch,
@@ -677,7 +677,7 @@ def test_attempts_to_connect_leave_nothing_in_memory(index):
     free = socket.create_server(("127.0.0.1", 0))
     endpoint = f"tcp://127.0.0.1:{free.getsockname()[1]}"
     free.close()
-    with EventManager(index, policy=Policy(reconnect=(0.01, 0.01))) as manager:
+    with EventManager(index, policy=StreamPolicy(reconnect=(0.01, 0.01))) as manager:
         manager.add_pod(PodSource("pod", endpoint=endpoint))
         until(lambda: manager.status()["pod"].workers[0].counters.get("failed_connects", 0) >= 2)
         known = len(zmq.Event._value2member_map_)
@@ -736,7 +736,7 @@ def test_a_publisher_that_comes_up_later_is_found(index, manager):
 
 def test_more_pods_than_replays_at_once_wait_only_for_those_before_them(index):
     """A replay that is over makes room for the next: nothing else does here, for nobody asks again for a minute."""
-    policy = Policy(idle_probe=(60.0, 60.0))
+    policy = StreamPolicy(idle_probe=(60.0, 60.0))
     with ExitStack() as stack:
         manager = stack.enter_context(EventManager(index, policy=policy, max_replays=1))
         pods = [stack.enter_context(LivePublisher(name=f"pod-{number}")) for number in range(4)]

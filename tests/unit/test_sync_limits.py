@@ -21,7 +21,7 @@ from kvindex import InvalidTypeError, InvalidValueError, PodSource, PrefixIndex
 from kvindex.sim.publisher import Publisher
 from kvindex.sync.allowance import PAUSE, Allowance
 from kvindex.sync.frames import batch_events
-from kvindex.sync.policy import Policy
+from kvindex.sync.policy import StreamPolicy
 from kvindex.sync.sockets import SocketOptions
 from kvindex.sync.source import Endpoints
 from kvindex.sync.status import Batch, IndexChange
@@ -97,7 +97,7 @@ class Fleet:
         self.applied: list[tuple[float, str, int]] = []
         self.changes: list[tuple[str, str, str]] = []
         self.setting = Setting(
-            self.index, Policy(**policy), self.options,
+            self.index, StreamPolicy(**policy), self.options,
             [self._applied],
             lambda change: self.changes.append((change.pod, change.new, change.reason)),
             lambda: "none",

@@ -8,7 +8,7 @@ import pytest
 from sync_support import GARBAGE, Process, World, batch
 
 from kvindex.sync.actions import Incident
-from kvindex.sync.policy import Policy
+from kvindex.sync.policy import StreamPolicy
 from kvindex.sync.stream import WorkerStream
 
 
@@ -252,7 +252,7 @@ def test_duplicates_are_dropped_and_are_no_restart():
 
 
 def test_what_waits_is_bounded_in_number_and_comes_again_by_replay():
-    world = well(policy=Policy(max_pending=3))
+    world = well(policy=StreamPolicy(max_pending=3))
     world.publish(1)
     world.channel.clear()
     world.publish(10)
@@ -280,7 +280,7 @@ def test_thousands_of_holes_are_given_up_one_by_one_and_nothing_else_is():
 
 
 def test_what_waits_is_bounded_in_bytes():
-    world = well(policy=Policy(max_pending_bytes=100))
+    world = well(policy=StreamPolicy(max_pending_bytes=100))
     world.publish(1)
     world.channel.clear()
     world.publish(10)
@@ -416,7 +416,7 @@ def test_a_replay_that_is_cut_goes_on_where_it_stopped():
 
 
 def test_a_long_answer_is_asked_for_its_end_again():
-    world = World(policy=Policy(replay_confirm=4))
+    world = World(policy=StreamPolicy(replay_confirm=4))
     world.publish(10)
     world.connect()
     world.serve(upto=6)  # the end marker came through a queue that was full a moment before
@@ -431,7 +431,7 @@ def test_a_long_answer_is_asked_for_its_end_again():
 
 
 def test_a_replay_that_repeats_itself_is_given_up():
-    world = World(policy=Policy(replay_surplus=50))
+    world = World(policy=StreamPolicy(replay_surplus=50))
     world.publish(3)
     world.connect()
     first = world.process.buffer[0]
@@ -444,7 +444,7 @@ def test_a_replay_that_repeats_itself_is_given_up():
 
 
 def test_a_replay_that_never_ends_is_bounded_in_time():
-    world = World(policy=Policy(replay_deadline=5.0, replay_surplus=10**9))
+    world = World(policy=StreamPolicy(replay_deadline=5.0, replay_surplus=10**9))
     world.publish(1)
     world.connect()
     first = world.process.buffer[0]
@@ -942,7 +942,7 @@ def test_a_restarted_engine_whose_head_is_gone_does_not_continue_what_was_known(
 
 
 def test_an_old_batch_that_is_newer_than_the_last_one_is_of_another_process():
-    world = well(10, policy=Policy(memory=2))
+    world = well(10, policy=StreamPolicy(memory=2))
     world.restart()
     world.clock += 10.0
     world.publish(10)
@@ -1037,7 +1037,7 @@ def test_without_a_replay_a_jump_ahead_is_a_restart_if_there_was_time_for_it(awa
 def guessed(published: int, memory: int, buffer_steps: int = 10_000) -> World:
     """The engine has restarted, nobody answers replays, and the first batch that is heard of the new process has the
     number that the old one's next would have: it is taken for that."""
-    world = well(published, policy=Policy(memory=memory))
+    world = well(published, policy=StreamPolicy(memory=memory))
     world.buffer_steps = buffer_steps
     world.restart()
     world.connect()
@@ -1077,7 +1077,7 @@ def test_a_guess_that_can_not_be_proved_any_more_stays_one():
 
 @pytest.mark.parametrize("memory", [1, 2, 1024])
 def test_a_guess_that_was_right_is_found_to_be_so(memory):
-    world = well(4, policy=Policy(memory=memory))
+    world = well(4, policy=StreamPolicy(memory=memory))
     world.disconnect()
     world.connect()
     world.publish(2)
@@ -1190,7 +1190,7 @@ def test_a_hole_accepted_while_nobody_answered_is_healed_when_somebody_does():
 def test_what_was_given_up_last_is_newer_than_what_is_applied_and_no_restart(memory, lost):
     """Of batches that did not fit among those that wait only the numbers are known, and they are given up when nobody
     answers. When somebody does they are newer than the last batch that is applied, which no other process has made."""
-    world = well(policy=Policy(memory=memory, max_pending=2))
+    world = well(policy=StreamPolicy(memory=memory, max_pending=2))
     for _ in range(5):
         world.publish(1)
         world.channel.clear()
@@ -1209,7 +1209,7 @@ def test_what_was_given_up_last_is_newer_than_what_is_applied_and_no_restart(mem
 def test_a_stream_that_remembers_only_losses_still_knows_its_process(memory):
     """More is given up than the memory holds, again and again, and each time an old copy makes it ask who is there: the
     answer shows the last batch that was applied, which is all that can be asked of it."""
-    world = well(policy=Policy(memory=memory, max_pending=2))
+    world = well(policy=StreamPolicy(memory=memory, max_pending=2))
     for _ in range(6):
         world.publish(1)
         world.channel.clear()
@@ -1230,7 +1230,7 @@ def test_a_stream_that_remembers_only_losses_still_knows_its_process(memory):
 
 
 def test_another_process_is_found_out_behind_losses_too():
-    world = well(policy=Policy(memory=2, max_pending=2))
+    world = well(policy=StreamPolicy(memory=2, max_pending=2))
     world.publish(1)
     world.deliver()
     world.wait(1.0)  # the replay endpoint has shown that it is the publisher's

@@ -20,7 +20,7 @@ from kvindex.sim.publisher import Publisher, topic_in_replay
 from kvindex.sync.actions import Clear, Ingest, RequestReplay
 from kvindex.sync.frames import END, FrameFault, batch_rank, batch_time, parse_live, parse_replay, parse_topic
 from kvindex.sync.manager import EventManager
-from kvindex.sync.policy import Policy
+from kvindex.sync.policy import StreamPolicy
 from kvindex.sync.source import PodSource
 from kvindex.sync.stream import WorkerStream
 
@@ -229,7 +229,7 @@ def test_the_whole_recording_over_sockets(recorded):
     try:
         for message in live(recorded):
             publisher.publish(message.payload)
-        with EventManager(index, policy=Policy(reconnect=(0.05, 0.2), idle_probe=(0.2, 1.0))) as manager:
+        with EventManager(index, policy=StreamPolicy(reconnect=(0.05, 0.2), idle_probe=(0.2, 1.0))) as manager:
             ranks = {rank: (publisher.endpoint, publisher.replay_endpoint)}
             manager.add_pod(PodSource("pod", ranks=ranks, model="m", topic="kv@10.0.0.1@m"))
             serve_until(publisher, lambda: manager.is_current())

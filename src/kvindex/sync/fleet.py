@@ -16,7 +16,7 @@ from ..errors import InvalidTypeError, InvalidValueError, StreamError, UnknownPo
 from .addresses import same_endpoint
 from .allowance import Allowance
 from .loop import StreamLoop
-from .policy import Policy
+from .policy import StreamPolicy
 from .resolver import Resolver
 from .sockets import SocketOptions
 from .source import Endpoints, PodSource
@@ -58,7 +58,7 @@ class Fleet:
     thread; :attr:`pods` may be read from any. All methods but :meth:`unknown` belong to the loop's thread."""
 
     def __init__(
-        self, index: Index, policy: Policy | None, options: SocketOptions, max_replays: int,
+        self, index: Index, policy: StreamPolicy | None, options: SocketOptions, max_replays: int,
         context: zmq.Context[Any] | None,
     ) -> None:  # fmt: skip
         self.index = index
@@ -76,7 +76,7 @@ class Fleet:
         self.accepts = self.accepts_keys = False
         """Whether anything is bound that pods may connect to, and whether with keys."""
         self._endpoints: dict[str, str] = {}  # where followed pods publish and answer replays
-        self._burst = (policy or Policy()).burst
+        self._burst = (policy or StreamPolicy()).burst
         self._turns = Turns(max_replays)
         self._resolver = Resolver()
         self._setting = Setting(

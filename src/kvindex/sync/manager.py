@@ -15,7 +15,7 @@ from ..errors import InvalidValueError, StreamError
 from .addresses import bind_endpoint
 from .bound import BoundEndpoints
 from .fleet import Fleet, FollowedPod
-from .policy import Policy
+from .policy import StreamPolicy
 from .sockets import SocketOptions
 from .source import Engine, PodSource, Presence, check_pair, is_key
 from .status import IndexChange, PodsChange, PodStatus, StateChange, WorkerStatus, pod_status
@@ -43,9 +43,9 @@ class EventManager:
     One thread owns all sockets of all pods. ``index`` is a :class:`PrefixIndex`; every answer it gives says how far
     each pod's stream can be trusted at that moment.
 
-    ``policy`` has the times and bounds of a stream (:class:`Policy`). ``heartbeat`` is how often, in seconds, a silent
-    peer is asked whether it lives; one that is silent for two and a half of them after that counts as lost (0: never
-    asked).
+    ``policy`` has the times and bounds of a stream (:class:`StreamPolicy`). ``heartbeat`` is how often, in seconds, a
+    silent peer is asked whether it lives; one that is silent for two and a half of them after that counts as lost (0:
+    never asked).
     ``connect_timeout`` is for making a connection, in seconds. ``queue`` messages may wait at a socket: what a
     publisher sends beyond that it drops, which is a gap here. Messages beyond ``max_message`` bytes are refused. At
     most ``max_replays`` replays run at once. ``context`` is a ``zmq.Context`` to use instead of an own one.
@@ -55,7 +55,7 @@ class EventManager:
     """
 
     def __init__(
-        self, index: Index, *, policy: Policy | None = None, heartbeat: float = 0.5, connect_timeout: float = 3.0,
+        self, index: Index, *, policy: StreamPolicy | None = None, heartbeat: float = 0.5, connect_timeout: float = 3.0,
         queue: int = 2000, max_message: int = 32 << 20, max_replays: int = 16, context: zmq.Context[Any] | None = None,
     ) -> None:  # fmt: skip
         options = SocketOptions(

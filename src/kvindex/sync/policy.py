@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Policy"]
+__all__ = ["StreamPolicy"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
+class StreamPolicy:
     """Times in seconds, and bounds. The defaults are for engines in one data centre."""
 
     replay_timeout: float = 2.0

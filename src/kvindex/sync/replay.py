@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from .policy import Policy
+from .policy import StreamPolicy
 
 __all__ = ["Patience", "Purpose", "Question", "Tries"]
 
@@ -59,7 +59,7 @@ class Question:
         """Whether live batches are applied meanwhile."""
         return self.purpose in (Purpose.IDLE, Purpose.HEAL, Purpose.AGREE)
 
-    def sent(self, now: float, policy: Policy) -> None:
+    def sent(self, now: float, policy: StreamPolicy) -> None:
         self.sent_at = now
         self.deadline = now + policy.replay_timeout
 
@@ -71,7 +71,7 @@ class Question:
             self.bound += seconds
         self.expires += seconds
 
-    def heard(self, now: float, pause: float, policy: Policy) -> None:
+    def heard(self, now: float, pause: float, policy: StreamPolicy) -> None:
         """A reply has come."""
         self.deadline = now + pause
         if self.bound is None:
@@ -88,7 +88,7 @@ class Patience:
 
     __slots__ = ("_policy", "late", "pause")
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: StreamPolicy) -> None:
         self._policy = policy
         self.calm()
 
@@ -128,7 +128,7 @@ class Tries:
         self._at = -1
         return True
 
-    def wait(self, policy: Policy) -> float:
+    def wait(self, policy: StreamPolicy) -> float:
         """How long to wait for the next."""
         first, longest = policy.replay_retry
         return min(longest, first * 4.0 ** min(max(self.count - 1, 0), 20))

@@ -93,7 +93,7 @@ class PodSource:
     max_event_rate: float | None = None
     """Events a second that are taken from the pod, over all ranks, live or replayed; every message counts as one at
     least. What comes faster waits where it is, the pod is stale as long, and what no queue on the way keeps is a gap
-    that a replay fills. :attr:`Policy.burst` seconds of it are saved up. None is no limit."""
+    that a replay fills. :attr:`StreamPolicy.burst` seconds of it are saved up. None is no limit."""
     max_byte_rate: float | None = None
     """The same for the bytes of its messages."""
     server_key: str | None = None

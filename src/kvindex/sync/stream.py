@@ -49,7 +49,7 @@ from .frames import batch_time
 from .history import LOST, History, fingerprint
 from .losses import Losses
 from .pending import Pending
-from .policy import Policy
+from .policy import StreamPolicy
 from .replay import Patience, Purpose, Question, Tries
 from .trust import Trust
 from .waits import Waits
@@ -83,13 +83,13 @@ class WorkerStream:
         self,
         *,
         replay: bool,
-        policy: Policy | None = None,
+        policy: StreamPolicy | None = None,
         uniform: Callable[[], float] = random.random,
         place: StreamPlace | None = None,
         endpoint: str = "its endpoint",
         replay_endpoint: str = "its replay endpoint",
     ) -> None:
-        self.policy = policy or Policy()
+        self.policy = policy or StreamPolicy()
         self.counts: Counter[str] = Counter()
         self.is_connected = False
         self.state = Mark("stale", "not connected yet")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .policy import Policy
+from .policy import StreamPolicy
 
 __all__ = ["Waits"]
 
@@ -15,7 +15,7 @@ class Waits:
 
     __slots__ = ("_policy", "_uniform", "heal_at", "heal_wait", "heard_at", "held_up_until", "probe_at", "probe_wait")
 
-    def __init__(self, policy: Policy, uniform: Callable[[], float]) -> None:
+    def __init__(self, policy: StreamPolicy, uniform: Callable[[], float]) -> None:
         self._policy = policy
         self._uniform = uniform
         self.heard_at = 0.0

@@ -32,7 +32,7 @@ from .actions import (
 from .allowance import PAUSE, Allowance
 from .frames import END, FrameFault, batch_events, parse_live, parse_replay, parse_topic, same_model
 from .loop import StreamLoop
-from .policy import Policy
+from .policy import StreamPolicy
 from .ranks import Ranks
 from .resolver import Then
 from .sockets import BUDGET, OUTDATED, Replay, SocketOptions, Subscription
@@ -88,7 +88,7 @@ class Setting:
     """What all workers of a manager share."""
 
     index: Index
-    policy: Policy | None
+    policy: StreamPolicy | None
     options: SocketOptions
     taps: list[Callable[[IndexChange], None]]
     """Shown every change of the index before the index gets it; the list may change."""
