@@ -1,16 +1,16 @@
-"""The live streams for programs that live in an event loop: :class:`EventManager` with ``await``.
+"""The live streams for programs that live in an event loop: :class:`AsyncEventManager`.
 
 The streams are those of :class:`kvindex.EventManager`, in its one thread: nothing here decides anything about them, and
 no method holds up the event loop. Asking the index takes microseconds and needs no ``await``::
 
     import asyncio
     from kvindex import PodSource, PrefixIndex
-    from kvindex.aio import EventManager
+    from kvindex.aio import AsyncEventManager
 
     index = PrefixIndex(block_size=16)
 
     async def best_pod(tokens):
-        async with EventManager(index) as manager:
+        async with AsyncEventManager(index) as manager:
             await manager.add_pod(PodSource("a", endpoint="tcp://10.0.0.1:5557", replay_endpoint="tcp://10.0.0.1:5558"))
             await manager.wait_until_current(timeout=1.0)
             return index.match_prefix(tokens, only_exact=True).best()
@@ -28,16 +28,16 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Self, TypeVar
 
-from .sync import manager as sync
+from .sync.manager import EventManager, Index
 from .sync.source import PodSource
 from .sync.status import PodStatus, StateChange
 
-__all__ = ["Changes", "EventManager"]
+__all__ = ["AsyncEventManager", "Changes"]
 
 T = TypeVar("T")
 
 
-class EventManager:
+class AsyncEventManager:
     """:class:`kvindex.EventManager` for asyncio: the same arguments, behaviour and errors.
 
     To be awaited: ``close``, ``add_pod``, ``remove_pod``, ``bind``, ``wait_until_current``,
@@ -48,11 +48,11 @@ class EventManager:
     while it waits has either taken effect or never will.
     """
 
-    def __init__(self, index: sync.Index, **options: Any) -> None:
-        self._manager = sync.EventManager(index, **options)
+    def __init__(self, index: Index, **options: Any) -> None:
+        self._manager = EventManager(index, **options)
 
     @property
-    def manager(self) -> sync.EventManager:
+    def manager(self) -> EventManager:
         """The manager underneath, for what takes one: discovery, or threads beside the event loop."""
         return self._manager
 
@@ -153,7 +153,7 @@ class Changes:
     Listens from the moment it is made until it is closed, forgotten, or the manager is closed.
     """
 
-    def __init__(self, manager: sync.EventManager, limit: int) -> None:
+    def __init__(self, manager: EventManager, limit: int) -> None:
         self.dropped = 0
         """Changes that nobody took in time."""
         self._manager = manager

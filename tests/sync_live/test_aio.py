@@ -14,7 +14,7 @@ import pytest
 from sync_support import BRISK, LivePublisher, nothing_left_behind, until
 
 from kvindex import InvalidTypeError, InvalidValueError, PodSource, PrefixIndex, StreamError, UnknownPodError
-from kvindex.aio import EventManager
+from kvindex.aio import AsyncEventManager
 
 LONG = 20.0
 
@@ -31,7 +31,7 @@ def pod():
 
 
 def manager_of(index):
-    return EventManager(index, policy=BRISK)
+    return AsyncEventManager(index, policy=BRISK)
 
 
 def source(pod, **options):
@@ -319,9 +319,9 @@ def test_a_process_ends_without_a_word_when_the_manager_is_still_open():
     code = """
 import asyncio
 from kvindex import PodSource, PrefixIndex
-from kvindex.aio import EventManager
+from kvindex.aio import AsyncEventManager
 
-manager = EventManager(PrefixIndex())
+manager = AsyncEventManager(PrefixIndex())
 async def main():
     manager.changes()
     await manager.add_pod(PodSource("a", endpoint="tcp://127.0.0.1:1"))

@@ -246,7 +246,7 @@ def test_both_managers_are_followed_and_nothing_else(tmp_path):
     path.write_text(json.dumps([item("a")]))
 
     async def follow():
-        async with aio.EventManager(PrefixIndex(), policy=BRISK) as manager:
+        async with aio.AsyncEventManager(PrefixIndex(), policy=BRISK) as manager:
             with PodFile(manager, path, interval=SOON):
                 return set(manager.status())
 

@@ -2,7 +2,7 @@
 kind of discovery of one's own by :class:`Reconciler`.
 
 Each watches in a thread of its own and adds and removes pods in an :class:`~kvindex.EventManager`, or in a
-:class:`kvindex.aio.EventManager`. Both are context managers; when one is closed, the pods it has added stay.
+:class:`kvindex.aio.AsyncEventManager`. Both are context managers; when one is closed, the pods it has added stay.
 """
 
 from .file import PodFile, read_pods

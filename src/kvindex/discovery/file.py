@@ -106,7 +106,7 @@ class PodFile(Watcher):
     it is for ``settle`` seconds. While the file is missing or broken the pods stay as they are, which is logged once.
     Starting raises as :func:`read_pods` does, so that a mistake in the first version shows at once.
 
-    ``manager`` is a :class:`kvindex.EventManager` or a :class:`kvindex.aio.EventManager`.
+    ``manager`` is a :class:`kvindex.EventManager` or a :class:`kvindex.aio.AsyncEventManager`.
     """
 
     def __init__(

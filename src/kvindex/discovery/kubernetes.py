@@ -71,7 +71,7 @@ class KubernetesPods(Watcher):
     fields of :class:`~kvindex.PodSource` (``dp_size``, ``presence``, …) for all of them. ``api`` is a
     ``kubernetes.client.CoreV1Api`` to use; None takes the account of the pod that this runs in, or else the
     ``kubeconfig`` of whoever runs it. ``manager`` is a :class:`kvindex.EventManager` or a
-    :class:`kvindex.aio.EventManager`.
+    :class:`kvindex.aio.AsyncEventManager`.
 
     Starting lists the pods, and raises :class:`StreamError` when the API server can not be asked. From then on the
     pods stay as they are while it can not, which is logged once. A pod that can not be followed is logged once and

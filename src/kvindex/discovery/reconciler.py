@@ -43,7 +43,7 @@ class Reconciler:
     """Makes a manager follow exactly the pods that it is given, among those that it has added itself.
 
     Pods that somebody else has added are left alone. ``manager`` is a :class:`kvindex.EventManager` or a
-    :class:`kvindex.aio.EventManager`; anything else raises :class:`InvalidTypeError`. Belongs to one thread. For a kind
+    :class:`kvindex.aio.AsyncEventManager`; anything else raises :class:`InvalidTypeError`. Belongs to one thread. For a kind
     of discovery of one's own::
 
         from kvindex import EventManager, PodSource, PrefixIndex
