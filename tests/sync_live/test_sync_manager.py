@@ -1109,6 +1109,47 @@ def test_after_a_close_everything_is_stale_and_nothing_can_be_asked(index, pod):
     assert manager.wait_until_current(0.0) is False
 
 
+def test_a_manager_that_is_left_without_a_close_is_a_warning_and_ends(index, pod):
+    pod.publish(2)
+    with nothing_left_behind():
+        manager = EventManager(index, policy=BRISK)
+        manager.add_pod(source(pod))
+        assert manager.wait_until_exact(20.0) == {}
+        with pytest.warns(ResourceWarning, match=r"unclosed EventManager\(.*, 1 pod\)"):
+            del manager
+        until(lambda: index.pod_state("pod") == "stale")
+
+
+@pytest.mark.parametrize("index", [None, {}, "index", PrefixIndex], ids=["None", "dict", "str", "class"])
+def test_a_manager_refuses_what_is_no_index(index):
+    with pytest.raises(InvalidTypeError, match=f"not {type(index).__name__}"):
+        EventManager(index)
+
+
+def test_two_managers_of_one_index_do_not_follow_the_same_pod(index, manager, pod):
+    pod.publish(2)
+    manager.add_pod(source(pod))
+    assert manager.wait_until_exact(20.0) == {}
+    with EventManager(index, policy=BRISK) as other, EventManager(PrefixIndex(block_size=4), policy=BRISK) as apart:
+        with pytest.raises(StreamError, match="'pod' of this index is followed by another EventManager"):
+            other.add_pod(source(pod))
+        check_equal(index, pod)
+        assert manager.is_exact()
+        apart.add_pod(source(pod))
+        endpoint = other.bind("tcp://127.0.0.1:*")
+        with LivePublisher(endpoint=endpoint, replay_endpoint=None, connect=True) as same:
+            until(lambda: same.publish() or other.faults().get("followed_elsewhere"))
+        assert manager.is_exact()
+        manager.remove_pod("pod")
+        other.add_pod(source(pod))
+        assert other.wait_until_exact(20.0) == {}
+        other.remove_pod("pod")
+        other.close()
+    manager.add_pod(source(pod))
+    assert manager.wait_until_exact(20.0) == {}
+    check_equal(index, pod)
+
+
 def test_closing_a_manager_that_was_never_used(index):
     with nothing_left_behind():
         EventManager(index).close()

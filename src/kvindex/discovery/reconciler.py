@@ -43,8 +43,8 @@ class Reconciler:
     """Makes a manager follow exactly the pods that it is given, among those that it has added itself.
 
     Pods that somebody else has added are left alone. ``manager`` is a :class:`kvindex.EventManager` or a
-    :class:`kvindex.aio.AsyncEventManager`; anything else raises :class:`InvalidTypeError`. Belongs to one thread. For a kind
-    of discovery of one's own::
+    :class:`kvindex.aio.AsyncEventManager`; anything else raises :class:`InvalidTypeError`. Belongs to one thread. For a
+    kind of discovery of one's own::
 
         from kvindex import EventManager, PodSource, PrefixIndex
         from kvindex.discovery import Reconciler

@@ -270,4 +270,8 @@ class _Endpoint:
             self._fault("too_many_pods", f"pod {name!r:.80} would be one more than {self._max_pods}")
             return None
         source = PodSource(name, model=model, topic=topic.decode(), **self._options)
-        return fleet.appear(source, topic, self)
+        try:
+            return fleet.appear(source, topic, self)
+        except StreamError as error:
+            self._fault("followed_elsewhere", str(error))
+            return None

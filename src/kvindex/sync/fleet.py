@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
@@ -38,6 +40,26 @@ _DESCRIPTORS: Final = 4
 
 # Names of removed pods that are kept: what is still on its way must not bring them back.
 _REMEMBERED: Final = 65_536
+
+
+# What a manager calls of its index.
+_CALLS: Final = (
+    "clear_worker", "configure_pod", "ingest", "mark_worker", "remove_pod", "stream_places", "worker_stats",
+)  # fmt: skip
+
+# All of this process: two of one index must not follow the same pod, for each would clear what the other applies.
+_FLEETS: Final[weakref.WeakSet[Fleet]] = weakref.WeakSet()
+_CLAIMING: Final = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_CLAIMING.acquire, after_in_parent=_CLAIMING.release, after_in_child=_CLAIMING.release
+    )  # fmt: skip
+
+
+def check_index(index: object) -> None:
+    """Refuse what is no index."""
+    if isinstance(index, type) or not all(callable(getattr(index, call, None)) for call in _CALLS):
+        raise InvalidTypeError(f"an EventManager keeps a PrefixIndex, not {type(index).__name__}")
 
 
 class FollowedPod:
@@ -85,6 +107,8 @@ class Fleet:
         self.loop = StreamLoop(
             context=context, hurries=self._turns.__bool__, ending=self._end, ended=self.wake_all
         )  # fmt: skip
+        with _CLAIMING:
+            _FLEETS.add(self)
 
     def alive(self) -> None:
         if self.loop.closed:
@@ -185,6 +209,10 @@ class Fleet:
         """Whether no callback has removed it meanwhile."""
         return self.pods.get(pod.source.name) is pod
 
+    def _shares(self, other: Fleet, name: str) -> bool:
+        """Whether another fleet follows this pod in the same index."""
+        return other is not self and other.index is self.index and name in other.pods and not other.loop.over
+
     def employ(self, pod: FollowedPod, rank: int, at: Endpoints) -> Worker:
         worker = Worker(
             self.loop, self._setting, pod.source, rank, at, pod.places.pop(rank, None), pod.allowance
@@ -206,15 +234,20 @@ class Fleet:
             "ignore_media": source.ignore_media,
             "max_blocks": source.max_blocks or 0,
         }
-        self.index.configure_pod(source.name, **options)
         ends = source.workers()
-        pod.places = {
-            rank: place
-            for rank, place in self.index.stream_places(source.name).items()
-            if rank in ends and ends[rank].replay_endpoint is not None and place.model == source.model
-        }
-        # Before any callback: it may remove the pod again.
-        self.pods[source.name] = pod
+        with _CLAIMING:
+            if any(self._shares(other, source.name) for other in _FLEETS):
+                raise StreamError(
+                    f"pod {source.name!r} of this index is followed by another EventManager: remove it there first"
+                )
+            self.index.configure_pod(source.name, **options)
+            pod.places = {
+                rank: place
+                for rank, place in self.index.stream_places(source.name).items()
+                if rank in ends and ends[rank].replay_endpoint is not None and place.model == source.model
+            }
+            # Before any callback: it may remove the pod again.
+            self.pods[source.name] = pod
         for _, endpoint in source.endpoints():
             self._endpoints[same_endpoint(endpoint)] = source.name
         if topic is not None:

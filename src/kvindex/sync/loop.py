@@ -150,6 +150,21 @@ class StreamLoop:
         if not self.is_current:
             thread.join()
 
+    @property
+    def runs(self) -> bool:
+        """Whether its thread is in this process, and nobody has asked it to end."""
+        return self._thread is not None and not self.closed
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing is done in its thread any more, or the thread is not in this process."""
+        return self._stopped or self._elsewhere
+
+    def stop(self) -> None:
+        """Let the thread end, and do not wait for it. Takes no lock, for the garbage collector may call it anywhere."""
+        self._stopping = True
+        self._poke()
+
     def call(self, command: Callable[[], T]) -> T:
         """Do something in the thread and give what came of it."""
         return command() if self.is_current else self.post(command).result()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -14,7 +15,7 @@ import zmq
 from ..errors import InvalidValueError, StreamError
 from .addresses import bind_endpoint
 from .bound import BoundEndpoints
-from .fleet import Fleet, FollowedPod
+from .fleet import Fleet, FollowedPod, check_index
 from .policy import StreamPolicy
 from .sockets import SocketOptions
 from .source import Engine, PodSource, Presence, check_pair, is_key
@@ -51,19 +52,34 @@ class EventManager:
     most ``max_replays`` replays run at once. ``context`` is a ``zmq.Context`` to use instead of an own one.
 
     A context manager: ``close`` ends the thread and leaves no socket behind, and every pod it kept is ``stale`` from
-    then on. All methods may be called from any thread, also from callbacks, and take effect before they return.
+    then on. One that nobody holds any more and that was not closed is a ``ResourceWarning``, and ends as well. All
+    methods may be called from any thread, also from callbacks, and take effect before they return. Raises
+    :class:`InvalidTypeError` for what is no index.
     """
 
     def __init__(
         self, index: Index, *, policy: StreamPolicy | None = None, heartbeat: float = 0.5, connect_timeout: float = 3.0,
         queue: int = 2000, max_message: int = 32 << 20, max_replays: int = 16, context: zmq.Context[Any] | None = None,
     ) -> None:  # fmt: skip
+        check_index(index)
         options = SocketOptions(
             heartbeat=heartbeat, connect_timeout=connect_timeout, queue=queue, max_message=max_message
         )
         self._fleet = Fleet(index, policy, options, max_replays, context)
         self._bound = BoundEndpoints(self._fleet, options)
         self._loop = self._fleet.loop
+
+    def __repr__(self) -> str:
+        count = len(self._fleet.pods)
+        pods = "1 pod" if count == 1 else f"{count:,} pods"
+        return f"EventManager({self._fleet.index!r}, {pods}{', closed' if self.closed else ''})"
+
+    def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
+        # The thread knows the pods and their loop, not this object: so it is noticed when nobody holds it any more.
+        loop = getattr(self, "_loop", None)
+        if loop is not None and loop.runs:
+            _warn(f"unclosed {self!r}", ResourceWarning, source=self)
+            loop.stop()
 
     # ------------------------------------------------------------------------------------------- what people call
 
@@ -88,8 +104,8 @@ class EventManager:
         What the index holds under that name is forgotten: only what this stream shows counts. Except where a stream was
         applied to it before (by another manager, or before it was saved and loaded), and this one has a replay that
         shows that stream's last batch again: then only what came later is applied. Raises
-        :class:`StreamError` when a pod of that name is followed already, or another one at one of its endpoints, or
-        :class:`InvalidValueError` when its blocks can not be placed.
+        :class:`StreamError` when a pod of that name is followed already, by this manager or by another one of the same
+        index, or another pod at one of its endpoints, or :class:`InvalidValueError` when its blocks can not be placed.
         """
         self._loop.call(partial(self._fleet.add, source))
 
