@@ -19,7 +19,7 @@ from .errors import (
     UnknownPodError,
 )
 from .events import AllBlocksCleared, BlockRemoved, BlockStored, EventBatch, decode_batch
-from .hashing import local_hashes, prefix_hashes
+from .hashing import local_hashes, prefix_hashes, roll_hashes
 from .index import PrefixIndex
 from .sync.manager import EventManager
 from .sync.policy import StreamPolicy
@@ -61,6 +61,7 @@ __all__ = [
     "decode_batch",
     "local_hashes",
     "prefix_hashes",
+    "roll_hashes",
     "tokens_from_bytes",
     "tokens_to_bytes",
 ]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ._core import hash_tokens
+from . import arguments
+from ._core import _xxh3_64, hash_tokens
 
 if TYPE_CHECKING:
     from ._core import _ExtraKeys, _Tokens
 
-__all__ = ["local_hashes", "prefix_hashes"]
+__all__ = ["local_hashes", "prefix_hashes", "roll_hashes"]
 
 
 def local_hashes(
@@ -45,3 +46,19 @@ def prefix_hashes(
     or InvalidValueError, which names the position.
     """
     return hash_tokens(tokens, block_size, hash_seed, lora_name, cache_salt, extra_keys, True)
+
+
+def roll_hashes(local_hashes: Iterable[int], *, hash_seed: int = 1337) -> npt.NDArray[np.uint64]:
+    """uint64[blocks]: the prefix hashes of a prompt from the local hashes of its blocks.
+
+    ``hash_seed`` is the index's; an adapter is in the local hashes already. Signed hashes wrap. O(blocks), 0.5 µs
+    each, with the interpreter lock. Any thread. Raises InvalidTypeError or InvalidValueError, which names the position.
+    """
+    rolled = arguments.hash_array(local_hashes, "local_hashes").copy()
+    before: int | None = None
+    for i, local in enumerate(rolled.tolist()):
+        # The first block's prefix hash is its local hash.
+        if before is not None:
+            local = _xxh3_64((before | local << 64).to_bytes(16, "little"), hash_seed)
+        rolled[i] = before = local
+    return rolled

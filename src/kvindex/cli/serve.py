@@ -1,0 +1,181 @@
+"""``kvindex serve``: the index as an HTTP service."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import threading
+from contextlib import ExitStack
+from typing import Any
+
+from .. import EventManager, PrefixIndex
+from ._pods import add_arguments, followed
+from ._terminal import CommandError, add_command, positive, seconds
+
+__all__ = ["add_parser"]
+
+log = logging.getLogger("kvindex.service")
+
+TOKEN = "KVINDEX_TOKEN"
+
+
+def add_parser(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "serve",
+        help="the index as an HTTP service",
+        description="Follow pods and answer questions about them over HTTP: the routes of kvindex, and those of "
+        "Mooncake's conductor and of Dynamo's standalone indexer for the clients that these have; /metrics. "
+        "/openapi.json describes every route.",
+        status="0 when it was ended by a signal",
+        lines=[
+            "kvindex serve --pods pods.yaml --port 8090",
+            "kvindex serve --snapshot /var/lib/kvindex/index --snapshot-every 300",
+        ],
+    )
+    add_arguments(parser)
+    parser.add_argument("--kubernetes", metavar="SELECTOR", nargs="?", const="",
+                        help="follow pods of the cluster, by label (default: kvindex.discovery's)")  # fmt: skip
+    parser.add_argument("--namespace", help="with --kubernetes: the namespace (default: every one)")
+
+    index = parser.add_argument_group("the index")
+    index.add_argument("--block-size", type=positive, default=16, metavar="TOKENS",
+                       help="block size; engines' must be multiples of it (default %(default)s)")  # fmt: skip
+    index.add_argument("--max-bytes", type=positive, metavar="N", help="limit of its memory (default: none)")
+    index.add_argument("--ttl", type=seconds, metavar="SECONDS", help="forget what nothing touches for so long")
+    index.add_argument("--snapshot", metavar="FILE", help="start from this file, and save there when it is ended")
+    index.add_argument("--snapshot-every", type=seconds, metavar="SECONDS", help="save there also every so often")
+    index.add_argument("--from", dest="source", metavar="URL", help="start from what a living service knows")
+
+    network = parser.add_argument_group("its sockets")
+    network.add_argument("--host", default="127.0.0.1", help="address to listen at (default %(default)s)")
+    network.add_argument("--port", type=int, default=8090, metavar="N",
+                         help="port, 0 for any free one, -1 for no TCP (default %(default)s)")  # fmt: skip
+    network.add_argument("--uds", metavar="PATH", help="listen at a Unix socket too")
+    network.add_argument("--token-file", metavar="FILE",
+                         help=f"the bearer token that callers have to send (default: {TOKEN}, else none)")  # fmt: skip
+    for name in ("ssl-certfile", "ssl-keyfile", "ssl-keyfile-password", "ssl-ca-certs"):
+        network.add_argument(f"--{name}", metavar="FILE" if "password" not in name else "TEXT", help="as of uvicorn")
+    network.add_argument("--ssl-cert-reqs", type=int, metavar="N", help="as of uvicorn: 2 wants clients' certificates")
+
+    work = parser.add_argument_group("what it takes on")
+    work.add_argument(
+        "--max-body", type=positive, default=8 << 20, metavar="BYTES", help="of a body (default %(default)s)"
+    )
+    work.add_argument(
+        "--max-tokens", type=positive, default=1 << 20, metavar="N", help="of a prompt (default %(default)s)"
+    )
+    work.add_argument("--max-in-flight", type=positive, default=1024, metavar="N",
+                      help="requests at a time (default %(default)s)")  # fmt: skip
+    work.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json, for questions that have a text or messages")
+    work.add_argument("--chat-template", metavar="FILE", help="its template, for messages")
+    work.add_argument("--tokenize-url", metavar="URL", help="an engine that is asked for token ids instead")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        from ..service import Limits, Service
+        from ..service.server import Server, Snapshots
+    except ImportError as error:
+        raise CommandError(str(error)) from None
+    if args.snapshot_every is not None and args.snapshot is None:
+        raise CommandError("--snapshot-every needs --snapshot FILE")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    token = _token(args)
+    encoder = _encoder(args)
+    index, registered = _index(args, token)
+    limits = Limits(max_body=args.max_body, max_tokens=args.max_tokens, max_in_flight=args.max_in_flight)
+    with ExitStack() as stack:
+        manager = stack.enter_context(EventManager(index))
+        if args.pods or args.file or args.replay:
+            stack.enter_context(followed(manager, args))
+        if args.kubernetes is not None:
+            stack.enter_context(_kubernetes(manager, args))
+        for source in registered:
+            _follow(manager, source)
+        service = Service(index, manager, encoder=encoder, limits=limits, token=token)
+        server = Server(
+            service, host=None if args.port < 0 else args.host, port=max(args.port, 0), uds=args.uds,
+            ssl={name: value for name, value in vars(args).items() if name.startswith("ssl_")},
+        )  # fmt: skip
+        snapshots = None if args.snapshot is None else Snapshots(service, args.snapshot, args.snapshot_every or 0.0)
+        if snapshots is not None and args.snapshot_every is not None:
+            service.background.append(snapshots.run)
+        if threading.current_thread() is threading.main_thread():
+            # uvicorn raises the signal that ended it once more when it has ended: nothing may stop the snapshot then.
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: server.stop())
+        print(f"kvindex serve: {' and '.join(filter(None, (server.url, server.uds)))}", flush=True)
+        try:
+            server.run()
+        finally:
+            if snapshots is not None:
+                snapshots.save()
+    return 0
+
+
+def _follow(manager: EventManager, source: Any) -> None:
+    try:
+        if source.name not in manager.pods():
+            manager.add_pod(source)
+    except Exception as error:
+        log.error("pod %s is not followed again: %s", source.name, error)
+
+
+def _index(args: argparse.Namespace, token: str | None) -> tuple[PrefixIndex, list[Any]]:
+    from ..service.server import fetched, restored
+
+    options = {"max_bytes": args.max_bytes, "ttl": args.ttl}
+    index: PrefixIndex | None = None
+    pods: list[Any] = []
+    if args.snapshot is not None:
+        index, pods = restored(args.snapshot, options, args.block_size)
+    if index is None and args.source is not None:
+        index, pods = fetched(args.source, token, options, args.block_size)
+    return PrefixIndex(args.block_size, **options) if index is None else index, pods
+
+
+def _token(args: argparse.Namespace) -> str | None:
+    if args.token_file is None:
+        return os.environ.get(TOKEN) or None
+    with open(args.token_file) as file:
+        token = file.read().strip()
+    if not token:
+        raise CommandError(f"{args.token_file} is empty; it must have the token")
+    return token
+
+
+def _encoder(args: argparse.Namespace) -> Any:
+    if args.tokenizer is None:
+        if args.tokenize_url is None:
+            return None
+        from ..text import RemoteEncoder
+
+        return RemoteEncoder(args.tokenize_url)
+    if args.tokenize_url is not None:
+        raise CommandError("--tokenizer and --tokenize-url are both given; one of them says where token ids come from")
+    try:
+        from tokenizers import Tokenizer
+
+        from ..text import PromptEncoder
+    except ImportError:
+        raise CommandError("--tokenizer needs the extra text: pip install 'kvindex[text]'") from None
+    try:
+        tokenizer = Tokenizer.from_file(args.tokenizer)
+    except Exception as error:
+        raise CommandError(f"--tokenizer {args.tokenizer}: {error}") from None
+    template = None
+    if args.chat_template is not None:
+        with open(args.chat_template) as file:
+            template = file.read()
+    return PromptEncoder(tokenizer, template)
+
+
+def _kubernetes(manager: EventManager, args: argparse.Namespace) -> Any:
+    from ..discovery import KubernetesPods
+
+    selector = {"selector": args.kubernetes} if args.kubernetes else {}
+    return KubernetesPods(manager, namespace=args.namespace, **selector)

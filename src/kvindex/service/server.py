@@ -1,0 +1,235 @@
+"""The process around a :class:`Service`: its sockets, its snapshots, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import socket
+import stat
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+import uvicorn
+
+from ..discovery import read_pods
+from ..errors import CapacityError, KVIndexError, SnapshotError, StreamError
+from ..index import PrefixIndex
+from ..sync.source import PodSource
+from .app import Service
+from .v1 import spelled_source
+
+__all__ = ["Server", "Snapshots", "fetched", "restored"]
+
+log = logging.getLogger("kvindex.service")
+
+# Seconds that the whole of a snapshot may take to arrive from another service.
+_FETCHING: Final = 120.0
+
+
+class Server:
+    """Serves until :meth:`stop`, SIGINT or SIGTERM.
+
+    Args:
+        service: What to serve.
+        host, port: Where it listens by TCP, 0 for any free port; a host of None does not.
+        uds: Path of a Unix socket, beside TCP or instead.
+        uds_mode: Its mode: who may connect.
+        ssl: Options of uvicorn that begin with ``ssl_``, for the TCP socket; a Unix socket is never encrypted.
+        max_connections: Beyond them, uvicorn answers 503.
+
+    Raises:
+        OSError: An address can not be bound.
+    """
+
+    def __init__(
+        self, service: Service, *, host: str | None = "127.0.0.1", port: int = 8090, uds: str | None = None,
+        uds_mode: int = 0o660, ssl: Mapping[str, Any] | None = None, max_connections: int = 16384,
+    ) -> None:  # fmt: skip
+        self.uds = uds
+        self._service = service
+        self._tcp: socket.socket | None = None
+        self._unix: socket.socket | None = None
+        if host is not None:
+            self._tcp = _listening(host, port)
+        if uds is not None:
+            self._unix = _unix_socket(uds, uds_mode)
+        given = {name: value for name, value in (ssl or {}).items() if value is not None}
+        config = uvicorn.Config(
+            service, log_level="warning", lifespan="on", access_log=False, server_header=False, date_header=False,
+            limit_concurrency=max_connections, backlog=2048, timeout_keep_alive=75,
+            timeout_graceful_shutdown=5, **given,
+        )  # fmt: skip
+        scheme = "https" if given else "http"
+        self.url = f"{scheme}://{_shown(self._tcp)}" if self._tcp is not None else None
+        self._server = _Uvicorn(config, self._unix)
+
+    def run(self) -> None:
+        """Serve in this thread."""
+        try:
+            self._server.run(sockets=[self._tcp] if self._tcp is not None else [])
+        finally:
+            for sock in (self._tcp, self._unix):
+                if sock is not None:
+                    sock.close()
+            if self.uds is not None:
+                with suppress(OSError):
+                    os.unlink(self.uds)
+
+    def stop(self) -> None:
+        """End it from any thread; what is being answered has 5 seconds."""
+        self._server.should_exit = True
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn with a Unix socket beside the others, which stays without TLS."""
+
+    def __init__(self, config: uvicorn.Config, unix: socket.socket | None) -> None:
+        super().__init__(config)
+        self._unix = unix
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        if self._unix is not None and self.started:
+            loop = asyncio.get_running_loop()
+            self.servers.append(await loop.create_unix_server(self._protocol, sock=self._unix, backlog=2048))
+
+    def _protocol(self) -> asyncio.Protocol:
+        protocol: Any = self.config.http_protocol_class
+        return protocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)  # type: ignore[no-any-return]
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=2048)
+
+
+def _shown(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _unix_socket(path: str, mode: int) -> socket.socket:
+    # One that a killed process has left is in the way; anything else is somebody's.
+    with suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            raise FileExistsError(f"{path} is there and is no socket")
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                os.unlink(path)
+            else:
+                raise FileExistsError(f"{path} is the socket of a process that listens")
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        before = os.umask(0o777 & ~mode)
+        try:
+            sock.bind(path)
+        finally:
+            os.umask(before)
+        sock.listen(2048)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+class Snapshots:
+    """Keeps a service's index and its registrations in files: ``FILE``, and ``FILE.pods.json``."""
+
+    def __init__(self, service: Service, path: str, every: float) -> None:
+        self._service, self._path, self._every = service, path, every
+
+    async def run(self) -> None:
+        """Save every so many seconds; a disk that refuses is logged, and tried again."""
+        while True:
+            await asyncio.sleep(self._every)
+            try:
+                await asyncio.to_thread(self.save)
+            except (KVIndexError, OSError) as error:
+                log.error("%s", error)
+
+    def save(self) -> None:
+        """Both files. Raises SnapshotError or OSError, with what was there before left as it was."""
+        pods = [spelled_source(source) for source in self._service.v1.registered()]
+        self._service.index.save(self._path)
+        target = pods_file(self._path)
+        beside = f"{target}.{os.getpid()}"
+        try:
+            Path(beside).write_text(json.dumps(pods))
+            os.replace(beside, target)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(beside)
+            raise
+
+
+def pods_file(path: str) -> str:
+    return f"{path}.pods.json"
+
+
+def restored(path: str, options: Mapping[str, Any], block_size: int) -> tuple[PrefixIndex | None, list[PodSource]]:
+    """The index and the registrations of :class:`Snapshots`' files; None and [] where nothing can be used, which is
+    logged: a service that starts empty is better than one that does not start."""
+    index = _loaded(path, options, block_size) if os.path.exists(path) else None
+    pods: list[PodSource] = []
+    if os.path.exists(pods_file(path)):
+        try:
+            pods = list(read_pods(pods_file(path)).values())
+        except (KVIndexError, OSError) as error:
+            log.error("the registered pods are not restored: %s", error)
+    return index, pods
+
+
+def fetched(
+    url: str, token: str | None, options: Mapping[str, Any], block_size: int
+) -> tuple[PrefixIndex | None, list[PodSource]]:  # fmt: skip
+    """The same from a living service; what can not be used is logged as well."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, pods = f"{folder}/snapshot", f"{folder}/pods.json"
+        try:
+            _fetch(f"{url.rstrip('/')}/v1/snapshot", token, path)
+            _fetch(f"{url.rstrip('/')}/v1/sources", token, pods)
+            return _loaded(path, options, block_size), list(read_pods(pods).values())
+        except (KVIndexError, OSError) as error:
+            log.error("nothing is taken over: %s", error)
+            return None, []
+
+
+def _loaded(path: str, options: Mapping[str, Any], block_size: int) -> PrefixIndex | None:
+    try:
+        index = PrefixIndex.load(path, **options)
+    except (SnapshotError, CapacityError) as error:
+        log.error("the snapshot is left out: %s", error)
+        return None
+    if index.block_size != block_size:
+        log.error("the snapshot is left out: its blocks have %d tokens, not %d", index.block_size, block_size)
+        return None
+    return index
+
+
+def _fetch(url: str, token: str | None, path: str) -> None:
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    try:
+        with (
+            urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_FETCHING) as answer,
+            open(path, "wb") as file,
+        ):
+            expected = int(answer.headers.get("content-length", -1))
+            while piece := answer.read(1 << 20):
+                file.write(piece)
+            if expected not in (-1, file.tell()):
+                raise StreamError(f"{url} ended after {file.tell():,} of {expected:,} bytes")
+    except urllib.error.HTTPError as error:
+        said = error.read(300).decode(errors="replace")
+        error.close()
+        raise StreamError(f"{url} answered {error.code}: {said}") from None
+    except (OSError, ValueError) as error:
+        raise StreamError(f"{url} can not be asked: {getattr(error, 'reason', error)}") from None
