@@ -9,6 +9,7 @@ import pydoc
 import typing
 from collections.abc import Mapping
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -156,6 +157,20 @@ def test_things_say_what_they_are():
     assert repr(PrefixIndex(1)) == "PrefixIndex(block_size=1, 0 pods, 0 blocks, 0.0 MB)"
     assert repr(index.pod_set(["b", "a"])) == "PodSet(['a', 'b'])"
     assert repr(index.match_prefix(TOKENS)) in ("PrefixMatch({'a': 32, 'b': 64})", "PrefixMatch({'b': 64, 'a': 32})")
+
+
+def test_the_status_is_a_table_in_a_notebook():
+    """Whatever pods are called: their names are text there, and no markup."""
+    with kvindex.EventManager(PrefixIndex()) as manager:
+        for number, name in enumerate(("a", "<script>alert(1)</script>", "& é")):
+            manager.add_pod(kvindex.PodSource(name, endpoint=f"ipc:///nobody/{number}"))
+        status = manager.status()
+    assert isinstance(status, dict)
+    head, *rows = ElementTree.fromstring(status._repr_html_())
+    cells = [dict(zip([cell.text for cell in head], [cell.text or "" for cell in row], strict=True)) for row in rows]
+    assert [row["pod"] for row in cells] == ["a", "<script>alert(1)</script>", "& é"]
+    assert {row["state"] for row in cells} == {"stale"}
+    assert [(row["blocks"], row["last_seq"]) for row in cells] == [("0", "")] * 3
 
 
 @pytest.mark.parametrize("kind", [kvindex.PrefixMatch, kvindex.IngestReport])

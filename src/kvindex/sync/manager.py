@@ -19,7 +19,7 @@ from .fleet import Fleet, FollowedPod, check_index
 from .policy import StreamPolicy
 from .sockets import SocketOptions
 from .source import Engine, PodSource, Presence, check_pair, is_key
-from .status import IndexChange, PodsChange, PodStatus, StateChange, WorkerStatus, pod_status
+from .status import IndexChange, PodsChange, PodStatus, StateChange, StatusTable, WorkerStatus, pod_status
 from .worker import Index
 
 __all__ = ["EventManager", "Index"]
@@ -168,8 +168,9 @@ class EventManager:
         )
 
     def status(self) -> dict[str, PodStatus]:
-        """What every followed pod is like at this moment, by name. O(workers); does not wait for the thread."""
-        table = {}
+        """What every followed pod is like at this moment, by name; a notebook shows a table. O(workers); does not wait
+        for the thread."""
+        table = StatusTable()
         for name, pod in list(self._fleet.pods.items()):
             try:
                 figures = self._fleet.index.worker_stats(name)

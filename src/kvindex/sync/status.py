@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Batch", "Configured", "Forgotten", "IndexChange", "Marked", "PodStatus", "PodsChange", "Removed", "StateChange",
-    "WorkerStatus",
+    "StatusTable", "WorkerStatus",
 ]  # fmt: skip
 
 WORST_FIRST = ("stale", "degraded", "exact")
@@ -173,6 +174,35 @@ class PodStatus:
     def as_dict(self) -> dict[str, Any]:
         """The same in plain dicts, for JSON."""
         return asdict(self)
+
+
+class StatusTable(dict[str, PodStatus]):
+    """The :class:`PodStatus` of each pod by name: a dict, which a notebook shows as a table."""
+
+    def _repr_html_(self) -> str:
+        columns = (
+            "pod",
+            "state",
+            "reason",
+            "connected",
+            "last_seq",
+            "lag",
+            "blocks",
+            "gaps",
+            "lost_batches",
+            "restarts",
+        )
+        head = "".join(f"<th>{column}</th>" for column in columns)
+        rows = ("".join(f"<td>{_cell(getattr(pod, column))}</td>" for column in columns) for pod in self.values())
+        return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+
+
+def _cell(value: Any) -> str:
+    """Text for a cell of HTML. Names and reasons come from the wire, and may hold anything."""
+    if value is None:
+        return ""
+    text = f"{value:.3f}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+    return escape(text.encode("utf-8", "backslashreplace").decode())
 
 
 def pod_status(pod: str, model: str, workers: Mapping[int, WorkerStatus]) -> PodStatus:
