@@ -279,6 +279,8 @@ def test_what_is_wrong_is_refused_by_name_and_leaves_nothing_in_flight(router: R
         ("/v1/chat/completions", {**well, "messages": [{"role": "user", "content": "\ud800"}]}, 400, "lone surrogate"),
         ("/v1/chat/completions", {**well, "max_tokens": 0}, 400, "max_tokens is 0"),
         ("/v1/chat/completions", {**well, "max_tokens": 0, "stream": True}, 400, "max_tokens is 0"),
+        ("/v1/chat/completions", {**well, "chat_template_kwargs": 3}, 400, "chat_template_kwargs must be an object"),
+        ("/v1/chat/completions", {**well, "stream_options": [3]}, 400, "stream_options must be an object"),
         ("/v1/completions", {"prompt": [-1], "model": "sim"}, 400, "tokens"),
         ("/v1/completions", {"prompt": None}, 400, "tokens"),
         ("/v1/completions", {"prompt": "hello", "model": "absent"}, 404, "no model 'absent'"),

@@ -70,7 +70,7 @@ class Router:
 
     async def serve(self, request: Request, body: dict[str, Any]):
         if request.url.path == "/v1/chat/completions":
-            options = body.get("chat_template_kwargs") or {}
+            options = given(body, "chat_template_kwargs")
             ids = await asyncio.to_thread(self.encoder.encode_chat, body.get("messages"), body.get("tools"), **options)
         else:  # token ids, or a text: its tokens are without a BOS
             ids = body.get("prompt")
@@ -101,7 +101,7 @@ class Router:
             headers = {"x-data-parallel-rank": str(choice.rank)}
             if "authorization" in request.headers:
                 headers["authorization"] = request.headers["authorization"]
-            asked = dict(body.get("stream_options") or {})
+            asked = given(body, "stream_options")
             if body.get("stream"):  # the last event has the usage: for us, where the client has not asked for it
                 body = {**body, "stream_options": {**asked, "include_usage": True}}
             url = choice.address + request.url.path
@@ -127,6 +127,12 @@ class Router:
 
     def metrics(self):
         return Response(generate_latest(self.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def given(body, name):
+    if not isinstance(found := body.get(name) or {}, dict):
+        raise HTTPException(400, f"{name} must be an object")
+    return found
 
 
 def cached_tokens(answer, most):

@@ -377,6 +377,9 @@ def conclude(out: Console, asked: list[Asked], said: list[str]) -> int:
     from rich.text import Text
 
     table = Table.grid(padding=(0, 2))
+    table.add_column()
+    for _ in range(3):
+        table.add_column(justify="right")
     table.add_row("prompts", "sent", "equal", "tokens reused", style="bold")
     rows: dict[str, Counter[str]] = defaultdict(Counter)
     for each in asked:
