@@ -1034,6 +1034,33 @@ def test_without_a_replay_a_jump_ahead_is_a_restart_if_there_was_time_for_it(awa
     assert world.verdict == "degraded"
 
 
+def test_a_restart_that_only_an_answer_claims_waits_for_the_next_live_batch():
+    """Batches have come live, more are lost than the memory holds, and then another process answers with a batch that
+    is too old to be compared and newer than all: the connection still leads to the process that published."""
+    world = well(3, policy=StreamPolicy(memory=2))
+    world.liar = Process()
+    world.disconnect()
+    world.connect()
+    world.publish(2, clear=True)
+    world.deliver()
+    world.wait(15.0, serve=False, step=1.0)
+    world.publish(3)
+    world.channel.clear()
+    world.publish(1)
+    world.deliver()
+    world.wait(15.0, serve=False, step=1.0)
+    assert world.verdict == "degraded"
+    world.liar.publish(batch(world.clock + 50.0, "other"))
+    world.wait(60.0)
+    assert world.verdict != "exact"
+    world.liar = None
+    world.publish(1)
+    world.deliver()
+    world.wait(60.0)
+    assert world.verdict == "exact"
+    world.check()
+
+
 def guessed(published: int, memory: int, buffer_steps: int = 10_000) -> World:
     """The engine has restarted, nobody answers replays, and the first batch that is heard of the new process has the
     number that the old one's next would have: it is taken for that."""

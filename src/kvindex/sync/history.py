@@ -26,7 +26,7 @@ class History:
     """The batches up to ``next``, which is the number of the one that comes next. Every call is O(1) but :meth:`lose`,
     which is O(size)."""
 
-    __slots__ = ("_anchor", "_connected_at", "_memory", "base", "dated", "next", "ts")
+    __slots__ = ("_anchor", "_connected_at", "_memory", "base", "dated", "lived", "next", "ts")
 
     def __init__(self, size: int) -> None:
         self.next = 0
@@ -35,6 +35,8 @@ class History:
         self.ts: float | None = None
         """The time of the last batch that says one, whose number is ``dated``."""
         self.dated = -1
+        self.lived = -1
+        """The last batch that was published over the connection that stands, and applied; -1 for none."""
         self._memory = array("q", bytes(8 * size))
         # The last batch that was applied, with its fingerprint, once so many behind it are given up that the memory has
         # no other: without it a stream that lost much could not tell its own process from another.
@@ -44,6 +46,7 @@ class History:
     def forget(self) -> None:
         """Nothing is applied."""
         self.next = self.base = self._connected_at = 0
+        self.lived = -1
         self._anchor = self.ts = None
 
     def place(self, seq: int, ts: float | None) -> None:
@@ -54,6 +57,7 @@ class History:
     def connected(self) -> None:
         """What was applied so far came over another connection."""
         self._connected_at = self.next
+        self.lived = -1
 
     def note(self, seq: int, payload: bytes, ts: float | None, live: bool) -> None:
         """A batch is applied: the next one, or the first. ``ts`` is its time."""
@@ -62,6 +66,8 @@ class History:
         if seq - self.base >= len(memory):
             self.base = seq - len(memory) + 1
         self.next = seq + 1
+        if live:
+            self.lived = seq
         if ts is not None:
             self.ts, self.dated = ts, seq
 
@@ -94,6 +100,7 @@ class History:
     def confirm(self, seq: int) -> None:
         """A remembered batch that a replay brought was published over the connection that stands, too."""
         self._memory[seq % len(self._memory)] |= _LIVE
+        self.lived = max(self.lived, seq)
 
     def came_by_replay(self, seq: int) -> bool:
         """Whether this batch was applied since the connection stands and was not published over it."""

@@ -545,9 +545,8 @@ class WorkerStream:
     # ----------------------------------------------------------------------------------------------------------- gaps
 
     def _shown(self) -> int:
-        """The last batch that was published over this connection, -1 when none was, as far as is remembered."""
-        last = self._history.next - 1
-        return max(self._pending.seen, last if self._history.came_live(last) else -1)
+        """The last batch that was published over this connection, -1 when none was."""
+        return max(self._pending.seen, self._history.lived)
 
     def _missing(self) -> bool:
         return self._pending.seen >= self._history.next
@@ -765,13 +764,18 @@ class WorkerStream:
 
     def _restarted(self, why: str, *, keep_replay: bool = False, against: int | None = None) -> None:
         """Another process answers; ``against`` is a batch that it has another of, or none."""
-        if against is not None and (self._shown() < 0 or not self._history.is_of_connection(against)):
+        # A batch of an earlier connection may be of an earlier process, but not where later ones have come live since.
+        history = self._history
+        if self._shown() < 0 or (against is not None and not history.is_of_connection(against) and history.lived < 0):
             against = None
+        lived, last = history.lived, history.recall(history.lived)
         self.counts["restarts"] += 1
         self._say("restart", f"{why}: cleared, building again")
         self._reset("the engine has restarted", keep_replay=keep_replay)
         if against is not None:  # what is of this connection is not of the one process that it leads to
             self._trust.suspect(against)
+            if last is not None and last != LOST:
+                self._trust.witness = lived, last
 
     def _replaced(self, replay: Question, why: str, against: int) -> None:
         with self._keeping() if replay.purpose is Purpose.VERIFY else nullcontext():
@@ -873,10 +877,14 @@ class WorkerStream:
                     self._trust.suspect(seq)
             if replay.purpose is Purpose.IDLE:
                 self.counts["tails_recovered"] += 1
+            published = item is not None and item.payload == payload
+            if item is None and self._trust.witness == (seq, fingerprint(payload)):
+                published = True
+                self._agree()
             replay.brought = self._trust.brought = True
             # What was published under this number counts as published only where it is what is applied: an answer that
             # was doubted would otherwise be confirmed by the next one of the same wrong process.
-            self._apply(seq, payload, ts, live=item is not None and item.payload == payload)
+            self._apply(seq, payload, ts, live=published)
         self._drain()
 
     def _end(self, replay: Question, now: float, *, marked: bool = True) -> None:

@@ -11,7 +11,7 @@ class Trust:
 
     __slots__ = (
         "agrees", "answers", "asks", "brought", "conflicts", "contradiction", "doubt", "endpoint", "foreign", "has",
-        "refusal", "replay_endpoint", "tails", "unconfirmed", "unheard",
+        "refusal", "replay_endpoint", "tails", "unconfirmed", "unheard", "witness",
     )  # fmt: skip
 
     def __init__(self, has: bool, endpoint: str, replay_endpoint: str) -> None:
@@ -45,6 +45,8 @@ class Trust:
         """Answers in a row that brought batches while none came live."""
         self.doubt = ""
         """Why its last answer shows nothing."""
+        self.witness: tuple[int, int] | None = None
+        """A batch that was published over this connection and is not applied any more, with its fingerprint."""
 
     def forget(self) -> None:
         """Nothing that it has brought is applied any more."""
