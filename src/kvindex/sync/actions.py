@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
+
+from ..answers import Verdict
 
 __all__ = [
     "Action",
@@ -16,8 +18,6 @@ __all__ = [
     "RequestReplay",
     "Verdict",
 ]
-
-Verdict: TypeAlias = Literal["exact", "degraded", "stale"]
 
 
 class Ingest(NamedTuple):
