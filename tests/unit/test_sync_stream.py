@@ -684,6 +684,21 @@ def test_an_answer_of_which_all_was_refused_shows_nothing():
     assert world.held == world.process.truth(3)
 
 
+def test_after_a_reconnect_the_reason_says_why_an_answer_shows_nothing():
+    """As of an address that another engine has taken over: all of its answers have another topic."""
+    world = well()
+    world.disconnect()
+    world.connect()
+    for _ in range(world.stream.policy.hole_tries):
+        world.do(world.stream.replay_refused(world.now, "tcp://b:2 answers with another topic"))
+        world.do(world.stream.replay_ended(world.now))
+        world.wait(1.0, serve=False)
+    assert world.verdict == "stale"
+    assert world.stream.reason.endswith("this is still the process it was: tcp://b:2 answers with another topic")
+    world.wait(30.0)
+    assert (world.verdict, world.stream.reason) == ("exact", "")
+
+
 def test_a_publisher_that_keeps_nothing_is_not_taken_for_one_that_published_nothing():
     world = World(buffer_steps=0)
     world.publish(10)

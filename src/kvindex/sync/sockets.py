@@ -299,7 +299,7 @@ class Subscription(Watched):
             self._message(frames, now)
         elif not self._over and not self.closed:
             self._over = True
-            self._lost(now, f"what publishes there {OUTDATED}")
+            self._lost(now, OUTDATED)
 
     def failed(self, now: float, error: Exception) -> None:
         self.close()
@@ -309,7 +309,10 @@ class Subscription(Watched):
 
 
 # A handshake, of which libzmq tells, came with ZMTP 3; and heartbeats, without which a silent death is not noticed.
-OUTDATED: Final = "speaks ZMTP 2 or older, as libzmq before 4.0 does, which can not be followed"
+OUTDATED: Final = (
+    "what answers there is no ZMQ publisher, or speaks ZMTP 2 or older, as libzmq before 4.0 does, which can not be"
+    " followed"
+)
 
 
 def _why(event: int, keyed: bool, stood: bool) -> str:

@@ -1098,7 +1098,8 @@ class WorkerStream:
             return "it sends more than its limit allows"
         if not self._verified:
             asking = "asking" if self.replaying else "nothing has shown yet"
-            return f"{asking} whether this is still the process it was"
+            why = f"{asking} whether this is still the process it was"
+            return f"{why}: {self._trust.doubt}" if self._trust.doubt else why
         if not self._started:
             return self._waits_for_replay()
         if self._missing() or self._hole_at is not None:

@@ -328,8 +328,7 @@ class Worker:
             self.reconnect_at = None
             self._connect(now)
         if self.opened_at is not None and now >= self.opened_at + self._setting.options.patience:
-            why = f"no connection came about: what answers there is no ZMQ publisher, or {OUTDATED}"
-            self._lost(self.attempt, now, why)
+            self._lost(self.attempt, now, f"no connection came about: {OUTDATED}")
         if self._resume_at is not None and now >= self._resume_at:
             self._resume_at = None
             for sock in (self.subscription, self.replay):
