@@ -94,6 +94,7 @@ help:
 	@echo 'make chaos-quick       half a minute of the faults, without rights or tools'
 	@echo 'make e2e-quick         the part of it that every change has to pass'
 	@echo 'make e2e-engines       the caches and publishers of vLLM and SGLang themselves, against their own answers'
+	@echo 'make test-page         the service'"'"'s page in Chromium'
 	@echo 'make clean             remove everything built, and .venv'
 
 build: .venv/.installed
@@ -373,7 +374,7 @@ ci: lint docs links test-unit test-wire coverage sanitize fuzz test-kv-sync-e2e 
 tsan-nightly fuzz-nightly: %-nightly:
 	$(MAKE) $* SECONDS=$(if $(filter tsan,$*),600,1800)
 
-nightly: links-outside test-nightly tsan-nightly fuzz-nightly e2e-engines bench-peers bench-rows bench-check bench bench-html
+nightly: links-outside test-nightly tsan-nightly fuzz-nightly e2e-engines test-page bench-peers bench-rows bench-check bench bench-html
 
 dist: .venv/.test-tools
 	rm -rf dist
@@ -385,7 +386,7 @@ clean:
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 # End to end: processes of their own over real sockets.
-.PHONY: test-kv-sync-e2e e2e-quick e2e-engines
+.PHONY: test-kv-sync-e2e e2e-quick e2e-engines test-page
 .venv/.e2e-tools: .venv/.test-tools
 	$(call listed,["project"]["optional-dependencies"]["e2e"])
 	touch $@
@@ -411,3 +412,12 @@ e2e-engines: $(ENGINES)/.installed
 	$(ENGINES)/bin/python -m e2e.engines.flags sglang
 	PYTHONPATH=src $(ENGINES)/bin/python -m e2e.engines.renderer
 	$(BIN)/python -m e2e.engines --python $(ENGINES)/bin/python
+
+# The page of the service, in the system's Chromium. PAGE_PICTURES=DIRECTORY keeps what it looks like.
+.venv/.page-tools: .venv/.test-tools
+	$(call listed,["project"]["optional-dependencies"]["page"])
+	touch $@
+
+test-page: .venv/.page-tools
+	$(call need,command -v chromium,chromium)
+	$(BIN)/python -m pytest -q $(JUNIT) e2e/test_page.py

@@ -25,7 +25,7 @@ def add_parser(commands: Any) -> None:
     parser = add_command(
         commands,
         "serve",
-        help="the index as an HTTP service",
+        help="the index as an HTTP service, with a live page",
         description="Follow pods and answer questions about them over HTTP: the routes of kvindex, and those of "
         "Mooncake's conductor and of Dynamo's standalone indexer for the clients that these have; /metrics. "
         "/openapi.json describes every route.",

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -30,6 +31,10 @@ from .v1 import V1, binary_tokens
 
 __all__ = ["Call", "Service"]
 
+PAGE: Final = Path(__file__).with_name("page")
+_MEDIA: Final = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript"}
+# The page asks nobody but this service, and runs nothing that is not in its files.
+_POLICY: Final = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:"
 _TOKENS: Final = {"tokens": "token_ids", "hashes": "seq_hashes"}
 
 
@@ -65,8 +70,8 @@ class Service:
         encoder: A :class:`~kvindex.text.PromptEncoder` or :class:`~kvindex.text.RemoteEncoder` for questions that have
             a text or messages; None refuses these.
         limits: What it takes on.
-        token: The bearer token that every call has to bring, except ``/healthz``, ``/readyz``, ``/health``
-            and the OpenAPI document. None wants none.
+        token: The bearer token that every call has to bring, except ``/healthz``, ``/readyz``, ``/health``,
+            the page and the OpenAPI document. None wants none.
 
     Raises:
         InvalidValueError: The token is empty or has characters that no header can have.
@@ -94,6 +99,8 @@ class Service:
             routes=[
                 *(Route(call.path, self._endpoint(call), methods=[call.method]) for call in self.calls),
                 Route("/openapi.json", self._openapi, methods=["GET"]),
+                Route("/", _page("page.html"), methods=["GET"]),
+                *(Route(f"/{name}", _page(name), methods=["GET"]) for name in ("page.js", "page.css")),
             ],
             exception_handlers={HTTPException: _not_routed},  # type: ignore[dict-item]
             lifespan=self._lifespan,
@@ -130,6 +137,21 @@ class Service:
 
     async def _openapi(self, _: Request) -> Response:
         return Response(self._document, media_type="application/json")
+
+
+def _page(name: str) -> Callable[[Request], Any]:
+    path = PAGE / name
+    headers = {
+        "content-security-policy": _POLICY,
+        "cache-control": "no-cache",
+        "referrer-policy": "no-referrer",
+        "x-content-type-options": "nosniff",
+    }
+
+    async def page(_: Request) -> Response:
+        return Response(path.read_bytes(), media_type=_MEDIA[path.suffix], headers=headers)
+
+    return page
 
 
 async def _not_routed(request: Request, error: HTTPException) -> Response:

@@ -1,0 +1,220 @@
+"use strict";
+// The page reads /v1/fleet and /v1/history of its own service, and nothing else.
+const $ = (id) => document.getElementById(id);
+const EVERY = 2000;
+const MOST_BLOCKS = 256; // cells of a prompt; longer ones share cells
+
+const COLUMNS = [
+  ["pod", "pod"], ["state", "state"], ["model", "model"], ["blocks", "blocks", 1], ["lag", "lag ms", 1], ["requests", "requests", 1],
+  ["waiting", "prefill tokens", 1], ["restarts", "restarts", 1], ["lost", "lost", 1], ["errors", "errors", 1], ["reason", "reason"],
+];
+const WORST = { stale: 0, degraded: 1, exact: 2 };
+let fleet = { rows: [], now: {} };
+let samples = [];
+let sorted = ["state", 1];
+let timer = 0;
+
+function make(tag, text, kind) {
+  const made = document.createElement(tag);
+  if (text !== undefined) made.textContent = text; // never as HTML: names and reasons come from the network
+  if (kind) made.className = kind;
+  return made;
+}
+const number = (value) => (value === null || value === undefined ? "" : value.toLocaleString("en"));
+
+async function call(path, body) {
+  const headers = {};
+  const token = sessionStorage.getItem("token");
+  if (token) headers.Authorization = "Bearer " + token;
+  const answer = await fetch(path, body ? { method: "POST", body: JSON.stringify(body), headers } : { headers });
+  $("login").hidden = answer.status !== 401;
+  const said = await answer.json();
+  if (!answer.ok) throw new Error(said.error);
+  return said;
+}
+
+function value(row, key) {
+  if (key === "state") return WORST[row.state];
+  return row[key] ?? -1;
+}
+
+function table() {
+  const wanted = $("filter").value.toLowerCase();
+  const state = $("state").value;
+  const [key, way] = sorted;
+  const rows = fleet.rows.filter(
+    (row) => (!state || row.state === state) && (row.pod + " " + row.model + " " + row.reason).toLowerCase().includes(wanted),
+  );
+  rows.sort((a, b) => {
+    const [x, y] = [value(a, key), value(b, key)];
+    return (x < y ? -way : x > y ? way : 0) || a.pod.localeCompare(b.pod, "en", { numeric: true });
+  });
+  $("shown").textContent = rows.length === fleet.rows.length ? "" : rows.length + " of " + fleet.rows.length;
+  const lines = rows.map((row) => {
+    const line = document.createElement("tr");
+    for (const [name, , numeric] of COLUMNS) {
+      const shown = name === "lag" ? (row.lag === null ? "" : number(Math.round(row.lag * 1000))) : numeric ? number(row[name]) : row[name];
+      line.append(make("td", shown, name === "state" ? row.state : name + (numeric ? " number" : "")));
+    }
+    return line;
+  });
+  $("pods").tBodies[0].replaceChildren(...lines);
+}
+
+function heads() {
+  const line = document.createElement("tr");
+  for (const [key, title, numeric] of COLUMNS) {
+    const head = make("th", title + (sorted[0] === key ? (sorted[1] > 0 ? " ▲" : " ▼") : ""), key + (numeric ? " number" : ""));
+    head.addEventListener("click", () => {
+      sorted = [key, sorted[0] === key ? -sorted[1] : numeric ? -1 : 1];
+      heads();
+      table();
+    });
+    line.append(head);
+  }
+  $("pods").tHead.replaceChildren(line);
+}
+
+function line(values) {
+  const NS = "http://www.w3.org/2000/svg";
+  const known = values.filter((each) => each !== null);
+  const svg = document.createElementNS(NS, "svg");
+  if (known.length < 2) return svg;
+  const top = Math.max(...known, 1e-9);
+  svg.setAttribute("viewBox", "0 0 " + (values.length - 1) + " 1");
+  svg.setAttribute("preserveAspectRatio", "none");
+  const points = values.map((each, i) => (each === null ? null : i + "," + (0.97 - 0.94 * (each / top)))).filter(Boolean);
+  const drawn = document.createElementNS(NS, "polyline");
+  drawn.setAttribute("points", points.join(" "));
+  svg.append(drawn);
+  return svg;
+}
+
+// Between two samples; null where nothing was asked.
+function shares(part, whole) {
+  return samples.slice(1).map((to, i) => {
+    const all = to[whole] - samples[i][whole];
+    return all > 0 ? (to[part] - samples[i][part]) / all : null;
+  });
+}
+const last = (values) => values.filter((each) => each !== null).at(-1);
+const percent = (share) => (share === undefined ? "–" : (100 * share).toFixed(1) + " %");
+
+function figures() {
+  const now = fleet.now;
+  const hit = shares("held", "tokens");
+  const wrong = shares("wrong", "expected");
+  const cards = [
+    ["pods", number(fleet.rows.length), null],
+    ["exact", number(now.exact), samples.map((each) => each.exact)],
+    ["distinct blocks", number(fleet.blocks), samples.map((each) => each.blocks)],
+    ["hit rate", percent(last(hit)), hit],
+    ["tokens saved", number(now.held), samples.slice(1).map((to, i) => to.held - samples[i].held)],
+    ["questions", number(now.questions), samples.slice(1).map((to, i) => to.questions - samples[i].questions)],
+    ["prediction error", percent(last(wrong)), wrong],
+  ];
+  $("figures").replaceChildren(
+    ...cards.map(([title, shown, values]) => {
+      const card = make("div");
+      card.append(make("span", title), make("b", shown));
+      if (values) card.append(line(values));
+      return card;
+    }),
+  );
+}
+
+function choices() {
+  const models = [...new Set(fleet.rows.map((row) => row.model))].sort();
+  if ([...$("model").options].map((each) => each.value).join() !== models.join()) {
+    $("model").replaceChildren(...models.map((model) => make("option", model)));
+  }
+  if (fleet.text && $("kind").options.length === 1) {
+    for (const [kind, title] of [["text", "text"], ["messages", "a user's message"]]) {
+      const option = make("option", title);
+      option.value = kind;
+      $("kind").append(option);
+    }
+    $("prompt").placeholder = "a prompt";
+    $("kind").value = "text";
+  }
+}
+
+async function look() {
+  clearTimeout(timer);
+  try {
+    const since = samples.length ? samples.at(-1).time : 0;
+    const [seen, more] = await Promise.all([call("v1/fleet"), call("v1/history?since=" + since)]);
+    fleet = seen;
+    samples = samples.concat(more).slice(-360);
+    const counts = ["exact", "degraded", "stale"].filter((state) => fleet.now[state]).map((state) => fleet.now[state] + " " + state);
+    $("summary").textContent = fleet.rows.length + " pods: " + (counts.join(", ") || "none yet");
+    table();
+    figures();
+    choices();
+  } catch (error) {
+    $("summary").textContent = "not up to date: " + error.message;
+  }
+  // Nobody is asked on behalf of a tab that nobody sees.
+  if (document.hidden) document.addEventListener("visibilitychange", look, { once: true });
+  else timer = setTimeout(look, EVERY);
+}
+
+const tier = (medium) => (/^(GPU)?$/i.test(medium) ? "GPU" : /^CPU/i.test(medium) ? "CPU" : "DISK");
+
+function blocks(match, pod) {
+  const cells = Math.min(match.blocks, MOST_BLOCKS);
+  const reach = Object.entries(Object.keys(pod.tiers).length ? pod.tiers : pod.media);
+  const bar = make("div", undefined, "cells");
+  for (let cell = 0; cell < cells; cell++) {
+    const end = Math.ceil(((cell + 1) * match.blocks) / cells) * match.block_size;
+    const held = reach.filter(([, tokens]) => tokens >= end).map(([medium]) => tier(medium));
+    bar.append(make("i", undefined, ["GPU", "CPU", "DISK"].find((each) => held.includes(each)) || "none"));
+  }
+  return bar;
+}
+
+function show(match) {
+  const key = make("p", number(match.tokens) + " tokens, " + number(match.blocks) + " blocks of " + match.block_size + " ", "key");
+  for (const name of ["GPU", "CPU", "DISK", "none"]) {
+    const each = make("span");
+    each.append(make("i", undefined, name), name);
+    key.append(each, " ");
+  }
+  const pods = Object.entries(match.pods).sort((a, b) => b[1].held - a[1].held);
+  const rows = pods.map(([name, pod]) => {
+    const row = make("div", undefined, "row");
+    const shown = make("span", number(pod.tokens) + " tokens");
+    shown.append(" ", make("span", pod.state, pod.state));
+    row.append(make("span", name), blocks(match, pod), shown);
+    return row;
+  });
+  if (!rows.length) rows.push(make("p", "no pod holds a block of it"));
+  const inexact = Object.keys(match.inexact).length;
+  if (inexact) rows.push(make("p", (inexact === 1 ? "1 pod is" : inexact + " pods are") + " not exact, and may hold more or less"));
+  $("answer").replaceChildren(key, ...rows);
+}
+
+$("ask").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const text = $("prompt").value;
+  const kind = $("kind").value;
+  const asked = { model: $("model").value };
+  if (kind === "text") asked.text = text;
+  else if (kind === "messages") asked.messages = [{ role: "user", content: text }];
+  else asked.tokens = text.split(/[\s,[\]]+/).filter(Boolean).map(Number);
+  try {
+    show(await call("v1/match", asked));
+  } catch (error) {
+    $("answer").replaceChildren(make("p", error.message, "stale"));
+  }
+});
+$("login").addEventListener("submit", (event) => {
+  event.preventDefault();
+  sessionStorage.setItem("token", $("token").value);
+  samples = [];
+  look();
+});
+$("filter").addEventListener("input", table);
+$("state").addEventListener("change", table);
+heads();
+look();
