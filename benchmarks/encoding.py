@@ -7,8 +7,7 @@ import random
 import threading
 import time
 from pathlib import Path
-
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from typing import TYPE_CHECKING
 
 from kvindex import BlockStored, PrefixIndex
 from kvindex.routing import EndpointPicker
@@ -18,6 +17,9 @@ from .interleave import interleaved
 from .machine import described
 from .reach import Reached, verdicts
 from .report import amount, say
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 __all__ = ["main"]
 
@@ -33,6 +35,9 @@ OPENING = "<|im_start|>assistant\n"
 
 def trained(texts: list[str]) -> Tokenizer:
     """A byte-level BPE as today's models have it, with a vocabulary of what this repository is written in."""
+    # Here, since asv imports every module in an environment that has what its suite needs.
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

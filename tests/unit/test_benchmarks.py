@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
 from pathlib import Path
@@ -178,6 +179,17 @@ def test_what_is_kept_is_what_the_suite_tracks() -> None:
     assert {name for name in kept if name.startswith("Instructions")} == {
         f"Instructions.track_instructions({name})" for name in workloads.CORE
     }
+
+
+def test_asv_can_import_every_module() -> None:
+    """It imports all of them to find its benchmarks, in an environment with what asv.conf.json names."""
+    there = {*json.loads((ROOT / "asv.conf.json").read_text())["matrix"]["req"], *sys.stdlib_module_names, "kvindex"}
+    for path in (ROOT / "benchmarks").rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for name in names:
+                assert name.split(".")[0].replace("zmq", "pyzmq") in there, f"{path}: {name}"
 
 
 def test_a_name_that_is_alone_in_its_table_is_found_at_once_and_a_crowd_takes_little_more() -> None:
