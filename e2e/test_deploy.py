@@ -1,0 +1,55 @@
+"""The files in deploy/ that run the service: what Kubernetes accepts, and what the command line understands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from kvindex import PodSource
+from kvindex.cli import parser
+from kvindex.sim import SimConfig
+
+pytestmark = pytest.mark.quick
+
+DEPLOY = Path(__file__).resolve().parents[1] / "deploy"
+DOCUMENTS: dict[str, Any] = {
+    each["kind"]: each for each in yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())
+}
+
+
+@pytest.mark.parametrize("version", ["1.28", "1.32", kubernetes_validate.latest_version()])
+@pytest.mark.parametrize("kind", DOCUMENTS)
+def test_kubernetes_accepts_it(kind: str, version: str) -> None:
+    assert kubernetes_validate.validate(DOCUMENTS[kind], version, strict=True)
+
+
+def test_the_deployment_is_reached_and_may_see_pods() -> None:
+    pod = DOCUMENTS["Deployment"]["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    assert DOCUMENTS["Service"]["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    assert pod["spec"]["serviceAccountName"] == DOCUMENTS["ServiceAccount"]["metadata"]["name"]
+    assert DOCUMENTS["RoleBinding"]["subjects"][0]["name"] == DOCUMENTS["ServiceAccount"]["metadata"]["name"]
+    assert set(DOCUMENTS["Role"]["rules"][0]["verbs"]) == {"list", "watch"}
+    args = parser().parse_args(container["args"])
+    assert (args.port, args.kubernetes, args.source) == (8090, "", "http://kvindex:8090")
+    assert [port["containerPort"] for port in container["ports"]] == [args.port]
+    assert DOCUMENTS["Service"]["spec"]["ports"][0]["port"] == args.port
+
+
+def test_systemd_and_compose_start_what_there_is() -> None:
+    (line,) = re.findall(r"^ExecStart=\S+/kvindex (.*)$", (DEPLOY / "kvindex.service").read_text(), re.M)
+    args = parser().parse_args(shlex.split(line))
+    assert (args.command, args.file, args.snapshot_every) == ("serve", "/etc/kvindex/pods.yaml", 300.0)
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    sim = parser().parse_args(services["engine"]["command"])
+    serve = parser().parse_args(services["kvindex"]["command"])
+    source = PodSource.from_string(serve.pods[0], model=serve.model)
+    assert source.workers()[0] == (f"tcp://engine:{sim.port}", f"tcp://engine:{sim.replay_port}")
+    assert source.model == SimConfig().model == sim.model
+    assert (DEPLOY / services["kvindex"]["build"]["context"] / services["kvindex"]["build"]["dockerfile"]).exists()
