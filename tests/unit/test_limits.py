@@ -227,6 +227,17 @@ def test_a_medium_too_many_is_refused_and_the_others_stay():
     assert index.ingest("c", payload(one(1, medium="x" * 256))).reasons == {}
 
 
+def test_a_long_event_of_a_medium_too_many_takes_its_own_names_away_and_no_others():
+    index = PrefixIndex(block_size=4)
+    index.ingest("a", payload(*[one(1, medium=f"m{medium}") for medium in range(32)]))
+    blocks = range(1000, 1600)
+    report = index.ingest("a", payload(stored(list(blocks), tokens(*blocks), size=4, medium="m32")))
+    assert (report.stored, report.reasons) == (0, {"over_limit": 600})
+    assert index.match_prefix(tokens(1)).tokens == {"a": 4}
+    assert index.match_prefix(tokens(*blocks)).tokens == {}
+    index._check()
+
+
 def test_a_medium_too_many_still_says_what_its_group_is():
     """Else the group would object to nothing."""
     index = PrefixIndex(block_size=4)

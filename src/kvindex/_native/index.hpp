@@ -517,7 +517,7 @@ private:
             refresh(id);
             if (known == kNone) {
                 if (n == 0) r.skip(Reason::over_limit);
-                return turn_away(id, ids_.data(), n, Reason::over_limit, r);
+                return turn_away(id, ids, n, Reason::over_limit, r);
             }
         }
         const u32 h = turn.holder = known;
@@ -896,10 +896,7 @@ private:
                         extra_.scratch);
     }
     void drop_scratch() {
-        ids_ = locals_ = prefixes_ = fresh_ = {};
-        taken_ = {};
-        segs_ = pieces_ = {};
-        path_ = {};
+        drop_all(ids_, locals_, prefixes_, taken_, segs_, pieces_, path_, fresh_);
         extra_ = {};
     }
 

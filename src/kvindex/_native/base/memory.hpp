@@ -184,6 +184,12 @@ private:
     u32 cap_ = kHere;
 };
 
+// Empties vectors and gives their memory back, which assigning {} to a vector does not.
+template <class... V>
+void drop_all(V&... list) {
+    (V().swap(list), ...);
+}
+
 // For containers of the standard library where they grow with what engines send.
 template <class T>
 struct Counted {
