@@ -696,3 +696,20 @@ def test_the_command_reads_a_token_and_refuses_bad_options(tmp_path, capsys):
     ):
         assert main(["serve", *map(str, arguments)]) == 2
         assert "kvindex serve: " in capsys.readouterr().err
+
+
+def test_top_shows_the_pods_of_a_service(served, capsys, monkeypatch):
+    from kvindex.cli import main
+
+    monkeypatch.setenv("COLUMNS", "120")
+    url = served.server.url
+    assert main(["top", "--url", url, "--once", "--interval", "0.01"]) == 0
+    said = capsys.readouterr().out
+    assert "2 pods: 2 exact" in said
+    assert re.search(r"^ *a +exact ", said, re.M)
+    served.manager.add_pod(PodSource("gone", endpoint=NO_PUBLISHER, model="sim"))
+    assert main(["top", "--url", url, "--once", "--wait", "0.01", "--interval", "0.01"]) == 1
+    assert re.search(r"^ *gone +stale ", capsys.readouterr().out, re.M)
+    for arguments in (["--url", "http://127.0.0.1:9"], ["--url", "nowhere"], ["--url", url, "a=tcp://127.0.0.1:9"]):
+        assert main(["top", "--once", *arguments]) == 2
+        assert "kvindex top: " in capsys.readouterr().err

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import os
 import signal
 import threading
 import time
+import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import fields
+from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 
 from .. import EventManager, PrefixIndex
@@ -41,9 +47,12 @@ def add_parser(commands: Any) -> None:
             "kvindex top a=tcp://10.0.0.1:5557,5558,engine=vllm b=tcp://10.0.0.2:5557,5558,engine=vllm",
             "kvindex top http://10.0.0.1:8000 --once",
             "kvindex top --pods pods.yaml",
+            "kvindex top --url http://10.0.0.2:8090",
         ],
     )
     add_arguments(parser)
+    parser.add_argument("--url", metavar="URL",
+                        help="read the state of a running kvindex serve (token: KVINDEX_TOKEN)")  # fmt: skip
     parser.add_argument("--once", action="store_true", help="print the table once every pod is current, and exit")
     parser.add_argument("--wait", type=seconds, default=5.0, metavar="SECONDS",
                         help="with --once, longest wait for pods to become current (default %(default)g)")  # fmt: skip
@@ -55,17 +64,24 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if not args.pods and not args.file:
+    if args.url is not None and (args.pods or args.file):
+        raise CommandError("--url reads the pods of a service: name no others")
+    if args.url is None and not args.pods and not args.file:
         raise CommandError("no pods: name them as NAME=tcp://HOST:PORT,REPLAY_PORT, or by --pods FILE")
     out = console()
     # The table has a reason for everything; lines of a log would only tear it.
     logging.getLogger("kvindex").addHandler(logging.NullHandler())
-    index = PrefixIndex(block_size=args.block_size)
     # Whoever ends it wants the terminal back as it was.
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, _ended)
-    with EventManager(index) as manager, followed(manager, args):
+    with ExitStack() as stack:
+        manager: Any
+        if args.url is not None:
+            manager = Service(args.url, os.environ.get("KVINDEX_TOKEN"))
+        else:
+            manager = stack.enter_context(EventManager(PrefixIndex(block_size=args.block_size)))
+            stack.enter_context(followed(manager, args))
         view = View(manager)
         try:
             if args.once or not out.is_terminal:
@@ -94,10 +110,44 @@ def show(out: Console, view: View, interval: float) -> None:
             time.sleep(interval)
 
 
+class Service:
+    """What a running service says of its pods, in place of a manager."""
+
+    def __init__(self, url: str, token: str | None) -> None:
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        try:
+            self._request = urllib.request.Request(f"{url.rstrip('/')}/v1/pods", headers=headers)
+        except ValueError as error:
+            raise CommandError(f"--url {url}: {error}") from None
+
+    def status(self) -> dict[str, PodStatus]:
+        where = self._request.full_url
+        try:
+            with urllib.request.urlopen(self._request, timeout=10) as answer:
+                pods = json.load(answer)["pods"]
+        except (OSError, ValueError, KeyError, TypeError, HTTPException) as error:
+            raise CommandError(f"{where} can not be asked: {error}") from None
+        found = {}
+        for name, said in pods.items():
+            said["workers"] = {int(rank): _made(WorkerStatus, worker) for rank, worker in said["workers"].items()}
+            found[name] = _made(PodStatus, said)
+        return found
+
+    def wait_until_current(self, timeout: float) -> None:
+        ends = time.monotonic() + timeout
+        while any(pod.state == "stale" for pod in self.status().values()) and time.monotonic() < ends:
+            time.sleep(min(0.2, timeout))
+
+
+def _made(kind: Any, said: Mapping[str, Any]) -> Any:
+    # A newer service may say more.
+    return kind(**{field.name: said[field.name] for field in fields(kind)})
+
+
 class View:
     """The table, and what it has to remember for the figures that are rates."""
 
-    def __init__(self, manager: EventManager) -> None:
+    def __init__(self, manager: EventManager | Service) -> None:
         self._manager = manager
         self._before: dict[tuple[str, int], int] = {}
         self._at = time.monotonic()
