@@ -1,6 +1,7 @@
 // Growable arrays that report what they allocate, so that the index knows its own size at any moment.
 #pragma once
 
+#include <cassert>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -38,7 +39,10 @@ inline constexpr u32 kTurnBlocks = KVINDEX_TURN_BLOCKS;
 struct Memory {
     std::size_t bytes = 0;
     void add(std::size_t n) { bytes += n; }
-    void sub(std::size_t n) { bytes -= n; }
+    void sub(std::size_t n) {
+        assert(n <= bytes);
+        bytes -= n;
+    }
 
     // Counted as what it takes.
     void* take(std::size_t n) {
@@ -70,24 +74,50 @@ struct Memory {
 // blocks. Of a budget it is this part at most.
 inline constexpr std::size_t kMostScratch = std::size_t{1} << 20, kScratchShare = 64;
 
+// Whether a value may be moved as bytes, after which those that it left are forgotten: trivial types, and those that
+// name a type Relocatable.
+template <class T, class = void>
+struct IsRelocatable : std::is_trivially_copyable<T> {};
+template <class T>
+struct IsRelocatable<T, std::void_t<typename T::Relocatable>> : std::true_type {};
+
 // 16 bytes against std::vector's 24, and growth of a quarter instead of doubling: chains keep several of these, and
 // half-empty tails would cost more than the copies do (a chain that grows block by block copies each element about five
-// times). Elements are moved as bytes, hence the restriction. The first kHere of them may lie in the place of the
+// times). Elements are moved as bytes, hence the restriction, and never
+// destroyed. The owner of a Buf releases it, for only the owner knows the counter: there is one owner, so it is moved
+// and not copied. The first kHere of them may lie in the place of the
 // pointer: most chains of a busy fleet are short, and each allocation is a cache miss for whoever reads.
 template <class T, u32 kHere = 0>
 class Buf {
-    static_assert(std::is_trivially_copyable<T>::value, "Buf relocates bytes");
+    static_assert(IsRelocatable<T>::value, "Buf relocates bytes");
     static_assert(kHere * sizeof(T) <= sizeof(T*), "what lies in the pointer's place must fit there");
 
 public:
+    Buf() = default;
+    ~Buf() { assert(!owns()); }
+    Buf(const Buf&) = delete;
+    Buf& operator=(const Buf&) = delete;
+    Buf(Buf&& o) noexcept { steal(o); }
+    Buf& operator=(Buf&& o) noexcept {
+        assert(!owns());
+        steal(o);
+        return *this;
+    }
+
     T* data() { return here() ? reinterpret_cast<T*>(place_) : heap(); }
     const T* data() const { return here() ? reinterpret_cast<const T*>(place_) : heap(); }
     u32 size() const { return n_; }
     bool empty() const { return n_ == 0; }
-    T& operator[](std::size_t i) { return data()[i]; }
-    const T& operator[](std::size_t i) const { return data()[i]; }
-    T& back() { return data()[n_ - 1]; }
-    const T& back() const { return data()[n_ - 1]; }
+    T& operator[](std::size_t i) {
+        assert(i < n_);
+        return data()[i];
+    }
+    const T& operator[](std::size_t i) const {
+        assert(i < n_);
+        return data()[i];
+    }
+    T& back() { return (*this)[n_ - 1]; }
+    const T& back() const { return (*this)[n_ - 1]; }
     T* begin() { return data(); }
     T* end() { return data() + n_; }
     const T* begin() const { return data(); }
@@ -99,10 +129,16 @@ public:
         if (cap < need) cap = need;
         regrow(m, cap);
     }
-    void push(Memory& m, const T& v) {
-        T copy = v;
+    void push(Memory& m, T v) {
         reserve(m, n_ + 1);
-        data()[n_++] = copy;
+        new (static_cast<void*>(data() + n_++)) T(std::move(v));
+    }
+    // Where there is room for one more.
+    void insert(u32 at, T v) {
+        assert(at <= n_ && n_ < cap_);
+        std::memmove(static_cast<void*>(data() + at + 1), static_cast<const void*>(data() + at), sizeof(T) * (n_ - at));
+        new (static_cast<void*>(data() + at)) T(std::move(v));
+        ++n_;
     }
     void resize(Memory& m, u32 n) {
         reserve(m, n);
@@ -110,13 +146,22 @@ public:
     }
     // Opens or closes a gap: `erase` elements at `at` become `insert` uninitialised ones.
     void splice(Memory& m, u32 at, u32 erase, u32 insert) {
+        assert(at + erase <= n_);
         const u32 tail = n_ - at - erase;
         if (insert > erase) reserve(m, n_ + insert - erase);
-        if (tail) std::memmove(data() + at + insert, data() + at + erase, sizeof(T) * tail);
+        if (tail)
+            std::memmove(static_cast<void*>(data() + at + insert), static_cast<const void*>(data() + at + erase),
+                         sizeof(T) * tail);
         n_ = at + insert + tail;
     }
-    void pop() { --n_; }
-    void truncate(u32 n) { n_ = n; }
+    void pop() {
+        assert(n_);
+        --n_;
+    }
+    void truncate(u32 n) {
+        assert(n <= n_);
+        n_ = n;
+    }
     // Gives back slack once half of the space is unused;
     // called where things shrink, so that memory follows the content down.
     void trim(Memory& m) {
@@ -136,7 +181,7 @@ public:
     }
     void release(Memory& m) {
         if (!here()) {
-            if (cap_ > kHere) m.give(heap(), sizeof(T) * cap_);
+            if (owns()) m.give(heap(), sizeof(T) * cap_);
         }
         point(nullptr);
         n_ = 0;
@@ -147,15 +192,25 @@ private:
     static constexpr std::size_t kFitted = 4096;
 
     bool here() const { return kHere && cap_ <= kHere; }
+    bool owns() const { return cap_ > kHere; }
+    // Of a Buf that owns nothing.
+    void steal(Buf& o) noexcept {
+        std::memcpy(place_, o.place_, sizeof place_);
+        n_ = o.n_;
+        cap_ = o.cap_;
+        o.point(nullptr);
+        o.n_ = 0;
+        o.cap_ = kHere;
+    }
     void regrow(Memory& m, u32 cap) {
         if constexpr (kHere > 0) {
             if (here() || cap <= kHere) {
                 Buf to;
                 if (cap > kHere) to.regrow_heap(m, cap);
-                std::memcpy(static_cast<void*>(to.data()), data(), sizeof(T) * n_);
+                std::memcpy(static_cast<void*>(to.data()), static_cast<const void*>(data()), sizeof(T) * n_);
                 to.n_ = n_;
                 release(m);
-                *this = to;
+                steal(to);
                 return;
             }
         }
@@ -165,7 +220,7 @@ private:
         // As many as fit into what is taken anyway.
         const std::size_t bytes = sizeof(T) * cap;
         if (bytes <= kFitted) cap = static_cast<u32>(Heap::room(bytes) / sizeof(T));
-        void* const q = cap_ > kHere ? m.resize(heap(), sizeof(T) * cap_, bytes) : m.take(bytes);
+        void* const q = owns() ? m.resize(heap(), sizeof(T) * cap_, bytes) : m.take(bytes);
         point(static_cast<T*>(q));
         cap_ = cap;
     }

@@ -48,6 +48,21 @@ struct Mixed {
 template <class Slot, u32 kTenths, u32 kLeast>
 class Slots {
 public:
+    Slots() = default;
+    // Its owner releases it, as a Buf's does.
+    ~Slots() { assert(!slots_); }
+    Slots(const Slots&) = delete;
+    Slots& operator=(const Slots&) = delete;
+    Slots(Slots&& o) noexcept
+        : slots_(std::exchange(o.slots_, nullptr)),
+          parts_(std::move(o.parts_)),
+          ways_(std::move(o.ways_)),
+          n_(std::exchange(o.n_, 0)),
+          lg_(std::exchange(o.lg_, 0)),
+          fullest_(std::exchange(o.fullest_, 0)),
+          stamp_(o.stamp_++) {}
+    Slots& operator=(Slots&&) = delete;
+
     u32 size() const { return n_; }
     // How many bytes are taken at most while so many entries are added. A table that doubles is there twice meanwhile.
     std::size_t growth(u32 more) const {
@@ -83,6 +98,7 @@ public:
     void reserve(Memory& m, u32 n) {
         u32 lg = kLeast;
         while (lg < kMostLg && crowded(n, lg)) ++lg;
+        assert(!n_);
         if (n && !slots_ && parts_.empty()) rehash(m, lg);
     }
     void release(Memory& m) {

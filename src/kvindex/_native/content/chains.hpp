@@ -40,6 +40,7 @@ struct Run {
 
 // Engine hashes of one worker in one chain, where they are not the ones that the pages carry.
 struct OwnNames {
+    using Relocatable = void;
     u32 worker;
     u32 start;  // depth of ids[0]
     u32 used;   // entries that are not kNoName
@@ -195,6 +196,7 @@ public:
     // page of its own took 128 bytes for a prompt of one block.
     void append(u32 id, const u64* prefix, u32 n, u32 set, u32 all) {
         Chain& c = chains_[id];
+        assert(n && c.len + n <= all && !c.shared);
         if (all == 1) {
             share(id);
             Page& page = pages_[c.pages[0]];
@@ -233,6 +235,7 @@ public:
     // Forgets the blocks from depth `end` on; the caller has seen to their names.
     void cut(u32 id, u32 end) {
         Chain& c = chains_[id];
+        assert(end >= c.base && end <= c.end());
         if (c.shared && end == c.base) leave(c);
         blocks_ -= c.end() - end;
         const u32 keep = end == c.base ? 0 : ((end - 1) >> kPageShift) - (c.base >> kPageShift) + 1;
@@ -278,6 +281,7 @@ public:
     template <class F>
     void change(u32 id, u32 from, u32 to, F&& f) {
         Chain& c = chains_[id];
+        assert(from >= c.base && from < to && to <= c.end());
         const u32 lo = run_at(c, from);
         u32 hi = lo;
         fresh_.truncate(0);
@@ -324,6 +328,7 @@ public:
     void join(u32 id, u32 kid, F&& moved) {
         Chain& c = chains_[id];
         Chain& k = chains_[kid];
+        assert(k.base == c.end() && !c.shared && !k.shared && k.own.empty() && !k.kids);
         u32 i = 0;
         if (k.base & (kPageBlocks - 1)) {
             const u32 from = k.pages[0], to = c.pages.back();
@@ -388,8 +393,8 @@ public:
         u32 i = own_at(c, worker);
         if (i == c.own.size() || c.own[i].worker != worker) {
             if (value == kNoName) return;
-            c.own.splice(m_, i, 0, 1);
-            c.own[i] = OwnNames{worker, depth, 0, {}};
+            c.own.reserve(m_, c.own.size() + 1);
+            c.own.insert(i, OwnNames{worker, depth, 0, {}});
         }
         OwnNames& o = c.own[i];
         if (depth < o.start) {
@@ -419,10 +424,9 @@ public:
         for (OwnNames& o : k.own) {
             const u32 i = own_at(c, o.worker);
             if (i == c.own.size() || c.own[i].worker != o.worker) {
-                c.own.splice(m_, i, 0, 1);
-                c.own[i] = o;
-                // Nothing belongs to two if there is no memory for the next.
-                o.ids = {};
+                // First, so that nothing is lost if there is no memory for it.
+                c.own.reserve(m_, c.own.size() + 1);
+                c.own.insert(i, std::move(o));
                 continue;
             }
             OwnNames& to = c.own[i];

@@ -9,6 +9,8 @@
 // A parent is never older than its children: who touches a chain touches what it hangs on, too.
 #pragma once
 
+#include <memory>
+
 #include "base/memory.hpp"
 
 namespace kvindex {
@@ -26,7 +28,6 @@ public:
     Ages(Memory& m, Items& items) : m_(m), items_(items) {}
     ~Ages() {
         if (rings_) m_.sub(sizeof(Ring) * kRings);
-        delete[] rings_;
     }
     Ages(const Ages&) = delete;
     Ages& operator=(const Ages&) = delete;
@@ -34,7 +35,7 @@ public:
     // Before the first item. span: seconds that the generations
     // must be able to tell apart in steps of a hundredth, or 0.
     void open(double span) {
-        rings_ = new Ring[kRings];
+        rings_ = std::make_unique<Ring[]>(kRings);
         m_.add(sizeof(Ring) * kRings);
         for (u32 i = 0; i < kRings; ++i) rings_[i].link.older = rings_[i].link.newer = kSentinel + i;
         step_ = span / 100;
@@ -175,7 +176,7 @@ private:
 
     Memory& m_;
     Items& items_;
-    Ring* rings_ = nullptr;
+    std::unique_ptr<Ring[]> rings_;
     double step_ = 0;
     u32 now_ = 0, oldest_ = 0;
 };

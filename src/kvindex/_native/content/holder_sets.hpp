@@ -2,6 +2,8 @@
 // and a walk looks into a set only where the number changes.
 #pragma once
 
+#include <memory>
+
 #include "base/table.hpp"
 
 namespace kvindex {
@@ -20,7 +22,6 @@ public:
         free_.release(m_);
         table_.release(m_);
         scratch_.release(m_);
-        std::free(memo_);
     }
     SetPool(const SetPool&) = delete;
     SetPool& operator=(const SetPool&) = delete;
@@ -35,6 +36,7 @@ public:
     u32 refs(u32 set) const { return recs_[set].refs; }
     void ref(u32 set) { ++recs_[set].refs; }
     void unref(u32 set) {
+        assert(recs_[set].refs);
         if (--recs_[set].refs == 0 && set != kEmptySet) drop(set);
     }
 
@@ -86,8 +88,7 @@ public:
     void clear() {
         for (u32 i = 1; i < recs_.size(); ++i) drop_words(recs_[i]);
         // The memo speaks of sets that are gone, and generations start over.
-        std::free(memo_);
-        memo_ = nullptr;
+        memo_.reset();
         recs_.truncate(1);
         recs_.shrink(m_, 1);
         recs_[kEmptySet].refs = live_ = 1;
@@ -105,22 +106,17 @@ private:
     };
     // A direct-mapped memo of transitions: one event usually makes the same change to the same few sets over and over.
     struct Memo {
-        u32 set, less, plus, to, from_gen, to_gen;
+        u32 set = kNone, less = kNone, plus = kNone, to = 0, from_gen = 0, to_gen = 0;
     };
     static constexpr u32 kMemo = 256;
 
     Memo& memo_at(u32 set, u32 less, u32 plus) {
-        if (!memo_) {
-            memo_ = static_cast<Memo*>(std::malloc(sizeof(Memo) * kMemo));
-            if (!memo_) throw std::bad_alloc();
-            for (u32 i = 0; i < kMemo; ++i) memo_[i] = Memo{kNone, kNone, kNone, 0, 0, 0};
-        }
+        if (!memo_) memo_ = std::make_unique<Memo[]>(kMemo);
         const u64 h = (static_cast<u64>(set) * 0x9E3779B97F4A7C15ull) ^
                       (static_cast<u64>(less) * 0xC2B2AE3D27D4EB4Full) ^
                       (static_cast<u64>(plus) * 0x165667B19E3779F9ull);
         Memo& memo = memo_[(h >> 32) & (kMemo - 1)];
-        if (memo.to >= recs_.size() || (memo.set != kNone && memo.set >= recs_.size()))
-            memo = Memo{kNone, kNone, kNone, 0, 0, 0};
+        if (memo.to >= recs_.size() || (memo.set != kNone && memo.set >= recs_.size())) memo = Memo();
         return memo;
     }
     void load(u32 set, u32 at_least) {
@@ -187,7 +183,7 @@ private:
     Buf<u32> free_;
     RefTable table_;
     Buf<u64> scratch_;
-    Memo* memo_ = nullptr;
+    std::unique_ptr<Memo[]> memo_;
     u32 live_ = 0;
 };
 

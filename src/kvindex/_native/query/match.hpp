@@ -33,31 +33,36 @@ struct Hit {
 // at 256 pods that is half of the time.
 class Hits {
 public:
-    Hits() = default;
-    Hits(const Hits&) = delete;
-    Hits& operator=(const Hits&) = delete;
-    ~Hits() { std::free(p_); }
-
     u32 size() const { return n_; }
-    const Hit* begin() const { return p_; }
-    const Hit* end() const { return p_ + n_; }
+    const Hit* begin() const { return p_.get(); }
+    const Hit* end() const { return p_.get() + n_; }
     const Hit& operator[](u32 i) const { return p_[i]; }
     bool full() const { return n_ == room_; }
     void clear() { n_ = 0; }
     void reserve(std::size_t n) {
         if (n <= room_) return;
-        Hit* p = static_cast<Hit*>(std::realloc(static_cast<void*>(p_), n * sizeof(Hit)));
+        Hit* const p = static_cast<Hit*>(std::realloc(static_cast<void*>(p_.get()), n * sizeof(Hit)));
         if (!p) throw std::bad_alloc();
-        p_ = p;
+        static_cast<void>(p_.release());
+        p_.reset(p);
         room_ = n;
     }
     // What is written from room() on, where room is reserved, counts up to `end`.
-    Hit* room() { return p_ + n_; }
-    void grow(const Hit* end) { n_ = static_cast<u32>(end - p_); }
-    void push(const Hit& hit) { p_[n_++] = hit; }
+    Hit* room() { return p_.get() + n_; }
+    void grow(const Hit* end) {
+        assert(end <= p_.get() + room_);
+        n_ = static_cast<u32>(end - p_.get());
+    }
+    void push(const Hit& hit) {
+        assert(!full());
+        p_[n_++] = hit;
+    }
 
 private:
-    Hit* p_ = nullptr;
+    struct Free {
+        void operator()(Hit* p) const { std::free(p); }
+    };
+    std::unique_ptr<Hit[], Free> p_;
     u32 n_ = 0;
     std::size_t room_ = 0;
 };

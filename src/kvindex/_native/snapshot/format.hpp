@@ -10,6 +10,11 @@
 //   sections  in the order of `Section`, each from a multiple of 8 bytes on; little-endian
 #pragma once
 
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
 #include <stdexcept>
 #include <tuple>
 
@@ -70,24 +75,21 @@ struct OwnRecord {
 
 class SnapshotBytes {
 public:
-    SnapshotBytes() = default;
-    ~SnapshotBytes() { std::free(p_); }
-    SnapshotBytes(const SnapshotBytes&) = delete;
-    SnapshotBytes& operator=(const SnapshotBytes&) = delete;
-
-    const u8* data() const { return p_; }
+    const u8* data() const { return p_.get(); }
     u64 size() const { return n_; }
     void reserve(u64 cap) {
         if (cap <= cap_) return;
-        void* q = std::realloc(p_, cap);
+        // What is there need not be copied where the system can extend it.
+        u8* const q = static_cast<u8*>(std::realloc(p_.get(), cap));
         if (!q) throw std::bad_alloc();
-        p_ = static_cast<u8*>(q);
+        static_cast<void>(p_.release());
+        p_.reset(q);
         cap_ = cap;
     }
     u8* room(u64 n) {
         if (n_ + n > cap_) reserve(std::max(n_ + n, cap_ + cap_ / 2));
         n_ += n;
-        return p_ + n_ - n;
+        return p_.get() + n_ - n;
     }
     void put(const void* from, u64 n) {
         if (n) std::memcpy(room(n), from, n);
@@ -105,10 +107,13 @@ public:
         static const u8 zeros[8] = {};
         put(zeros, -n_ & 7);
     }
-    u8* at(u64 offset) { return p_ + offset; }
+    u8* at(u64 offset) { return p_.get() + offset; }
 
 private:
-    u8* p_ = nullptr;
+    struct Free {
+        void operator()(u8* p) const { std::free(p); }
+    };
+    std::unique_ptr<u8[], Free> p_;
     u64 n_ = 0, cap_ = 0;
 };
 

@@ -339,6 +339,7 @@ private:
                 need(at.set != kEmptySet && at.set <= n_sets_, "a set is not there");
                 need(!k || c.runs.back().set != at.set, "equal runs are not joined");
                 // Aligned: sections are, and so are the bytes that come from Python and from files.
+                assert(reinterpret_cast<std::uintptr_t>(prefix) % alignof(u64) == 0);
                 chains.append(i, reinterpret_cast<const u64*>(prefix), stop - at.start, at.set, r.len);
                 prefix += u64{8} * (stop - at.start);
                 ix_.sets_.each(at.set, [&](u32 h) { ix_.holders_[h].blocks += stop - at.start; });

@@ -359,6 +359,7 @@ protected:
     // What the holder has counts from now on, all at once. Needs no memory.
     void show(u32 id, u32 h) {
         Worker& w = *workers_[id];
+        assert(w.holders.size() < w.holders.capacity());
         w.hidden.erase(std::find(w.hidden.begin(), w.hidden.end(), h));
         w.holders.push_back(h);
         ++pods_[w.pod].holders;
@@ -493,6 +494,7 @@ protected:
         spaces_[w.space].rootless += w.rootless;
         std::vector<u32>& list = spaces_[w.space].hybrids;
         if (listed && w.in_hybrid_list == kNone) {
+            assert(list.size() < list.capacity());  // widened with the worker: an index that starts over has no memory
             w.in_hybrid_list = static_cast<u32>(list.size());
             list.push_back(id);
         } else if (!listed && w.in_hybrid_list != kNone) {
