@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
 import signal
 import socket
@@ -11,9 +12,11 @@ import ssl
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+import uuid
+from contextlib import contextmanager, suppress
 
 import numpy as np
+import psutil
 import pytest
 import trustme
 from sync_support import until
@@ -636,9 +639,9 @@ def test_the_openapi_document_names_every_route(served):
 class Command:
     """``kvindex serve`` as a process."""
 
-    def __init__(self, *arguments):
+    def __init__(self, *arguments, env=None):
         command = [sys.executable, "-m", "kvindex", "serve", "--port", "0", *map(str, arguments)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
         line = self.process.stdout.readline()
         found = re.search(r"http://127.0.0.1:(\d+)", line)
         assert found, (line, self.process.stderr.read())
@@ -696,6 +699,54 @@ def test_the_command_reads_a_token_and_refuses_bad_options(tmp_path, capsys):
     ):
         assert main(["serve", *map(str, arguments)]) == 2
         assert "kvindex serve: " in capsys.readouterr().err
+
+
+def marked(name):
+    """Processes with this name in their environment, which children inherit."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if name in process.environ():
+                found.append(process.pid)
+    return found
+
+
+def test_the_demo_loses_a_pod_gets_it_back_and_leaves_no_process():
+    mark = f"KVINDEX_TEST_{uuid.uuid4().hex}"
+    demo = Command("--demo", "2", "--kill-every", "1", env={**os.environ, mark: "1"})
+    try:
+
+        def pods():
+            return demo.ask("GET", "/v1/pods")[1]["pods"]
+
+        exact, again = set(), set()
+
+        def look():
+            for name, pod in pods().items():
+                if pod["state"] == "exact":
+                    (again if pod["restarts"] else exact).add(name)
+
+        # By name: while one of them is exact again, the next may be gone.
+        assert set(pods()) == {"pod-0", "pod-1"}
+        until(lambda: look() or again)
+        assert "pod-0" in exact
+        until(lambda: look() or exact == {"pod-0", "pod-1"})
+        until(lambda: (now := demo.ask("GET", "/v1/fleet")[1]["now"])["held"] > 0 and now["reported"] > 0)
+        status, page, _ = demo.ask.raw("GET", "/")
+        assert (status, page[:15]) == (200, b"<!doctype html>")
+        assert demo.process.pid in marked(mark)
+        until(lambda: len(marked(mark)) == 3)
+    finally:
+        assert demo.end() == 0
+    assert marked(mark) == []
+
+
+@pytest.mark.parametrize("beside", [["a=tcp://127.0.0.1:9"], ["--block-size", "32"], ["--kubernetes"]])
+def test_the_demo_takes_no_other_pods(beside, capsys):
+    from kvindex.cli import main
+
+    assert main(["serve", *beside, "--demo"]) == 2
+    assert "leave out" in capsys.readouterr().err
 
 
 def test_top_shows_the_pods_of_a_service(served, capsys, monkeypatch):

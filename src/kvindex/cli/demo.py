@@ -6,7 +6,7 @@ import argparse
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["add_parser"]
 
 BLOCK_SIZE = 16
+BLOCKS_PER_POD = 3000
 MODEL = "sim"
 
 # One of each kind of stream that is in the field, so that the table shows a fleet in the middle of an upgrade.
@@ -68,7 +69,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--seconds", type=float, default=20.0, metavar="N",
                         help="least seconds to spread them over (default %(default)g)")  # fmt: skip
-    parser.add_argument("--blocks-per-pod", type=int, default=3000, metavar="N",
+    parser.add_argument("--blocks-per-pod", type=int, default=BLOCKS_PER_POD, metavar="N",
                         help="blocks in the KV cache of a pod (default %(default)s)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the workload (default %(default)s)")
     parser.set_defaults(run=run)
@@ -112,6 +113,23 @@ class Pod:
         self.process.launch()
         return self.process
 
+    def greet(self) -> None:
+        """The process has started: requests may come."""
+        assert self.process is not None
+        self.seq = self.process.seqs()[0]
+        self.up = True
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.up = False
+        self.process.kill()
+
+    def source(self) -> PodSource:
+        assert self.process is not None
+        return PodSource(
+            self.name, ranks=self.process.ranks, model=MODEL, block_size=BLOCK_SIZE, **self.process.options
+        )  # fmt: skip
+
     def serve(self, arrival: Arrival) -> int:
         """Serve one request to its end; gives the tokens that were there already."""
         prompt = arrival.prompt
@@ -135,6 +153,50 @@ class Pod:
         self.twin.finish(request)
         self.twin.take_events()
         return request.hit
+
+
+class Fleet:
+    """The pods' processes. A context manager that starts each of them and leaves none behind."""
+
+    def __init__(self, pods: Sequence[Pod]) -> None:
+        self.pods = pods
+        self._launcher = ThreadPoolExecutor(len(pods))
+        self._relaunch: Future[SimProcess] | None = None
+
+    def __enter__(self) -> Fleet:
+        try:
+            self._launch_all()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._relaunch is not None:
+            wait([self._relaunch])
+        for pod in self.pods:
+            if pod.process is not None:
+                pod.process.stop()
+        self._launcher.shutdown()
+
+    def _launch_all(self) -> None:
+        # Most of a second each, on a core of its own; together it is as many seconds as the machine needs.
+        started = [(pod, self._launcher.submit(pod.start)) for pod in self.pods]
+        try:
+            wait([future for _, future in started])
+        finally:
+            # Also after a Ctrl-C: whatever did come up has to be ended.
+            for pod, future in started:
+                if not future.cancel() and future.exception() is None:
+                    pod.process = future.result()
+        for pod, future in started:
+            future.result()
+            pod.greet()
+
+    def start_again(self, pod: Pod) -> Future[SimProcess]:
+        """Start a killed pod where it was, in another thread; one pod at a time."""
+        self._relaunch = self._launcher.submit(pod.start)
+        return self._relaunch
 
 
 class Trusted:
@@ -202,16 +264,10 @@ class Demo:
 
     def __enter__(self) -> Demo:
         try:
-            self._launcher = self._stack.enter_context(ThreadPoolExecutor(len(self.pods)))
-            self._stack.callback(self._stop_pods)
-            self._launch_all()
+            self._fleet = self._stack.enter_context(Fleet(self.pods))
             self.manager = self._stack.enter_context(EventManager(self.index.index))
             for pod in self.pods:
-                assert pod.process is not None
-                source = PodSource(
-                    pod.name, ranks=pod.process.ranks, model=MODEL, block_size=BLOCK_SIZE, **pod.process.options
-                )
-                self.manager.add_pod(source)
+                self.manager.add_pod(pod.source())
             if not self.manager.wait_until_current(PATIENCE):
                 raise CommandError(f"the pods were not current after {PATIENCE:.0f} s: {self.manager.status()}")
             self.start = time.monotonic()
@@ -223,32 +279,6 @@ class Demo:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
-
-    def _launch_all(self) -> None:
-        # Most of a second each, on a core of its own; together it is as many seconds as the machine needs.
-        started = [(pod, self._launcher.submit(pod.start)) for pod in self.pods]
-        try:
-            wait([future for _, future in started])
-        finally:
-            # Also after a Ctrl-C: whatever did come up has to be ended.
-            for pod, future in started:
-                if not future.cancel() and future.exception() is None:
-                    pod.process = future.result()
-        for pod, future in started:
-            future.result()
-            self._greet(pod)
-
-    def _greet(self, pod: Pod) -> None:
-        assert pod.process is not None
-        pod.seq = pod.process.seqs()[0]
-        pod.up = True
-
-    def _stop_pods(self) -> None:
-        if self._relaunch is not None:
-            wait([self._relaunch])
-        for pod in self.pods:
-            if pod.process is not None:
-                pod.process.stop()
 
     def note(self, text: str) -> None:
         self.notes.append((time.monotonic() - self.start, text))
@@ -301,26 +331,24 @@ class Demo:
 
     def _accident(self) -> None:
         """One pod is killed when a third is served, starts again after a while, and becomes exact again."""
-        now, victim, process = time.monotonic(), self.victim, self.victim.process
-        assert process is not None
+        now, victim = time.monotonic(), self.victim
         if self.killed_at is None:
             if self.number * 3 >= len(self.arrivals):
                 self.victim_restarts = self.manager.status()[victim.name].restarts
                 self.note(f"{victim.name} is killed")
                 self.killed_at = now
-                victim.up = False
-                process.kill()
+                victim.kill()
                 victim.twin = victim.engine()
         elif self.stale_at is None:
             if self.manager.status()[victim.name].state == "stale":
                 self.stale_at = now
         elif self._relaunch is None:
             if now >= self.killed_at + AWAY:
-                self._relaunch = self._launcher.submit(victim.start)
+                self._relaunch = self._fleet.start_again(victim)
         elif not victim.up:
             if self._relaunch.done():
                 self._relaunch.result()
-                self._greet(victim)
+                victim.greet()
                 self.note(f"{victim.name} is started again, with an empty cache")
         elif self.exact_at is None:
             status = self.manager.status()[victim.name]

@@ -13,6 +13,7 @@ from typing import Any
 from .. import EventManager, PrefixIndex
 from ._pods import add_arguments, followed
 from ._terminal import CommandError, add_command, positive, seconds
+from .demo import BLOCK_SIZE, BLOCKS_PER_POD, Fleet, Pod
 
 __all__ = ["add_parser"]
 
@@ -32,6 +33,7 @@ def add_parser(commands: Any) -> None:
         status="0 when it was ended by a signal",
         lines=[
             "kvindex serve --pods pods.yaml --port 8090",
+            "kvindex serve --demo",
             "kvindex serve --snapshot /var/lib/kvindex/index --snapshot-every 300",
         ],
     )
@@ -39,6 +41,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--kubernetes", metavar="SELECTOR", nargs="?", const="",
                         help="follow pods of the cluster, by label (default: kvindex.discovery's)")  # fmt: skip
     parser.add_argument("--namespace", help="with --kubernetes: the namespace (default: every one)")
+    parser.add_argument("--demo", type=positive, metavar="N", nargs="?", const=5,
+                        help="start N simulated pods with traffic, and follow these (default: 5)")  # fmt: skip
+    parser.add_argument("--kill-every", type=seconds, default=20.0, metavar="SECONDS",
+                        help="with --demo: kill a pod so often; it starts again (default %(default)g)")  # fmt: skip
 
     index = parser.add_argument_group("the index")
     index.add_argument("--block-size", type=positive, default=16, metavar="TOKENS",
@@ -83,18 +89,21 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(str(error)) from None
     if args.snapshot_every is not None and args.snapshot is None:
         raise CommandError("--snapshot-every needs --snapshot FILE")
+    if args.demo is not None and (others := _beside_demo(args)):
+        raise CommandError(f"--demo has pods and an index of its own: leave out {others}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     token = _token(args)
     encoder = _encoder(args)
     index, registered = _index(args, token)
     limits = Limits(max_body=args.max_body, max_tokens=args.max_tokens, max_in_flight=args.max_in_flight)
     with ExitStack() as stack:
+        fleet = None if args.demo is None else stack.enter_context(_fleet(args.demo))
         manager = stack.enter_context(EventManager(index))
         if args.pods or args.file or args.replay:
             stack.enter_context(followed(manager, args))
         if args.kubernetes is not None:
             stack.enter_context(_kubernetes(manager, args))
-        for source in registered:
+        for source in registered if fleet is None else [pod.source() for pod in fleet.pods]:
             _follow(manager, source)
         service = Service(index, manager, encoder=encoder, limits=limits, token=token)
         server = Server(
@@ -104,6 +113,11 @@ def run(args: argparse.Namespace) -> int:
         snapshots = None if args.snapshot is None else Snapshots(service, args.snapshot, args.snapshot_every or 0.0)
         if snapshots is not None and args.snapshot_every is not None:
             service.background.append(snapshots.run)
+        if fleet is not None:
+            from ._traffic import Traffic
+
+            traffic = Traffic(service, fleet, args.kill_every)
+            service.background += [traffic.requests, traffic.accidents]
         if threading.current_thread() is threading.main_thread():
             # uvicorn raises the signal that ended it once more when it has ended: nothing may stop the snapshot then.
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -115,6 +129,18 @@ def run(args: argparse.Namespace) -> int:
             if snapshots is not None:
                 snapshots.save()
     return 0
+
+
+def _beside_demo(args: argparse.Namespace) -> str:
+    given = {
+        "POD": args.pods, "--pods": args.file, "--replay": args.replay, "--kubernetes": args.kubernetes is not None,
+        "--snapshot": args.snapshot, "--from": args.source, "--block-size": args.block_size != BLOCK_SIZE,
+    }  # fmt: skip
+    return ", ".join(name for name, value in given.items() if value)
+
+
+def _fleet(number: int) -> Fleet:
+    return Fleet([Pod(each, BLOCKS_PER_POD) for each in range(number)])
 
 
 def _follow(manager: EventManager, source: Any) -> None:
