@@ -143,7 +143,7 @@ sanitize: .venv/.test-tools $(SANITIZED)/.built
 	HYPOTHESIS_PROFILE=sanitized $(SANITIZE_RUN) $(BIN)/python -m pytest -q $(SPREAD) $(JUNIT) -k 'not plot' --ignore tests/packaging --ignore tests/typing
 
 # Every call of the shared index from six threads at once, with segments so small that tables grow all the time. Without one
-# lock of directory.hpp it reports 28 races within 3 seconds.
+# lock of workers/directory.hpp it reports 28 races within 3 seconds.
 TSAN := .build/tsan/race
 $(TSAN): tests/threads/race.cpp $(HEADERS)
 	mkdir -p $(@D)
@@ -172,7 +172,7 @@ $(FUZZ)/fail_memory: tests/fuzz/fail_memory.cpp $(HEADERS)
 	mkdir -p $(@D)
 	$(CLANG) $(FAIL_FLAGS) -Isrc/kvindex/_native $< -o $@
 
-# With the slabs of heap.hpp, in whose place the others have malloc, for the address sanitizer to watch.
+# With the slabs of base/heap.hpp, in whose place the others have malloc, for the address sanitizer to watch.
 LIVE_FLAGS := $(subst fuzzer$(comma),,$(FUZZ_FLAGS)) -DKVINDEX_SLABS -Wl,--wrap=mmap,--wrap=munmap,--wrap=mremap
 $(FUZZ)/live_memory: tests/fuzz/live_memory.cpp $(HEADERS)
 	mkdir -p $(@D)

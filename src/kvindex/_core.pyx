@@ -123,7 +123,7 @@ cdef class PrefixMatch:
 cdef class Index:
     """What of :class:`PrefixIndex` is compiled: the calls that are made for every prompt and batch, and primitives for the rest of it."""
 
-    cdef SharedIndex* ix
+    cdef ConcurrentIndex* ix
     cdef object __weakref__
     cdef readonly uint32_t block_size
     cdef readonly uint64_t hash_seed
@@ -135,7 +135,7 @@ cdef class Index:
     def __cinit__(self, block_size=16, *, hash_seed=1337, presence="count", max_parked=65536, max_bytes=None, ttl=None, clock=time.monotonic):
         self.block_size = arguments.whole(block_size, "block_size", 1, 65536)
         self.hash_seed = arguments.seed(hash_seed)
-        self.ix = new SharedIndex(self.block_size, self.hash_seed, arguments.choice(presence, "presence", ("count", "set")),
+        self.ix = new ConcurrentIndex(self.block_size, self.hash_seed, arguments.choice(presence, "presence", ("count", "set")),
                                   arguments.whole(max_parked, "max_parked", 0, 0x7FFFFFFF), arguments.budget(max_bytes), arguments.lifetime(ttl))
         self.uids, self.names, self._clock, self.timed = {}, {}, arguments.called(clock, "clock"), ttl is not None
 

@@ -172,8 +172,8 @@ cdef extern from "_native/concurrent_index.hpp" namespace "kvindex" nogil:
         string name(uint64_t, cbool& known) except +
         vector[string] some(size_t most, size_t& all) except +
 
-    cppclass SharedIndex:
-        SharedIndex(uint32_t block_size, uint64_t seed, cbool set_presence, uint32_t max_parked, uint64_t max_bytes, double ttl) except +
+    cppclass ConcurrentIndex:
+        ConcurrentIndex(uint32_t block_size, uint64_t seed, cbool set_presence, uint32_t max_parked, uint64_t max_bytes, double ttl) except +
         uint64_t open_pod(const string&) except +
         cbool remove_pod(uint64_t) except +
         void configure(uint64_t, int set_presence, cbool has_media, const vector[string]&, int64_t chunk, int64_t max_blocks) except +

@@ -232,7 +232,7 @@ public:
     }
 
 private:
-    SharedIndex ix_;
+    ConcurrentIndex ix_;
     u64 bytes_;
     u64 pods_[kPods] = {};
     i64 seq_ = -1;

@@ -177,7 +177,7 @@ public:
 private:
     // The index that one (pod, rank) would have to itself.
     struct Solo {
-        std::unique_ptr<SharedIndex> index;
+        std::unique_ptr<ConcurrentIndex> index;
         u64 uid = 0;
     };
     struct Configuration {
@@ -192,8 +192,8 @@ private:
         bool lora = false, salt = false;
     };
 
-    std::unique_ptr<SharedIndex> make() const {
-        return std::make_unique<SharedIndex>(size_, 1337, set_presence_, max_parked_);
+    std::unique_ptr<ConcurrentIndex> make() const {
+        return std::make_unique<ConcurrentIndex>(size_, 1337, set_presence_, max_parked_);
     }
     // Followed from the start: of a pod that nobody follows nothing is exact, and the ranks alone are followed one by
     // one.
@@ -581,7 +581,7 @@ private:
                         q.tokens.size() / size_, p))
             die("extra keys of an event cannot be read as a prompt's");
     }
-    Answer answer(const SharedIndex& ix, const MatchResult& m, u32 only, u32 blocks) const {
+    Answer answer(const ConcurrentIndex& ix, const MatchResult& m, u32 only, u32 blocks) const {
         Answer a;
         u32 best = 0;
         const std::map<u32, std::string> media = ix.media(m.hits);
@@ -601,7 +601,7 @@ private:
         return a;
     }
     static std::string lower_case(const std::string& s) { return lower(s.data(), s.size()); }
-    Answer matched(const SharedIndex& ix, const Prompt& p, u32 model, u32 only, PodNames* names = nullptr,
+    Answer matched(const ConcurrentIndex& ix, const Prompt& p, u32 model, u32 only, PodNames* names = nullptr,
                    bool only_exact = false) {
         ix.match(p, kModels[model], names, only_exact, true, out_);
         return answer(ix, out_, only, static_cast<u32>(p.n_tokens / size_));
@@ -690,7 +690,7 @@ private:
     u32 size_, stretch_, max_parked_;
     bool set_presence_;
     std::size_t bytes_at_start_;
-    std::unique_ptr<SharedIndex> all_;
+    std::unique_ptr<ConcurrentIndex> all_;
     u64 pods_[kPods] = {};
     std::map<std::pair<u32, i64>, Solo> solos_;
     Configuration configured_[kPods];

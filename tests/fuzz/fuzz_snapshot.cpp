@@ -20,7 +20,7 @@ namespace {
     std::abort();
 }
 
-void sound(SharedIndex& ix, const char* when) {
+void sound(ConcurrentIndex& ix, const char* when) {
     const std::string broken = ix.check();
     if (!broken.empty()) die(std::string(when) + ": " + broken);
 }
@@ -41,14 +41,14 @@ Event event(EventKind kind, Batch& b, std::vector<u64> hashes, std::vector<u32> 
     return e;
 }
 
-std::vector<u64> pods(const SharedIndex& ix) {
+std::vector<u64> pods(const ConcurrentIndex& ix) {
     std::size_t all = 0;
     std::vector<u64> out;
     for (const std::string& name : ix.directory().some(kNone, all)) out.push_back(ix.directory().find(name));
     return out;
 }
 
-void use(SharedIndex& ix, u32 size) {
+void use(ConcurrentIndex& ix, u32 size) {
     Batch b;
     const std::vector<u32> tokens(std::size_t{4} * size, 7);
     b.events.push_back(event(EventKind::stored, b, {1000, 1001, 1002, 1003}, tokens, size, false, 0));
@@ -90,7 +90,7 @@ extern "C" int LLVMFuzzerTestOneInput(const u8* data, std::size_t n) {
     std::memcpy(file, &h, sizeof h);
     h.checksum = xxh3_64(file + kChecksumFrom, n - kChecksumFrom, 0);
     std::memcpy(file, &h, sizeof h);
-    SharedIndex ix(h.block_size, h.seed, h.set_presence != 0, h.max_parked);
+    ConcurrentIndex ix(h.block_size, h.seed, h.set_presence != 0, h.max_parked);
     try {
         ix.load(file, n);
     } catch (const SnapshotRefused&) {
@@ -99,7 +99,7 @@ extern "C" int LLVMFuzzerTestOneInput(const u8* data, std::size_t n) {
     sound(ix, "loaded");
     SnapshotBytes again;
     ix.save(again);
-    SharedIndex second(h.block_size, h.seed, h.set_presence != 0, h.max_parked);
+    ConcurrentIndex second(h.block_size, h.seed, h.set_presence != 0, h.max_parked);
     second.load(again.data(), again.size());
     sound(second, "loaded again");
     SnapshotBytes third;

@@ -51,7 +51,7 @@ void require(bool well, const char* what) {
 }
 
 void run(double seconds, u64 max_bytes, double ttl) {
-    SharedIndex index(4, 1337, false, 100, max_bytes, ttl);
+    ConcurrentIndex index(4, 1337, false, 100, max_bytes, ttl);
     const std::vector<std::string> names{"a", "b", "c"};
     std::vector<std::vector<u8>> batches{cleared()};
     for (u32 i = 0; i < 24; ++i) batches.push_back(stored(1 + 40 * i, 1 + 13 * (i % 5)));

@@ -66,18 +66,18 @@ struct Stats {
     Report report;
 };
 
-class SharedIndex {
+class ConcurrentIndex {
 public:
     // max_bytes 0, ttl 0: without a limit.
-    SharedIndex(u32 block_size, u64 seed, bool set_presence, u32 max_parked, u64 max_bytes = 0, double ttl = 0)
+    ConcurrentIndex(u32 block_size, u64 seed, bool set_presence, u32 max_parked, u64 max_bytes = 0, double ttl = 0)
         : ix_(block_size, seed, set_presence, max_parked, max_bytes - max_bytes / kScratchShare, ttl),
           batches_(max_bytes ? std::min(kMostScratch, max_bytes / kScratchShare) : kMostScratch) {
         note_expiry();
-        Forks<SharedIndex>::add(this);
+        Forks<ConcurrentIndex>::add(this);
     }
-    ~SharedIndex() { Forks<SharedIndex>::drop(this); }
-    SharedIndex(const SharedIndex&) = delete;
-    SharedIndex& operator=(const SharedIndex&) = delete;
+    ~ConcurrentIndex() { Forks<ConcurrentIndex>::drop(this); }
+    ConcurrentIndex(const ConcurrentIndex&) = delete;
+    ConcurrentIndex& operator=(const ConcurrentIndex&) = delete;
 
     u64 open_pod(const std::string& name) {
         Writing w(*this);
@@ -463,7 +463,7 @@ public:
 
 private:
     struct Written {
-        explicit Written(SharedIndex& s) : s_(s) {}
+        explicit Written(ConcurrentIndex& s) : s_(s) {}
         Written(const Written&) = delete;
         Written& operator=(const Written&) = delete;
         ~Written() { s_.lock_.unlock(); }
@@ -480,16 +480,16 @@ private:
                 s_.lock_.lock();
             }
         }
-        SharedIndex& s_;
+        ConcurrentIndex& s_;
     };
     struct Writing : Written {
-        explicit Writing(SharedIndex& s) : Written(s) {
+        explicit Writing(ConcurrentIndex& s) : Written(s) {
             s_.wait_for_saver();
             s_.lock_.lock();
         }
     };
     struct Reading {
-        Reading(const SharedIndex& s, bool wait) : s_(s), on(wait || s.lock_.spin_lock_shared()) {
+        Reading(const ConcurrentIndex& s, bool wait) : s_(s), on(wait || s.lock_.spin_lock_shared()) {
             if (wait) s.lock_.lock_shared();
         }
         Reading(const Reading&) = delete;
@@ -497,7 +497,7 @@ private:
         ~Reading() {
             if (on) s_.lock_.unlock_shared();
         }
-        const SharedIndex& s_;
+        const ConcurrentIndex& s_;
         bool on;
     };
     // A change that leaves the index in order also where there is no memory for it.
@@ -615,18 +615,18 @@ private:
         }
     }
     void tidy_up() const {
-        SharedIndex& s = const_cast<SharedIndex&>(*this);
+        ConcurrentIndex& s = const_cast<ConcurrentIndex&>(*this);
         s.lock_.lock();
         const Written w(s);
         if (half_ == 0 && ix_.loose()) s.ix_.tie_up();
     }
     // Holds off who would begin to write.
     struct Gate {
-        explicit Gate(const SharedIndex& s) : s_(s) { s_.saving_.store(true); }
+        explicit Gate(const ConcurrentIndex& s) : s_(s) { s_.saving_.store(true); }
         Gate(const Gate&) = delete;
         Gate& operator=(const Gate&) = delete;
         ~Gate() { s_.open_gate(); }
-        const SharedIndex& s_;
+        const ConcurrentIndex& s_;
     };
     void open_gate() const {
         std::lock_guard<std::mutex> g(gate_);

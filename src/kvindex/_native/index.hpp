@@ -109,10 +109,10 @@ struct Turn {
         : pod(pod), rank(rank), model(model), space(space), change(change) {}
 };
 
-class Index : public Shedder {
+class Index : public Eviction {
 public:
     Index(u32 block_size, u64 seed, bool set_presence, u32 max_parked, u64 max_bytes = 0, double ttl = 0)
-        : Shedder(block_size, seed, set_presence, max_parked, max_bytes, ttl), block_size_(block_size), seed_(seed) {}
+        : Eviction(block_size, seed, set_presence, max_parked, max_bytes, ttl), block_size_(block_size), seed_(seed) {}
 
     u32 block_size() const { return block_size_; }
     u64 seed() const { return seed_; }
@@ -247,8 +247,8 @@ public:
                 return true;
         return false;
     }
-    using Shedder::loose;
-    using Shedder::tie_up;
+    using Eviction::loose;
+    using Eviction::tie_up;
 
     // From here on the pod's number and name lead to nothing; the name may be opened anew.
     void close_pod(u32 id) {
@@ -395,8 +395,8 @@ private:
     // The two marks of pages are not available as names; 2^-63 by chance, and then a neighbour's name.
     static u64 name_of(u64 id) { return id == kNoName || id == kNameless ? id + 1 : id; }
 
-    using Shedder::find_worker;
-    using Shedder::worker;
+    using Eviction::find_worker;
+    using Eviction::worker;
     u32 find_worker(Turn& turn) const {
         if (turn.worker == kNone) turn.worker = find_worker(turn.pod, turn.rank, turn.space);
         return turn.worker;

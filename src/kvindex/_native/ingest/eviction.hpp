@@ -6,7 +6,7 @@
 // would be known without a budget, so an answer can be too small and never too large:
 //   - a removal of what was shed finds no copy, and there is none to take;
 //   - a store below what was shed is turned away, not parked, and what its names meant before is forgotten
-//     (see Parker::turn_away);
+//     (see Pending::turn_away);
 //   - what an event says of its group is learned even if its blocks are refused: a group that is not known would
 //     object to nothing.
 // Entries of add_prefix say nothing of what an engine holds, so what becomes of them changes no verdict. They have a
@@ -25,25 +25,25 @@ struct Losses {
     u64 blocks = 0, chains = 0, parked = 0, guesses = 0;
 };
 
-class Shedder : public Parker {
+class Eviction : public Pending {
 public:
     // max_bytes 0: no budget. ttl 0: for ever.
-    Shedder(u32 block_size, u64 seed, bool set_presence, u32 max_parked, u64 max_bytes, double ttl)
-        : Parker(block_size, seed, set_presence, max_parked), max_(max_bytes), ttl_(ttl) {
+    Eviction(u32 block_size, u64 seed, bool set_presence, u32 max_parked, u64 max_bytes, double ttl)
+        : Pending(block_size, seed, set_presence, max_parked), max_(max_bytes), ttl_(ttl) {
         if (max_ || ttl_ > 0) chains_.ages().open(ttl_);
     }
 
     // When expire() has something to do. The reader that finds it overdue does it,
     // so that its answer counts nothing that is over.
     double next_expiry() const {
-        const double guesses = Placer::next_expiry();
+        const double guesses = Insertion::next_expiry();
         if (!(ttl_ > 0)) return guesses;
         const double step = chains_.ages().next_step();
         return std::min(guesses, chains_.count() ? std::min(step, chains_.ages().began_oldest() + ttl_) : step);
     }
     // A turn's worth of what is over; false: there is more.
     bool expire(double now) {
-        if (!Placer::expire(now)) return false;
+        if (!Insertion::expire(now)) return false;
         if (!(ttl_ > 0)) return true;
         for (u32 left = kTurnBlocks / kPiece + 1;
              chains_.ages().oldest() != kNone && chains_.ages().began_oldest() + ttl_ <= now; --left) {
@@ -64,7 +64,7 @@ public:
             ++shed_.guesses;
             return;
         }
-        Placer::guess(pod, rank, model, prefixes, n, until, lookahead);
+        Insertion::guess(pod, rank, model, prefixes, n, until, lookahead);
         fit();
     }
 

@@ -20,9 +20,9 @@ struct Segment {
 // No guess is waiting to expire.
 inline constexpr double kNever = 1e300;
 
-class Placer : public Knowledge {
+class Insertion : public Presence {
 public:
-    Placer(u32 block_size, u64 seed, bool set_presence) : Knowledge(set_presence), hasher_(seed, block_size) {}
+    Insertion(u32 block_size, u64 seed, bool set_presence) : Presence(set_presence), hasher_(seed, block_size) {}
 
     const BlockHasher& hasher() const { return hasher_; }
 

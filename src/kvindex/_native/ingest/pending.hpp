@@ -13,10 +13,10 @@ struct Attaching {
     std::vector<u64> moved;  // names for which something waited
 };
 
-class Parker : public Placer {
+class Pending : public Insertion {
 public:
-    Parker(u32 block_size, u64 seed, bool set_presence, u32 max_parked)
-        : Placer(block_size, seed, set_presence), max_parked_(max_parked) {}
+    Pending(u32 block_size, u64 seed, bool set_presence, u32 max_parked)
+        : Insertion(block_size, seed, set_presence), max_parked_(max_parked) {}
 
     u32 max_parked() const { return max_parked_; }
 

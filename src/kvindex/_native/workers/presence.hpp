@@ -10,9 +10,9 @@
 
 namespace kvindex {
 
-class Knowledge : public Fleet {
+class Presence : public Registry {
 public:
-    explicit Knowledge(bool set_presence) : Fleet(set_presence), sets_(mem_), chains_(mem_, sets_) {}
+    explicit Presence(bool set_presence) : Registry(set_presence), sets_(mem_), chains_(mem_, sets_) {}
 
     const SetPool& sets() const { return sets_; }
     const Chains& chains() const { return chains_; }

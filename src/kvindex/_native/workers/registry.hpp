@@ -9,10 +9,10 @@
 
 namespace kvindex {
 
-class Fleet {
+class Registry {
 public:
-    explicit Fleet(bool set_presence) : set_presence_(set_presence), media_(mem_) {}
-    ~Fleet() {
+    explicit Registry(bool set_presence) : set_presence_(set_presence), media_(mem_) {}
+    ~Registry() {
         for (auto& w : workers_)
             if (w) release(*w);
         for (Space& s : spaces_) {
@@ -20,8 +20,8 @@ public:
             s.names.release(mem_);
         }
     }
-    Fleet(const Fleet&) = delete;
-    Fleet& operator=(const Fleet&) = delete;
+    Registry(const Registry&) = delete;
+    Registry& operator=(const Registry&) = delete;
 
     u32 find_pod(const std::string& name) const {
         const u64 uid = directory_.uid(name);
