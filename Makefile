@@ -58,7 +58,7 @@ listed = $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.t
 	touch $@
 
 .PHONY: ci nightly tsan-nightly fuzz-nightly coverage test-nightly wheel-check release-check
-.PHONY: help build demo test test-unit test-wire sanitize tsan fuzz lint dist clean bench-peers bench-rows bench-streams bench-router bench-gate
+.PHONY: help build demo test test-unit test-wire sanitize tsan fuzz lint dist clean bench-peers bench-rows bench-streams bench-router bench-service bench-gate
 .PHONY: bench bench-quick bench-html bench-replay bench-baseline bench-check
 
 .PHONY: test-kv-sync-chaos test-kv-sync-benchmark test-kv-sync-all chaos-quick chaos-storm
@@ -76,6 +76,7 @@ help:
 	@echo 'make bench-replay      a trace (TRACE=...) sped up until the index falls behind'
 	@echo 'make bench-streams     events over TCP until they are applied: one publisher, and fleets of up to 1,000'
 	@echo 'make bench-router      requests a second through the router of the examples, by wrk'
+	@echo 'make bench-service     requests a second of kvindex serve, by wrk'
 	@echo 'make bench-gate BASE=REV  asv, of REV and HEAD: exit 1 when something got slower or larger by more than a tenth'
 	@echo 'make bench-rows        growth, hybrid pods, threads, tail, stalls, memory and others, each beside what was promised'
 	@echo 'make lint              style, types and clang-tidy'
@@ -243,6 +244,11 @@ bench-streams: .venv/.test-tools
 bench-router: .venv/.test-tools
 	$(call need,command -v wrk,wrk)
 	$(BIN)/python -m benchmarks.router
+
+# The service, asked by wrk.
+bench-service: .venv/.test-tools
+	$(call need,command -v wrk,wrk)
+	$(BIN)/python -m benchmarks.service
 
 # Both revisions in environments of their own, taking turns. ASKED='--bench Match' measures some of it.
 bench-gate: .venv/.bench-tools .asv/.machine
