@@ -136,7 +136,7 @@ cdef class Index:
         self.block_size = arguments.whole(block_size, "block_size", 1, 65536)
         self.hash_seed = arguments.seed(hash_seed)
         self.ix = new ConcurrentIndex(self.block_size, self.hash_seed, arguments.choice(presence, "presence", ("count", "set")),
-                                  arguments.whole(max_parked, "max_parked", 0, 0x7FFFFFFF), arguments.budget(max_bytes), arguments.lifetime(ttl))
+                                      arguments.whole(max_parked, "max_parked", 0, 0x7FFFFFFF), arguments.budget(max_bytes), arguments.lifetime(ttl))
         self.uids, self.names, self._clock, self.timed = {}, {}, arguments.called(clock, "clock"), ttl is not None
 
     def __dealloc__(self):
