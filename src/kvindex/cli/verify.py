@@ -136,12 +136,17 @@ class Guesses:
                 self.firsts.add(int(event.token_ids[0]))
 
     def held(self, ids: list[int]) -> bool:
-        """Whether the index has every whole block of a prompt, in some configuration's terms."""
+        """Whether the index has every whole block of a prompt, in some configuration's terms.
+
+        An engine copies to a tier later than it announces its own blocks, and of a prompt of whole blocks it reuses the
+        last one from there only: each medium that was seen must have them.
+        """
         ahead = max(self.facts.lookahead, default=0)
         unit = max(self.index.block_size, *(size for sizes in list(self.facts.sizes.values()) for size in sizes), 1)
         whole = (len(ids) - ahead) // unit * unit
+        media = list(self.facts.media)
         return any(
-            found.held >= whole
+            found.held >= whole and all(found.media.get(medium, 0) >= whole for medium in media)
             for guess in self._all()
             if guess.engine is None and (found := self._match(self.index, guess, ids)) is not None
         )
