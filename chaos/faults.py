@@ -357,8 +357,8 @@ class _Misled(Fault):
 
     anew = True
 
-    def told(self, scene: Scene, pod: str) -> Mapping[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def told(self, scene: Scene, pod: str) -> Mapping[str, Any]: ...
 
     def inject(self, scene: Scene) -> None:
         for pod in self.pods:

@@ -915,33 +915,18 @@ def test_another_socket_at_the_endpoint_is_named_as_what_it_is(manager, kind):
 @pytest.mark.parametrize("publishes", [True, False])
 def test_a_publisher_of_an_old_protocol_is_named_as_what_it_is(index, publishes):
     """libzmq takes its messages, but says of no connection to it that it stands."""
-    server = socket.create_server(("127.0.0.1", 0))
-    clients = []
-
-    def serve():
-        with suppress(OSError):
-            while True:
-                client, _ = server.accept()
-                clients.append(client)
-                client.sendall(b"\xff" + bytes(7) + b"\x01\x7f\x01\x01" + b"\0\0")  # ZMTP 2.0, PUB, no identity
-                if publishes:
-                    body = encoded(stored([1], range(4)))
-                    client.sendall(b"\x01\x00\x01\x08" + bytes(8) + b"\x00" + bytes([len(body)]) + body)
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    try:
-        with EventManager(index, policy=BRISK, connect_timeout=0.2) as manager:
-            manager.add_pod(PodSource("pod", endpoint=f"tcp://127.0.0.1:{server.getsockname()[1]}"))
-            until(lambda: "ZMTP 2" in manager.status()["pod"].reason)
-            status = manager.status()["pod"]
-            assert (status.state, status.batches, status.connected) == ("stale", 0, False)
-    finally:
-        server.shutdown(socket.SHUT_RDWR)
-        server.close()
-        thread.join()
-        for client in clients:
-            client.close()
+    answer = b"\xff" + bytes(7) + b"\x01\x7f\x01\x01" + b"\0\0"  # ZMTP 2.0, PUB, no identity
+    if publishes:
+        body = encoded(stored([1], range(4)))
+        answer += b"\x01\x00\x01\x08" + bytes(8) + b"\x00" + bytes([len(body)]) + body
+    with (
+        listener(answer, stays=True) as endpoint,
+        EventManager(index, policy=BRISK, connect_timeout=0.2) as manager,
+    ):
+        manager.add_pod(PodSource("pod", endpoint=endpoint))
+        until(lambda: "ZMTP 2" in manager.status()["pod"].reason)
+        status = manager.status()["pod"]
+        assert (status.state, status.batches, status.connected) == ("stale", 0, False)
 
 
 def test_pods_are_added_and_removed_from_many_threads(index, manager):
