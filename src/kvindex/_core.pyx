@@ -394,6 +394,8 @@ cdef class Index:
         cdef uint64_t uid = self.uid(pod)
         with nogil: self.ix.mark(uid, rank, verdict)
 
+    def _trust(self, int64_t until): self.ix.trust(until)
+
     def _pods(self):
         cdef size_t pods = 0
         return [name.decode("utf-8", "surrogateescape") for name in self.ix.directory().some(<size_t>-1, pods)]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PrefixIndex"]
 
+_FOREVER = 0x7FFFFFFFFFFFFFFF  # nanoseconds, as the core has it
 _NO_HASHES = np.empty(0, dtype=np.uint64)
 
 
@@ -47,8 +48,9 @@ class PrefixIndex(Index):
     Events: :meth:`ingest`, :meth:`process_block_stored`, :meth:`process_block_removed`,
     :meth:`process_all_blocks_cleared`. Questions: :meth:`match_prefix`, :meth:`match_many`, :meth:`match_hashes`,
     :meth:`pod_set`. Pods: :meth:`pods`, :meth:`pod_state`, :meth:`add_prefix`, :meth:`remove_pod`,
-    :meth:`configure_pod`, :meth:`clear_worker`, :meth:`mark_worker`. Figures: :meth:`stats`, :meth:`worker_stats`,
-    :meth:`stream_places`. Snapshots: :meth:`save` and :meth:`load`, :meth:`dumps` and :meth:`loads`.
+    :meth:`configure_pod`, :meth:`clear_worker`, :meth:`mark_worker`, :meth:`trust`. Figures: :meth:`stats`,
+    :meth:`worker_stats`, :meth:`stream_places`. Snapshots: :meth:`save` and :meth:`load`, :meth:`dumps` and
+    :meth:`loads`.
     """
 
     # No wrapper around ingest, match_prefix and match_hashes, and no __dict__: a call costs what it costs on Index.
@@ -220,6 +222,30 @@ class PrefixIndex(Index):
         """
         told = arguments.choice(verdict, "verdict", answers.VERDICTS)
         self._mark(pod, arguments.rank(dp_rank), told)
+
+    def trust(self, until: float | None) -> None:
+        """Makes every state stale from a moment on, without a thread that has to run then. O(1).
+
+        For a keeper of the index that has to confirm again and again that it still hears of changes: a process that was
+        stopped meanwhile answers stale when it goes on. States are what :meth:`mark_worker` and events have made them
+        again after the next call with a later moment.
+
+        until: a reading of ``time.monotonic()`` in seconds, None for no limit. A match then reads that clock, some
+        20 ns. A snapshot does not have it. Any thread may call it. Raises InvalidTypeError or InvalidValueError::
+
+            import time
+            from kvindex import PrefixIndex
+
+            index = PrefixIndex(block_size=16)
+            index.mark_worker("a", 0, "exact")
+            index.trust(time.monotonic() - 1.0)
+            assert index.pod_state("a") == "stale"
+            index.trust(None)
+            assert index.pod_state("a") == "exact"
+        """
+        # What is beyond the clock's range is no limit.
+        moment = _FOREVER if until is None else round(1e9 * arguments.moment(until, "until"))
+        self._trust(max(-_FOREVER, min(moment, _FOREVER)))
 
     def pod_state(self, pod: str) -> Verdict:
         """The worst of its ranks: "exact", "degraded" (a hole accepted, or blocks not placed) or "stale". O(1).

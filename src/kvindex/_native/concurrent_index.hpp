@@ -1,6 +1,8 @@
 // The index as threads share it: what is locked, for how long, and what each thread keeps to itself.
 #pragma once
 
+#include <atomic>
+#include <chrono>
 #include <limits>
 #include <set>
 #include <thread>
@@ -240,49 +242,21 @@ public:
     // so that a caller may try with the interpreter locked.
     bool match(const Prompt& prompt, const std::string& model, PodNames* names, bool only_exact, bool wait,
                MatchResult& out) const {
-        Reading g(*this, wait);
-        if (!g.on) return false;
-        const std::shared_ptr<const Filter> filter = names ? names->compile(ix_) : nullptr;
-        const u32 space = ix_.find_space(model);
-        if (prompt.prefixes) {
-            const u32 n = static_cast<u32>(prompt.n_prefixes);
-            matcher().match(ix_, space, HashPath{prompt.prefixes, n}, before_last(prompt), filter.get(), only_exact,
-                            out);
-            return true;
-        }
-        const u32 n = static_cast<u32>(prompt.n_tokens / ix_.block_size());
-        const BlockHasher& roll = ix_.hasher();
-        const ExtraDigests* extra = prompt.keyed ? &prompt.extra : nullptr;
-        const auto run = [&](const BlockHasher& local) {
-            roll.visit([&](auto bt) {
-                const u32 most = before_last(prompt);
-                constexpr unsigned BT = decltype(bt)::value;
-                const TokenPath<BT> path{roll, local, prompt.tokens, extra, ix_, n};
-                if (space == kNone || ix_.space_at(space).lengths.empty())
-                    return matcher().match(ix_, space, path, most, filter.get(), only_exact, out);
-                out.clear();
-                if (ix_.space_at(space).plain)
-                    matcher().match(ix_, space, path, most, filter.get(), only_exact, out, true);
-                for (const auto& length : ix_.space_at(space).lengths) {
-                    const LookaheadPath<BT> ahead{path, length.first, ix_.blocks(prompt.n_tokens, length.first)};
-                    matcher().match(ix_, space, ahead, most, filter.get(), only_exact, out, true);
-                }
-            });
-        };
-        if (prompt.adapted) {
-            run(BlockHasher(ix_.seed(), ix_.block_size(), xxh3_64(prompt.adapter.data(), prompt.adapter.size(), 0)));
-        } else {
-            run(roll);
-        }
+        if (!find(prompt, model, names, only_exact, wait, out)) return false;
+        if (lapsed()) out.distrust(only_exact);
         return true;
     }
+    // Every verdict is stale from this moment of the steady clock on, in nanoseconds; kForever: no limit.
+    static constexpr i64 kForever = std::numeric_limits<i64>::max();
+    void trust(i64 until) { trusted_until_.store(until, std::memory_order_relaxed); }
     // `wait` false: gives up, as match does.
     bool choose(Loads& loads, const Hits& hits, u64 n_tokens, const std::string& model, PodNames* names, double now,
                 bool wait, Loads::Choice& out) const {
         Reading g(*this, wait);
         if (!g.on) return false;
         const std::shared_ptr<const Filter> filter = names ? names->compile(ix_) : nullptr;
-        loads.choose(ix_, hits, n_tokens, ix_.find_space(model), filter.get(), now, out);
+        out = Loads::Choice();
+        if (!lapsed()) loads.choose(ix_, hits, n_tokens, ix_.find_space(model), filter.get(), now, out);
         return true;
     }
     // What each worker has to do, of the workers that are still there.
@@ -334,7 +308,7 @@ public:
     int verdict(u64 uid) const {
         Reading g(*this, true);
         const u32 pod = ix_.slot(uid);
-        return pod == kNone ? -1 : static_cast<int>(ix_.pod_at(pod).verdict);
+        return pod == kNone ? -1 : static_cast<int>(lapsed() ? Verdict::stale : ix_.pod_at(pod).verdict);
     }
     std::vector<PodFigures> pod_figures(u64 uid) const {
         Reading g(*this, true);
@@ -358,6 +332,8 @@ public:
             if (it == out.end()) it = out.insert(out.end(), PodFigures{s.first, 0, 0, 0, -1, false, {}});
             it->last_seq = static_cast<i64>(s.second.seq);
         }
+        if (lapsed())
+            for (PodFigures& f : out) f.state = static_cast<int>(Verdict::stale);
         return out;
     }
     std::vector<StreamPlace> places(u64 uid) const {
@@ -462,6 +438,49 @@ public:
     }
 
 private:
+    bool lapsed() const {
+        const i64 until = trusted_until_.load(std::memory_order_relaxed);
+        return until != kForever &&
+               std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count() >= until;
+    }
+    bool find(const Prompt& prompt, const std::string& model, PodNames* names, bool only_exact, bool wait,
+              MatchResult& out) const {
+        Reading g(*this, wait);
+        if (!g.on) return false;
+        const std::shared_ptr<const Filter> filter = names ? names->compile(ix_) : nullptr;
+        const u32 space = ix_.find_space(model);
+        if (prompt.prefixes) {
+            const u32 n = static_cast<u32>(prompt.n_prefixes);
+            matcher().match(ix_, space, HashPath{prompt.prefixes, n}, before_last(prompt), filter.get(), only_exact,
+                            out);
+            return true;
+        }
+        const u32 n = static_cast<u32>(prompt.n_tokens / ix_.block_size());
+        const BlockHasher& roll = ix_.hasher();
+        const ExtraDigests* extra = prompt.keyed ? &prompt.extra : nullptr;
+        const auto run = [&](const BlockHasher& local) {
+            roll.visit([&](auto bt) {
+                const u32 most = before_last(prompt);
+                constexpr unsigned BT = decltype(bt)::value;
+                const TokenPath<BT> path{roll, local, prompt.tokens, extra, ix_, n};
+                if (space == kNone || ix_.space_at(space).lengths.empty())
+                    return matcher().match(ix_, space, path, most, filter.get(), only_exact, out);
+                out.clear();
+                if (ix_.space_at(space).plain)
+                    matcher().match(ix_, space, path, most, filter.get(), only_exact, out, true);
+                for (const auto& length : ix_.space_at(space).lengths) {
+                    const LookaheadPath<BT> ahead{path, length.first, ix_.blocks(prompt.n_tokens, length.first)};
+                    matcher().match(ix_, space, ahead, most, filter.get(), only_exact, out, true);
+                }
+            });
+        };
+        if (prompt.adapted) {
+            run(BlockHasher(ix_.seed(), ix_.block_size(), xxh3_64(prompt.adapter.data(), prompt.adapter.size(), 0)));
+        } else {
+            run(roll);
+        }
+        return true;
+    }
     struct Written {
         explicit Written(ConcurrentIndex& s) : s_(s) {}
         Written(const Written&) = delete;
@@ -677,6 +696,7 @@ private:
     Totals totals_ = {};
     Report report_;
     std::atomic<double> expiry_{1e300};
+    std::atomic<i64> trusted_until_{kForever};
     // Of saving: one at a time, and who waits for its end.
     mutable std::mutex saver_, gate_;
     mutable std::condition_variable opened_, calm_;

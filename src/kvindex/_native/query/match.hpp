@@ -36,6 +36,8 @@ public:
     u32 size() const { return n_; }
     const Hit* begin() const { return p_.get(); }
     const Hit* end() const { return p_.get() + n_; }
+    Hit* begin() { return p_.get(); }
+    Hit* end() { return p_.get() + n_; }
     const Hit& operator[](u32 i) const { return p_[i]; }
     bool full() const { return n_ == room_; }
     void clear() { n_ = 0; }
@@ -75,6 +77,11 @@ struct MatchResult {
         hits.clear();
         best = kNone;
         compared = 0;
+    }
+    // Nothing is known of any worker at this moment.
+    void distrust(bool only_exact) {
+        if (only_exact) return clear();
+        for (Hit& h : hits) h.verdict = Verdict::stale;
     }
 };
 
