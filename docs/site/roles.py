@@ -22,7 +22,9 @@ def markdown(text: str, arguments: Collection[str] = ()) -> str:
         # A list of pods, a file's layout, or code.
         language = {"- ": "yaml", '{"': "text"}.get(lines[0].lstrip()[:2], "python")
         code = "\n".join(line[4:] for line in lines)
-        return f":\n\n```{language}\n{code}\n```\n"
+        # A sentence keeps one of the colons; a double colon that stands alone has no sentence.
+        lead = "" if match.start() == 0 or match.string[match.start() - 1] == "\n" else ":\n\n"
+        return f"{lead}```{language}\n{code}\n```\n"
 
     def strong(match: re.Match[str]) -> str:
         name = match["name"]

@@ -1,4 +1,4 @@
-"""An exact index of which pod holds which prefix in its KV cache, kept from the engines' own event streams."""
+"""An exact index of the prompt prefixes in the KV caches of LLM servers, updated by the engines' event streams."""
 
 try:
     from ._core import IngestReport, PodSet, PrefixMatch

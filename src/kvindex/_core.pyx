@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False, annotation_typing=False
-"""The compiled core: arguments and buffers in, objects and exceptions out. What is computed, and how, stands in _native."""
+"""The compiled core: arguments and buffers in, objects and exceptions out. The algorithms are in _native."""
 
 import time
 from collections.abc import Mapping
@@ -30,98 +30,8 @@ cdef Py_ssize_t RELEASE_FROM = 16384, INGEST_RELEASE_FROM = 4096
 include "_objects.pxi"
 
 
-@freelist(8)
-cdef class PrefixMatch:
-    """PrefixMatch()
---
-
-    The answer to one prompt of ``blocks`` complete blocks: a mapping of the pods that hold any of it to :class:`PodMatch`.
-
-    Dicts are built when asked for, O(pods); after the first, ``match[pod]`` is O(ranks and media of the pod). Any thread may read it.
-    """
-
-    cdef MatchResult r
-    cdef Index index
-    cdef readonly Py_ssize_t blocks
-    cdef object prompt, lora_name, cache_salt, extra_keys, prefixes
-    cdef dict hits, media
-
-    def __init__(self): raise InvalidTypeError("a PrefixMatch is what match_prefix returns, and is not made by hand")
-
-    cdef str pod_name(self, uint64_t uid):
-        return self.index.names.get(uid) or self.index.name(uid)
-
-    @critical_section
-    cdef dict by_pod(self):
-        # The numbers of each pod's hits.
-        cdef cmap[uint32_t, string] media
-        if self.hits is None:
-            hits = {}
-            for i in range(self.r.hits.size()):
-                if (pod := self.pod_name(self.r.hits[i].pod)) is not None:
-                    hits.setdefault(pod, []).append(i)
-            with nogil: media = self.index.ix.media(self.r.hits)
-            self.media, self.hits = media, hits
-        return self.hits
-
-    cdef dict best_ranks(self, uint64_t times, uint64_t over):
-        cdef Hit h
-        best = {}
-        for i in range(self.r.hits.size()):
-            h = self.r.hits[i]
-            if h.says & REUSED and (pod := self.pod_name(h.pod)) is not None:
-                share = h.blocks * times // over
-                if best.setdefault(pod, share) < share:
-                    best[pod] = share
-        return best
-
-    @property
-    def tokens(self):
-        """``{pod: tokens}`` that the pod's best rank reuses: by its engine's rules where configure_pod names it, otherwise what any medium holds."""
-        return self.best_ranks(self.index.block_size, 1)
-
-    @property
-    def percent(self):
-        """``{pod: percent}`` of the prompt's complete blocks, floored (what AIBrix's MatchPrefix returns)."""
-        return self.best_ranks(100, self.blocks)
-
-    @property
-    def hashes(self):
-        """uint64[blocks]: the prompt's prefix hashes, computed when first asked for, from the tokens as they are then (not copied)."""
-        if self.prefixes is None:
-            self.prefixes = hash_tokens(self.prompt, self.index.block_size, self.index.hash_seed, self.lora_name, self.cache_salt,
-                                        self.extra_keys, True)
-        return self.prefixes
-
-    def best(self) -> tuple[str, int] | None:
-        """``(pod, tokens)`` of the pod that holds most, the one known first among equals; None if nobody holds a block."""
-        cdef Hit h
-        if self.r.best == NO_MEDIUM:
-            return None
-        h = self.r.hits[self.r.best]
-        if (pod := self.pod_name(h.pod)) is not None:
-            return pod, h.blocks * self.index.block_size
-        return max(self.tokens.items(), key=lambda item: item[1], default=None)
-
-    def __getitem__(self, pod: str) -> PodMatch:
-        """The pod's :class:`PodMatch`, zeros if it holds nothing. Raises :class:`UnknownPodError` for a pod that the index does not know."""
-        cdef Hits* h = &self.r.hits
-        if pod not in self:
-            return PodMatch(0, 0, {}, {}, answers.VERDICTS[self.index._verdict(pod)], 0, {})
-        return answers.pod_match([(h[0][i].rank, self.media.get(h[0][i].medium), h[0][i].says, h[0][i].blocks, <int>h[0][i].verdict)
-                                  for i in self.hits[pod]], self.index.block_size)
-
-    def __contains__(self, pod): return isinstance(pod, str) and pod in self.by_pod()
-    def __iter__(self): return iter(self.by_pod())
-    def __len__(self): return len(self.by_pod())
-    get, keys, items, values = Mapping.get, Mapping.keys, Mapping.items, Mapping.values
-
-    def __repr__(self):
-        return f"PrefixMatch({self.tokens})"
-
-
 cdef class Index:
-    """What of :class:`PrefixIndex` is compiled: the calls that are made for every prompt and batch, and primitives for the rest of it."""
+    """The compiled part of :class:`PrefixIndex`: the calls for every prompt and batch, and primitives for the others."""
 
     cdef ConcurrentIndex* ix
     cdef object __weakref__
@@ -188,11 +98,24 @@ cdef class Index:
     cdef double now(self) except? -1: return arguments.moment(self._clock(), "what clock returns")
 
     def ingest(self, pod: str, payload: Buffer, *, model: str = "", dp_rank: int | None = None, seq: int | None = None) -> IngestReport:
-        """Applies one batch as its engine wrote it (msgpack, every form since vLLM 0.9 and SGLang 0.4.6), without the interpreter lock.
+        """Applies one batch, exactly as an engine published it. O(blocks of the batch). Releases the GIL for batches of 4 KB and more.
 
-        payload: bytes-like; model: namespace of the blocks; dp_rank: the stream's rank, None for the batch's own (or 0). O(its blocks).
-        seq: the batch's number in its stream, from which a snapshot that is taken later can be continued; without one it cannot.
-        Returns an :class:`IngestReport`. Raises :class:`EventDecodeError` if the payload is no batch; nothing of it is applied then.
+        An event that cannot be applied does not affect the others: the report counts it by reason.
+
+        Args:
+            pod: The pod's name. A new name creates a pod.
+            payload: The msgpack payload, bytes-like, in any format since vLLM 0.9 and SGLang 0.4.6.
+            model: Model of the blocks.
+            dp_rank: Data-parallel rank of the stream; None for the rank in the batch, or 0 if it has no rank.
+            seq: Sequence number of the batch in its stream. A stream can be continued from a snapshot only if it is given.
+
+        Returns:
+            The counts of stored, removed, parked and skipped hashes.
+
+        Raises:
+            EventDecodeError: The payload is not a batch. Nothing was applied.
+            InvalidTypeError: An argument has the wrong type.
+            InvalidValueError: An argument is out of range.
         """
         cdef _Ints b = _payload(payload)
         cdef IngestReport report = IngestReport.__new__(IngestReport)
@@ -254,12 +177,27 @@ cdef class Index:
     def match_prefix(self, tokens: _Tokens, *, model: str = "", lora_name: str | None = None, cache_salt: str | None = None,
                      extra_keys: _ExtraKeys | None = None, ready_pods: PodSet | Iterable[str] | None = None,
                      only_exact: bool = False) -> PrefixMatch:
-        """How many leading tokens of the prompt each pod holds now. O(matched blocks), then work per change of holders, never per pod and block.
+        """Returns how many leading tokens of a prompt each pod would reuse now.
 
-        tokens: uint32, int32, int64 or uint64 array of one dimension (uint32 and int32 are not copied), or a sequence of ints.
-        extra_keys: one entry per block, as events carry them, without LoRA name and salt. ready_pods: a :class:`PodSet` or an iterable of
-        names that the answer is limited to. only_exact: leaves out pods that are degraded or stale.
-        Raises InvalidTypeError, InvalidValueError naming the position.
+        O(matched blocks), plus the changes of holders along the prompt, never pods times blocks. Releases the GIL for prompts of 16,384 tokens
+        and more. The result refers to ``tokens`` for its ``hashes``.
+
+        Args:
+            tokens: Token ids, 0 to 2**32 - 1: a one-dimensional array or buffer of uint32, int32 (both without a copy), int64 or uint64, or a
+                sequence of ints. An incomplete block at the end does not count.
+            model: Model of the request.
+            lora_name: LoRA adapter of the request, None for the base model.
+            cache_salt: Cache salt of the request.
+            extra_keys: One entry per block, as in the events but without LoRA name and salt: None or a list.
+            ready_pods: Pods to which the answer is limited: an iterable of names, or a :class:`PodSet`.
+            only_exact: Whether to leave out pods that are ``degraded`` or ``stale``.
+
+        Returns:
+            The answer, a mapping of pod names.
+
+        Raises:
+            InvalidTypeError: An argument has the wrong type.
+            InvalidValueError: An argument is out of range; for tokens, the message has the position.
         """
         cdef _Ints t = _tokens(tokens)
         cdef Prompt p
@@ -270,11 +208,23 @@ cdef class Index:
 
     def match_hashes(self, hashes: _Hashes, *, model: str = "", ready_pods: PodSet | Iterable[str] | None = None, only_exact: bool = False,
                      n_tokens: int | None = None) -> PrefixMatch:
-        """The same answer from the prompt's prefix hashes (uint64, one per complete block, see :func:`prefix_hashes`).
+        """Returns the answer of :meth:`match_prefix` for prefix hashes in place of tokens. O(matched blocks).
 
-        They cover no lookahead: workers whose blocks do (vLLM 0.33 and SGLang with EAGLE or MTP) are left out of this answer;
-        :meth:`match_prefix` finds them.
-        n_tokens: the prompt's length, from which vLLM's rule for the last token begins; None for a prompt of just these blocks.
+        The hashes cover no lookahead tokens. Workers with lookahead hashes (vLLM 0.33 and SGLang with EAGLE or MTP) are left out.
+
+        Args:
+            hashes: Prefix hashes (:func:`prefix_hashes`), one per complete block: a uint64 array or buffer, or a sequence of ints.
+            model: Model of the request.
+            ready_pods: As for :meth:`match_prefix`.
+            only_exact: As for :meth:`match_prefix`.
+            n_tokens: Length of the prompt in tokens, for vLLM's rule of the last token; None for a prompt of complete blocks.
+
+        Returns:
+            The answer, a mapping of pod names.
+
+        Raises:
+            InvalidTypeError: An argument has the wrong type.
+            InvalidValueError: An argument is out of range; for hashes, the message has the position.
         """
         cdef _Ints h = _Ints()
         cdef cbool is_signed
@@ -297,10 +247,18 @@ cdef class Index:
     def match_many(self, prompts: Iterable[_Tokens], *, model: str = "", lora_name: str | None = None, cache_salt: str | None = None,
                    extra_keys: _ExtraKeys | None = None, ready_pods: PodSet | Iterable[str] | None = None,
                    only_exact: bool = False) -> list[PrefixMatch]:
-        """A :class:`PrefixMatch` for each prompt, as :meth:`match_prefix` gives it, with one release of the interpreter lock for all.
+        """Returns the answers of :meth:`match_prefix` for many prompts, with the GIL released once for all of them.
 
-        prompts: an iterable of what match_prefix takes as tokens; the keywords go for all of them. Each answer is of some moment during
-        the call. Raises what match_prefix raises, naming the prompt; nothing is asked then.
+        Args:
+            prompts: An iterable of token ids, each as for :meth:`match_prefix`.
+            model: As for :meth:`match_prefix`, for all prompts; the other arguments likewise.
+
+        Returns:
+            One answer per prompt, each of a moment during the call.
+
+        Raises:
+            InvalidTypeError: An argument has the wrong type; the message has the number of the prompt. Nothing was matched.
+            InvalidValueError: An argument is out of range; the message has the number of the prompt. Nothing was matched.
         """
         cdef PodSet pods = ready_pods if ready_pods is None or isinstance(ready_pods, PodSet) else PodSet(ready_pods)
         cdef PodNames* names = pods.names if pods is not None else NULL
@@ -446,6 +404,7 @@ cdef class Index:
         return {**s.figures, **s.totals, "skipped_reasons": _reasons(s.report)}
 
 
+include "_match.pxi"
 include "_loads.pxi"
 include "_decode.pxi"
 
@@ -465,7 +424,7 @@ def hash_tokens(tokens, block_size, hash_seed, lora_name, cache_salt, extra_keys
 
 
 def peek_batch(bytes data, cbool whole):
-    """``(seconds or None, events, rank or None)`` as a batch says at first sight; the rank only with ``whole``."""
+    """``(seconds or None, events, rank or None)`` from the beginning of a batch; the rank only with ``whole``."""
     cdef BatchPeek found = native_peek(<const uint8_t*><const char*>data, len(data), whole)
     return (found.ts if found.timed else None, found.events, found.rank if found.rank >= 0 else None)
 

@@ -140,7 +140,7 @@ cdef class PodSet:
     """PodSet(pods)
 --
 
-    A compiled filter for ``ready_pods``, from :meth:`PrefixIndex.pod_set`; it finds pods that come later too. Any thread may use it."""
+    A compiled filter for ``ready_pods``, from :meth:`PrefixIndex.pod_set`. It includes pods that are added later. Thread-safe."""
 
     cdef PodNames* names
     cdef readonly frozenset pods
@@ -168,9 +168,18 @@ cdef class IngestReport:
     """IngestReport()
 --
 
-    What became of a batch or an event. Counts of engine hashes (stored, removed, parked), of clear events (cleared), of events and
-    removed hashes that were not applied (skipped), of those that were malformed (errors); ``reasons`` counts why by name. ``ts`` is the
-    batch's timestamp in seconds (None for single events), ``dp_rank`` the rank it was applied to.
+    The result of one batch or event. It can be copied and pickled.
+
+    Attributes:
+        stored: Engine hashes that were stored.
+        removed: Engine hashes of which a copy was removed.
+        cleared: Clear events that were applied.
+        parked: Stored hashes that wait for their parent.
+        skipped: Events and removed hashes that were not applied.
+        errors: Those of them that were malformed.
+        reasons: ``{reason: count}`` of the skipped ones.
+        ts: Timestamp of the batch in seconds since 1970; None for a single event.
+        dp_rank: Data-parallel rank that it was applied to.
     """
 
     cdef Report r

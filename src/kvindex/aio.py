@@ -1,7 +1,7 @@
-"""The live streams for programs that live in an event loop: :class:`AsyncEventManager`.
+"""Live streams for asyncio: :class:`AsyncEventManager`.
 
-The streams are those of :class:`kvindex.EventManager`, in its one thread: nothing here decides anything about them, and
-no method holds up the event loop. Asking the index takes microseconds and needs no ``await``::
+The streams run in the one thread of :class:`kvindex.EventManager`, and no method blocks the event loop. A match takes
+microseconds and needs no ``await``::
 
     import asyncio
     from kvindex import PodSource, PrefixIndex
@@ -15,7 +15,7 @@ no method holds up the event loop. Asking the index takes microseconds and needs
             await manager.wait_until_current(timeout=1.0)
             return index.match_prefix(tokens, only_exact=True).best()
 
-    print(asyncio.run(best_pod(range(64))))             # ("a", 48), or None: nobody is known to have it
+    print(asyncio.run(best_pod(range(64))))             # ("a", 48), or None if no exact pod holds a block of it
 """
 
 from __future__ import annotations
@@ -38,14 +38,22 @@ T = TypeVar("T")
 
 
 class AsyncEventManager:
-    """:class:`kvindex.EventManager` for asyncio: the same arguments, behaviour and errors.
+    """:class:`kvindex.EventManager` for asyncio, with the same behaviour and errors.
 
-    To be awaited: ``close``, ``add_pod``, ``remove_pod``, ``bind``, ``wait_until_current``,
-    ``wait_until_exact``; not to be awaited, since they wait for nobody: ``status``, ``faults``, ``is_current``,
-    ``is_exact``, ``inexact``. :meth:`changes` takes the place of ``on_change``.
+    Coroutines are ``close``, ``add_pod``, ``remove_pod``, ``bind``, ``wait_until_current`` and ``wait_until_exact``.
+    Plain methods are ``status``, ``faults``, ``is_current``, ``is_exact`` and ``inexact``, which do not wait.
+    :meth:`changes` replaces ``on_change``.
 
-    An async context manager. Belongs to no event loop: each method may be awaited in any. A method that is cancelled
-    while it waits has either taken effect or never will.
+    An async context manager. It does not belong to an event loop: each method may be awaited in any loop. A method
+    that is cancelled has either taken effect or never will.
+
+    Args:
+        index: The :class:`PrefixIndex` to update.
+        options: The other arguments of :class:`kvindex.EventManager`.
+
+    Raises:
+        InvalidTypeError: As for :class:`kvindex.EventManager`.
+        InvalidValueError: As for :class:`kvindex.EventManager`.
     """
 
     def __init__(self, index: Index, **options: Any) -> None:
@@ -53,7 +61,7 @@ class AsyncEventManager:
 
     @property
     def manager(self) -> EventManager:
-        """The manager underneath, for what takes one: discovery, or threads beside the event loop."""
+        """The underlying manager, for functions that take one, such as discovery."""
         return self._manager
 
     async def __aenter__(self) -> Self:
@@ -64,13 +72,13 @@ class AsyncEventManager:
         await self.close()
 
     async def close(self) -> None:
-        """End the thread, close every socket, and mark what was followed ``stale``. Closing twice is fine; cancelled,
-        it closes all the same."""
+        """As :meth:`kvindex.EventManager.close`. It completes even if the call is cancelled."""
         await asyncio.shield(asyncio.to_thread(self._manager.close))
 
     async def add_pod(self, source: PodSource) -> None:
-        """As :meth:`kvindex.EventManager.add_pod`. ``PodSource.from_vllm`` and ``from_sglang`` ask over HTTP and block:
-        ``await asyncio.to_thread(PodSource.from_vllm, url)``."""
+        """As :meth:`kvindex.EventManager.add_pod`. ``PodSource.from_vllm`` and ``from_sglang`` block during an HTTP
+        request: ``await asyncio.to_thread(PodSource.from_vllm, url)``.
+        """
         await self._do(partial(self._manager.add_pod, source))
 
     async def remove_pod(self, name: str) -> None:
@@ -85,7 +93,7 @@ class AsyncEventManager:
         return await asyncio.wrap_future(self._manager.post(command))
 
     def status(self) -> dict[str, PodStatus]:
-        """As :meth:`kvindex.EventManager.status`; waits for nobody."""
+        """As :meth:`kvindex.EventManager.status`. Does not wait."""
         return self._manager.status()
 
     def faults(self) -> dict[str, int]:
@@ -97,15 +105,13 @@ class AsyncEventManager:
         return self._manager.is_current(pods)
 
     async def wait_until_current(self, timeout: float | None = None, *, pods: Iterable[str] | None = None) -> bool:
-        """As :meth:`kvindex.EventManager.wait_until_current`: False when ``timeout`` seconds were not enough, or the
-        manager was closed."""
+        """As :meth:`kvindex.EventManager.wait_until_current`."""
         return await self._wait(self._manager.is_current, timeout, pods)
 
     async def wait_until_exact(
         self, timeout: float | None = None, *, pods: Iterable[str] | None = None
     ) -> dict[str, str]:
-        """As :meth:`kvindex.EventManager.wait_until_exact`: the pods that are not exact after ``timeout`` seconds, and
-        why."""
+        """As :meth:`kvindex.EventManager.wait_until_exact`."""
         names = None if pods is None else [pods] if isinstance(pods, str) else list(pods)
         done = await self._wait(self._manager.is_exact, timeout, names)
         return {} if done else self._manager.inexact(names)
@@ -139,23 +145,26 @@ class AsyncEventManager:
         return True
 
     def changes(self, *, limit: int = 10_000) -> Changes:
-        """Every change of a worker's state from now on, as an async iterator that ends when the manager is closed.
+        """Returns an async iterator over every change of a worker's state from now on. It ends when the manager is
+        closed.
 
-        Belongs to the running event loop. ``limit`` changes may wait to be taken; beyond that the oldest are dropped,
-        and :attr:`Changes.dropped` counts them.
+        It belongs to the running event loop.
+
+        Args:
+            limit: Changes that may wait. Beyond it the oldest are dropped and counted in :attr:`Changes.dropped`.
         """
         return Changes(self._manager, limit)
 
 
 class Changes:
-    """``async for change in manager.changes()``: a :class:`~kvindex.sync.status.StateChange` each.
+    """The changes of workers' states, from :meth:`AsyncEventManager.changes`.
 
-    Listens from the moment it is made until it is closed, forgotten, or the manager is closed.
+    It listens until it is closed, garbage-collected, or the manager is closed.
     """
 
     def __init__(self, manager: EventManager, limit: int) -> None:
         self.dropped = 0
-        """Changes that nobody took in time."""
+        """Changes that were not taken in time and were dropped."""
         self._manager = manager
         self._waiting: deque[StateChange] = deque(maxlen=max(1, limit))
         self._arrived = asyncio.Event()
@@ -191,7 +200,7 @@ class Changes:
             await self._arrived.wait()
 
     async def aclose(self) -> None:
-        """Listen no longer; whoever waits for a change gets none."""
+        """Ends the iteration, also for a task that waits for the next change."""
         self._over = True
         self._end()
         self._arrived.set()

@@ -1,4 +1,4 @@
-"""The values that an index returns: a pod's part of a match, which is made from native rows on request, and figures."""
+"""The values that an index returns: a pod's part of a match, the place of a stream, and figures."""
 
 from __future__ import annotations
 
@@ -21,52 +21,53 @@ Row: TypeAlias = "tuple[int, bytes | None, int, int, int]"
 
 
 class PodMatch(NamedTuple):
-    """How much of one prompt a pod reuses and holds, by its best rank.
-
-    ``tokens`` is what the pod reuses: by the rules of its engine where :meth:`PrefixIndex.configure_pod` names one
-    that is known (``engine="vllm"`` or ``"sglang"``), otherwise the prefix of which any medium holds every block.
-    ``blocks`` is the same in index blocks, ``ranks`` the same of each rank. ``media`` is what each medium alone holds,
-    by the best rank for that medium. ``ranks`` and ``media`` leave out zeros. ``state`` is the pod's verdict when the
-    question was answered: ``"exact"``, ``"degraded"`` or ``"stale"``. ``held`` counts the tokens of the prefix of
-    which any medium holds every block, whatever the engine reuses of it. ``tiers`` says how far each medium of the best
-    rank reaches, in the order in which an engine reads them: each begins where the one before ends, so the figures are
-    cumulative; a medium that adds nothing is left out. ``tiers`` is empty for a pod with several media whose engine is
-    not named.
-    """
+    """One pod's part of a :class:`PrefixMatch`. All counts are for the best rank unless noted."""
 
     tokens: int
+    """Leading tokens of the prompt that the pod reuses. With ``configure_pod(engine=...)``, the rules of that engine
+    apply; otherwise every block of the prefix that any medium holds counts."""
     blocks: int
+    """The same in index blocks."""
     media: dict[str, int]
+    """``{medium: tokens}``: the prefix that each medium holds alone, for the best rank of that medium. No zeros."""
     ranks: dict[int, int]
+    """``{rank: tokens}``: the reuse of each rank. No zeros."""
     state: Verdict
+    """State of the pod at the time of the answer: ``"exact"``, ``"degraded"`` or ``"stale"``."""
     held: int
+    """Tokens of the prefix of which some medium holds every block, before any rule of the engine."""
     tiers: dict[str, int]
+    """``{medium: tokens}``: the end of the prefix after each medium, in the order in which an engine reads them. The
+    figures are cumulative, and a medium that adds no tokens is left out. Empty for a pod with several media and no
+    ``engine``."""
 
 
 class StreamPlace(NamedTuple):
-    """How far the stream of one worker has been applied.
-
-    ``seq`` is the number of its last batch, ``ts`` that batch's time in seconds, ``fingerprint`` the XXH3-64 of its
-    payload, by which its publisher is known again. ``whole`` says whether every batch since a clean start was applied,
-    ``model`` under which model.
-    """
+    """The last applied batch of one worker's stream."""
 
     seq: int
+    """Sequence number of the batch."""
     ts: float
+    """Timestamp of the batch in seconds since 1970."""
     fingerprint: int
+    """XXH3-64 of the payload, by which the publisher is recognised after a reconnect."""
     whole: bool
+    """Whether every batch since a clean start of the engine has been applied."""
     model: str
+    """Model that the batches were applied under."""
 
 
 class IndexStats(TypedDict):
-    """The result of :meth:`PrefixIndex.stats`. Counters count since the index was made."""
+    """The result of :meth:`PrefixIndex.stats`. Counters start when the index is created."""
 
     blocks: int
     """Distinct content, in index blocks."""
     chains: int
+    """Runs of consecutive blocks that share one entry of the index."""
     sets: int
     """Distinct sets of holders."""
     holders: int
+    """Combinations of worker, medium, group and block size that may hold blocks."""
     pods: int
     workers: int
     parked: int
@@ -74,14 +75,15 @@ class IndexStats(TypedDict):
     guesses: int
     """Entries of :meth:`PrefixIndex.add_prefix`."""
     bytes: int
-    """Native memory: everything that grows with events, without the names of pods and models and without scratch."""
+    """Native memory of everything that grows with events. Names of pods and models and scratch memory are not
+    included."""
     shed_blocks: int
-    """``shed_*``: taken by ``max_bytes``."""
+    """``shed_*``: evicted because of ``max_bytes``."""
     shed_chains: int
     shed_parked: int
     shed_guesses: int
     expired_blocks: int
-    """``expired_*``: taken by ``ttl``."""
+    """``expired_*``: dropped because of ``ttl``."""
     expired_chains: int
     expired_guesses: int
     batches: int
@@ -107,15 +109,16 @@ class WorkerStats(TypedDict):
     """Stored hashes that wait for their parent."""
     state: Verdict
     last_seq: int | None
-    """The number of the last batch; None where batches came without numbers."""
+    """Sequence number of the last batch; None where batches came without numbers."""
     in_doubt: bool
     """Whether a clear left open which media it cleared."""
     lookahead: list[int]
-    """How many tokens behind a block its blocks' hashes cover (0: none), sorted; empty before any stored event."""
+    """Numbers of tokens behind a block that the hashes of its blocks cover (0: no lookahead), sorted. Empty before the
+    first stored event."""
 
 
 def pod_match(rows: Iterable[Row], block_size: int) -> PodMatch:
-    """The rows of one pod put together."""
+    """Combines the rows of one pod."""
     media: dict[str, int] = {}
     ranks: dict[int, int] = {}
     reach: dict[int, dict[str, int]] = {}

@@ -1,6 +1,6 @@
-"""Captures: what engines published, and what their own caches would have reused, as one file.
+"""Captures: recorded event streams in one file, with the reuse that the engines' own caches had.
 
-A capture is gzip over a stream of msgpack objects: first a header map, then records in the order they happened::
+A capture is a gzip stream of msgpack objects: first a header map, then records in order::
 
     {"format": "kvindex-capture/1", "engine": "vllm", "version": "0.33.0", "block_size": 16, "pods": [...], ...}
     ["msg", pod, topic, seq, payload]
@@ -8,12 +8,12 @@ A capture is gzip over a stream of msgpack objects: first a header map, then rec
     ["forget", pod, rank, at]
     ["query", id, tokens, {"lora_name", "lora_id", "cache_salt", "extra_keys"}, {pod: hit}]
 
-``tokens`` are little-endian u32 bytes; a hit is the number of tokens that the engine's own cache would have reused.
-What was recorded from live streams says when it arrived (``at``, seconds since 1970) and on which rank's stream, and
-tells by ``forget`` where a reader of the stream had to start anew, because the engine had.
+``tokens`` are little-endian u32 bytes. ``hit`` is the number of tokens that the engine's own cache would have reused.
+Recordings of live streams have the time of arrival (``at``, seconds since 1970) and the rank of the stream. ``forget``
+marks a restart of an engine, after which its blocks start from nothing.
 
-:func:`read_capture` reads one record at a time, so a capture may be larger than memory; :class:`CaptureWriter` writes
-them.
+:func:`read_capture` reads one record at a time, so a capture may be larger than memory. :class:`CaptureWriter` writes
+one.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ _CHUNK = 1 << 16
 
 
 class Message(NamedTuple):
-    """One batch of events exactly as an engine's encoder wrote it."""
+    """One batch of events, exactly as an engine encoded it."""
 
     pod: str
     topic: str
     seq: int
     payload: bytes
     at: float | None = None
-    """When it arrived, seconds since 1970; None where that was not noted."""
+    """Time of its arrival in seconds since 1970; None if it was not recorded."""
     rank: int | None = None
-    """The rank whose stream it came by; None is what the batch says itself."""
+    """Rank of its stream; None for the rank in the batch."""
 
 
 class Forget(NamedTuple):
-    """What a worker held up to here is not known any more: its engine has restarted, or its history comes again."""
+    """The blocks of a worker were dropped: its engine has restarted, or its history is replayed from the beginning."""
 
     pod: str
     rank: int
@@ -60,7 +60,7 @@ class Forget(NamedTuple):
 
 
 class Query(NamedTuple):
-    """One prompt, and per pod how many of its tokens the engine's own cache would have reused at this moment."""
+    """One prompt, with the tokens that each engine's own cache would have reused at this moment."""
 
     id: str
     tokens: npt.NDArray[np.uint32]
@@ -77,15 +77,19 @@ Record: TypeAlias = Message | Forget | Query
 
 
 def read_capture(source: str | os.PathLike[str] | BinaryIO) -> Generator[dict[str, Any] | Record, None, None]:
-    """Read a capture: first its header, then every record in order.
+    """Reads a capture: first its header, then every record in order.
 
-    ``source`` is a path, or a binary file, which is read from where it stands and left open. Nothing is read ahead of
-    what is asked for but one chunk, so memory is bounded by the largest record.
+    It reads one chunk ahead at most, so memory is bounded by the largest record. An iterator belongs to one thread.
 
-    Raises :class:`CaptureError` when the file is no capture, and where it stops being one: every record before that
-    point has been handed out by then. A file that is cut off is such a case; ``offset`` is then the byte of the
-    uncompressed stream at which it ends. Raises ``OSError`` when the file can not be opened. One iterator belongs to
-    one thread.
+    Args:
+        source: A path, or a binary file. A file is read from its current position and left open.
+
+    Yields:
+        The header as a dict, then :class:`Message`, :class:`Forget` and :class:`Query` records.
+
+    Raises:
+        CaptureError: The file is not a capture, is damaged, or is cut off. Every record before that point was yielded.
+        OSError: The file cannot be opened.
     """
     if isinstance(source, (str, os.PathLike)):
         with open(source, "rb") as file:
@@ -184,12 +188,20 @@ def _shown(value: object) -> str:
 
 
 class CaptureWriter:
-    """Write a capture: the header on construction, then records in the order they happen.
+    """Writes a capture: the header on construction, then records in order.
 
-    ``target`` is a path, or a binary file, which is left open. ``header`` needs ``block_size`` and by convention names
-    ``engine``, ``version``, ``pods`` and ``model``; ``format`` is filled in. The same records give the same bytes;
-    ``level`` is gzip's, 1 for speed to 9 for size. A context manager: without :meth:`close` the file reads as cut off.
-    One writer belongs to one thread.
+    A context manager. Without :meth:`close` the file is cut off. Equal records produce equal bytes. A writer belongs
+    to one thread.
+
+    Args:
+        target: A path, or a binary file, which is left open.
+        header: A map with ``block_size`` and, by convention, ``engine``, ``version``, ``pods`` and ``model``.
+            ``format`` is filled in.
+        level: Level of gzip, 1 (fastest) to 9 (smallest).
+
+    Raises:
+        InvalidValueError: The header has no valid ``block_size``.
+        OSError: The file cannot be opened.
     """
 
     def __init__(
@@ -206,7 +218,11 @@ class CaptureWriter:
         self._stream.write(self._packer.pack(item))
 
     def write(self, record: Record) -> None:
-        """Append one :class:`Message`, :class:`Forget` or :class:`Query`."""
+        """Appends one record. O(bytes).
+
+        Args:
+            record: A :class:`Message`, :class:`Forget` or :class:`Query`.
+        """
         item: list[Any]
         if isinstance(record, Message):
             item = ["msg", *record]
@@ -223,11 +239,13 @@ class CaptureWriter:
         self._stream.write(self._packer.pack(item))
 
     def flush(self) -> None:
-        """Put everything so far where it can be read even if this process is killed, at some cost in size."""
+        """Makes all records so far readable even if this process is killed. Frequent calls increase the size of the
+        file.
+        """
         self._stream.flush()
 
     def close(self) -> None:
-        """Finish the file; closing twice is fine."""
+        """Finishes the file. A second call has no effect."""
         self._stream.close()
         if self._opened is not None:
             self._opened.close()

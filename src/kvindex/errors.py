@@ -1,8 +1,16 @@
 """The exceptions of kvindex.
 
-Every one is a :class:`KVIndexError` and the builtin that says the same thing, so ``except kvindex.KVIndexError``
-catches whatever this library raises on purpose, and code that knows only the builtins (``except ValueError``) works as
-well.
+Each is a :class:`KVIndexError` and also the matching builtin. ``except kvindex.KVIndexError`` catches every exception
+that the library raises on purpose, and code that handles builtins (``except ValueError``) works too::
+
+    from kvindex import InvalidValueError, PrefixIndex
+
+    try:
+        PrefixIndex(block_size=0)
+    except ValueError as error:
+        assert isinstance(error, InvalidValueError) and "block_size" in str(error)
+
+Exceptions can be pickled.
 """
 
 from __future__ import annotations
@@ -21,11 +29,11 @@ __all__ = [
 
 
 class KVIndexError(Exception):
-    """Base of every exception that kvindex raises on purpose."""
+    """Base class of every exception that kvindex raises on purpose."""
 
 
 class _AtByte(KVIndexError):
-    """A :class:`KVIndexError` that knows the byte it is about."""
+    """A :class:`KVIndexError` with the position of the fault."""
 
     offset: int
 
@@ -39,22 +47,23 @@ class _AtByte(KVIndexError):
 
 
 class EventDecodeError(_AtByte, ValueError):
-    """A payload is no batch of events; nothing of it was applied.
+    """A payload is not a batch of events. No part of it was applied.
 
-    ``offset`` is the byte of the payload at which reading stopped.
+    Attributes:
+        offset: The byte of the payload at which decoding stopped.
     """
 
 
 class InvalidValueError(KVIndexError, ValueError):
-    """An argument has the right type and an impossible value; the message names it and what would be right."""
+    """An argument has the right type and a wrong value. The message has its name, its value and the valid values."""
 
 
 class InvalidTypeError(KVIndexError, TypeError):
-    """An argument has a type that is not taken; the message names it and what would be right."""
+    """An argument has a wrong type. The message has its name, its type and the valid types."""
 
 
 class UnknownPodError(KVIndexError, KeyError):
-    """No pod of that name is known to the index."""
+    """The index or the manager has no pod of that name. The message lists some that it has."""
 
     # KeyError shows the repr of its argument, which would put the whole sentence into quotes.
     def __str__(self) -> str:
@@ -62,19 +71,20 @@ class UnknownPodError(KVIndexError, KeyError):
 
 
 class CapacityError(KVIndexError, MemoryError):
-    """A limit of the index (ids, pods, bytes) is reached; what was there before is untouched."""
+    """A limit of the index (ids, pods, bytes) is reached. Its content is unchanged."""
 
 
 class SnapshotError(KVIndexError, OSError):
-    """A snapshot can not be written, or is not one, or does not fit its checksum."""
+    """A snapshot cannot be written or read. The message has the path and, for a damaged file, the byte."""
 
 
 class CaptureError(_AtByte, ValueError):
-    """A capture can not be read any further.
+    """A capture cannot be read any further.
 
-    ``offset`` is the byte of the uncompressed stream at which a wrong record starts, or a cut-off file ends.
+    Attributes:
+        offset: The byte of the uncompressed stream at which a wrong record starts, or a cut-off file ends.
     """
 
 
 class StreamError(KVIndexError, RuntimeError):
-    """A live stream was used in a way that its state does not allow."""
+    """A live stream cannot be used in this way, or an engine cannot be reached to find its streams."""

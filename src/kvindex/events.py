@@ -1,7 +1,14 @@
-"""The engines' events as Python objects, and the decoding of a payload into them.
+"""The engines' events as Python objects, and a decoder for payloads.
 
-:meth:`PrefixIndex.ingest` needs none of this: it decodes and applies a payload natively. The objects are for those who
-make events themselves, and :func:`decode_batch` is for tools and tests that want to see what a payload says.
+:meth:`PrefixIndex.ingest` decodes and applies a payload natively and needs no objects. Use them to create events
+yourself, and :func:`decode_batch` to inspect a payload::
+
+    import msgpack
+    from kvindex import decode_batch
+
+    payload = msgpack.packb([1700000000.0, [["BlockStored", [7], None, list(range(16)), 16, None]]])
+    (event,) = decode_batch(payload, pod="a").events
+    assert (event.pod, event.block_hashes, len(event.token_ids)) == ("a", [7], 16)
 """
 
 from __future__ import annotations
@@ -24,7 +31,7 @@ TokenIds: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 
 class _ByValue:
-    """Equality field by field that knows arrays: comparing two of them with == gives an array, which has no truth."""
+    """Field-by-field equality that handles arrays, whose own ``==`` returns an array."""
 
     __slots__ = ()
     __hash__ = None  # type: ignore[assignment]
@@ -40,30 +47,38 @@ class _ByValue:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockStored(_ByValue):
-    """Blocks that a worker's cache holds now: vLLM's and SGLang's event, with the stream's pod and model.
+    """Blocks were added to a worker's cache: the event of vLLM and SGLang, with the pod and model of its stream.
 
-    ``block_hashes`` are chained one after another, the first from ``parent_block_hash`` (None: a prompt starts here).
-    A hash is an int (unsigned or signed 64 bits, the same modulo 2**64) or bytes, of which the last eight count,
-    big-endian. ``token_ids`` are ``len(block_hashes) * block_size`` u32 token ids; fewer or more of them (masked
-    blocks of hybrid models), or none (a placeholder of an offloading tier), name blocks that are known already.
+    Creating an event copies and checks nothing, in O(1). :meth:`PrefixIndex.process_block_stored` checks the fields.
+    An event is immutable, so it is safe to share between threads as long as the sequences in it do not change.
 
-    ``block_size`` is in tokens, ``kv_cache_spec_sliding_window`` too. ``extra_keys`` has one entry per block: None, or
-    what the engine put into that block's hash besides tokens (strings, ints, bytes, ``(id, offset)`` pairs).
-    ``lora_name`` names the adapter; without it a positive or string ``lora_id`` does. ``medium`` is the tier (None:
-    GPU), ``group_idx`` the group of a hybrid model (None: group 0). ``session_id`` is kept and means nothing here.
-    ``dp_rank`` is the data-parallel rank inside the pod (None: 0).
-
-    ``local_hashes`` or ``prefix_hashes`` stand in place of ``token_ids`` where a publisher sends hashes of the
-    interoperable scheme (:func:`local_hashes`, :func:`prefix_hashes`) and no tokens, one for each of ``block_hashes``.
-    They count only with the index's own block size and seed, and hold adapter, salt and extra keys already: those
-    fields mean nothing beside them. ``prefix_hashes`` are taken as they are, not rolled from the parent's.
-
-    ``lookahead_token_ids`` has one list per block, all of one length (at most 64): the tokens behind the block that are
-    in its hash, as vLLM has them with speculative decoding. A question takes them from the prompt itself, and matches
-    no block that has fewer behind it. None: none.
-
-    Nothing is checked before :meth:`PrefixIndex.process_block_stored`. Not mutable, so safe to share between threads
-    as long as nobody writes to the sequences in it. Making one is O(1): nothing is copied.
+    Args:
+        pod: The pod's name.
+        model: Model of the blocks.
+        block_hashes: Engine hashes of consecutive blocks: ints (signed or unsigned 64 bits, equal modulo 2**64) or
+            bytes, of which the last eight count, big-endian.
+        parent_block_hash: Engine hash of the block before the first one; None at the start of a prompt.
+        token_ids: ``len(block_hashes) * block_size`` token ids, 0 to 2**32 - 1. With fewer or more (masked blocks of
+            hybrid models), or without any (a placeholder of an offloading tier), the hashes refer to known blocks.
+        block_size: Tokens per block.
+        lora_id: Adapter, used if there is no ``lora_name``: a positive int or a string.
+        medium: Medium of the copy, such as ``"GPU"`` or ``"CPU"``; None for ``"GPU"``.
+        lora_name: Name of the LoRA adapter.
+        extra_keys: One entry per block: None, or the list of keys besides tokens that the engine has hashed (strings,
+            ints, bytes, ``(id, offset)`` pairs).
+        group_idx: Group of a hybrid model; None for group 0.
+        kv_cache_spec_kind: Kind of attention of the group, as vLLM names it.
+        kv_cache_spec_sliding_window: Window of the group, in tokens.
+        cache_salt: Cache salt of the request.
+        session_id: Kept without an effect.
+        dp_rank: Data-parallel rank inside the pod; None for 0.
+        lookahead_token_ids: One list per block, all of one length of at most 64: the tokens behind the block that its
+            hash covers, as in vLLM with speculative decoding. A match compares them with the tokens of the prompt, and
+            does not match a block with fewer tokens behind it.
+        local_hashes: In place of ``token_ids``: one interoperable hash per block (:func:`local_hashes`), uint64, for
+            publishers without tokens. The index must have the same block size and seed. The hashes cover adapter, salt
+            and extra keys, so these fields have no effect beside them.
+        prefix_hashes: The same with prefix hashes (:func:`prefix_hashes`). They are used as given, without the parent.
     """
 
     pod: str = ""
@@ -90,11 +105,17 @@ class BlockStored(_ByValue):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockRemoved(_ByValue):
-    """One copy of each of these blocks has left one tier (``medium``, None: GPU) and group of one worker.
+    """One copy of each block was removed from one medium and group of a worker.
 
-    ``block_hashes``, ``group_idx`` and ``dp_rank`` are as in :class:`BlockStored`. ``remaining_copy_counts`` has one
-    int per hash: how many copies stay there after this event. None: one copy goes. A hash that has no counted copy
-    there is counted and nothing else.
+    Args:
+        pod: The pod's name.
+        model: Model of the blocks.
+        block_hashes: As in :class:`BlockStored`. A hash without a counted copy is skipped and counted.
+        medium: Medium of the copy; None for ``"GPU"``.
+        group_idx: As in :class:`BlockStored`.
+        dp_rank: As in :class:`BlockStored`.
+        remaining_copy_counts: One int per hash: the copies that remain after this event. None removes one copy of
+            each.
     """
 
     pod: str = ""
@@ -109,10 +130,13 @@ class BlockRemoved(_ByValue):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AllBlocksCleared(_ByValue):
-    """A worker's cache is empty: rank ``dp_rank`` (None: 0) of the pod, in every model.
+    """The cache of a worker was cleared, for every model.
 
-    ``medium`` is the tier that was cleared. None, which is what engines write: every medium, unless the pod is
-    configured otherwise (``clear_media``).
+    Args:
+        pod: The pod's name.
+        dp_rank: Data-parallel rank; None for 0.
+        medium: Medium that was cleared. None, as engines write it, clears every medium unless the pod is configured
+            with ``clear_media``.
     """
 
     pod: str = ""
@@ -128,9 +152,12 @@ Event: TypeAlias = BlockStored | BlockRemoved | AllBlocksCleared
 class EventBatch(_ByValue):
     """One decoded payload.
 
-    ``ts`` is in seconds, ``events`` are those that can be applied, in their order, ``dp_rank`` is the batch's (None
-    where it has none). ``skipped`` has an ``(index, reason)`` for each of the others: its place in the payload's list
-    and ``"unknown_event"``, ``"bad_event"`` or ``"bad_token"``, as in the reasons of an :class:`IngestReport`.
+    Args:
+        ts: Timestamp in seconds since 1970.
+        events: The valid events, in order.
+        dp_rank: Data-parallel rank of the batch, or None.
+        skipped: ``(position, reason)`` of each other event in the payload: ``"unknown_event"``, ``"bad_event"`` or
+            ``"bad_token"``, as in :attr:`IngestReport.reasons`.
     """
 
     ts: float
@@ -140,21 +167,27 @@ class EventBatch(_ByValue):
 
 
 def decode_batch(payload: bytes | bytearray | memoryview, *, pod: str = "", model: str = "") -> EventBatch:
-    """Decodes one payload, exactly as an engine published it, into an :class:`EventBatch`.
+    """Decodes one payload, exactly as an engine published it.
 
-    Every wire form is taken: arrays (vLLM 0.9-0.23, SGLang <= 0.5.19) and maps (vLLM >= 0.24, SGLang >= 0.5.20), each
-    event by itself. Hashes come folded to u64, ``token_ids`` as a ``uint32`` array, everything else as the wire has
-    it, with the pairs of ``extra_keys`` as tuples. The payload does not say which ``pod`` and ``model`` it is about:
-    what is given here goes into every event, and the batch's rank does too.
+    All wire formats are supported, event by event: arrays (vLLM 0.9 to 0.23, SGLang up to 0.5.19) and maps (vLLM from
+    0.24, SGLang from 0.5.20). An event that is invalid or unknown does not affect the others: it is in ``skipped``.
 
-    An event that is broken or unknown costs its siblings nothing: it is in ``skipped``. A payload that is no batch, is
-    cut short or lies about a length raises :class:`EventDecodeError`, whose ``offset`` is the byte.
+    :meth:`PrefixIndex.ingest` accepts and skips the same events, with one exception: extra keys with more than about
+    1,000 levels of nesting are a ``"bad_event"`` here, because the msgpack package does not decode them.
 
-    What is skipped, and where a broken payload ends, is what :meth:`PrefixIndex.ingest` says of it, with one exception:
-    the msgpack package follows nesting for about 1,000 levels only, and an event whose extra keys have more is a
-    ``"bad_event"`` here.
+    Thread-safe. O(bytes), and much slower than :meth:`PrefixIndex.ingest`.
 
-    O(bytes), and slow beside :meth:`PrefixIndex.ingest`. Safe from any thread.
+    Args:
+        payload: The payload, bytes-like.
+        pod: Pod of the events. The payload does not contain it.
+        model: Model of the events. The payload does not contain it.
+
+    Returns:
+        The batch. Hashes are unsigned 64-bit ints, ``token_ids`` are uint32 arrays, pairs in ``extra_keys`` are
+        tuples, and each event has the rank of the batch.
+
+    Raises:
+        EventDecodeError: The payload is not a batch, is cut short, or contains a wrong length.
     """
     ts, dp_rank, found = decode_events(payload)
     events: list[Event] = []
@@ -172,6 +205,6 @@ def decode_batch(payload: bytes | bytearray | memoryview, *, pod: str = "", mode
 
 
 def unknown_kinds(payload: bytes | bytearray | memoryview) -> list[str]:
-    """What the events of a batch that are of no known kind call themselves, as far as they do."""
+    """Names of the events of unknown kind in a payload, as far as they have one."""
     names = (wire["type"] for _, reason, wire in decode_events(payload)[2] if reason == "unknown_event")
     return ["without a name" if name is None else f"{name!r:.40}" for name in names]

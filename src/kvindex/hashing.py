@@ -1,4 +1,13 @@
-"""The interoperable hashes: XXH3-64 of a block's tokens, and rolled over a prefix (Dynamo, Mooncake RFC #1527)."""
+"""The interoperable hashes: XXH3-64 of a block's tokens, and rolled over a prefix (Dynamo, Mooncake RFC #1527).
+
+They depend on the content only, so any process can compute them::
+
+    from kvindex import local_hashes, prefix_hashes, roll_hashes
+
+    tokens = list(range(40))
+    assert len(prefix_hashes(tokens, block_size=16)) == 2
+    assert (roll_hashes(local_hashes(tokens)) == prefix_hashes(tokens)).all()
+"""
 
 from __future__ import annotations
 
@@ -20,11 +29,23 @@ __all__ = ["local_hashes", "prefix_hashes", "roll_hashes"]
 def local_hashes(
     tokens: _Tokens, *, block_size: int = 16, hash_seed: int = 1337, lora_name: str | None = None
 ) -> npt.NDArray[np.uint64]:
-    """uint64[len(tokens) // block_size]: the hash of each complete block's content, whatever stands before it.
+    """Returns the hash of each complete block, independent of the blocks before it.
 
-    XXH3-64 of the block's tokens as little-endian u32; an adapter's name changes the seed. An incomplete tail is left
-    out. O(tokens). Any thread; releases the interpreter lock. Raises InvalidTypeError or InvalidValueError, which names
-    the position.
+    The hash is XXH3-64 of the block's tokens as little-endian u32; the name of an adapter changes the seed. O(tokens).
+    Thread-safe; releases the GIL.
+
+    Args:
+        tokens: Token ids, 0 to 2**32 - 1: an integer array or buffer of 32 or 64 bits, or a sequence of ints.
+        block_size: Tokens per block.
+        hash_seed: Seed, 0 to 2**64 - 1.
+        lora_name: LoRA adapter of the request.
+
+    Returns:
+        uint64 array of length ``len(tokens) // block_size``. An incomplete block at the end is left out.
+
+    Raises:
+        InvalidTypeError: An argument has the wrong type.
+        InvalidValueError: An argument is out of range; for tokens, the message has the position.
     """
     return hash_tokens(tokens, block_size, hash_seed, lora_name, None, None, False)
 
@@ -38,21 +59,44 @@ def prefix_hashes(
     cache_salt: str | None = None,
     extra_keys: _ExtraKeys | Sequence[Any] | None = None,
 ) -> npt.NDArray[np.uint64]:
-    """uint64[len(tokens) // block_size]: the rolling hash of the whole prefix up to and including each complete block.
+    """Returns the rolling hash of each prefix that ends at a complete block, for :meth:`PrefixIndex.match_hashes`.
 
-    What :meth:`PrefixIndex.match_hashes` takes. ``cache_salt`` and ``extra_keys`` (one entry per block) change their
-    block's hash, and so every later one. They cover no lookahead tokens, so blocks of a worker with EAGLE or MTP whose
-    hashes do are not found by them. O(tokens). Any thread; releases the interpreter lock. Raises InvalidTypeError
-    or InvalidValueError, which names the position.
+    O(tokens). Thread-safe; releases the GIL. The hashes cover no lookahead tokens, so they do not match the blocks of
+    workers with lookahead hashes (EAGLE or MTP); :meth:`PrefixIndex.match_prefix` does.
+
+    Args:
+        tokens: As for :func:`local_hashes`.
+        block_size: Tokens per block.
+        hash_seed: Seed, 0 to 2**64 - 1.
+        lora_name: LoRA adapter of the request.
+        cache_salt: Cache salt of the request; it changes every hash.
+        extra_keys: One entry per block; each changes the hash of its block and of all later ones.
+
+    Returns:
+        uint64 array of length ``len(tokens) // block_size``. An incomplete block at the end is left out.
+
+    Raises:
+        InvalidTypeError: An argument has the wrong type.
+        InvalidValueError: An argument is out of range; for tokens, the message has the position.
     """
     return hash_tokens(tokens, block_size, hash_seed, lora_name, cache_salt, extra_keys, True)
 
 
 def roll_hashes(local_hashes: Iterable[int], *, hash_seed: int = 1337) -> npt.NDArray[np.uint64]:
-    """uint64[blocks]: the prefix hashes of a prompt from the local hashes of its blocks.
+    """Returns the prefix hashes of a prompt from the local hashes of its blocks.
 
-    ``hash_seed`` is the index's; an adapter is in the local hashes already. Signed hashes wrap. O(blocks), 0.5 µs
-    each, with the interpreter lock. Any thread. Raises InvalidTypeError or InvalidValueError, which names the position.
+    O(blocks), 0.5 µs per block. Thread-safe; holds the GIL.
+
+    Args:
+        local_hashes: Local hashes in order, signed or unsigned 64-bit ints. They cover the adapter.
+        hash_seed: Seed of the index, 0 to 2**64 - 1.
+
+    Returns:
+        uint64 array of the same length.
+
+    Raises:
+        InvalidTypeError: An argument has the wrong type.
+        InvalidValueError: An argument is out of range; for hashes, the message has the position.
     """
     rolled = arguments.hash_array(local_hashes, "local_hashes").copy()
     before: int | None = None

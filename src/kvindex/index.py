@@ -1,4 +1,4 @@
-"""The index as users see it. What is called for every prompt and batch is inherited from the compiled core as it is."""
+"""The public index, :class:`PrefixIndex`. Its calls for every prompt and batch are inherited from the compiled core."""
 
 from __future__ import annotations
 
@@ -29,28 +29,47 @@ _NO_HASHES = np.empty(0, dtype=np.uint64)
 
 
 class PrefixIndex(Index):
-    """Which pod holds which prefix, kept from the engines' events.
+    """An exact index of the prompt prefixes in the KV caches of a fleet, updated by the engines' events.
 
-    Any thread may call any method; a match sees whole events only, and a call that waits keeps no other Python thread
-    waiting. A pod is known from the first call that names it, and is stale until an event or :meth:`mark_worker` tells
-    of its content. A process that forks gives its child a copy as it was between two batches, in which every pod is
-    stale until :meth:`mark_worker` says otherwise: what engines say from then on they say to the parent. Where
-    the system has no memory for a change, MemoryError is raised, all content is forgotten and every worker is degraded.
+    :meth:`match_prefix` returns the number of leading prompt tokens that each pod would reuse now. Events arrive
+    through an :class:`EventManager`, or through :meth:`ingest` and the ``process_*`` methods::
 
-    block_size: tokens per index block, the granularity of every answer; an engine's own block size must be a multiple
-    of it. hash_seed: seed of the interoperable hashes. presence: "count" (copies are counted, as vLLM announces them)
-    or "set" (for engines that re-announce blocks without a new copy). max_parked: stored hashes per worker that may
-    wait for their parent. max_bytes: a budget (at least 32,768), None for none: before an event would pass it, what was
-    matched or stored longest ago goes, from the end of its chain, and whoever held that is degraded. ttl: seconds after
-    which a chain that no stored event and no match has touched goes likewise, up to a hundredth early; None: never.
-    clock: seconds that never go back, for ttl and the time to live of :meth:`add_prefix`.
+        from kvindex import BlockRemoved, BlockStored, PrefixIndex
 
-    Events: :meth:`ingest`, :meth:`process_block_stored`, :meth:`process_block_removed`,
-    :meth:`process_all_blocks_cleared`. Questions: :meth:`match_prefix`, :meth:`match_many`, :meth:`match_hashes`,
-    :meth:`pod_set`. Pods: :meth:`pods`, :meth:`pod_state`, :meth:`add_prefix`, :meth:`remove_pod`,
-    :meth:`configure_pod`, :meth:`clear_worker`, :meth:`mark_worker`, :meth:`trust`. Figures: :meth:`stats`,
-    :meth:`worker_stats`, :meth:`stream_places`. Snapshots: :meth:`save` and :meth:`load`, :meth:`dumps` and
-    :meth:`loads`.
+        index = PrefixIndex(block_size=16)
+        index.process_block_stored(
+            BlockStored(pod="a", block_hashes=[101, 102], token_ids=list(range(32)), block_size=16)
+        )
+        match = index.match_prefix(range(40))
+        assert match.tokens == {"a": 32} and match.best() == ("a", 32)
+
+    The first call that names a pod creates it. A pod is ``stale`` until its first event or :meth:`mark_worker`.
+
+    All methods are thread-safe. A match sees each event either completely or not at all, and a call that waits for the
+    index does not block other Python threads. After a fork, the child process has a consistent copy of the index in
+    which every pod is ``stale``, because the event streams stay with the parent.
+
+    If the system has no memory for a change, the call raises :class:`MemoryError`, the index drops all content, and
+    every worker becomes ``degraded``.
+
+    Args:
+        block_size: Tokens per index block, 1 to 65,536. Every answer is a multiple of it. The block size of each
+            engine must be a multiple of it too.
+        hash_seed: Seed of the interoperable hashes, 0 to 2**64 - 1. Publishers that send hashes in place of tokens
+            must use the same seed.
+        presence: ``"count"`` counts the copies of a block, as vLLM announces them. ``"set"`` is for engines that
+            announce a block again without a new copy.
+        max_parked: Stored hashes per worker that may wait for an unknown parent.
+        max_bytes: Memory budget in bytes, at least 32,768; None for no limit. When an event would exceed it, the index
+            evicts the least recently used prefixes, from the end of their chains. The affected pods become
+            ``degraded``.
+        ttl: Seconds after which the index drops a prefix that no stored event and no match has used; None for no
+            limit. A prefix may expire up to 1 % early. The affected pods become ``degraded``.
+        clock: A monotonic clock in seconds, for ``ttl`` and for the entries of :meth:`add_prefix`.
+
+    Raises:
+        InvalidTypeError: An argument has the wrong type.
+        InvalidValueError: An argument is out of range.
     """
 
     # No wrapper around ingest, match_prefix and match_hashes, and no __dict__: a call costs what it costs on Index.
@@ -90,9 +109,17 @@ class PrefixIndex(Index):
         )
 
     def process_block_stored(self, event: BlockStored) -> IngestReport:
-        """Applies a :class:`BlockStored`. O(blocks).
+        """Applies a :class:`BlockStored` event. O(blocks).
 
-        Raises InvalidTypeError or InvalidValueError naming the field, with nothing applied.
+        Args:
+            event: The event, with ``pod`` set.
+
+        Returns:
+            The counts of stored, parked and skipped hashes.
+
+        Raises:
+            InvalidTypeError: A field has the wrong type. Nothing was applied.
+            InvalidValueError: A field is out of range. Nothing was applied.
         """
         rank, model, hashes, group, medium = arguments.hashed_fields(event)
         hashes = arguments.with_content(event, hashes)
@@ -101,25 +128,66 @@ class PrefixIndex(Index):
         return self._apply("stored", event.pod, rank, model, hashes, group, medium, numbers, stored)
 
     def process_block_removed(self, event: BlockRemoved) -> IngestReport:
-        """Applies a :class:`BlockRemoved`. O(hashes). Hashes without a counted copy are skipped and counted.
+        """Applies a :class:`BlockRemoved` event. O(hashes).
 
-        Raises InvalidTypeError or InvalidValueError naming the field, with nothing applied.
+        A hash without a counted copy is skipped, and counted as ``unknown_hash``::
+
+            from kvindex import BlockRemoved
+
+            report = index.process_block_removed(BlockRemoved(pod="a", block_hashes=[102, 999]))
+            assert (report.removed, report.reasons) == (1, {"unknown_hash": 1})
+            assert index.match_prefix(range(40)).tokens == {"a": 16}
+
+        Args:
+            event: The event, with ``pod`` set.
+
+        Returns:
+            The counts of removed and skipped hashes.
+
+        Raises:
+            InvalidTypeError: A field has the wrong type. Nothing was applied.
+            InvalidValueError: A field is out of range. Nothing was applied.
         """
         fields = arguments.hashed_fields(event)
         return self._apply("removed", event.pod, *fields, arguments.remaining(event), None)
 
     def process_all_blocks_cleared(self, event: AllBlocksCleared) -> IngestReport:
-        """Applies an :class:`AllBlocksCleared`. O(its blocks).
+        """Applies an :class:`AllBlocksCleared` event. O(blocks of the worker).
 
-        Everything that (pod, rank) holds goes, or what of it lies in the event's ``medium``, or in the pod's
-        ``clear_media``.
+        The index drops every block of (pod, rank). If the event has a ``medium``, or the pod is configured with
+        ``clear_media``, it drops the blocks of these media only.
+
+        Args:
+            event: The event, with ``pod`` set.
+
+        Returns:
+            A report with ``cleared`` set to 1.
+
+        Raises:
+            InvalidTypeError: A field has the wrong type. Nothing was applied.
+            InvalidValueError: A field is out of range. Nothing was applied.
         """
         rank = arguments.rank(arguments.field(event, "dp_rank"))
         medium = arguments.text(event.medium, "medium")
         return self._apply("cleared", event.pod, rank, b"", _NO_HASHES, -1, medium, (), None)
 
     def pod_set(self, pods: Iterable[str]) -> PodSet:
-        """Compiles pod names into a filter that costs nothing per match. Names need not be known yet."""
+        """Compiles pod names into a filter for ``ready_pods``, which adds no cost to a match. O(pods).
+
+        ::
+
+            ready = index.pod_set(["a", "b"])
+            assert index.match_prefix(range(40), ready_pods=ready).tokens == {"a": 16}
+
+        Args:
+            pods: Pod names. The index need not know them yet.
+
+        Returns:
+            The filter. It is immutable and may be shared between threads.
+
+        Raises:
+            InvalidTypeError: ``pods`` is not an iterable of strings.
+        """
         return PodSet(pods)
 
     def add_prefix(
@@ -135,13 +203,30 @@ class PrefixIndex(Index):
         dp_rank: int = 0,
         now: float | None = None,
     ) -> None:
-        """Counts the prompt's blocks as held by (pod, rank) on the GPU for ttl seconds, or until a clear. O(blocks).
+        """Counts a prompt as held by (pod, rank) for ``ttl`` seconds, or until the worker is cleared. O(blocks).
 
-        For a routing decision that no event has confirmed yet: it changes no verdict; a pod of which nothing else is
-        known stays stale. Its blocks have the lookahead that the worker's own have; the last ones, behind which the
-        prompt has too few tokens, do not count. With max_bytes, such entries have a 32nd of it; the one that ends first
-        makes room for the next (``shed_guesses``). Arguments as for :meth:`match_prefix`; now: the clock's reading to
-        count from, None for now. Raises InvalidTypeError, InvalidValueError naming the position.
+        Use it for a routing decision that no event has confirmed yet. These speculative entries do not change the
+        state of the pod: a pod without any events stays ``stale``. They lie in the medium ``GPU``. They use the
+        lookahead of the worker's other blocks, so the last blocks of the prompt do not count if too few tokens follow
+        them.
+
+        With ``max_bytes``, speculative entries may use 1/32 of the budget. The entry that expires first makes room for
+        the next one (``stats()["shed_guesses"]``).
+
+        Args:
+            pod: The pod that the request was sent to.
+            tokens: The prompt, as for :meth:`match_prefix`.
+            ttl: Seconds until the entry expires.
+            model: Model of the request.
+            lora_name: LoRA adapter of the request, None for the base model.
+            cache_salt: Cache salt of the request.
+            extra_keys: One entry per block, as for :meth:`match_prefix`.
+            dp_rank: Data-parallel rank.
+            now: Start of the ``ttl``, as a reading of ``clock``; None for the current reading.
+
+        Raises:
+            InvalidTypeError: An argument has the wrong type.
+            InvalidValueError: An argument is out of range; for tokens, the message has the position.
         """
         began = arguments.moment(*((self._clock(), "what clock returns") if now is None else (now, "now")))
         until = arguments.seconds(ttl, "ttl") + began
@@ -161,30 +246,41 @@ class PrefixIndex(Index):
         eagle: bool | Iterable[int] | None = None,
         hybrid: bool | None = None,
     ) -> None:
-        """What events do not say of a pod; None leaves it as it is.
+        """Sets properties of a pod that its events do not carry. O(media + workers).
 
-        presence: "count" or "set". clear_media: the media that its clears clear, where they name none; without it all
-        go, and a worker that held something in another medium than its own pool is degraded, since vLLM publishes the
-        same event whether an offloading tier was reset or not. With engine="sglang" host memory (media that begin with
-        CPU) causes no doubt: SGLang clears it together with its tree. ignore_media: events of these media are skipped,
-        counted as ``ignored_medium`` and cost no verdict (a tier that publishes no removals); what they said before is
-        forgotten, and an empty iterable ends it. chunk_size: tokens per chunk of chunked-local attention; max_blocks:
-        index blocks that it may hold, over all ranks, media and groups (0: any number), those that wait included. A
-        stored event beyond that, or of more than 1,024 ranks and models of one pod, is skipped as ``over_limit``, and
-        the pod is degraded: it holds more than is known.
+        Each option that is None keeps its current value::
 
-        engine: which engine's rules say what is reused of a prefix that is held. "vllm": the prompt's last token is
-        always computed, so of a prompt of n tokens its own pool gives at most (n-1)//B*B, B the engine's block size;
-        then each further medium gives what it holds from there on. "sglang": the match of all tokens, read medium by
-        medium likewise. "trtllm": no rule is known, what is held counts, as for a pod whose engine is not named.
-        eagle: vLLM drops the last block that it matches, for its draft model (EAGLE or MTP without lookahead hashes:
-        releases before 0.33, or with a KV connector). True, or the groups (``group_idx``) that do; an empty iterable
-        or False for none. It has no effect unless the engine is "vllm". hybrid: a model of which SGLang publishes the
-        full-attention layers only (Mamba or sliding-window layers beside them); the pod is degraded.
+            index.configure_pod("a", engine="vllm", clear_media=["GPU"])
 
-        O(media + workers).
+        Args:
+            pod: The pod's name.
+            presence: ``"count"`` or ``"set"``, as for the class.
+            clear_media: Media that an :class:`AllBlocksCleared` without a medium clears. By default it clears all
+                media. A worker that held blocks in an offloading tier then becomes ``degraded``, because vLLM
+                publishes the same event with and without a reset of the tier. With ``engine="sglang"``, host memory
+                (media that begin with ``CPU``) causes no doubt: SGLang clears it together with its tree.
+            chunk_size: Tokens per chunk of chunked-local attention.
+            max_blocks: Index blocks that the pod may hold, over all ranks, media and groups, parked ones included; 0
+                for no limit. A stored event beyond the limit is skipped, counted as ``over_limit``, and the pod
+                becomes ``degraded``. The same holds for an event beyond 1,024 combinations of rank and model of one
+                pod.
+            ignore_media: Media whose events are skipped and counted as ``ignored_medium``, without an effect on the
+                state: for a tier that publishes no removals. Blocks that the pod already holds there are dropped. An
+                empty iterable ends it.
+            engine: The engine whose rules determine the reuse of a held prefix. ``"vllm"``: vLLM always computes the
+                last token of a prompt, so of n tokens its GPU pool reuses at most ``(n - 1) // B * B``, where B is the
+                engine's block size; each further medium continues from there. ``"sglang"``: SGLang matches all tokens,
+                medium by medium. ``"trtllm"``: no rule is known, and every held block counts, as for a pod without an
+                engine.
+            eagle: True if vLLM drops the last matched block for a draft model (EAGLE or MTP without lookahead hashes:
+                releases before 0.33, or with a KV connector). An iterable of ``group_idx`` limits it to these groups;
+                False or an empty iterable turns it off. It has an effect with ``engine="vllm"`` only.
+            hybrid: True for a model with Mamba or sliding-window layers on SGLang, which publishes the full-attention
+                layers only. The pod is ``degraded``.
 
-        Raises InvalidTypeError or InvalidValueError naming the option, with nothing changed.
+        Raises:
+            InvalidTypeError: An option has the wrong type. Nothing was changed.
+            InvalidValueError: An option is out of range. Nothing was changed.
         """
         counted = -1 if presence is None else arguments.choice(presence, "presence", ("count", "set"))
         media = arguments.names(() if clear_media is None else clear_media, "clear_media")
@@ -201,65 +297,104 @@ class PrefixIndex(Index):
             self._engine(pod, named, drops, groups, silent)
 
     def remove_pod(self, pod: str) -> None:
-        """Forgets the pod and all it holds. O(its blocks).
+        """Removes a pod and all its blocks. O(blocks of the pod).
 
-        A batch that is on its way to it is dropped (``pod_removed`` in its report); whatever names the pod afterwards
-        opens it anew. Raises UnknownPodError if there is none.
+        A batch of the pod that is being ingested at the same time is dropped (``pod_removed`` in its report). A later
+        call that names the pod creates it again.
+
+        Args:
+            pod: The pod's name.
+
+        Raises:
+            UnknownPodError: The index has no such pod.
         """
         self._remove(pod)
 
     def clear_worker(self, pod: str, dp_rank: int = 0) -> None:
-        """An engine restarted: everything of that worker goes, whatever its medium. O(its blocks).
+        """Drops every block of a worker in all media, as after a restart of its engine. O(blocks of the worker).
 
-        Its index-level degradation goes with it.
+        It also ends a degradation that the index itself has found. Call :meth:`mark_worker` to change the state of the
+        stream.
+
+        Args:
+            pod: The pod's name.
+            dp_rank: Data-parallel rank.
+
+        Raises:
+            InvalidTypeError: An argument has the wrong type.
+            InvalidValueError: ``dp_rank`` is out of range.
         """
         self._clear(pod, arguments.rank(dp_rank))
 
     def mark_worker(self, pod: str, dp_rank: int, verdict: Verdict) -> None:
-        """The stream's verdict on a worker: "exact", "degraded" or "stale". O(ranks).
+        """Sets the state of a worker's event stream. O(ranks).
 
-        The pod's state is the worst of all it is told and of what it knows itself.
+        :class:`EventManager` does this for the pods that it follows. The state of the pod is the worst of its workers'
+        stream states and of the state that the index has found itself::
+
+            index.mark_worker("a", 0, "stale")                  # its connection was lost
+            assert index.pod_state("a") == "stale"
+            index.mark_worker("a", 0, "exact")
+
+        Args:
+            pod: The pod's name.
+            dp_rank: Data-parallel rank.
+            verdict: ``"exact"``, ``"degraded"`` or ``"stale"``.
+
+        Raises:
+            InvalidTypeError: An argument has the wrong type.
+            InvalidValueError: ``dp_rank`` is out of range, or ``verdict`` is another value.
         """
         told = arguments.choice(verdict, "verdict", answers.VERDICTS)
         self._mark(pod, arguments.rank(dp_rank), told)
 
     def trust(self, until: float | None) -> None:
-        """Makes every state stale from a moment on, without a thread that has to run then. O(1).
+        """Sets a moment after which every state is ``stale``, without a thread that has to run then. O(1).
 
-        For a keeper of the index that has to confirm again and again that it still hears of changes: a process that was
-        stopped meanwhile answers stale when it goes on. States are what :meth:`mark_worker` and events have made them
-        again after the next call with a later moment.
-
-        until: a reading of ``time.monotonic()`` in seconds, None for no limit. A match then reads that clock, some
-        20 ns. A snapshot does not have it. Any thread may call it. Raises InvalidTypeError or InvalidValueError::
+        Use it if your process updates the index from a connection that may fall silent: confirm the connection
+        periodically with a later moment. A process that was suspended then answers ``stale`` when it continues. A
+        later moment, or None, restores the states of :meth:`mark_worker` and the events::
 
             import time
-            from kvindex import PrefixIndex
 
-            index = PrefixIndex(block_size=16)
-            index.mark_worker("a", 0, "exact")
             index.trust(time.monotonic() - 1.0)
             assert index.pod_state("a") == "stale"
             index.trust(None)
             assert index.pod_state("a") == "exact"
+
+        Args:
+            until: A reading of ``time.monotonic()`` in seconds; None for no limit. With a limit, each match reads that
+                clock, which takes about 20 ns. A snapshot does not contain it.
+
+        Raises:
+            InvalidTypeError: ``until`` is not a number.
+            InvalidValueError: ``until`` is out of range.
         """
         # What is beyond the clock's range is no limit.
         moment = _FOREVER if until is None else round(1e9 * arguments.moment(until, "until"))
         self._trust(max(-_FOREVER, min(moment, _FOREVER)))
 
     def pod_state(self, pod: str) -> Verdict:
-        """The worst of its ranks: "exact", "degraded" (a hole accepted, or blocks not placed) or "stale". O(1).
+        """Returns the state of a pod: the worst of its ranks. O(1).
 
-        A pod of which no event has told and no :meth:`mark_worker` is stale.
+        Args:
+            pod: The pod's name.
 
-        Raises UnknownPodError if there is no such pod.
+        Returns:
+            ``"exact"``: every batch has been applied. ``"degraded"``: an event was lost for good or could not be
+            placed. ``"stale"``: the stream is not being followed, or no event has arrived yet.
+
+        Raises:
+            UnknownPodError: The index has no such pod.
         """
         return answers.VERDICTS[self._verdict(pod)]
 
     def pods(self) -> dict[str, Verdict]:
-        """Every pod that is known, sorted by name, with its :meth:`pod_state`. O(pods log pods).
+        """Returns every pod with its :meth:`pod_state`. O(pods log pods).
 
-        Each state is of some moment during the call; a pod that is removed meanwhile is left out.
+        Returns:
+            ``{pod: state}``, sorted by name. Each state is of a moment during the call. A pod that is removed during
+            the call is left out.
         """
         states: dict[str, Verdict] = {}
         for pod in sorted(self._pods()):
@@ -268,7 +403,17 @@ class PrefixIndex(Index):
         return states
 
     def worker_stats(self, pod: str) -> dict[int, WorkerStats]:
-        """The :class:`WorkerStats` of each rank. O(ranks). Raises UnknownPodError."""
+        """Returns figures of each rank of a pod. O(ranks).
+
+        Args:
+            pod: The pod's name.
+
+        Returns:
+            ``{rank: WorkerStats}``.
+
+        Raises:
+            UnknownPodError: The index has no such pod.
+        """
         return {
             worker["rank"]: {
                 "blocks": worker["blocks"],
@@ -282,10 +427,17 @@ class PrefixIndex(Index):
         }
 
     def stream_places(self, pod: str) -> dict[int, StreamPlace]:
-        """How far each rank's stream has been applied: ``{rank: StreamPlace}``. O(ranks).
+        """Returns the last applied batch of each rank's stream. O(ranks).
 
-        Ranks whose last batch came without its number are left out: their streams cannot be continued, only begun
-        anew. Raises UnknownPodError.
+        Args:
+            pod: The pod's name.
+
+        Returns:
+            ``{rank: StreamPlace}``. Ranks whose last batch came without a number are left out: their streams can only
+            start from the beginning.
+
+        Raises:
+            UnknownPodError: The index has no such pod.
         """
         return {
             place.pop("rank"): StreamPlace(**{**place, "model": place["model"].decode("utf-8", "surrogateescape")})
@@ -293,22 +445,37 @@ class PrefixIndex(Index):
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the whole index to a file, from which :meth:`load` makes an equal one. O(size of the index).
+        """Writes a snapshot of the whole index, from which :meth:`load` creates an equal one. O(size of the index).
 
-        What events and options have said goes in, with the place that each worker's stream has reached; what
-        :meth:`add_prefix` has said does not. The file is complete at any moment: it is written beside its place, with
-        its checksum, brought to the disk and then renamed; a file that was there gives it its mode. Matches go on
-        meanwhile; events wait while the index is copied in memory (about 20 ms for a million blocks), and not for the
-        disk. Raises :class:`SnapshotError`, with whatever was there before unchanged and nothing left beside it, where
-        the disk refuses it or the path leads to no regular file.
+        The snapshot contains the blocks, the options of each pod, and the place of each worker's stream. It does not
+        contain the entries of :meth:`add_prefix`.
+
+        The file at ``path`` is complete at any moment: ``save`` writes a temporary file with a checksum beside it,
+        syncs it to the disk and renames it. A file that is replaced keeps its mode. Matches continue during a save.
+        Events wait while the index is copied in memory, about 20 ms for a million blocks, but not for the disk::
+
+            index.save("kvindex.snapshot")
+            assert PrefixIndex.load("kvindex.snapshot").match_prefix(range(40)).tokens == {"a": 16}
+
+        Args:
+            path: Path of the file.
+
+        Raises:
+            SnapshotError: The file cannot be written, or ``path`` is not a regular file. A previous file is unchanged,
+                and no temporary file is left.
+            CapacityError: There is no memory for the copy.
         """
         name = arguments.path(path, "path")
         snapshot.write(name, self._snapshot(f" to {name}"))
 
     def dumps(self) -> bytes:
-        """The snapshot that :meth:`save` writes, as bytes. O(size of the index).
+        """Returns the snapshot that :meth:`save` writes, as bytes. O(size of the index).
 
-        Raises CapacityError where there is no memory for it.
+        Returns:
+            The snapshot, with its checksum.
+
+        Raises:
+            CapacityError: There is no memory for the copy.
         """
         return bytes(self._snapshot())
 
@@ -330,13 +497,26 @@ class PrefixIndex(Index):
         ttl: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> Self:
-        """An index equal to the one that was saved, with its block size, seed and options. O(size of the file).
+        """Creates an index from a snapshot, with the block size, seed and options of the saved one. O(size of the
+        file).
 
-        Every worker is ``stale`` until its stream has shown what happened since: :class:`EventManager` asks for just
-        that, or call :meth:`mark_worker`. max_parked: None for what the saved index had. max_bytes, ttl, clock: as of
-        the class; they are not in the file, nor is what was touched when: all content counts as touched now, and what
-        does not fit is shed. Raises :class:`SnapshotError`, naming the file, what is wrong with it and at which byte,
-        for whatever is damaged, cut, contradictory, of a newer version, too large or no snapshot at all.
+        Every worker is ``stale`` until its stream has continued from the snapshot. :class:`EventManager` requests the
+        batches since then; without one, call :meth:`mark_worker`. All content counts as used at the time of the load,
+        and content beyond ``max_bytes`` is evicted.
+
+        Args:
+            path: Path of the file.
+            max_parked: As for the class; None for the value of the saved index.
+            max_bytes: As for the class. The snapshot does not contain it.
+            ttl: As for the class. The snapshot does not contain it.
+            clock: As for the class.
+
+        Returns:
+            The new index.
+
+        Raises:
+            SnapshotError: The file is missing, damaged, cut off, contradictory, too large, of a newer version, or not
+                a snapshot. The message has the path, the fault and its byte.
         """
         name = arguments.path(path, "path")
         return cls._loaded(snapshot.read(name), name, max_parked, max_bytes, ttl, clock)
@@ -351,10 +531,26 @@ class PrefixIndex(Index):
         ttl: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> Self:
-        """Makes an index of the bytes that :meth:`dumps` returns and :meth:`save` writes. O(bytes).
+        """Creates an index from the bytes of :meth:`dumps`. O(bytes).
 
-        data: bytes-like; it is copied unless it is bytes. The other arguments are those of :meth:`load`.
-        Raises InvalidTypeError if data is not bytes-like, otherwise what :meth:`load` raises.
+        ::
+
+            copy = PrefixIndex.loads(index.dumps())
+            assert copy.match_prefix(range(40)).tokens == {"a": 16}
+
+        Args:
+            data: A bytes-like object. It is copied unless it is ``bytes``.
+            max_parked: As for :meth:`load`.
+            max_bytes: As for :meth:`load`.
+            ttl: As for :meth:`load`.
+            clock: As for :meth:`load`.
+
+        Returns:
+            The new index.
+
+        Raises:
+            InvalidTypeError: ``data`` is not bytes-like.
+            SnapshotError: ``data`` is damaged, or not a snapshot.
         """
         found = arguments.octets(data, "data")
         return cls._loaded(found, f"a snapshot of {len(found):,} bytes", max_parked, max_bytes, ttl, clock)
@@ -386,12 +582,17 @@ class PrefixIndex(Index):
             return index
 
     def stats(self) -> IndexStats:
-        """The :class:`IndexStats` of the whole index, all of one moment. O(1)."""
+        """Returns figures of the whole index, all of one moment. O(1).
+
+        Returns:
+            The :class:`IndexStats`.
+        """
         return self._figures()
 
     def _check(self) -> None:
         """Verifies every invariant of the native structure. O(size of the index).
 
-        Raises KVIndexError naming the first that is broken.
+        Raises:
+            KVIndexError: An invariant is broken; the message has the first one.
         """
         arguments.unbroken(self._broken())

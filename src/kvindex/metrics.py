@@ -1,4 +1,4 @@
-"""Figures for Prometheus: a collector over an index, the streams that keep it, and the picker that asks it.
+"""Metrics for Prometheus: a collector over an index, its manager and its picker.
 
 ::
 
@@ -83,25 +83,25 @@ _REPORTS = (
 
 
 class KVIndexCollector(Collector):
-    """Everything that an index, its manager and its picker count, read at each scrape. Any thread may scrape.
+    """The figures of an index, its manager and its picker, read at each scrape. O(workers). Thread-safe.
 
-    Series of a worker have the labels ``pod`` and ``rank``; a pod that goes takes its series along. O(workers).
+    Series of a worker have the labels ``pod`` and ``rank``. The series of a pod end when the pod is removed.
 
     Args:
         index: The index.
-        manager: The :class:`EventManager` (of either kind) that follows the pods, if there is one.
-        picker: The :class:`~kvindex.routing.EndpointPicker`, if there is one.
+        manager: The :class:`EventManager` or :class:`~kvindex.aio.AsyncEventManager` that follows the pods, if any.
+        picker: The :class:`~kvindex.routing.EndpointPicker`, if any.
     """
 
     def __init__(self, index: PrefixIndex, manager: Any = None, picker: EndpointPicker | None = None) -> None:
         self._index, self._manager, self._picker = index, manager, picker
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing: a registry then takes the collector without scraping it."""
+        """Returns an empty list, so that a registry accepts the collector without scraping it."""
         return []
 
     def collect(self) -> Iterable[Metric]:
-        """The metrics of this moment."""
+        """Yields the metrics of this moment."""
         yield from _single(self._index.stats(), _INDEX_GAUGES, _INDEX_COUNTERS)
         if self._manager is not None:
             yield from self._streams()
@@ -170,7 +170,7 @@ def _labelled(rows: Iterable[Any], metrics: Iterable[Any], kind: Any, get: Any) 
 
 
 def _shown(pod: str) -> str:
-    """A name that came out of a payload may have bytes that are no UTF-8, which no exposition can have."""
+    """A name for the exposition format. Names from a payload may contain bytes that are not UTF-8."""
     return pod.encode("utf-8", "replace").decode()
 
 

@@ -1,7 +1,7 @@
-"""Which pod gets a request: the pod's cache, its load and the requests on their way, weighed in tokens.
+"""Selection of a pod for each request, by its cache, its load and the requests on their way, measured in tokens.
 
-An :class:`EndpointPicker` asks the index what each pod would reuse of a prompt, adds the work that waits at the pod,
-and takes the pod at which the request costs least::
+An :class:`EndpointPicker` asks the index for the reuse of a prompt on each pod, adds the load of the pod, and picks
+the pod with the lowest cost::
 
     from kvindex import BlockStored, PrefixIndex
     from kvindex.routing import EndpointPicker
@@ -14,10 +14,10 @@ and takes the pod at which the request costs least::
     picker = EndpointPicker(index)
     choice = picker.pick(list(range(80)), model="llama")
     assert (choice.pod, choice.cached_tokens, choice.prefill_tokens) == ("a", 64, 16)
-    picker.prefilled(choice)                            # its first token has come
+    picker.prefilled(choice)                            # its first token has arrived
     picker.finished(choice, cached_tokens=64)           # usage.prompt_tokens_details.cached_tokens of the response
 
-It needs nothing beyond the core. Token ids come from :mod:`kvindex.text`, or from wherever the router has them.
+It needs no extra. :mod:`kvindex.text` computes token ids from requests.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _FILTERS = 256
 
 
 class Choice:
-    """A pod that was picked for one request, and the reservation of its work there. Read-only."""
+    """The pod that was picked for one request, and the reservation of its work there. Read-only."""
 
     __slots__ = (
         "_context",
@@ -81,21 +81,21 @@ class Choice:
     )
 
     id: int
-    """Counts the picker's choices."""
+    """Number of the choice, unique within its picker."""
     pod: str
     """The pod's name in the index."""
     rank: int
     """Its data-parallel rank."""
     address: str | None
-    """Where it takes requests: :attr:`PodSource.address`, None without a manager."""
+    """:attr:`PodSource.address`, where the pod takes requests; None without a manager."""
     cached_tokens: int
     """Tokens of the prompt that the pod is expected to reuse."""
     prefill_tokens: int
-    """Tokens of the prompt that it is expected to compute."""
+    """Tokens of the prompt that the pod is expected to compute."""
     candidates: int
-    """Workers (pods times ranks) that it was picked from."""
+    """Workers (pods times ranks) that were compared."""
     cost: float
-    """In tokens: of the prompt, less the credit for those it reuses, and of the load that was there before."""
+    """Cost in tokens: the prompt minus the credit for reused tokens, plus the load before this request."""
 
     _picker: EndpointPicker
     _row: int
@@ -112,7 +112,7 @@ class Choice:
 
 
 class _Reports:
-    """What one pod's engine reported, against what was expected."""
+    """Cached tokens that one pod's engine reported, compared with the expected ones."""
 
     __slots__ = ("buckets", "expected", "head", "over", "recent", "reported", "requests", "said", "under")
 
@@ -145,38 +145,44 @@ class _Reports:
 
 
 class EndpointPicker:
-    """Picks the pod at which a request costs least, and keeps account of the requests in flight. Any thread may use it.
+    """Picks the pod with the lowest cost for each request, and accounts for the requests in flight. Thread-safe.
 
-    The cost of a worker (a pod's data-parallel rank) counts tokens: those of the prompt, less a credit for each that
-    the worker would reuse by its tier, and its load: the tokens that requests before their first token still have to
-    compute there, ``context_weight`` for each token of all running requests' prompts, and ``request_weight`` for each
-    of these. Workers whose costs differ by no more than ``tie`` of the prompt are equal, and the one that was given
-    least work lately gets the request: otherwise one block of a common system prompt would draw every request to the
-    pod that was first.
+    The cost of a worker (a pod's data-parallel rank) is measured in tokens. It is the length of the prompt, minus a
+    credit for each token that the worker would reuse, plus the load of the worker. The load has three parts:
 
-    A stale pod is never picked. Each pick reserves its work until :meth:`finished`, for ``reservation_ttl`` seconds at
-    most, and tells the index that the prompt is on its way (:meth:`PrefixIndex.add_prefix`) for ``speculative_ttl``
-    seconds, so that requests with one new prefix that arrive together go to one pod.
+    - the tokens that earlier requests without a first token still have to compute,
+    - ``context_weight`` for each prompt token of its running requests,
+    - ``request_weight`` for each of its running requests.
+
+    Workers whose costs differ by at most ``tie`` of the prompt are equal, and the one with the least recent work gets
+    the request. Without this rule, one block of a common system prompt would attract all requests to the pod that had
+    it first.
+
+    A stale pod is never picked. Each pick reserves its work until :meth:`finished`, for at most ``reservation_ttl``
+    seconds. It also adds the prompt to the index (:meth:`PrefixIndex.add_prefix`) for ``speculative_ttl`` seconds, so
+    that simultaneous requests with one new prefix go to one pod.
 
     Args:
-        index: The index to ask.
-        manager: The :class:`EventManager` (of either kind) that follows the pods: its sources tell each pod's model,
-            address and labels, and only its pods are picked. Without one, the index's pods are picked.
-        credit: Value of a reused token by medium, 0 to 1. Media that are not named count as ``"CPU"`` where their name
-            begins so, and otherwise as ``"DISK"``.
-        context_weight: Tokens of prefill that one token of a running request's prompt counts as.
-        request_weight: Tokens of prefill that a running request counts as besides.
+        index: The index.
+        manager: The :class:`EventManager` or :class:`~kvindex.aio.AsyncEventManager` that follows the pods. Its
+            sources provide the model, address and labels of each pod, and only its pods are picked. Without a manager,
+            the pods of the index are picked.
+        credit: Value of a reused token by medium, 0 to 1. Other media count as ``"CPU"`` if their name begins with it,
+            else as ``"DISK"``.
+        context_weight: Cost of one prompt token of a running request, in tokens of prefill.
+        request_weight: Cost of a running request, in tokens of prefill.
         tie: Share of the prompt's tokens within which costs are equal, 0 to 1.
-        degraded: Whether degraded pods are picked. They are up, but may hold more or less than the index knows.
-        reservation_ttl: Seconds after which a request that was not finished counts no longer.
-        speculative_ttl: Seconds for which a picked prompt counts as held, until events confirm it; 0 turns it off.
-        max_in_flight: Reservations that are kept; beyond that the oldest expires.
-        half_life: Seconds after which the work that a worker was given counts half among equals.
-        seed: Where the search among equals begins; None is random, so that several routers differ.
-        clock: Seconds that never go back; None is the index's.
+        degraded: Whether degraded pods are picked. They are up, but may hold more or less than the index has.
+        reservation_ttl: Seconds after which an unfinished request no longer counts.
+        speculative_ttl: Seconds for which a picked prompt counts as held, until events confirm it; 0 disables it.
+        max_in_flight: Maximum number of reservations. Beyond it the oldest one expires.
+        half_life: Half-life, in seconds, of a worker's recent work when equal workers are compared.
+        seed: Starting point of the search among equal workers; None for a random one, so that several routers differ.
+        clock: A monotonic clock in seconds; None for the index's.
 
     Raises:
-        InvalidValueError, InvalidTypeError: Naming the argument.
+        InvalidTypeError: An argument has the wrong type.
+        InvalidValueError: An argument is out of range.
     """
 
     def __init__(
@@ -248,19 +254,27 @@ class EndpointPicker:
         cache_salt: str | None = None,
         extra_keys: _ExtraKeys | None = None,
     ) -> Choice | None:
-        """The worker for one prompt, with its work reserved there; None if no pod is ready.
+        """Picks the worker for one prompt and reserves its work there.
 
-        O(matched blocks + workers), and O(blocks) where the prompt is not wholly held.
+        O(matched blocks + workers), and O(blocks) if the prompt is not completely cached.
 
         Args:
-            tokens: As for :meth:`PrefixIndex.match_prefix`, as are model, lora_name, cache_salt and extra_keys.
-            pods: Names of the pods that are ready; a :meth:`PrefixIndex.pod_set` where the same are named often. None
-                is every pod of the manager that serves the model, or without a manager every pod of the index of which
-                blocks of the model are stored, or none at all.
-            labels: Labels that a pod's source has to have, such as ``{"role": "prefill"}``; they need a manager.
+            tokens: Token ids of the prompt, as for :meth:`PrefixIndex.match_prefix`.
+            pods: Names of the pods that are ready, or a :meth:`PrefixIndex.pod_set` if the same names are used often.
+                None stands for every pod of the manager that serves the model. Without a manager it stands for every
+                pod of the index that has blocks of the model or no blocks at all.
+            labels: Labels that a pod's source must have, such as ``{"role": "prefill"}``. They need a manager.
+            model: Model of the request.
+            lora_name: LoRA adapter of the request, None for the base model.
+            cache_salt: Cache salt of the request.
+            extra_keys: One entry per block, as for :meth:`PrefixIndex.match_prefix`.
+
+        Returns:
+            The choice; None if no pod is ready.
 
         Raises:
-            InvalidValueError, InvalidTypeError: Naming the argument; nothing is reserved then.
+            InvalidTypeError: An argument has the wrong type. Nothing was reserved.
+            InvalidValueError: An argument is out of range. Nothing was reserved.
         """
         began = time.perf_counter()
         if pods is not None or labels is not None or self._sources is not None:
@@ -319,10 +333,13 @@ class EndpointPicker:
             return choice
 
     def prefilled(self, choice: Choice) -> None:
-        """The request has its first token: its prefill waits no longer. O(1); a second call does nothing.
+        """Reports the first token of a request: its prefill is done. O(1). A second call has no effect.
+
+        Args:
+            choice: The choice that :meth:`pick` returned.
 
         Raises:
-            InvalidValueError: The choice was finished before, or is another picker's.
+            InvalidValueError: The choice is finished, or of another picker.
         """
         self._own(choice)
         with self._lock:
@@ -332,17 +349,16 @@ class EndpointPicker:
                 choice._waits = 0
 
     def finished(self, choice: Choice, cached_tokens: int | None = None) -> None:
-        """The request is over, whether it was served or not: its reservation ends. O(1).
+        """Reports the end of a request, successful or not, and ends its reservation. O(1).
 
         Args:
-            choice: The choice that :meth:`pick` gave for it.
-            cached_tokens: Tokens of the prompt that the engine says it reused
-                (``usage.prompt_tokens_details.cached_tokens``), None where it does not say. They are compared with
-                what was expected (:meth:`stats`); a pod whose numbers differ systematically is logged as a warning,
-                with the option or the template that explains it.
+            choice: The choice that :meth:`pick` returned.
+            cached_tokens: Prompt tokens that the engine has reused (``usage.prompt_tokens_details.cached_tokens``);
+                None if it reports no number. The picker compares them with the expected ones (:meth:`stats`). If a
+                pod's numbers differ systematically, it logs a warning with the likely cause.
 
         Raises:
-            InvalidValueError: The choice was finished before, or is another picker's, or cached_tokens is negative or
+            InvalidValueError: The choice is finished already or of another picker, or ``cached_tokens`` is negative or
                 larger than the prompt.
         """
         self._own(choice)
@@ -376,14 +392,21 @@ class EndpointPicker:
             log.info("pod %s: cached tokens are as expected again", choice.pod)
 
     def stats(self) -> dict[str, Any]:
-        """Figures since the picker was made, and of the requests in flight. O(workers).
+        """Returns counters since the picker was created, and the requests in flight. O(workers).
 
-        ``picks``; ``unplaced`` (no pod was ready); ``expired`` reservations, ``late`` finishes of such; ``in_flight``
-        requests; ``workers``: for each (pod, rank) ``requests``, ``prefill_tokens`` that wait and ``context_tokens``;
-        ``pods``: for each pod that reported cached tokens ``requests``, ``expected_tokens``, ``reported_tokens``,
-        ``over_tokens`` (expected and not reported), ``under_tokens``, ``error_buckets`` (by ``ERROR_TOKENS``) and
-        ``reason``; ``pick_seconds``: ``buckets`` (by ``PICK_SECONDS``) and ``sum``. A pod that leaves the index takes
-        its figures along.
+        Returns:
+            A dict with the keys below. The figures of a pod end when the pod is removed from the index.
+
+            - ``picks``: requests for which a pod was picked; ``unplaced``: requests for which no pod was ready.
+            - ``expired``: reservations that were not finished in time; ``late``: those of them that were finished
+            later.
+            - ``in_flight``: running requests.
+            - ``workers``: for each (pod, rank) ``requests``, ``prefill_tokens`` still to compute, and
+            ``context_tokens``.
+            - ``pods``: for each pod that has reported cached tokens ``requests``, ``expected_tokens``,
+                ``reported_tokens``, ``over_tokens`` (expected and not reported), ``under_tokens``, ``error_buckets``
+                (bounds: ``ERROR_TOKENS``) and ``reason``.
+            - ``pick_seconds``: durations of picks, as ``buckets`` (bounds: ``PICK_SECONDS``) and ``sum``.
         """
         with self._lock:
             self._expire(self._clock())
@@ -403,7 +426,7 @@ class EndpointPicker:
             }
 
     def close(self) -> None:
-        """Stops following the manager's pods; choices that were made can still be finished. A second call does nothing.
+        """Stops following the manager's pods. Open choices can still be finished. A second call has no effect.
 
         Until then the manager holds a reference to the picker.
         """
@@ -483,7 +506,7 @@ class EndpointPicker:
         return rows
 
     def _shift(self, pod: str, head: tuple[list[int], str, str | None, str | None]) -> str:
-        """Whether the pod holds the prompt without its first token, or with that twice."""
+        """Whether the pod holds the prompt without its first token, or with its first token twice."""
         ids, model, lora_name, cache_salt = head
         for shifted, said in ((ids[1:], "one too many"), ([ids[0], *ids], "one too few")):
             match = self._index.match_prefix(shifted, model=model, lora_name=lora_name, cache_salt=cache_salt)
@@ -513,7 +536,9 @@ def _lasting(value: Any, what: str) -> float:
 
 
 def _reason(recent: Iterable[tuple[int, int, int]], block: int, said: str) -> str:
-    """What explains the latest (prompt, expected, reported) of a pod; empty where nothing has to be explained."""
+    """The cause of the differences in a pod's latest (prompt, expected, reported) rows; empty if there is nothing to
+    explain.
+    """
     seen = list(recent)
     wrong = [each for each in seen if each[1] != each[2]]
     aligned = [each for each in wrong if each[0] == each[1] and each[0] % block == 0]

@@ -1,12 +1,12 @@
-"""From a request to token ids, as the engine computes them: exact, and incremental for conversations that grow.
+"""Token ids of requests, equal to the engine's, and incremental for conversations that grow.
 
-Matching a prompt takes microseconds, and encoding its text milliseconds. A :class:`PromptEncoder` encodes each part of
-a conversation once::
+Matching a prompt takes microseconds; encoding its text takes milliseconds. A :class:`PromptEncoder` encodes each part
+of a conversation once::
 
     from tokenizers import Tokenizer, models, pre_tokenizers
     from kvindex.text import PromptEncoder
 
-    tokenizer = Tokenizer(models.WordLevel({"hello": 0, "world": 1, "?": 2}, unk_token="?"))  # or from_file, a model's
+    tokenizer = Tokenizer(models.WordLevel({"hello": 0, "world": 1, "?": 2}, unk_token="?"))  # or Tokenizer.from_file
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens(["<|end|>"])
 
@@ -14,8 +14,8 @@ a conversation once::
     assert encoder.encode("hello<|end|>").tolist() == [0, 3]
     assert encoder.encode("hello<|end|>world").tolist() == [0, 3, 1]    # "hello<|end|>" is not encoded again
 
-A :class:`RemoteEncoder` asks an engine instead. Both need the extra ``text`` (``pip install 'kvindex[text]'``), and may
-be used by any thread; in an event loop, ``await asyncio.to_thread(encoder.encode_chat, messages)``.
+A :class:`RemoteEncoder` calls an engine instead. Both need the extra ``text`` (``pip install 'kvindex[text]'``) and
+are thread-safe. In an event loop, use ``await asyncio.to_thread(encoder.encode_chat, messages)``.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class EncodeError(KVIndexError, RuntimeError):
 
 
 class _Cache:
-    """Token ids by what they were made of: bounded in bytes, the least recently used go."""
+    """An LRU cache of token ids by text, bounded in bytes."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = arguments.whole(max_bytes, "max_bytes", 0, 1 << 62)
@@ -89,7 +89,7 @@ class _Cache:
 
 
 class _Encoder:
-    """What both encoders count."""
+    """The cache and the counters of both encoders."""
 
     def __init__(self, max_bytes: int) -> None:
         self._cache = _Cache(max_bytes)
@@ -105,8 +105,12 @@ class _Encoder:
         return ids
 
     def stats(self) -> dict[str, int]:
-        """``calls``, ``tokens`` that they gave, ``tokens_reused`` of these from the cache, its ``bytes``, and
-        ``fallbacks``: texts that were encoded whole although they could have been cut. O(1)."""
+        """Returns counters since the encoder was created. O(1).
+
+        Returns:
+            ``calls``; ``tokens`` that were returned; ``tokens_reused``, those of them that came from the cache;
+            ``bytes`` of the cache; ``fallbacks``, the texts that could have been cut but were encoded as a whole.
+        """
         with self._counts:
             return {
                 "calls": self._calls,
@@ -117,7 +121,7 @@ class _Encoder:
             }
 
     def _remembered(self, key: str, make: Callable[[], _Ids]) -> _Ids:
-        """Of what cannot be cut: the whole, again."""
+        """For a text that cannot be cut: its ids as a whole, from the cache if they are there."""
         if (ids := self._cache.get([key])[key]) is not None:
             return self._count(ids, len(ids))
         ids = make()
@@ -126,31 +130,32 @@ class _Encoder:
 
 
 class PromptEncoder(_Encoder):
-    """Token ids of texts and conversations, from a tokenizer of the model.
+    """Token ids of texts and conversations, from a tokenizer of the model. Thread-safe.
 
-    With a ``tokenizers`` tokenizer (or a fast one of ``transformers``) a text is cut at its special tokens. The parts
-    overlap at the token: each begins with the one that ends the part before. Parts that were encoded before come from
-    the cache, whatever conversation they were of; the others are encoded in one batch, which lets other Python threads
-    run. The ids are those of the whole text: a special token ends whatever is merged, normalized or prepended to before
-    it, and what it does to its surroundings (``lstrip``, ``rstrip``, "first" schemes of Metaspace) is in the part that
-    begins with it. A text is cut only at added tokens of which that is sure: not normalized, not ``single_word``,
-    without white space at their ends, and overlapped by no other added token. Where an id at a cut is not that token's,
-    the text is encoded whole (``fallbacks``).
+    With a ``tokenizers`` tokenizer, or a fast one of ``transformers``, a text is cut at its special tokens. Parts that
+    were encoded before, in any conversation, come from the cache. The others are encoded in one batch without the GIL.
 
-    ``mistral-common``'s tokenizers encode each message by itself; the texts of messages come from the cache. A slow
-    tokenizer of ``transformers`` encodes each text whole, unless the very same was encoded before.
+    The ids equal those of the whole text. A special token ends all merging and normalization of the text before it.
+    Its effects on its surroundings (``lstrip``, ``rstrip``, "first" schemes of Metaspace) are in the part that begins
+    with it, because adjacent parts overlap at the token. A text is cut only at added tokens that guarantee this: not
+    normalized, not ``single_word``, without white space at their ends, and not overlapping another added token. If the
+    ids at a cut disagree, the text is encoded as a whole (``fallbacks``).
+
+    ``mistral-common``'s tokenizers encode message by message, and the texts of messages come from the cache. A slow
+    tokenizer of ``transformers`` encodes each text as a whole, unless the same text was encoded before.
 
     Args:
         tokenizer: A ``tokenizers.Tokenizer``, a ``transformers`` tokenizer, or mistral-common's ``MistralTokenizer``.
-            A copy is used where there can be one: changes to it later have no effect. Truncation and padding are
-            ignored.
-        chat_template: A Jinja template, in place of the tokenizer's own. A ``tokenizers.Tokenizer`` has none.
-        max_bytes: Limit of the cache: texts, ids and what keeping them takes.
-        part_separator: Between the text parts of a message, where the template reads contents as strings only: vLLM
-            has a newline there, SGLang a space.
+            It is copied if possible; later changes to it have no effect then. Truncation and padding are ignored.
+        chat_template: A Jinja template, in place of the tokenizer's own. A ``tokenizers.Tokenizer`` has no template.
+        max_bytes: Limit of the cache in bytes: texts, ids and overhead.
+        part_separator: Separator of the text parts of a message, for templates that read contents as strings only: a
+            newline in vLLM, a space in SGLang.
 
     Raises:
-        InvalidTypeError: The tokenizer is of no known kind.
+        InvalidTypeError: The tokenizer is of an unknown kind.
+        InvalidValueError: ``chat_template`` is not a Jinja template, or is given with a tokenizer of mistral-common.
+        ImportError: ``chat_template`` is given, and jinja2 is not installed.
     """
 
     def __init__(
@@ -209,13 +214,20 @@ class PromptEncoder(_Encoder):
             self._mark = re.compile(_pattern(self._marks))
 
     def encode(self, text: str) -> _Ids:
-        """uint32[n]: the ids of a text, equal to what the tokenizer gives for it without adding special tokens.
+        """Returns the ids of a text, without adding special tokens.
 
-        O(characters), and the tokenizer's time for the parts that are not in the cache.
+        O(characters), plus the tokenizer's time for the parts that are not in the cache.
+
+        Args:
+            text: The text. Special tokens in it are recognised.
+
+        Returns:
+            uint32 array, equal to the ids of ``tokenizer.encode(text, add_special_tokens=False)``.
 
         Raises:
-            InvalidTypeError: It is no str.
-            InvalidValueError: It has a lone surrogate, which has no UTF-8 form; the message says where.
+            InvalidTypeError: ``text`` is not a str.
+            InvalidValueError: ``text`` has a lone surrogate, which has no UTF-8 form. The message has its position.
+            EncodeError: The tokenizer raised.
         """
         if not isinstance(text, str):
             raise InvalidTypeError(f"text is {arguments.shown(text)}; it must be a str")
@@ -249,20 +261,27 @@ class PromptEncoder(_Encoder):
         add_generation_prompt: bool = True,
         **template_kwargs: Any,
     ) -> _Ids:
-        """uint32[n]: the ids of a conversation, rendered by the chat template.
+        """Returns the ids of a conversation, rendered by the chat template.
 
-        Messages are given to the template as engines do: the arguments of tool calls as objects, no content as an empty
-        one, and text parts as one string where the template reads only strings.
+        Messages are passed to the template in the form that engines use: arguments of tool calls as objects, a missing
+        content as an empty string, and text parts as one string if the template reads strings only::
+
+            template = "{% for message in messages %}{{ message.content }}<|end|>{% endfor %}"
+            encoder = PromptEncoder(tokenizer, chat_template=template)
+            assert encoder.encode_chat([{"role": "user", "content": "hello"}]).tolist() == [0, 3]
 
         Args:
             messages: As in an OpenAI request: ``[{"role": "user", "content": "..."}, ...]``.
             tools: As in an OpenAI request.
-            add_generation_prompt: Whether the beginning of the answer is rendered too, as engines do.
-            template_kwargs: What else the template takes, such as ``enable_thinking=False``. With a
-                ``tokenizers.Tokenizer``, ``bos_token="<s>"`` and the like where the template names them.
+            add_generation_prompt: Whether to render the beginning of the answer, as engines do.
+            template_kwargs: Further variables of the template, such as ``enable_thinking=False``. With a
+                ``tokenizers.Tokenizer``, also ``bos_token="<s>"`` and the like if the template uses them.
+
+        Returns:
+            uint32 array.
 
         Raises:
-            EncodeError: The template raised, for example for a role that it does not know, or there is none.
+            EncodeError: There is no template, or it raised, for example for an unknown role.
             InvalidValueError: As for :meth:`encode`.
         """
         if self._mistral is not None:
@@ -396,16 +415,20 @@ class PromptEncoder(_Encoder):
 
 
 class RemoteEncoder(_Encoder):
-    """Token ids from an engine's own ``/tokenize`` (vLLM, SGLang), which has its tokenizer and its chat template.
+    """Token ids from the ``/tokenize`` endpoint of an engine (vLLM, SGLang), with its tokenizer and chat template.
 
-    The same request again comes from the cache. Connections are kept and used again.
+    Thread-safe. Repeated requests are answered from a cache, and connections are reused.
 
     Args:
-        url: Of the server: ``http://10.0.0.1:8000``.
-        model: The model's name, for servers that want it in each request.
-        timeout: Seconds that one call may take, connecting and reading together.
-        max_bytes: Limit of the cache: requests, ids and what keeping them takes.
-        headers: Sent with each request, such as ``{"Authorization": "Bearer ..."}``.
+        url: URL of the server, such as ``http://10.0.0.1:8000``.
+        model: Name of the model, for servers that require it in each request.
+        timeout: Maximum time of a call in seconds, for connecting and reading together.
+        max_bytes: Limit of the cache in bytes: requests, ids and overhead.
+        headers: Headers of each request, such as ``{"Authorization": "Bearer ..."}``.
+
+    Raises:
+        InvalidValueError: The URL is malformed, or another argument is out of range.
+        ImportError: urllib3 is not installed.
     """
 
     def __init__(
@@ -433,11 +456,18 @@ class RemoteEncoder(_Encoder):
         self._http = urllib3.PoolManager(maxsize=32, headers={"Content-Type": "application/json", **(headers or {})})
 
     def encode(self, text: str) -> _Ids:
-        """uint32[n]: the ids of a text, without special tokens added.
+        """Returns the ids of a text, without adding special tokens. Blocks for one HTTP request.
+
+        Args:
+            text: The text.
+
+        Returns:
+            uint32 array.
 
         Raises:
-            EncodeError: The server cannot be reached in time, or gives no token ids.
-            InvalidTypeError, InvalidValueError: The text is no str, or has no UTF-8 form.
+            EncodeError: The server cannot be reached in time, or its answer has no token ids.
+            InvalidTypeError: ``text`` is not a str.
+            InvalidValueError: ``text`` has a lone surrogate, which has no UTF-8 form.
         """
         arguments.utf8(text, "text")
         return self._ask({"prompt": text, "add_special_tokens": False})
@@ -449,9 +479,20 @@ class RemoteEncoder(_Encoder):
         add_generation_prompt: bool = True,
         **template_kwargs: Any,
     ) -> _Ids:
-        """uint32[n]: the ids of a conversation, rendered by the engine's chat template.
+        """Returns the ids of a conversation, rendered by the engine's chat template. Blocks for one HTTP request.
 
-        Arguments as for :meth:`PromptEncoder.encode_chat`. Raises as :meth:`encode`.
+        Args:
+            messages: As for :meth:`PromptEncoder.encode_chat`.
+            tools: As for :meth:`PromptEncoder.encode_chat`.
+            add_generation_prompt: As for :meth:`PromptEncoder.encode_chat`.
+            template_kwargs: As for :meth:`PromptEncoder.encode_chat`.
+
+        Returns:
+            uint32 array.
+
+        Raises:
+            EncodeError: The server cannot be reached in time, or its answer has no token ids.
+            InvalidTypeError: The request has no JSON form.
         """
         more = {"tools": list(tools)} if tools is not None else {}
         if template_kwargs:
@@ -459,7 +500,7 @@ class RemoteEncoder(_Encoder):
         return self._ask({"messages": list(messages), "add_generation_prompt": add_generation_prompt, **more})
 
     def close(self) -> None:
-        """Closes the connections that are not in use."""
+        """Closes idle connections."""
         self._http.clear()
 
     def _ask(self, request: dict[str, Any]) -> _Ids:
@@ -509,7 +550,7 @@ class RemoteEncoder(_Encoder):
 
 
 def _text(part: Any) -> str | None:
-    """The text of a message's part; None where it is another kind of part."""
+    """The text of a message's part; None for another kind of part."""
     if isinstance(part, str):
         return part
     text = part.get("text") if isinstance(part, Mapping) and part.get("type") in ("text", "input_text") else None
@@ -517,7 +558,7 @@ def _text(part: Any) -> str | None:
 
 
 def _called(call: Any) -> Any:
-    """A tool call with its arguments as an object; those that are none are empty."""
+    """A tool call with its arguments as an object. Arguments that are not a JSON object become an empty one."""
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or isinstance(function.get("arguments"), Mapping):
         return call
@@ -536,10 +577,10 @@ def _ids(tokens: Sequence[int]) -> _Ids:
 
 
 def _marks(added: Mapping[int, Any]) -> dict[str, int]:
-    """The added tokens at which a text may be cut, and their ids.
+    """The added tokens at which a text may be cut, with their ids.
 
-    Such a token is found wherever it stands, whatever stands around it: it is looked for before normalization, without
-    regard to words, and no other added token can take a part of it away.
+    Such a token is always recognised: the tokenizer looks for it before normalization and inside words, and no other
+    added token can take a part of it.
     """
     contents = [token.content for token in added.values()]
     endings = {content[at:] for content in contents for at in range(1, len(content))}
@@ -576,7 +617,7 @@ def _pattern(words: Iterable[str]) -> str:
 
 
 def _compiled(template: str) -> Callable[..., str]:
-    """A chat template as transformers renders it, with what templates expect to be there."""
+    """A chat template as transformers renders it, with the filters and globals that templates use."""
     try:
         import jinja2
         from jinja2.sandbox import ImmutableSandboxedEnvironment

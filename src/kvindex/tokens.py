@@ -1,4 +1,12 @@
-"""Token ids as bytes, with the byte order said."""
+"""Conversion of token ids from and to bytes, with an explicit byte order.
+
+::
+
+    from kvindex import tokens_from_bytes, tokens_to_bytes
+
+    assert tokens_from_bytes(b"\\x00\\x00\\x00\\x07").tolist() == [7]
+    assert tokens_to_bytes([7], "little") == b"\\x07\\x00\\x00\\x00"
+"""
 
 from __future__ import annotations
 
@@ -16,11 +24,20 @@ __all__ = ["tokens_from_bytes", "tokens_to_bytes"]
 def tokens_from_bytes(
     data: bytes | bytearray | memoryview, byteorder: Literal["big", "little"] = "big"
 ) -> npt.NDArray[np.uint32]:
-    """Token ids from u32 bytes, as uint32[len(data) / 4] in this machine's order.
+    """Converts bytes to token ids. O(tokens). Thread-safe.
 
-    The default is what AIBrix sends. Copies only where the order differs. O(tokens); any thread. Raises
-    :class:`InvalidTypeError` for anything but bytes, :class:`InvalidValueError` for a length that is no multiple of 4
-    or an unknown byte order.
+    The data is copied only if its byte order differs from that of the machine, or it is not contiguous.
+
+    Args:
+        data: 4 bytes per token.
+        byteorder: ``"big"``, as AIBrix sends them, or ``"little"``.
+
+    Returns:
+        uint32 array of length ``len(data) // 4``.
+
+    Raises:
+        InvalidTypeError: ``data`` is not ``bytes``, ``bytearray`` or ``memoryview``.
+        InvalidValueError: The length is not a multiple of 4, or ``byteorder`` is another value.
     """
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise InvalidTypeError(f"data is {type(data).__name__}; it must be bytes, bytearray or memoryview")
@@ -37,10 +54,18 @@ def tokens_from_bytes(
 
 
 def tokens_to_bytes(tokens: npt.ArrayLike, byteorder: Literal["big", "little"] = "big") -> bytes:
-    """The inverse of :func:`tokens_from_bytes`: 4 bytes a token, in the order that is said.
+    """Converts token ids to bytes: the inverse of :func:`tokens_from_bytes`. O(tokens). Thread-safe.
 
-    O(tokens); any thread. Raises :class:`InvalidTypeError` if the tokens are no integers, :class:`InvalidValueError`
-    naming the position of the first that is no u32.
+    Args:
+        tokens: A one-dimensional sequence or array of ints, 0 to 2**32 - 1.
+        byteorder: ``"big"`` or ``"little"``.
+
+    Returns:
+        4 bytes per token.
+
+    Raises:
+        InvalidTypeError: The tokens are not one-dimensional integers.
+        InvalidValueError: A token is out of range; the message has the position. Or ``byteorder`` is another value.
     """
     order = _dtype(byteorder)
     try:

@@ -1,9 +1,9 @@
-"""Events of publishers that do not speak the engines' wire format, translated for a :class:`PrefixIndex`.
+"""Adapters for publishers with another format than the engines' ZMQ streams.
 
-TensorRT-LLM's polled events (:mod:`kvindex.adapters.trtllm`), the events of Dynamo's router
-(:mod:`kvindex.adapters.dynamo`) and those of Mooncake's store (:mod:`kvindex.adapters.mooncake`). Their transport is
-the caller's: an adapter takes what has arrived. :class:`EventManager` needs none of them for vLLM's and SGLang's
-streams.
+They cover TensorRT-LLM's polled events (:mod:`kvindex.adapters.trtllm`), the events of Dynamo's router
+(:mod:`kvindex.adapters.dynamo`) and those of Mooncake's store (:mod:`kvindex.adapters.mooncake`). The caller receives
+the events and passes them to an adapter. The streams of vLLM and SGLang need no adapter: :class:`EventManager` follows
+them.
 """
 
 from .dynamo import DynamoEvents

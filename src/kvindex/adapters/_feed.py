@@ -56,7 +56,7 @@ class Feed:
             self.index.mark_worker(pod, rank, "degraded")
 
     def restarted(self, key: Any, number: int) -> bool:
-        """Whether the publisher counts anew from here."""
+        """Whether the publisher's numbers start again here."""
         return number <= self._last.get(key, -1)
 
     def missed(self, key: Any, number: int, first: int = 0) -> int:

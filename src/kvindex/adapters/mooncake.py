@@ -33,8 +33,8 @@ class MooncakeEvents:
         pod: makes a pod's name of a ``backend_id``.
 
     ``seq_hashes`` are prefix hashes of the index's own scheme and name their blocks, which are placed below
-    ``parent_hash``, or at the beginning of a prompt where ``base_block_idx`` is 0. Without either nothing tells where a
-    block belongs: it waits until another event tells that, and its pod is ``degraded``. Mooncake's own master publishes
+    ``parent_hash``, or at the beginning of a prompt where ``base_block_idx`` is 0. Without either, the place of a
+    block is unknown: it waits for an event with its place, and its pod is ``degraded``. Mooncake's own master publishes
     such events only. A block that is stored twice in one medium is there once. A gap between the publisher's
     ``event_id``, or a first event that is not its first, makes all of its pods ``degraded`` until they are cleared,
     since there is no replay. A number that goes back clears them.

@@ -25,21 +25,16 @@ _MEDIA = (None, "CPU", "DISK")
 class TrtllmEvents:
     """Applies one server's polled events to an index.
 
-    Args:
-        index: takes the events. Its block size must divide the server's ``tokens_per_block``.
-        pod: the server's name in the index.
-        block_size: the server's ``tokens_per_block``, in tokens.
-        model: namespace of the blocks.
-        full_window: ``window_size`` of the full-attention layers, in tokens. None: the largest that a ``created``
-            event names.
+    ``event_id`` orders the events of each attention-DP rank. A gap makes the rank ``degraded``: the server's
+    ``event_buffer_max_size`` was too small, or another client polled. A number that goes back clears the rank, since
+    the server has restarted.
 
-    ``event_id`` orders the events of each attention-DP rank. A gap (the server's ``event_buffer_max_size`` was too
-    small, or another client polled) makes the rank ``degraded``; a number that goes back clears it, since the server
-    has started anew. Cache level 0 is ``GPU``, 1 ``CPU``, 2 ``DISK``. Each other window size is a sliding-window group,
-    and such a pod is ``degraded``. Partial blocks are left out. A block of which any token has a ``token_extra_id`` has
-    all of them as its ``extra_keys``. Adapters are in no event: one index entry stands for a prompt with and without.
+    Cache level 0 is the medium ``GPU``, 1 ``CPU``, 2 ``DISK``. Each window size other than the full one is a
+    sliding-window group, and such a pod is ``degraded``. Partial blocks are skipped. If a token of a block has a
+    ``token_extra_id``, the block's extra keys are those of all its tokens. The events contain no LoRA adapter, so a
+    prompt with and without an adapter is one index entry.
 
-    Not thread-safe: one thread polls and applies.
+    Not thread-safe: poll and apply in one thread.
 
     Example::
 
@@ -52,6 +47,17 @@ class TrtllmEvents:
         stored = {"type": "stored", "parent_hash": None, "blocks": [block]}
         assert events.apply([{"event_id": 0, "data": stored, "window_size": 4096}])["stored"] == 1
         assert index.match_prefix([1, 2, 3, 4]).tokens == {'trt-0': 4}
+
+    Args:
+        index: The index. Its block size must divide the server's ``tokens_per_block``.
+        pod: Name of the server in the index.
+        block_size: The server's ``tokens_per_block``.
+        model: Model of the blocks.
+        full_window: ``window_size`` of the full-attention layers, in tokens; None for the largest of a ``created``
+            event.
+
+    Raises:
+        InvalidValueError: ``block_size`` is not a multiple of the index's.
     """
 
     def __init__(
@@ -72,19 +78,21 @@ class TrtllmEvents:
         index.configure_pod(pod, presence="set")
 
     def apply(self, events: str | bytes | Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> Counter[str]:
-        """Apply polled events in their order. O(tokens).
+        """Applies polled events in order. O(tokens).
+
+        An event that cannot be read is counted as ``bad_event``, and the pod becomes ``degraded``; the others are
+        applied.
 
         Args:
-            events: the list that was polled, its JSON text, or one event.
+            events: The polled list, its JSON text, or one event.
 
         Returns:
-            Counts of engine hashes (``stored``, ``removed``, ``parked``, ``skipped``), of events by the reason for
-            which they were skipped, and of ``lost`` events.
+            Counts of engine hashes (``stored``, ``removed``, ``parked``, ``skipped``), of skipped events by reason,
+            and of ``lost`` events.
 
         Raises:
-            EventDecodeError: the text is no JSON.
-            InvalidTypeError: there are no events in it. An event that cannot be read is counted as ``bad_event``, the
-                pod is ``degraded``, and the others are applied.
+            EventDecodeError: The text is not JSON.
+            InvalidTypeError: ``events`` contains no events.
         """
         for event in from_json(events, "TensorRT-LLM"):
             rank = 0
@@ -98,7 +106,7 @@ class TrtllmEvents:
         return self._feed.tally()
 
     def _begin(self, event: Mapping[str, Any], rank: int) -> list[BlockStored | BlockRemoved | AllBlocksCleared]:
-        """What the event means, made whole before anything of it is applied."""
+        """Converts a whole event before any part of it is applied."""
         number, window, data = whole(event["event_id"]), whole(event.get("window_size") or 0), event["data"]
         feed = self._feed
         if feed.restarted(rank, number):

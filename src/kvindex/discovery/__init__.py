@@ -1,8 +1,7 @@
-"""Which pods there are, without anybody saying so to :meth:`EventManager.add_pod`: a watched file, Kubernetes, or a
-kind of discovery of one's own by :class:`Reconciler`.
+"""Discovery of pods: from a file, from Kubernetes, or from your own source with a :class:`Reconciler`.
 
-Each watches in a thread of its own and adds and removes pods in an :class:`~kvindex.EventManager`, or in a
-:class:`kvindex.aio.AsyncEventManager`. Both are context managers; when one is closed, the pods it has added stay.
+Each watches in its own thread, and adds and removes pods in an :class:`~kvindex.EventManager` or a
+:class:`kvindex.aio.AsyncEventManager`. They are context managers; the pods stay in the manager when they are closed.
 """
 
 from .file import PodFile, read_pods

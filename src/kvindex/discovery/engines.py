@@ -1,7 +1,7 @@
-"""What engines' own HTTP servers say of their event streams: behind :meth:`PodSource.from_vllm` and ``from_sglang``.
+"""Event streams as reported by engines' HTTP servers, for :meth:`PodSource.from_vllm` and ``from_sglang``.
 
-Each function blocks for at most ``timeout`` seconds per request, and gives the fields of a :class:`PodSource` that the
-server tells, and those that hold unless the caller knows better.
+Each function blocks for at most ``timeout`` seconds per request. It returns the fields of a :class:`PodSource` that
+the server reports, and defaults that the caller may override.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _published(publisher: Mapping[str, Any], answers: str | None, host: str) -> 
 
 
 def _is_hybrid(info: Mapping[str, Any]) -> bool:
-    """Whether an SGLang server says that its model has other layers than full attention."""
+    """Whether an SGLang server reports layers other than full attention."""
     places = [info, *(each for each in info.get("internal_states") or () if isinstance(each, Mapping))]
     return any(place.get(name) is True for place in places for name in _HYBRID)
 
@@ -159,7 +159,7 @@ def _first_model(url: str, timeout: float, headers: Mapping[str, str] | None) ->
 
 
 def _reachable(endpoint: Any, host: str) -> str | None:
-    """What a publisher says it has bound, as somebody on another machine connects to it."""
+    """A publisher's bound endpoint, as a client on another machine connects to it."""
     if not endpoint:
         return None
     if not isinstance(endpoint, str):

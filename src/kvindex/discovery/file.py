@@ -30,11 +30,20 @@ log = logging.getLogger("kvindex.discovery")
 
 
 def read_pods(path: str | os.PathLike[str]) -> dict[str, PodSource]:
-    """The pods that a file lists, by name, in its order. O(bytes).
+    """Reads the pods of a file. O(bytes).
 
-    A name that ends in ``.json`` is read as JSON, any other as YAML, which needs the ``pyyaml`` package. Raises
-    :class:`InvalidValueError` or :class:`InvalidTypeError` naming the file and the pod, ``OSError`` when the file can
-    not be read.
+    A name that ends in ``.json`` is read as JSON, any other as YAML, which needs the ``pyyaml`` package.
+
+    Args:
+        path: Path of the file.
+
+    Returns:
+        ``{pod: PodSource}``, in the order of the file.
+
+    Raises:
+        InvalidTypeError: A field has the wrong type. The message has the file and the pod.
+        InvalidValueError: A field is out of range, or the file is malformed.
+        OSError: The file cannot be read.
     """
     path = os.fspath(path)
     return _parse(_read(path).data, path)
@@ -97,16 +106,27 @@ def _load(data: bytes, path: str) -> Any:
 
 
 class PodFile(Watcher):
-    """Keeps a manager's pods equal to those that a file lists.
+    """Keeps a manager's pods equal to the list in a file. A context manager.
 
-    The file is looked at every ``interval`` seconds, and what it says counts once two looks have found the same. A pod
-    that is new in it is added, one that is gone removed, one that has changed followed anew, all others notice nothing.
-    A file that is renamed into its place, as ``kubectl``, editors and careful programs do, is complete. One that is
-    written in place may be looked at half-written: the pods that it lists no longer are removed when it has stayed as
-    it is for ``settle`` seconds. While the file is missing or broken the pods stay as they are, which is logged once.
-    Starting raises as :func:`read_pods` does, so that a mistake in the first version shows at once.
+    The file is read every ``interval`` seconds, and a change takes effect once two reads agree. New pods are added,
+    missing pods are removed, changed pods are removed and added again, and all others are untouched.
 
-    ``manager`` is a :class:`kvindex.EventManager` or a :class:`kvindex.aio.AsyncEventManager`.
+    A file that is renamed into place, as ``kubectl`` and editors do, is complete. A file that is written in place may
+    be read half-written: pods that are missing from it are removed only after it was unchanged for ``settle`` seconds.
+    While the file is missing or malformed, the pods stay as they are, and the problem is logged once.
+
+    :meth:`start` raises as :func:`read_pods` does, so that a mistake in the first version is found at once. When it is
+    closed, the pods stay in the manager.
+
+    Args:
+        manager: A :class:`kvindex.EventManager` or a :class:`kvindex.aio.AsyncEventManager`.
+        path: Path of the file.
+        interval: Seconds between reads.
+        settle: Seconds without a change after which pods that are missing from a file written in place are removed.
+
+    Raises:
+        InvalidTypeError: ``manager`` is not a manager.
+        InvalidValueError: ``interval`` or ``settle`` is out of range.
     """
 
     def __init__(
@@ -149,7 +169,7 @@ class PodFile(Watcher):
         self._reconciler.reconcile(self._wanted)
 
     def _take(self, version: _Version) -> None:
-        """Want what a version says that two looks have found."""
+        """Reconciles with a version that two reads agree on."""
         try:
             wanted = _parse(version.data, self.path)
         except KVIndexError as error:

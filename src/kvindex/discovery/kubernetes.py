@@ -60,22 +60,33 @@ log = logging.getLogger("kvindex.discovery")
 
 
 class KubernetesPods(Watcher):
-    """Keeps a manager's pods equal to those that a cluster runs.
+    """Keeps a manager's pods equal to the running pods of a Kubernetes cluster. A context manager.
 
-    ``namespace`` limits it to one (None: all, which needs a ClusterRole); the account it runs under needs ``list`` and
-    ``watch`` of pods. ``selector`` is what a pod's labels have to be, by default AIBrix's
-    ``model.aibrix.ai/kv-events-enabled=true``. Engines publish at ``port`` and answer replays
-    at ``replay_port`` (None where they do not), each data-parallel rank at the port one higher, and take requests at
-    ``request_port``. What one pod has otherwise its labels or annotations say (a label goes first): its model under
-    ``model_key``, its ports under ``port_key``, ``replay_port_key`` and ``request_port_key``. ``options`` are further
-    fields of :class:`~kvindex.PodSource` (``dp_size``, ``presence``, …) for all of them. ``api`` is a
-    ``kubernetes.client.CoreV1Api`` to use; None takes the account of the pod that this runs in, or else the
-    ``kubeconfig`` of whoever runs it. ``manager`` is a :class:`kvindex.EventManager` or a
-    :class:`kvindex.aio.AsyncEventManager`.
+    A pod is added when it runs and has an IP address, and removed when it ends. Labels or annotations may override its
+    model and ports; a label takes precedence. The service account needs ``list`` and ``watch`` of pods.
 
-    Starting lists the pods, and raises :class:`StreamError` when the API server can not be asked. From then on the
-    pods stay as they are while it can not, which is logged once. A pod that can not be followed is logged once and
-    stands in :attr:`refused`.
+    :meth:`start` lists the pods, and raises :class:`StreamError` if the API server does not answer
+    or the ``kubernetes`` package is not installed. From then on, the
+    pods stay as they are while it does not answer, and the problem is logged once. A pod that cannot be followed is
+    logged once and listed in ``refused``. When it is closed, the pods stay in the manager.
+
+    Args:
+        manager: A :class:`kvindex.EventManager` or a :class:`kvindex.aio.AsyncEventManager`.
+        namespace: Namespace of the pods; None for all, which needs a ClusterRole.
+        selector: Label selector, AIBrix's ``model.aibrix.ai/kv-events-enabled=true`` by default.
+        port: Port of the events of rank 0. Each further data-parallel rank uses the next one.
+        replay_port: Port of the replays of rank 0; None for engines without replays.
+        request_port: Port of requests, for ``PodSource.address``.
+        model_key: Label or annotation with the model.
+        port_key: Label or annotation with the port of the events.
+        replay_port_key: Label or annotation with the port of the replays.
+        request_port_key: Label or annotation with the port of requests.
+        api: A ``kubernetes.client.CoreV1Api``; None for the service account of the pod that runs this, or else the
+            local ``kubeconfig``.
+        options: Further fields of :class:`~kvindex.PodSource` for every pod, such as ``dp_size`` or ``presence``.
+
+    Raises:
+        InvalidTypeError: ``manager`` is not a manager.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What every kind of discovery does with the pods that it has found: :class:`Reconciler`."""
+"""The common part of every kind of discovery: :class:`Reconciler`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger("kvindex.discovery")
 
 
 class Followers(Protocol):
-    """What discovery needs of a manager: :class:`kvindex.EventManager`, or whatever passes its calls on."""
+    """The methods of :class:`kvindex.EventManager` that discovery calls."""
 
     @property
     def closed(self) -> bool: ...
@@ -30,8 +30,11 @@ class Followers(Protocol):
 
 
 def followers(manager: Any) -> Followers:
-    """The manager to call: the one underneath, where ``manager`` is that of an event loop, whose methods nobody here
-    could await. Raises :class:`InvalidTypeError`."""
+    """Returns the manager to call: the underlying one of an :class:`kvindex.aio.AsyncEventManager`.
+
+    Raises:
+        InvalidTypeError: ``manager`` is not a manager.
+    """
     found = getattr(manager, "manager", manager)
     calls = [getattr(found, name, None) for name in ("add_pod", "remove_pod", "describe_pod")]
     if not all(callable(call) and not inspect.iscoroutinefunction(call) for call in calls):
@@ -40,11 +43,9 @@ def followers(manager: Any) -> Followers:
 
 
 class Reconciler:
-    """Makes a manager follow exactly the pods that it is given, among those that it has added itself.
+    """Makes a manager follow exactly the given pods, among those that it has added itself. Not thread-safe.
 
-    Pods that somebody else has added are left alone. ``manager`` is a :class:`kvindex.EventManager` or a
-    :class:`kvindex.aio.AsyncEventManager`; anything else raises :class:`InvalidTypeError`. Belongs to one thread. For a
-    kind of discovery of one's own::
+    Pods that were added in another way are left alone. For your own kind of discovery::
 
         from kvindex import EventManager, PodSource, PrefixIndex
         from kvindex.discovery import Reconciler
@@ -54,6 +55,12 @@ class Reconciler:
             fleet.reconcile({"a": PodSource("a", endpoint="tcp://10.0.0.1:5557")})
             fleet.reconcile({"b": PodSource("b", endpoint="tcp://10.0.0.2:5557")})
             assert list(manager.pods()) == ["b"]
+
+    Args:
+        manager: A :class:`kvindex.EventManager` or a :class:`kvindex.aio.AsyncEventManager`.
+
+    Raises:
+        InvalidTypeError: ``manager`` is not a manager.
     """
 
     def __init__(self, manager: Any) -> None:
@@ -64,11 +71,16 @@ class Reconciler:
         """Pods that could not be added, and why: tried again by the next :meth:`reconcile`."""
 
     def reconcile(self, wanted: Mapping[str, PodSource]) -> None:
-        """Add what is new, remove what is gone, and both for what has changed. O(pods).
+        """Adds new pods, removes missing ones, and does both for changed ones. O(pods).
 
-        A pod of which only ``address`` or ``labels`` have changed keeps its streams and blocks. Raises
-        :class:`StreamError` when the manager is closed; anything else that is wrong with one pod is logged once, and
-        costs the others nothing.
+        A pod with a changed ``address`` or ``labels`` keeps its streams and blocks. A pod that cannot be followed is
+        logged once and listed in ``refused``; the others are followed.
+
+        Args:
+            wanted: ``{pod: PodSource}`` of all pods.
+
+        Raises:
+            StreamError: The manager is closed.
         """
         for name, source in list(self.pods.items()):
             new = wanted.get(name)
@@ -114,16 +126,20 @@ class Watcher:
 
     @property
     def pods(self) -> dict[str, PodSource]:
-        """The pods that this has added and that are followed now, by name. A copy; any thread."""
+        """The followed pods that this has added, by name. A copy; thread-safe."""
         return dict(self._reconciler.pods)
 
     @property
     def refused(self) -> dict[str, str]:
-        """The pods that were found and can not be followed, and why. A copy; any thread."""
+        """The pods that were found and cannot be followed, with the reasons. A copy; thread-safe."""
         return dict(self._reconciler.refused)
 
     def start(self) -> None:
-        """Begin to watch. Raises what :meth:`_begin` raises; :class:`StreamError` after a close."""
+        """Starts to watch. A second call has no effect.
+
+        Raises:
+            StreamError: It is closed already, or the first look failed.
+        """
         if self._closing.is_set():
             raise StreamError("this watch is closed")
         if self._thread is None:
@@ -132,7 +148,7 @@ class Watcher:
             self._thread.start()
 
     def close(self) -> None:
-        """Watch no longer. The pods that were added stay in the manager."""
+        """Stops watching. The pods that were added stay in the manager. A second call has no effect."""
         self._closing.set()
         if self._thread is None or self._thread is threading.current_thread():
             return
@@ -158,10 +174,10 @@ class Watcher:
             log.info("%s: the manager is closed, so nothing is watched any more", self._name)
 
     def _begin(self) -> None:
-        """What is done once, in the thread of whoever starts it."""
+        """Runs once, in the thread that calls :meth:`start`."""
 
     def _turn(self) -> None:
-        """Wait for something to become known, and reconcile it; the thread does this again and again."""
+        """Waits for a change and reconciles it; the thread repeats it."""
         raise AssertionError("a kind of discovery says what its turn is")
 
     def _interrupt(self) -> None:

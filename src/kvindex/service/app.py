@@ -1,4 +1,4 @@
-"""The service as an ASGI application: every route, with its struct and its answers."""
+"""The service as an ASGI application: every route, with its schema and its answers."""
 
 from __future__ import annotations
 
@@ -60,18 +60,18 @@ class Call:
 class Service:
     """An ASGI application over an index, the manager that keeps it, and a picker.
 
-    It belongs to one event loop. Handlers ask the index in that loop, since a match takes microseconds; encoding of
-    texts, registrations and snapshots run in threads. It neither starts nor closes what it is given.
+    It belongs to one event loop. Handlers query the index in that loop, since a match takes microseconds. Encoding of
+    texts, registrations and snapshots run in threads. The application neither starts nor closes its arguments.
 
     Args:
         index: The index.
         manager: The :class:`EventManager` that follows the pods; ``/register`` adds to it.
-        picker: None is an ``EndpointPicker(index, manager)``.
-        encoder: A :class:`~kvindex.text.PromptEncoder` or :class:`~kvindex.text.RemoteEncoder` for questions that have
+        picker: The picker; None creates an ``EndpointPicker(index, manager)``.
+        encoder: A :class:`~kvindex.text.PromptEncoder` or :class:`~kvindex.text.RemoteEncoder` for requests with
             a text or messages; None refuses these.
-        limits: What it takes on.
-        token: The bearer token that every call has to bring, except ``/healthz``, ``/readyz``, ``/health``,
-            the page and the OpenAPI document. None wants none.
+        limits: Limits of requests.
+        token: Bearer token that every call needs, except ``/healthz``, ``/readyz``, ``/health``, the page and the
+            OpenAPI document. None accepts calls without a token.
 
     Raises:
         InvalidValueError: The token is empty or has characters that no header can have.

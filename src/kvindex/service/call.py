@@ -33,16 +33,16 @@ _DISCARDED: Final = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one service takes on. A request beyond a limit is refused, and costs the others nothing."""
+    """Limits of one service. A request beyond a limit is refused without an effect on others."""
 
     max_body: int = 8 << 20
     """Bytes of one body: a million token ids as JSON. Beyond it: 413."""
     max_tokens: int = 1 << 20
     """Tokens, or hashes, of one prompt. Beyond it: 413."""
     max_in_flight: int = 1024
-    """Requests whose body is there and whose answer is not. Beyond it: 503."""
+    """Requests whose body has arrived and whose answer is not finished. Beyond it: 503."""
     max_receiving: int = 256 << 20
-    """Bytes of bodies that are there in part. Beyond it: 503."""
+    """Bytes of bodies that have arrived in part. Beyond it: 503."""
     body_seconds: float = 10.0
     """Seconds that a body may take to arrive. Beyond them: 408."""
 

@@ -1,4 +1,4 @@
-"""What people call: :class:`EventManager`."""
+"""The public class for live streams, :class:`EventManager`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 def _enter(table: list[T], item: T) -> Callable[[], None]:
-    """Put something into a list; gives what takes it out again, once."""
+    """Appends an item to a list, and returns a function that removes it once."""
     table.append(item)
 
     def end() -> None:
@@ -39,22 +39,38 @@ def _enter(table: list[T], item: T) -> Callable[[], None]:
 
 
 class EventManager:
-    """Keeps an index equal to a fleet of engines, over ZMQ, through everything that happens to them.
+    """Follows the event streams of a fleet over ZMQ and keeps an index equal to the engines' caches.
 
-    One thread owns all sockets of all pods. ``index`` is a :class:`PrefixIndex`; every answer it gives says how far
-    each pod's stream can be trusted at that moment.
+    One background thread owns all sockets. It orders batches, requests lost ones again, notices restarts, and sets the
+    state of each pod, which every answer of the index carries::
 
-    ``policy`` has the times and bounds of a stream (:class:`StreamPolicy`). ``heartbeat`` is how often, in seconds, a
-    silent peer is asked whether it lives; one that is silent for two and a half of them after that counts as lost (0:
-    never asked).
-    ``connect_timeout`` is for making a connection, in seconds. ``queue`` messages may wait at a socket: what a
-    publisher sends beyond that it drops, which is a gap here. Messages beyond ``max_message`` bytes are refused. At
-    most ``max_replays`` replays run at once. ``context`` is a ``zmq.Context`` to use instead of an own one.
+        from kvindex import EventManager, PodSource, PrefixIndex
 
-    A context manager: ``close`` ends the thread and leaves no socket behind, and every pod it kept is ``stale`` from
-    then on. One that nobody holds any more and that was not closed is a ``ResourceWarning``, and ends as well. All
-    methods may be called from any thread, also from callbacks, and take effect before they return. Raises
-    :class:`InvalidTypeError` for what is no index.
+        index = PrefixIndex(block_size=16)
+        with EventManager(index) as manager:
+            manager.add_pod(PodSource("a", endpoint="tcp://10.0.0.1:5557", replay_endpoint="tcp://10.0.0.1:5558"))
+            manager.wait_until_current(timeout=0.1)
+            match = index.match_prefix(range(64))           # from any thread, at any time
+
+    A context manager. :meth:`close` ends the thread, closes every socket, and marks every followed pod ``stale``. A
+    manager that is garbage-collected without a close raises a :class:`ResourceWarning` and is closed.
+
+    All methods are thread-safe, may be called from callbacks, and have taken effect when they return.
+
+    Args:
+        index: The :class:`PrefixIndex` to update.
+        policy: Times and bounds of a stream.
+        heartbeat: Seconds between heartbeats to a silent peer; 0 disables them. A peer that does not answer within
+            another 2.5 intervals is considered disconnected.
+        connect_timeout: Seconds that establishing a connection may take.
+        queue: Messages that may wait at a socket. The publisher drops messages beyond it, which leaves a gap.
+        max_message: Largest message in bytes. Larger ones are refused.
+        max_replays: Replays that run at the same time.
+        context: A ``zmq.Context`` to use; None creates one.
+
+    Raises:
+        InvalidTypeError: ``index`` is not an index, or another argument has the wrong type.
+        InvalidValueError: An argument is out of range.
     """
 
     def __init__(
@@ -84,7 +100,11 @@ class EventManager:
     # ------------------------------------------------------------------------------------------- what people call
 
     def start(self) -> None:
-        """Start the thread; everything that needs it does so by itself. Raises :class:`StreamError` after a close."""
+        """Starts the thread. Methods that need the thread start it themselves.
+
+        Raises:
+            StreamError: The manager is closed.
+        """
         self._loop.start()
 
     def __enter__(self) -> Self:
@@ -95,31 +115,53 @@ class EventManager:
         self.close()
 
     def close(self) -> None:
-        """End the thread, close every socket, and mark what was followed ``stale``. Closing twice is fine."""
+        """Ends the thread, closes every socket, and marks every followed pod ``stale``. A second call has no effect."""
         self._loop.close()
 
     def add_pod(self, source: PodSource) -> None:
-        """Follow a pod. It is ``stale`` until its history is applied.
+        """Follows a pod. The pod is ``stale`` until its history is applied.
 
-        What the index holds under that name is forgotten: only what this stream shows counts. Except where a stream was
-        applied to it before (by another manager, or before it was saved and loaded), and this one has a replay that
-        shows that stream's last batch again: then only what came later is applied. Raises
-        :class:`StreamError` when a pod of that name is followed already, by this manager or by another one of the same
-        index, or another pod at one of its endpoints, or :class:`InvalidValueError` when its blocks can not be placed.
+        The index drops the blocks that it has under that name, unless they come from an earlier stream (of another
+        manager, or of the index before it was saved and loaded) whose last batch the pod's replay contains. Then only
+        later batches are applied.
+
+        Args:
+            source: The pod's streams.
+
+        Raises:
+            StreamError: The pod is followed already, by this manager or another one of the same index. Or another pod
+                is followed at one of its endpoints. Or the manager is closed.
+            InvalidTypeError: ``source`` is not a :class:`PodSource`.
+            InvalidValueError: The index cannot hold blocks of the pod's ``block_size``, or the pod has no endpoint and
+                :meth:`bind` was not called.
         """
         self._loop.call(partial(self._fleet.add, source))
 
     def describe_pod(self, source: PodSource) -> None:
-        """Give a followed pod another ``address`` or other ``labels``; its streams and blocks stay as they are.
+        """Changes the ``address`` or ``labels`` of a followed pod. Its streams and blocks stay as they are.
 
-        ``on_pods`` tells of it as of a pod that was added. Raises :class:`UnknownPodError`, or
-        :class:`InvalidValueError` where anything else of the source differs: remove the pod and add it anew.
+        Callbacks of :meth:`on_pods` are called as for an added pod.
+
+        Args:
+            source: The new source, equal to the old one except for ``address`` and ``labels``.
+
+        Raises:
+            UnknownPodError: The pod is not followed.
+            InvalidValueError: Another field differs. Remove the pod and add it again.
         """
         self._loop.call(partial(self._fleet.describe, source))
 
     def remove_pod(self, name: str) -> None:
-        """Stop following a pod and forget all it held. When this returns, no event that is still on its way brings it
-        back; :meth:`add_pod` does. Raises :class:`UnknownPodError`."""
+        """Stops following a pod and removes its blocks from the index.
+
+        Events that are still being received do not create it again.
+
+        Args:
+            name: The pod's name.
+
+        Raises:
+            UnknownPodError: The pod is not followed.
+        """
         self._loop.call(partial(self._fleet.remove, name))
 
     def bind(
@@ -129,19 +171,38 @@ class EventManager:
         max_event_rate: float | None = None, max_byte_rate: float | None = None, max_pods: int = 1024,
         server_keys: tuple[str, str] | None = None, publisher_keys: Iterable[str] | None = None,
     ) -> str:  # fmt: skip
-        """Let pods connect here instead of connecting to them; gives the endpoint, with the port where it was a
-        wildcard.
+        """Binds an endpoint that pods connect to, in place of connections from here to the pods.
 
-        Topics are ``kv@POD@MODEL``. A pod appears with its first message, with these options, up to ``max_pods`` of
-        them; one that :meth:`add_pod` was told of (a :class:`PodSource` without endpoint) has its own, and may have a
-        replay endpoint.
+        Topics are ``kv@POD@MODEL``. A pod appears with its first message and has the options below. A pod that was
+        added before with a :class:`PodSource` without ``endpoint`` has the options of that source, and may have a
+        replay endpoint. The options ``presence`` to ``max_byte_rate`` are those of :class:`PodSource`.
 
-        ``server_keys`` are our own (public, secret) CURVE keys (Z85): connections are then encrypted, and only
-        publishers that have keys too and know our public one are heard. ``publisher_keys`` are the public keys of those
-        that are admitted beside the declared pods' ``server_key``; None admits every one. A pod belongs to a key: to
-        its ``server_key``, or else to the first that speaks for it.
+        Args:
+            endpoint: The endpoint, such as ``tcp://*:5557``. Port ``*`` or 0 binds a free one.
+            presence: As in :class:`PodSource`.
+            clear_media: As in :class:`PodSource`.
+            chunk_size: As in :class:`PodSource`.
+            engine: As in :class:`PodSource`.
+            eagle: As in :class:`PodSource`.
+            hybrid: As in :class:`PodSource`.
+            ignore_media: As in :class:`PodSource`.
+            max_blocks: As in :class:`PodSource`.
+            max_event_rate: As in :class:`PodSource`.
+            max_byte_rate: As in :class:`PodSource`.
+            max_pods: Pods that may appear at this endpoint.
+            server_keys: Our own CURVE keys, (public, secret) in Z85. Connections are then encrypted, and only
+                publishers with keys of their own that know our public key are accepted.
+            publisher_keys: Public keys of the publishers to accept, in addition to the ``server_key`` of added pods;
+                None accepts every key. A pod belongs to one key: its ``server_key``, or else the first key that it
+                appears with.
 
-        Raises :class:`StreamError` when it can not be bound, :class:`InvalidValueError` for what are no keys.
+        Returns:
+            The bound endpoint, with its port.
+
+        Raises:
+            StreamError: The endpoint cannot be bound.
+            InvalidTypeError: An option has the wrong type.
+            InvalidValueError: A key is not a CURVE key, or an option is out of range.
         """
         options: dict[str, Any] = {
             "presence": presence,
@@ -168,8 +229,11 @@ class EventManager:
         )
 
     def status(self) -> dict[str, PodStatus]:
-        """What every followed pod is like at this moment, by name; a notebook shows a table. O(workers); does not wait
-        for the thread."""
+        """Returns the status of every followed pod at this moment. O(workers). Does not wait for the thread.
+
+        Returns:
+            ``{pod: PodStatus}``. Notebooks show it as a table.
+        """
         table = StatusTable()
         for name, pod in list(self._fleet.pods.items()):
             try:
@@ -183,59 +247,96 @@ class EventManager:
         return table
 
     def faults(self) -> dict[str, int]:
-        """Messages at bound endpoints that no pod could be blamed for, by reason."""
+        """Returns counts of messages at bound endpoints that belong to no pod.
+
+        Returns:
+            ``{reason: count}``.
+        """
         return dict(self._bound.faults)
 
     def on_change(self, callback: Callable[[StateChange], None]) -> Callable[[], None]:
-        """Call ``callback`` with a :class:`StateChange` whenever a worker's state changes; gives what ends that.
+        """Calls a function whenever the state of a worker changes.
 
-        It is called in the manager's thread and holds up every stream while it runs: hand over to a queue what takes
-        time.
+        The function runs in the manager's thread and delays every stream meanwhile. Pass longer work to a queue.
+
+        Args:
+            callback: Called with a :class:`StateChange`.
+
+        Returns:
+            A function that ends the calls.
         """
         return _enter(self._fleet.on_change, callback)
 
     def on_pods(self, callback: Callable[[PodsChange], None]) -> Callable[[], None]:
-        """Call ``callback`` with a :class:`PodsChange` after a pod was added or removed, by whoever it was; gives what
-        ends that.
+        """Calls a function whenever a pod was added, described or removed. :meth:`pods` has the pods that were added
+        before.
 
-        It is called in the manager's thread and holds up every stream while it runs. Pods that were added before are
-        in :meth:`pods`.
+        The function runs in the manager's thread and delays every stream meanwhile. Pass longer work to a queue.
+
+        Args:
+            callback: Called with a :class:`~kvindex.sync.status.PodsChange`.
+
+        Returns:
+            A function that ends the calls.
         """
         return _enter(self._fleet.on_pods, callback)
 
     def pods(self) -> dict[str, PodSource]:
-        """The source of every followed pod, by name: a router finds the pod's ``address`` and ``labels`` there.
-        O(pods); does not wait for the thread."""
+        """Returns the source of every followed pod, with its ``address`` and ``labels``. O(pods). Does not wait for
+        the thread.
+
+        Returns:
+            ``{pod: PodSource}``.
+        """
         return {name: pod.source for name, pod in list(self._fleet.pods.items())}
 
     def tap(self, callback: Callable[[IndexChange], None]) -> Callable[[], None]:
-        """Call ``callback`` with every change of the index before it is made, in order; gives what ends that.
+        """Calls a function with every change of the index, in order, before the change is made.
 
-        A change is a :class:`Configured`, :class:`Batch`, :class:`Forgotten`, :class:`Marked` or :class:`Removed`, each
-        named after the call of the index that it stands for: another index to which the same calls are made gives the
-        same answers. A change that a callback prevents by removing the pod is not made.
+        A change is a :class:`Configured`, :class:`Batch`, :class:`Forgotten`, :class:`Marked` or :class:`Removed`.
+        Each stands for one call of the index; the same calls on another index give the same answers. A change is
+        skipped if a callback removes its pod.
 
-        The callback is called in the manager's thread and holds up every stream while it runs.
+        The function runs in the manager's thread and delays every stream meanwhile. Pass longer work to a queue.
+
+        Args:
+            callback: Called with each change.
+
+        Returns:
+            A function that ends the calls.
         """
         return _enter(self._fleet.taps, callback)
 
     def on_progress(self, waker: Callable[[], None]) -> Callable[[], None]:
-        """Call ``waker`` whenever :meth:`is_current` or :attr:`closed` may have become true; gives what ends that.
+        """Calls a function whenever :meth:`is_current` or :attr:`closed` may have become true.
 
-        It is called in the manager's thread, must not raise and must not take time.
+        The function runs in the manager's thread. It must not raise, and must return at once.
+
+        Args:
+            waker: Called without arguments.
+
+        Returns:
+            A function that ends the calls.
         """
         return _enter(self._fleet.wakers, waker)
 
     @property
     def closed(self) -> bool:
-        """Whether :meth:`close` was called, or this is a forked child; every pod is or is about to be stale then."""
+        """Whether :meth:`close` was called, or this process is a forked child. Every pod is then ``stale`` or about to
+        be.
+        """
         return self._loop.closed
 
     def is_current(self, pods: Iterable[str] | None = None) -> bool:
-        """Whether none of these pods (all if None) is stale: connected, and everything up to now is applied or given
-        up.
+        """Returns whether no pod is ``stale``: each is connected, and all batches so far are applied or given up.
 
-        Raises :class:`UnknownPodError` for a pod that is not followed.
+        It is true for degraded pods, and without any pods. Use :meth:`is_exact` to exclude degraded ones.
+
+        Args:
+            pods: Names of the pods to check; None for all followed pods.
+
+        Raises:
+            UnknownPodError: A pod is not followed.
         """
         table = self._fleet.pods
         names = list(table) if pods is None else [pods] if isinstance(pods, str) else list(pods)
@@ -249,17 +350,29 @@ class EventManager:
         return True
 
     def wait_until_current(self, timeout: float | None = None, *, pods: Iterable[str] | None = None) -> bool:
-        """Wait until :meth:`is_current`, at most ``timeout`` seconds (None: as long as it takes). False when it was
-        not.
+        """Waits until :meth:`is_current`.
 
-        Not from a callback, which would wait for itself: :class:`StreamError`.
+        Args:
+            timeout: Maximum time in seconds; None for no limit.
+            pods: Names of the pods to wait for; None for all followed pods.
+
+        Returns:
+            Whether the pods are current. False after ``timeout`` seconds, or if the manager was closed.
+
+        Raises:
+            StreamError: Called from a callback, which would wait for itself.
+            UnknownPodError: A pod is not followed.
         """
         return self._wait(self.is_current, timeout, pods)
 
     def is_exact(self, pods: Iterable[str] | None = None) -> bool:
-        """Whether all of these pods (all that are followed if None) are ``exact``.
+        """Returns whether every pod is ``exact``.
 
-        Raises :class:`UnknownPodError` for a pod that is not followed.
+        Args:
+            pods: Names of the pods to check; None for all followed pods.
+
+        Raises:
+            UnknownPodError: A pod is not followed.
         """
         return not self._loop.closed and all(
             pod.workers and all(worker.state == "exact" for worker in list(pod.workers.values()))
@@ -267,10 +380,16 @@ class EventManager:
         )
 
     def inexact(self, pods: Iterable[str] | None = None) -> dict[str, str]:
-        """Which of these pods (all that are followed if None) are not ``exact``, and why:
-        ``{"a": "stale: replaying"}``.
+        """Returns the pods that are not ``exact``, with the reasons. O(workers). Does not wait for the thread.
 
-        O(workers); does not wait for the thread. Raises :class:`UnknownPodError` for a pod that is not followed.
+        Args:
+            pods: Names of the pods to check; None for all followed pods.
+
+        Returns:
+            ``{pod: "state: reason"}``, for example ``{"a": "stale: replaying"}``.
+
+        Raises:
+            UnknownPodError: A pod is not followed.
         """
         names = [pod.source.name for pod in self._named(pods)]
         table = self.status()
@@ -281,10 +400,18 @@ class EventManager:
         }
 
     def wait_until_exact(self, timeout: float | None = None, *, pods: Iterable[str] | None = None) -> dict[str, str]:
-        """Wait until :meth:`is_exact`, at most ``timeout`` seconds (None: as long as it takes). Gives :meth:`inexact`,
-        which is empty when all are.
+        """Waits until :meth:`is_exact`.
 
-        Not from a callback, which would wait for itself: :class:`StreamError`.
+        Args:
+            timeout: Maximum time in seconds; None for no limit.
+            pods: Names of the pods to wait for; None for all followed pods.
+
+        Returns:
+            :meth:`inexact` at the end: an empty dict if every pod is exact.
+
+        Raises:
+            StreamError: Called from a callback, which would wait for itself.
+            UnknownPodError: A pod is not followed.
         """
         names = None if pods is None else [pods] if isinstance(pods, str) else list(pods)
         return {} if self._wait(self.is_exact, timeout, names) else self.inexact(names)
@@ -320,9 +447,17 @@ class EventManager:
         return True
 
     def post(self, command: Callable[[], T]) -> Future[T]:
-        """Do something in the manager's thread and do not wait for it: what :mod:`kvindex.aio` is made of.
+        """Runs a function in the manager's thread without waiting for it. :mod:`kvindex.aio` is built on it.
 
-        ``command`` may call every method here and holds up every stream while it runs. Cancelling the future keeps it
-        from being run as long as it has not begun. Raises :class:`StreamError` after a close.
+        The function may call every method of the manager, and delays every stream meanwhile.
+
+        Args:
+            command: Called without arguments.
+
+        Returns:
+            A future of its result. Cancelling the future prevents the call if it has not begun.
+
+        Raises:
+            StreamError: The manager is closed.
         """
         return self._loop.post(command)

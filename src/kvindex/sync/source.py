@@ -1,4 +1,6 @@
-"""Where a pod's events come from: :class:`PodSource`, written by hand or asked of the engine's own HTTP server."""
+"""The location of a pod's event streams: :class:`PodSource`, written by hand or requested from the engine's HTTP
+server.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +33,14 @@ _OPTIONS = ("engine", "eagle", "hybrid", "ignore_media")
 
 
 class Endpoints(NamedTuple):
-    """The two sockets of one rank: where it publishes, and where it answers replays (None where it does not)."""
+    """The two endpoints of one rank: its publisher, and its replays (None if it has no replays)."""
 
     endpoint: str | None
     replay_endpoint: str | None
 
 
 class Curve(NamedTuple):
-    """Keys of one encrypted connection, Z85: whom to believe, and who we are."""
+    """Keys of one encrypted connection in Z85: the publisher's public key, and our own pair."""
 
     server: bytes
     public: bytes
@@ -47,76 +49,89 @@ class Curve(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PodSource:
-    """One pod's event streams: where they are, and what their events do not say about themselves.
+    """The event streams of one pod: their endpoints, and properties of the pod that its events do not carry.
 
-    Immutable; may be shared between threads. Raises :class:`InvalidValueError` or :class:`InvalidTypeError` naming the
-    field, so that a mistake shows where it is made and not as a pod that stays silent.
+    ::
+
+        from kvindex import PodSource
+
+        source = PodSource("a", endpoint="tcp://10.0.0.1:5557", replay_endpoint="tcp://10.0.0.1:5558", engine="vllm")
+        assert source == PodSource.from_string("a=tcp://10.0.0.1:5557,5558,engine=vllm")
+
+    Immutable, so it may be shared between threads. The constructor checks every field, so that a mistake raises here
+    and does not appear as a silent pod later.
+
+    Raises:
+        InvalidTypeError: A field has the wrong type. The message has its name and the pod's.
+        InvalidValueError: A field is out of range, or contradicts another one.
+        StreamError: It has a ``server_key``, and libzmq was built without CURVE.
     """
 
     name: str
     """The pod's name in the index and in every answer."""
     _: KW_ONLY
     endpoint: str | None = None
-    """Where rank 0 publishes: ``tcp://host:port``, ``ipc://path`` or ``inproc://name``. None for a pod that connects to
-    :meth:`EventManager.bind` by itself."""
+    """Endpoint of rank 0's publisher: ``tcp://host:port``, ``ipc://path`` or ``inproc://name``. None for a pod that
+    connects to :meth:`EventManager.bind`."""
     replay_endpoint: str | None = None
-    """Where rank 0 answers replays. Without it a lost batch stays lost, and what was before the first one is not
-    known."""
+    """Endpoint of rank 0's replays. Without it, a lost batch stays lost, and blocks from before the first batch are
+    unknown."""
     model: str = ""
-    """The model that its blocks belong to: queries name the same."""
+    """Model of the pod's blocks. Queries must name the same model."""
     topic: str | None = None
-    """The whole topic that its messages carry; None takes the first that arrives on a connection (for a pod that
-    connects to a bound endpoint: ``kv@NAME@MODEL``). Events do not name their model, topics do: an address that another
-    model's engine takes over is noticed where topics have the form ``kv@POD@MODEL``. Where they are empty, which is
-    vLLM's default, it is taken for a restart, and its blocks for those of ``model``."""
+    """The complete topic of its messages. None accepts the first topic of each connection (for a pod that connects to
+    a bound endpoint: ``kv@NAME@MODEL``). Events do not contain the model, but topics of the form ``kv@POD@MODEL`` do:
+    with them, an address that another model's engine takes over is noticed. With empty topics, vLLM's default, it
+    looks like a restart."""
     dp_size: int = 1
-    """Data-parallel ranks. Rank r publishes at the port r higher, as vLLM and SGLang do, unless ``ranks`` says
-    where."""
+    """Number of data-parallel ranks. Rank r uses the ports of rank 0 plus r, as in vLLM and SGLang, unless ``ranks``
+    is given."""
     ranks: Mapping[int, Endpoints | tuple[str, str | None]] | None = None
-    """Endpoints by rank, for engines whose ports do not follow each other (vLLM binding port 0, several hosts)."""
+    """``{rank: (endpoint, replay endpoint or None)}``, for engines without consecutive ports (vLLM with port 0,
+    several hosts)."""
     block_size: int | None = None
-    """Tokens per block that the engine is expected to use. Adding a pod whose blocks can not be placed raises at
-    once."""
+    """Expected block size of the engine, in tokens. :meth:`EventManager.add_pod` raises at once if the index cannot
+    hold such blocks."""
     presence: Presence | None = None
-    """``"count"`` or ``"set"``; None is the index's own. ``"set"`` for vLLM's ``kv_cache_report_mode=full``."""
+    """``"count"`` or ``"set"``; None for the index's. Use ``"set"`` with vLLM's ``kv_cache_report_mode=full``."""
     clear_media: frozenset[str] | None = None
-    """The media that an AllBlocksCleared of this pod clears; None is all."""
+    """Media that an AllBlocksCleared event of this pod clears; None for all."""
     chunk_size: int | None = None
-    """Tokens per chunk of a model with chunked-local attention, which its events do not say."""
+    """Tokens per chunk of a model with chunked-local attention. Its events do not contain it."""
     lora: str | None = None
-    """The adapter that the pod is said to serve (a label): for the router's queries; blocks are placed by their
+    """Adapter that the pod is labelled with, for the router's queries. Blocks are placed by the adapters in their
     events."""
     max_blocks: int | None = None
-    """Blocks of the index that the pod may hold, over all ranks, media and groups: what it announces beyond that is
-    counted as ``over_limit`` and makes it degraded. Some blocks more than the engine has, times its groups, never limit
-    an honest one. None is no limit."""
+    """Index blocks that the pod may hold, over all ranks, media and groups; None for no limit. Blocks beyond it are
+    counted as ``over_limit`` and make the pod degraded. The engine's number of blocks times its groups, with some
+    reserve, never limits an honest pod."""
     max_event_rate: float | None = None
-    """Events a second that are taken from the pod, over all ranks, live or replayed; every message counts as one at
-    least. What comes faster waits where it is, the pod is stale as long, and what no queue on the way keeps is a gap
-    that a replay fills. :attr:`StreamPolicy.burst` seconds of it are saved up. None is no limit."""
+    """Events per second that are taken from the pod, over all ranks, live and replayed; every message counts as at
+    least one. None for no limit. Faster events wait at the socket, and the pod is stale meanwhile. A queue that
+    overflows leaves a gap, which a replay fills. An idle pod saves up :attr:`StreamPolicy.burst` seconds."""
     max_byte_rate: float | None = None
-    """The same for the bytes of its messages."""
+    """The same for the bytes of its messages, per second."""
     server_key: str | None = None
-    """The publisher's CURVE public key (Z85, 40 characters). With it, connections are encrypted, and nobody is believed
-    who has not the secret key to it; None takes whatever the network leads to. Of a pod that connects to
-    :meth:`EventManager.bind`, the key that it connects with."""
+    """The publisher's CURVE public key, 40 characters of Z85. Connections are then encrypted, and only a publisher
+    with the matching secret key is accepted. None accepts any publisher at the endpoint. For a pod that connects to
+    :meth:`EventManager.bind`: the key that it connects with."""
     client_keys: tuple[str, str] | None = field(default=None, repr=False)
-    """Our own (public, secret) keys, for publishers that admit only some; None makes a pair."""
+    """Our own CURVE keys, (public, secret), for publishers that accept some clients only; None creates a pair."""
     engine: Engine | None = None
-    """The engine, whose rules say what of a prefix it reuses: ``"vllm"``, ``"sglang"`` or ``"trtllm"``. None is
-    unknown: what is held counts. Nothing guesses it."""
+    """The engine whose rules determine the reuse of a held prefix: ``"vllm"``, ``"sglang"`` or ``"trtllm"``. With
+    None, every held block counts. It is not detected from the events."""
     eagle: bool | frozenset[int] = False
-    """vLLM drops the last block that it matches, for its draft model, and puts no lookahead tokens into its hashes
-    (EAGLE or MTP before 0.33, or with a KV connector): True, or the groups (``group_idx``) that do."""
+    """True if vLLM drops the last matched block for a draft model without lookahead tokens in its hashes (EAGLE or MTP
+    before 0.33, or with a KV connector); or the groups (``group_idx``) for which it does."""
     hybrid: bool = False
-    """A model of which SGLang announces the full-attention layers only: it has Mamba or sliding-window layers beside
-    them, whose evictions are silent. The pod is degraded."""
+    """True for a model with Mamba or sliding-window layers on SGLang, which publishes events of full attention only.
+    The pod is degraded."""
     ignore_media: frozenset[str] = frozenset()
-    """Media whose events are skipped, counted and cost no verdict: a tier that announces no removals."""
+    """Media whose events are skipped and counted, without an effect on the state: for a tier without removals."""
     address: str | None = None
-    """Where the pod takes requests, such as ``http://10.0.0.1:8000``, for the router; not interpreted."""
+    """URL where the pod takes requests, such as ``http://10.0.0.1:8000``, for the router. kvindex does not use it."""
     labels: Mapping[str, str] = field(default_factory=dict)
-    """What else the router wants to know of the pod, such as its role; not interpreted."""
+    """Further properties of the pod for the router, such as its role. kvindex does not use them."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -207,8 +222,11 @@ class PodSource:
         object.__setattr__(self, "client_keys", check_pair(pair, f"client_keys of pod {self.name!r}"))
 
     def curve(self) -> Curve | None:
-        """The keys of its connections, with a pair of our own made anew where it has none; None where they are not
-        encrypted."""
+        """Returns the keys of its connections, with a new pair of our own if it has no ``client_keys``.
+
+        Returns:
+            The keys; None if its connections are not encrypted.
+        """
         if self.server_key is None:
             return None
         if self.client_keys is None:
@@ -224,7 +242,14 @@ class PodSource:
         return pair[0], pair[1]
 
     def workers(self) -> dict[int, Endpoints]:
-        """The endpoints of every rank. O(ranks)."""
+        """Returns the endpoints of every rank. O(ranks).
+
+        Returns:
+            ``{rank: Endpoints}``.
+
+        Raises:
+            InvalidValueError: Two ranks have the same endpoint, or an endpoint is malformed.
+        """
         if self.ranks is not None:
             table = {rank: Endpoints(*pair) for rank, pair in self.ranks.items()}
         else:
@@ -248,7 +273,7 @@ class PodSource:
         return table
 
     def endpoints(self) -> list[tuple[str, str]]:
-        """Every endpoint of every rank, and its use, in words. O(ranks)."""
+        """Returns a description and the address of every endpoint of every rank. O(ranks)."""
         return [
             (f"rank {rank} of pod {self.name!r} {use}", endpoint)
             for rank, pair in self.workers().items()
@@ -263,12 +288,22 @@ class PodSource:
 
     @classmethod
     def from_string(cls, text: str, **options: Any) -> Self:
-        """A source from a command line: ``[NAME=]ENDPOINT[,REPLAY_ENDPOINT][,OPTION=VALUE...]``.
+        """Parses ``[NAME=]ENDPOINT[,REPLAY_ENDPOINT][,OPTION=VALUE...]``, the notation of the command line.
 
-        The name is the endpoint without its scheme unless given, and may be a URL; a replay endpoint at the same host
-        may be its port alone, as in ``a=tcp://10.0.0.1:5557,5558,engine=vllm``. OPTION is ``engine``, ``eagle``
-        (``true``, or groups: ``0+2``), ``hybrid`` or ``ignore_media`` (``CPU+DISK``), with a VALUE for each.
-        ``options`` are further fields; what the text says comes first. Errors as of the class.
+        The default name is the endpoint without its scheme. A name may be a URL. A replay endpoint on the same host
+        may be a port alone::
+
+            source = PodSource.from_string("a=tcp://10.0.0.1:5557,5558,engine=vllm,eagle=0+2", model="llama")
+            assert source.replay_endpoint == "tcp://10.0.0.1:5558" and source.eagle == {0, 2}
+
+        Args:
+            text: The source. OPTION is ``engine``, ``eagle`` (``true``, or groups: ``0+2``), ``hybrid`` or
+                ``ignore_media`` (``CPU+DISK``).
+            options: Further fields. Those in ``text`` take precedence.
+
+        Raises:
+            InvalidTypeError: ``text`` is not a str.
+            InvalidValueError: ``text`` has another form, or a field is out of range.
         """
         if not isinstance(text, str):
             raise InvalidTypeError(f"a pod is written as [NAME=]ENDPOINT[,REPLAY_ENDPOINT], not as {text!r:.60}")
@@ -292,7 +327,15 @@ class PodSource:
 
     @classmethod
     def from_mapping(cls, item: Mapping[str, Any]) -> Self:
-        """A source from what a file says; the fields' own names. Raises an error that names what is not a field."""
+        """Creates a source from a map of its fields, for example from a file.
+
+        Args:
+            item: Names and values of fields. Keys of ``ranks`` may be strings, as in JSON.
+
+        Raises:
+            InvalidTypeError: ``item`` is not a map, or a field has the wrong type.
+            InvalidValueError: A field is unknown or out of range, or the name is missing.
+        """
         if not isinstance(item, Mapping):
             raise InvalidTypeError(f"a pod is described by a map of its fields, not by {item!r:.60}")
         known = {each.name for each in fields(cls)}
@@ -313,12 +356,21 @@ class PodSource:
         cls, url: str, *, name: str | None = None, model: str | None = None, timeout: float = 5.0,
         headers: Mapping[str, str] | None = None, **options: Any,
     ) -> Self:  # fmt: skip
-        """Ask a vLLM server (``http://host:8000``) where its ranks publish: its ``GET /kv_event_sources``.
+        """Asks a vLLM server for the endpoints of its ranks (``GET /kv_event_sources``). Blocks during the requests.
 
-        ``name`` is the URL's host and port unless given, ``model`` the first that ``/v1/models`` names; ``headers``
-        are sent along (an API key). ``options`` are further fields. Blocks for at most ``timeout`` seconds per
-        request. Raises :class:`StreamError` when the server can not be asked or publishes nothing. Source: vLLM pull
-        request 55844.
+        Source: vLLM pull request 55844.
+
+        Args:
+            url: URL of the server, such as ``http://host:8000``.
+            name: The pod's name; None for the host and port of the URL.
+            model: The model; None for the first one of ``/v1/models``.
+            timeout: Maximum time of each request in seconds.
+            headers: Headers of the requests, for example with an API key.
+            options: Further fields.
+
+        Raises:
+            StreamError: The server cannot be reached or publishes no events.
+            InvalidValueError: The URL is malformed, or a field is out of range.
         """
         from ..discovery.engines import describe_vllm
 
@@ -330,11 +382,23 @@ class PodSource:
         cls, url: str, *, name: str | None = None, model: str | None = None, timeout: float = 5.0,
         headers: Mapping[str, str] | None = None, **options: Any,
     ) -> Self:  # fmt: skip
-        """Ask an SGLang server (``http://host:30000``) where its ranks publish: its ``GET /server_info``.
+        """Asks an SGLang server for the endpoints of its ranks (``GET /server_info``). Blocks during the requests.
 
-        Reads the ``kv_events`` block, and in releases without it the server's own ``kv_events_config`` argument, which
-        also is what names the replay endpoint. ``name``, ``model``, ``headers``, ``options``, ``timeout`` and errors
-        as in :meth:`from_vllm`. Source: SGLang pull requests 25844, 32729 and 38032.
+        It reads the ``kv_events`` block of the answer. Older releases have no such block; it then reads the server's
+        argument ``kv_events_config``, which also contains the replay endpoint. Source: SGLang pull requests 25844,
+        32729 and 38032.
+
+        Args:
+            url: URL of the server, such as ``http://host:30000``.
+            name: As for :meth:`from_vllm`.
+            model: As for :meth:`from_vllm`.
+            timeout: As for :meth:`from_vllm`.
+            headers: As for :meth:`from_vllm`.
+            options: Further fields.
+
+        Raises:
+            StreamError: The server cannot be reached or publishes no events.
+            InvalidValueError: The URL is malformed, or a field is out of range.
         """
         from ..discovery.engines import describe_sglang
 
@@ -342,17 +406,18 @@ class PodSource:
         return cls(**told, **{**usual, **options})
 
     def same_streams(self, other: PodSource) -> bool:
-        """Whether the other source differs in nothing but ``address`` and ``labels``."""
+        """Returns whether another source differs in ``address`` and ``labels`` at most."""
         return replace(other, address=self.address, labels=self.labels) == self
 
     def named(self, name: str) -> Self:
-        """The same source under another name."""
+        """Returns the same source under another name."""
         return replace(self, name=name)
 
 
 def spelled(options: Mapping[str, str]) -> dict[str, Any]:
-    """The fields that ``engine``, ``eagle``, ``hybrid`` and ``ignore_media`` mean where they are written as text:
-    groups and media with ``+`` or ``,`` between them."""
+    """Converts ``engine``, ``eagle``, ``hybrid`` and ``ignore_media`` from text, with groups and media separated by
+    ``+`` or ``,``.
+    """
     given: dict[str, Any] = {}
     for name, text in options.items():
         parts = [part.strip() for part in re.split(r"[+,]", text) if part.strip()]
@@ -372,7 +437,7 @@ def spelled(options: Mapping[str, str]) -> dict[str, Any]:
 
 
 def check_pair(pair: object, what: str) -> tuple[str, str]:
-    """A CURVE key pair (public, secret), or an error that says ``what`` is none."""
+    """Returns a CURVE key pair (public, secret), or raises an error that names ``what``."""
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise InvalidTypeError(f"{what} must be (public, secret), each a str")
     # Not the keys themselves: one of them is secret, and errors end up in logs.

@@ -1,4 +1,4 @@
-"""What an :class:`EventManager` says about its streams."""
+"""The status of streams, and the changes that an :class:`EventManager` reports."""
 
 from __future__ import annotations
 
@@ -20,31 +20,33 @@ WORST_FIRST = ("stale", "degraded", "exact")
 
 
 class Batch(NamedTuple):
-    """One batch as it is handed to the index: each once, in the order of the stream, whether it can be read or not."""
+    """One batch as it is passed to the index: once, in the order of the stream, valid or not."""
 
     pod: str
     rank: int
     model: str
     topic: bytes | None
-    """As it arrived; None where only a replay without topics has come so far."""
+    """Topic of its message; None as long as only replays without topics have arrived."""
     seq: int
     payload: bytes
     joined: bool = True
-    """Whether the batch is known to continue the one before it. If not, :meth:`PrefixIndex.ingest` is given no ``seq``,
-    and the worker's stream place is not whole."""
+    """Whether the batch is known to continue the one before. If not, :meth:`PrefixIndex.ingest` gets no ``seq``, and
+    the worker's stream place is not whole."""
 
 
 class Forgotten(NamedTuple):
-    """Everything of one worker is forgotten (:meth:`PrefixIndex.clear_worker`): its engine has restarted, its history
-    is applied anew, or its pod was just added and no stream vouches for the blocks that the index has of it."""
+    """All blocks of one worker are dropped (:meth:`PrefixIndex.clear_worker`): its engine has restarted, its history
+    is applied from the beginning, or its pod was just added without a stream to continue.
+    """
 
     pod: str
     rank: int
 
 
 class Marked(NamedTuple):
-    """The verdict of one worker's stream (:meth:`PrefixIndex.mark_worker`). The state that answers show is the worse of
-    this and the index's own."""
+    """The state of one worker's stream is set (:meth:`PrefixIndex.mark_worker`). Answers have the worse of it and the
+    index's own state.
+    """
 
     pod: str
     rank: int
@@ -70,28 +72,28 @@ IndexChange: TypeAlias = Batch | Forgotten | Marked | Configured | Removed
 
 
 class PodsChange(NamedTuple):
-    """Pods that a manager follows since now, and names that it follows no longer."""
+    """Pods that a manager follows from now on, and names that it no longer follows."""
 
     added: tuple[PodSource, ...]
     removed: tuple[str, ...]
 
 
 class StateChange(NamedTuple):
-    """A worker's answers have become better or worse."""
+    """The state of a worker has changed."""
 
     pod: str
     rank: int
     old: str
     new: str
     reason: str
-    """Why, for people; of ``exact``, what can not be known all the same, or nothing."""
+    """The reason, as text. For ``exact``: a remaining doubt, or empty."""
 
 
 # Not frozen: that sets each of 47 fields by a call, which is 5 of the 12 ms that a status of 1,000 pods took. Each call
 # gives objects of its own, so nobody else sees a change.
 @dataclass(slots=True, kw_only=True)
 class WorkerStatus:
-    """One worker's stream at one moment. Times in seconds, counters since the pod was added."""
+    """One worker's stream at one moment. Times are in seconds; counters start when the pod is added."""
 
     pod: str
     rank: int
@@ -99,65 +101,65 @@ class WorkerStatus:
     endpoint: str | None
     replay_endpoint: str | None
     state: str
-    """``exact``, ``degraded`` or ``stale``: the worse of what the stream and the index say."""
+    """``exact``, ``degraded`` or ``stale``: the worse of the stream's and the index's state."""
     reason: str
-    """Why, for people; where it is ``exact``, what speaks against it all the same, or nothing."""
+    """The reason, as text. For ``exact``: a remaining doubt, or empty."""
     connected: bool
-    """Whether the subscription stands."""
+    """Whether its subscription is connected."""
     last_seq: int | None
-    """The number of the last applied batch."""
+    """Sequence number of the last applied batch."""
     last_ts: float | None
-    """When the engine made the last applied batch, seconds since 1970."""
+    """Timestamp of the last applied batch by the engine's clock, seconds since 1970."""
     lag: float | None
-    """From the own time of the last batch that came live to its application here, None before the first; clocks that
-    disagree show in it. Replayed batches do not count: their age says nothing of this router."""
+    """Time from the timestamp of the last live batch to its application here; None before the first one. It contains
+    the difference of the two clocks. Replayed batches do not count, since their age does not depend on this router."""
     replaying: bool
-    """Whether a replay has been asked for that is not over."""
+    """Whether a replay is running."""
     waiting: int
-    """Batches that wait for a hole to be filled."""
+    """Batches that wait for a gap to be filled."""
     batches: int
     """Batches applied."""
     gaps: int
-    """Holes in the sequence of what arrived."""
+    """Gaps in the sequence of received batches."""
     lost_batches: int
-    """Batches that no replay had any more, and that were given up."""
+    """Batches that no replay had any more."""
     replays: int
-    """Replays asked for."""
+    """Replays that were requested."""
     replays_healed: int
-    """Times that a replay has filled a hole."""
+    """Replays that filled a gap."""
     replays_failed: int
-    """Times that a hole was given up, since no replay filled it."""
+    """Gaps that were accepted because no replay filled them."""
     restarts: int
-    """Times that another process was found behind the endpoint."""
+    """Times that a new process was found behind the endpoint."""
     reconnects: int
     duplicates: int
-    """Batches that came again, and were dropped."""
+    """Batches that arrived again and were dropped."""
     throttled: int
-    """Times that it had to wait for its limit: :attr:`PodSource.max_event_rate`."""
+    """Waits for the rate limit, :attr:`PodSource.max_event_rate`."""
     errors: Mapping[str, int]
-    """By reason: frames that are no message, payloads that are no batch, and events that could not be applied."""
+    """Counts by reason: malformed messages, payloads that are not batches, and events that could not be applied."""
     events: Mapping[str, int]
-    """Blocks stored and removed, clears, blocks parked, events skipped."""
+    """Counts of stored and removed blocks, clears, parked blocks and skipped events."""
     blocks: int
-    """Index blocks held at this moment, in every medium and group."""
+    """Index blocks held now, in every medium and group."""
     parked: int
-    """Blocks that wait for their parent at this moment."""
+    """Blocks that wait for their parent now."""
     counters: Mapping[str, int]
     """Every counter of the stream by name."""
 
 
 @dataclass(slots=True, kw_only=True)
 class PodStatus:
-    """A pod at one moment: of each field of :class:`WorkerStatus` the sum, or the worst, over its workers."""
+    """A pod at one moment: the sum, or the worst value, of each field of :class:`WorkerStatus` over its workers."""
 
     pod: str
     model: str
     state: str
     reason: str
     connected: bool
-    """Whether every rank is."""
+    """Whether every rank is connected."""
     last_seq: int | None
-    """The highest of its ranks, which count each for itself."""
+    """The highest of its ranks. Each rank counts by itself."""
     lag: float | None
     """The longest of its ranks."""
     batches: int
@@ -172,12 +174,12 @@ class PodStatus:
     workers: Mapping[int, WorkerStatus]
 
     def as_dict(self) -> dict[str, Any]:
-        """The same in plain dicts, for JSON."""
+        """Returns the status as plain dicts, for JSON."""
         return asdict(self)
 
 
 class StatusTable(dict[str, PodStatus]):
-    """The :class:`PodStatus` of each pod by name: a dict, which a notebook shows as a table."""
+    """A dict of each pod's :class:`PodStatus`, shown as a table in notebooks."""
 
     def _repr_html_(self) -> str:
         columns = (
@@ -198,7 +200,7 @@ class StatusTable(dict[str, PodStatus]):
 
 
 def _cell(value: Any) -> str:
-    """Text for a cell of HTML. Names and reasons come from the wire, and may hold anything."""
+    """Escaped text for a cell of HTML. Names and reasons come from the network."""
     if value is None:
         return ""
     text = f"{value:.3f}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
@@ -206,7 +208,7 @@ def _cell(value: Any) -> str:
 
 
 def pod_status(pod: str, model: str, workers: Mapping[int, WorkerStatus]) -> PodStatus:
-    """Put the workers of one pod together."""
+    """Combines the workers of one pod."""
     if len(workers) == 1:  # as nearly all pods have: a fleet of 1,000 is looked at in half the time
         (one,) = workers.values()
         return PodStatus(
