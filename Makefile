@@ -95,6 +95,7 @@ help:
 	@echo 'make chaos-quick       half a minute of the faults, without rights or tools'
 	@echo 'make e2e-quick         the part of it that every change has to pass'
 	@echo 'make e2e-engines       the caches and publishers of vLLM and SGLang themselves, against their own answers'
+	@echo 'make test-integrations  kvindex in the routers of others: LiteLLM'
 	@echo 'make test-page         the service'"'"'s page in Chromium'
 	@echo 'make clean             remove everything built, and .venv'
 
@@ -268,7 +269,7 @@ test-kv-sync-chaos: .venv/.test-tools
 
 test-kv-sync-benchmark: bench-rows bench-streams
 
-test-kv-sync-all: test test-kv-sync-e2e test-kv-sync-chaos test-kv-sync-benchmark
+test-kv-sync-all: test test-integrations test-kv-sync-e2e test-kv-sync-chaos test-kv-sync-benchmark
 
 # Half a minute of it, for everywhere: no rights, no tools.
 chaos-quick: .venv/.test-tools
@@ -374,7 +375,7 @@ release-check: $(BIN)/python
 	$(BIN)/python .github/release.py '$(TAG)'
 
 # The pipelines, here, one stage after another: the workflows' own steps, which a test compares with these.
-ci: lint docs links test-unit test-wire coverage sanitize fuzz test-kv-sync-e2e bench-quick bench-check chaos-quick
+ci: lint docs links test-unit test-wire coverage sanitize fuzz test-integrations test-kv-sync-e2e bench-quick bench-check chaos-quick
 	$(BIN)/python .github/summary.py $(REPORTS) chaos/reports
 
 tsan-nightly fuzz-nightly: %-nightly:
@@ -392,7 +393,7 @@ clean:
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 # End to end: processes of their own over real sockets.
-.PHONY: test-kv-sync-e2e e2e-quick e2e-engines test-page
+.PHONY: test-kv-sync-e2e e2e-quick e2e-engines test-integrations test-page
 .venv/.e2e-tools: .venv/.test-tools
 	$(call listed,["project"]["optional-dependencies"]["e2e"])
 	touch $@
@@ -418,6 +419,20 @@ e2e-engines: $(ENGINES)/.installed
 	$(ENGINES)/bin/python -m e2e.engines.flags sglang
 	PYTHONPATH=src $(ENGINES)/bin/python -m e2e.engines.renderer
 	$(BIN)/python -m e2e.engines --python $(ENGINES)/bin/python
+
+# The routers of others, in an environment of their own: LiteLLM wants a python-dateutil that the client of Kubernetes
+# refuses. Without kvindex itself, which is that of the checkout.
+INTEGRATIONS := .build/integrations
+ROUTED := sim text litellm integrations
+$(INTEGRATIONS)/.installed: pyproject.toml | .venv/.installed
+	rm -rf $(INTEGRATIONS) && $(BIN)/python -m venv $(INTEGRATIONS)
+	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; e = p["optional-dependencies"]; print(*p["dependencies"], *(r for k in "$(ROUTED)".split() for r in e[k]), sep="\n")' \
+		| $(INTEGRATIONS)/bin/python -m pip --disable-pip-version-check --no-input install --quiet --no-compile --requirement /dev/stdin
+	touch $@
+
+test-integrations: $(INTEGRATIONS)/.installed
+	PYTHONPATH=src $(INTEGRATIONS)/bin/python -m pytest -q -n $(JOBS) --dist loadfile $(JUNIT) tests/integrations
+	PYTHONPATH=src $(INTEGRATIONS)/bin/python -m pytest -q tests/unit/test_pages.py -k integrations/
 
 # The page of the service, in the system's Chromium. PAGE_PICTURES=DIRECTORY keeps what it looks like.
 .venv/.page-tools: .venv/.test-tools

@@ -39,6 +39,8 @@ ELSEWHERE = re.compile(r"\b10\.0\.0\.(\d+)\b")
 TEXT = ("", "text")
 # An example in a docstring: what is indented after a double colon. docs/site/roles.py makes blocks of it on the site.
 EXAMPLE = re.compile(r"::\n\n(?P<code>(?:(?: {4}.*)?\n)+)")
+# What pages and docstrings about the routers of others need, which has an environment of its own.
+NEEDED = {"litellm": "litellm"}
 # A list of pods, or a file's layout; all else is Python.
 NO_PYTHON = {"- ": "yaml", '{"': "text"}
 
@@ -64,6 +66,11 @@ def examples(module):
 
 def runs(page):
     return any(language not in TEXT for language, _ in blocks(page))
+
+
+def needed(path):
+    if path.parent.name == "integrations" and path.stem in NEEDED:
+        pytest.importorskip(NEEDED[path.stem], reason=f"{NEEDED[path.stem]} is not installed: make test-integrations")
 
 
 def named(path):
@@ -169,6 +176,7 @@ def reader(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if runs(page)], ids=named)
 def test_a_page_runs_from_its_first_block_to_its_last(page, reader):
+    needed(page)
     reader.move_ports(blocks(page))
     for language, code in blocks(page):
         reader.type(language, code, page)
@@ -176,6 +184,7 @@ def test_a_page_runs_from_its_first_block_to_its_last(page, reader):
 
 @pytest.mark.parametrize("module", [path for path in MODULES if [*examples(path)]], ids=lambda path: path.stem)
 def test_the_examples_in_docstrings_run(module, reader):
+    needed(module)
     reader.move_ports(examples(module))
     for language, code in examples(module):
         reader.type(language, code, module)

@@ -1,0 +1,47 @@
+"""What tests with the routers of others share: pods that answer as OpenAI servers, and conversations with them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from talks import Talks
+
+from kvindex.sim import SimProcess
+
+# LiteLLM otherwise fetches prices while it is imported.
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+
+
+@pytest.fixture(scope="module")
+def fleet() -> Iterator[dict[str, SimProcess]]:
+    with ExitStack() as stack, ThreadPoolExecutor(2) as starters:
+        sizes = {"a": 2000, "b": 2000, "c": 2000, "endless": 20_000}
+        made = starters.map(lambda name: SimProcess(name=name, http=0, blocks=sizes[name]), sizes)
+        yield {pod.config.name: stack.enter_context(pod) for pod in made}
+
+
+@pytest.fixture
+def pods(fleet: dict[str, SimProcess]) -> dict[str, SimProcess]:
+    """Three that are empty."""
+    for pod in fleet.values():
+        pod.ask("reset")
+    return {name: pod for name, pod in fleet.items() if name != "endless"}
+
+
+@pytest.fixture
+def endless(fleet: dict[str, SimProcess]) -> SimProcess:
+    """One cache for every request, which nothing leaves: its hits are what any router can reach."""
+    return fleet["endless"]
+
+
+@pytest.fixture
+def talks(endless: SimProcess) -> Callable[..., Talks]:
+    return lambda **options: Talks(endless, **options)

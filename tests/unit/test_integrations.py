@@ -1,0 +1,15 @@
+"""What the routers of others need is installed by name; their tests are in tests/integrations."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize(("module", "package"), [("litellm", "litellm")])
+def test_what_is_not_installed_says_what_to_install(module, package):
+    code = f"import sys; sys.modules[{package!r}] = None; import kvindex.integrations.{module}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip().endswith(f"pip install 'kvindex[{module}]'")
