@@ -79,7 +79,7 @@ help:
 	@echo 'make bench-service     requests a second of kvindex serve, by wrk'
 	@echo 'make bench-gate BASE=REV  asv, of REV and HEAD: exit 1 when something got slower or larger by more than a tenth'
 	@echo 'make bench-rows        growth, hybrid pods, threads, tail, stalls, memory and others, each beside what was promised'
-	@echo 'make lint              style, types and clang-tidy'
+	@echo 'make lint              style of code and prose, types and clang-tidy'
 	@echo 'make coverage          which lines the tests run, Python and native'
 	@echo 'make ci                everything that a pull request has to pass, in the order of the pipeline'
 	@echo 'make nightly           the long runs, and everything that is measured'
@@ -317,7 +317,7 @@ lint: .venv/.lint-tools
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint src/kvindex
-	$(BIN)/python -m pytest -q tests/packaging/test_native_layers.py
+	$(BIN)/python -m pytest -q tests/packaging/test_native_layers.py tests/packaging/test_prose.py
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 	$(BIN)/clang-tidy --quiet tests/fuzz/*.cpp -- -std=c++17 -Isrc/kvindex/_native
 	$(BIN)/clang-tidy --quiet src/kvindex/_tokens.hpp -- -xc++ -std=c++17 -isystem "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')"

@@ -124,7 +124,7 @@ def main() -> None:
     marks = rounds(options.rounds, options.blocks)
     rows = through(options.budget, options.stream)
     print(verdicts(marks))
-    columns = ["", "streamed", "kept", "shed", "most MB", "ns a block", "p99.9 µs of 64", "slowest µs of 64"]
+    columns = ["", "streamed", "kept", "evicted", "most MB", "ns a block", "p99.9 µs of 64", "slowest µs of 64"]
     print(table(columns, rows))
     print(", ".join(f"{name} {value}" for name, value in described("numpy").items()))
 

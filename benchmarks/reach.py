@@ -99,7 +99,7 @@ class Reached(NamedTuple):
 
 def verdicts(rows: Iterable[Reached]) -> str:
     """All of them as a Markdown table."""
-    columns = ["", "at", "measured", "quartiles", "best rounds", "at least", "stretch", "verdict"]
+    columns = ["", "at", "measured", "quartiles", "best rounds", "at least", "stretch", "result"]
     return table(columns, [_cells(row) for row in rows])
 
 

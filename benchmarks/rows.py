@@ -12,7 +12,7 @@ __all__ = ["ROWS"]
 #: Each is a command of its own as well: ``python -m benchmarks.growth``.
 ROWS = ("growth", "hybrid", "picks", "encoding", "threads", "tail", "snapshot", "churn", "stalls", "hostile", "memory")
 
-INTRO = "Made by `make bench-rows`, one command a section. *At least* was promised, *stretch* was hoped for."
+INTRO = "Made by `make bench-rows`, one command a section. *At least* is the target, *stretch* a more ambitious one."
 
 
 def main() -> int:

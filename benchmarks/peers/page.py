@@ -16,43 +16,43 @@ __all__ = ["markdown", "plot"]
 METHOD = """\
 Method: one process, one thread that asks. All contenders hold the same chains (seeded, larger than the L2 cache) for
 the same pods, every pod every chain, and their answers are checked against each other first. A round asks every
-contender in turn, in an order that turns, about prompts that nobody was asked about lately; {rounds} rounds. The tokens
+contender once, in a rotating order, about prompts that were not matched recently; {rounds} rounds. The tokens
 were written just before the call, as a tokenizer does; the index is cold. Microseconds are the best round's; ratios are
-medians over rounds of the ratio within a round, so noise of the machine hits both alike; beside them is the ratio of
-the best rounds, and the worse of the two decides. Calls are timed in a loop of Python with the garbage collector at
-rest; what they return is freed within the time. Dynamo gets the form that it is faster with, a list; it hands each
-question to a thread of its own, which costs it more the busier a machine is. The dict of sets hashes each block with
+medians over rounds of the ratio within a round, so noise of the machine affects both alike. Beside them is the ratio of
+the best rounds, and the worse of the two counts. Calls are timed in a loop of Python with the garbage collector at
+rest, including the release of their results. Dynamo gets its faster input, a list. It hands each
+query to its own thread, which takes longer on a busy machine. The dict of sets hashes each block with
 the `xxhash` package; the floor is one `xxhash.xxh3_64_intdigest` over the bytes of all tokens. `From hashes` starts
 with the hashes that the contender itself computed, an array for kvindex and a list for the others. Ingest is
-`PrefixIndex.ingest` (decode, hash, place) of what vLLM 0.33 writes, beside `msgpack.unpackb` of the same payloads.
-Resident bytes are what a process of its own grows by: the mean of 16 samples while the index doubles in size, since
-tables grow in steps; the largest in brackets."""
+`PrefixIndex.ingest` (decode, hash, place) of payloads of vLLM 0.33, beside `msgpack.unpackb` of the same payloads.
+Resident bytes are the growth of a separate process: the mean of 16 samples while the index doubles in size, since
+tables grow in steps, and the largest in brackets."""
 
 INTRO = """
-Made by `make bench-peers`. *kvindex* and *Dynamo* are asked with an array of tokens or hashes, *list* is the same from
-a list of ints; the *dict of sets* is what one would write first: prefix hash to set of pods. The *floor* is one hash
-over the bytes of the prompt. Each of the pods holds all of the prompt. A verdict *reached* is within what was promised
-(at least), *stretch* within what was hoped for, *not* is not. The method is [at the end](#measured-on), and [how it is
-measured](measuring.md) has what is behind it.
+Made by `make bench-peers`. *kvindex* and *Dynamo* get an array of tokens or hashes, *list* a list of ints. The *dict of
+sets* is a naive implementation: a dict from prefix hash to set of pods. The *floor* is one hash over the bytes of the
+prompt. Every pod holds the whole prompt. Each result is compared with a target (*at least*) and a more ambitious one
+(*stretch*); *not* means that the target was missed. The method is [at the end](#measured-on);
+[how it is measured](measuring.md) has the background.
 """
 
 WEAK = """\
 ## Where kvindex is weak
 
-- *Short prompts.* Of a call on 8 blocks, most is crossing from Python into native code and back.
-- *Lists*, of tokens or of hashes, are read object by object, and for a long one that is most of the time; an array of
-  tokens costs a quarter.
-- *Own names.* Pods that disagree on the engine's hashes (vLLM before 0.29 without a fixed seed) cost memory per pod and
-  block: removals come by name, so the names have to be kept. Dynamo's tree refuses such events.
-- *Reading the whole answer* builds a dict of all pods: 14 µs for 256 of them, beside 1 µs for `best()`.
-- *Short prompts in a huge index* wait for memory twice: at 10 million blocks a match of 8 blocks takes 0.6 µs instead
-  of 0.2, for neither the place of a prompt's first block nor the block is in any cache.
-- *Events of one block* cost two and a half times as much per block as long ones: there is a name to find for each.
-- *Hybrid models and offloading*: a worker with several groups or media costs some 35 ns a match, 10 µs for 256 of them,
-  where one with a single group costs one.
-- *A router that never rests*: Python gives the thread that ingests its turn every 5 ms, and batches wait for it.
-- *What is not compared*: contenders that Python cannot call (the routers in Go and Rust), and networks: all of this is
-  one process."""
+- *Short prompts.* Most of the time of a call on 8 blocks is the transition between Python and native code.
+- *Lists* of tokens or hashes are read object by object, which is most of the time of a long one. An array of tokens
+  takes a quarter of it.
+- *Own hashes.* Pods with different engine hashes for equal content (vLLM before 0.29 without a fixed seed) need memory
+  per pod and block: removals name these hashes, so the index keeps them. Dynamo's tree refuses such events.
+- *Reading the whole answer* builds a dict of all pods: 14 µs for 256 pods; `best()` takes 1 µs.
+- *Short prompts in a huge index* wait for memory twice, for the table entry of the first block and for the block. At 10
+  million blocks, a match of 8 blocks takes 0.6 µs instead of 0.2.
+- *Events of one block* take two and a half times as long per block as long ones: each needs its own look-up.
+- *Hybrid models and offloading*: a worker with several groups or media adds about 35 ns to a match, 10 µs for 256
+  workers; a worker with a single group adds 1 ns.
+- *A busy router*: Python switches to the ingesting thread every 5 ms, and batches wait until then.
+- *Not compared*: implementations that Python cannot call (routers in Go and Rust), and networks. All of this is one
+  process."""
 
 
 def _times(out: Result, question: str) -> str:
@@ -97,11 +97,11 @@ def markdown(out: Result) -> str:
     parts = ["# Beside others", INTRO]
     parts += [f"Left out: {reason}." for reason in out.skipped]
     parts += ["![Time per call by depth of the prompt](peers.svg)"]
-    parts += ["## From tokens", _times(out, "tokens"), "## From tokens to what a router reads", _times(out, "answer")]
+    parts += ["## From tokens", _times(out, "tokens"), "## From tokens to a Python result", _times(out, "answer")]
     parts += ["## From hashes", _times(out, "hashes"), "## Events", _ingest(out)]
     if out.memory:
         parts += ["## Memory", _memory(out)]
-    parts += ["## What was promised", verdicts(out.reached())]
+    parts += ["## Targets", verdicts(out.reached())]
     parts += [WEAK, "## Measured on", table(["", ""], [[name, value] for name, value in out.machine.items()])]
     parts += [METHOD.format(rounds=out.rounds)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
