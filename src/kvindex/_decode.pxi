@@ -75,3 +75,17 @@ def decode_events(payload):
             reason, fields = "bad_event", {"type": None}
         found.append((kind, reason, fields))
     return batch.ts, None if batch.dp_rank < 0 else batch.dp_rank, found
+
+
+def lift_tokens(bytes body, bytes name):
+    """``(token ids as uint32, the JSON object with an empty array in their place)``, or None where the object has under ``name``
+    anything but an array of token ids."""
+    cdef Py_ssize_t size = len(body)
+    tokens = np.empty(size // 2 + 1, dtype=np.uint32)
+    cdef uint32_t[::1] out = tokens
+    cdef const char* text = body
+    cdef const char* wanted = name
+    cdef size_t n = len(name)
+    cdef JsonTokens found
+    with nogil: found = json_tokens(text, size, wanted, n, &out[0])
+    return (tokens[:found.n], body[:found.begin] + b"[]" + body[found.end:]) if found.end else None

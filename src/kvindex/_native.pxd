@@ -202,6 +202,13 @@ cdef extern from "_native/concurrent_index.hpp" namespace "kvindex" nogil:
         cmap[uint32_t, string] media(const Hits&) except +
         string check() except +
 
+cdef extern from "_native/wire/json_tokens.hpp" namespace "kvindex" nogil:
+    cdef struct JsonTokens:
+        size_t n
+        size_t begin
+        size_t end
+    JsonTokens json_tokens(const char*, size_t, const char* name, size_t name_bytes, uint32_t* out)
+
 cdef extern from "_native/wire/peek.hpp" namespace "kvindex" nogil:
     struct BatchPeek:
         cbool timed

@@ -62,6 +62,8 @@ def inputs() -> Iterator[bytes]:
     for size in (60, LARGEST // 4):
         for payload in hostile(size):
             yield framed(FOUR, [payload])
+    yield b'{"model": "m", "tokens": [1, 20, 300, 4294967295, 12345678, 0], "pods": ["a]", {"b": "\\""}]}'
+    yield b'{"tokens":[7,77,777,7777,77777,777777,7777777,77777777]}'
     rng = Random(1337)
     for length in (4, 12, 40) * 20:
         yield bytes([1]) + rng.randbytes(7) + rng.randbytes(8 * length)

@@ -17,6 +17,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from .._core import lift_tokens
 from ..errors import CapacityError, InvalidTypeError, InvalidValueError, KVIndexError
 
 __all__ = ["Endpoint", "Gate", "Limits", "Refused", "encode", "refusal"]
@@ -223,6 +224,8 @@ class Endpoint:
         self._figures = figures
         self._body, self._query, self._binary, self._free = body, query, binary, free
         self._decode = msgspec.json.Decoder(body).decode if body is not None else None
+        fields = body.__struct_fields__ if body is not None else ()
+        self._tokens = next((name for name in ("tokens", "token_ids") if name in fields), None)
         self._names = names or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -280,8 +283,16 @@ class Endpoint:
             asked = _queried(scope, self._body)
             asked.tokens = self._binary(data)
             return asked
+        # A list of ints takes four times as long as the array; whatever is no array of token ids, the decoder refuses.
+        name = self._tokens
+        lifted = None if name is None else lift_tokens(data, name.encode())
         try:
-            return self._decode(data)
+            if name is None or lifted is None:
+                return self._decode(data)
+            tokens, rest = lifted
+            asked = self._decode(rest)
+            setattr(asked, name, tokens)
+            return asked
         except msgspec.ValidationError as error:
             raise invalid(error) from None
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:

@@ -1,0 +1,162 @@
+// Token ids straight out of a JSON request: a decoder that makes a Python int of each took 0.65 ms for 32,768 of them,
+// where the match takes 0.01. simdjson's own route to a buffer took 0.34 and flattens nested arrays.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace kvindex {
+
+struct JsonTokens {
+    size_t n = 0;      // tokens
+    size_t begin = 0;  // the array's place in the text, brackets included
+    size_t end = 0;    // 0: there is none to take
+};
+
+namespace json_detail {
+
+class Scanner {
+public:
+    Scanner(const char* p, size_t n) : p_(p), end_(p + n) {}
+
+    const char* at() const { return p_; }
+
+    bool done() const { return p_ == end_; }
+
+    bool take(char c) {
+        blanks();
+        if (p_ == end_ || *p_ != c) return false;
+        ++p_;
+        return true;
+    }
+
+    bool at(char c) {
+        blanks();
+        return p_ != end_ && *p_ == c;
+    }
+
+    // A string without looking at its escapes; `text` is between the quotes.
+    bool string(const char*& text, size_t& n) {
+        if (!take('"')) return false;
+        text = p_;
+        for (; p_ != end_; ++p_) {
+            if (*p_ == '"') {
+                n = static_cast<size_t>(p_++ - text);
+                return true;
+            }
+            if (*p_ != '\\') continue;
+            ++p_;
+            if (p_ == end_) return false;
+        }
+        return false;
+    }
+
+    // Past any value, by its brackets and strings alone: whether it is sound is for the decoder of the rest to say.
+    bool skip() {
+        size_t depth = 0;
+        const char* text = nullptr;
+        size_t n = 0;
+        for (blanks(); p_ != end_; ++p_) {
+            switch (*p_) {
+                case '"':
+                    if (!string(text, n)) return false;
+                    --p_;
+                    break;
+                case '[':
+                case '{': ++depth; break;
+                case ']':
+                case '}':
+                    if (depth == 0) return true;
+                    --depth;
+                    break;
+                case ',':
+                    if (depth == 0) return true;
+                    break;
+                default: break;
+            }
+        }
+        return false;
+    }
+
+    // An array of integers of 0 .. 2^32-1, nothing else in it.
+    bool tokens(uint32_t* out, size_t& n) {
+        n = 0;
+        if (!take('[')) return false;
+        if (take(']')) return true;
+        do {
+            blanks();
+            if (!token(out[n])) return false;
+            ++n;
+        } while (take(','));
+        return take(']');
+    }
+
+private:
+    void blanks() {
+        while (p_ != end_ && (*p_ == ' ' || *p_ == '\n' || *p_ == '\r' || *p_ == '\t')) ++p_;
+    }
+
+    bool token(uint32_t& out) {
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+        // Up to seven digits at once: the digits of eight bytes are moved to their upper end, and added up in pairs.
+        if (end_ - p_ >= 8) {
+            uint64_t bytes = 0;
+            std::memcpy(&bytes, p_, 8);
+            bytes ^= 0x3030303030303030U;
+            const uint64_t other =
+                (((bytes & 0x7F7F7F7F7F7F7F7FU) + 0x7676767676767676U) | bytes) & 0x8080808080808080U;
+            const auto bits = other ? static_cast<unsigned>(__builtin_ctzll(other)) & ~7U : 64U;
+            if (bits == 0) return false;
+            if (bits < 64) {
+                if ((bytes & 0xFF) == 0 && bits > 8) return false;
+                bytes <<= 64 - bits;
+                bytes = bytes * 10 + (bytes >> 8);
+                bytes = ((bytes & 0x000000FF000000FFU) * 0x000F424000000064U +
+                         ((bytes >> 16) & 0x000000FF000000FFU) * 0x0000271000000001U) >>
+                        32;
+                out = static_cast<uint32_t>(bytes);
+                p_ += bits / 8;
+                return true;
+            }
+        }
+#endif
+        const char* first = p_;
+        uint64_t value = 0;
+        for (; p_ != end_ && *p_ >= '0' && *p_ <= '9' && p_ - first < 10; ++p_)
+            value = value * 10 + static_cast<uint64_t>(*p_ - '0');
+        out = static_cast<uint32_t>(value);
+        return p_ != first && value <= 0xFFFFFFFFU && (*first != '0' || p_ - first == 1);
+    }
+
+    const char* p_;
+    const char* end_;
+};
+
+}  // namespace json_detail
+
+// Finds the array of token ids that a JSON object has under `name`, and reads it into `out`, which has room for n / 2.
+// Gives an end of 0 for anything that is not plainly that: no object, no array, another item in it, the name given
+// twice. The text without the array still has to be decoded, which says what is wrong with it.
+inline JsonTokens json_tokens(const char* p, size_t n, const char* name, size_t name_bytes, uint32_t* out) {
+    json_detail::Scanner scan(p, n);
+    JsonTokens found;
+    if (!scan.take('{')) return {};
+    do {
+        const char* key = nullptr;
+        size_t key_bytes = 0;
+        if (!scan.string(key, key_bytes) || !scan.take(':')) return {};
+        if (key_bytes != name_bytes || std::memcmp(key, name, name_bytes) != 0) {
+            // An escaped name could be the same one.
+            if (std::memchr(key, '\\', key_bytes) != nullptr || !scan.skip()) return {};
+            continue;
+        }
+        if (found.end != 0 || !scan.at('[')) return {};
+        found.begin = static_cast<size_t>(scan.at() - p);
+        if (!scan.tokens(out, found.n)) return {};
+        found.end = static_cast<size_t>(scan.at() - p);
+    } while (scan.take(','));
+    return found;
+}
+
+}  // namespace kvindex
