@@ -18,6 +18,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -33,7 +34,18 @@ __all__ = ["main"]
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "http_router.py"
 
 
-def wrk(what: str, url: str, pid: int, script: Path, options: argparse.Namespace) -> None:
+class Served(NamedTuple):
+    """What wrk found: requests a second, and seconds of an answer."""
+
+    rate: float
+    p50: float
+    p99: float
+
+
+_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+
+
+def wrk(what: str, url: str, pid: int, script: Path, options: argparse.Namespace) -> Served:
     """Say what wrk found, and the processor time of the process that served it, which other load changes little."""
     process = psutil.Process(pid)
     before = sum(process.cpu_times()[:2])
@@ -42,12 +54,14 @@ def wrk(what: str, url: str, pid: int, script: Path, options: argparse.Namespace
     spent = sum(process.cpu_times()[:2]) - before
     patterns = (r"(\d+) requests in", r"Requests/sec: +(\S+)", r"50% +(\S+)", r"99% +(\S+)")
     found = [re.search(pattern, said) for pattern in patterns]
-    served, rate, p50, p99 = (each[1] if each else "0" for each in found)
+    served, rate, p50, p99 = (each[1] if each else "0s" for each in found)
     failed = re.search(r"Non-2xx or 3xx responses: (\d+)", said)
     say(
         f"{what}: {rate} requests/s, p50 {p50}, p99 {p99}, {failed[1] if failed else 0} failed; "
         f"{amount(1000 * spent / max(int(served), 1))} ms of processor time a request"
     )
+    seconds = [float(number) * _SECONDS[unit] for number, unit in re.findall(r"([\d.]+)(us|ms|s)", f"{p50} {p99}")]
+    return Served(float(rate), *seconds)
 
 
 def main() -> None:

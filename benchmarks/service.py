@@ -1,30 +1,43 @@
-"""``python -m benchmarks.service``: requests a second of ``kvindex serve``, by wrk.
+"""``python -m benchmarks.service``: ``kvindex serve`` beside Dynamo's standalone indexer, on the same publishers.
 
-Four simulated pods hold eight prompts of 2,048 blocks. wrk asks about these in turn: as JSON (``/query``) and as bytes
-(``/v1/match``). ``/healthz`` is the server alone. With several connections, p50 and p99 include the wait for others.
+Both are given the publishers by the same ``/register`` calls, and asked the same ``/query`` by wrk. Four simulated pods
+hold eight prompts of 2,048 blocks; for the rows beside ingest, sixteen more publish 2,000 batches a second. Where
+Dynamo's runtime is not installed, its rows are left out and said so.
 """
 
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import re
+import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from urllib.request import urlopen
+from typing import Any
+from urllib.error import URLError
+from urllib.request import Request, urlopen
 
+import psutil
+
+from kvindex import PrefixIndex
 from kvindex.sim import SimProcess
 
-from .data import BLOCK, beginning
-from .router import wrk
+from .data import BLOCK, beginning, chains, fill
+from .fleets import Fleet
+from .report import amount, say
+from .router import Served, wrk
 
 __all__ = ["main"]
 
-DEPTH, PROMPTS = 2048, 8
+DEPTH, PROMPTS, RATE = 2048, 8, 2000
 LUA = """
 local made, at = {}, 0
 init = function()
@@ -38,41 +51,190 @@ request = function() at = (at + 1) %% (#made + 1); return made[at] end
 """
 
 
+def ask(url: str, body: Any = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    with urlopen(Request(url, data, {"Content-Type": "application/json"})) as answer:
+        said = answer.read()
+    return json.loads(said) if said else None
+
+
+@contextmanager
+def started(command: list[str], url: str) -> Iterator[psutil.Popen]:
+    """A service that answers ``/health``."""
+    served = psutil.Popen([sys.executable, "-m", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while True:
+            try:
+                urlopen(f"{url}/health").close()
+                break
+            except (URLError, OSError):
+                time.sleep(0.005)
+        yield served
+    finally:
+        served.kill()
+        served.wait()
+
+
+def free_url() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return f"http://127.0.0.1:{found.getsockname()[1]}"
+
+
+def ours(url: str, *more: str) -> list[str]:
+    return ["kvindex", "serve", f"--port={url.rpartition(':')[2]}", *more]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.service", description=__doc__)
     parser.add_argument("--seconds", type=int, default=5, help="of each row (%(default)s)")
+    parser.add_argument("--connections", type=int, default=4, help="of wrk (%(default)s)")
     options = parser.parse_args()
-    prompts = [beginning(1, number, DEPTH) for number in range(PROMPTS)]
-    bodies = [json.dumps({"model": "sim", "token_ids": prompt.tolist()}).encode() for prompt in prompts]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        pods = [stack.enter_context(SimProcess(name=name, blocks=2 * PROMPTS * DEPTH)) for name in "abcd"]
-        followed = [f"{pod.name}={','.join(map(str, pod.ranks[0]))}" for pod in pods]
-        command = [sys.executable, "-m", "kvindex", "serve", "--port=0", "--model=sim", *followed]
-        served = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-        stack.callback(served.kill)
-        assert served.stdout is not None
-        found = re.search(r"http://\S+", served.stdout.readline())
-        assert found is not None
-        for pod in pods:
-            for prompt in prompts:
-                pod.serve(prompt)
-        while not all(held(found[0], body) == [DEPTH * BLOCK] * len(pods) for body in bodies):
+        beside(folder, options, stack)
+    page(options)
+    with tempfile.TemporaryDirectory() as folder_:
+        replica(Path(folder_))
+
+
+def beside(folder: Path, options: argparse.Namespace, stack: ExitStack) -> None:
+    """Both services on the same publishers: answers, requests a second, and p99 beside ingest."""
+    prompts = [beginning(1, number, DEPTH) for number in range(PROMPTS)]
+    questions = [{"model_name": "sim", "token_ids": prompt.tolist()} for prompt in prompts]
+    for number, (question, prompt) in enumerate(zip(questions, prompts, strict=True)):
+        (folder / f"query{number}").write_text(json.dumps(question))
+        (folder / f"match{number}").write_bytes(prompt.tobytes())
+    (folder / "query").write_text(LUA % (PROMPTS - 1, folder / "query", "json"))
+    (folder / "match").write_text(LUA % (PROMPTS - 1, folder / "match", "octet-stream"))
+    uds = str(folder / "socket")
+    services = ["kvindex", "dynamo"]
+    if find_spec("dynamo") is None:
+        services.remove("dynamo")
+        say("Dynamo's runtime is not installed: its rows are left out")
+    pods = [stack.enter_context(SimProcess(name=name, blocks=2 * PROMPTS * DEPTH)) for name in "abcd"]
+    writers = stack.enter_context(Fleet(16, 0))
+    urls, processes = {}, {}
+    listed = [(*pod.ranks[0], "sim") for pod in pods]
+    listed += [(f"tcp://127.0.0.1:{live}", f"tcp://127.0.0.1:{replay}", "m") for live, replay in writers.ports]
+    for name in services:
+        urls[name] = url = free_url()
+        command = ours(url, f"--uds={uds}") if name == "kvindex" else ["dynamo.indexer", "--port", url.split(":")[2]]
+        processes[name] = stack.enter_context(started(command, url))
+        for instance, (live, replay, model) in enumerate(listed, 1):
+            ask(f"{url}/register", {
+                "instance_id": instance, "endpoint": live, "replay_endpoint": replay, "model_name": model,
+                "block_size": BLOCK, "dp_rank": 0,
+            })  # fmt: skip
+    for pod in pods:
+        for prompt in prompts:
+            pod.serve(prompt)
+    for url in urls.values():
+        while any(held(url, question) != [DEPTH * BLOCK] * len(pods) for question in questions):
             time.sleep(0.1)
-        (folder / "healthz").write_text("")
-        for name, media, contents in (("query", "json", bodies), ("match", "octet-stream", prompts)):
-            for number, content in enumerate(contents):
-                (folder / f"{name}{number}").write_bytes(content)
-            (folder / name).write_text(LUA % (PROMPTS - 1, folder / name, media))
-        for options.connections in (1, 16):
-            for name, path in (("healthz", "/healthz"), ("query", "/query"), ("match", "/v1/match?model=sim")):
-                what = f"{path}, {options.connections} at a time"
-                wrk(what, f"{found[0]}{path}", served.pid, folder / name, options)
+    say(f"both answer {DEPTH * BLOCK} tokens for each of {len(pods)} pods and {PROMPTS} prompts")
+
+    def asked(name: str, about: str, path: str = "query", query: str = "") -> Served:
+        return wrk(f"{name} /{path}{about}", f"{urls[name]}/{path}{query}", processes[name].pid,
+                   folder / path.rpartition("/")[2], options)  # fmt: skip
+
+    rates = {name: asked(name, ", list of 2,048 blocks").rate for name in services}
+    if len(rates) == 2:
+        say(f"  kvindex / dynamo: {rates['kvindex'] / rates['dynamo']:.2f}")
+    asked("kvindex", ", bytes", "v1/match", "?model=sim")
+    unix(uds, urls["kvindex"], prompts)
+    for name in services:
+        writers.do(f"send {RATE} {options.seconds + 2}")
+        writers.told()
+        time.sleep(0.5)
+        found = asked(name, f" beside {RATE:,} batches a second")
+        say(f"  p99 / p50: {found.p99 / found.p50:.1f}")
+        writers.told()
 
 
-def held(url: str, body: bytes) -> list[int]:
-    with urlopen(f"{url}/query", body) as answer:
-        return [instance["longest_matched"] for instance in json.load(answer)["instances"].values()]
+def held(url: str, question: Any) -> list[int]:
+    found = ask(f"{url}/query", question)["instances"].values()
+    return [instance["longest_matched"] for instance in found if instance["longest_matched"]]
+
+
+class _Unix(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost")
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(self._path)
+
+
+def p50(call: Callable[[Any], object], inputs: list[Any], times: int = 1000) -> float:
+    taken = []
+    for number in range(times):
+        start = time.perf_counter()
+        call(inputs[number % len(inputs)])
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def unix(path: str, url: str, prompts: list[Any]) -> None:
+    """A match over a Unix socket with binary tokens, beside the match alone on the same index, asked for by its
+    snapshot."""
+    with urlopen(f"{url}/v1/snapshot") as answer:
+        index = PrefixIndex.loads(answer.read())
+    connection = _Unix(path)
+
+    def over(prompt: bytes) -> None:
+        connection.request("POST", "/v1/match?model=sim", prompt, {"Content-Type": "application/octet-stream"})
+        connection.getresponse().read()
+
+    whole = p50(over, [prompt.tobytes() for prompt in prompts])
+    alone = p50(lambda prompt: index.match_prefix(prompt, model="sim"), prompts)
+    say(f"Unix socket, bytes, 2,048 blocks: p50 {whole * 1e6:.0f} us, the match alone {alone * 1e6:.0f} us: "
+        f"{(whole - alone) * 1e6:.0f} us added, with http.client's share")  # fmt: skip
+
+
+def page(options: argparse.Namespace) -> None:
+    """Processor time of the service with 500 silent pods while one browser looks, and while none does."""
+    url = free_url()
+    with started(ours(url), url) as served:
+        for number in range(500):
+            ask(f"{url}/register", {"instance_id": number + 1, "endpoint": f"tcp://127.0.0.1:{20000 + number}",
+                                    "model_name": "m", "block_size": BLOCK, "dp_rank": 0})  # fmt: skip
+        time.sleep(5)
+        spent = {True: 0.0, False: 0.0}
+        for looking in (True, False) * 4:  # in turns: what silent streams cost falls while they wait longer
+            before = sum(served.cpu_times()[:2])
+            for _ in range(max(options.seconds // 2, 1)):
+                if looking:
+                    ask(f"{url}/v1/fleet")
+                    ask(f"{url}/v1/history?since={time.time() - 2}")
+                time.sleep(2)
+            spent[looking] += sum(served.cpu_times()[:2]) - before
+        shares = [spent[looking] / (4 * 2 * max(options.seconds // 2, 1)) for looking in (False, True)]
+        say(f"the page with 500 pods: {100 * (shares[1] - shares[0]):.1f} % of a core while one browser looks, "
+            f"beside {100 * shares[0]:.1f} % while none does")  # fmt: skip
+
+
+def replica(folder: Path) -> None:
+    """Seconds until a new service answers, empty and from a living one with a million blocks."""
+    index = PrefixIndex(block_size=BLOCK)
+    fill(index, chains(7, 500, 2000), ["a"])
+    index.save(folder / "snapshot")
+    living, empty, new = free_url(), free_url(), free_url()
+    with started(ours(living, f"--snapshot={folder / 'snapshot'}"), living):
+        times = {}
+        for what, url, more in (("empty", empty, ()), ("from a living one", new, (f"--from={living}",))):
+            start = time.perf_counter()
+            with started(ours(url, *more), url):
+                times[what] = time.perf_counter() - start
+                blocks = re.search(r"^kvindex_blocks(?:\{.*\})? (\S+)", metrics(url), re.M)
+                say(f"a new service, {what}: answers after {times[what]:.2f} s, "
+                    f"{amount(float(blocks[1]) if blocks else 0)} blocks")  # fmt: skip
+        say(f"  {times['from a living one'] - times['empty']:.2f} s for the blocks")
+
+
+def metrics(url: str) -> str:
+    with urlopen(f"{url}/metrics") as answer:
+        return str(answer.read().decode())
 
 
 if __name__ == "__main__":
