@@ -55,7 +55,7 @@ class Restarted(World):
 
 
 @given(seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=max(10, settings.default.max_examples // 5))
+@settings(max_examples=max(4, settings.default.max_examples // 7))
 def test_a_loaded_index_goes_on_as_the_one_that_was_saved(seed) -> None:
     rng = Random(seed)
     world = Restarted(draw_setup(rng))
