@@ -96,7 +96,7 @@ help:
 	@echo 'make chaos-quick       half a minute of the faults, without rights or tools'
 	@echo 'make e2e-quick         the part of it that every change has to pass'
 	@echo 'make e2e-engines       the caches and publishers of vLLM and SGLang themselves, against their own answers'
-	@echo 'make test-integrations  kvindex in the routers of others: LiteLLM'
+	@echo 'make test-integrations  kvindex in the routers of others: LiteLLM, Ray Serve'
 	@echo 'make test-page         the service'"'"'s page in Chromium'
 	@echo 'make test-openapi      the service under generated requests, valid and damaged'
 	@echo 'make clean             remove everything built, and .venv'
@@ -390,7 +390,7 @@ ci: lint docs links test-unit test-wire coverage sanitize fuzz test-integrations
 tsan-nightly fuzz-nightly: %-nightly:
 	$(MAKE) $* SECONDS=$(if $(filter tsan,$*),600,1800)
 
-nightly: links-outside test-nightly tsan-nightly fuzz-nightly e2e-engines test-page test-openapi bench-peers bench-rows bench-check bench bench-html
+nightly: links-outside test-nightly tsan-nightly fuzz-nightly e2e-engines test-integrations-nightly test-page test-openapi bench-peers bench-rows bench-check bench bench-html
 
 dist: .venv/.test-tools
 	rm -rf dist
@@ -402,7 +402,7 @@ clean:
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 # End to end: processes of their own over real sockets.
-.PHONY: test-kv-sync-e2e e2e-quick e2e-engines test-integrations test-page test-openapi
+.PHONY: test-kv-sync-e2e e2e-quick e2e-engines test-integrations test-integrations-nightly test-page test-openapi
 .venv/.e2e-tools: .venv/.test-tools
 	$(call listed,["project"]["optional-dependencies"]["e2e"])
 	touch $@
@@ -432,7 +432,7 @@ e2e-engines: $(ENGINES)/.installed
 # The routers of others, in an environment of their own: LiteLLM wants a python-dateutil that the client of Kubernetes
 # refuses. Without kvindex itself, which is that of the checkout.
 INTEGRATIONS := .build/integrations
-ROUTED := sim text litellm integrations
+ROUTED := sim text litellm ray integrations
 $(INTEGRATIONS)/.installed: pyproject.toml | .venv/.installed
 	rm -rf $(INTEGRATIONS) && $(BIN)/python -m venv $(INTEGRATIONS)
 	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; e = p["optional-dependencies"]; print(*p["dependencies"], *(r for k in "$(ROUTED)".split() for r in e[k]), sep="\n")' \
@@ -440,8 +440,12 @@ $(INTEGRATIONS)/.installed: pyproject.toml | .venv/.installed
 	touch $@
 
 test-integrations: $(INTEGRATIONS)/.installed
-	PYTHONPATH=src $(INTEGRATIONS)/bin/python -m pytest -q -n $(JOBS) --dist loadfile $(JUNIT) tests/integrations
-	PYTHONPATH=src $(INTEGRATIONS)/bin/python -m pytest -q tests/unit/test_pages.py -k integrations/
+	PYTHONPATH=src $(INTEGRATIONS)/bin/python -m pytest -q -n $(JOBS) --dist loadfile $(JUNIT) tests/integrations --ignore tests/integrations/nightly
+	PYTHONPATH=src $(INTEGRATIONS)/bin/python -m pytest -q -W ignore tests/unit/test_pages.py -k integrations/
+
+# Whole proxies and clusters.
+test-integrations-nightly: $(INTEGRATIONS)/.installed
+	PYTHONPATH=src $(INTEGRATIONS)/bin/python -m pytest -q $(JUNIT) tests/integrations/nightly
 
 # The page of the service, in the system's Chromium. PAGE_PICTURES=DIRECTORY keeps what it looks like.
 .venv/.page-tools: .venv/.test-tools

@@ -18,6 +18,9 @@ from kvindex.sim import SimProcess
 
 # LiteLLM otherwise fetches prices while it is imported.
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+# Ray passes over a replica that does not tell the length of its queue in a tenth of a second, which here is chance.
+os.environ["RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S"] = "10"
+os.environ["RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S"] = "10"
 
 
 @pytest.fixture(scope="module")

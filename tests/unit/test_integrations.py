@@ -8,7 +8,7 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize(("module", "package"), [("litellm", "litellm")])
+@pytest.mark.parametrize(("module", "package"), [("litellm", "litellm"), ("ray", "ray")])
 def test_what_is_not_installed_says_what_to_install(module, package):
     code = f"import sys; sys.modules[{package!r}] = None; import kvindex.integrations.{module}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
