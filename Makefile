@@ -57,7 +57,7 @@ listed = $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.t
 	$(call listed,["project"]["optional-dependencies"]["test"])
 	touch $@
 
-.PHONY: ci nightly tsan-nightly fuzz-nightly coverage test-nightly wheel-check release-check
+.PHONY: ci nightly tsan-nightly fuzz-nightly simulate simulate-nightly coverage test-nightly wheel-check release-check
 .PHONY: help build demo test test-unit test-wire sanitize sanitize-quick tsan fuzz lint dist clean bench-peers bench-rows bench-streams bench-router bench-service bench-gate
 .PHONY: bench bench-quick bench-html bench-replay bench-baseline bench-check
 
@@ -70,6 +70,7 @@ help:
 	@echo 'make sanitize          the tests with the core under the address and undefined-behaviour sanitizers'
 	@echo 'make sanitize-quick    the part of it that every change has to pass'
 	@echo 'make fuzz SECONDS=60   coverage-guided fuzzers on the event decoder and on snapshots; every allocation fails once'
+	@echo 'make simulate SECONDS=60  replication by seed: engines, a server, a network and processes that fail'
 	@echo 'make bench-peers       kvindex beside Dynamo, a dict of sets and the floor: one process, one table'
 	@echo 'make bench             the asv suite on what is committed; bench-quick: each of it once, to see that it runs'
 	@echo 'make bench-html        the history of it as pages in .asv/html'
@@ -387,10 +388,19 @@ release-check: $(BIN)/python
 ci: lint docs links test-unit test-wire coverage sanitize fuzz test-integrations test-kv-sync-e2e bench-quick bench-check chaos-quick
 	$(BIN)/python .github/summary.py $(REPORTS) chaos/reports
 
+# A seed is one history, and what fails says which: FIRST=17 begins there.
+FIRST ?= 1
+simulate: .venv/.test-tools
+	$(BIN)/python tests/log_world.py --seconds $(SECONDS) --first $(FIRST)
+
+# Other seeds each night.
+simulate-nightly: .venv/.test-tools
+	$(BIN)/python tests/log_world.py --seconds 3600 --first $$(date +%s)
+
 tsan-nightly fuzz-nightly: %-nightly:
 	$(MAKE) $* SECONDS=$(if $(filter tsan,$*),600,1800)
 
-nightly: links-outside test-nightly tsan-nightly fuzz-nightly e2e-engines test-integrations-nightly test-page test-openapi bench-peers bench-rows bench-check bench bench-html
+nightly: links-outside test-nightly tsan-nightly fuzz-nightly simulate-nightly e2e-engines test-integrations-nightly test-page test-openapi bench-peers bench-rows bench-check bench bench-html
 
 dist: .venv/.test-tools
 	rm -rf dist

@@ -1,0 +1,12 @@
+"""One view of a fleet for many processes (extra ``redis``): :class:`ReplicatedIndex`.
+
+Data flows one way: engines, ``EventManager``, its ``tap``, ``Collector``, the log, ``Follower``, ``PrefixIndex``.
+``entries`` is the wire format. ``collector``, ``follower``, ``replica`` and ``exchange`` are state machines without
+socket, clock or thread; ``store`` sends their requests to the server, and ``view`` applies their effects.
+"""
+
+from .aio import AsyncReplicatedIndex
+from .requests import Policy as ReplicationPolicy
+from .view import ReplicatedIndex, ReplicationStatus
+
+__all__ = ["AsyncReplicatedIndex", "ReplicatedIndex", "ReplicationPolicy", "ReplicationStatus"]

@@ -1,0 +1,98 @@
+"""The log's wire format: an entry is a version byte and a MessagePack array of items."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import msgpack
+
+from ..errors import KVIndexError
+from ..sync.status import Batch, Configured, Forgotten, Marked, Removed
+
+__all__ = [
+    "VERSION", "ZERO", "Beat", "Begun", "Described", "Id", "Item", "LogError", "Previous", "decode", "encode",
+    "id_text", "parse_id",
+]  # fmt: skip
+
+VERSION: Final = 1
+
+Id: TypeAlias = tuple[int, int]
+"""``(epoch, number)``: numbers count from 1 without holes, and a collector begins an epoch of its own."""
+
+ZERO: Final[Id] = (0, 0)
+
+
+class LogError(KVIndexError, ValueError):
+    """An entry or a snapshot that can not be read: damaged, of a newer version, or of another fleet."""
+
+
+class Begun(NamedTuple):
+    """The first item of an epoch: its collector, and what an index has to be made with to take part."""
+
+    writer: str
+    settings: Mapping[str, Any]
+
+
+class Previous(NamedTuple):
+    """The second entry of an epoch begins with it: the place at which an index continues with this epoch. Everybody
+    else needs a snapshot."""
+
+    epoch: int
+    number: int
+
+
+class Beat(NamedTuple):
+    """The collector hears its engines, and everything that it has heard is before this."""
+
+    at: float
+    """When that was, by the collector's own clock, which says nothing to others."""
+
+
+class Described(NamedTuple):
+    """A pod's source as routers need it."""
+
+    pod: str
+    model: str
+    address: str | None
+    labels: Mapping[str, str]
+    engine: str | None
+
+
+Item: TypeAlias = Batch | Beat | Begun | Configured | Described | Forgotten | Marked | Previous | Removed
+
+# Numbers are for ever. A newer version may append fields to an item, and new kinds: both are skipped.
+_KINDS: Final[dict[int, type[Any]]] = {
+    1: Begun, 2: Previous, 3: Beat, 4: Batch, 5: Forgotten, 6: Marked, 7: Configured, 8: Removed, 9: Described,
+}  # fmt: skip
+_NUMBERS: Final = {kind: number for number, kind in _KINDS.items()}
+_FIELDS: Final = {number: len(kind._fields) for number, kind in _KINDS.items()}
+
+_pack = msgpack.Packer(default=lambda value: sorted(value), unicode_errors="surrogateescape").pack
+
+
+def encode(items: Iterable[Item]) -> bytes:
+    """One entry. O(bytes)."""
+    packed: bytes = _pack([[_NUMBERS[type(item)], *item] for item in items])
+    return bytes((VERSION,)) + packed
+
+
+def decode(data: bytes) -> list[Item]:
+    """The items of an entry, without those of unknown kinds. Raises :class:`LogError`."""
+    if data[:1] != bytes((VERSION,)):
+        version = data[0] if data else None
+        raise LogError(f"an entry has version {version}, this kvindex reads {VERSION}: upgrade the readers first")
+    try:
+        listed = msgpack.unpackb(memoryview(data)[1:], unicode_errors="surrogateescape", strict_map_key=False)
+        return [_KINDS[number](*fields[: _FIELDS[number]]) for number, *fields in listed if number in _KINDS]
+    except Exception as error:
+        raise LogError(f"an entry of {len(data):,} bytes is damaged: {error!r}") from None
+
+
+def id_text(id: Id) -> str:
+    return f"{id[0]}-{id[1]}"
+
+
+def parse_id(text: str | bytes) -> Id:
+    epoch, _, number = (text if isinstance(text, str) else text.decode()).partition("-")
+    return int(epoch), int(number)

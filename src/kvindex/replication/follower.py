@@ -1,0 +1,217 @@
+"""Reading the log: a pure state machine without socket, clock or thread."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from .entries import ZERO, Beat, Begun, Id, LogError, Previous, decode, id_text
+from .requests import Effect, Get, Load, Policy, Read, Request, Tip, Trust, Wait
+from .snapshots import Download, Pointer
+
+__all__ = ["BEGINNING", "Follower"]
+
+BEGINNING: Final = ("starting", "reading the log")
+"""Reasons that need nobody's attention."""
+
+
+class Follower:
+    """Keeps an index equal to what the log says.
+
+    :meth:`next` gives the next request, one at a time, and each answer goes to :meth:`answered`, which gives what is
+    to be done to the index, in order.
+
+    An answer is believed for ``silence`` seconds after a moment at which nothing lay behind this place in the log and
+    the collector was about to write a beat: the sending of the last read but one, if the last brought a beat.
+    """
+
+    def __init__(self, policy: Policy, settings: Mapping[str, Any]) -> None:
+        self.policy = policy
+        self.settings = dict(settings)
+        self.place: Id | None = None
+        """The last entry that is applied; None before a snapshot is."""
+        self.reason = BEGINNING[0]
+        """Why nothing is believed, for people; empty where something is."""
+        self.behind: Id | None = None
+        """The place at which the epoch was found that has begun and not said yet what it continues."""
+        self.begun_by = ""
+        """The collector whose epoch this is."""
+        self.is_foreign = False
+        """The log is another fleet's, or of a newer version: nothing may be written into it."""
+        self.tip_at: float | None = None
+        """When the read was sent that last showed that nothing lay behind :attr:`place`."""
+        self.heard_at: float | None = None
+        """When the last beat was read."""
+        self.booting_since: float | None = None
+        self.snapshots = self.holes = 0
+        """Snapshots loaded, and times that one was needed."""
+        self.entries = 0
+        self._download: Download | None = None
+        self._loading: Pointer | None = None
+        self._useless: bytes | None = None  # the pointer whose snapshot did not help
+        self._seen: bytes | None = None
+        self._looked_at = -1e18
+        self._check_at = -1e18  # when to look whether the log still reaches up to this place
+        self._short = 0  # times in a row that it did not
+
+    # ------------------------------------------------------------------------------------------------------- requests
+
+    def next(self, now: float) -> Request:
+        policy = self.policy
+        if self.place is None:
+            if self.booting_since is None:
+                self.booting_since = now
+            if self._download is None:
+                if now < self._looked_at + policy.beat:
+                    return Wait(self._looked_at + policy.beat)
+                self._looked_at = now
+                self._download = Download()
+            return self._download.next()
+        if now >= self._check_at:
+            return Tip()
+        return Read(self.place, policy.count, policy.beat)
+
+    def answered(self, request: Request, answer: Any, sent: float, now: float) -> list[Effect]:
+        """Take the answer to :meth:`next`, which was asked for at ``sent``."""
+        if type(request) is Read:
+            return self._read(answer, sent, request.most)
+        if type(request) is Tip:
+            self._check_at = now + self.policy.silence
+            place = self.place or ZERO
+            self._short = self._short + 1 if place != ZERO and (answer or ZERO) < place else 0
+            # One that has just lost its end is filled again by the collector. In one that was begun below this place
+            # nothing will ever be found.
+            if self._short > 1:
+                return self.reboot(f"the log ends at {id_text(answer or ZERO)}, before {id_text(place)}")
+            return []
+        assert type(request) is Get
+        try:
+            return self._got(answer, now)
+        except LogError as error:
+            self.is_foreign = "version" in str(error) or "fleet" in str(error)
+            self._useless = self._seen
+            self.reason, self._download = str(error), None
+            return []
+
+    def lost(self) -> None:
+        """The server was lost, or another one has taken its place: what it has is not known."""
+        self.tip_at = None
+        self._download = None
+        self._check_at = -1e18
+
+    # ------------------------------------------------------------------------------------------------------ snapshots
+
+    def reboot(self, reason: str) -> list[Effect]:
+        """What is in the index can not be continued: begin with the next snapshot that can."""
+        self.holes += 1
+        self.reason = reason
+        self.place = self.behind = self.tip_at = self.booting_since = None
+        self._download = None
+        return [Trust(0.0)]
+
+    def _got(self, data: bytes | None, now: float) -> list[Effect]:
+        assert self._download is not None
+        if self._download.pointer is None:
+            self._seen = data
+            if data is None or data == self._useless:
+                self._download = None
+                if data is None and self.snapshots == self.holes == 0:
+                    # A log that is there from its first entry on can be read from there.
+                    return self.begin(ZERO)
+                return []
+            self._download.pointer = found = Pointer.decode(data)
+            if dict(found.settings) != self.settings:
+                raise LogError(_foreign(self.settings, found.settings))
+            return []
+        contents = self._download.got(data)
+        if contents is None:
+            return []
+        pointer, self._download = self._download.pointer, None
+        self._loading = pointer
+        return [Load(*contents), *self.begin(pointer.id)[1:]]
+
+    def begin(self, place: Id) -> list[Effect]:
+        """Continue from ``place`` with the index that is loaded, or with an empty one."""
+        self.place = place
+        self.behind = self.tip_at = self.booting_since = None
+        self._check_at = -1e18
+        self._short = 0
+        self.is_foreign = False
+        return [Load(None, {}, []), Trust(0.0)]
+
+    def loaded(self, error: str | None) -> None:
+        """Take whether the snapshot could be loaded."""
+        if error is None:
+            self.snapshots += self._loading is not None
+            self.reason = BEGINNING[1]
+        else:
+            self.place = None
+            self.reason, self._useless = error, self._seen
+        self._loading = None
+
+    # -------------------------------------------------------------------------------------------------------- entries
+
+    def _read(self, entries: list[tuple[Id, bytes]], sent: float, count: int) -> list[Effect]:
+        effects: list[Effect] = []
+        beaten = False
+        for id, data in entries:
+            assert self.place is not None
+            if self._is_new_epoch(id):
+                # An epoch that ended before it said what it continues leaves the question open for the next.
+                self.behind = self.place if self.behind is None else self.behind
+            elif not self._is_next(id):
+                return effects + self._hole(f"entry {id_text(id)} follows {id_text(self.place)} in the log")
+            try:
+                items = decode(data)
+            except LogError as error:
+                self.is_foreign = "version" in str(error)
+                return effects + self._hole(f"{id_text(id)}: {error}")
+            self.place = id
+            self.entries += 1
+            for item in items:
+                if isinstance(item, Beat):
+                    beaten = True
+                elif isinstance(item, Begun):
+                    self.begun_by = item.writer
+                    if dict(item.settings) != self.settings:
+                        self.is_foreign = True
+                        return effects + self._hole(_foreign(self.settings, item.settings))
+                elif isinstance(item, Previous):
+                    if self.behind is None or tuple(item) != self.behind:
+                        before = id_text(self.behind or self.place)
+                        return effects + self._hole(
+                            f"epoch {id[0]} continues {id_text((item.epoch, item.number))}, this index is at {before}"
+                        )
+                    self.behind = None
+                else:
+                    effects.append(item)
+        full = len(entries) >= count
+        if beaten and not full and self.behind is None and self.tip_at is not None:
+            self.heard_at = sent
+            self._check_at = sent + self.policy.silence
+            self._short = 0
+            self.reason = ""
+            effects.append(Trust(self.tip_at + self.policy.silence))
+        self.tip_at = None if full else sent
+        return effects
+
+    def _is_new_epoch(self, id: Id) -> bool:
+        assert self.place is not None
+        return id[0] > self.place[0] and id[1] == 1
+
+    def _is_next(self, id: Id) -> bool:
+        assert self.place is not None
+        return id == (self.place[0], self.place[1] + 1)
+
+    def _hole(self, reason: str) -> list[Effect]:
+        self._useless = self._seen
+        return self.reboot(reason)
+
+
+def _foreign(own: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    differ = ", ".join(
+        f"{name} {other.get(name)!r} where this index has {own.get(name)!r}"
+        for name in sorted({*own, *other})
+        if own.get(name) != other.get(name)
+    )
+    return f"the log belongs to another fleet: {differ}; give each fleet a name of its own"

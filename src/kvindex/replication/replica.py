@@ -1,0 +1,296 @@
+"""One process's part in a fleet: a follower that becomes the collector when there is none. Pure, as its parts are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from ..sync.status import Marked, Removed
+from .collector import Collector, Cut
+from .entries import Beat, Begun, Described, Id, Item, LogError, encode, id_text
+from .follower import Follower
+from .requests import (
+    Append,
+    Claim,
+    Collect,
+    Effect,
+    Fail,
+    Get,
+    Load,
+    Policy,
+    Refused,
+    Release,
+    Renew,
+    Request,
+    StepDown,
+    Wait,
+)
+from .snapshots import Contents, Pointer
+
+__all__ = ["Known", "Replica"]
+
+
+class Known:
+    """What an index does not keep of pods: how routers reach them, and what their streams were last said to be."""
+
+    def __init__(self) -> None:
+        self.pods: dict[str, Described] = {}
+        self.verdicts: dict[tuple[str, int], str] = {}
+
+    def take(self, item: object) -> None:
+        if isinstance(item, Marked):
+            self.verdicts[item.pod, item.rank] = item.verdict
+        elif isinstance(item, Described):
+            self.pods[item.pod] = item
+        elif isinstance(item, Removed):
+            self.pods.pop(item.pod, None)
+            self.verdicts = {at: verdict for at, verdict in self.verdicts.items() if at[0] != item.pod}
+
+    def load(self, load: Load) -> None:
+        self.pods = {pod: Described(pod, *fields) for pod, fields in load.pods.items()}
+        self.verdicts = {(pod, rank): verdict for pod, rank, verdict in load.verdicts}
+
+    def contents(self, data: bytes) -> Contents:
+        pods = {pod: [*described[1:]] for pod, described in self.pods.items()}
+        return Contents(data, pods, [(*at, verdict) for at, verdict in self.verdicts.items()])
+
+    def stale(self, reason: str) -> list[Item]:
+        return [Marked(pod, rank, "stale", reason) for pod, rank in self.verdicts]
+
+
+class Replica:
+    """:meth:`next` gives the next request, one at a time; each answer goes to :meth:`answered`, which gives what is to
+    be done here, in order. ``writer`` is unique among all processes of all times."""
+
+    follower_type, collector_type = Follower, Collector  # tests replace them by broken ones
+
+    def __init__(self, policy: Policy, settings: Mapping[str, Any], writer: str, *, candidate: bool) -> None:
+        self.policy = policy
+        self.settings = dict(settings)
+        self.writer = writer
+        self.candidate = candidate
+        self.follower = self.follower_type(policy, settings)
+        self.collector: Collector | None = None
+        self.known = Known()
+        self.unreachable = ""
+        """Why the server can not be asked, for people; empty while it can."""
+        self.hindrance = ""
+        """Why this process can not become the collector."""
+        self.takeovers = self.step_downs = 0
+        self.failures: dict[str, int] = {}
+        self.closing = False
+        self._has_lease = False
+        self._claim_at = 0.0
+        self._takeover: Id | None = None  # the first entry of the epoch that is to begin here
+        self._is_written = False
+        self._afresh = False
+        self._kept: Pointer | None = None
+        self._looked = False
+        self._read_again = False
+        self._highest = 0  # of all epochs that were heard of
+        self._beaten_at = -1e18
+        self._retry_at = -1e18
+        self._delay = policy.retry[0]
+        # Candidates that begin together do not ask together.
+        self._share = 0.75 + 0.5 * (sum(writer.encode()) % 64) / 64
+
+    @property
+    def role(self) -> Literal["collector", "follower"]:
+        return "follower" if self.collector is None else "collector"
+
+    # ------------------------------------------------------------------------------------------------------- requests
+
+    def next(self, now: float, wall: float) -> Request:
+        """The next request; ``wall`` is the time of day, in seconds, for the numbers of epochs."""
+        if self.closing:
+            return Release(self.writer) if self._has_lease else Wait(float("inf"))
+        if now < self._retry_at:
+            return Wait(self._retry_at)
+        if self.collector is not None:
+            return self.collector.next(now)
+        if self._takeover is None and self._may_claim(now):
+            return (Renew if self._has_lease else Claim)(self.writer, self.policy.lease)
+        if self._takeover is None and self._has_lease and self._is_ready(now):
+            self._takeover = (self._epoch(wall), 1)
+            self._is_written = self._looked = False
+            self._afresh = self.follower.place is None
+        if self._takeover is not None:
+            if not self._is_written:
+                return Append(self._takeover, encode([Begun(self.writer, self.settings)]), True)
+            if (self._afresh or self._is_begun) and not self._looked:
+                return Get("")
+        return self.follower.next(now)
+
+    def _epoch(self, wall: float) -> int:
+        """More than the log has, so that it is taken. Not counted in the server alone: one that has come back empty
+        would count to places that followers are at, and these would read on."""
+        place = self.follower.place or (0, 0)
+        return max(place[0], self._highest, round(wall * 1e6)) + 1
+
+    def _is_ready(self, now: float) -> bool:
+        follower = self.follower
+        if follower.is_foreign:
+            return False
+        if follower.place is not None:
+            # Where the server has lost the lease, its holder is there first.
+            is_silent = follower.heard_at is None or now >= follower.heard_at + self.policy.silence
+            return is_silent and follower.tip_at is not None
+        since = follower.booting_since
+        return since is not None and now >= since + self.policy.patience
+
+    def _may_claim(self, now: float) -> bool:
+        return self.candidate and now >= self._claim_at and not self._has_lease and self._is_ready(now)
+
+    @property
+    def _is_begun(self) -> bool:
+        return self.follower.place == self._takeover and self.follower.begun_by == self.writer
+
+    def answered(self, request: Request, answer: Any, sent: float, now: float) -> list[Effect]:
+        if type(answer) is Fail:
+            return self._failed(request, answer, now)
+        if type(request) is Release:
+            self._has_lease = False
+            return []
+        self.unreachable = ""
+        self._delay = self.policy.retry[0]
+        if self.collector is not None:
+            effects = self.collector.answered(request, answer, now)
+            if effects:
+                return self._step_down(effects[0].reason)
+            return self.collector.due(now)
+        match request:
+            case Claim() | Renew():
+                self._claim_at = now + self.policy.lease / 4 * self._share
+                self._has_lease = answer is True
+                self.hindrance = ""
+                return []
+            case Append():
+                self._is_written = True
+                if type(answer) is Refused:
+                    self._afresh = False
+                return []
+            case Get("") if self._takeover is not None:
+                self._looked = True
+                try:
+                    self._kept = None if answer is None else Pointer.decode(answer)
+                except LogError:
+                    self._kept = None
+                return self._take_over(now)
+        effects = self.follower.answered(request, answer, sent, now)
+        if self.follower.place is not None:
+            self._highest = max(self._highest, self.follower.place[0])
+        for effect in effects:
+            if type(effect) is Load:
+                self.known.load(effect)
+            else:
+                self.known.take(effect)
+        if self._takeover is not None and not self._afresh:
+            place = self.follower.place
+            at_end = place is not None and self.follower.tip_at is not None and place < self._takeover
+            if (
+                place is None
+                or place > self._takeover
+                or (at_end and self._read_again)
+                or (place == self._takeover and self.follower.begun_by != self.writer)
+            ):
+                self._give_up()
+            self._read_again = at_end
+        return effects
+
+    def _take_over(self, now: float) -> list[Effect]:
+        assert self._takeover is not None
+        follower, epoch = self.follower, self._takeover[0]
+        effects: list[Effect] = []
+        previous = follower.behind
+        if self._afresh or previous is None:
+            effects = follower.begin((0, 0))
+            self.known.load(effects[0])
+            previous = (epoch, 0)
+        stale = self.known.stale("another collector has just taken over")
+        self.collector = self.collector_type(
+            self.policy, self.settings, self.writer, epoch, previous,
+            stale, self._kept, now,
+        )  # fmt: skip
+        self.takeovers += 1
+        self._takeover = None
+        return [*effects, *stale, Collect()]
+
+    def _give_up(self) -> None:
+        self._takeover = None
+        self._read_again = self._has_lease = False
+
+    def _step_down(self, reason: str) -> list[Effect]:
+        assert self.collector is not None
+        self._highest = max(self._highest, self.collector.id[0])
+        self.collector = None
+        self._has_lease = False
+        self.step_downs += 1
+        return [StepDown(reason), *self.follower.reboot(reason)]
+
+    def _failed(self, request: Request, fail: Fail, now: float) -> list[Effect]:
+        self.failures[fail.kind] = self.failures.get(fail.kind, 0) + 1
+        if type(request) is Release:
+            self._has_lease = False
+            return []
+        if type(request) in (Claim, Renew, Append) and self.collector is None and fail.kind != "unreachable":
+            # It may read, which is all that a follower needs.
+            self.hindrance = fail.reason
+            self._claim_at = now + self.policy.patience
+            self._has_lease = False
+            self._give_up()
+            return []
+        self.unreachable = fail.reason
+        self._retry_at = now + self._delay
+        self._delay = min(2 * self._delay, self.policy.retry[1])
+        if self.collector is not None:
+            self.collector.lost(fail.reason, full=fail.kind == "full")
+        else:
+            self.follower.lost()
+            if type(request) is Append:
+                self._is_written = True  # maybe
+                if self._afresh:
+                    self._give_up()
+        return []
+
+    # ------------------------------------------------------------------------------------- what else comes from outside
+
+    def loaded(self, error: str | None) -> None:
+        """Whether the index could be made of the last :class:`Load`."""
+        self.follower.loaded(error)
+
+    def shown(self, item: Item | Cut) -> None:
+        """A change of the index that is about to be made, while this process collects. Any one thread."""
+        collector = self.collector
+        if collector is not None:
+            collector.show(item)
+
+    def beat(self, now: float) -> None:
+        """Say in the log that the engines are heard. Called every ``beat`` seconds where items are shown; not said
+        after a pause, when what has come meanwhile may not be shown yet."""
+        if now < self._beaten_at + 2 * self.policy.beat:
+            self.shown(Beat(now))
+        self._beaten_at = now
+
+    def snapshot_made(self, cut: Cut, data: bytes | None, now: float) -> None:
+        if self.collector is not None:
+            self.collector.snapshot_made(cut, data, now)
+
+    def due(self, now: float) -> list[Effect]:
+        """What has to be done because of the time."""
+        return [] if self.collector is None else self.collector.due(now)
+
+    def stepped_down_for(self, reason: str) -> list[Effect]:
+        """Collect no longer, for a reason of this process's own."""
+        return [] if self.collector is None else self._step_down(reason)
+
+    @property
+    def reason(self) -> str:
+        """Why answers are not current, for people; empty where they are."""
+        if self.unreachable:
+            return self.unreachable
+        return self.follower.reason if self.collector is None else self.collector.reason
+
+    @property
+    def place(self) -> str:
+        at = self.follower.place if self.collector is None else self.collector.acked
+        return "" if at is None else id_text(at)

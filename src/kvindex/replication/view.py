@@ -1,0 +1,624 @@
+"""The public class: :class:`ReplicatedIndex`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+
+from ..errors import InvalidValueError, KVIndexError, StreamError, UnknownPodError
+from ..index import PrefixIndex
+from ..sync.manager import EventManager
+from ..sync.source import PodSource
+from ..sync.status import Batch, Configured, Forgotten, Marked, PodsChange, PodStatus, Removed, StateChange
+from .collector import Collector, Cut
+from .entries import Described
+from .exchange import Exchange
+from .follower import BEGINNING, Follower
+from .replica import Replica
+from .requests import Collect, Load, Policy, Snapshot, StepDown, Trust, Wait
+from .snapshots import pack
+from .store import Store
+
+if TYPE_CHECKING:
+    import redis
+
+__all__ = ["ReplicatedIndex", "ReplicationStatus"]
+
+log = logging.getLogger("kvindex.replication")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicationStatus:
+    """The part of one process in a fleet at one moment. Counters since its start."""
+
+    role: Literal["collector", "follower", "direct"]
+    """``collector``: it follows the engines and writes the log. ``follower``: it reads the log. ``direct``: it follows
+    the engines, and there is no log."""
+    reason: str
+    """Why answers are not current; empty where they are."""
+    hindrance: str
+    """Why this process cannot become the collector, or which pods the collector lacks; empty where neither is so."""
+    server: str
+    """Address of the server, without credentials."""
+    fleet: str
+    """Name of the fleet."""
+    place: str
+    """Id of the last entry of the log that this process has applied or written."""
+    trusted: bool
+    """Whether the log is alive; True for a collector."""
+    entries: int
+    """Entries read."""
+    written: int
+    """Entries written since this process became the collector."""
+    refilled: int
+    """Entries written again after the server had lost them."""
+    snapshots: int
+    """Snapshots loaded and written."""
+    holes: int
+    """Times that the log could not be continued without a snapshot."""
+    takeovers: int
+    """Times that this process became the collector."""
+    step_downs: int
+    """Times that another process replaced it as the collector."""
+    failures: dict[str, int]
+    """Failed requests to the server, by kind."""
+
+
+class ReplicatedIndex:
+    """One view of a fleet for many processes, through a server with the Redis protocol (6.2 or later).
+
+    One process, the collector, follows the engines and writes each change of its index to a log in the server. The
+    others read the log into an index of their own. If the collector ends, another candidate takes over within
+    ``policy.lease`` seconds. Matches use :attr:`index`, which is local; an answer with the state ``exact`` is at most
+    ``policy.silence`` seconds behind the log.
+
+    A context manager. Any thread may call any method. Faults of the server raise no exception: they are in
+    :meth:`status` and in the logger ``kvindex.replication``, and answers are ``stale`` meanwhile::
+
+        from kvindex import PodSource
+        from kvindex.replication import ReplicatedIndex
+
+        with ReplicatedIndex("redis://127.0.0.1:6379", fleet="prod", block_size=16) as view:
+            view.add_pod(PodSource("a", endpoint="tcp://10.0.0.1:5557", replay_endpoint="tcp://10.0.0.1:5558"))
+            match = view.index.match_prefix(range(64), only_exact=True)
+            print(view.role, match.best())
+
+    Args:
+        server: A URL as of ``redis.Redis.from_url`` (``rediss://`` for TLS), or a client of redis-py, such as
+            ``Sentinel(...).master_for(name)``.
+        fleet: A name, which becomes a part of all keys. Two fleets in one server need two names.
+        block_size: Tokens per block of the index, equal in all processes of the fleet.
+        collect: Whether this process may become the collector. All candidates need the same pods, by :meth:`add_pod`.
+        log: False for the exchange of snapshots only: this process follows the engines itself, starts with a snapshot
+            of its neighbours, and writes one every ``policy.snapshot_every`` seconds.
+        policy: Times and bounds.
+        manager_options: Options of the collector's :class:`EventManager`.
+        index_options: Further options of :class:`PrefixIndex`.
+
+    Raises:
+        InvalidValueError: ``fleet`` is not a name, or ``server`` is not a valid URL.
+    """
+
+    def __init__(
+        self, server: str | redis.Redis, *, fleet: str, block_size: int = 16, collect: bool = True, log: bool = True,
+        policy: Policy | None = None, manager_options: dict[str, Any] | None = None, **index_options: Any,
+    ) -> None:  # fmt: skip
+        if not fleet or any(letter in fleet for letter in "{}:"):
+            raise InvalidValueError(f"fleet is {fleet!r:.60}; it must be a name without braces and colons")
+        self.fleet = fleet
+        self.policy = Policy() if policy is None else policy
+        self._options = {"block_size": block_size, **index_options}
+        self._index = PrefixIndex(**self._options)
+        self._index.trust(0.0)
+        self._manager_options = manager_options or {}
+        settings = {"block_size": self._index.block_size, "hash_seed": self._index.hash_seed}
+        writer = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self._machine: Replica | Exchange = (
+            Replica(self.policy, settings, writer, candidate=collect)
+            if log
+            else Exchange(self.policy, settings, writer)
+        )
+        self._store = Store(server, fleet, self.policy)
+        self._manager: EventManager | None = None
+        self._sources: dict[str, PodSource] = {}
+        self._lock = threading.RLock()  # of the sources, and of the manager's coming and going
+        self._on_change: list[Callable[[StateChange], None]] = []
+        self._on_pods: list[Callable[[PodsChange], None]] = []
+        self._on_index: list[Callable[[PrefixIndex], None]] = []
+        self._inbox: deque[Callable[[float], None]] = deque()
+        self._awake = threading.Event()
+        self._is_idle = False
+        self._closing = False
+        self._until: float | None = 0.0
+        self._said = ""
+        self._beat_at = 0.0
+        self._thread = threading.Thread(target=self._run, name="kvindex-replication", daemon=True)
+
+    def __repr__(self) -> str:
+        return f"ReplicatedIndex({self._store.name!r}, fleet={self.fleet!r}, {self.role}, {self._index!r})"
+
+    # ------------------------------------------------------------------------------------------------- what people call
+
+    @property
+    def index(self) -> PrefixIndex:
+        """The index of this process. O(1).
+
+        Loading a snapshot replaces it by a new object, and the previous one stays ``stale``. Read this attribute for
+        each request, or use :meth:`on_index`.
+        """
+        return self._index
+
+    @property
+    def role(self) -> Literal["collector", "follower", "direct"]:
+        """The current role, as in :attr:`ReplicationStatus.role`. O(1)."""
+        return self._machine.role  # type: ignore[return-value]
+
+    def start(self) -> None:
+        """Starts the thread. Entering the context manager does it, too.
+
+        Raises:
+            StreamError: It is closed.
+        """
+        if self._closing:
+            raise StreamError("this ReplicatedIndex is closed")
+        with suppress(RuntimeError):  # it runs already
+            self._thread.start()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
+        if getattr(self, "_thread", None) is not None and self._thread.is_alive() and not self._closing:
+            _warn(f"unclosed {self!r}", ResourceWarning, source=self)
+
+    def close(self) -> None:
+        """Ends the thread and releases the lease. Every pod is ``stale`` afterwards. Closing twice is fine."""
+        self._closing = True
+        self._awake.set()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join()
+        self._index.trust(0.0)
+
+    def add_pod(self, source: PodSource) -> None:
+        """Adds a pod that this process follows while it is the collector.
+
+        Args:
+            source: The pod, as for :meth:`EventManager.add_pod`.
+
+        Raises:
+            StreamError: The name has been added already.
+            InvalidValueError: This process is the collector, and the index cannot contain the pod's blocks.
+        """
+        with self._lock:
+            if source.name in self._sources:
+                raise StreamError(f"pod {source.name!r} is named already; remove it first")
+            self._sources[source.name] = source
+            if self._manager is not None:
+                try:
+                    self._manager.add_pod(source)
+                except BaseException:
+                    del self._sources[source.name]
+                    raise
+
+    def remove_pod(self, name: str) -> None:
+        """Removes a pod with its blocks. If this process is the collector, followers remove it, too.
+
+        Args:
+            name: The pod's name.
+
+        Raises:
+            UnknownPodError: No pod of that name has been added here.
+        """
+        with self._lock:
+            if self._sources.pop(name, None) is None:
+                raise UnknownPodError(f"no pod {name!r} was named")
+            if self._manager is not None:
+                with suppress(UnknownPodError):
+                    self._manager.remove_pod(name)
+
+    def describe_pod(self, source: PodSource) -> None:
+        """Changes the address and the labels of a pod, as :meth:`EventManager.describe_pod`.
+
+        Args:
+            source: The pod with its new address and labels.
+
+        Raises:
+            UnknownPodError: No pod of that name has been added here.
+            InvalidValueError: Another field differs.
+        """
+        with self._lock:
+            if source.name not in self._sources:
+                raise UnknownPodError(f"no pod {source.name!r} was named")
+            if self._manager is not None:
+                self._manager.describe_pod(source)
+            self._sources[source.name] = source
+
+    def pods(self) -> dict[str, PodSource]:
+        """Returns the sources of all pods by name: those of the collector, and those added here. O(pods).
+
+        In a follower, a source that comes from the log has a name, model, address, labels and engine only.
+        """
+        if self._manager is not None:
+            return self._manager.pods()
+        table = dict(self._sources)
+        for name, described in list(self._known.pods.items()):
+            table.setdefault(name, _source(described))
+        return table
+
+    def on_pods(self, callback: Callable[[PodsChange], None]) -> Callable[[], None]:
+        """Registers a callback for added and removed pods, as :meth:`EventManager.on_pods`, also for those in the log.
+
+        Args:
+            callback: Receives a :class:`PodsChange`, in a thread of the view.
+
+        Returns:
+            A function that ends the registration.
+        """
+        return _enter(self._on_pods, callback)
+
+    def on_change(self, callback: Callable[[StateChange], None]) -> Callable[[], None]:
+        """Registers a callback for changes of state, as :meth:`EventManager.on_change`.
+
+        A silent log makes all pods ``stale`` without a call.
+
+        Args:
+            callback: Receives a :class:`StateChange`, in a thread of the view.
+
+        Returns:
+            A function that ends the registration.
+        """
+        return _enter(self._on_change, callback)
+
+    def on_index(self, callback: Callable[[PrefixIndex], None]) -> Callable[[], None]:
+        """Registers a callback for a new :attr:`index`, which is the result of loading a snapshot.
+
+        Args:
+            callback: Receives the new index, in the thread of the view.
+
+        Returns:
+            A function that ends the registration.
+        """
+        return _enter(self._on_index, callback)
+
+    def inexact(self, pods: Iterable[str] | None = None) -> dict[str, str]:
+        """Returns the pods that are not ``exact``, with their states. O(pods).
+
+        Args:
+            pods: Names; None for all of :meth:`pods`.
+
+        Returns:
+            ``{"a": "stale"}``.
+        """
+        names = list(self.pods()) if pods is None else list(pods)
+        states = self._index.pods()
+        return {name: states.get(name, "stale") for name in names if states.get(name) != "exact"}
+
+    def wait_until_exact(self, timeout: float | None = None, *, pods: Iterable[str] | None = None) -> dict[str, str]:
+        """Waits until pods are ``exact``.
+
+        Args:
+            timeout: Seconds; None for no limit.
+            pods: Names; None for all of :meth:`pods`, and at least one.
+
+        Returns:
+            :meth:`inexact`, which is empty on success.
+        """
+        names = None if pods is None else list(pods)
+        until = None if timeout is None else time.monotonic() + timeout
+        while True:
+            missing = self.inexact(names)
+            if not missing and (names is not None or self.pods()):
+                return {}
+            if self._closing or (until is not None and time.monotonic() >= until):
+                return missing
+            time.sleep(0.01)
+
+    def status(self) -> ReplicationStatus:
+        """Returns the role, place and faults of this process. O(pods); it does not wait for the thread."""
+        machine = self._machine
+        replica = machine if isinstance(machine, Replica) else None
+        follower = None if replica is None else replica.follower
+        collector = None if replica is None else replica.collector
+        until = self._until
+        return ReplicationStatus(
+            role=self.role,
+            reason=machine.reason if self._thread.is_alive() else "closed" if self._closing else "not started",
+            hindrance=machine.hindrance or self._missing(),
+            server=self._store.name,
+            fleet=self.fleet,
+            place=machine.place,
+            trusted=until is None or time.monotonic() < until,
+            entries=0 if follower is None else follower.entries,
+            written=0 if collector is None else collector.written,
+            refilled=0 if collector is None else collector.refilled,
+            snapshots=sum(
+                made.snapshots for made in (follower, collector, machine) if isinstance(made, _WITH_SNAPSHOTS)
+            ),
+            holes=0 if follower is None else follower.holes,
+            takeovers=0 if replica is None else replica.takeovers,
+            step_downs=0 if replica is None else replica.step_downs,
+            failures=dict(machine.failures),
+        )  # fmt: skip
+
+    def pod_status(self) -> dict[str, PodStatus]:
+        """Returns :meth:`EventManager.status` of a collector; an empty dict in a follower. O(workers)."""
+        manager = self._manager
+        return {} if manager is None else manager.status()
+
+    def _missing(self) -> str:
+        if self.role != "follower" or self._until == 0.0:
+            return ""
+        missing = sorted(set(self._sources) - set(self._known.pods))
+        if not missing:
+            return ""
+        return (
+            f"the collector does not follow {', '.join(missing[:5])}{' and others' * (len(missing) > 5)}: has it"
+            " another list of pods, or another fleet this name?"
+        )
+
+    @property
+    def _known(self) -> Any:
+        return self._machine.known
+
+    # ------------------------------------------------------------------------------------------------------ its thread
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self._loop()
+                break
+            except Exception:
+                log.exception("%s: the thread has failed, and begins anew", self.fleet)
+                with suppress(Exception):
+                    self._step_down("its thread failed")
+                self._trust(0.0)
+                self._store.drop()
+                machine = self._machine
+                if isinstance(machine, Replica):
+                    self._machine = Replica(self.policy, machine.settings, machine.writer, candidate=machine.candidate)
+                self._awake.wait(1.0)
+        with suppress(Exception):
+            self._step_down("closed")
+            self._trust(0.0)
+            self._store.close()
+
+    def _loop(self) -> None:
+        clock = time.monotonic
+        while True:
+            if self._closing:
+                self._machine.closing = True
+            now = clock()
+            while self._inbox:
+                self._inbox.popleft()(now)
+            self._beat(now)
+            request = self._machine.next(now, time.time())
+            if type(request) is Wait:
+                if self._closing:
+                    return
+                self._carry(self._machine.due(now))
+                self._sleep(min(request.until, self._beat_at if self._manager is not None else request.until) - clock())
+            else:
+                answer = self._store.do(request)
+                self._carry(self._machine.answered(request, answer, now, clock()))
+            self._say()
+
+    def _sleep(self, seconds: float) -> None:
+        if seconds <= self.policy.linger:
+            # Changes gather: nobody has to wake this thread for each of them.
+            if seconds > 0:
+                time.sleep(seconds)
+            return
+        self._awake.clear()
+        self._is_idle = True
+        collector = self._machine.collector if isinstance(self._machine, Replica) else None
+        if not (self._inbox or self._closing or (collector is not None and collector.shown)):
+            self._awake.wait(min(seconds, 60.0))
+        self._is_idle = False
+
+    def _wake(self) -> None:
+        if self._is_idle:
+            self._awake.set()
+
+    def _say(self) -> None:
+        reason = self._machine.hindrance or self._machine.reason
+        if reason != self._said:
+            self._said = reason
+            level = logging.INFO if reason in ("", *BEGINNING) else logging.WARNING
+            log.log(level, "%s: %s: %s", self.fleet, self.role, reason or "current")
+
+    def _carry(self, effects: list[Any]) -> None:
+        for effect in effects:
+            kind = type(effect)
+            if kind is Batch:
+                try:
+                    self._index.ingest(
+                        effect.pod, effect.payload, model=effect.model, dp_rank=effect.rank,
+                        seq=effect.seq if effect.joined else None,
+                    )  # fmt: skip
+                except KVIndexError as error:
+                    # As for the collector: the index has seen that it lacks something.
+                    log.warning("%s: a batch of %s is not applied: %s", self.fleet, effect.pod, error)
+                continue
+            match effect:
+                case Trust(until):
+                    self._trust(until)
+                case Load():
+                    self._load(effect)
+                case Collect():
+                    self._collect()
+                case StepDown(reason):
+                    self._step_down(reason)
+                case Snapshot():
+                    self._snapshot()
+                case _:
+                    self._apply(effect)
+
+    def _trust(self, until: float | None) -> None:
+        self._until = until
+        self._index.trust(until)
+
+    def _apply(self, item: Any) -> None:
+        index = self._index
+        match item:
+            case Marked(pod, rank, verdict, reason):
+                old = index.pod_state(pod) if pod in index.pods() else "stale"
+                index.mark_worker(pod, rank, verdict)
+                if old != verdict:
+                    _call(self._on_change, StateChange(pod, rank, old, verdict, reason))
+            case Forgotten(pod, rank):
+                index.clear_worker(pod, rank)
+            case Configured(pod, options):
+                index.configure_pod(pod, **options)
+            case Removed(pod):
+                with suppress(UnknownPodError):
+                    index.remove_pod(pod)
+                _call(self._on_pods, PodsChange((), (pod,)))
+            case Described():
+                _call(self._on_pods, PodsChange((_source(item),), ()))
+
+    def _load(self, load: Load) -> None:
+        if load.data is None and not self._index.pods():
+            self._machine.loaded(None)
+            return
+        try:
+            if load.data is None:
+                index = PrefixIndex(**self._options)
+            else:
+                limits = {name: value for name, value in self._options.items() if name in _LIMITS}
+                index = PrefixIndex.loads(load.data, **limits)
+            index.trust(0.0)
+            for pod, rank, verdict in load.verdicts:
+                index.mark_worker(pod, rank, verdict)  # type: ignore[arg-type]
+        except (KVIndexError, MemoryError) as error:
+            self._machine.loaded(f"the snapshot can not be loaded: {error}")
+            return
+        before, self._index = self._index, index
+        self._until = 0.0
+        before.trust(0.0)
+        self._machine.loaded(None)
+        _call(self._on_index, index)
+        added = tuple(_source(described) for described in self._known.pods.values())
+        if added:
+            _call(self._on_pods, PodsChange(added, ()))
+
+    # --------------------------------------------------------------------------------------------------- as a collector
+
+    def _collect(self) -> None:
+        with self._lock:
+            manager = EventManager(self._index, **self._manager_options)
+            manager.tap(self._shown)
+            manager.on_change(partial(_call, self._on_change))
+            manager.on_pods(self._described)
+            manager.start()
+            self._manager = manager
+            self._trust(None)
+            self._beat_at = 0.0
+            for source in self._sources.values():
+                try:
+                    manager.add_pod(source)
+                except KVIndexError as error:
+                    log.error("%s: pod %s can not be followed: %s", self.fleet, source.name, error)
+        log.info("%s: this process follows %d pods", self.fleet, len(self._sources))
+
+    def _shown(self, item: Any) -> None:
+        machine = self._machine
+        machine.known.take(item)
+        machine.shown(item)
+        if self._is_idle:
+            self._awake.set()
+
+    def _described(self, change: PodsChange) -> None:
+        for source in change.added:
+            self._shown(Described(source.name, source.model, source.address, dict(source.labels), source.engine))
+        _call(self._on_pods, change)
+
+    def _beat(self, now: float) -> None:
+        """Posts a beat to the thread of the manager, behind all changes up to now."""
+        manager = self._manager
+        if manager is None or now < self._beat_at:
+            return
+        self._beat_at = now + self.policy.beat
+
+        def beat() -> None:
+            if self._manager is manager:
+                self._machine.beat(time.monotonic())
+                self._wake()
+
+        with suppress(StreamError):
+            manager.post(beat)
+
+    def _snapshot(self) -> None:
+        manager = self._manager
+        if manager is None:
+            return
+
+        def make() -> None:
+            cut = Cut()
+            contents = None
+            try:
+                contents = self._known.contents(self._index.dumps())
+                self._machine.shown(cut)
+            except KVIndexError as error:
+                log.error("%s: no snapshot: %s", self.fleet, error)
+            self._inbox.append(
+                lambda now: self._machine.snapshot_made(cut, None if contents is None else pack(contents), now)
+            )
+            self._wake()
+
+        with suppress(StreamError):
+            manager.post(make)
+
+    def _step_down(self, reason: str) -> None:
+        with self._lock:
+            manager, self._manager = self._manager, None
+            if manager is None:
+                return
+            self._trust(0.0)
+            manager.close()
+        log.warning("%s: this process follows the engines no longer: %s", self.fleet, reason)
+
+
+_WITH_SNAPSHOTS = (Follower, Collector, Exchange)
+_LIMITS = ("max_parked", "max_bytes", "ttl", "clock")
+
+
+def _source(described: Described) -> PodSource:
+    return PodSource(
+        described.pod, model=described.model, address=described.address, labels=dict(described.labels),
+        engine=described.engine,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def _enter(table: list[T], item: T) -> Callable[[], None]:
+    table.append(item)
+
+    def end() -> None:
+        with suppress(ValueError):
+            table.remove(item)
+
+    return end
+
+
+def _call(table: list[Callable[[T], None]], item: T) -> None:
+    for callback in list(table):
+        try:
+            callback(item)
+        except Exception:
+            log.exception("a callback has failed")

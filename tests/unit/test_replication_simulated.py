@@ -1,0 +1,101 @@
+"""Replication under all that can happen to it, by seed; and that the simulation notices where a machine is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from log_world import Faults, World, Wrong, one
+
+from kvindex.replication.collector import Collector
+from kvindex.replication.entries import Id
+from kvindex.replication.follower import Follower
+from kvindex.replication.replica import Replica
+
+SEEDS = range(1, 5)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_no_answer_that_calls_itself_exact_is_older_than_it_may_be(seed: int) -> None:
+    world = one(seed, 10.0)
+    assert world.exact > 100, "answers were looked at"
+    assert len(world.happened) > 4, "and something had happened"
+
+
+def test_a_seed_is_one_history() -> None:
+    first, again = one(3, 4.0), one(3, 4.0)
+    assert (first.steps, first.requests, first.exact) == (again.steps, again.requests, again.exact)
+    assert first.server.entries == again.server.entries
+    assert first.steps != one(4, 4.0).steps
+
+
+def test_without_faults_everything_is_exact_and_nobody_is_replaced() -> None:
+    never = Faults(**dict.fromkeys(Faults.__dataclass_fields__, 0.0))
+    world = World(1, faults=never)
+    world.run(20.0)
+    assert world.exact / world.judged > 0.85
+    assert sum(node.replica.takeovers for node in world.nodes) == 1
+    assert sum(node.replica.follower.holes for node in world.nodes) == 0
+    assert len(world.server.entries) < 15 / world.engines["p0"].every * 3, "the log is trimmed"
+
+
+def caught(replica: type[Replica], faults: Faults, seeds: int = 60, **options: Any) -> str:
+    """What the simulation says of a broken machine."""
+    for seed in range(1, seeds):
+        try:
+            one(seed, 20.0, replica=replica, faults=faults, **options)
+        except Wrong as wrong:
+            return str(wrong)
+    return ""
+
+
+class CountsInTheServer(Replica):
+    def _epoch(self, wall: float) -> int:
+        return (self.follower.place or (0, 0))[0] % 1000 + 1
+
+
+class ReadsOnBehindHoles(Follower):
+    def _is_next(self, id: Id) -> bool:
+        return True
+
+
+class IgnoresHoles(Replica):
+    follower_type = ReadsOnBehindHoles
+
+
+class WritesOn(Collector):
+    def _compare(self, tip: Id | None, now: float) -> Any:
+        if tip is None or tip <= self.id:
+            return super()._compare(tip, now)
+        # Behind what another collector has written, and in its epoch.
+        self._unsure = False
+        unsent = [data for _, data in self._unsent]
+        self._unsent.clear()
+        self._ring.clear()
+        self.id = self.acked = tip
+        for data in unsent:
+            self._enter(data)
+        return []
+
+    def _leased(self, request: Any, answer: Any, now: float) -> Any:
+        self._renew_at = now + self.policy.lease / 4
+        return []
+
+
+class IgnoresFencing(Replica):
+    collector_type = WritesOn
+
+
+NOTHING = dict.fromkeys(Faults.__dataclass_fields__, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("replica", "faults"),
+    [
+        (CountsInTheServer, {"server_empty": 3.0, "freeze": 3.0, "crash": 4.0, "cut": 3.0}),
+        (IgnoresHoles, {"trim": 1.0, "freeze": 3.0}),
+        (IgnoresFencing, {"freeze": 2.0}),
+    ],
+)
+def test_the_simulation_finds_a_machine_that_is_wrong(replica: type[Replica], faults: dict[str, float]) -> None:
+    assert caught(replica, Faults(**(NOTHING | faults)))
