@@ -112,6 +112,9 @@ class World:
         self.names = 0
         self.owed = -1  # the last batch that an exact answer must include
         self.held_back = False  # something has arrived that may not be taken yet
+        self.heard = False  # something was published over this connection
+        self.heard_from = self.now  # or might have been, from here on
+        self.was_silent = False  # nothing was, for as long as nobody can know
         self.do(self.stream.tick(self.now))
 
     def do(self, actions: list) -> None:
@@ -155,7 +158,8 @@ class World:
     def connect(self) -> None:
         self.connection_open = True
         self.channel.clear()
-        self.held_back = False
+        self.held_back = self.heard = self.was_silent = False
+        self.heard_from = max(self.heard_from, self.now)
         self.owed = self.process.last_sent
         self.do(self.stream.connected(self.now))
 
@@ -186,12 +190,14 @@ class World:
         for _ in range(len(self.channel) if count is None else min(count, len(self.channel))):
             seq, payload = self.channel.popleft()
             self.owed = max(self.owed, seq)
+            self.heard = True
             self.do(self.stream.live(seq, payload, self.now))
 
     def limit(self, seconds: float) -> None:
         """What arrives is over the limit, and nothing of it is taken for so long."""
         self.held_back = bool(seconds)
         if seconds:
+            self.heard_from = max(self.heard_from, self.now + seconds)
             self.stream.hold_up(self.now, self.now + seconds)
         self.do(self.stream.behind(self.now, "over the limit" if seconds else ""))
 
@@ -202,6 +208,7 @@ class World:
             highest = max(seq for seq, _ in self.channel)
             self.channel.clear()
             self.owed = max(self.owed, highest)
+            self.heard = True
             self.do(self.stream.overlooked(highest, self.now))
 
     def do_reach(self) -> None:
@@ -245,6 +252,8 @@ class World:
                 return
             due = self.stream.deadline()
             self.now = min(until, max(self.now + 1e-6, due) if due is not None else self.now + step)
+            silent_at = self.heard_from + self.stream.policy.silence
+            self.was_silent = self.was_silent or (not self.heard and self.now >= silent_at)
             self.do(self.stream.tick(self.now))
 
     def up(self) -> None:
@@ -254,7 +263,7 @@ class World:
         self.serve()
         self.receive()
         self.deliver()
-        self.wait(0.3)
+        self.wait(0.6)
 
     # What must be so
 
@@ -314,6 +323,7 @@ BRISK = StreamPolicy(
     replay_pause=0.1,
     replay_retry=(0.02, 0.2),
     idle_probe=(0.1, 1.0),
+    silence=0.1,
     heal=(0.2, 0.5),
 )
 

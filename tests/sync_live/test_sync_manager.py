@@ -380,7 +380,7 @@ def test_the_reason_names_the_option_or_the_clear_that_leaves_it_in_doubt(index,
     manager.add_pod(source(pod, engine="sglang", hybrid=True))
     pod.publish(1)
     until(lambda: manager.status()["pod"].blocks == 1)
-    assert manager.status()["pod"].state == "degraded"
+    until(lambda: manager.status()["pod"].state == "degraded")
     assert manager.status()["pod"].reason.startswith("hybrid=True: ")
     manager.remove_pod("pod")
     stored = {"type": "BlockStored", "block_hashes": [7], "parent_block_hash": None, "token_ids": [1, 2, 3, 4]}

@@ -30,6 +30,7 @@ def test_only_the_rest_is_replayed():
     assert world.verdict == "stale"
     world.serve()
     world.receive()
+    world.wait(0.5, serve=False)
     assert world.verdict == "exact"
     assert world.held == world.process.truth(107)
     assert (world.stream.counts["batches"], world.stream.counts["resumed"], world.clears) == (7, 1, 0)

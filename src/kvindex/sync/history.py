@@ -93,6 +93,11 @@ class History:
             return False
         return bool(self._memory[seq % len(self._memory)] & _LIVE)
 
+    @property
+    def has_live(self) -> bool:
+        """Whether the last batch that was published over this connection can be compared with an answer."""
+        return self.came_live(self.lived)
+
     def is_of_connection(self, seq: int) -> bool:
         """Whether this batch was applied since the connection stands, live or by a replay."""
         return seq >= self._connected_at

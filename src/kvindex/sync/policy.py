@@ -42,6 +42,9 @@ class StreamPolicy:
     idle_probe: tuple[float, float] = (0.5, 30.0)
     """Silence after which a stream asks whether it has missed the last batch: first and longest wait. Each live batch
     resets it."""
+    silence: float = 0.5
+    """Silence of the publisher after which a replay counts that no live batch has confirmed. The first live batch shows
+    whether the replay endpoint is another process's, so a pod that publishes is not exact before it."""
     heal: tuple[float, float] = (2.0, 8.0)
     """Interval at which a degraded stream asks for its history again: first and longest."""
     clock_step: float = 1.0

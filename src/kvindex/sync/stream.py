@@ -10,7 +10,8 @@ What it guarantees:
 * the verdict is ``exact`` only when every batch since a clean start of the process behind the connection was applied;
   anything that was given up makes it ``degraded``, anything that is not known at the moment makes it ``stale``;
 * an answer proves only what it shows. A replay endpoint that gives other bytes than the publisher under one number, or
-  ends before a batch that was published, is another process's; one that gives nothing shows nothing;
+  ends before a batch that was published, is another process's; one that gives nothing shows nothing; one that no
+  published batch has confirmed counts only when the publisher is silent;
 * nothing grows without bound: what waits is limited in batches and bytes, tries are limited in number, replays in time.
 
 How it decides whether a connection leads to the process it knew before: it keeps fingerprints of the last batches it
@@ -75,8 +76,8 @@ class WorkerStream:
     __slots__ = (
         "_attempts", "_behind", "_blame", "_connected_at", "_history", "_hole_at", "_known", "_losses", "_lost_at",
         "_marked", "_mixed", "_open", "_out", "_patience", "_pending", "_place", "_replay", "_retry", "_retry_at",
-        "_started", "_steady", "_tries", "_trust", "_verified", "_verified_at", "_waits", "_why_lost", "counts",
-        "is_connected", "policy", "state",
+        "_silent_at", "_started", "_steady", "_tries", "_trust", "_verified", "_verified_at", "_waits", "_why_lost",
+        "counts", "is_connected", "policy", "state",
     )  # fmt: skip
 
     def __init__(
@@ -121,6 +122,7 @@ class WorkerStream:
         self._tries = Tries()
         self._patience = Patience(self.policy)
         self._waits = Waits(self.policy, uniform)
+        self._silent_at: float | None = None  # when silence will have told as much as a batch can
         # An answer has stopped without its end marker: there may be more of it until another one shows its end, or a
         # live batch behind this one is applied.
         self._open: int | None = None
@@ -171,10 +173,10 @@ class WorkerStream:
         if self._replay is not None:
             due = (self._replay.deadline, self._replay.bound)
         elif self._retry is not None:
-            return self._retry_at
+            due = (self._retry_at, None)
         else:
             due = (self._waits.heal_at, self._waits.probe_at)
-        return min((at for at in due if at is not None), default=None)
+        return min((at for at in (*due, self._silent_at) if at is not None), default=None)
 
     # ----------------------------------------------------------------------------------------------------- connection
 
@@ -427,6 +429,8 @@ class WorkerStream:
             self._say("clean", f"batch {seq} cleared the worker, nothing that was given up before matters any more")
             self._forget_holes()
             self._losses.unproven = False
+        if self._history.came_live(seq):
+            self._trust.brought = False  # what only answers have shown was before it
         return self._settle(now)
 
     def rejected(self, seq: int, payload: bytes, now: float, why: str) -> list[Action]:
@@ -838,9 +842,9 @@ class WorkerStream:
         self._retry = replay
         self._retry_at = now + self._waits.spread(self._tries.wait(self.policy))
 
-    def _tried(self, limit: int) -> bool:
+    def _tried(self, limit: int, at: int | None = None) -> bool:
         """One more try at this place has failed: True when it was the last."""
-        if not self._tries.failed(self._history.next, limit):
+        if not self._tries.failed(self._history.next if at is None else at, limit):
             return False
         self.counts["replays_failed"] += 1
         return True
@@ -950,8 +954,11 @@ class WorkerStream:
         self._hole_at = None
         self._started = True
         self._mixed = self._mixed and not marked
-        # An answer that matches what came after a guess alone says nothing of what was before.
-        self._losses.unproven = self._losses.guessed > 0
+        # An answer that matches what came after a guess alone says nothing of what was before, and one that has nothing
+        # of what was published before it was asked for says nothing at all.
+        self._losses.unproven = self._losses.guessed > 0 or (
+            self._trust.is_hearsay and self._history.has_live and self._history.lived <= replay.shown
+        )
         if replay.purpose is Purpose.HEAL:
             self._healed(replay)
         self._look_at_hole(now)
@@ -1017,6 +1024,10 @@ class WorkerStream:
             self._trust.unheard = True
             self._say("silent", self._trust.silence())
 
+    def _give_up_proof(self) -> None:
+        """Nobody answers any more who could confirm what answers have brought."""
+        self._losses.unproven = self._losses.unproven or (self._trust.is_hearsay and self._history.has_live)
+
     def _endless(self, why: str, now: float) -> None:
         self.counts["endless_replays"] += 1
         self._say("replay_endless", why)
@@ -1029,10 +1040,12 @@ class WorkerStream:
         silent = replay.purpose is Purpose.IDLE and self._hole_at is None
         if replay.purpose in (Purpose.HEAL, Purpose.AGREE) or (silent and final):
             self._stop_replay()
+            self._give_up_proof()
         elif silent:
-            if self._tried(self.policy.replay_tries):
+            if self._tried(self.policy.replay_tries, replay.start + 1):  # live batches are applied meanwhile
                 self._stop_replay()
                 self._silent()
+                self._give_up_proof()
             else:
                 self._later(replay, now)
         elif not final and not self._tried(self.policy.replay_tries):
@@ -1080,12 +1093,15 @@ class WorkerStream:
 
     # -------------------------------------------------------------------------------------------------------- verdict
 
-    def _judgement(self) -> Mark:
+    def _judgement(self, now: float) -> Mark:
         """What answers of this worker are worth at this moment: the first objection counts."""
+        self._silent_at = None
         if stale := self._unknown():
             return Mark("stale", stale)
         if degraded := self._objection():
             return Mark("degraded", degraded)
+        if self._is_hearsay(now):
+            return Mark("stale", self._trust.unshown())
         if not self._trust.has:
             return Mark("exact", "without a replay endpoint the loss of the last batches can not be noticed")
         return Mark("exact", "")
@@ -1105,6 +1121,16 @@ class WorkerStream:
         if self._missing() or self._hole_at is not None:
             return f"batch {self._history.next} is missing"
         return self._trust.silence() if self._trust.unheard else ""
+
+    def _is_hearsay(self, now: float) -> bool:
+        """Whether what is applied, or that nothing is, rests on an answer alone, which may be another process's: until
+        a batch comes both ways, or the publisher is silent for a while: an engine that is idle shows no more."""
+        if not self._trust.asks or self._trust.presumed or (self._known and not self._trust.is_hearsay):
+            return False
+        if not self._history.has_live:
+            self._trust.presumed = now >= self._waits.silent_at
+            self._silent_at = None if self._trust.presumed else self._waits.silent_at
+        return not self._trust.presumed
 
     def _objection(self) -> str:
         """Why what is applied may be wrong, or nothing."""
@@ -1141,7 +1167,7 @@ class WorkerStream:
             # That a history can not be had any more is no reason not to ask who is there.
             if (self._losses.can_heal or not self._verified or not self._trust.asks) and not self.replaying:
                 self._plan_heal(now)
-        self._mark(self._judgement())
+        self._mark(self._judgement(now))
         whole = self._hole_at is None and not self._missing()
         well = self._known and self._verified and self._started and self._open is None
         heard = self._waits.probe_wait <= self.policy.idle_probe[0] and self._trust.is_heard

@@ -11,13 +11,19 @@ class Trust:
 
     __slots__ = (
         "agrees", "answers", "asks", "brought", "conflicts", "contradiction", "doubt", "endpoint", "foreign", "has",
-        "refusal", "replay_endpoint", "tails", "unconfirmed", "unheard", "witness",
+        "presumed", "refusal", "replay_endpoint", "tails", "unconfirmed", "unheard", "witness",
     )  # fmt: skip
 
     def __init__(self, has: bool, endpoint: str, replay_endpoint: str) -> None:
         self.has = has
         self.endpoint = endpoint
         self.replay_endpoint = replay_endpoint
+        self.agrees = False
+        """A batch came over this connection and in an answer, with the same bytes."""
+        self.presumed = False
+        """The publisher was silent when it had answered, so that its answer was taken for right."""
+        self.brought = False
+        """Something is applied that only an answer has shown."""
         self.foreign = ""
         """Why it is another process's, until they agree."""
         self.refusal = ""
@@ -31,10 +37,8 @@ class Trust:
         self.asks = self.has
         """Its answers are taken for the publisher's."""
         self.conflicts = 0
-        self.agrees = False
-        """A batch came over this connection and in an answer, with the same bytes."""
-        self.brought = False
-        """Something is applied that only an answer has shown."""
+        self.brought = self.is_hearsay
+        self.agrees = self.presumed = False
         self.answers = False
         """It has answered since the connection stands."""
         self.unheard = False
@@ -50,15 +54,20 @@ class Trust:
 
     def forget(self) -> None:
         """Nothing that it has brought is applied any more."""
-        self.agrees = self.brought = False
+        self.agrees = self.presumed = self.brought = False
         self.contradiction = None
         self.tails = 0
+
+    @property
+    def is_hearsay(self) -> bool:
+        """Whether something is applied that only an answer has shown, and no batch has come both ways."""
+        return self.brought and not self.agrees
 
     @property
     def is_unconfirmed(self) -> bool:
         """Whether nothing shows yet that what came live continues what answers have brought: the number alone may be
         chance, and the next batch is asked for at once."""
-        return self.unconfirmed and self.brought and not self.agrees
+        return self.unconfirmed and self.is_hearsay
 
     @property
     def is_heard(self) -> bool:
@@ -106,6 +115,10 @@ class Trust:
     def fits(self) -> str:
         """For people, when it is known whose it is."""
         return f"{self.replay_endpoint} gives what {self.endpoint} publishes"
+
+    def unshown(self) -> str:
+        """The reason where all is applied, but nothing has come over both."""
+        return f"nothing that {self.endpoint} publishes has confirmed yet what {self.replay_endpoint} gives"
 
     def silence(self) -> str:
         """The reason where neither answers nor batches come."""

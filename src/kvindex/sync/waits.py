@@ -37,6 +37,11 @@ class Waits:
         if self.probe_wait > self._policy.idle_probe[0]:
             self.stop_probing()
 
+    @property
+    def silent_at(self) -> float:
+        """From when on a publisher that goes on saying nothing counts as silent."""
+        return self.heard_at + self._policy.silence
+
     def stop_probing(self) -> None:
         self.probe_at, self.probe_wait = None, 0.0
 
