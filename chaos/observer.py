@@ -63,9 +63,9 @@ class Ledger:
             self.index.remove_pod(pod)
             self._note(pod, 1, 0)
 
-    def mark_worker(self, pod: str, dp_rank: int, verdict: str) -> None:
+    def mark_worker(self, pod: str, dp_rank: int, state: str) -> None:
         with self.lock:
-            self.index.mark_worker(pod, dp_rank, verdict)
+            self.index.mark_worker(pod, dp_rank, state)
 
     def restored(self) -> None:
         """What the index holds is from a snapshot."""

@@ -200,8 +200,8 @@ class Pod:
     eagle: bool | frozenset[int] = False
     hybrid: bool = False
     workers: dict[tuple[int, str], Worker] = field(default_factory=dict)  # (rank, model)
-    verdicts: dict[int, str] = field(default_factory=dict)  # the stream's, by rank
-    # Whether an event has come, or the stream's verdict: "no", "yes", or "cut off" until there is a verdict.
+    told: dict[int, str] = field(default_factory=dict)  # the stream's, by rank
+    # Whether an event has come, or the stream's state: "no", "yes", or "cut off" until there is a state.
     heard: str = "no"
 
     def hear(self) -> None:
@@ -715,15 +715,15 @@ class Model:
         it.eagle = it.eagle if eagle is None else eagle if isinstance(eagle, bool) else frozenset(eagle)
         it.hybrid = it.hybrid if hybrid is None else hybrid
 
-    def mark_worker(self, pod: str, dp_rank: int, verdict: str) -> None:
+    def mark_worker(self, pod: str, dp_rank: int, state: str) -> None:
         it = self._pod(pod)
-        it.verdicts[dp_rank], it.heard = verdict, "yes"
+        it.told[dp_rank], it.heard = state, "yes"
 
     def pod_state(self, pod: str) -> str:
         it = self.pods[pod]
         if it.heard != "yes":
             return "stale"
-        return max([*map(it.state, it.workers.values()), *it.verdicts.values(), STATES[it.hybrid]], key=STATES.index)
+        return max([*map(it.state, it.workers.values()), *it.told.values(), STATES[it.hybrid]], key=STATES.index)
 
     def _medium(self, name: str | None) -> str:
         """Names differ by more than case; one that is not known is shown as it was first written."""

@@ -104,7 +104,7 @@ class World:
         self.answer: deque[tuple[int, bytes] | None] = deque()
         self.answering = False
         self.held: list[bytes] = []
-        self.verdict: str | None = None
+        self.state: str | None = None
         self.incidents: list[Incident] = []
         self.requests: list[int] = []
         self.clears = 0
@@ -130,11 +130,11 @@ class World:
                     else:
                         self.held.append(payload)
                 case Clear():
-                    assert self.verdict == "stale", "an exact answer could be read while the worker is cleared"
+                    assert self.state == "stale", "an exact answer could be read while the worker is cleared"
                     self.held = []
                     self.clears += 1
-                case Mark(verdict):
-                    self.verdict = verdict
+                case Mark(state):
+                    self.state = state
                 case RequestReplay(start):
                     self.requests.append(start)
                     self.request = start
@@ -272,14 +272,14 @@ class World:
 
     def check(self) -> None:
         """``exact`` means equal to the publisher's truth up to the last batch that was applied."""
-        if self.verdict == "exact":
+        if self.state == "exact":
             assert self.connection_open, "exact without a connection"
             assert not self.held_back, "exact, though something waits"
             assert self.applied_upto() > self.owed, "exact, though something is known to be missing"
             truth = self.process.truth(self.applied_upto())
             assert truth is not None, "exact, though a batch never left the engine"
             assert self.held == truth
-        assert self.verdict == self.stream.verdict
+        assert self.state == self.stream.state
 
 
 class Router(World):
@@ -311,7 +311,7 @@ class Router(World):
         if place is None:
             self.held = []
             self.index.clear_worker("pod")
-        self.verdict = "stale"
+        self.state = "stale"
         self.stream = WorkerStream(replay=self.replay, policy=self.stream.policy, uniform=lambda: 0.5, place=place)
         self.do(self.stream.tick(self.now))
 

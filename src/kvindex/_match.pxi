@@ -87,7 +87,7 @@ cdef class PrefixMatch:
         """
         cdef Hits* h = &self.r.hits
         if pod not in self:
-            return PodMatch(0, 0, {}, {}, answers.VERDICTS[self.index._verdict(pod)], 0, {})
+            return PodMatch(0, 0, {}, {}, answers.STATES[self.index._verdict(pod)], 0, {})
         return answers.pod_match([(h[0][i].rank, self.media.get(h[0][i].medium), h[0][i].says, h[0][i].blocks, <int>h[0][i].verdict)
                                   for i in self.hits[pod]], self.index.block_size)
 

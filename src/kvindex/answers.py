@@ -10,13 +10,13 @@ __all__ = ["IndexStats", "PodMatch", "StreamPlace", "Verdict", "WorkerStats"]
 Verdict: TypeAlias = Literal["exact", "degraded", "stale"]
 """The state of a pod or a worker, from best to worst."""
 
-VERDICTS: Final[tuple[Verdict, ...]] = ("exact", "degraded", "stale")
+STATES: Final[tuple[Verdict, ...]] = ("exact", "degraded", "stale")
 ENGINES: Final = ("vllm", "sglang", "trtllm")
 REPORT = ("stored", "removed", "cleared", "parked", "skipped", "errors", "reasons")
 
 # What a row says, and how.
 REUSED, HELD, MEDIUM, TIER = 1, 2, 4, 8
-# Rank, medium (None: all together), what of these it says, blocks, index into VERDICTS.
+# Rank, medium (None: all together), what of these it says, blocks, index into STATES.
 Row: TypeAlias = "tuple[int, bytes | None, int, int, int]"
 
 
@@ -123,8 +123,8 @@ def pod_match(rows: Iterable[Row], block_size: int) -> PodMatch:
     ranks: dict[int, int] = {}
     reach: dict[int, dict[str, int]] = {}
     state = held = 0
-    for rank, medium, says, blocks, verdict in rows:
-        state, tokens = verdict, blocks * block_size
+    for rank, medium, says, blocks, own in rows:
+        state, tokens = own, blocks * block_size
         tiers = reach.setdefault(rank, {})
         if says & REUSED:
             ranks[rank] = max(ranks.get(rank, 0), tokens)
@@ -139,4 +139,4 @@ def pod_match(rows: Iterable[Row], block_size: int) -> PodMatch:
                 tiers[name] = max(tiers.get(name, 0), tokens)
     best = max(reach, key=lambda rank: (ranks.get(rank, 0), max(reach[rank].values(), default=0), -rank))
     tokens = ranks.get(best, 0)
-    return PodMatch(tokens, tokens // block_size, media, ranks, VERDICTS[state], held, reach[best])
+    return PodMatch(tokens, tokens // block_size, media, ranks, STATES[state], held, reach[best])

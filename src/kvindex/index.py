@@ -101,7 +101,7 @@ class PrefixIndex(Index):
     def __repr__(self) -> str:
         pods, figures = self.pods(), self.stats()
         states = Counter(pods.values())
-        told = ", ".join(f"{states[state]:,} {state}" for state in answers.VERDICTS if states[state])
+        told = ", ".join(f"{states[state]:,} {state}" for state in answers.STATES if states[state])
         return (
             f"{type(self).__name__}(block_size={self.block_size}, {len(pods):,} pod{'s' * (len(pods) != 1)}"
             f"{told and ': ' + told}, {figures['blocks']:,} block{'s' * (figures['blocks'] != 1)},"
@@ -326,7 +326,7 @@ class PrefixIndex(Index):
         """
         self._clear(pod, arguments.rank(dp_rank))
 
-    def mark_worker(self, pod: str, dp_rank: int, verdict: Verdict) -> None:
+    def mark_worker(self, pod: str, dp_rank: int, state: Verdict) -> None:
         """Sets the state of a worker's event stream. O(ranks).
 
         :class:`EventManager` does this for the pods that it follows. The state of the pod is the worst of its workers'
@@ -339,13 +339,13 @@ class PrefixIndex(Index):
         Args:
             pod: The pod's name.
             dp_rank: Data-parallel rank.
-            verdict: ``"exact"``, ``"degraded"`` or ``"stale"``.
+            state: ``"exact"``, ``"degraded"`` or ``"stale"``.
 
         Raises:
             InvalidTypeError: An argument has the wrong type.
-            InvalidValueError: ``dp_rank`` is out of range, or ``verdict`` is another value.
+            InvalidValueError: ``dp_rank`` is out of range, or ``state`` is another value.
         """
-        told = arguments.choice(verdict, "verdict", answers.VERDICTS)
+        told = arguments.choice(state, "state", answers.STATES)
         self._mark(pod, arguments.rank(dp_rank), told)
 
     def trust(self, until: float | None) -> None:
@@ -387,7 +387,7 @@ class PrefixIndex(Index):
         Raises:
             UnknownPodError: The index has no such pod.
         """
-        return answers.VERDICTS[self._verdict(pod)]
+        return answers.STATES[self._verdict(pod)]
 
     def pods(self) -> dict[str, Verdict]:
         """Returns every pod with its :meth:`pod_state`. O(pods log pods).
@@ -399,7 +399,7 @@ class PrefixIndex(Index):
         states: dict[str, Verdict] = {}
         for pod in sorted(self._pods()):
             with suppress(UnknownPodError):
-                states[pod] = answers.VERDICTS[self._verdict(pod)]
+                states[pod] = answers.STATES[self._verdict(pod)]
         return states
 
     def worker_stats(self, pod: str) -> dict[int, WorkerStats]:
@@ -418,7 +418,7 @@ class PrefixIndex(Index):
             worker["rank"]: {
                 "blocks": worker["blocks"],
                 "parked": worker["parked"],
-                "state": answers.VERDICTS[worker["state"]],
+                "state": answers.STATES[worker["state"]],
                 "last_seq": None if worker["last_seq"] < 0 else worker["last_seq"],
                 "in_doubt": worker["in_doubt"],
                 "lookahead": sorted(worker["lookahead"]),

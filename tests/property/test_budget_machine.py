@@ -81,7 +81,7 @@ class Narrow(World):
         # Before the question: it may be what finds that something is over.
         match = self.index.match_prefix(tokens, model=model, **given)
         want, got = self.model.match(tokens, model=model, **given), answer_of(match)
-        # Guesses that found no room are no part of what a verdict is about.
+        # Guesses that found no room are no part of what a state is about.
         stats = self.index.stats()
         least = want if not stats["shed_guesses"] + stats["expired_guesses"] else self.announced(tokens, model, given)
         # The model parks or refuses a tier's event below an unknown parent. An index that has evicted content of the

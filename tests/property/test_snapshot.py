@@ -48,7 +48,7 @@ class Restarted(World):
             same("ranks", figures.keys(), told.keys())
             for rank, worker in figures.items():
                 same("state after a restart", worker["state"], "stale")
-                self.index.mark_worker(name, rank, pod.verdicts.get(rank, "exact"))
+                self.index.mark_worker(name, rank, pod.told.get(rank, "exact"))
                 pod.heard = "yes"
             same("workers", self.index.worker_stats(name), told)
         self.compare()

@@ -93,11 +93,11 @@ class EngineWorld(World):
                 self.lost += batches
                 self.lost_ever += batches
             elif isinstance(action, Mark):
-                self.index.mark_worker("pod", 0, action.verdict)
+                self.index.mark_worker("pod", 0, action.state)
             super().do([action])
 
     def check(self) -> None:
-        assert self.verdict == self.stream.verdict
+        assert self.state == self.stream.state
         if self.index.pod_state("pod") != "exact":
             return
         assert self.connection_open
@@ -215,7 +215,7 @@ class FaultyStream(RuleBasedStateMachine):
         world.index._check()
         published = world.process.published
         if self.replay:
-            assert world.verdict != "stale", world.stream.reason
+            assert world.state != "stale", world.stream.reason
             if published and published[-1] is not None:
                 # Applied, or counted as lost: there is no third.
                 assert world.applied + world.lost == len(published)

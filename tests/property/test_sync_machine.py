@@ -184,12 +184,12 @@ class FaultyChannel(RuleBasedStateMachine):
         world.check()
         process = world.process
         if self.replay:
-            assert world.verdict != "stale", world.stream.reason
+            assert world.state != "stale", world.stream.reason
             assert world.applied_upto() == len(process.published) or process.published[-1] is None
             whole = len(process.buffer) == len(process.published) and all(each != GARBAGE for _, each in process.buffer)
             if whole and process.truth(len(process.published)) is not None:
                 # Its whole history can still be had, and be read, so there is no excuse.
-                assert world.verdict == "exact", world.stream.reason
+                assert world.state == "exact", world.stream.reason
         # Left alone it comes to rest: it does not clear and rebuild for ever.
         clears = world.clears
         world.wait(60.0)
@@ -263,7 +263,7 @@ class Lying(FaultyChannel):
 
     def check(self) -> None:
         foreign = {payload for _, payload in self.liar.buffer} if self.liar else set()
-        if self.world.verdict == "exact":
+        if self.world.state == "exact":
             assert not set(self.world.held) & foreign
             self.world.check()
 
@@ -290,7 +290,7 @@ class Lying(FaultyChannel):
         self.prove(1)
         if self.replay:
             world.wait(120.0)
-            assert world.verdict != "stale", world.stream.reason
+            assert world.state != "stale", world.stream.reason
         clears = world.clears
         world.wait(60.0)
         assert world.clears == clears

@@ -402,7 +402,7 @@ def test_a_clear_of_one_medium_is_not_taken_for_a_clean_start(index, manager, po
     assert "'BlockMoved'" in manager.status()["pod"].reason
 
 
-def test_events_of_unknown_kind_leave_the_verdict_and_say_so_where_nothing_is_held(index, manager, pod):
+def test_events_of_unknown_kind_leave_the_state_and_say_so_where_nothing_is_held(index, manager, pod):
     changes = []
     manager.on_change(changes.append)
     for number in range(2):
@@ -1241,8 +1241,8 @@ class Replica:
                     self.index.ingest(item.pod, item.payload, model=item.model, dp_rank=item.rank, seq=seq)
             case Forgotten(pod, rank):
                 self.index.clear_worker(pod, rank)
-            case Marked(pod, rank, verdict, _):
-                self.index.mark_worker(pod, rank, verdict)
+            case Marked(pod, rank, state, _):
+                self.index.mark_worker(pod, rank, state)
             case Removed(pod):
                 self.index.remove_pod(pod)
 

@@ -126,7 +126,7 @@ def calls(index: PrefixIndex) -> dict[str, Callable[[Any], object]]:
         ("configure_pod", of(index.configure_pod, pod="a"),
          ("pod", "presence", "clear_media", "chunk_size", "max_blocks")),
         ("clear_worker", of(index.clear_worker, pod="z"), ("pod", "dp_rank")),
-        ("mark_worker", of(index.mark_worker, pod="a", dp_rank=0, verdict="exact"), ("pod", "dp_rank", "verdict")),
+        ("mark_worker", of(index.mark_worker, pod="a", dp_rank=0, state="exact"), ("pod", "dp_rank", "state")),
         ("pod_state", of(index.pod_state), ("pod",)),
         ("worker_stats", of(index.worker_stats), ("pod",)),
         ("stream_places", of(index.stream_places), ("pod",)),
@@ -406,7 +406,7 @@ def test_a_payload_that_is_no_batch_tells_nothing():
     assert index.pod_state("a") == "stale"
 
 
-def test_guesses_change_no_verdict():
+def test_guesses_change_no_state():
     index = PrefixIndex(4)
     index.ingest("a", payload(stored([1], PROMPT)))
     for rank in range(2000):  # more than a pod may have

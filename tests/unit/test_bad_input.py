@@ -483,13 +483,13 @@ def test_a_prefix_that_cannot_be_added(index, wrong, builtin, said):
 @pytest.mark.parametrize(
     ("args", "builtin", "said"),
     [
-        (("new", 0, "fine"), ValueError, ("verdict", "fine")),
+        (("new", 0, "fine"), ValueError, ("state", "fine")),
         (("new", -1, "exact"), ValueError, ("dp_rank", "-1")),
         (("new", "0", "exact"), TypeError, ("dp_rank",)),
         ((5, 0, "exact"), TypeError, ("pod", "5")),
     ],
 )
-def test_a_verdict_that_cannot_be(index, args, builtin, said):
+def test_a_state_that_cannot_be(index, args, builtin, said):
     refused(index, builtin, said, index.mark_worker, *args)
 
 

@@ -97,7 +97,7 @@ def test_the_doubt_is_in_a_snapshot(tmp_path):
 # ------------------------------------------------------------------------------------------------------ ignore_media
 
 
-def test_an_ignored_medium_is_counted_and_costs_no_verdict(pair):
+def test_an_ignored_medium_is_counted_and_changes_no_state(pair):
     pair.do("configure_pod", "a", ignore_media={"cpu", "Tape"})
     pair.ingest("a", stored([1, 2], A + B))
     report = pair.ingest(

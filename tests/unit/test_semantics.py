@@ -763,10 +763,10 @@ def test_no_medium_alone_gives_more_than_all_together(pair):
     assert pair.ask(tokens)["a"] == {"tokens": 8, "ranks": {0: 8}, "media": {"GPU": 8, "CPU": 8}}
 
 
-# --------------------------------------------------------------------------------------------------------- verdicts
+# ----------------------------------------------------------------------------------------------------------- states
 
 
-def test_the_worst_verdict_of_a_pods_ranks_is_the_pods(pair):
+def test_the_worst_state_of_a_pods_ranks_is_the_pods(pair):
     pair.ingest("a", stored([1], A), rank=0)
     pair.ingest("a", stored([2], B, parent=1), rank=1)
     assert pair.state("a") == "degraded"
@@ -774,7 +774,7 @@ def test_the_worst_verdict_of_a_pods_ranks_is_the_pods(pair):
     assert pair.index.worker_stats("a")[1]["state"] == "degraded"
 
 
-def test_the_streams_verdict_and_the_indexs_own_are_kept_apart(pair):
+def test_the_streams_state_and_the_indexs_own_are_kept_apart(pair):
     pair.ingest("a", stored([2], B, parent=1))
     pair.do("mark_worker", "a", 0, "stale")
     assert pair.state("a") == "stale"

@@ -325,7 +325,7 @@ def test_a_guess_that_is_a_monster_is_refused_and_costs_nobody_anything():
 
 
 @pytest.mark.parametrize("budget", [LEAST, 3 * LEAST, 10 * LEAST])
-def test_guesses_change_no_verdict_and_leave_events_their_room(budget):
+def test_guesses_change_no_state_and_leave_events_their_room(budget):
     """The same events with guesses and without, up to a full index and beyond."""
     plain, guessed = PrefixIndex(SIZE, max_bytes=budget), PrefixIndex(SIZE, max_bytes=budget)
     most = {plain: 0, guessed: 0}  # blocks that were stored before any had to go

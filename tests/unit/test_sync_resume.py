@@ -16,7 +16,7 @@ def well(published: int = 5, **options) -> Router:
     world = Router(**options)
     world.publish(published)
     world.up()
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     world.requests.clear()
     return world
 
@@ -27,11 +27,11 @@ def test_only_the_rest_is_replayed():
     world.publish(7)
     world.connect()
     assert world.requests == [99]
-    assert world.verdict == "stale"
+    assert world.state == "stale"
     world.serve()
     world.receive()
     world.wait(0.5, serve=False)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.held == world.process.truth(107)
     assert (world.stream.counts["batches"], world.stream.counts["resumed"], world.clears) == (7, 1, 0)
 
@@ -47,7 +47,7 @@ def test_a_guess_about_the_process_does_not_become_one_stream_in_a_snapshot(afte
     world.publish(after)
     world.deliver()
     world.wait(15.0, serve=False)
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     assert world.applied_upto() == 3 + after
     assert not any(place.whole for place in world.index.stream_places("pod").values())
     world.restart_router()
@@ -55,7 +55,7 @@ def test_a_guess_about_the_process_does_not_become_one_stream_in_a_snapshot(afte
     for _ in range(60):
         world.wait(0.5)
         world.check()
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.held == world.process.truth(3 + after)
 
 
@@ -63,7 +63,7 @@ def test_nothing_was_missed():
     world = well()
     world.restart_router()
     world.up()
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert (world.stream.counts["batches"], world.clears) == (0, 0)
     world.publish(2)
     world.deliver()
@@ -81,7 +81,7 @@ def test_live_batches_wait_until_it_is_shown_where_they_belong():
     world.serve()
     world.receive()
     assert world.held == world.process.truth(9)
-    assert (world.verdict, world.clears) == ("exact", 0)
+    assert (world.state, world.clears) == ("exact", 0)
 
 
 @pytest.mark.parametrize("published", [0, 3, 4, 5, 6, 50])
@@ -94,7 +94,7 @@ def test_another_process_is_built_from_its_beginning(published):
     assert world.requests[:2] == [4, 0]
     assert world.clears == 1
     assert world.held == world.process.truth(published)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
 
 
 def test_an_answer_that_no_longer_has_the_last_batch_is_no_proof():
@@ -105,27 +105,27 @@ def test_an_answer_that_no_longer_has_the_last_batch_is_no_proof():
     world.wait(1.0)
     assert world.clears == 1
     assert world.held == [payload for _, payload in world.process.buffer]
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
 
 
 def test_what_was_lost_before_is_lost_still_until_the_history_can_be_had():
     world = Router(buffer_steps=4)
     world.publish(10)
     world.up()
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     world.restart_router()
     world.publish(2)
     world.connect()
     world.wait(0.2)
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     assert world.clears == 0
     world.publish(1, clear=True)
     world.deliver()
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     world.restart_router()
     world.connect()
     world.wait(0.2)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
 
 
 def test_a_clear_worker_in_between_leaves_nothing_to_go_on_from():
@@ -143,14 +143,14 @@ def test_without_an_answer_nothing_is_taken_on_trust():
     world.publish(1)
     world.connect()
     world.wait(20.0, serve=False)
-    assert world.verdict == "stale"
+    assert world.state == "stale"
     world.publish(1)
     world.deliver()
     world.wait(20.0, serve=False)
     assert world.clears == 1
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     world.wait(60.0)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.held == world.process.truth(7)
 
 
@@ -163,7 +163,7 @@ def test_a_lost_connection_asks_from_the_same_batch_again():
     assert world.requests == [19, 19]
     world.serve()
     world.receive()
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     world.disconnect()
     world.publish(1)
     world.connect()
@@ -180,4 +180,4 @@ def test_equal_bytes_under_another_number_prove_nothing():
     stream.replay_sent(0.0)
     done = stream.replayed(5, payload, 0.1)
     assert not any(isinstance(action, Ingest) for action in done)
-    assert stream.verdict == "stale"
+    assert stream.state == "stale"

@@ -40,7 +40,7 @@ def well(published: int = 3, **options) -> World:
 
 def test_before_anything_happens_it_is_stale():
     world = World()
-    assert (world.verdict, world.stream.reason) == ("stale", "not connected yet")
+    assert (world.state, world.stream.reason) == ("stale", "not connected yet")
     assert world.stream.deadline() is None
 
 
@@ -52,24 +52,24 @@ def test_the_start_replays_from_0_while_live_batches_wait():
     world.publish(2)
     world.deliver()
     assert world.held == []
-    assert world.verdict == "stale"
+    assert world.state == "stale"
     assert world.stream.waiting == 2
     world.serve()
     world.receive()
     assert world.held == world.process.truth(5)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.clears == 0
 
 
 def test_an_engine_that_has_published_nothing_is_exact_once_it_is_silent():
     world = World()
     world.connect()
-    assert world.verdict == "stale"
+    assert world.state == "stale"
     world.serve()
     world.receive()
-    assert world.verdict == "stale"
+    assert world.state == "stale"
     world.wait(world.stream.policy.silence)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.stream.last_seq is None
 
 
@@ -78,7 +78,7 @@ def test_a_stream_seen_from_its_first_batch_needs_no_answer():
     world.connect()
     world.publish(2)
     world.deliver()
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.held == world.process.truth(2)
 
 
@@ -89,7 +89,7 @@ def test_a_cut_head_is_asked_for_once_more_and_then_accepted():
     world.wait(1.0)
     assert world.requests[:2] == [0, 0]
     assert world.held == [payload for _, payload in world.process.buffer]
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     assert world.stream.counts["lost_batches"] == 6
     assert world.stream.counts["heads_cut"] == 1
     assert world.stream.counts["gaps"] == 0
@@ -98,10 +98,10 @@ def test_a_cut_head_is_asked_for_once_more_and_then_accepted():
 def test_without_a_replay_the_first_batch_decides():
     world = World(replay=False)
     world.connect()
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     world.publish(1)
     world.deliver()
-    assert world.verdict == "exact"
+    assert world.state == "exact"
 
 
 def test_without_a_replay_a_late_start_is_degraded_for_good():
@@ -111,7 +111,7 @@ def test_without_a_replay_a_late_start_is_degraded_for_good():
     world.publish(2)
     world.deliver()
     world.wait(100.0)
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     assert world.stream.counts["lost_batches"] == 5
     assert world.requests == []
 
@@ -121,11 +121,11 @@ def test_a_start_that_nobody_answers_is_degraded_until_somebody_does():
     world.publish(3)
     world.connect()
     world.wait(10.0, serve=False)
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     assert world.stream.counts["replays_failed"] == 1
     assert "replay_failed" in kinds(world)
     world.wait(20.0)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.held == world.process.truth(3)
 
 
@@ -138,12 +138,12 @@ def test_a_gap_is_replayed_from_the_last_known_batch_and_nothing_is_applied_twic
     world.channel.clear()
     world.publish(2)
     world.deliver()
-    assert world.verdict == "stale"
+    assert world.state == "stale"
     assert world.requests[-1] == 2
     assert len(world.held) == 3
     world.serve()
     world.receive()
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.held == world.process.truth(7)
     assert (world.stream.counts["gaps"], world.stream.counts["gaps_healed"]) == (1, 1)
     assert world.stream.counts["lost_batches"] == 0
@@ -155,7 +155,7 @@ def test_a_gap_that_a_late_batch_fills_needs_no_replay():
     world.publish(2)
     world.channel.rotate(1)
     world.deliver()
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.held == world.process.truth(5)
     assert world.request is None
 
@@ -168,7 +168,7 @@ def test_a_gap_without_a_replay_is_accepted_at_once():
     world.channel.clear()
     world.publish(1)
     world.deliver()
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     assert world.stream.counts["lost_batches"] == 3
     assert world.stream.last_seq == 5
 
@@ -181,7 +181,7 @@ def test_a_hole_that_the_publisher_has_itself_is_accepted_at_the_second_answer()
     asked = len(world.requests)
     world.wait(1.0)
     assert world.requests[asked - 1 : asked + 1] == [2, 2]
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     assert world.stream.counts["lost_batches"] == 1
     assert world.held == [payload for payload in world.process.published if payload is not None]
 
@@ -194,7 +194,7 @@ def test_a_hole_that_nobody_answers_for_is_accepted_after_three_tries_with_pause
     world.deliver()
     before, start = len(world.requests), world.now
     asked = [start]
-    while world.verdict == "stale":
+    while world.state == "stale":
         known = len(world.requests)
         world.wait(0.01, serve=False)
         if len(world.requests) > known:
@@ -204,7 +204,7 @@ def test_a_hole_that_nobody_answers_for_is_accepted_after_three_tries_with_pause
     assert len(asked) == 3
     pauses = [later - sooner - 2.0 for sooner, later in pairwise(asked)]
     assert 0 < pauses[0] < pauses[1]
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     assert world.stream.counts["gaps_accepted"] == 1
     assert len(world.held) == 4
 
@@ -227,10 +227,10 @@ def test_a_batch_that_is_late_behind_one_that_says_no_time_is_no_restart():
     world = well(1, replay=False)
     world.publish(1)
     world.deliver()
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     world.publish(1, clear=True)
     world.deliver()
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     world.publish(1, clear=True)
     world.publish(1, readable=False)
     world.publish(1, clear=True)
@@ -238,9 +238,9 @@ def test_a_batch_that_is_late_behind_one_that_says_no_time_is_no_restart():
     world.channel.insert(1, late)
     world.deliver(2)
     assert (world.stream.counts["late"], world.stream.counts["restarts"], world.clears) == (1, 0, 0)
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     world.deliver()
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     world.check()
 
 
@@ -264,7 +264,7 @@ def test_what_waits_is_bounded_in_number_and_comes_again_by_replay():
     assert world.stream.waiting == 3
     assert world.stream.counts["overflow"] == 7
     world.wait(1.0)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.held == world.process.truth(14)
 
 
@@ -277,7 +277,7 @@ def test_thousands_of_holes_are_given_up_one_by_one_and_nothing_else_is():
     world.deliver()
     assert world.stream.waiting == 5000
     world.wait(10.0, serve=False)
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     assert world.stream.waiting == 0
     assert world.held == [payload for seq, payload in enumerate(world.process.published) if seq < 3 or seq % 2 == 0]
     assert counts(world)["lost_batches"] == counts(world)["gaps_accepted"] == 5000
@@ -300,22 +300,22 @@ def test_a_sequence_number_from_nowhere_is_damage_and_not_a_gap():
     assert world.stream.counts["bad_seq_jump"] == 1
     assert world.stream.counts["gaps"] == 0
     world.wait(20.0)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
 
 
 # Replays
 
 
 def without_an_end_marker(world: World, seconds: float, **cut) -> set[str | None]:
-    """Time goes by, no answer comes with its end marker: the verdicts meanwhile."""
-    verdicts = {world.verdict}
+    """Time goes by, no answer comes with its end marker: the states meanwhile."""
+    states = {world.state}
     until = world.now + seconds
     while world.now < until:
         world.serve(end=False, **cut)
         world.receive()
         world.wait(0.1, serve=False)
-        verdicts.add(world.verdict)
-    return verdicts
+        states.add(world.state)
+    return states
 
 
 def test_a_missing_end_marker_costs_no_batch_and_is_made_up_for_by_the_next_live_one():
@@ -329,7 +329,7 @@ def test_a_missing_end_marker_costs_no_batch_and_is_made_up_for_by_the_next_live
     world.publish()
     world.deliver()
     world.wait(0.1)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.held == world.process.truth(4)
 
 
@@ -343,7 +343,7 @@ def test_an_answer_that_is_cut_at_the_same_place_again_is_not_taken_for_whole():
     # Asked on, but ever more rarely: twice a question, since a cut answer has to be asked for its rest.
     assert len(world.requests) <= 2 * 7
     world.wait(40.0)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.held == world.process.truth(3)
 
 
@@ -353,7 +353,7 @@ def test_an_end_marker_that_comes_in_the_end_is_enough():
     world.connect()
     assert without_an_end_marker(world, 1.7) == {"stale", "degraded"}
     world.wait(2.0)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.held == world.process.truth(3)
     assert world.clears == 0
 
@@ -370,7 +370,7 @@ def test_a_reconnect_that_is_answered_without_an_end_marker_is_not_taken_for_all
     world.publish()
     world.deliver()  # and shows what is missing, which is asked for
     world.wait(5.0)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.held == world.process.truth(7)
 
 
@@ -382,7 +382,7 @@ def test_a_live_batch_that_a_replay_has_brought_before_makes_up_for_its_end_mark
     assert without_an_end_marker(world, 2.0) == {"stale", "degraded"}
     assert world.applied_upto() == 3
     world.deliver()
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.stream.counts["duplicates"] == 1
 
 
@@ -400,7 +400,7 @@ def test_a_lost_end_that_comes_without_an_end_marker_may_go_on():
     assert without_an_end_marker(world, 9.0, upto=2) == {"exact", "degraded"}
     assert world.applied_upto() > 3
     world.wait(30.0)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.held == world.process.truth(6)
 
 
@@ -415,7 +415,7 @@ def test_a_replay_that_is_cut_goes_on_where_it_stopped():
         world.wait(pause, serve=False)
     world.serve()
     world.receive()
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.held == world.process.truth(10)
     assert world.stream.counts["cut_replays"] >= 2
 
@@ -426,12 +426,12 @@ def test_a_long_answer_is_asked_for_its_end_again():
     world.connect()
     world.serve(upto=6)  # the end marker came through a queue that was full a moment before
     world.receive()
-    assert world.verdict == "stale"
+    assert world.state == "stale"
     assert world.requests == [0, 5]
     world.serve()
     world.receive()
     world.wait(0.6)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.held == world.process.truth(10)
 
 
@@ -445,7 +445,7 @@ def test_a_replay_that_repeats_itself_is_given_up():
     assert world.stream.counts["endless_replays"] == 1
     assert world.held == world.process.truth(1)
     world.wait(5.0)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
 
 
 def test_a_replay_that_never_ends_is_bounded_in_time():
@@ -492,7 +492,7 @@ def test_a_replay_endpoint_of_another_stream_is_found_out():
         world.deliver()
     assert world.stream.counts["replay_conflicts"] == 1
     assert "replay_conflict" in kinds(world)
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     assert not set(world.held) & {payload for _, payload in other.buffer}
     clears = world.clears
     world.wait(60.0)
@@ -522,7 +522,7 @@ def test_a_replay_of_another_process_is_not_believed_once_something_came_live(pu
     world.publish(1)
     world.deliver()
     world.wait(2.0)
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     assert "tcp://a:1" in world.stream.reason
     assert "tcp://b:2" in world.stream.reason
     assert {"replay_conflict", "replay_useless"} & set(kinds(world))
@@ -530,7 +530,7 @@ def test_a_replay_of_another_process_is_not_believed_once_something_came_live(pu
         world.wait(1.0)
         world.publish(1)
         world.deliver()
-        assert world.verdict == "degraded"
+        assert world.state == "degraded"
     assert world.stream.counts["replay_conflicts"] == 1
     assert not set(world.held) & {payload for _, payload in other.buffer}
 
@@ -551,8 +551,8 @@ def test_no_moment_of_another_process_history_is_exact(published, rhythm):
         if step % round(rhythm * 100) == round(rhythm * 100) - 1:
             world.publish()
             world.deliver()
-        assert world.verdict != "exact" or not foreign & set(world.held)
-    assert world.verdict == "degraded"
+        assert world.state != "exact" or not foreign & set(world.held)
+    assert world.state == "degraded"
 
 
 def test_an_idle_engine_is_exact_after_the_silence_in_which_a_batch_would_have_spoken():
@@ -560,21 +560,21 @@ def test_an_idle_engine_is_exact_after_the_silence_in_which_a_batch_would_have_s
     world.publish(3)
     world.connect()
     world.wait(0.49)
-    assert world.verdict == "stale"
+    assert world.state == "stale"
     assert world.stream.reason == "nothing that tcp://a:1 publishes has confirmed yet what tcp://b:2 gives"
     world.wait(0.01)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     # Its first batch is asked for, once. It makes the answer more likely, so that it is no reason to doubt it.
     asked = len(world.requests)
     world.publish()
     world.deliver()
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     world.wait(0.01)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.requests[asked:] == [3]
     world.publish(3)
     world.deliver()
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.requests[asked:] == [3]
 
 
@@ -586,9 +586,9 @@ def test_silence_begins_when_the_limit_lets_messages_in():
     world.limit(0.0)
     world.stream.hold_up(world.now, world.now + 2.0)
     world.wait(2.4)
-    assert world.verdict == "stale"
+    assert world.state == "stale"
     world.wait(0.2)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
 
 
 def test_an_engine_that_is_seen_from_its_first_batch_on_needs_no_confirmation():
@@ -597,7 +597,7 @@ def test_an_engine_that_is_seen_from_its_first_batch_on_needs_no_confirmation():
     world.wait(0.1)
     world.publish()
     world.deliver()
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.requests == [0]
 
 
@@ -608,7 +608,7 @@ def test_a_clear_leaves_nothing_to_confirm():
     world.wait(0.1)
     world.publish(clear=True)
     world.deliver()
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.held == world.process.truth(4)
 
 
@@ -620,12 +620,12 @@ def test_a_history_that_nobody_confirms_any_more_is_degraded_until_somebody_does
         world.publish()
         world.deliver()
         world.wait(0.1, serve=False)
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     for _ in range(120):
         world.publish()
         world.deliver()
         world.wait(0.1)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.held == world.process.truth(world.applied_upto())
 
 
@@ -635,16 +635,16 @@ def test_another_process_history_does_not_become_known_by_a_lost_connection():
     world.publish(3)
     liar(world, 3)
     world.up()
-    assert world.verdict == "exact"  # of an engine that says nothing, nobody can know
+    assert world.state == "exact"  # of an engine that says nothing, nobody can know
     world.disconnect()
     world.connect()
     world.wait(0.3)
-    assert world.verdict == "stale"
+    assert world.state == "stale"
     world.publish()
     world.deliver()
-    assert world.verdict == "stale"
+    assert world.state == "stale"
     world.wait(0.1)
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
 
 
 @pytest.mark.parametrize("waiting", [1, 3])
@@ -659,7 +659,7 @@ def test_an_answer_that_was_doubted_is_not_confirmed_by_the_same_process(waiting
     other = liar(world, waiting, later=50.0)
     world.wait(0.3)
     for _ in range(10):
-        assert world.verdict == "degraded"
+        assert world.state == "degraded"
         assert "tcp://a:1" in world.stream.reason
         assert "tcp://b:2" in world.stream.reason
         world.wait(1.0)
@@ -667,11 +667,11 @@ def test_an_answer_that_was_doubted_is_not_confirmed_by_the_same_process(waiting
         world.publish()
         world.deliver()
         world.wait(1.0)
-        assert world.verdict == "degraded"
+        assert world.state == "degraded"
     assert not set(world.held) & {payload for _, payload in other.buffer}
     world.liar = None
     world.wait(30.0)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     world.check()
 
 
@@ -687,12 +687,12 @@ def test_a_restart_behind_something_between_is_believed_when_the_next_batch_agre
     world.channel.clear()
     world.owed = -1
     world.wait(3.0)
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     assert "whether the engine has restarted" in world.stream.reason
     world.publish()
     world.deliver()
     world.wait(3.0)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.held == world.process.truth(5)
 
 
@@ -709,7 +709,7 @@ def test_a_live_batch_that_happens_to_continue_an_answer_is_asked_for_at_once(ot
     world.deliver()
     world.wait(0.01)
     assert world.requests[-1] == others
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     assert not set(world.held) & {payload for _, payload in other.buffer}
 
 
@@ -722,7 +722,7 @@ def test_what_came_while_a_request_waited_is_in_its_answer():
     world.deliver()
     other = liar(world, 2)
     world.wait(3.0)
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     assert "tcp://b:2 ends before batch 5, which tcp://a:1 had published" in world.stream.reason
     assert not set(world.held) & {payload for _, payload in other.buffer}
 
@@ -738,7 +738,7 @@ def test_a_stream_that_is_never_silent_finds_out_all_the_same():
         world.publish(1)
         world.deliver()
         world.wait(0.1)
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
 
 
 def test_it_is_believed_again_when_it_agrees():
@@ -750,13 +750,13 @@ def test_it_is_believed_again_when_it_agrees():
     world.publish(1)
     world.deliver()
     world.wait(5.0)
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     world.liar = None
     world.publish(1)
     world.deliver()
     world.wait(20.0)
     assert "replay_agrees" in kinds(world)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.held == world.process.truth(5)
 
 
@@ -772,13 +772,13 @@ def test_another_process_stays_one_over_a_new_connection():
     world.disconnect()
     world.connect()
     world.wait(5.0)
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     world.liar = None
     world.wait(30.0)
     world.publish(1)
     world.deliver()
     world.wait(30.0)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.held == world.process.truth(5)
 
 
@@ -792,12 +792,12 @@ def test_an_answer_of_which_all_was_refused_shows_nothing():
                 world.do(world.stream.replay_refused(world.now, "topic 'x' is not 'y'"))
             world.request = None
             world.do(world.stream.replay_ended(world.now))
-        assert world.verdict != "exact"
+        assert world.state != "exact"
         world.wait(0.5, serve=False)
-    assert (world.verdict, world.stream.reason) == ("degraded", "topic 'x' is not 'y'")
+    assert (world.state, world.stream.reason) == ("degraded", "topic 'x' is not 'y'")
     assert kinds(world).count("replay_useless") == 1
     world.wait(20.0)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.held == world.process.truth(3)
 
 
@@ -810,10 +810,10 @@ def test_after_a_reconnect_the_reason_says_why_an_answer_shows_nothing():
         world.do(world.stream.replay_refused(world.now, "tcp://b:2 answers with another topic"))
         world.do(world.stream.replay_ended(world.now))
         world.wait(1.0, serve=False)
-    assert world.verdict == "stale"
+    assert world.state == "stale"
     assert world.stream.reason.endswith("this is still the process it was: tcp://b:2 answers with another topic")
     world.wait(30.0)
-    assert (world.verdict, world.stream.reason) == ("exact", "")
+    assert (world.state, world.stream.reason) == ("exact", "")
 
 
 def test_a_publisher_that_keeps_nothing_is_not_taken_for_one_that_published_nothing():
@@ -826,7 +826,7 @@ def test_a_publisher_that_keeps_nothing_is_not_taken_for_one_that_published_noth
     world.wait(1.0)
     held = list(world.held)
     world.wait(40.0)
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     assert "without a batch" in world.stream.reason
     assert world.held == held == [world.process.published[10]]
     assert world.clears == 0
@@ -839,29 +839,29 @@ def test_a_stream_of_which_all_comes_by_replays_is_not_exact():
         world.publish(1)
         world.channel.clear()
         world.wait(8.0)
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     assert "topic" in world.stream.reason
     world.publish(1)
     world.deliver()
     world.wait(0.1)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
 
 
 def test_what_the_caller_holds_against_a_connection_counts_until_the_next():
     world = well()
     world.do(world.stream.distrust(world.now, "two publishers"))
-    assert (world.verdict, world.stream.reason) == ("degraded", "two publishers")
+    assert (world.state, world.stream.reason) == ("degraded", "two publishers")
     assert kinds(world) == ["distrusted"]
     world.disconnect()
     world.up()
-    assert world.verdict == "exact"
+    assert world.state == "exact"
 
 
 def test_without_a_replay_endpoint_the_reason_says_so_though_it_is_exact():
     world = well(0, replay=False)
     world.publish(2)
     world.deliver()
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert "without a replay endpoint" in world.stream.reason
 
 
@@ -875,11 +875,11 @@ def test_a_request_that_the_publisher_has_is_not_repeated_while_others_have_thei
     world.do_reach()
     world.wait(50.0, serve=False)
     assert world.requests == [0]
-    assert world.verdict == "stale"
+    assert world.state == "stale"
     assert "has not begun to answer" in world.stream.reason
     assert world.awaits == 1
     world.wait(0.1)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.stream.counts["gaps_accepted"] == 0
 
 
@@ -894,11 +894,11 @@ def test_a_request_that_is_not_answered_at_all_is_repeated_ever_more_rarely():
             world.do_reach()
         world.wait(0.1, serve=False)
     waits = [later - sooner for sooner, later in pairwise(asked)]
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     assert 60.0 <= waits[0] < waits[1] < waits[2]
     assert len(asked) <= 6
     world.wait(10.0)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
 
 
 def test_a_request_whose_connection_is_lost_is_sent_again():
@@ -909,7 +909,7 @@ def test_a_request_whose_connection_is_lost_is_sent_again():
     world.do(world.stream.replay_lost(world.now))
     world.wait(0.5)
     assert world.requests == [0, 0]
-    assert world.verdict == "exact"
+    assert world.state == "exact"
 
 
 @pytest.mark.parametrize("pause", [0.7, 3.0])
@@ -929,7 +929,7 @@ def test_an_answer_that_pauses_each_time_is_followed(pause):
                 world.receive()
         else:
             world.wait(0.1, serve=False)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.held == world.process.truth(10)
 
 
@@ -941,10 +941,10 @@ def test_a_hole_is_filled_by_a_question_that_is_open_already():
     world.publish(2)
     world.channel.popleft()
     world.deliver()
-    assert (world.verdict, world.requests) == ("stale", [0, 2])
+    assert (world.state, world.requests) == ("stale", [0, 2])
     world.serve()
     world.receive()
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.requests == [0, 2]
 
 
@@ -963,7 +963,7 @@ def test_seq_moving_backwards_clears_and_builds_again():
     assert world.requests[-1] == 0
     world.serve()
     world.receive()
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.held == world.process.truth(3)
     assert world.stream.counts["restarts"] == 1
 
@@ -978,7 +978,7 @@ def test_seq_moving_backwards_clears_even_without_a_replay():
     world.deliver()
     assert world.clears == 1
     assert world.held == world.process.published[1:]
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     assert world.stream.counts["lost_batches"] == 1
 
 
@@ -993,20 +993,20 @@ def test_without_a_replay_a_clear_does_not_make_up_for_what_came_before_it_in_th
     world.channel[0], world.channel[1] = world.channel[1], world.channel[0]
     world.deliver(2)
     assert (world.applied_upto(), world.stream.counts["restarts"]) == (1, 1)
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     world.deliver()
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     world.check()
 
 
 def test_a_reconnect_to_the_same_process_keeps_everything_and_catches_up():
     world = well(5)
     world.disconnect()
-    assert world.verdict == "stale"
+    assert world.state == "stale"
     world.publish(2)
     world.connect()
     assert world.requests[-1] == 0
-    assert world.verdict == "stale"
+    assert world.state == "stale"
     world.publish(1)
     world.deliver()
     assert len(world.held) == 5  # waits until it is known who is there
@@ -1014,7 +1014,7 @@ def test_a_reconnect_to_the_same_process_keeps_everything_and_catches_up():
     world.receive()
     assert world.clears == 0
     assert world.held == world.process.truth(8)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.stream.counts["reconnects"] == 1
 
 
@@ -1032,7 +1032,7 @@ def test_a_copy_of_an_applied_batch_does_not_wait_for_ever():
     assert world.stream.waiting == 0
     assert world.stream._pending.bytes == 0
     assert world.held == world.process.truth(6)
-    assert (world.verdict, counts(world).get("lost_batches", 0), world.clears) == ("exact", 0, 0)
+    assert (world.state, counts(world).get("lost_batches", 0), world.clears) == ("exact", 0, 0)
 
 
 @pytest.mark.parametrize("published", [0, 1, 4, 5, 6, 20])
@@ -1048,7 +1048,7 @@ def test_a_restarted_engine_is_recognised_wherever_it_is(published, live):
     assert world.clears >= 1
     assert world.stream.counts["restarts"] == 1
     assert world.held == world.process.truth(published + live)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
 
 
 def test_a_restarted_engine_is_recognised_when_the_clock_was_set_back():
@@ -1069,7 +1069,7 @@ def test_a_restarted_engine_whose_head_is_gone_does_not_continue_what_was_known(
     world.connect()
     world.wait(1.0)
     assert world.clears == 1
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     assert world.held == [payload for _, payload in world.process.buffer]
 
 
@@ -1090,11 +1090,11 @@ def test_older_timestamps_make_it_ask_whether_it_is_the_same_process():
     world.clock -= 100.0
     world.publish(1)
     world.deliver()
-    assert world.verdict == "stale"
+    assert world.state == "stale"
     assert world.requests[-1] == 0
     world.serve()
     world.receive()
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.clears == 0  # it was: only its clock has moved
     assert world.held == world.process.truth(4)
 
@@ -1108,7 +1108,7 @@ def test_an_unsteady_clock_does_not_make_it_ask_all_the_time():
         world.serve()
         world.receive()
     assert world.stream.counts["clock_steps"] == 1
-    assert world.verdict == "exact"
+    assert world.state == "exact"
 
 
 # Reconnecting with nobody to ask
@@ -1119,7 +1119,7 @@ def known_without_replay() -> World:
     world.connect()
     world.publish(5)
     world.deliver()
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     return world
 
 
@@ -1128,7 +1128,7 @@ def test_without_a_replay_a_reconnect_is_stale_until_something_is_heard():
     world.disconnect()
     world.connect()
     world.wait(60.0)
-    assert world.verdict == "stale"
+    assert world.state == "stale"
 
 
 def test_without_a_replay_the_next_number_after_a_reconnect_is_no_proof():
@@ -1137,11 +1137,11 @@ def test_without_a_replay_the_next_number_after_a_reconnect_is_no_proof():
     world.connect()
     world.publish(1)
     world.deliver()
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     assert world.clears == 0
     world.publish(clear=True)
     world.deliver()
-    assert world.verdict == "exact"
+    assert world.state == "exact"
 
 
 def test_without_a_replay_a_batch_that_comes_again_after_a_reconnect_is_proof_enough():
@@ -1150,7 +1150,7 @@ def test_without_a_replay_a_batch_that_comes_again_after_a_reconnect_is_proof_en
     world.disconnect()
     world.connect()
     world.do(world.stream.live(*last, world.now))
-    assert world.verdict == "exact"
+    assert world.state == "exact"
 
 
 @pytest.mark.parametrize(("away", "cleared"), [(1.0, True), (0.002, False)])
@@ -1163,7 +1163,7 @@ def test_without_a_replay_a_jump_ahead_is_a_restart_if_there_was_time_for_it(awa
     world.publish(1)
     world.deliver()
     assert (world.clears == 1) is cleared
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
 
 
 def test_a_restart_that_only_an_answer_claims_waits_for_the_next_live_batch():
@@ -1181,15 +1181,15 @@ def test_a_restart_that_only_an_answer_claims_waits_for_the_next_live_batch():
     world.publish(1)
     world.deliver()
     world.wait(15.0, serve=False, step=1.0)
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     world.liar.publish(batch(world.clock + 50.0, "other"))
     world.wait(60.0)
-    assert world.verdict != "exact"
+    assert world.state != "exact"
     world.liar = None
     world.publish(1)
     world.deliver()
     world.wait(60.0)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     world.check()
 
 
@@ -1205,7 +1205,7 @@ def guessed(published: int, memory: int, buffer_steps: int = 10_000) -> World:
     world.publish(1)
     world.deliver()
     world.wait(15.0, serve=False)
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     assert world.applied_upto() == published + 1
     return world
 
@@ -1217,7 +1217,7 @@ def test_an_answer_about_the_end_does_not_prove_a_guess_about_the_beginning(publ
     for _ in range(60):
         world.wait(0.5)
         world.check()
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.held == world.process.truth(published + 1)
 
 
@@ -1227,10 +1227,10 @@ def test_a_guess_that_can_not_be_proved_any_more_stays_one():
     world.deliver()
     for _ in range(60):
         world.wait(0.5)
-        assert world.verdict == "degraded"
+        assert world.state == "degraded"
     world.publish(clear=True)
     world.deliver()
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.held == world.process.truth(13)
 
 
@@ -1242,9 +1242,9 @@ def test_a_guess_that_was_right_is_found_to_be_so(memory):
     world.publish(2)
     world.deliver()
     world.wait(15.0, serve=False)
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     world.wait(30.0)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.held == world.process.truth(6)
     assert world.clears == (0 if memory > 2 else 1)  # what is not remembered has to be applied anew
 
@@ -1267,7 +1267,7 @@ def test_without_a_replay_a_lower_number_after_a_reconnect_is_a_restart():
     world.publish(2)
     world.deliver()
     assert world.clears == 1
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.held == world.process.truth(2)
 
 
@@ -1283,12 +1283,12 @@ def damaged(world: World) -> None:
 def test_a_batch_that_can_not_be_applied_degrades_and_is_healed_by_the_publishers_copy():
     world = well()
     damaged(world)
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     assert world.stream.counts["lost_batches"] == 1
     world.publish(2)
     world.deliver()
     world.wait(10.0)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.held == world.process.truth(6)
     assert world.stream.counts["rebuilds"] == 1
     assert "rebuild" in kinds(world)
@@ -1300,7 +1300,7 @@ def test_a_batch_that_is_unreadable_at_its_publisher_too_is_not_rebuilt_for_ever
     world.publish(2)
     world.deliver()
     world.wait(120.0)
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     assert world.stream.counts["rebuilds"] == 0
     assert world.clears == 0
 
@@ -1312,7 +1312,7 @@ def test_more_that_is_unreadable_than_can_be_remembered_is_not_rebuilt_for_ever_
     world.publish(2)
     world.deliver()
     world.wait(120.0)
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     assert (world.stream.counts["rebuilds"], world.clears) == (0, 0)
     assert world.stream.counts["lost_batches"] == 300
     assert world.stream.last_seq == 304
@@ -1324,10 +1324,10 @@ def test_a_clear_by_the_engine_is_a_clean_start():
     world.publish(1)
     world.deliver()
     world.wait(1.0)
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     world.publish(clear=True)
     world.deliver()
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert "clean" in kinds(world)
 
 
@@ -1338,9 +1338,9 @@ def test_a_hole_accepted_while_nobody_answered_is_healed_when_somebody_does():
     world.publish(1)
     world.deliver()
     world.wait(10.0, serve=False)
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     world.wait(10.0)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.held == world.process.truth(5)
 
 
@@ -1356,11 +1356,11 @@ def test_what_was_given_up_last_is_newer_than_what_is_applied_and_no_restart(mem
         world.publish(3 + lost)
         world.deliver()
         world.wait(10.0, serve=False)
-        assert world.verdict == "degraded"
+        assert world.state == "degraded"
         assert world.applied_upto() == len(world.process.published)
     world.wait(20.0)
     assert (world.stream.counts["restarts"], world.stream.counts["rebuilds"]) == (0, 1)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.held == world.process.truth(len(world.process.published))
 
 
@@ -1375,15 +1375,15 @@ def test_a_stream_that_remembers_only_losses_still_knows_its_process(memory):
         world.publish(6)
         world.deliver()
         world.wait(32.0, serve=False)
-        assert world.verdict == "stale"  # silent, and nobody answers
+        assert world.state == "stale"  # silent, and nobody answers
         assert world.applied_upto() == len(world.process.published)
         world.do(world.stream.live(0, world.process.published[0], world.now))
         world.wait(0.05)
-        assert world.verdict == "degraded"
+        assert world.state == "degraded"
     counted = world.stream.counts
     assert (counted["replay_conflicts"], counted["restarts"], world.clears) == (0, 0, 0)
     world.wait(30.0)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.held == world.process.truth(len(world.process.published))
     assert (counted["rebuilds"], counted["restarts"]) == (1, 0)
 
@@ -1405,11 +1405,11 @@ def test_another_process_is_found_out_behind_losses_too():
     world.wait(1.0)
     assert world.stream.counts["restarts"] == 1
     assert world.held == world.process.truth(12)
-    assert world.verdict == "degraded"  # the copy is no batch of the process that answers
+    assert world.state == "degraded"  # the copy is no batch of the process that answers
     world.publish(1)
     world.deliver()
     world.wait(1.0)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.held == world.process.truth(13)
 
 
@@ -1419,7 +1419,7 @@ def test_a_history_that_is_gone_is_asked_for_once():
     world.publish(6)
     world.deliver()
     world.wait(15.0)
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     asked = world.stream.counts["replays_asked"]
     world.disconnect()  # no idle questions in between
     world.wait(100.0)
@@ -1432,14 +1432,14 @@ def test_a_history_that_is_gone_is_no_reason_not_to_ask_whether_it_is_the_same_p
     world.publish(10)
     world.connect()
     world.wait(20.0)
-    assert (world.verdict, world.stream._losses.hopeless) == ("degraded", True)
+    assert (world.state, world.stream._losses.hopeless) == ("degraded", True)
     world.disconnect()
     world.connect()
     world.wait(30.0, serve=False)
-    assert world.verdict == "stale"
+    assert world.state == "stale"
     held = list(world.held)
     world.wait(30.0)
-    assert (world.verdict, world.held, world.clears) == ("degraded", held, 0)
+    assert (world.state, world.held, world.clears) == ("degraded", held, 0)
 
 
 def test_a_suspicion_finds_what_was_damaged_and_still_readable():
@@ -1451,16 +1451,16 @@ def test_a_suspicion_finds_what_was_damaged_and_still_readable():
     seq, payload = world.channel[0]
     world.channel[0] = (seq, payload.replace(b"BlockStored", b"BlockStorex"))
     world.deliver()
-    assert world.verdict == "exact"  # nothing could tell
+    assert world.state == "exact"  # nothing could tell
     world.do(world.stream.suspect(world.now))
     world.wait(5.0)
     assert world.held == world.process.truth(5)
-    assert world.verdict == "degraded"  # what was published and what is replayed differ
+    assert world.state == "degraded"  # what was published and what is replayed differ
     world.publish(1)
     world.deliver()
     world.wait(1.0)
     assert world.held == world.process.truth(6)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
 
 
 # Silence
@@ -1470,7 +1470,7 @@ def test_a_silent_stream_asks_ever_more_rarely_whether_it_missed_the_end():
     world = well()
     start, before = world.now, len(world.requests)
     world.wait(130.0)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert set(world.requests[before:]) == {2}
     assert 6 <= len(world.requests) - before <= 11  # 0.5 s, doubled up to 30 s
     assert world.now == start + 130.0
@@ -1489,7 +1489,7 @@ def test_a_lost_end_is_found_as_fast_whatever_the_silence_was_before(before):
     while world.held != world.process.truth(5):
         world.wait(0.05)
         assert world.now < start + 0.7
-    assert world.verdict == "exact"
+    assert world.state == "exact"
 
 
 @pytest.mark.parametrize("reached", [False, True])
@@ -1498,25 +1498,25 @@ def test_a_publisher_that_is_silent_and_does_not_answer_is_stale_within_10_s(rea
     world.publish(1)
     world.deliver()
     start = world.now
-    while world.verdict == "exact":
+    while world.state == "exact":
         world.wait(0.1, serve=False)
         if reached and world.request is not None:
             world.do_reach()
         assert world.now < start + 10.0
-    assert (world.verdict, world.clears) == ("stale", 0)
+    assert (world.state, world.clears) == ("stale", 0)
     assert "does not answer" in world.stream.reason
     assert kinds(world) == ["silent"]
     world.publish(1)
     world.deliver()
-    assert world.verdict == "exact"  # a batch shows that it lives
+    assert world.state == "exact"  # a batch shows that it lives
 
 
 def test_a_publisher_that_answers_after_all_is_exact_again():
     world = well()
     world.wait(20.0, serve=False)
-    assert world.verdict == "stale"
+    assert world.state == "stale"
     world.wait(10.0)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
 
 
 def test_a_lost_end_is_found_in_silence():
@@ -1526,7 +1526,7 @@ def test_a_lost_end_is_found_in_silence():
     world.wait(1.0)
     assert world.held == world.process.truth(5)
     assert world.stream.counts["tails_recovered"] == 2
-    assert world.verdict == "exact"
+    assert world.state == "exact"
 
 
 def test_a_restart_behind_the_same_connection_is_found_in_silence():
@@ -1551,9 +1551,9 @@ def test_the_first_batch_of_an_answer_is_not_all_of_it():
         world.serve(upto=1)
         world.receive()
         answered += world.applied_upto() == 1
-        assert world.verdict != "exact"
+        assert world.state != "exact"
         world.wait(30.0)
-        assert world.verdict == "exact"
+        assert world.state == "exact"
         assert world.held == world.process.truth(2)
     assert answered > 20
 
@@ -1564,7 +1564,7 @@ def test_a_hole_that_only_a_question_in_silence_has_shown_is_accepted_too():
     world.publish(1)
     world.channel.clear()
     world.wait(5.0)
-    assert world.verdict == "degraded"
+    assert world.state == "degraded"
     assert world.stream.last_seq == 4
     assert world.stream.counts["lost_batches"] == 1
 
@@ -1606,7 +1606,7 @@ def test_an_endpoint_that_refuses_is_one_incident_and_many_counts():
         world.do(world.stream.disconnected(world.now, "refused"))
     assert kinds(world) == ["unreachable"]
     assert world.stream.counts["failed_connects"] == 5
-    assert world.verdict == "stale"
+    assert world.state == "stale"
 
 
 def test_what_was_still_on_its_way_when_the_connection_went_is_applied():
@@ -1615,7 +1615,7 @@ def test_what_was_still_on_its_way_when_the_connection_went_is_applied():
     world.do(world.stream.disconnected(world.now))
     world.deliver()
     assert world.held == world.process.truth(5)
-    assert world.verdict == "stale"
+    assert world.state == "stale"
 
 
 def test_a_gap_on_a_dead_connection_asks_nobody():

@@ -15,14 +15,14 @@ PAST, FUTURE = -1.0, 3600.0
 @pytest.fixture
 def index() -> PrefixIndex:
     made = PrefixIndex(16)
-    for pod, rank, verdict in (("a", 0, "exact"), ("b", 0, "exact"), ("b", 1, "degraded")):
+    for pod, rank, state in (("a", 0, "exact"), ("b", 0, "exact"), ("b", 1, "degraded")):
         made.process_block_stored(
             BlockStored(
                 pod=pod, model="m", block_hashes=[1, 2], parent_block_hash=None, token_ids=TOKENS[:32], block_size=16,
                 dp_rank=rank,
             )
         )  # fmt: skip
-        made.mark_worker(pod, rank, verdict)
+        made.mark_worker(pod, rank, state)
     made.mark_worker("c", 0, "exact")  # holds nothing
     return made
 
@@ -68,7 +68,7 @@ def test_every_state_is_stale_from_then_on_and_what_it_was_again_with_a_later_mo
     assert _exact(index) == [set()] * 3
     assert _of_match(index) == held, "what is held is said all the same"
     index.mark_worker("a", 0, "exact")
-    assert index.pod_state("a") == "stale", "a verdict does not make it later"
+    assert index.pod_state("a") == "stale", "a state does not make it later"
 
     for until in (time.monotonic() + FUTURE, None, 1e17):
         index.trust(until)

@@ -100,14 +100,14 @@ def test_a_batch_that_could_not_be_encoded_is_a_hole_that_no_replay_fills(record
     for message in live(recorded):
         done += stream.live(message.seq, message.payload, 1.0)
     stream.replay_ended(1.0)
-    assert stream.verdict == "exact"
+    assert stream.state == "exact"
     (message,) = live(recorded, "live_after_unencodable_batch")
     done = drive(stream, recorded, stream.live(message.seq, message.payload, 2.0), 2.0)
-    assert stream.verdict == "stale"
+    assert stream.state == "stale"
     done += drive(stream, recorded, stream.tick(3.0), 3.0)
     assert [action.start for action in done if isinstance(action, RequestReplay)] == [5, 5]
     assert [action.seq for action in done if isinstance(action, Ingest)] == [7]
-    assert stream.verdict == "degraded"
+    assert stream.state == "degraded"
     assert stream.counts["lost_batches"] == 1
 
 
@@ -119,7 +119,7 @@ def test_a_late_subscriber_takes_what_the_buffer_still_has(recorded):
     done += drive(stream, recorded, stream.tick(1.0), 1.0)
     done += drive(stream, recorded, stream.tick(2.0), 2.0)
     assert [action.seq for action in done if isinstance(action, Ingest)] == [3, 4, 5, 7]
-    assert stream.verdict == "degraded"
+    assert stream.state == "degraded"
     assert stream.counts["lost_batches"] == 4
 
 
@@ -128,7 +128,7 @@ def test_after_a_restart_what_was_there_is_cleared(recorded):
     stream.connected(0.0)
     for message in live(recorded):
         stream.live(message.seq, message.payload, 1.0)
-    assert stream.verdict == "exact"
+    assert stream.state == "exact"
     stream.disconnected(2.0)
     stream.connected(3.0)
     done = []
@@ -137,7 +137,7 @@ def test_after_a_restart_what_was_there_is_cleared(recorded):
     assert recorded["restart_published"] == 4  # and the subscriber, whose socket came back, has seen 1, 2 and 3
     assert sum(isinstance(action, Clear) for action in done) == 1
     assert [action.seq for action in done if isinstance(action, Ingest)] == [1, 2, 3]
-    assert stream.verdict == "degraded"
+    assert stream.state == "degraded"
     assert (stream.counts["restarts"], stream.counts["lost_batches"]) == (1, 1)
 
 
@@ -147,7 +147,7 @@ def test_after_a_restart_the_replay_brings_what_was_missed(recorded):
     for message in live(recorded):
         world.process.publish(message.payload)
         world.do(world.stream.live(message.seq, message.payload, world.now))
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     world.restart()
     world.process.publish(batch(51.0, "the one that nobody saw live"))
     for message in live(recorded, "after_restart"):
@@ -156,7 +156,7 @@ def test_after_a_restart_the_replay_brings_what_was_missed(recorded):
     for message in live(recorded, "after_restart"):
         world.do(world.stream.live(message.seq, message.payload, world.now))
     world.wait(1.0)
-    assert world.verdict == "exact"
+    assert world.state == "exact"
     assert world.held == world.process.published
     assert world.stream.counts["restarts"] == 1
 

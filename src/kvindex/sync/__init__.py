@@ -1,1 +1,1 @@
-"""Live streams: order, gaps, restarts and the verdict, from sockets to ``index.ingest``."""
+"""Live streams: order, gaps, restarts and states, from sockets to ``index.ingest``."""

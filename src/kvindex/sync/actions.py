@@ -56,7 +56,7 @@ class Clear(NamedTuple):
 class Mark(NamedTuple):
     """From here on, answers of this worker are of this quality; ``reason`` is for people."""
 
-    verdict: Verdict
+    state: Verdict
     reason: str
 
 

@@ -7,7 +7,7 @@ from typing import Final
 __all__ = ["PAUSE", "Allowance"]
 
 # Seconds that a pod over its limit waits at least. If it were let in for single messages it would be looked at, and its
-# verdict change, as often as they come; so it is at most 20 times a second.
+# change of state, as often as they come; so it is at most 20 times a second.
 PAUSE: Final = 0.05
 
 

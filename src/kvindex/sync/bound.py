@@ -114,8 +114,8 @@ class Doorkeeper(Watched):
         version, request, domain, _, _, mechanism, *credentials = frames
         key = z85.encode(credentials[0]).decode() if mechanism == b"CURVE" else ""
         admitted = key != "" and self._admits_to(domain, key)
-        verdict = [b"200", b"OK", key.encode()] if admitted else [b"300", b"not admitted", b""]
-        self._sock.send_multipart([version, request, *verdict, b""], zmq.NOBLOCK)
+        answer = [b"200", b"OK", key.encode()] if admitted else [b"300", b"not admitted", b""]
+        self._sock.send_multipart([version, request, *answer, b""], zmq.NOBLOCK)
 
     def failed(self, now: float, error: Exception) -> None:
         # It stays: without it nobody could connect any more.

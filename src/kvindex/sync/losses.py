@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .history import fingerprint
+from .reasons import Reason
 
 __all__ = ["Losses"]
 
@@ -60,5 +61,5 @@ class Losses:
     def complaint(self) -> str:
         """Why what is applied may be less than what was published, or nothing."""
         if self.count:
-            return f"{self.count} hole(s) in the stream had to be accepted"
-        return "no replay has shown what was before" if self.unproven else ""
+            return Reason.HOLES.text(count=self.count)
+        return Reason.UNPROVEN.text() if self.unproven else ""

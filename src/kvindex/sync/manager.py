@@ -345,7 +345,7 @@ class EventManager:
             if pod is None:
                 raise self._fleet.unknown(name)
             workers = list(pod.workers.values())
-            if not workers or self._loop.closed or any(worker.verdict == "stale" for worker in workers):
+            if not workers or self._loop.closed or any(worker.told == "stale" for worker in workers):
                 return False
         return True
 

@@ -50,7 +50,7 @@ class Marked(NamedTuple):
 
     pod: str
     rank: int
-    verdict: Verdict
+    state: Verdict
     reason: str
 
 

@@ -7,7 +7,7 @@ carries out in order. Every path can therefore be tested in microseconds, and th
 What it guarantees:
 
 * a batch is applied at most once, and in the order of sequence numbers, whatever arrives twice, late or out of order;
-* the verdict is ``exact`` only when every batch since a clean start of the process behind the connection was applied;
+* the state is ``exact`` only when every batch since a clean start of the process behind the connection was applied;
   anything that was given up makes it ``degraded``, anything that is not known at the moment makes it ``stale``;
 * an answer proves only what it shows. A replay endpoint that gives other bytes than the publisher under one number, or
   ends before a batch that was published, is another process's; one that gives nothing shows nothing; one that no
@@ -51,6 +51,7 @@ from .history import LOST, History, fingerprint
 from .losses import Losses
 from .pending import Pending
 from .policy import StreamPolicy
+from .reasons import Reason
 from .replay import Patience, Purpose, Question, Tries
 from .trust import Trust
 from .waits import Waits
@@ -69,7 +70,7 @@ class WorkerStream:
     :meth:`replayed`, :meth:`replay_refused`, :meth:`replay_ended`, :meth:`replay_lost`, :meth:`suspect`,
     :meth:`distrust` and :meth:`tick`; after an :class:`Ingest` say :meth:`cleared` or
     :meth:`rejected` where that is what happened. :meth:`deadline` says when the next tick is due. ``counts`` has every
-    counter by name, ``verdict`` and ``reason`` what the last :class:`Mark` said. A call is O(1) but for what it
+    counter by name, ``state`` and ``reason`` what the last :class:`Mark` said. A call is O(1) but for what it
     applies.
     """
 
@@ -77,7 +78,7 @@ class WorkerStream:
         "_attempts", "_behind", "_blame", "_connected_at", "_history", "_hole_at", "_known", "_losses", "_lost_at",
         "_marked", "_mixed", "_open", "_out", "_patience", "_pending", "_place", "_replay", "_retry", "_retry_at",
         "_silent_at", "_started", "_steady", "_tries", "_trust", "_verified", "_verified_at", "_waits", "_why_lost",
-        "counts", "is_connected", "policy", "state",
+        "counts", "is_connected", "mark", "policy",
     )  # fmt: skip
 
     def __init__(
@@ -93,7 +94,7 @@ class WorkerStream:
         self.policy = policy or StreamPolicy()
         self.counts: Counter[str] = Counter()
         self.is_connected = False
-        self.state = Mark("stale", "not connected yet")
+        self.mark = Mark("stale", Reason.NOT_CONNECTED.text())
         self._out: list[Action] = []
         self._marked: Verdict | None = None
         self._steady = False  # the next batch can be applied without another thought
@@ -107,7 +108,7 @@ class WorkerStream:
         # What the connection is worth.
         self._connected_at = 0.0
         self._lost_at: float | None = None
-        self._why_lost = self.state.reason
+        self._why_lost = self.mark.reason
         self._attempts = 0
         self._verified = False  # what is applied is of the process behind this connection
         self._verified_at = float("-inf")  # when that was asked for the last time, though nothing was lost
@@ -137,14 +138,14 @@ class WorkerStream:
     # ------------------------------------------------------------------------------------------------------ questions
 
     @property
-    def verdict(self) -> Verdict:
+    def state(self) -> Verdict:
         """What the last :class:`Mark` said."""
-        return self.state.verdict
+        return self.mark.state
 
     @property
     def reason(self) -> str:
         """Why, for people."""
-        return self.state.reason
+        return self.mark.reason
 
     @property
     def last_ts(self) -> float | None:
@@ -386,7 +387,7 @@ class WorkerStream:
 
     def abandon(self, reason: str) -> None:
         """Nobody feeds it any more."""
-        self.state = Mark("stale", reason)
+        self.mark = Mark("stale", reason)
 
     # ------------------------------------------------------------------------------------------------ limits of ours
 
@@ -732,7 +733,7 @@ class WorkerStream:
         self._trust.conflicts += 1
         if self._trust.conflicts <= self.policy.max_conflicts:
             return False
-        self._disown(self._trust.changes())
+        self._disown(self._trust.say(Reason.CHANGES))
         return True
 
     def _agree(self) -> None:
@@ -740,7 +741,7 @@ class WorkerStream:
         self._trust.agrees = True
         self._trust.doubt = ""
         if self._trust.foreign:
-            self._say("replay_agrees", self._trust.fits())
+            self._say("replay_agrees", f"{self._trust.replay_endpoint} gives what {self._trust.endpoint} publishes")
             self._trust.foreign = ""
             if not self._trust.asks:
                 self._trust.asks, self._waits.heal_at, self._waits.heal_wait = True, None, self.policy.heal[0]
@@ -748,14 +749,14 @@ class WorkerStream:
     def _disagree(self, seq: int) -> None:
         """An answer is not of the process that publishes."""
         self._trust.conflicts += 1
-        self._disown(self._trust.differs(seq))
+        self._disown(self._trust.say(Reason.OTHER_BATCH, seq=seq))
 
     def _disown(self, why: str) -> None:
         """Forget what replays have brought, and believe no more of them until they agree."""
         self.counts["replay_conflicts"] += 1
         self._say("replay_conflict", why)
         waiting, seen = self._pending.items(), self._pending.seen
-        self._reset("what the replay brought was of another stream")
+        self._reset(Reason.DISOWNED.text())
         self._trust.foreign = why
         self._trust.asks = False
         self._started = self._losses.unproven = True
@@ -775,7 +776,7 @@ class WorkerStream:
         lived, last = history.lived, history.recall(history.lived)
         self.counts["restarts"] += 1
         self._say("restart", f"{why}: cleared, building again")
-        self._reset("the engine has restarted", keep_replay=keep_replay)
+        self._reset(Reason.RESTARTED.text(), keep_replay=keep_replay)
         if against is not None:  # what is of this connection is not of the one process that it leads to
             self._trust.suspect(against)
             if last is not None and last != LOST:
@@ -906,7 +907,7 @@ class WorkerStream:
                 self._later(replay, now)
             else:
                 self._trust.conflicts += 1
-                self._disown(self._trust.ends_before(replay.shown))
+                self._disown(self._trust.say(Reason.ENDS_BEFORE, seq=replay.shown))
             return
         if not replay.frames and (replay.refused or replay.shown >= 0):
             self._shows_nothing(replay, now)
@@ -965,7 +966,7 @@ class WorkerStream:
 
     def _shows_nothing(self, replay: Question, now: float) -> None:
         """An answer was complete, and nothing of it could be taken."""
-        why = self._trust.refusal if replay.refused else self._trust.is_empty(replay.shown)
+        why = self._trust.refusal if replay.refused else self._trust.say(Reason.EMPTY, seq=replay.shown)
         if not self._trust.doubt:
             self._say("replay_useless", why)
         self._trust.doubt = why
@@ -981,7 +982,7 @@ class WorkerStream:
         elif self._losses.count or self._losses.guessed:
             self.counts["rebuilds"] += 1
             self._say("rebuild", "the publisher still has every batch from 0 on: cleared, building again")
-            self._reset("building again from the whole history")
+            self._reset(Reason.REBUILT.text())
             self._ask(Purpose.START, 0)
 
     def _silence(self, replay: Question, now: float) -> None:
@@ -1022,7 +1023,7 @@ class WorkerStream:
         # Where it never answered the stream is degraded already, and silence tells nothing new.
         if self._trust.answers and not self._trust.unheard:
             self._trust.unheard = True
-            self._say("silent", self._trust.silence())
+            self._say("silent", self._trust.say(Reason.SILENT))
 
     def _give_up_proof(self) -> None:
         """Nobody answers any more who could confirm what answers have brought."""
@@ -1091,7 +1092,7 @@ class WorkerStream:
         if self._waits.probe_at is not None and self._trust.is_unconfirmed and self._shown() >= 0:
             self._waits.probe_at_once(now)
 
-    # -------------------------------------------------------------------------------------------------------- verdict
+    # ---------------------------------------------------------------------------------------------------------- state
 
     def _judgement(self, now: float) -> Mark:
         """What answers of this worker are worth at this moment: the first objection counts."""
@@ -1101,26 +1102,23 @@ class WorkerStream:
         if degraded := self._objection():
             return Mark("degraded", degraded)
         if self._is_hearsay(now):
-            return Mark("stale", self._trust.unshown())
-        if not self._trust.has:
-            return Mark("exact", "without a replay endpoint the loss of the last batches can not be noticed")
-        return Mark("exact", "")
+            return Mark("stale", self._trust.say(Reason.UNCONFIRMED))
+        return Mark("exact", "" if self._trust.has else Reason.NO_REPLAY.text())
 
     def _unknown(self) -> str:
         """Why it is not known at this moment whether everything is applied, or nothing."""
         if not self.is_connected:
             return self._why_lost
         if self._behind:
-            return "it sends more than its limit allows"
+            return Reason.LIMITED.text()
         if not self._verified:
-            asking = "asking" if self.replaying else "nothing has shown yet"
-            why = f"{asking} whether this is still the process it was"
+            why = (Reason.SAME_PROCESS_ASKED if self.replaying else Reason.SAME_PROCESS_UNSHOWN).text()
             return f"{why}: {self._trust.doubt}" if self._trust.doubt else why
         if not self._started:
             return self._waits_for_replay()
         if self._missing() or self._hole_at is not None:
-            return f"batch {self._history.next} is missing"
-        return self._trust.silence() if self._trust.unheard else ""
+            return Reason.MISSING.text(seq=self._history.next)
+        return self._trust.say(Reason.SILENT) if self._trust.unheard else ""
 
     def _is_hearsay(self, now: float) -> bool:
         """Whether what is applied, or that nothing is, rests on an answer alone, which may be another process's: until
@@ -1137,23 +1135,18 @@ class WorkerStream:
         trust = self._trust
         return (
             trust.foreign or self._blame or trust.doubt or trust.complaint() or self._losses.complaint()
-            or self._cut_short()
+            or ("" if self._open is None else Reason.CUT_SHORT.text(seq=self.last_seq))
         )  # fmt: skip
-
-    def _cut_short(self) -> str:
-        if self._open is None:
-            return ""
-        return f"a replay stopped without its end marker, there may be more than {self.last_seq}"
 
     def _waits_for_replay(self) -> str:
         if self._replay is not None and self._replay.waits:
-            return f"replaying: {self._trust.replay_endpoint} has the request and has not begun to answer"
-        return "replaying"
+            return self._trust.say(Reason.QUEUED)
+        return Reason.REPLAYING.text()
 
     def _mark(self, mark: Mark) -> None:
-        self.state = mark
-        if mark.verdict != self._marked:
-            self._marked = mark.verdict
+        self.mark = mark
+        if mark.state != self._marked:
+            self._marked = mark.state
             self._out.append(mark)
 
     def _say(self, kind: str, detail: str) -> None:

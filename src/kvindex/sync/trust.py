@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from .reasons import Reason
+
 __all__ = ["Trust"]
 
 
@@ -82,51 +86,12 @@ class Trust:
         """One connection leads to one process, and it has published another batch than an answer has: the publisher has
         restarted behind something between, or the answer is another process's."""
         self.unconfirmed = True  # the next live batch is asked for, however busy the stream is
-        self.foreign = (
-            f"{self.replay_endpoint} does not give batch {seq} as {self.endpoint} published it: the next one shows"
-            " whether the engine has restarted or that is another process's replay endpoint"
-        )
+        self.foreign = self.say(Reason.RESTART_OR_OTHER, seq=seq)
 
-    def differs(self, seq: int) -> str:
-        """The reason where an answer has another batch than was published."""
-        return (
-            f"{self.replay_endpoint} gives another batch {seq} than {self.endpoint} publishes: it is another"
-            " process's replay endpoint"
-        )
-
-    def ends_before(self, shown: int) -> str:
-        """The reason where an answer does not have what was published."""
-        return (
-            f"{self.replay_endpoint} ends before batch {shown}, which {self.endpoint} had published: it is another"
-            " process's replay endpoint"
-        )
-
-    def is_empty(self, shown: int) -> str:
-        """The reason where an answer has nothing, though something was published."""
-        return (
-            f"{self.replay_endpoint} answers without a batch, though {self.endpoint} has published {shown}: it keeps"
-            " none, or is another process's"
-        )
-
-    def changes(self) -> str:
-        """The reason where answers claim one restart after the other."""
-        return f"{self.replay_endpoint} gives batches of more than one process: it is not asked any more"
-
-    def fits(self) -> str:
-        """For people, when it is known whose it is."""
-        return f"{self.replay_endpoint} gives what {self.endpoint} publishes"
-
-    def unshown(self) -> str:
-        """The reason where all is applied, but nothing has come over both."""
-        return f"nothing that {self.endpoint} publishes has confirmed yet what {self.replay_endpoint} gives"
-
-    def silence(self) -> str:
-        """The reason where neither answers nor batches come."""
-        return f"{self.replay_endpoint} does not answer, and {self.endpoint} publishes nothing"
+    def say(self, reason: Reason, **facts: Any) -> str:
+        """A reason with the two addresses."""
+        return reason.text(endpoint=self.endpoint, replay=self.replay_endpoint, **facts)
 
     def complaint(self) -> str:
         """Why batches and answers seem to be of different processes though none contradicts another, or nothing."""
-        if self.tails <= 1:
-            return ""
-        silent = f"{self.endpoint} publishes nothing of what {self.replay_endpoint} gives"
-        return f"{silent}: its topic is another one, or it is another process"
+        return self.say(Reason.ONLY_REPLAYS) if self.tails > 1 else ""

@@ -34,6 +34,7 @@ from .frames import END, FrameFault, batch_events, parse_live, parse_replay, par
 from .loop import StreamLoop
 from .policy import StreamPolicy
 from .ranks import Ranks
+from .reasons import Reason
 from .resolver import Then
 from .sockets import BUDGET, OUTDATED, Replay, SocketOptions, Subscription
 from .source import Endpoints, Engine, PodSource, Presence
@@ -53,8 +54,6 @@ _SERIOUS: Final = frozenset(
     }
 )  # fmt: skip
 
-_UNCLEARED: Final = "the index can not forget what was before"
-
 
 class Index(Protocol):
     """What a manager needs of a :class:`PrefixIndex`."""
@@ -66,7 +65,7 @@ class Index(Protocol):
         self, pod: str, payload: bytes, *, model: str = "", dp_rank: int | None = None, seq: int | None = None
     ) -> Any: ...
 
-    def mark_worker(self, pod: str, dp_rank: int, verdict: Verdict) -> None: ...
+    def mark_worker(self, pod: str, dp_rank: int, state: Verdict) -> None: ...
 
     def clear_worker(self, pod: str, dp_rank: int = 0) -> None: ...
 
@@ -111,7 +110,7 @@ class Setting:
 
 def _contradicted(ahead: Iterable[int]) -> str:
     covered = " or ".join(str(length) for length in sorted(ahead) if length)
-    return f"eagle has no effect: the hashes of its blocks have a lookahead of {covered}, so no block is dropped"
+    return Reason.EAGLE_IDLE.text(lengths=covered)
 
 
 def _named(topic: bytes) -> str:
@@ -130,8 +129,8 @@ class Worker:
         "_heard_at", "_looking_up", "_loop", "_overlooked", "_resume_at", "_setting", "_unbeaten", "_uncleared", "at",
         "attempt", "connection", "due", "errors", "events", "explained", "gone", "lag", "last_seq", "model",
         "opened_at", "pod", "question", "rank", "ranks", "reconnect_at", "removed", "replay", "replay_topic",
-        "rival", "seen_topic", "source", "state", "stored", "stream", "subscription", "tokens", "tokens_at",
-        "topic", "unknown", "unsaid", "verdict",
+        "rival", "seen_topic", "source", "state", "stored", "stream", "subscription", "tokens", "tokens_at", "told",
+         "topic", "unknown", "unsaid",
     )  # fmt: skip
 
     def __init__(
@@ -178,9 +177,9 @@ class Worker:
         self.connection: int | None = None  # of a bound endpoint
         self.rival: int | None = None  # an earlier one that speaks for this worker as well
         # What is carried out: the stream itself is ahead of it while its actions are.
-        self.verdict: Verdict = "stale"
+        self.told: Verdict = "stale"  # to the index: the stream's state
         self.last_seq: int | None = None
-        self.state = "stale"  # the worse of the verdict and the index's own
+        self.state = "stale"  # the worse of that and the index's own
         self.lag: float | None = None
         self._heard = -1  # the last that came live
         self.stored = self.removed = 0
@@ -385,13 +384,10 @@ class Worker:
         self.rival = connection
         if connection is not None:
             self._say("rival", self._rivalry(), now)
-        self._carry([Mark(self.stream.verdict, self.stream.reason)], now)
+        self._carry([self.stream.mark], now)
 
     def _rivalry(self) -> str:
-        return (
-            f"two publishers send as topic {self.topic!r:.80}, rank {self.rank}: only the later connection is heard;"
-            " give each pod a name of its own"
-        )
+        return Reason.RIVAL.text(topic=f"{self.topic!r:.80}", rank=self.rank)
 
     def offer(self, frames: list[bytes], seq: int, payload: bytes, now: float) -> None:
         """Hear a batch of a bound endpoint, which other pods share: what has to wait does so here."""
@@ -453,8 +449,11 @@ class Worker:
             self.seen_topic = topic
             self._note_topic(topic, now)
             if self.replay_topic is not None and self.replay_topic != topic:
-                what = f"topic {_named(self.replay_topic)}, {self.at.endpoint} publishes {_named(topic)}"
-                self._carry(self.stream.replay_foreign(now, f"{self.at.replay_endpoint} answers with {what}"), now)
+                why = Reason.OTHER_TOPIC_BEFORE.text(
+                    endpoint=self.at.endpoint, replay=self.at.replay_endpoint, topic=_named(self.replay_topic),
+                    expected=_named(topic),
+                )  # fmt: skip
+                self._carry(self.stream.replay_foreign(now, why), now)
             if self.gone:  # a callback has removed it
                 return
         self.hear(seq, payload, now)
@@ -483,10 +482,7 @@ class Worker:
             self._first_topic = topic
         if not same_model(self._first_topic, topic):
             before = _named(self._first_topic)
-            why = (
-                f"{self.at.endpoint} publishes topic {_named(topic)}, and {before} before: another engine is there now,"
-                " or the same with another model"
-            )
+            why = Reason.OTHER_ENGINE.text(endpoint=self.at.endpoint, topic=_named(topic), before=before)
             self._carry(self.stream.distrust(now, why), now)
 
     def _foreign(self, topic: bytes, expected: bytes, now: float) -> None:
@@ -515,8 +511,10 @@ class Worker:
             self._carry(self.stream.replay_ended(now), now)
         elif reply.topic is not None and self.seen_topic is not None and reply.topic != self.seen_topic:
             self._foreign(reply.topic, self.seen_topic, now)
-            other = f"topic {_named(reply.topic)}, this stream has {_named(self.seen_topic)}"
-            self._carry(self.stream.replay_refused(now, f"{self.at.replay_endpoint} answers with {other}"), now)
+            why = Reason.OTHER_TOPIC.text(
+                replay=self.at.replay_endpoint, topic=_named(reply.topic), expected=_named(self.seen_topic)
+            )
+            self._carry(self.stream.replay_refused(now, why), now)
         else:
             if reply.topic is not None and self.seen_topic is None and self.replay_topic != reply.topic:
                 self._note_topic(reply.topic, now)
@@ -548,16 +546,16 @@ class Worker:
                     if all(self._shows(Forgotten(self.pod, rank)) for rank in self.speaks_for):
                         self._uncleared = True
                         self._clear(now)
-                case Mark(verdict, reason):
-                    if self._uncleared and verdict != "stale" and not self._clear(now):
-                        verdict, reason = "stale", _UNCLEARED
-                    if self.rival is not None and verdict == "exact":
-                        verdict, reason = "degraded", self._rivalry()
+                case Mark(state, reason):
+                    if self._uncleared and state != "stale" and not self._clear(now):
+                        state, reason = "stale", Reason.UNCLEARED.text()
+                    if self.rival is not None and state == "exact":
+                        state, reason = "degraded", self._rivalry()
                     for rank in self.speaks_for:
-                        if not self._shows(Marked(self.pod, rank, verdict, reason)):
+                        if not self._shows(Marked(self.pod, rank, state, reason)):
                             return
-                        self._setting.index.mark_worker(self.pod, rank, verdict)
-                    self.verdict, self.last_seq = verdict, self.stream.last_seq
+                        self._setting.index.mark_worker(self.pod, rank, state)
+                    self.told, self.last_seq = state, self.stream.last_seq
                     self.compare_state()
                 case Reconnect(delay):
                     if self.at.endpoint is not None:
@@ -592,18 +590,18 @@ class Worker:
         known = len(ranks.others)
         rank = ranks.of(payload)
         if rank is None:
-            actions += self.stream.start_anew(now, "several ranks publish through one socket")
+            actions += self.stream.start_anew(now, Reason.SHARED_SOCKET.text())
         elif len(ranks.others) > known:
             self._say("ranks", f"rank {rank} publishes through the socket of rank {self.rank}: kept apart", now)
-            if self._shows(Marked(self.pod, rank, self.verdict, self.stream.reason)):
-                self._setting.index.mark_worker(self.pod, rank, self.verdict)
+            if self._shows(Marked(self.pod, rank, self.told, self.stream.reason)):
+                self._setting.index.mark_worker(self.pod, rank, self.told)
         if ranks.misplaced is not None and not self._blamed:
             self._blamed = True
-            other = ranks.misplaced
             actions += self.stream.distrust(
                 now,
-                f"batches of rank {other} come from {self.at.endpoint} or {self.at.replay_endpoint}, which are rank"
-                f" {self.rank}'s: are the endpoints of these ranks swapped?",
+                Reason.SWAPPED_RANKS.text(
+                    other=ranks.misplaced, endpoint=self.at.endpoint, replay=self.at.replay_endpoint, rank=self.rank
+                ),
             )
         return rank
 
@@ -626,7 +624,7 @@ class Worker:
             if not self._clear(now):
                 actions += self.stream.rejected(seq, payload, now, "what was before can not be cleared")
                 return
-            actions.append(Mark(self.stream.verdict, self.stream.reason))
+            actions.append(self.stream.mark)
         try:
             report = setting.index.ingest(
                 self.pod, payload, model=self.model, dp_rank=rank, seq=seq if joined else None
@@ -681,7 +679,7 @@ class Worker:
     def _explain(self, reason: str, payload: bytes) -> str:
         if reason == "unknown_event":
             self.unknown = ", ".join(sorted(set(unknown_kinds(payload))))
-            return f"an event of kind {self.unknown} is not known, and may have taken blocks away"
+            return Reason.UNKNOWN_EVENT.text(kind=self.unknown)
         if reason != "block_size_mismatch":
             return "an event could not be applied"
         sizes = {getattr(event, "block_size", None) for event in decode_batch(payload).events}
@@ -749,7 +747,7 @@ class Worker:
     # --------------------------------------------------------------------------------------- what others get to know
 
     def compare_state(self) -> None:
-        """Tell about a worker's state when it has changed: the worse of the stream's verdict and the index's own."""
+        """Tell about a worker's state when it has changed: the worse of the stream's and the index's own."""
         if not self.gone:
             self._become(*self._judged())
 
@@ -765,7 +763,7 @@ class Worker:
         """The manager ends, by a close or because its thread has failed: close, and tell that nothing is known any
         more."""
         self.close()
-        self.verdict = "stale"
+        self.told = "stale"
         self.stream.abandon(reason)
         try:
             for rank in self.speaks_for:
@@ -782,7 +780,7 @@ class Worker:
                 figures = self._setting.index.worker_stats(self.pod)
             except KeyError:
                 figures = {}
-        state, reason = self._verdict_of(figures)
+        state, reason = self._state_of(figures)
         if state == "exact" and self.topic is None and self._first_topic:
             reason = "; ".join(filter(None, (reason, self._other_model(self._first_topic))))
         if self.source.eagle and max(ahead := self._lookahead(figures), default=0):
@@ -794,31 +792,33 @@ class Worker:
         said = parse_topic(topic)
         if said is None or not self.model or said[1] == self.model:
             return ""
-        return f"its topic {_named(topic)} names another model than {self.model!r:.80}"
+        return Reason.OTHER_MODEL.text(topic=_named(topic), model=f"{self.model!r:.80}")
 
-    def _verdict_of(self, figures: Mapping[int, dict[str, Any]]) -> tuple[str, str]:
+    def _state_of(self, figures: Mapping[int, dict[str, Any]]) -> tuple[str, str]:
         if self.ranks is None or not self.ranks.others:  # as of nearly all workers
-            own = figures[self.rank]["state"] if self.rank in figures else self.verdict
+            own = figures[self.rank]["state"] if self.rank in figures else self.told
         else:
             states = [figures[rank]["state"] for rank in self.speaks_for if rank in figures]
-            own = min(states, key=WORST_FIRST.index, default=self.verdict)
-        if own != self.verdict and WORST_FIRST.index(own) < WORST_FIRST.index(self.verdict):
-            if self.unknown is not None:
-                return own, f"an event of kind {self.unknown}, which is not known, may have taken blocks away"
-            if any(figures[rank]["in_doubt"] for rank in self.speaks_for if rank in figures):
-                return own, "a clear did not say whether it cleared the tiers behind the engine's own pool as well"
-            if self.source.hybrid:
-                return own, "hybrid=True: what it evicts beside full attention is in no event"
-            return own, "blocks could not be placed, or not be followed exactly"
+            own = min(states, key=WORST_FIRST.index, default=self.told)
+        if own != self.told and WORST_FIRST.index(own) < WORST_FIRST.index(self.told):
+            return own, Reason.LAPSED.text() if own == "stale" else self._objection(figures)
         if self._uncleared:
-            return self.verdict, _UNCLEARED
+            return self.told, Reason.UNCLEARED.text()
         if self._looking_up and self.attempt == 1:  # later, the reason why the last attempt failed says more
-            return self.verdict, f"looking up the address of {self.at.endpoint}"
-        if self.rival is not None and self.verdict == "degraded":
-            return self.verdict, self._rivalry()
-        if self.verdict != self.stream.verdict:
-            return self.verdict, "what has arrived is being applied"  # by the loop's thread, at this moment
-        return self.verdict, self.stream.reason
+            return self.told, Reason.LOOKED_UP.text(endpoint=self.at.endpoint)
+        if self.rival is not None and self.told == "degraded":
+            return self.told, self._rivalry()
+        if self.told != self.stream.state:
+            return self.told, Reason.BEING_APPLIED.text()  # by the loop's thread, at this moment
+        return self.told, self.stream.reason
+
+    def _objection(self, figures: Mapping[int, dict[str, Any]]) -> str:
+        """Why the index takes the worker for worse than its stream is."""
+        if self.unknown is not None:
+            return Reason.UNKNOWN_EVENT.text(kind=self.unknown)
+        if any(figures[rank]["in_doubt"] for rank in self.speaks_for if rank in figures):
+            return Reason.CLEAR_IN_DOUBT.text()
+        return (Reason.HYBRID if self.source.hybrid else Reason.NOT_PLACED).text()
 
     def describe(self, table: Mapping[int, dict[str, Any]]) -> dict[int, WorkerStatus]:
         """What it is like at this moment, and the workers that it speaks for besides; ``table`` has the index's own
@@ -848,8 +848,8 @@ class Worker:
         if state == "exact" and ignored and not figures.get("blocks"):
             # What such an event means nobody knows, and there was nothing that it could take away; but a pod that
             # speaks of blocks in them alone would look as well as one that holds nothing.
-            events = "event of unknown kind was" if ignored == 1 else "events of unknown kind were"
-            reason = f"{ignored:,} {events} ignored, and no block is held"
+            events = Reason.IGNORED_EVENT if ignored == 1 else Reason.IGNORED_EVENTS
+            reason = events.text(count=f"{ignored:,}")
         return WorkerStatus(
             pod=self.pod,
             rank=self.rank,

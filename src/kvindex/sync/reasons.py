@@ -1,0 +1,116 @@
+"""Every reason for a worker's state: which state, and the text that people read.
+
+A new one is a member here, a row in ``docs/guides/operating.md`` (a test compares the two), and the place that detects
+it. Why a connection could not be made or was lost is told by the sockets, in words of their own.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+from ..answers import Verdict
+
+__all__ = ["Reason"]
+
+
+class Reason(Enum):
+    """A state and a text, whose facts are in braces: ``Reason.MISSING.text(seq=7)`` has them filled in."""
+
+    # Nothing is known of this moment.
+    NOT_CONNECTED = "stale", "not connected yet"
+    LOOKED_UP = "stale", "looking up the address of {endpoint}"
+    LIMITED = "stale", "it sends more than its limit allows"
+    SAME_PROCESS_ASKED = "stale", "asking whether this is still the process it was"
+    SAME_PROCESS_UNSHOWN = "stale", "nothing has shown yet whether this is still the process it was"
+    REPLAYING = "stale", "replaying"
+    QUEUED = "stale", "replaying: {replay} has the request and has not begun to answer"
+    MISSING = "stale", "batch {seq} is missing"
+    SILENT = "stale", "{replay} does not answer, and {endpoint} publishes nothing"
+    UNCONFIRMED = "stale", "nothing that {endpoint} publishes has confirmed yet what {replay} gives"
+    LAPSED = "stale", "the moment up to which the index was to be trusted is over"
+    BEING_APPLIED = "stale", "what has arrived is being applied"
+    UNCLEARED = "stale", "the index can not forget what was before"
+    RESTARTED = "stale", "the engine has restarted"
+    REBUILT = "stale", "building again from the whole history"
+    DISOWNED = "stale", "what the replay brought was of another stream"
+    SHARED_SOCKET = "stale", "several ranks publish through one socket"
+
+    # The stream: something is missing, or may be another process's.
+    OTHER_BATCH = (
+        "degraded",
+        ("{replay} gives another batch {seq} than {endpoint} publishes: it is another process's replay endpoint"),
+    )
+    ENDS_BEFORE = (
+        "degraded",
+        ("{replay} ends before batch {seq}, which {endpoint} had published: it is another process's replay endpoint"),
+    )
+    CHANGES = "degraded", "{replay} gives batches of more than one process: it is not asked any more"
+    RESTART_OR_OTHER = (
+        "degraded",
+        (
+            "{replay} does not give batch {seq} as {endpoint} published it: the next one shows whether the engine has"
+            " restarted or that is another process's replay endpoint"
+        ),
+    )
+    EMPTY = (
+        "degraded",
+        (
+            "{replay} answers without a batch, though {endpoint} has published {seq}: it keeps none, or is another"
+            " process's"
+        ),
+    )
+    OTHER_TOPIC = "degraded", "{replay} answers with topic {topic}, this stream has {expected}"
+    OTHER_TOPIC_BEFORE = "degraded", "{replay} answers with topic {topic}, {endpoint} publishes {expected}"
+    ONLY_REPLAYS = (
+        "degraded",
+        ("{endpoint} publishes nothing of what {replay} gives: its topic is another one, or it is another process"),
+    )
+    OTHER_ENGINE = (
+        "degraded",
+        (
+            "{endpoint} publishes topic {topic}, and {before} before: another engine is there now, or the same with another"
+            " model"
+        ),
+    )
+    SWAPPED_RANKS = (
+        "degraded",
+        (
+            "batches of rank {other} come from {endpoint} or {replay}, which are rank {rank}'s: are the endpoints of these"
+            " ranks swapped?"
+        ),
+    )
+    RIVAL = (
+        "degraded",
+        (
+            "two publishers send as topic {topic}, rank {rank}: only the later connection is heard; give each pod a name of"
+            " its own"
+        ),
+    )
+    HOLES = "degraded", "{count} hole(s) in the stream had to be accepted"
+    UNPROVEN = "degraded", "no replay has shown what was before"
+    CUT_SHORT = "degraded", "a replay stopped without its end marker, there may be more than {seq}"
+
+    # The index: what the events say can not be followed exactly.
+    UNKNOWN_EVENT = "degraded", "an event of kind {kind}, which is not known, may have taken blocks away"
+    CLEAR_IN_DOUBT = "degraded", "a clear did not say whether it cleared the tiers behind the engine's own pool as well"
+    HYBRID = "degraded", "hybrid=True: what it evicts beside full attention is in no event"
+    NOT_PLACED = "degraded", "blocks could not be placed, or not be followed exactly"
+
+    # What can not be known, or is not as it was told, though every batch is applied.
+    NO_REPLAY = "exact", "without a replay endpoint the loss of the last batches can not be noticed"
+    OTHER_MODEL = "exact", "its topic {topic} names another model than {model}"
+    EAGLE_IDLE = (
+        "exact",
+        ("eagle has no effect: the hashes of its blocks have a lookahead of {lengths}, so no block is dropped"),
+    )
+    IGNORED_EVENT = "exact", "{count} event of unknown kind was ignored, and no block is held"
+    IGNORED_EVENTS = "exact", "{count} events of unknown kind were ignored, and no block is held"
+
+    def __init__(self, state: Verdict, template: str) -> None:
+        self.state: Verdict = state
+        self.template = template
+
+    def text(self, **facts: Any) -> str:
+        """The text with its facts."""
+        return self.template.format(**facts)
