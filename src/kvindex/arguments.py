@@ -187,6 +187,17 @@ def utf8(value: Any, what: str) -> bytes:
         raise InvalidValueError(f"{what} is {shown(value)}, which has no UTF-8 form") from None
 
 
+def sendable(value: str, what: str) -> None:
+    """Refuse what no socket, log or answer can carry."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as wrong:
+        raise InvalidValueError(
+            f"{what} is {shown(value)}, which has no UTF-8 form: write it without the lone surrogate"
+            f" {value[wrong.start]!r} at character {wrong.start}"
+        ) from None
+
+
 def text(value: Any, what: str) -> bytes | None:
     return None if value is None else utf8(value, what)
 

@@ -13,7 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvindex import InvalidTypeError, InvalidValueError, KVIndexError, PodSource, StreamError
+from kvindex import (
+    EventManager,
+    InvalidTypeError,
+    InvalidValueError,
+    KVIndexError,
+    PodSource,
+    PrefixIndex,
+    StreamError,
+)
 
 # As a text
 
@@ -149,6 +157,42 @@ def test_a_pod_that_can_not_be_is_refused_by_name(options, builtin, said):
     assert isinstance(caught.value, builtin)
     assert said in str(caught.value)
     assert "name" in options or "the pod" in str(caught.value)
+
+
+HALF = "half a \ud83d"
+
+
+@pytest.mark.parametrize(
+    ("where", "options"),
+    [
+        ("name of", {"name": HALF}), ("model of", {"model": HALF}), ("topic of", {"topic": HALF}),
+        ("lora of", {"lora": HALF}), ("address of", {"address": HALF}), ("label of", {"labels": {"role": HALF}}),
+        ("label of", {"labels": {HALF: "role"}}), ("medium in clear_media", {"clear_media": {HALF}}),
+        ("medium in ignore_media", {"ignore_media": {HALF}}), ("endpoint of", {"endpoint": f"tcp://{HALF[-1]}:5557"}),
+        ("endpoint of", {"endpoint": f"ipc://{HALF}"}), ("endpoint of", {"replay_endpoint": f"ipc://{HALF}"}),
+        ("endpoint of", {"ranks": {0: (AT, f"inproc://{HALF}")}}),
+    ],
+)  # fmt: skip
+def test_half_a_character_is_refused_where_it_is_written(where, options):
+    """JSON has an escape for it, sockets and logs have no bytes for it."""
+    with pytest.raises(InvalidValueError) as caught:
+        PodSource.from_mapping({"name": "the pod", "endpoint": AT, **options})
+    message = caught.value.args[0]
+    assert repr(options.get("name", "the pod")) in message
+    for part in (where, "\\ud83d", "at character", "write it without"):
+        assert part in message
+    message.encode()
+
+
+@pytest.mark.parametrize("ask", [PodSource.from_vllm, PodSource.from_sglang])
+def test_half_a_character_in_a_url_is_refused(ask):
+    with pytest.raises(InvalidValueError, match="character 7"):
+        ask("http://\ud83d:8000")
+
+
+def test_half_a_character_is_no_endpoint_to_bind():
+    with EventManager(PrefixIndex()) as manager, pytest.raises(InvalidValueError, match="character 6"):
+        manager.bind("tcp://\ud83d:1")
 
 
 def test_ranks_inside_one_process_are_told_apart_by_name():

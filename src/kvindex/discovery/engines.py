@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
+from ..arguments import sendable
 from ..errors import InvalidTypeError, InvalidValueError, StreamError
 from ..sync.addresses import WILDCARDS, join_tcp, offset_endpoint
 
@@ -112,6 +113,8 @@ def _is_hybrid(info: Mapping[str, Any]) -> bool:
 
 
 def _host(url: str) -> tuple[str, int]:
+    if isinstance(url, str):
+        sendable(url, "the URL of a server")
     parts = urllib.parse.urlsplit(url) if isinstance(url, str) else None
     if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
         raise InvalidValueError(f"{url!r} is no URL of a server: http://host:port")

@@ -7,6 +7,7 @@ import re
 from functools import lru_cache
 from typing import Final
 
+from ..arguments import sendable
 from ..errors import InvalidTypeError, InvalidValueError
 
 __all__ = [
@@ -21,6 +22,7 @@ WILDCARDS: Final = ("*", "0.0.0.0", "::", "[::]", "")
 
 def check_endpoint(endpoint: str, whose: str) -> None:
     """Refuse what nobody can connect to, with an error that names ``whose`` it is."""
+    sendable(endpoint, f"an endpoint of {whose}")
     if endpoint.startswith(("ipc://", "inproc://")) and len(endpoint.partition("://")[2]) > 0:
         return
     found = _TCP.fullmatch(endpoint)
@@ -37,6 +39,7 @@ def bind_endpoint(endpoint: str) -> str:
     """Check an endpoint to bind: as for connecting, and also with a wildcard for the host, or for the port."""
     if not isinstance(endpoint, str):
         raise InvalidTypeError(f"an endpoint to bind is a str, not {type(endpoint).__name__}")
+    sendable(endpoint, "an endpoint to bind")
     if endpoint.startswith(("ipc://", "inproc://")) or _TCP.fullmatch(endpoint):
         return endpoint
     if re.fullmatch(r"tcp://[^\s/]+:(\*|\d{1,5})", endpoint):

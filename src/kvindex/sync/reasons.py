@@ -69,22 +69,22 @@ class Reason(Enum):
     OTHER_ENGINE = (
         "degraded",
         (
-            "{endpoint} publishes topic {topic}, and {before} before: another engine is there now, or the same with another"
-            " model"
+            "{endpoint} publishes topic {topic}, and {before} before: another engine is there now, or the same with"
+            " another model"
         ),
     )
     SWAPPED_RANKS = (
         "degraded",
         (
-            "batches of rank {other} come from {endpoint} or {replay}, which are rank {rank}'s: are the endpoints of these"
-            " ranks swapped?"
+            "batches of rank {other} come from {endpoint} or {replay}, which are rank {rank}'s: are the endpoints of"
+            " these ranks swapped?"
         ),
     )
     RIVAL = (
         "degraded",
         (
-            "two publishers send as topic {topic}, rank {rank}: only the later connection is heard; give each pod a name of"
-            " its own"
+            "two publishers send as topic {topic}, rank {rank}: only the later connection is heard; give each pod a"
+            " name of its own"
         ),
     )
     HOLES = "degraded", "{count} hole(s) in the stream had to be accepted"

@@ -32,7 +32,7 @@ class Question:
         # Of the whole answer.
         self.first: int | None = None
         self.pos = start - 1  # highest seq so far
-        self.jump = -1  # where the answer left something out for the first time
+        self.jump: int | None = None  # where the answer left something out for the first time
         self.contiguous = start == 0  # it starts at 0 and leaves out nothing
         self.matched = False  # a batch that is applied came with the same bytes
         self.brought = False  # something was applied that had not come live

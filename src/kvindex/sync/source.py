@@ -14,6 +14,7 @@ import zmq
 from zmq.utils import z85
 
 from ..answers import ENGINES
+from ..arguments import sendable
 from ..errors import InvalidTypeError, InvalidValueError, StreamError
 from .addresses import check_endpoint, join_tcp, offset_endpoint, split_tcp
 
@@ -166,6 +167,8 @@ class PodSource:
             if isinstance(self.clear_media, str) or not isinstance(self.clear_media, Iterable):
                 raise InvalidTypeError(f"clear_media of pod {self.name!r} must be a set of names such as {{'GPU'}}")
             object.__setattr__(self, "clear_media", frozenset(self.clear_media))
+            if any(not isinstance(name, str) for name in self.clear_media):
+                raise InvalidTypeError(f"clear_media of pod {self.name!r} must be a set of names such as {{'GPU'}}")
         self._check_engine()
         labels = self.labels
         if not isinstance(labels, Mapping) or not all(
@@ -181,8 +184,22 @@ class PodSource:
             table = {rank: Endpoints(*self._pair(rank, pair)) for rank, pair in self.ranks.items()}
             object.__setattr__(self, "ranks", table)
             object.__setattr__(self, "dp_size", len(table))
+        self._check_text()
         self._check_keys()
         self.workers()
+
+    def _check_text(self) -> None:
+        """Names come from files and clusters too, where JSON has an escape for half a character."""
+        whose = f"of pod {self.name!r}"
+        for name in ("name", "model", "topic", "lora", "address"):
+            if (value := getattr(self, name)) is not None:
+                sendable(value, f"{name} {whose}")
+        for name in ("clear_media", "ignore_media"):
+            for medium in getattr(self, name) or ():
+                sendable(medium, f"a medium in {name} {whose}")
+        for pair in self.labels.items():
+            for part in pair:
+                sendable(part, f"a label {whose}")
 
     def _check_engine(self) -> None:
         whose = f"of pod {self.name!r}"

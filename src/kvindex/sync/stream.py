@@ -347,7 +347,7 @@ class WorkerStream:
             replay.first = seq
         if seq <= replay.pos:
             replay.surplus += 1
-        elif seq == replay.pos + 1 or replay.purpose is not Purpose.HEAL or replay.pos in (-1, replay.jump):
+        elif seq == replay.pos + 1 or replay.purpose is not Purpose.HEAL or replay.pos == replay.jump:
             replay.contiguous = replay.contiguous and seq == replay.pos + 1
             replay.pos = seq
             replay.progress = True
@@ -431,7 +431,7 @@ class WorkerStream:
             self._forget_holes()
             self._losses.unproven = False
         if self._history.came_live(seq):
-            self._trust.brought = False  # what only answers have shown was before it
+            self._trust.brought = -1  # what only answers have shown was before it
         return self._settle(now)
 
     def rejected(self, seq: int, payload: bytes, now: float, why: str) -> list[Action]:
@@ -476,7 +476,7 @@ class WorkerStream:
                 self._waits.probe_at = None
                 # A stream that is never silent would not find out that its replays are another's.
                 self._trust.unconfirmed = self._trust.unconfirmed and self._shown() < 0
-                self._ask(Purpose.IDLE, max(0, self._history.next - 1))
+                self._ask(Purpose.IDLE, self._witness())
         return self._settle(now)
 
     # ------------------------------------------------------------------------------------------------------- applying
@@ -569,7 +569,7 @@ class WorkerStream:
                 # It asks for what is missing, and a second request would cost the publisher the same again.
                 self._replay.purpose = Purpose.GAP
             else:
-                self._ask(Purpose.GAP, max(0, self._history.next - 1))
+                self._ask(Purpose.GAP, self._witness())
 
     def _background(self) -> bool:
         return all(each is None or each.background for each in (self._replay, self._retry))
@@ -606,7 +606,7 @@ class WorkerStream:
             # Older than anything remembered, in number and in time: a copy that comes very late, or a restart under a
             # clock that was set back. Only the publisher can tell; and where all that is applied is what a replay has
             # brought, that may be another process's, which would vouch for itself.
-            if self._trust.brought and not self._trust.agrees:
+            if self._trust.is_hearsay:
                 self._trust.suspect(seq)
             if self._may_verify(now):
                 self._verified = self._started = False
@@ -683,7 +683,7 @@ class WorkerStream:
 
     def _compare(self, replay: Question, seq: int, payload: bytes, now: float) -> None:
         """A replay brings a batch that is applied, or given up: is it the same?"""
-        known = self._history.recall(seq)
+        known = self._trust.brought_mark if seq == self._trust.brought else self._history.recall(seq)
         mine = fingerprint(payload)
         waiting = self._pending.get(seq)
         if waiting is not None and waiting.ts is not None and batch_time(payload) is not None:
@@ -824,14 +824,20 @@ class WorkerStream:
         self.counts["replays_asked"] += 1
         self._out.append(RequestReplay(start))
 
+    def _witness(self) -> int:
+        """From which batch on to ask for what comes next: the last that is known shows whether the answer continues it.
+        Where only an answer has shown something, the last of that: it may have come from another process than this one
+        comes from."""
+        return max(0, self._trust.brought if self._trust.is_hearsay else self._history.next - 1)
+
     def _continue(self, replay: Question) -> None:
-        """Ask for the rest of an answer, from the last batch that is known, which has to come again."""
-        last = self._history.next - 1
+        """Ask for the rest of an answer."""
+        last = self._witness()
         surveying = replay.purpose in (Purpose.VERIFY, Purpose.HEAL)
-        replay.again(last if self._known else -1, self._shown())
+        replay.again(self._history.next - 1 if self._known else -1, self._shown())
         self._replay, self._retry = replay, None
         self.counts["replays_asked"] += 1
-        self._out.append(RequestReplay(max(0, min(replay.pos, last) if surveying else last)))
+        self._out.append(RequestReplay(max(0, min(replay.pos, last)) if surveying else last))
 
     def _stop_replay(self) -> None:
         if self._replay is not None:
@@ -886,7 +892,8 @@ class WorkerStream:
             if item is None and self._trust.witness == (seq, fingerprint(payload)):
                 published = True
                 self._agree()
-            replay.brought = self._trust.brought = True
+            replay.brought = True
+            self._trust.brought, self._trust.brought_mark = seq, fingerprint(payload)
             # What was published under this number counts as published only where it is what is applied: an answer that
             # was doubted would otherwise be confirmed by the next one of the same wrong process.
             self._apply(seq, payload, ts, live=published)
@@ -901,9 +908,10 @@ class WorkerStream:
         if replay.purpose is Purpose.AGREE:
             return
         lacks = marked and not replay.refused and replay.pos < replay.shown and not self._trust.agrees
-        if lacks and (replay.frames or self._trust.brought):
+        if lacks and (replay.frames or self._trust.brought >= 0):
             # The publisher had what it has published. Its queue may have been full, which the second time tells.
-            if replay.frames and not self._tried(self.policy.hole_tries):
+            self._trust.presumed = False
+            if replay.frames and not self._tried(self.policy.hole_tries, replay.start + 1):
                 self._later(replay, now)
             else:
                 self._trust.conflicts += 1

@@ -14,8 +14,8 @@ class Trust:
     whether there is one. Every call is O(1)."""
 
     __slots__ = (
-        "agrees", "answers", "asks", "brought", "conflicts", "contradiction", "doubt", "endpoint", "foreign", "has",
-        "presumed", "refusal", "replay_endpoint", "tails", "unconfirmed", "unheard", "witness",
+        "agrees", "answers", "asks", "brought", "brought_mark", "conflicts", "contradiction", "doubt", "endpoint",
+        "foreign", "has", "presumed", "refusal", "replay_endpoint", "tails", "unconfirmed", "unheard", "witness",
     )  # fmt: skip
 
     def __init__(self, has: bool, endpoint: str, replay_endpoint: str) -> None:
@@ -26,8 +26,10 @@ class Trust:
         """A batch came over this connection and in an answer, with the same bytes."""
         self.presumed = False
         """The publisher was silent when it had answered, so that its answer was taken for right."""
-        self.brought = False
-        """Something is applied that only an answer has shown."""
+        self.brought = -1
+        """The last applied batch that only an answer has shown, -1 for none."""
+        self.brought_mark = 0
+        """Its fingerprint, which the history may not have any more."""
         self.foreign = ""
         """Why it is another process's, until they agree."""
         self.refusal = ""
@@ -41,7 +43,7 @@ class Trust:
         self.asks = self.has
         """Its answers are taken for the publisher's."""
         self.conflicts = 0
-        self.brought = self.is_hearsay
+        self.brought = self.brought if self.is_hearsay else -1
         self.agrees = self.presumed = False
         self.answers = False
         """It has answered since the connection stands."""
@@ -58,14 +60,15 @@ class Trust:
 
     def forget(self) -> None:
         """Nothing that it has brought is applied any more."""
-        self.agrees = self.presumed = self.brought = False
+        self.agrees = self.presumed = False
+        self.brought = -1
         self.contradiction = None
         self.tails = 0
 
     @property
     def is_hearsay(self) -> bool:
         """Whether something is applied that only an answer has shown, and no batch has come both ways."""
-        return self.brought and not self.agrees
+        return self.brought >= 0 and not self.agrees
 
     @property
     def is_unconfirmed(self) -> bool:
