@@ -97,7 +97,7 @@ help:
 	@echo 'make chaos-quick       half a minute of the faults, without rights or tools'
 	@echo 'make e2e-quick         the part of it that every change has to pass'
 	@echo 'make e2e-engines       the caches and publishers of vLLM and SGLang themselves, against their own answers'
-	@echo 'make test-integrations  kvindex in the routers of others: LiteLLM, Ray Serve'
+	@echo 'make test-integrations  kvindex in the routers of others: LiteLLM, Ray Serve, Envoy'
 	@echo 'make test-page         the service'"'"'s page in Chromium'
 	@echo 'make test-openapi      the service under generated requests, valid and damaged'
 	@echo 'make clean             remove everything built, and .venv'
@@ -442,7 +442,7 @@ e2e-engines: $(ENGINES)/.installed
 # The routers of others, in an environment of their own: LiteLLM wants a python-dateutil that the client of Kubernetes
 # refuses. Without kvindex itself, which is that of the checkout.
 INTEGRATIONS := .build/integrations
-ROUTED := sim text litellm ray integrations
+ROUTED := sim text litellm ray envoy integrations
 $(INTEGRATIONS)/.installed: pyproject.toml | .venv/.installed
 	rm -rf $(INTEGRATIONS) && $(BIN)/python -m venv $(INTEGRATIONS)
 	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; e = p["optional-dependencies"]; print(*p["dependencies"], *(r for k in "$(ROUTED)".split() for r in e[k]), sep="\n")' \

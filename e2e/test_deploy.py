@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import yaml
 
 from kvindex import PodSource
 from kvindex.cli import parser
+from kvindex.discovery import KubernetesPods
+from kvindex.discovery.kubernetes import ENABLED, MODEL
 from kvindex.sim import SimConfig
 
 pytestmark = pytest.mark.quick
@@ -53,3 +56,34 @@ def test_systemd_and_compose_start_what_there_is() -> None:
     assert source.workers()[0] == (f"tcp://engine:{sim.port}", f"tcp://engine:{sim.replay_port}")
     assert source.model == SimConfig().model == sim.model
     assert (DEPLOY / services["kvindex"]["build"]["context"] / services["kvindex"]["build"]["dockerfile"]).exists()
+
+
+GATEWAY: dict[str, Any] = {each["kind"]: each for each in yaml.safe_load_all((DEPLOY / "gateway.yaml").read_text())}
+# Resources of Kubernetes itself; the others are defined by the Gateway API and its Inference Extension.
+BUILT_IN = ["ServiceAccount", "Role", "RoleBinding", "Deployment", "Service"]
+
+
+@pytest.mark.parametrize("version", ["1.28", "1.32", kubernetes_validate.latest_version()])
+@pytest.mark.parametrize("kind", BUILT_IN)
+def test_kubernetes_accepts_the_picker(kind: str, version: str) -> None:
+    assert kubernetes_validate.validate(GATEWAY[kind], version, strict=True)
+
+
+def test_the_pool_finds_the_picker_and_the_picker_its_pods() -> None:
+    assert set(GATEWAY) == {*BUILT_IN, "InferencePool", "HTTPRoute"}
+    pod = GATEWAY["Deployment"]["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    args = parser().parse_args(container["args"])
+    assert (args.command, args.port, args.kubernetes) == ("epp", 9002, "")
+    service = GATEWAY["Service"]
+    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    pool = GATEWAY["InferencePool"]
+    picker = pool["spec"]["endpointPickerRef"]
+    assert (picker["name"], picker["port"]["number"]) == (service["metadata"]["name"], args.port)
+    # The pods that the picker follows by default are those of the pool, and their requests go where discovery thinks.
+    assert set(pool["spec"]["selector"]["matchLabels"]) == {MODEL, ENABLED}
+    assert pool["spec"]["targetPorts"] == [{"number": signature(KubernetesPods).parameters["request_port"].default}]
+    (backend,) = GATEWAY["HTTPRoute"]["spec"]["rules"][0]["backendRefs"]
+    assert (backend["kind"], backend["name"]) == ("InferencePool", pool["metadata"]["name"])
+    for probe in ("readinessProbe", "livenessProbe"):
+        assert container[probe]["grpc"]["port"] == args.port

@@ -40,7 +40,7 @@ TEXT = ("", "text")
 # An example in a docstring: what is indented after a double colon. docs/site/roles.py makes blocks of it on the site.
 EXAMPLE = re.compile(r"::\n\n(?P<code>(?:(?: {4}.*)?\n)+)")
 # What pages and docstrings about the routers of others need, which has an environment of its own.
-NEEDED = {"litellm": "litellm", "ray": "ray"}
+NEEDED = {"litellm": "litellm", "ray": "ray", "envoy": "grpc"}
 # A list of pods, or a file's layout; all else is Python.
 NO_PYTHON = {"- ": "yaml", '{"': "text"}
 

@@ -15,7 +15,7 @@ from ._pods import add_arguments, followed
 from ._terminal import CommandError, add_command, positive, seconds
 from .demo import BLOCK_SIZE, BLOCKS_PER_POD, Fleet, Pod
 
-__all__ = ["add_parser"]
+__all__ = ["add_parser", "encoder_of", "followed_cluster"]
 
 log = logging.getLogger("kvindex.service")
 
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"--demo has pods and an index of its own: leave out {others}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     token = _token(args)
-    encoder = _encoder(args)
+    encoder = encoder_of(args)
     index, registered = _index(args, token)
     limits = Limits(max_body=args.max_body, max_tokens=args.max_tokens, max_in_flight=args.max_in_flight)
     with ExitStack() as stack:
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         if args.pods or args.file or args.replay:
             stack.enter_context(followed(manager, args))
         if args.kubernetes is not None:
-            stack.enter_context(_kubernetes(manager, args))
+            stack.enter_context(followed_cluster(manager, args))
         for source in registered if fleet is None else [pod.source() for pod in fleet.pods]:
             _follow(manager, source)
         service = Service(index, manager, encoder=encoder, limits=limits, token=token)
@@ -174,7 +174,7 @@ def _token(args: argparse.Namespace) -> str | None:
     return token
 
 
-def _encoder(args: argparse.Namespace) -> Any:
+def encoder_of(args: argparse.Namespace) -> Any:
     if args.tokenizer is None:
         if args.tokenize_url is None:
             return None
@@ -200,7 +200,7 @@ def _encoder(args: argparse.Namespace) -> Any:
     return PromptEncoder(tokenizer, template)
 
 
-def _kubernetes(manager: EventManager, args: argparse.Namespace) -> Any:
+def followed_cluster(manager: EventManager, args: argparse.Namespace) -> Any:
     from ..discovery import KubernetesPods
 
     selector = {"selector": args.kubernetes} if args.kubernetes else {}
