@@ -224,7 +224,7 @@ class Index:
             self.content[item.pod] = START
             self.place.pop(item.pod, None)
         elif kind is Marked:
-            self.verdict[item.pod] = item.verdict
+            self.verdict[item.pod] = item.state
         elif kind is Removed:
             for table in (self.content, self.place, self.verdict):
                 table.pop(item.pod, None)

@@ -39,7 +39,7 @@ class Known:
 
     def take(self, item: object) -> None:
         if isinstance(item, Marked):
-            self.verdicts[item.pod, item.rank] = item.verdict
+            self.verdicts[item.pod, item.rank] = item.state
         elif isinstance(item, Described):
             self.pods[item.pod] = item
         elif isinstance(item, Removed):
