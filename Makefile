@@ -419,6 +419,7 @@ clean:
 
 test-kv-sync-e2e: .venv/.e2e-tools
 	$(call need,command -v promtool && command -v prometheus,prometheus)
+	$(call need,command -v redis-server,redis-server)
 	$(BIN)/python -m pytest -q tests/unit/test_metrics.py
 	$(BIN)/python -m pytest -q $(JUNIT) e2e
 

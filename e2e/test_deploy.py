@@ -26,10 +26,39 @@ DOCUMENTS: dict[str, Any] = {
 }
 
 
+REPLICATION: dict[str, Any] = {
+    each["metadata"]["name"]: each for each in yaml.safe_load_all((DEPLOY / "replication.yaml").read_text())
+}
+
+
 @pytest.mark.parametrize("version", ["1.28", "1.32", kubernetes_validate.latest_version()])
 @pytest.mark.parametrize("kind", DOCUMENTS)
 def test_kubernetes_accepts_it(kind: str, version: str) -> None:
     assert kubernetes_validate.validate(DOCUMENTS[kind], version, strict=True)
+
+
+@pytest.mark.parametrize("version", ["1.28", "1.32", kubernetes_validate.latest_version()])
+@pytest.mark.parametrize("name", REPLICATION)
+def test_kubernetes_accepts_replication(name: str, version: str) -> None:
+    assert kubernetes_validate.validate(REPLICATION[name], version, strict=True)
+
+
+def test_collectors_may_see_pods_and_routers_have_another_secret() -> None:
+    pods = {name: each["spec"]["template"] for name, each in REPLICATION.items()}
+    keys = {}
+    for name, pod in pods.items():
+        (container,) = pod["spec"]["containers"]
+        assert REPLICATION[name]["spec"]["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+        env = {each["name"]: each["valueFrom"] for each in container["env"]}
+        keys[name] = env["KVINDEX_LOG"]["secretKeyRef"]["key"]
+    assert keys == {"kvindex-collector": "collector", "router": "router"}
+    collector = pods["kvindex-collector"]["spec"]
+    assert collector["serviceAccountName"] == DOCUMENTS["ServiceAccount"]["metadata"]["name"]
+    args = parser().parse_args(collector["containers"][0]["args"])
+    assert (args.command, args.kubernetes, args.fleet) == ("collect", "", "prod")
+    services = yaml.safe_load((DEPLOY / "compose-replication.yaml").read_text())["services"]
+    args = parser().parse_args(services["collector"]["command"])
+    assert PodSource.from_string(args.pods[0], model=args.model).workers()[0][0] == "tcp://engine:5557"
 
 
 def test_the_deployment_is_reached_and_may_see_pods() -> None:

@@ -35,12 +35,12 @@ from kvindex.replication.requests import (
     Fail,
     Get,
     Load,
-    Policy,
     Put,
     Read,
     Refused,
     Release,
     Renew,
+    ReplicationPolicy,
     Snapshot,
     StepDown,
     Tip,
@@ -52,7 +52,7 @@ from kvindex.replication.snapshots import pack
 from kvindex.sync.status import Batch, Configured, Forgotten, Marked, Removed
 
 SETTINGS = {"block_size": 16, "hash_seed": 1337}
-POLICY = Policy(
+POLICY = ReplicationPolicy(
     snapshot_every=2.0, patience=3.0, count=64, max_entry=2048, max_backlog=64 << 10, snapshot_bytes=1 << 20
 )
 #: How old an answer that calls itself exact may be, beside the longest way of a message from the engine over the
@@ -637,6 +637,8 @@ class World:
         self.server.up = True
         for node in self.nodes:
             node.cut_until = 0.0
+            node.frozen_until = min(node.frozen_until, self.now)
+            node.thaw()
             if not node.alive:
                 node.start()
         for engine in self.engines.values():

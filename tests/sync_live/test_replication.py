@@ -5,16 +5,22 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import socket
+import subprocess
+import sys
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgpack
 import pytest
+import trustme
 from sync_support import BRISK, LivePublisher, nothing_left_behind, until
 
 from kvindex import InvalidValueError, PodSource, StreamError, UnknownPodError
+from kvindex.cli import main
 
 redis = pytest.importorskip("redis")
 log_server = pytest.importorskip("e2e.log_server")
@@ -120,19 +126,19 @@ def test_a_server_that_is_gone_makes_followers_stale_and_nothing_raises(
         pod.publish(5)
         until(lambda: second.index.pod_state("a") == "stale")
         until(lambda: knows(first, pod))
-        assert "can not be reached" in second.status().reason
+        assert "cannot be reached" in second.status().reason
         assert second.index.match_prefix(pod.chain(), model="m").tokens, "what is held is said all the same"
-        until(lambda: "can not be reached" in first.status().reason)
+        until(lambda: "cannot be reached" in first.status().reason)
         server.start()  # empty
         until(lambda: knows(second, pod) and first.status().reason == "")
-        assert any("can not be reached" in record.message for record in caplog.records)
+        assert any("cannot be reached" in record.message for record in caplog.records)
 
 
 def test_without_a_server_from_the_start(pod: LivePublisher, tmp_path: Path) -> None:
     with view_of(f"unix://{tmp_path}/nobody") as view:
         view.add_pod(source(pod))
         assert view.wait_until_exact(0.1) == {"a": "stale"}
-        until(lambda: "can not be reached" in view.status().reason)
+        until(lambda: "cannot be reached" in view.status().reason)
         assert view.index.match_prefix(range(8), model="m").best() is None
 
 
@@ -170,7 +176,8 @@ def test_an_entry_and_a_snapshot_of_a_newer_version_stop_the_reader(server: Any,
             time.sleep(2 * QUICK.patience)
             assert view.role == "follower", "nothing is written into such a log"
         client.flushall()
-        client.set("{kv:t:0}:snap", msgpack.packb([2, "what is not known yet"]))
+        newer = msgpack.packb([2, "a field of later"])
+        client.set("{kv:t:0}:snap", newer + zlib.crc32(newer).to_bytes(4, "big"))
         with view_of(server) as view:
             until(lambda: "version 2" in view.status().reason)
 
@@ -264,7 +271,7 @@ def test_snapshots_alone_need_no_server_to_follow(pod: LivePublisher, tmp_path: 
         view.add_pod(source(pod))
         pod.publish(4)
         until(lambda: knows(view, pod))
-        assert "can not be reached" in view.status().reason
+        assert "cannot be reached" in view.status().reason
 
 
 def test_from_an_event_loop(server: Any, pod: LivePublisher) -> None:
@@ -329,3 +336,99 @@ def test_one_that_is_not_closed_is_warned_of(server: Any, caplog: pytest.LogCapt
         view.__del__()
     view.close()
     gc.collect()
+
+
+def test_the_command_collects_and_ends_with_a_signal(server: Any, pod: LivePublisher) -> None:
+    endpoint, replay = pod.ranks[0]
+    command = [sys.executable, "-m", "kvindex", "collect", f"a={endpoint},{replay}", "--model", "m"]
+    options = ["--log", server.url, "--fleet", "t", "--block-size", "4", "--report-every", "0.2"]
+    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        pod.publish(5)
+        with view_of(server, collect=False, policy=ReplicationPolicy()) as view:
+            until(lambda: knows(view, pod), 60.0)
+            process.terminate()
+            out, errors = process.communicate(timeout=60.0)
+            assert process.returncode == 0
+            assert out == f"kvindex collect: fleet t at {server.path}\n"
+            assert '"role": "collector"' in errors
+            until(lambda: view.index.pod_state("a") == "stale")
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["a=tcp://127.0.0.1:1"], "no server"),
+        (["--log", "redis://127.0.0.1:1"], "no pods"),
+        (["a=tcp://127.0.0.1:1", "--log", "http://nowhere"], "URL"),
+        (["a=tcp://127.0.0.1:1", "--log", "redis://127.0.0.1:1", "--fleet", "a:b"], "fleet"),
+    ],
+)
+def test_the_command_says_what_is_missing(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("KVINDEX_LOG", raising=False)
+    assert main(["collect", *arguments]) == 2
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_users_of_the_guide_may_do_their_work_and_nothing_else(program: str, pod: LivePublisher) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "replication.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith("ACL SETUSER ")]
+    assert len(lines) == 2
+    with log_server.LogServer(PROGRAMS[program]) as server, server.client() as admin:
+        for line in lines:
+            admin.execute_command(*line.replace("SECRET", "secret").replace("prod", "t").split())
+        users = {
+            name: redis.Redis(unix_socket_path=server.path, username=name, password="secret")
+            for name in ("collector", "router")
+        }
+        with view_of(users["collector"]) as first, view_of(users["router"], collect=False) as second:
+            first.add_pod(source(pod))
+            pod.publish(5)
+            until(lambda: knows(first, pod) and knows(second, pod))
+            until(lambda: first.status().snapshots > 3)
+            until(lambda: trimmed(admin) or not pod.publish(1))
+            assert first.status().failures == second.status().failures == {}
+            first.close()
+            assert first.status().failures == {}, "the lease was released"
+        for name, commands in {
+            "collector": (
+                ["FLUSHALL"],
+                ["GET", "other"],
+                ["CONFIG", "GET", "*"],
+                ["XADD", "{kv:other:0}:log", "1-1", "e", ""],
+            ),
+            "router": (["XADD", "{kv:t:0}:log", "1-1", "e", ""], ["SET", "{kv:t:0}:snap", ""], ["GET", "other"]),
+        }.items():
+            for command in commands:
+                with pytest.raises(redis.exceptions.NoPermissionError):
+                    users[name].execute_command(*command)
+
+
+def test_a_connection_with_tls(pod: LivePublisher, tmp_path: Path) -> None:
+    if "redis" not in PROGRAMS:
+        pytest.skip("the Valkey wheel has no TLS, and redis-server is not installed")
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "server.pem"))
+    port = free_port()
+    place, certificate = str(tmp_path / "ca.pem"), str(tmp_path / "server.pem")
+    options = ["--tls-port", str(port), "--tls-cert-file", certificate, "--tls-key-file", certificate]
+    options += ["--tls-ca-cert-file", place, "--tls-auth-clients", "no"]
+    with log_server.LogServer(PROGRAMS["redis"], *options):
+        url = f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={tmp_path}/ca.pem"
+        with view_of(url) as view, view_of(f"rediss://127.0.0.1:{port}") as stranger:
+            view.add_pod(source(pod))
+            pod.publish(4)
+            until(lambda: knows(view, pod))
+            until(lambda: "cannot be reached" in stranger.status().reason)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import kvindex
 
-from . import demo, doctor, epp, record, replay, serve, sim, top, verify
+from . import collect, demo, doctor, epp, record, replay, serve, sim, top, verify
 from ._terminal import Layout, examples
 
 __all__ = ["main", "parser"]
@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--version", action="version", version=f"kvindex {kvindex.__version__}")
     commands = made.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    for command in (demo, sim, serve, epp, top, doctor, verify, record, replay):
+    for command in (demo, sim, serve, collect, epp, top, doctor, verify, record, replay):
         command.add_parser(commands)
     return made
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .. import EventManager, PodSource, StreamError
+from .. import PodSource, StreamError
 from ..discovery import PodFile, read_pods
 from ._terminal import CommandError, positive
 
@@ -70,7 +70,7 @@ def one_source(args: argparse.Namespace) -> PodSource:
 
 
 @contextmanager
-def followed(manager: EventManager, args: argparse.Namespace) -> Iterator[None]:
+def followed(manager: Any, args: argparse.Namespace) -> Iterator[None]:
     """Follow the pods that the command line names, and its file as it changes."""
     if not args.file:
         for source in sources(args):

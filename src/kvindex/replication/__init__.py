@@ -6,7 +6,7 @@ socket, clock or thread; ``store`` sends their requests to the server, and ``vie
 """
 
 from .aio import AsyncReplicatedIndex
-from .requests import Policy as ReplicationPolicy
+from .requests import ReplicationPolicy
 from .view import ReplicatedIndex, ReplicationStatus
 
 __all__ = ["AsyncReplicatedIndex", "ReplicatedIndex", "ReplicationPolicy", "ReplicationStatus"]

@@ -7,8 +7,21 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from ..sync.status import Batch
-from .entries import Beat, Begun, Id, Item, Previous, encode, id_text
-from .requests import Append, Claim, Effect, Policy, Refused, Renew, Request, Snapshot, StepDown, Tip, Trim, Wait
+from .entries import Beat, Begun, Id, Item, Previous, encode, id_text, next_epoch
+from .requests import (
+    Append,
+    Claim,
+    Effect,
+    Refused,
+    Renew,
+    ReplicationPolicy,
+    Request,
+    Snapshot,
+    StepDown,
+    Tip,
+    Trim,
+    Wait,
+)
 from .snapshots import Pointer, Upload
 
 __all__ = ["Collector", "Cut"]
@@ -33,7 +46,7 @@ class Collector:
     """
 
     def __init__(
-        self, policy: Policy, settings: Mapping[str, Any], writer: str, epoch: int, previous: Id,
+        self, policy: ReplicationPolicy, settings: Mapping[str, Any], writer: str, epoch: int, previous: Id,
         first: list[Item], kept: Pointer | None, now: float,
     ) -> None:  # fmt: skip
         self.policy = policy
@@ -219,7 +232,7 @@ class Collector:
         """The log has lost what this epoch began with, or this collector what it has to say: begin anew, with a
         snapshot. An index that has all up to what was acknowledged last goes on."""
         self.epochs += 1
-        epoch = self.id[0] + 1
+        epoch = next_epoch(self.id[0], f"{self.writer}:{self.id}")
         # Nobody has number 0: where something was dropped, everybody needs the snapshot.
         previous, again = (
             ((epoch, 0), []) if self.overflowed else (self.acked, [data for id, data in self._ring if id > self.acked])

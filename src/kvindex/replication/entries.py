@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -12,10 +13,11 @@ from ..sync.status import Batch, Configured, Forgotten, Marked, Removed
 
 __all__ = [
     "VERSION", "ZERO", "Beat", "Begun", "Described", "Id", "Item", "LogError", "Previous", "decode", "encode",
-    "id_text", "parse_id",
+    "id_text", "next_epoch", "parse_id",
 ]  # fmt: skip
 
 VERSION: Final = 1
+_SALTED: Final = 22  # bits; a server's ids have 64, and milliseconds since 1970 take 41
 
 Id: TypeAlias = tuple[int, int]
 """``(epoch, number)``: numbers count from 1 without holes, and a collector begins an epoch of its own."""
@@ -24,7 +26,7 @@ ZERO: Final[Id] = (0, 0)
 
 
 class LogError(KVIndexError, ValueError):
-    """An entry or a snapshot that can not be read: damaged, of a newer version, or of another fleet."""
+    """An entry or a snapshot that cannot be read: damaged, of a newer version, or of another fleet."""
 
 
 class Begun(NamedTuple):
@@ -87,6 +89,12 @@ def decode(data: bytes) -> list[Item]:
         return [_KINDS[number](*fields[: _FIELDS[number]]) for number, *fields in listed if number in _KINDS]
     except Exception as error:
         raise LogError(f"an entry of {len(data):,} bytes is damaged: {error!r}") from None
+
+
+def next_epoch(above: int, salt: str, wall: float = 0.0) -> int:
+    """An epoch above another one and, in milliseconds, above the time of day. Its low bits are the salt's: two
+    collectors that begin behind one place, in a server that has come back empty between, have different epochs."""
+    return (max(above >> _SALTED, round(wall * 1e3)) + 1 << _SALTED) | zlib.crc32(salt.encode()) >> (32 - _SALTED)
 
 
 def id_text(id: Id) -> str:

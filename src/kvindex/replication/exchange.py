@@ -9,7 +9,7 @@ from typing import Any
 from .collector import Cut
 from .entries import Id, LogError
 from .replica import Known
-from .requests import Claim, Collect, Effect, Fail, Get, Load, Policy, Release, Request, Snapshot, Wait
+from .requests import Claim, Collect, Effect, Fail, Get, Load, Release, ReplicationPolicy, Request, Snapshot, Wait
 from .snapshots import Download, Pointer, Upload
 
 __all__ = ["Exchange"]
@@ -21,7 +21,7 @@ class Exchange:
 
     role = "direct"
 
-    def __init__(self, policy: Policy, settings: Mapping[str, Any], writer: str) -> None:
+    def __init__(self, policy: ReplicationPolicy, settings: Mapping[str, Any], writer: str) -> None:
         self.policy = policy
         self.settings = dict(settings)
         self.writer = writer

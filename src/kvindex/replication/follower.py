@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from .entries import ZERO, Beat, Begun, Id, LogError, Previous, decode, id_text
-from .requests import Effect, Get, Load, Policy, Read, Request, Tip, Trust, Wait
+from .requests import Effect, Get, Load, Read, ReplicationPolicy, Request, Tip, Trust, Wait
 from .snapshots import Download, Pointer
 
 __all__ = ["BEGINNING", "Follower"]
@@ -25,7 +25,7 @@ class Follower:
     the collector was about to write a beat: the sending of the last read but one, if the last brought a beat.
     """
 
-    def __init__(self, policy: Policy, settings: Mapping[str, Any]) -> None:
+    def __init__(self, policy: ReplicationPolicy, settings: Mapping[str, Any]) -> None:
         self.policy = policy
         self.settings = dict(settings)
         self.place: Id | None = None
@@ -102,7 +102,7 @@ class Follower:
     # ------------------------------------------------------------------------------------------------------ snapshots
 
     def reboot(self, reason: str) -> list[Effect]:
-        """What is in the index can not be continued: begin with the next snapshot that can."""
+        """What is in the index cannot be continued: begin with the next snapshot that can."""
         self.holes += 1
         self.reason = reason
         self.place = self.behind = self.tip_at = self.booting_since = None

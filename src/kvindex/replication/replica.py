@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from ..sync.status import Marked, Removed
 from .collector import Collector, Cut
-from .entries import Beat, Begun, Described, Id, Item, LogError, encode, id_text
+from .entries import Beat, Begun, Described, Id, Item, LogError, encode, id_text, next_epoch
 from .follower import Follower
 from .requests import (
     Append,
@@ -17,10 +17,10 @@ from .requests import (
     Fail,
     Get,
     Load,
-    Policy,
     Refused,
     Release,
     Renew,
+    ReplicationPolicy,
     Request,
     StepDown,
     Wait,
@@ -64,7 +64,7 @@ class Replica:
 
     follower_type, collector_type = Follower, Collector  # tests replace them by broken ones
 
-    def __init__(self, policy: Policy, settings: Mapping[str, Any], writer: str, *, candidate: bool) -> None:
+    def __init__(self, policy: ReplicationPolicy, settings: Mapping[str, Any], writer: str, *, candidate: bool) -> None:
         self.policy = policy
         self.settings = dict(settings)
         self.writer = writer
@@ -73,9 +73,9 @@ class Replica:
         self.collector: Collector | None = None
         self.known = Known()
         self.unreachable = ""
-        """Why the server can not be asked, for people; empty while it can."""
+        """Why the server cannot be asked, for people; empty while it can."""
         self.hindrance = ""
-        """Why this process can not become the collector."""
+        """Why this process cannot become the collector."""
         self.takeovers = self.step_downs = 0
         self.failures: dict[str, int] = {}
         self.closing = False
@@ -125,7 +125,7 @@ class Replica:
         """More than the log has, so that it is taken. Not counted in the server alone: one that has come back empty
         would count to places that followers are at, and these would read on."""
         place = self.follower.place or (0, 0)
-        return max(place[0], self._highest, round(wall * 1e6)) + 1
+        return next_epoch(max(place[0], self._highest), f"{self.writer}:{self.takeovers}:{wall}", wall)
 
     def _is_ready(self, now: float) -> bool:
         follower = self.follower

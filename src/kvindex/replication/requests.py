@@ -1,4 +1,4 @@
-"""What the machines ask of the server, one request at a time, and what they tell their process to do."""
+"""Requests of the state machines to the server, and their effects on the process."""
 
 from __future__ import annotations
 
@@ -9,13 +9,32 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from .entries import Id
 
 __all__ = [
-    "Append", "Claim", "Collect", "Drop", "Effect", "Fail", "Get", "Load", "Policy", "Put", "Read", "Refused",
-    "Release", "Renew", "Request", "Snapshot", "StepDown", "Tip", "Trim", "Trust", "Wait",
+    "Append",
+    "Claim",
+    "Collect",
+    "Drop",
+    "Effect",
+    "Fail",
+    "Get",
+    "Load",
+    "Put",
+    "Read",
+    "Refused",
+    "Release",
+    "Renew",
+    "ReplicationPolicy",
+    "Request",
+    "Snapshot",
+    "StepDown",
+    "Tip",
+    "Trim",
+    "Trust",
+    "Wait",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
+class ReplicationPolicy:
     """Times in seconds, and bounds, equal in all processes of a fleet. The defaults are for one data centre."""
 
     lease: float = 2.0
@@ -134,7 +153,7 @@ class Fail(NamedTuple):
 
 
 class Load(NamedTuple):
-    """Make the index anew from a snapshot; None: an empty one. Answered by ``Replica.loaded``."""
+    """Replaces the index by a snapshot; None: by an empty one. Answered by ``Replica.loaded``."""
 
     data: bytes | None
     pods: Mapping[str, Any]

@@ -35,13 +35,15 @@ class Pointer(NamedTuple):
 
     def encode(self) -> bytes:
         packed: bytes = msgpack.packb([VERSION, *self])
-        return packed
+        return packed + zlib.crc32(packed).to_bytes(4, "big")
 
     @classmethod
     def decode(cls, data: bytes) -> Pointer:
         """Raises :class:`LogError`."""
+        if len(data) < 5 or zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "big"):
+            raise LogError(f"the pointer to the snapshot is damaged: {len(data)} bytes do not fit their checksum")
         try:
-            version, id, *rest = msgpack.unpackb(data)
+            version, id, *rest = msgpack.unpackb(data[:-4])
             if version == VERSION:
                 return cls(tuple(id), *rest[: len(cls._fields) - 1])
         except Exception as error:
@@ -65,7 +67,7 @@ def unpack(pointer: Pointer, data: bytes) -> Contents:
         index, pods, verdicts, *_ = msgpack.unpackb(data, unicode_errors="surrogateescape")
         return Contents(index, pods, [(pod, rank, verdict) for pod, rank, verdict in verdicts])
     except Exception as error:
-        raise LogError(f"snapshot {id_text(pointer.id)} can not be read: {error!r}") from None
+        raise LogError(f"snapshot {id_text(pointer.id)} cannot be read: {error!r}") from None
 
 
 class Upload:

@@ -6,7 +6,22 @@ from typing import Any, Final
 
 from ..errors import InvalidValueError
 from .entries import Id, id_text, parse_id
-from .requests import Append, Claim, Drop, Fail, Get, Policy, Put, Read, Refused, Release, Renew, Request, Tip, Trim
+from .requests import (
+    Append,
+    Claim,
+    Drop,
+    Fail,
+    Get,
+    Put,
+    Read,
+    Refused,
+    Release,
+    Renew,
+    ReplicationPolicy,
+    Request,
+    Tip,
+    Trim,
+)
 
 try:
     import redis
@@ -26,7 +41,7 @@ class Store:
     """One connection, one request at a time. ``server`` is a URL as of ``redis.Redis.from_url``, or a client of
     redis-py, such as ``Sentinel(...).master_for(...)``."""
 
-    def __init__(self, server: str | redis.Redis, fleet: str, policy: Policy, timeout: float = 1.0) -> None:
+    def __init__(self, server: str | redis.Redis, fleet: str, policy: ReplicationPolicy, timeout: float = 1.0) -> None:
         if isinstance(server, str):
             try:
                 self._client = redis.Redis.from_url(
@@ -66,7 +81,7 @@ class Store:
             # A replica by now: the connection is made anew, and Sentinel knows where to.
             return self._failed("readonly", f"{self.name} is read-only: {error}")
         except (exceptions.ConnectionError, exceptions.TimeoutError, OSError) as error:
-            return self._failed("unreachable", f"{self.name} can not be reached: {error}")
+            return self._failed("unreachable", f"{self.name} cannot be reached: {error}")
         except exceptions.OutOfMemoryError as error:
             return Fail("full", f"{self.name} has no memory: {error}")
         except exceptions.ResponseError as error:

@@ -26,7 +26,7 @@ from .entries import Described
 from .exchange import Exchange
 from .follower import BEGINNING, Follower
 from .replica import Replica
-from .requests import Collect, Load, Policy, Snapshot, StepDown, Trust, Wait
+from .requests import Collect, Load, ReplicationPolicy, Snapshot, StepDown, Trust, Wait
 from .snapshots import pack
 from .store import Store
 
@@ -114,12 +114,12 @@ class ReplicatedIndex:
 
     def __init__(
         self, server: str | redis.Redis, *, fleet: str, block_size: int = 16, collect: bool = True, log: bool = True,
-        policy: Policy | None = None, manager_options: dict[str, Any] | None = None, **index_options: Any,
+        policy: ReplicationPolicy | None = None, manager_options: dict[str, Any] | None = None, **index_options: Any,
     ) -> None:  # fmt: skip
         if not fleet or any(letter in fleet for letter in "{}:"):
             raise InvalidValueError(f"fleet is {fleet!r:.60}; it must be a name without braces and colons")
         self.fleet = fleet
-        self.policy = Policy() if policy is None else policy
+        self.policy = ReplicationPolicy() if policy is None else policy
         self._options = {"block_size": block_size, **index_options}
         self._index = PrefixIndex(**self._options)
         self._index.trust(0.0)
@@ -165,6 +165,11 @@ class ReplicatedIndex:
     def role(self) -> Literal["collector", "follower", "direct"]:
         """The current role, as in :attr:`ReplicationStatus.role`. O(1)."""
         return self._machine.role  # type: ignore[return-value]
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called. O(1)."""
+        return self._closing
 
     def start(self) -> None:
         """Starts the thread. Entering the context manager does it, too.
@@ -507,7 +512,7 @@ class ReplicatedIndex:
             for pod, rank, verdict in load.verdicts:
                 index.mark_worker(pod, rank, verdict)  # type: ignore[arg-type]
         except (KVIndexError, MemoryError) as error:
-            self._machine.loaded(f"the snapshot can not be loaded: {error}")
+            self._machine.loaded(f"the snapshot cannot be loaded: {error}")
             return
         before, self._index = self._index, index
         self._until = 0.0
@@ -534,7 +539,7 @@ class ReplicatedIndex:
                 try:
                     manager.add_pod(source)
                 except KVIndexError as error:
-                    log.error("%s: pod %s can not be followed: %s", self.fleet, source.name, error)
+                    log.error("%s: pod %s cannot be followed: %s", self.fleet, source.name, error)
         log.info("%s: this process follows %d pods", self.fleet, len(self._sources))
 
     def _shown(self, item: Any) -> None:

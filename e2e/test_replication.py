@@ -1,0 +1,25 @@
+"""Replication with processes: followers, collectors, pods and a server of their own, and their faults."""
+
+from __future__ import annotations
+
+import pytest
+
+from .log_server import programs
+from .replication import FAULTS, compare, measure, running
+
+PROGRAMS = programs()
+#: By which an answer that calls itself exact may be behind its engine.
+BOUND = 1.25
+
+
+@pytest.mark.parametrize("server", ["redis", "valkey"])
+def test_everybody_is_right_after_each_fault_and_nobody_was_wrong_meanwhile(server: str) -> None:
+    assert server in PROGRAMS, f"{server} is missing on this machine"
+    with running(PROGRAMS[server], pods=8, followers=4, rate=200.0) as fleet:
+        for fault in FAULTS:
+            found = measure(fleet, fault)
+            assert found.worst_age <= BOUND, f"{fault}: an answer called exact was {found.worst_age:.2f} s old"
+        assert compare(fleet) == []
+        # One connection of each engine: the collector's. The others read the log.
+        roles = [member.role for member in fleet.members.values() if member.process.is_alive()]
+        assert roles.count("collector") == 1

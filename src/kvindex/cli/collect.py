@@ -1,0 +1,86 @@
+"""``kvindex collect``: the collector of a fleet as a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import threading
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import Any
+
+from ._pods import add_arguments, followed
+from ._terminal import CommandError, add_command, positive, seconds
+
+__all__ = ["add_parser"]
+
+URL = "KVINDEX_LOG"
+
+
+def add_parser(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "collect",
+        help="follow pods for many processes, over Redis or Valkey",
+        description="Follow the engines of a fleet and write each change of their caches to a log in a Redis or Valkey "
+        "server, which ReplicatedIndex reads in the routers. Of several collectors of one fleet, one works and the "
+        "others wait to take over; all need the same pods.",
+        status="0 if a signal ended it",
+        lines=[
+            "kvindex collect --log redis://10.0.0.9:6379 --fleet prod --pods pods.yaml",
+            "kvindex collect --log rediss://collector:SECRET@10.0.0.9:6380 --fleet prod --kubernetes",
+        ],
+    )
+    add_arguments(parser)
+    parser.add_argument("--kubernetes", metavar="SELECTOR", nargs="?", const="",
+                        help="follow pods of the cluster, by label (default: kvindex.discovery's)")  # fmt: skip
+    parser.add_argument("--namespace", help="with --kubernetes: the namespace (default: every one)")
+    parser.add_argument("--log", metavar="URL", default=os.environ.get(URL),
+                        help=f"URL of the server, as of redis-py (default: {URL})")  # fmt: skip
+    parser.add_argument("--fleet", default="default", metavar="NAME", help="name of the fleet (default %(default)s)")
+    parser.add_argument("--block-size", type=positive, default=16, metavar="TOKENS",
+                        help="block size of the index, equal in all processes (default %(default)s)")  # fmt: skip
+    parser.add_argument("--max-bytes", type=positive, metavar="N", help="limit of its memory (default: none)")
+    parser.add_argument("--lease", type=seconds, metavar="SECONDS", help="time until another takes over (default 2)")
+    parser.add_argument("--report-every", type=seconds, default=60.0, metavar="SECONDS",
+                        help="log the status so often, as JSON (default %(default)g)")  # fmt: skip
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        from ..replication import ReplicatedIndex, ReplicationPolicy
+    except ImportError as error:
+        raise CommandError(str(error)) from None
+    if not args.log:
+        raise CommandError(f"no server: name it by --log redis://HOST:PORT or by {URL}")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log = logging.getLogger("kvindex.replication")
+    policy = ReplicationPolicy() if args.lease is None else ReplicationPolicy(lease=args.lease)
+    ended = threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: ended.set())
+    with ExitStack() as stack:
+        view = stack.enter_context(
+            ReplicatedIndex(
+                args.log, fleet=args.fleet, block_size=args.block_size, policy=policy, max_bytes=args.max_bytes
+            )
+        )
+        if args.pods or args.file or args.replay:
+            stack.enter_context(followed(view, args))
+        if args.kubernetes is not None:
+            from ..discovery import KubernetesPods
+
+            selector = {"selector": args.kubernetes} if args.kubernetes else {}
+            stack.enter_context(KubernetesPods(view, namespace=args.namespace, **selector))
+        if not view.pods() and args.file is None and args.kubernetes is None:
+            raise CommandError("no pods: name them as NAME=tcp://HOST:PORT,REPLAY_PORT, by --pods or by --kubernetes")
+        status = view.status()
+        print(f"kvindex collect: fleet {status.fleet} at {status.server}", flush=True)
+        while not ended.wait(args.report_every):
+            log.info("status %s", json.dumps(asdict(view.status())))
+    return 0
