@@ -450,6 +450,27 @@ def test_a_history_whose_first_batch_was_lost_on_the_way_is_not_taken_for_cut():
     assert world.held == world.process.truth(2)
 
 
+def test_a_history_is_applied_without_another_look_until_something_else_comes():
+    """The first batch and the end are looked at as ever, and so is all that is not the next batch of it."""
+    world = World()
+    world.publish(6)
+    world.connect()
+    world.serve()
+    found = [(seq, payload) for seq, payload in world.process.buffer]
+    assert world.stream.continues(*found[0], world.now) is None
+    world.receive(2)
+    for strange in (found[1], found[3], (2, GARBAGE)):
+        assert world.stream.continues(*strange, world.now) is None
+    assert world.stream.last_seq == 1
+    assert world.stream.continues(*found[2], world.now) is not None
+    assert world.stream.last_seq == 2
+    world.publish()
+    world.deliver()
+    assert world.stream.continues(*found[3], world.now) is None
+    world.do(world.stream.disconnected(world.now))
+    assert world.stream.continues(*found[3], world.now) is None
+
+
 def test_a_replay_that_repeats_itself_is_given_up():
     world = World(policy=StreamPolicy(replay_surplus=50))
     world.publish(3)

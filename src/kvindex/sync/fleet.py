@@ -127,7 +127,8 @@ class Fleet:
                 f"pod {source.name!r} has blocks of {size} tokens, which an index of {own}-token blocks can not hold:"
                 f" start the engine with a multiple of {own}, or the index with block_size={size}"
             )
-        bound = all(pair.endpoint is None for pair in source.workers().values())
+        ends = source.workers()
+        bound = all(pair.endpoint is None for pair in ends.values())
         if bound and not self.accepts:
             raise InvalidValueError(
                 f"pod {source.name!r} has no endpoint, and nothing is bound that it could connect to"
@@ -150,7 +151,7 @@ class Fleet:
             self.remove(source.name)  # it came by itself, before anybody could say what it is
         pod = FollowedPod(source, self._burst)
         self._enlist(pod, topic if bound else None)
-        for rank, at in source.workers().items():
+        for rank, at in ends.items():
             if self.follows(pod):
                 self.employ(pod, rank, at)
         if self.follows(pod):

@@ -333,8 +333,37 @@ class WorkerStream:
         self._blame = why
         return self._settle(now)
 
+    def continues(self, seq: int, payload: bytes, now: float) -> float | None:
+        """The fast path of :meth:`replayed`, as :meth:`follows` is of :meth:`live`: the time of a batch that is the
+        next one of a history, while nothing has come live. Deadlines become later by it, and none sooner."""
+        replay, history = self._replay, self._history
+        if (
+            replay is None or replay.purpose is not Purpose.START or not replay.frames or seq != history.next
+            or seq != replay.pos + 1 or not self._known or not self._verified or self._pending.seen >= 0
+            or self._hole_at is not None or self._losses.guessed or self._trust.witness is not None
+        ):  # fmt: skip
+            return None
+        ts: float | None = peek_batch(payload, False)[0]
+        if ts is None:
+            return None
+        replay.heard(now, self._patience.pause, self.policy)
+        replay.frames += 1
+        replay.pos = seq
+        replay.progress = True
+        self._bring(replay, seq, payload)
+        history.note(seq, payload, ts, False)
+        self.counts["batches"] += 1
+        return ts
+
+    def _bring(self, replay: Question, seq: int, payload: bytes) -> None:
+        """An answer has a batch that is applied by it."""
+        replay.brought = True
+        self._trust.brought, self._trust.brought_mark = seq, fingerprint(payload)
+
     def replayed(self, seq: int, payload: bytes, now: float) -> list[Action]:
         """A batch of the running replay has arrived."""
+        if (time := self.continues(seq, payload, now)) is not None:
+            return [Ingest(seq, payload, time)]
         replay = self._replay
         if replay is None:
             self.counts["late_replay"] += 1
@@ -892,8 +921,7 @@ class WorkerStream:
             if item is None and self._trust.witness == (seq, fingerprint(payload)):
                 published = True
                 self._agree()
-            replay.brought = True
-            self._trust.brought, self._trust.brought_mark = seq, fingerprint(payload)
+            self._bring(replay, seq, payload)
             # What was published under this number counts as published only where it is what is applied: an answer that
             # was doubted would otherwise be confirmed by the next one of the same wrong process.
             self._apply(seq, payload, ts, live=published)

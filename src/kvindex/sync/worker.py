@@ -145,7 +145,8 @@ class Worker:
         self.source = source
         self.model = source.model
         # At a bound endpoint the manager tells ranks apart, for each comes by a connection of its own.
-        self.ranks = None if at.endpoint is None else Ranks(rank, tuple(source.workers().keys() - {rank}))
+        siblings = {*(source.ranks or range(source.dp_size))} - {rank}
+        self.ranks = None if at.endpoint is None else Ranks(rank, tuple(siblings))
         self._curve = source.curve()
         self._allowance = allowance
         self._resume_at: float | None = None  # nothing is taken before
@@ -462,19 +463,22 @@ class Worker:
         """Hand a published batch to its stream."""
         self._heard = seq
         self._heard_at = now
-        actions: list[Action]
-        if (ts := self.stream.follows(seq, payload, now)) is None:
-            actions = self.stream.live(seq, payload, now)
-        else:
-            actions = []
-            self._ingest(seq, payload, ts, True, actions, now)
-            if self.gone:
-                return
-            self.last_seq = seq
-            if not actions:
-                return
-        self._carry(actions, now)
+        if (ts := self.stream.follows(seq, payload, now)) is not None:
+            self._apply(seq, payload, ts, now)
+            return
+        self._carry(self.stream.live(seq, payload, now), now)
         self.schedule()
+
+    def _apply(self, seq: int, payload: bytes, ts: float, now: float) -> None:
+        """Apply a batch that changes nothing but how far the stream is."""
+        actions: list[Action] = []
+        self._ingest(seq, payload, ts, True, actions, now)
+        if self.gone:
+            return
+        self.last_seq = seq
+        if actions:
+            self._carry(actions, now)
+            self.schedule()
 
     def _note_topic(self, topic: bytes, now: float) -> None:
         """The first message or reply of a connection has this topic, where none was named."""
@@ -519,6 +523,9 @@ class Worker:
             if reply.topic is not None and self.seen_topic is None and self.replay_topic != reply.topic:
                 self._note_topic(reply.topic, now)
             self.replay_topic = reply.topic
+            if (ts := self.stream.continues(reply.seq, reply.payload, now)) is not None:
+                self._apply(reply.seq, reply.payload, ts, now)
+                return
             self._carry(self.stream.replayed(reply.seq, reply.payload, now), now)
         self.schedule()
 
