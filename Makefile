@@ -86,7 +86,7 @@ help:
 	@echo 'make ci                everything that a pull request has to pass, in the order of the pipeline'
 	@echo 'make nightly           the long runs, and everything that is measured'
 	@echo 'make wheel-check       the tests against the wheel in an empty environment'
-	@echo 'make docs              this documentation as a site, in .build/site'
+	@echo 'make docs              this documentation as a site, in .build/site; docs-serve: at http://127.0.0.1:8000, rebuilt on changes'
 	@echo 'make links             every link of every page, by its form where it leads elsewhere; links-outside: all the way'
 	@echo 'make dist              sdist and wheel'
 	@echo 'make test-kv-sync-e2e  pods, an index and routers as processes, against what the pods know themselves'
@@ -98,7 +98,7 @@ help:
 	@echo 'make e2e-quick         the part of it that every change has to pass'
 	@echo 'make e2e-engines       the caches and publishers of vLLM and SGLang themselves, against their own answers'
 	@echo 'make test-integrations  kvindex in the routers of others: LiteLLM, Ray Serve, Envoy'
-	@echo 'make test-page         the service'"'"'s page in Chromium'
+	@echo 'make test-page         the service'"'"'s page and the search of the documentation in Chromium'
 	@echo 'make test-openapi      the service under generated requests, valid and damaged'
 	@echo 'make clean             remove everything built, and .venv'
 
@@ -290,15 +290,21 @@ chaos-storm: .venv/.test-tools
 	STORM=64x200 $(BIN)/python -m pytest -q $(JUNIT) e2e/test_restart_storm.py
 
 # The site, in .build/site; nothing is fetched while it is built or read. NO_MKDOCS_2_WARNING switches off an announcement.
-.PHONY: docs docs-pictures
+.PHONY: docs docs-serve docs-pictures
 .venv/.docs-tools: .venv/.installed
 	$(call listed,["project"]["optional-dependencies"]["docs"])
 	touch $@
+
+# The repository that pages link to: the origin of the checkout, where that is a page.
+export REPO_URL ?= $(shell git remote get-url origin 2>/dev/null | sed -n 's,\.git$$,,; /^https:/p')
 
 # Not --quiet: warnings that mkdocs does not print it does not count either, and --strict is in vain.
 docs: .venv/.docs-tools
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo 'the site is in .build/site: open .build/site/index.html'
+
+docs-serve: .venv/.docs-tools
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --strict --livereload --watch src/kvindex
 
 # Links of every page, those outside docs/ among them: mkdocs looks for files and headings, linkchecker at what is HTML
 # and at the form of what leads elsewhere; `make links-outside` goes there. linkchecker gives up the rights of root, and
@@ -463,9 +469,9 @@ test-integrations-nightly: $(INTEGRATIONS)/.installed
 	$(call listed,["project"]["optional-dependencies"]["page"])
 	touch $@
 
-test-page: .venv/.page-tools
+test-page: .venv/.page-tools docs
 	$(call need,command -v chromium,chromium)
-	$(BIN)/python -m pytest -q $(JUNIT) e2e/test_page.py
+	$(BIN)/python -m pytest -q $(JUNIT) e2e/test_page.py e2e/test_site.py
 
 # The service under requests that schemathesis makes of its OpenAPI document.
 .venv/.openapi-tools: .venv/.test-tools

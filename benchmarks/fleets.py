@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -140,6 +141,10 @@ class Fleet:
             self._process.stdin.close()
 
 
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
 def wait_for(done: Callable[[], object]) -> float:
     start = time.perf_counter()
     while not done():
@@ -205,7 +210,7 @@ def idle(pods: int, seconds: float) -> dict[str, float]:
         index.remove_pod("warm")
         with EventManager(index) as manager:
             gc.collect()
-            before = resident()
+            before, opened = resident(), descriptors()
             start = time.perf_counter()
             for source in sources:
                 manager.add_pod(source)
@@ -215,7 +220,7 @@ def idle(pods: int, seconds: float) -> dict[str, float]:
             wait_for(lambda: all(pod.state == "exact" for pod in manager.status().values()))
             held = index.stats()["bytes"]
             gc.collect()
-            each = (resident() - before - held) / pods
+            each, opened = (resident() - before - held) / pods, descriptors() - opened
             time.sleep(SETTLED)
             taken = time.process_time()
             time.sleep(seconds)
@@ -240,7 +245,7 @@ def idle(pods: int, seconds: float) -> dict[str, float]:
             wait_for(lambda: len(gone) >= pods // 2)
             return {
                 "added": added, "exact": current, "kB": each / 1e3, "idle": taken * 100, "status": min(asked) * 1e3,
-                "noticed": noticed[0] - dead,
+                "noticed": noticed[0] - dead, "descriptors": opened,
             }  # fmt: skip
 
 
@@ -281,6 +286,7 @@ def main() -> int:
         one = alone("idle", pods, 10.0)
         rows += [
             [f"{pods:,} idle pods, of a core", f"{one['idle']:.2f} %", "", ""],
+            [f"{pods:,} pods, descriptors", f"{one['descriptors']:,.0f}", "", ""],
             [f"{pods:,} pods, resident each", f"{one['kB']:.0f} kB", "", ""],
             [f"{pods:,} pods, all added", f"{one['added']:.2f} s", "", ""],
             [f"{pods:,} pods, all current", f"{one['exact']:.2f} s", "", ""],

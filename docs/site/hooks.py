@@ -17,6 +17,11 @@ ROOT = Path(__file__).resolve().parents[2]
 FROM_ROOT = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 
 
+def on_config(config: Any, **_: Any) -> Any:
+    config.copyright = f"kvindex {kvindex.__version__} · Apache 2.0"
+    return config
+
+
 def on_page_read_source(*, page: Any, **_: Any) -> str | None:
     """Two pages stand in the root of the checkout, where docs/ is a directory below."""
     if name := FROM_ROOT.get(page.file.src_uri):
@@ -27,9 +32,26 @@ def on_page_read_source(*, page: Any, **_: Any) -> str | None:
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """The page of the commands shows what ``--help`` prints; those of classes begin with a table of their names."""
+    if text := description(markdown):
+        page.meta.setdefault("description", text)
     if page.file.src_uri == "reference/commands.md":
         return markdown + commands()
     return markdown.replace("<!-- names -->", names(markdown))
+
+
+def description(markdown: str) -> str:
+    """The first paragraph as plain text, for search engines: whole sentences, up to about 160 characters."""
+    text = re.sub(r"^```.*?^```|<!--.*?-->", "", markdown, flags=re.MULTILINE | re.DOTALL)
+    paragraphs = (" ".join(part.split()) for part in re.split(r"\n\s*\n", text))
+    first = next((part for part in paragraphs if re.match(r"[*`\w]", part)), "")
+    plain = re.sub(r"[*`]|\[([^]]*)\]\([^)]*\)", r"\1", first)
+    sentences = re.split(r"(?<=[.?]) ", plain)
+    taken = sentences[0]
+    for sentence in sentences[1:]:
+        if len(taken) + len(sentence) > 160:
+            break
+        taken += f" {sentence}"
+    return taken
 
 
 def commands() -> str:
@@ -40,7 +62,7 @@ def commands() -> str:
 
 
 def names(markdown: str) -> str:
-    lines = ["| name | what it is |", "|---|---|"]
+    lines = ["| name | description |", "|---|---|"]
     for path in re.findall(r"^::: ([\w.]+)", markdown, flags=re.MULTILINE):
         thing: Any = pydoc.locate(path)
         if inspect.ismodule(thing):

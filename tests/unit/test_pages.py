@@ -216,9 +216,11 @@ def test_no_code_hides_where_nothing_runs(page):
             assert not [line for line in block.splitlines() if code.match(line)], block
 
 
-def test_the_two_commands_come_first():
+def test_the_installation_and_the_two_commands_come_first():
     commands = [code for language, code in blocks(ROOT / "README.md") if language == "sh"]
-    assert [line.split("#")[0].strip() for line in commands[0].splitlines()] == ["make demo", "make test"]
+    lines = [[line.split("#")[0].strip() for line in code.splitlines()] for code in commands]
+    assert lines[0] == ["pip install .", "make dist && pip install dist/*.whl"]
+    assert lines[1] == ["make demo", "make test"]
 
 
 def test_a_block_that_fails_is_noticed(reader, tmp_path):
