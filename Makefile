@@ -15,7 +15,9 @@ BIN := .venv/bin
 REPORTS := .build/reports
 JUNIT = --junit-xml=$(REPORTS)/junit-$@.xml
 HEADERS := $(sort $(shell find src/kvindex/_native -name '*.hpp'))
-CORE := $(wildcard $(foreach kind,pyx pxd pxi hpp,src/kvindex/*.$(kind))) $(HEADERS)
+# What is not counted in instructions, compiled apart.
+COLD := $(sort $(shell find src/kvindex/_native -name '*.cpp'))
+CORE := $(wildcard $(foreach kind,pyx pxd pxi hpp,src/kvindex/*.$(kind))) $(HEADERS) $(COLD)
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 
 # $(call need,test,packages): install the Debian packages when the test fails, and say what is missing where there is no apt-get.
@@ -157,9 +159,9 @@ sanitize sanitize-quick: .venv/.test-tools $(SANITIZED)/.built
 # Every call of the shared index from six threads at once, with segments so small that tables grow all the time. Without one
 # lock of workers/directory.hpp it reports 28 races within 3 seconds.
 TSAN := .build/tsan/race
-$(TSAN): tests/threads/race.cpp $(HEADERS)
+$(TSAN): tests/threads/race.cpp $(COLD) $(HEADERS)
 	mkdir -p $(@D)
-	$${CXX:-g++} -std=c++17 -O1 -g -fsanitize=thread -DKVINDEX_SEGMENT_BYTES=128 -Isrc/kvindex/_native $< -o $@
+	$${CXX:-g++} -std=c++17 -O1 -g -fsanitize=thread -DKVINDEX_SEGMENT_BYTES=128 -Isrc/kvindex/_native $< $(COLD) -o $@
 
 tsan: $(TSAN)
 	TSAN_OPTIONS=halt_on_error=1 $(TSAN) $(SECONDS)
@@ -168,11 +170,11 @@ FUZZ := .build/fuzz
 CLANG := $$(command -v clang++ || command -v clang++-14)
 FUZZ_FLAGS := -std=c++17 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -DKVINDEX_SEGMENT_BYTES=128 -DKVINDEX_TURN_BLOCKS=4
 
-$(FUZZ)/fuzz_%: tests/fuzz/fuzz_%.cpp $(HEADERS)
+$(FUZZ)/fuzz_%: tests/fuzz/fuzz_%.cpp $(COLD) $(HEADERS)
 	$(call need,echo 'extern "C" int LLVMFuzzerTestOneInput(const char*$(comma) unsigned long) { return 0; }' \
 		| $(CLANG) $(FUZZ_FLAGS) -x c++ - -o /dev/null,clang-14 libclang-rt-14-dev)
 	mkdir -p $(@D)
-	$(CLANG) $(FUZZ_FLAGS) -Isrc/kvindex/_native $< -o $@
+	$(CLANG) $(FUZZ_FLAGS) -Isrc/kvindex/_native $< $(COLD) -o $@
 
 comma := ,
 
@@ -180,9 +182,9 @@ comma := ,
 FAILING := -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=mmap,--wrap=mremap
 FAIL_FLAGS := $(subst fuzzer$(comma),,$(FUZZ_FLAGS)) $(FAILING)
 
-$(FUZZ)/fail_memory: tests/fuzz/fail_memory.cpp $(HEADERS)
+$(FUZZ)/fail_memory: tests/fuzz/fail_memory.cpp $(COLD) $(HEADERS)
 	mkdir -p $(@D)
-	$(CLANG) $(FAIL_FLAGS) -Isrc/kvindex/_native $< -o $@
+	$(CLANG) $(FAIL_FLAGS) -Isrc/kvindex/_native $< $(COLD) -o $@
 
 # With the slabs of base/heap.hpp, in whose place the others have malloc, for the address sanitizer to watch.
 LIVE_FLAGS := $(subst fuzzer$(comma),,$(FUZZ_FLAGS)) -DKVINDEX_SLABS -Wl,--wrap=mmap,--wrap=munmap,--wrap=mremap
@@ -326,7 +328,7 @@ docs-pictures: .venv/.installed
 	touch $@
 
 # The fuzzers include every header of _native; _tokens.hpp stands apart from those, with Python.h.
-NATIVE := $(HEADERS) $(wildcard src/kvindex/*.hpp tests/fuzz/*.cpp tests/threads/*.cpp chaos/*.c)
+NATIVE := $(HEADERS) $(COLD) $(wildcard src/kvindex/*.hpp tests/fuzz/*.cpp tests/threads/*.cpp chaos/*.c)
 
 lint: .venv/.lint-tools
 	$(BIN)/ruff check
@@ -335,7 +337,7 @@ lint: .venv/.lint-tools
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint src/kvindex
 	$(BIN)/python -m pytest -q -k 'not compiles' tests/packaging/test_native_layers.py tests/packaging/test_prose.py
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
-	printf '%s\n' tests/fuzz/*.cpp | xargs -P $(JOBS) -I % $(BIN)/clang-tidy --quiet % -- -std=c++17 -Isrc/kvindex/_native
+	printf '%s\n' tests/fuzz/*.cpp $(COLD) | xargs -P $(JOBS) -I % $(BIN)/clang-tidy --quiet % -- -std=c++17 -Isrc/kvindex/_native
 	$(BIN)/clang-tidy --quiet src/kvindex/_tokens.hpp -- -xc++ -std=c++17 -isystem "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')"
 	$(BIN)/clang-tidy --quiet chaos/slow_disk.c --
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
@@ -360,7 +362,7 @@ $(COVERED)/.built: setup.py $(CORE) $(shell find src/kvindex -name '*.py') | .ve
 coverage: .venv/.coverage-tools $(COVERED)/.built
 	rm -rf $(COVERED)/report && mkdir -p $(COVERED)/report
 	find $(COVERED) -name '*.gcda' -delete
-	$${CXX:-g++} -std=c++17 $(COUNTED) -DKVINDEX_SEGMENT_BYTES=128 -DKVINDEX_TURN_BLOCKS=4 $(FAILING) -Isrc/kvindex/_native tests/fuzz/fail_memory.cpp -o $(COVERED)/fail_memory
+	$${CXX:-g++} -std=c++17 $(COUNTED) -DKVINDEX_SEGMENT_BYTES=128 -DKVINDEX_TURN_BLOCKS=4 $(FAILING) -Isrc/kvindex/_native tests/fuzz/fail_memory.cpp $(COLD) -o $(COVERED)/fail_memory
 	$(COVERED)/fail_memory 1
 	PYTHONPATH=$(CURDIR)/$(COVERED)/lib $(BIN)/python -m pytest -q $(SPREAD) $(JUNIT) --ignore tests/packaging --ignore tests/typing \
 		--cov=kvindex --cov-report=html:$(COVERED)/report/python --cov-report=json:$(REPORTS)/coverage-python.json --cov-report=term

@@ -1,9 +1,13 @@
 """The one compiled module. Everything else about the package stands in pyproject.toml."""
 
 import os
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 PACKAGE = Path("src/kvindex")
 
@@ -12,14 +16,45 @@ PACKAGE = Path("src/kvindex")
 # third of the compile time (21.9 s of CPU against 14.7 s) and nine tenths of the module.
 optimise = [] if "-O" in os.environ.get("CXXFLAGS", "") else ["-O3", "-g0"]
 
+HEADERS = sorted(str(path) for path in PACKAGE.rglob("*.hpp"))
+
+
+class Build(build_ext):
+    """Compiles the sources side by side; a build in place keeps the objects of sources that have not changed."""
+
+    def run(self):
+        if self.editable_mode:
+            flags = [os.environ.get(name) for name in ("CC", "CXX", "CPPFLAGS", "CFLAGS", "CXXFLAGS")]
+            self.build_temp = f"build/{sys.implementation.cache_tag}-{zlib.crc32(repr(flags).encode()):08x}"
+        super().run()
+
+    def build_extensions(self):
+        compile_all = self.compiler.compile
+
+        def compile_changed(sources, output_dir=None, **options):
+            objects = self.compiler.object_filenames(sources, output_dir=output_dir)
+            changed = [s for s, o in zip(sources, objects, strict=True) if self.force or outdated(o, [s, *HEADERS])]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(lambda source: compile_all([source], output_dir=output_dir, **options), changed))
+            return objects
+
+        self.compiler.compile = compile_changed
+        super().build_extensions()
+
+
+def outdated(made, sources):
+    return not os.path.exists(made) or any(os.path.getmtime(made) < os.path.getmtime(source) for source in sources)
+
+
 # No cythonize() call: it replaces the .pyx by the generated C++ in `sources`, and the sdist then lacks the .pyx.
 core = Extension(
     "kvindex._core",
-    sources=["src/kvindex/_core.pyx"],
-    depends=sorted(str(p) for pattern in ("*.pxd", "*.pxi", "*.hpp") for p in PACKAGE.rglob(pattern)),
+    # What is seldom called is compiled apart: a change of it does not wait for everything that is inlined.
+    sources=["src/kvindex/_core.pyx", *sorted(str(path) for path in (PACKAGE / "_native").rglob("*.cpp"))],
+    depends=[*HEADERS, *sorted(str(path) for kind in ("*.pxd", "*.pxi") for path in PACKAGE.rglob(kind))],
     include_dirs=["src/kvindex", "src/kvindex/_native"],
     language="c++",
     extra_compile_args=["-std=c++17", *optimise, "-fvisibility=hidden"],
 )
 
-setup(ext_modules=[core])
+setup(ext_modules=[core], cmdclass={"build_ext": Build})

@@ -28,6 +28,7 @@ BELOW = {
 ALONE = {"changes": "index", "check": "index"}
 
 HEADERS = sorted(path.relative_to(NATIVE) for path in NATIVE.rglob("*.hpp"))
+SOURCES = [*HEADERS, *sorted(path.relative_to(NATIVE) for path in NATIVE.rglob("*.cpp"))]
 
 
 def part(path):
@@ -39,8 +40,8 @@ def test_there_are_headers_in_every_part():
     assert {part(path) for path in HEADERS} == set(BELOW)
 
 
-@pytest.mark.parametrize("path", HEADERS, ids=str)
-def test_a_header_includes_its_own_part_and_lower_ones(path):
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_a_file_includes_its_own_part_and_lower_ones(path):
     included = [Path(name) for name in re.findall(r'^\s*#\s*include\s*"(.+)"', (NATIVE / path).read_text(), re.M)]
     assert not [str(to) for to in included if not (NATIVE / to).is_file()], "named from _native on"
     assert not [str(to) for to in included if part(to) not in {part(path), *BELOW[part(path)]}]

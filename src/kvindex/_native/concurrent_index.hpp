@@ -10,13 +10,11 @@
 #include "base/at_fork.hpp"
 #include "base/lock.hpp"
 #include "changes.hpp"
-#include "check.hpp"
 #include "query/loads.hpp"
 #include "query/match.hpp"
 #include "query/pod_filter.hpp"
 #include "query/prompt.hpp"
-#include "snapshot/reader.hpp"
-#include "snapshot/writer.hpp"
+#include "snapshot/snapshot.hpp"
 #include "wire/batches.hpp"
 
 namespace kvindex {
@@ -361,13 +359,12 @@ public:
     void load(const u8* data, u64 bytes) {
         const Writing w(*this);
         std::vector<u64> c = counters();
-        SnapshotReader reader(ix_, data, bytes);
-        reader.read(c);
+        read_snapshot(ix_, data, bytes, c);
         Losses shed, expired;
         std::size_t at = 0;
         for (u64* to : counted(totals_, report_, shed, expired)) *to = c[at++];
         ix_.recount(shed, expired);
-        reader.fit();
+        fit_loaded(ix_);
         note_expiry();
     }
     Stats stats() const {
@@ -627,7 +624,7 @@ private:
         for (;;) {
             {
                 Reading g(*this, true);
-                if (half_ == 0 && !ix_.loose()) return SnapshotWriter(ix_, out).write(counters());
+                if (half_ == 0 && !ix_.loose()) return write_snapshot(ix_, counters(), out);
             }
             tidy_up();
             std::this_thread::sleep_for(std::chrono::microseconds(200));

@@ -16,9 +16,11 @@
 #include <memory>
 #include <new>
 #include <stdexcept>
-#include <tuple>
+#include <string>
+#include <type_traits>
 
-#include "index.hpp"
+#include "base/memory.hpp"
+#include "hash/xxh3.hpp"
 
 namespace kvindex {
 

@@ -1,8 +1,7 @@
 // The bytes of a snapshot into an index. Everything is verified:
 // where it is used, or at the end where it needs everything else.
-#pragma once
-
-#include "snapshot/format.hpp"
+#include "index.hpp"
+#include "snapshot/snapshot.hpp"
 
 namespace kvindex {
 
@@ -32,10 +31,9 @@ public:
         take(counters.data(), left());
     }
 
-    // What does not fit into this index's budget goes, as always.
-    void fit() {
-        ix_.fit();
-        if (ix_.bounded() && ix_.bytes() > ix_.budget())
+    static void fit(Index& ix) {
+        ix.fit();
+        if (ix.bounded() && ix.bytes() > ix.budget())
             throw SnapshotRefused("it does not fit into max_bytes, with nothing left to shed");
     }
 
@@ -670,5 +668,10 @@ private:
     std::vector<u64> knowers_;             // the workers that know a block with this set, as bits
     std::vector<ChainRecord> records_;
 };
+
+void read_snapshot(Index& ix, const u8* data, u64 bytes, std::vector<u64>& counters) {
+    SnapshotReader(ix, data, bytes).read(counters);
+}
+void fit_loaded(Index& ix) { SnapshotReader::fit(ix); }
 
 }  // namespace kvindex

@@ -1,7 +1,6 @@
 // An index into the bytes of a snapshot: dense numbers in place of ids, and what can be computed left out.
-#pragma once
-
-#include "snapshot/format.hpp"
+#include "index.hpp"
+#include "snapshot/snapshot.hpp"
 
 namespace kvindex {
 
@@ -291,4 +290,9 @@ private:
     std::vector<Run> runs_;
     u64 blocks_ = 0;
 };
+
+void write_snapshot(const Index& ix, const std::vector<u64>& counters, SnapshotBytes& out) {
+    SnapshotWriter(ix, out).write(counters);
+}
+
 }  // namespace kvindex

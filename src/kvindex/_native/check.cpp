@@ -1,6 +1,4 @@
 // Every invariant of the structure, verified from scratch. Tests call it after each step.
-#pragma once
-
 #include <set>
 #include <sstream>
 
@@ -8,7 +6,7 @@
 
 namespace kvindex {
 
-inline std::string Index::check() const {
+std::string Index::check() const {
     std::ostringstream bad;
     const auto fail = [&](const char* what, u64 a, u64 b) {
         bad << what << " (" << a << ", " << b << ")";
