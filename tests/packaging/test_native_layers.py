@@ -24,16 +24,12 @@ BELOW = {
     "snapshot": {"base", "wire", "hash", "content", "workers", "ingest", "index"},
     "concurrent_index": {"base", "wire", "hash", "content", "workers", "ingest", "index", "query", "snapshot"},
 }
-# Files beside the folders belong to the part that they are about.
-ALONE = {"changes": "index", "check": "index"}
-
 HEADERS = sorted(path.relative_to(NATIVE) for path in NATIVE.rglob("*.hpp"))
 SOURCES = [*HEADERS, *sorted(path.relative_to(NATIVE) for path in NATIVE.rglob("*.cpp"))]
 
 
 def part(path):
-    name = path.parts[0] if len(path.parts) > 1 else path.stem
-    return ALONE.get(name, name)
+    return path.parts[0] if len(path.parts) > 1 else path.stem
 
 
 def test_there_are_headers_in_every_part():

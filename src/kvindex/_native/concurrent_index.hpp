@@ -9,7 +9,7 @@
 
 #include "base/at_fork.hpp"
 #include "base/lock.hpp"
-#include "changes.hpp"
+#include "index.hpp"
 #include "query/loads.hpp"
 #include "query/match.hpp"
 #include "query/pod_filter.hpp"
@@ -81,14 +81,14 @@ public:
 
     u64 open_pod(const std::string& name) {
         Writing w(*this);
-        return ix_.pod_at(ix_.pod(name)).uid;
+        return ix_.registry().pod_at(ix_.registry().pod(name)).uid;
     }
     // The name may be opened anew before the last of the pod's blocks has gone.
     bool remove_pod(u64 uid) {
-        const bool gone = change(uid, [&](u32 pod, Change& c) { ix_.begin_end(c, pod); });
+        const bool gone = change(uid, [&](u32 pod, Change& c) { ix_.ingest().begin_end(c, pod); });
         if (gone) {
             const Writing w(*this);
-            if (!ix_.any_pods()) batches_.clear();
+            if (!ix_.registry().any_pods()) batches_.clear();
         }
         return gone;
     }
@@ -97,33 +97,35 @@ public:
         Writing w(*this);
         const u32 pod = w.idle(uid);
         if (pod == kNone) return;
-        if (set_presence >= 0) ix_.set_presence(pod, set_presence != 0);
-        if (has_media) ix_.set_clear_media(pod, media);
-        if (max_blocks >= 0) ix_.set_max_blocks(pod, static_cast<u64>(max_blocks));
-        if (chunk >= 0) ix_.set_chunk(pod, static_cast<u32>(chunk));
+        if (set_presence >= 0) ix_.registry().set_presence(pod, set_presence != 0);
+        if (has_media) ix_.registry().set_clear_media(pod, media);
+        if (max_blocks >= 0) ix_.registry().set_max_blocks(pod, static_cast<u64>(max_blocks));
+        if (chunk >= 0) ix_.registry().set_chunk(pod, static_cast<u32>(chunk));
     }
     void ignore_media(u64 uid, const std::vector<std::string>& media) {
-        change(uid, [&](u32 pod, Change& c) { ix_.ignore_media(pod, media, c); });
+        change(uid, [&](u32 pod, Change& c) { ix_.ingest().ignore_media(pod, media, c); });
     }
     // engine -1: as it was; eagle -1: as it was, 0: nothing is dropped, 1: in these groups, or in all if there are
     // none.
     void engine(u64 uid, int engine, int eagle, const std::vector<i64>& groups, int hybrid) {
         Writing w(*this);
-        const u32 pod = ix_.slot(uid);
+        const u32 pod = ix_.registry().slot(uid);
         if (pod == kNone) return;
-        const Pod& p = ix_.pod_at(pod);
-        ix_.set_engine(pod, engine < 0 ? p.engine : static_cast<Engine>(engine), eagle < 0 ? p.eagle : eagle == 1,
-                       eagle < 0 ? p.eagle_groups : groups, hybrid < 0 ? p.hybrid : hybrid == 1);
+        const Pod& p = ix_.registry().pod_at(pod);
+        ix_.registry().set_engine(pod, engine < 0 ? p.engine : static_cast<Engine>(engine),
+                                  eagle < 0 ? p.eagle : eagle == 1, eagle < 0 ? p.eagle_groups : groups,
+                                  hybrid < 0 ? p.hybrid : hybrid == 1);
     }
     void mark(u64 uid, i64 rank, int verdict) {
         Writing w(*this);
-        if (const u32 pod = ix_.slot(uid); pod != kNone) ix_.mark(pod, rank, static_cast<Verdict>(verdict));
+        if (const u32 pod = ix_.registry().slot(uid); pod != kNone)
+            ix_.registry().mark(pod, rank, static_cast<Verdict>(verdict));
     }
     void clear_worker(u64 uid, i64 rank) {
-        change(uid, [&](u32 pod, Change& c) { ix_.clear_worker(pod, rank, c); });
+        change(uid, [&](u32 pod, Change& c) { ix_.ingest().clear_worker(pod, rank, c); });
     }
 
-    const PodDirectory& directory() const { return ix_.directory(); }
+    const PodDirectory& directory() const { return ix_.registry().directory(); }
 
     // The whole payload is decoded before the lock is taken, and nothing is applied if
     // it is no batch. rank -1: the batch's own. `wait` false: gives up rather than wait
@@ -168,7 +170,7 @@ public:
         bool on = false;
         do {
             change.relax();
-            if (!change.on() && i < n && Index::is_long(batch.events[i])) {
+            if (!change.on() && i < n && Ingest::is_long(batch.events[i])) {
                 if (!wait) return Taken::busy;
                 if (!change.prepared) prepare(uid, rank, model, batch, i, on, change);
             }
@@ -185,11 +187,11 @@ public:
             Written w(*this);
             half_ -= on;
             if (!on && !wait) {
-                pod = ix_.slot(uid);
+                pod = ix_.registry().slot(uid);
                 if (pod == kNone) return Taken::unknown;
-                if (ix_.pod_at(pod).busy || ix_.loose() || is_much(pod, rank, batch)) return Taken::busy;
+                if (ix_.registry().pod_at(pod).busy || ix_.loose() || is_much(pod, rank, batch)) return Taken::busy;
             } else {
-                pod = change.on() ? ix_.slot(uid) : w.idle(uid);
+                pod = change.on() ? ix_.registry().slot(uid) : w.idle(uid);
             }
             if (pod == kNone) {
                 if (!wait && !on) return Taken::unknown;
@@ -197,39 +199,39 @@ public:
                 r.skip(Reason::pod_removed, n - i + batch.joined);
                 return Taken::yes;
             }
-            ix_.heard(pod);
-            Turn turn(pod, rank, model, ix_.find_space(model), change);
+            ix_.registry().heard(pod);
+            Turn turn(pod, rank, model, ix_.registry().find_space(model), change);
             try {
-                if (!change.on()) ix_.expect_first(turn, batch, i);
+                if (!change.on()) ix_.ingest().expect_first(turn, batch, i);
                 for (u64 work = 0; i < n && work < kTurn; ++i) {
                     if (!change.on()) {
                         const Event& e = batch.events[i];
                         // Prepared before the next turn.
-                        if (Index::is_long(e) && !change.prepared) break;
-                        ix_.expect(turn, batch, i);
+                        if (Ingest::is_long(e) && !change.prepared) break;
+                        ix_.ingest().expect(turn, batch, i);
                         work += 1 + e.n_hashes;
                         totals_.events_stored += e.kind == EventKind::stored;
                         totals_.events_removed += e.kind == EventKind::removed;
                         totals_.events_cleared += e.kind == EventKind::cleared;
-                        ix_.apply(turn, batch, e, r);
+                        ix_.ingest().apply(turn, batch, e, r);
                         change.prepared = false;
                     }
                     if (!finish_now(change, r, pod)) break;
                 }
                 if (i == n && wait && ix_.loose()) ix_.tie_up();
-                ix_.tidy();
+                ix_.ingest().tidy();
                 if (i == n && !(wait && ix_.loose())) {
                     ++totals_.batches;
                     report_.add(r);
                     note_expiry();
-                    note(pod, rank, model, place, r.cleared && batch.clears() && !ix_.pod_at(pod).has_clear_media,
-                         false);
+                    note(pod, rank, model, place,
+                         r.cleared && batch.clears() && !ix_.registry().pod_at(pod).has_clear_media, false);
                     return Taken::yes;
                 }
                 ++half_;
             } catch (const std::bad_alloc&) {
                 give_up(change, pod);
-                ix_.missed(turn, batch, i);
+                ix_.ingest().missed(turn, batch, i);
                 throw OutOfMemory();
             }
             on = true;
@@ -254,7 +256,7 @@ public:
         if (!g.on) return false;
         const std::shared_ptr<const Filter> filter = names ? names->compile(ix_) : nullptr;
         out = Loads::Choice();
-        if (!lapsed()) loads.choose(ix_, hits, n_tokens, ix_.find_space(model), filter.get(), now, out);
+        if (!lapsed()) loads.choose(ix_, hits, n_tokens, ix_.registry().find_space(model), filter.get(), now, out);
         return true;
     }
     // What each worker has to do, of the workers that are still there.
@@ -276,7 +278,8 @@ public:
         std::vector<u32> lengths;
         {
             Reading g(*this, true);
-            if (const u32 pod = ix_.slot(uid); pod != kNone) lengths = ix_.lengths(pod, rank, model);
+            if (const u32 pod = ix_.registry().slot(uid); pod != kNone)
+                lengths = ix_.registry().lengths(pod, rank, model);
         }
         for (u32 lookahead : lengths) {
             std::vector<u64> prefixes(ix_.blocks(prompt.n_tokens, lookahead));
@@ -289,7 +292,8 @@ public:
         Writing w(*this);
         if (const u32 pod = w.idle(uid); pod != kNone)
             whole([&] {
-                ix_.guess(pod, rank, model, prefixes.data(), static_cast<u32>(prefixes.size()), until, lookahead);
+                ix_.eviction().guess(pod, rank, model, prefixes.data(), static_cast<u32>(prefixes.size()), until,
+                                     lookahead);
             });
         note_expiry();
     }
@@ -297,7 +301,7 @@ public:
     void expire(double now) {
         for (bool done = false; !done;) {
             Writing w(*this);
-            whole([&] { done = ix_.expire(now); });
+            whole([&] { done = ix_.eviction().expire(now); });
             if (ix_.loose()) whole([&] { ix_.tie_up(); });
             note_expiry();
         }
@@ -305,23 +309,23 @@ public:
 
     int verdict(u64 uid) const {
         Reading g(*this, true);
-        const u32 pod = ix_.slot(uid);
-        return pod == kNone ? -1 : static_cast<int>(lapsed() ? Verdict::stale : ix_.pod_at(pod).verdict);
+        const u32 pod = ix_.registry().slot(uid);
+        return pod == kNone ? -1 : static_cast<int>(lapsed() ? Verdict::stale : ix_.registry().pod_at(pod).verdict);
     }
     std::vector<PodFigures> pod_figures(u64 uid) const {
         Reading g(*this, true);
         std::vector<PodFigures> out;
-        const u32 pod = ix_.slot(uid);
+        const u32 pod = ix_.registry().slot(uid);
         if (pod == kNone) return out;
-        const Pod& p = ix_.pod_at(pod);
+        const Pod& p = ix_.registry().pod_at(pod);
         for (const auto& s : p.streams) out.push_back({s.first, 0, 0, static_cast<int>(s.second), -1, false, {}});
         for (u32 id : p.workers) {
-            const Worker& w = ix_.worker_at(id);
+            const Worker& w = ix_.registry().worker_at(id);
             auto it = std::find_if(out.begin(), out.end(), [&](const PodFigures& f) { return f.rank == w.rank; });
             if (it == out.end()) it = out.insert(out.end(), PodFigures{w.rank, 0, 0, 0, -1, false, {}});
-            it->blocks += ix_.held(w);
-            it->parked += w.parked();
-            it->state = std::max(it->state, static_cast<int>(ix_.own_verdict(w)));
+            it->blocks += ix_.registry().held(w);
+            it->parked += w.pending;
+            it->state = std::max(it->state, static_cast<int>(ix_.registry().own_verdict(w)));
             it->in_doubt |= w.in_doubt;
             it->lookahead.insert(w.lengths.begin(), w.lengths.end());
         }
@@ -337,11 +341,11 @@ public:
     std::vector<StreamPlace> places(u64 uid) const {
         Reading g(*this, true);
         std::vector<StreamPlace> out;
-        const u32 pod = ix_.slot(uid);
+        const u32 pod = ix_.registry().slot(uid);
         if (pod == kNone) return out;
-        for (const auto& s : ix_.pod_at(pod).positions)
+        for (const auto& s : ix_.registry().pod_at(pod).positions)
             out.push_back({s.first, s.second.seq, s.second.fingerprint, s.second.ts, s.second.whole,
-                           ix_.space_at(s.second.space).model});
+                           ix_.registry().space_at(s.second.space).model});
         return out;
     }
 
@@ -363,7 +367,7 @@ public:
         Losses shed, expired;
         std::size_t at = 0;
         for (u64* to : counted(totals_, report_, shed, expired)) *to = c[at++];
-        ix_.recount(shed, expired);
+        ix_.eviction().recount(shed, expired);
         fit_loaded(ix_);
         note_expiry();
     }
@@ -381,14 +385,15 @@ public:
     }
     double probes() const {
         Reading g(*this, true);
-        return ix_.probes();
+        return ix_.registry().probes();
     }
     // The names of the media of hits, but for those that nobody has any more.
     std::map<u32, std::string> media(const Hits& hits) const {
         Reading g(*this, true);
         std::map<u32, std::string> out;
         for (const Hit& h : hits)
-            if (ix_.media().has(h.medium) && !out.count(h.medium)) out.emplace(h.medium, ix_.media().name(h.medium));
+            if (ix_.registry().media().has(h.medium) && !out.count(h.medium))
+                out.emplace(h.medium, ix_.registry().media().name(h.medium));
         return out;
     }
     std::string check() {
@@ -410,13 +415,13 @@ public:
         saving_.store(true);
         for (;;) {
             lock_.lock();
-            if (at_rest()) return ix_.directory().before_fork();
+            if (at_rest()) return ix_.registry().directory().before_fork();
             lock_.unlock();
             std::this_thread::sleep_for(std::chrono::microseconds(200));
         }
     }
     void after_fork() {
-        ix_.directory().after_fork();
+        ix_.registry().directory().after_fork();
         lock_.unlock();
         open_gate();
         saver_.unlock();
@@ -430,8 +435,8 @@ public:
         new (&opened_) std::condition_variable();
         new (&calm_) std::condition_variable();
         saving_.store(false);
-        ix_.directory().in_child();
-        ix_.nobody_listens();
+        ix_.registry().directory().in_child();
+        ix_.registry().nobody_listens();
     }
 
 private:
@@ -445,7 +450,7 @@ private:
         Reading g(*this, wait);
         if (!g.on) return false;
         const std::shared_ptr<const Filter> filter = names ? names->compile(ix_) : nullptr;
-        const u32 space = ix_.find_space(model);
+        const u32 space = ix_.registry().find_space(model);
         if (prompt.prefixes) {
             const u32 n = static_cast<u32>(prompt.n_prefixes);
             matcher().match(ix_, space, HashPath{prompt.prefixes, n}, before_last(prompt), filter.get(), only_exact,
@@ -460,12 +465,12 @@ private:
                 const u32 most = before_last(prompt);
                 constexpr unsigned BT = decltype(bt)::value;
                 const TokenPath<BT> path{roll, local, prompt.tokens, extra, ix_, n};
-                if (space == kNone || ix_.space_at(space).lengths.empty())
+                if (space == kNone || ix_.registry().space_at(space).lengths.empty())
                     return matcher().match(ix_, space, path, most, filter.get(), only_exact, out);
                 out.clear();
-                if (ix_.space_at(space).plain)
+                if (ix_.registry().space_at(space).plain)
                     matcher().match(ix_, space, path, most, filter.get(), only_exact, out, true);
-                for (const auto& length : ix_.space_at(space).lengths) {
+                for (const auto& length : ix_.registry().space_at(space).lengths) {
                     const LookaheadPath<BT> ahead{path, length.first, ix_.blocks(prompt.n_tokens, length.first)};
                     matcher().match(ix_, space, ahead, most, filter.get(), only_exact, out, true);
                 }
@@ -486,8 +491,8 @@ private:
         // The pod with this number, once no long change of it is under way; kNone: it has been removed.
         u32 idle(u64 uid) {
             for (;;) {
-                const u32 pod = s_.ix_.slot(uid);
-                if (pod == kNone || !s_.ix_.pod_at(pod).busy) return pod;
+                const u32 pod = s_.ix_.registry().slot(uid);
+                if (pod == kNone || !s_.ix_.registry().pod_at(pod).busy) return pod;
                 s_.lock_.unlock();
                 {
                     std::unique_lock<std::mutex> g(s_.gate_);
@@ -529,11 +534,11 @@ private:
     // Does what one turn can of a change; true if that is all of it.
     bool finish_now(Change& c, Report& r, u32 pod) {
         if (!c.on()) return true;
-        if (!ix_.go_on(c, r)) {
-            ix_.set_busy(pod, true);
+        if (!ix_.ingest().go_on(c, r)) {
+            ix_.ingest().set_busy(pod, true);
             return false;
         }
-        ix_.set_busy(pod, false);
+        ix_.ingest().set_busy(pod, false);
         calm_.notify_all();
         return true;
     }
@@ -541,14 +546,14 @@ private:
     void prepare(u64 uid, i64 rank, const std::string& model, const Batch& batch, std::size_t i, bool on,
                  Change& change) {
         try {
-            ix_.prepare(batch, batch.events[i], change);
+            ix_.ingest().prepare(batch, batch.events[i], change);
         } catch (const std::bad_alloc&) {
             lock_.lock();
             const Written w(*this);
             half_ -= on;
-            if (const u32 pod = ix_.slot(uid); pod != kNone) {
+            if (const u32 pod = ix_.registry().slot(uid); pod != kNone) {
                 ix_.start_over();
-                ix_.missed(Turn(pod, rank, model, ix_.find_space(model), change), batch, i);
+                ix_.ingest().missed(Turn(pod, rank, model, ix_.registry().find_space(model), change), batch, i);
             }
             throw OutOfMemory();
         }
@@ -558,8 +563,8 @@ private:
         ix_.start_over();
         // What clears goes on without content, which needs no memory.
         Report unused;
-        if (c.on()) ix_.go_through(c, unused);
-        ix_.set_busy(pod, false);
+        if (c.on()) ix_.ingest().go_through(c, unused);
+        ix_.ingest().set_busy(pod, false);
         calm_.notify_all();
     }
     // A change of one pod that no event has begun.
@@ -606,9 +611,9 @@ private:
         u64 work = 0;
         for (const Event& e : b.events) {
             work += e.n_hashes;
-            if (e.kind == EventKind::cleared && ix_.holds_much(pod, rank)) return true;
+            if (e.kind == EventKind::cleared && ix_.ingest().holds_much(pod, rank)) return true;
         }
-        return work > kTurnBlocks || ix_.parks_much(pod, rank);
+        return work > kTurnBlocks || ix_.ingest().parks_much(pod, rank);
     }
     // Nothing is half done.
     bool at_rest() {
@@ -656,16 +661,16 @@ private:
     }
     // A payload of this stream could not be read.
     void lose(u64 uid, i64 rank, const std::string& model, const Place& at) {
-        const u32 pod = ix_.slot(uid);
+        const u32 pod = ix_.registry().slot(uid);
         if (pod == kNone) return;
-        ix_.lost_payload(pod, rank);
+        ix_.registry().lost_payload(pod, rank);
         note(pod, rank, model, at, false, true);
     }
     void note(u32 pod, i64 rank, const std::string& model, const Place& at, bool clean, bool lost) {
         if (at.seq < 0) {
-            ix_.lose_place(pod, rank);
+            ix_.registry().lose_place(pod, rank);
         } else {
-            ix_.advance(pod, rank, model, static_cast<u64>(at.seq), at.ts, at.fingerprint, clean, lost);
+            ix_.registry().advance(pod, rank, model, static_cast<u64>(at.seq), at.ts, at.fingerprint, clean, lost);
         }
     }
     // Everything that has been counted since the start, in the order in which a snapshot has it.
@@ -680,12 +685,12 @@ private:
     std::vector<u64> counters() const {
         Totals t = totals_;
         Report r = report_;
-        Losses shed = ix_.shed(), expired = ix_.expired();
+        Losses shed = ix_.eviction().shed(), expired = ix_.eviction().expired();
         std::vector<u64> out;
         for (const u64* n : counted(t, r, shed, expired)) out.push_back(*n);
         return out;
     }
-    void note_expiry() { expiry_.store(ix_.next_expiry(), std::memory_order_relaxed); }
+    void note_expiry() { expiry_.store(ix_.eviction().next_expiry(), std::memory_order_relaxed); }
 
     Index ix_;
     Batches batches_;

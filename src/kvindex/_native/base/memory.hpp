@@ -244,6 +244,11 @@ template <class... V>
 void drop_all(V&... list) {
     (V().swap(list), ...);
 }
+// The bytes that vectors take.
+template <class... V>
+std::size_t bytes_of(const V&... list) {
+    return (... + (list.capacity() * sizeof(typename V::value_type)));
+}
 
 // For containers of the standard library where they grow with what engines send.
 template <class T>

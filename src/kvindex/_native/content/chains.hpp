@@ -3,6 +3,8 @@
 // content does. Which holders have which blocks is kept as runs over interned sets.
 #pragma once
 
+#include <string>
+
 #include "base/pool.hpp"
 #include "content/generations.hpp"
 #include "content/holder_sets.hpp"
@@ -474,7 +476,11 @@ public:
         open_.release(m_);
     }
 
+    // The first broken invariant, or an empty string.
+    std::string check() const;
+
 private:
+    std::string check_chain(u32 id) const;
     // A slot of a shared page for a chain's first block.
     void share(u32 id) {
         Chain& c = chains_[id];

@@ -17,7 +17,11 @@
 // stored; only what such an estimate cannot know is made up for afterwards.
 #pragma once
 
+#include <algorithm>
+#include <vector>
+
 #include "ingest/pending.hpp"
+#include "ingest/speculation.hpp"
 
 namespace kvindex {
 
@@ -25,25 +29,37 @@ struct Losses {
     u64 blocks = 0, chains = 0, parked = 0, guesses = 0;
 };
 
-class Eviction : public Pending {
+class Eviction {
 public:
     // max_bytes 0: no budget. ttl 0: for ever.
-    Eviction(u32 block_size, u64 seed, bool set_presence, u32 max_parked, u64 max_bytes, double ttl)
-        : Pending(block_size, seed, set_presence, max_parked), max_(max_bytes), ttl_(ttl) {
+    Eviction(Memory& m, Registry& registry, SetPool& sets, Chains& chains, Presence& presence, Speculation& speculation,
+             Pending& pending, u64 max_bytes, double ttl)
+        : mem_(m),
+          registry_(registry),
+          sets_(sets),
+          chains_(chains),
+          presence_(presence),
+          speculation_(speculation),
+          pending_(pending),
+          max_(max_bytes),
+          ttl_(ttl) {
         if (max_ || ttl_ > 0) chains_.ages().open(ttl_);
     }
+    ~Eviction() = default;
+    Eviction(const Eviction&) = delete;
+    Eviction& operator=(const Eviction&) = delete;
 
     // When expire() has something to do. The reader that finds it overdue does it,
     // so that its answer counts nothing that is over.
     double next_expiry() const {
-        const double guesses = Insertion::next_expiry();
+        const double guesses = speculation_.next_expiry();
         if (!(ttl_ > 0)) return guesses;
         const double step = chains_.ages().next_step();
         return std::min(guesses, chains_.count() ? std::min(step, chains_.ages().began_oldest() + ttl_) : step);
     }
     // A turn's worth of what is over; false: there is more.
     bool expire(double now) {
-        if (!Insertion::expire(now)) return false;
+        if (!speculation_.expire(now)) return false;
         if (!(ttl_ > 0)) return true;
         for (u32 left = kTurnBlocks / kPiece + 1;
              chains_.ages().oldest() != kNone && chains_.ages().began_oldest() + ttl_ <= now; --left) {
@@ -54,17 +70,18 @@ public:
         return true;
     }
 
+    // An entry of add_prefix, where there is room for it.
     void guess(u32 pod, i64 rank, const std::string& model, const u64* prefixes, u32 n, double until, u32 lookahead) {
-        const u32 id = find_worker(pod, rank, find_space(model));
+        const u32 id = registry_.find_worker(pod, rank, registry_.find_space(model));
         // Without what was to be learned of the worker, a guess may promise more than its groups would agree to.
-        const bool able = id == kNone
-                              ? !pods_[pod].refused.of(rank) && joins(pod) && admits(kWorkerBytes + kHolderBytes)
-                              : !workers_[id]->muted;
+        const bool able = id == kNone ? !registry_.pod_at(pod).refused.of(rank) && joins(pod) &&
+                                            admits(Registry::kWorkerBytes + Registry::kHolderBytes)
+                                      : !registry_.worker_at(id).muted;
         if (!able || !make_guess_room(id, n)) {
             ++shed_.guesses;
             return;
         }
-        Insertion::guess(pod, rank, model, prefixes, n, until, lookahead);
+        speculation_.add(pod, rank, model, prefixes, n, until, lookahead);
         fit();
     }
 
@@ -76,34 +93,38 @@ public:
     const Losses& shed() const { return shed_; }
     const Losses& expired() const { return expired_; }
 
-protected:
     bool bounded() const { return max_ != 0; }
     u64 budget() const { return max_; }
     // What the budget is about: all that streams can make grow.
     std::size_t bytes() const { return mem_.bytes; }
+    // Whether ages are kept, and room has to be made.
+    bool on() const { return chains_.ages().on(); }
     // Whether something may be made that only a clear takes away again. Half of the budget is for content.
-    bool admits(std::size_t more) const { return !max_ || fixed_ + media_.bytes() + more <= max_ / 2; }
+    bool admits(std::size_t more) const { return !max_ || registry_.fixed() + more <= max_ / 2; }
 
     // Whether a pod may have one worker more.
-    bool joins(u32 pod) const { return pods_[pod].workers.size() < kMostWorkers && admits(kWorkerBytes); }
+    bool joins(u32 pod) const {
+        return registry_.pod_at(pod).workers.size() < kMostWorkers && admits(Registry::kWorkerBytes);
+    }
 
     // Makes room for an event that may add so many names and index blocks below a known parent, and `more` bytes
     // besides. False if it cannot be had: then nothing may be added.
     bool make_room(u32 id, u32 names, u32 blocks, std::size_t more, u32 parent) {
         if (!chains_.ages().on()) return true;
         grow_older(blocks);
-        pinned_ = parent == kNone ? kNone : chains_.pos(parent).chain;
-        chains_.touch(pinned_);
+        presence_.follow(parent == kNone ? kNone : chains_.pos(parent).chain);
+        chains_.touch(presence_.followed());
         if (!max_) return true;
         // The share that is kept free for what cannot be estimated: sets, runs, tables of chains.
         const std::size_t limit = max_ - max_ / 32;
         if (!may_fit(names, blocks, more)) return false;
         if (announced() + growth(id, names, blocks) + more <= limit) return true;
         for (bool renewed = false; announced() + growth(id, names, blocks) + more > limit;) {
-            if (lot_bytes_ > max_ / 8 && shed_waiting()) continue;
+            if (pending_.bytes() > max_ / 8 && shed_waiting()) continue;
             if (!renewed && chains_.ages().all_fresh()) {
                 // What the event hangs on goes last: if it comes to that, there is no room for the event.
-                for (u32 chain = pinned_; chain != kNone; chain = chains_[chain].parent) chains_.ages().renew(chain);
+                for (u32 chain = presence_.followed(); chain != kNone; chain = chains_[chain].parent)
+                    chains_.ages().renew(chain);
                 renewed = true;
             }
             if (!shed_oldest(kPiece, shed_, true) && !shed_waiting()) return false;
@@ -112,7 +133,7 @@ protected:
     }
     // A monster is refused before anything is shed for it.
     bool may_fit(u32 names, u64 blocks, std::size_t more = 0) const {
-        return !max_ || fixed_ + media_.bytes() + more + blocks * (sizeof(Page) + sizeof(PageHome)) / kPageBlocks +
+        return !max_ || registry_.fixed() + more + blocks * (sizeof(Page) + sizeof(PageHome)) / kPageBlocks +
                                 RefTable().growth(names) <=
                             max_ - max_ / 32;
     }
@@ -120,7 +141,7 @@ protected:
     void fit() {
         if (!max_) return;
         // What waits answers nothing, and takes ten times the room of what is in its place.
-        while (lot_bytes_ > max_ / 8 && shed_waiting()) {
+        while (pending_.bytes() > max_ / 8 && shed_waiting()) {
         }
         while (bytes() > max_ && (shed_guess() || shed_oldest(kPiece, shed_) || shed_waiting())) {
         }
@@ -131,23 +152,18 @@ protected:
     void shed_everything() {
         shed_.blocks += chains_.blocks();
         shed_.chains += chains_.count();
-        shed_.parked += parked_;
-        shed_.guesses += guesses_.size();
+        shed_.parked += pending_.blocks();
+        shed_.guesses += speculation_.size();
         recent_ = 0;
-    }
-    // A rank for whose worker there is no room holds more than is known.
-    void refuse(u32 pod, i64 rank, const Event& e) {
-        pods_[pod].refused.add(rank, media_.find(e.medium.p, e.medium.n) != 0);
-        judge(pod);
     }
     // The worker holds more than is known.
     void fall_short(u32 id) {
-        Worker& w = *workers_[id];
+        Worker& w = registry_.worker_at(id);
         if (w.shed) return;
         w.shed = true;
-        shed_.parked += w.parked();
-        drop_lot(w);
-        spoil(id);
+        shed_.parked += w.pending;
+        pending_.drop_lot(id);
+        registry_.spoil(id);
     }
 
 private:
@@ -166,20 +182,19 @@ private:
         recent_ = 0;
     }
     // What events made grow, at least: a guess is counted with its blocks, and an event may have announced those too.
-    std::size_t announced() const { return bytes() - std::min(bytes(), guess_bytes_); }
+    std::size_t announced() const { return bytes() - std::min(bytes(), speculation_.bytes()); }
     // Other guesses make room for one, and nothing else does.
     bool make_guess_room(u32 id, u32 blocks) {
         if (!max_) return true;
-        if (guess_cost(blocks) > max_ / kGuessShare) return false;
+        if (Speculation::cost(blocks) > max_ / kGuessShare) return false;
         grow_older(blocks);
-        while (guess_bytes_ + guess_cost(blocks) > max_ / kGuessShare ||
-               bytes() + growth(id, 0, blocks) + guess_cost(blocks) > max_)
+        while (speculation_.bytes() + Speculation::cost(blocks) > max_ / kGuessShare ||
+               bytes() + growth(id, 0, blocks) + Speculation::cost(blocks) > max_)
             if (!shed_guess()) return false;
         return true;
     }
     bool shed_guess() {
-        if (guesses_.empty()) return false;
-        drop_guess(guesses_.begin());
+        if (!speculation_.drop_first()) return false;
         ++shed_.guesses;
         return true;
     }
@@ -187,9 +202,9 @@ private:
     std::size_t growth(u32 id, u32 names, u32 blocks) const {
         std::size_t n = chains_.growth(blocks, 1);
         if (id == kNone) return n;
-        const Worker& w = *workers_[id];
-        n += spaces_[w.space].names.growth(names) + spaces_[w.space].heads.growth(1) + w.chains.growth(1) +
-             w.kids.growth(1);
+        const Worker& w = registry_.worker_at(id);
+        n += registry_.space_at(w.space).names.growth(names) + registry_.space_at(w.space).heads.growth(1) +
+             w.chains.growth(1) + w.kids.growth(1);
         if (w.own.size()) n += w.own.growth(names) + names * sizeof(u64) * 5 / 4;
         return n;
     }
@@ -207,15 +222,15 @@ private:
     // False if there is none but, where it is to stay, the pinned one, which is renewed and therefore the last.
     bool shed_oldest(u32 piece, Losses& losses, bool but_pinned = false) {
         const u32 id = oldest_leaf();
-        if (id == kNone || (but_pinned && id == pinned_)) return false;
+        if (id == kNone || (but_pinned && id == presence_.followed())) return false;
         const Chain& c = chains_[id];
         const u32 from = c.len <= piece ? c.base : c.end() - piece;
         if (find_guessers(id, from)) {
             // Whatever goes through here is over when the chain is; where room is wanted, the next of all has to do.
             if (&losses == &shed_) return shed_guess();
-            const std::size_t n = guesses_.size();
-            for (u32 worker : guessers_) drop_guesses(worker, {id, from});
-            losses.guesses += n - guesses_.size();
+            const std::size_t n = speculation_.size();
+            for (u32 worker : guessers_) speculation_.drop_through(worker, {id, from});
+            losses.guesses += n - speculation_.size();
             return true;
         }
         const u64 blocks = chains_.blocks();
@@ -228,7 +243,8 @@ private:
     bool find_guessers(u32 chain, u32 from) {
         guessers_.clear();
         sets_.each(chains_.set_at(chains_[chain], from), [&](u32 h) {
-            if (workers_[holders_[h].worker]->guess == h) guessers_.push_back(holders_[h].worker);
+            if (registry_.worker_at(registry_.holder(h).worker).guess == h)
+                guessers_.push_back(registry_.holder(h).worker);
         });
         return !guessers_.empty();
     }
@@ -239,52 +255,54 @@ private:
         const u32 set = chains_.set_at(c, from);
         straddling_.clear();
         sets_.each(set, [&](u32 h) {
-            if (from % holders_[h].factor) straddling_.push_back(h);
+            if (from % registry_.holder(h).factor) straddling_.push_back(h);
         });
         losers_.clear();
-        each_knower(set, [&](u32 id, Worker&) { losers_.push_back(id); });
+        presence_.each_knower(set, [&](u32 id, Worker&) { losers_.push_back(id); });
         for (u32 id : losers_) {
-            const Worker& w = *workers_[id];
+            const Worker& w = registry_.worker_at(id);
             if (w.copies.empty() && w.unsure.empty() && !chains_.has_own(c, id)) continue;
             for (u32 d = c.end(); d-- > from;)
-                if (knows(w, chains_.set_at(c, d))) drop_names(id, {chain, d}, chains_.ref(c, d));
+                if (presence_.knows(w, chains_.set_at(c, d))) presence_.drop_names(id, {chain, d}, chains_.ref(c, d));
         }
         chains_.change(chain, from, c.end(), [&](u32 s, u32 k) {
-            sets_.each(s, [&](u32 h) { holders_[h].blocks -= k; });
+            sets_.each(s, [&](u32 h) { registry_.holder(h).blocks -= k; });
             return kEmptySet;
         });
-        const Pos above = before({chain, from});
+        const Pos above = presence_.before({chain, from});
         for (u32 id : losers_)
-            if (from == c.base) lose_chain(*workers_[id], chain);
+            if (from == c.base) presence_.lose_chain(registry_.worker_at(id), chain);
         // An engine block of several index blocks goes as one, whatever of it lies before the cut or in a parent.
         for (u32 h : straddling_) {
-            const u32 id = holders_[h].worker;
+            const u32 id = registry_.holder(h).worker;
             Pos p = above;
-            while ((p.depth + 1) % holders_[h].factor && !child_has(*workers_[id], p, h)) {
-                const Pos up = before(p);
-                lose_bit(id, h, p);
+            while ((p.depth + 1) % registry_.holder(h).factor && !presence_.child_has(registry_.worker_at(id), p, h)) {
+                const Pos up = presence_.before(p);
+                presence_.lose_bit(id, h, p);
                 p = up;
             }
-            climb(id, p);
+            presence_.climb(id, p);
         }
-        for (u32 id : losers_) climb(id, above);
-        trim(chain);
+        for (u32 id : losers_) presence_.climb(id, above);
+        presence_.trim(chain);
         for (u32 id : losers_) fall_short(id);
     }
     // Forgets what waits in the fullest lot, or a guess. False if there is nothing of either.
     bool shed_waiting() {
-        u32 fullest = kNone;
-        for (u32 id = 0; id < workers_.size(); ++id)
-            if (workers_[id] && workers_[id]->lot &&
-                (fullest == kNone || workers_[id]->lot->by_id.size() > workers_[fullest]->lot->by_id.size()))
-                fullest = id;
-        if (fullest != kNone) {
+        if (const u32 fullest = pending_.fullest(); fullest != kNone) {
             fall_short(fullest);
             return true;
         }
         return shed_guess();
     }
 
+    Memory& mem_;
+    Registry& registry_;
+    SetPool& sets_;
+    Chains& chains_;
+    Presence& presence_;
+    Speculation& speculation_;
+    Pending& pending_;
     const u64 max_;
     const double ttl_;
     u64 recent_ = 0;  // blocks since the generation began

@@ -1,8 +1,12 @@
 // Puts blocks where they belong: below their parent, on content that exists already or on new content.
+//
+// A path is a list of prefix hashes: `locate` finds the part of it that is content, `extend` adds the rest. `place`
+// does both for blocks of an event and gives them to its worker; it looks everything up before it changes anything, so
+// that what it refuses has changed nothing but names which meant something else.
 #pragma once
 
-#include <iterator>
 #include <unordered_set>
+#include <vector>
 
 #include "hash/xxh3.hpp"
 #include "workers/presence.hpp"
@@ -17,60 +21,31 @@ struct Segment {
     u32 n;
 };
 
-// No guess is waiting to expire.
-inline constexpr double kNever = 1e300;
+// Consecutive engine blocks of one event, to be put below their parent.
+struct Placing {
+    u32 worker, holder;
+    bool has_parent;
+    u64 parent;
+    const u64* ids;
+    u32 n;  // engine blocks
+    const u64* locals;
+    const u8* live;  // nullptr: all
+    bool rolled;     // `locals` are prefix hashes already
+    u32 lookahead;
+};
+enum class Placed : u8 { yes, orphan, misaligned, mixed };
 
-class Insertion : public Presence {
+class Insertion {
 public:
-    Insertion(u32 block_size, u64 seed, bool set_presence) : Presence(set_presence), hasher_(seed, block_size) {}
+    Insertion(Memory& m, Registry& registry, SetPool& sets, Chains& chains, Presence& presence,
+              const BlockHasher& hasher)
+        : mem_(m), registry_(registry), sets_(sets), chains_(chains), presence_(presence), hasher_(hasher) {}
+    ~Insertion() = default;
+    Insertion(const Insertion&) = delete;
+    Insertion& operator=(const Insertion&) = delete;
 
-    const BlockHasher& hasher() const { return hasher_; }
-
-    // ---- entries that no event announced ----------------------------------------------------------------------------
-
-    void guess(u32 pod, i64 rank, const std::string& model, const u64* prefixes, u32 n, double until, u32 lookahead) {
-        const u32 id = worker(pod, rank, space(model));
-        Worker& w = *workers_[id];
-        if (n == 0) return;
-        if (w.guess == kNone) {
-            w.guess = new_holder(id, 0, 0, 1);
-            refresh(id);
-        }
-        if (!learn_length(w, lookahead)) return;
-        locate(w.space, {kNone, kNone}, prefixes, n);
-        u32 done = 0;
-        Pos tail{kNone, kNone};
-        for (const Segment& s : segs_) {
-            chains_.change(s.chain, s.depth, s.depth + s.n, [&](u32 set, u32 k) { return with(set, w.guess, k); });
-            done += s.n;
-            tail = {s.chain, s.depth + s.n - 1};
-        }
-        chains_.touch(tail.chain);
-        if (done < n) {
-            const u32 set = sets_.change(kEmptySet, kNone, w.guess);
-            extend(w.space, tail, prefixes + done, n - done, set, lookahead);
-            holders_[w.guess].blocks += n - done;
-        }
-        const auto it =
-            guesses_.emplace(until < kNever ? until : kNever, Guess{id, std::vector<u64>(prefixes, prefixes + n)});
-        mem_.add(kGuessBytes + n * sizeof(u64));
-        guess_paths_[id].insert(it);
-        guess_bytes_ += guess_cost(n);
-    }
-    double next_expiry() const { return guesses_.empty() ? kNever : guesses_.begin()->first; }
-    // Drops a turn's worth of guesses that are over. False: there are more.
-    bool expire(double now) {
-        const auto over = [&] { return !guesses_.empty() && guesses_.begin()->first <= now; };
-        for (u32 left = kTurnBlocks; left && over();) {
-            left -= std::min(left, 1 + static_cast<u32>(guesses_.begin()->second.prefixes.size() / kPageBlocks));
-            drop_guess(guesses_.begin());
-        }
-        return !over();
-    }
-
-protected:
-    // Fills segs_ with the part of a path that exists as content already.
-    void locate(u32 space, Pos at, const u64* prefixes, u32 n) {
+    // The part of a path that exists as content already. Valid until the next call.
+    const std::vector<Segment>& locate(u32 space, Pos at, const u64* prefixes, u32 n) {
         segs_.clear();
         u32 i = 0;
         while (i < n) {
@@ -80,9 +55,9 @@ protected:
                 chain = at.chain;
                 depth = at.depth + 1;
             } else {
-                if (at.chain != kNone && chains_[at.chain].kids == 0) return;
-                chain = child(space, at, prefixes[i], 1).chain();
-                if (chain == kNone) return;
+                if (at.chain != kNone && chains_[at.chain].kids == 0) return segs_;
+                chain = presence_.child(space, at, prefixes[i], 1).chain();
+                if (chain == kNone) return segs_;
                 depth = chains_[chain].base;
             }
             const Chain& c = chains_[chain];
@@ -98,6 +73,7 @@ protected:
             i += k;
             at = {chain, depth + k - 1};
         }
+        return segs_;
     }
     // Adds new content below `at` and returns the position of its first block.
     Pos extend(u32 space, Pos at, const u64* prefixes, u32 n, u32 set, u32 lookahead) {
@@ -110,47 +86,54 @@ protected:
             chain = chains_.create(space, at.chain, depth, lookahead);
         }
         const u32 all = chains_[chain].len + n;
-        if (all > 1 && chains_[chain].shared) unshare(chain);
+        if (all > 1 && chains_[chain].shared) presence_.unshare(chain);
         chains_.append(chain, prefixes, n, set, all);
         if (depth == chains_[chain].base)
-            spaces_[space].heads.insert(mem_, prefixes[0], chain, chains_.first_page(chain));
+            registry_.space_at(space).heads.insert(mem_, prefixes[0], chain, chains_.first_page(chain));
         return {chain, depth};
     }
-
-    struct Placing {
-        u32 worker, holder;
-        bool has_parent;
-        u64 parent;
-        const u64* ids;
-        u32 n;  // engine blocks
-        const u64* locals;
-        const u8* live;  // nullptr: all
-        bool rolled;     // `locals` are prefix hashes already
-        u32 lookahead;
-    };
-    enum class Placed : u8 { yes, orphan, misaligned, mixed };
 
     // Puts consecutive engine blocks below their parent. Where a name that the worker holds means other content, the
     // engine's own pool says what it is: connectors leave out salts, adapters and multimodal keys (vLLM 0.33's
     // self-describing offloading events, Mooncake's, LMCache's).
     Placed place(const Placing& a) {
         conflicts_ = 0;
-        const u32 parent = a.has_parent ? find(a.worker, a.parent) : kNone;
+        const u32 parent = a.has_parent ? presence_.find(a.worker, a.parent) : kNone;
         if (a.has_parent && parent == kNone) return Placed::orphan;
-        const u32 factor = holders_[a.holder].factor;
+        const u32 factor = registry_.holder(a.holder).factor;
         if (parent != kNone && (chains_.pos(parent).depth + 1) % factor) return Placed::misaligned;
         if (parent != kNone && lookahead_of(parent) != a.lookahead) return Placed::mixed;
         if (find_place(a, factor, parent) == nullptr) {
             commit(a, factor);
-        } else if (holders_[a.holder].medium != 0) {
+        } else if (registry_.holder(a.holder).medium != 0) {
             return place_copies(a, factor);
         } else if (!decide(a, factor)) {
             return Placed::orphan;
         }
-        if (holders_[a.holder].medium == 0 && !workers_[a.worker]->unsure.empty())
-            for (u32 j = 0; j < a.n; ++j) sure_of(*workers_[a.worker], a.ids[j]);
+        if (registry_.holder(a.holder).medium == 0 && !registry_.worker_at(a.worker).unsure.empty())
+            for (u32 j = 0; j < a.n; ++j) presence_.sure_of(registry_.worker_at(a.worker), a.ids[j]);
         return Placed::yes;
     }
+    // Names of the event at hand that the same medium holds for other content.
+    u32 conflicts() const { return conflicts_; }
+    // One more copy, of a block that the worker knows under this name. False: it is not the end of a block of that
+    // size.
+    bool add_known(u32 id, u32 h, u64 name, u32 ref) {
+        const u32 factor = registry_.holder(h).factor;
+        Pos p = chains_.pos(ref);
+        if ((p.depth + 1) % factor) return false;
+        chains_.touch(p.chain);
+        path_.clear();
+        for (u32 s = 0; s < factor; ++s, p = presence_.before(p)) path_.push_back(p);
+        presence_.add_copy(id, h, path_.data(), name, true);
+        return true;
+    }
+    // What a large event leaves behind: how far it has grown, its bytes, and an end to it.
+    std::size_t scratch() const { return prefixes_.capacity() + path_.capacity(); }
+    std::size_t scratch_bytes() const { return bytes_of(prefixes_, taken_, segs_, pieces_, path_); }
+    void drop_scratch() { drop_all(prefixes_, taken_, segs_, pieces_, path_); }
+
+private:
     u32 lookahead_of(u32 ref) const { return chains_[chains_.pos(ref).chain].lookahead; }
     // Fills prefixes_ and segs_ for blocks whose parent is known. Returns the first of the names that mean something
     // else, or nullptr.
@@ -170,7 +153,7 @@ protected:
         } else {
             hasher_.chain(a.locals, blocks, prev, prefixes_.data());
         }
-        locate(workers_[a.worker]->space, at_, prefixes_.data(), blocks);
+        locate(registry_.worker_at(a.worker).space, at_, prefixes_.data(), blocks);
         return conflict(a, factor);
     }
     // The event says what its names mean. Copies in other media, which were announced before, move along. False if the
@@ -179,9 +162,9 @@ protected:
         moved_.clear();
         expanded_.clear();
         for (;;) {
-            const u32 parent = a.has_parent ? find(a.worker, a.parent) : kNone;
+            const u32 parent = a.has_parent ? presence_.find(a.worker, a.parent) : kNone;
             if (a.has_parent && parent == kNone) {
-                if (!moved_.empty()) spoil(a.worker);
+                if (!moved_.empty()) registry_.spoil(a.worker);
                 conflicts_ = 0;
                 return false;
             }
@@ -194,22 +177,22 @@ protected:
             const u32 first = static_cast<u32>(other - a.ids);
             others_.clear();
             for (u32 j = first; j < a.n; ++j) {
-                const u32 known = find(a.worker, a.ids[j]);
+                const u32 known = presence_.find(a.worker, a.ids[j]);
                 if (known == kNone || (j != first && chains_.prefix(known) == prefixes_[(j + 1) * factor - 1]))
                     continue;
                 take_along(a.worker, a.ids[j], known);
                 others_.push_back(a.ids[j]);
             }
-            for (u64 name : others_) forget_name(a.worker, name);
+            for (u64 name : others_) presence_.forget_name(a.worker, name);
         }
         commit(a, factor);
         for (const Copy& m : moved_) {
-            const u32 ref = find(a.worker, m.id);
+            const u32 ref = presence_.find(a.worker, m.id);
             if (ref == kNone || !add_known(a.worker, m.holder, m.id, ref)) {
-                spoil(a.worker);
-            } else if (m.count > 1 && !pods_[workers_[a.worker]->pod].set_presence) {
+                registry_.spoil(a.worker);
+            } else if (m.count > 1 && !registry_.pod_at(registry_.worker_at(a.worker).pod).set_presence) {
                 const Pos p = chains_.pos(ref);
-                for (Copy& c : list_copies(a.worker, p, ref))
+                for (Copy& c : presence_.list_copies(a.worker, p, ref))
                     if (c.id == m.id && c.holder == m.holder) c.count += std::min(m.count - 1, 0xFFFFFFFFu - c.count);
             }
         }
@@ -218,13 +201,13 @@ protected:
     // Copies that the name has now, but for those of the engine's own pool: that it means two things there is an error
     // of somebody's. What hangs below was placed by what the name meant; until the engine has said more, nobody knows.
     void take_along(u32 id, u64 name, u32 ref) {
-        Worker& w = *workers_[id];
+        Worker& w = registry_.worker_at(id);
         const bool unsure = w.unsure.count(name) != 0;
         const std::size_t before = moved_.size();
         bool own = false;
-        each_copy(id, name, ref, [&](u32 h, u32 count) {
-            own |= holders_[h].medium == 0;
-            if (unsure || holders_[h].medium != 0) moved_.push_back({name, h, count});
+        presence_.each_copy(id, name, ref, [&](u32 h, u32 count) {
+            own |= registry_.holder(h).medium == 0;
+            if (unsure || registry_.holder(h).medium != 0) moved_.push_back({name, h, count});
         });
         conflicts_ += own && !unsure;
         if (moved_.size() == before) return;
@@ -234,30 +217,32 @@ protected:
             above.pop_back();
             const Chain& c = chains_[p.chain];
             u32 d = p.depth;
-            while (d < c.end() && knows(w, chains_.set_at(c, d)) && expanded_.insert(kid_key(p.chain, d)).second) ++d;
+            while (d < c.end() && presence_.knows(w, chains_.set_at(c, d)) &&
+                   expanded_.insert(presence_.kid_key(p.chain, d)).second)
+                ++d;
             const u32 last = std::min(d, c.end() - 1);
             for (u32 k = p.depth + 1; k <= last; ++k) doubt(id, {p.chain, k});
             for (u32 k = d > p.depth ? c.first_kid : kNone; k != kNone; k = chains_[k].kid_after) {
                 const u32 base = chains_[k].base;
-                if (base <= p.depth || base > d || !knows(w, chains_.set_at(chains_[k], base))) continue;
+                if (base <= p.depth || base > d || !presence_.knows(w, chains_.set_at(chains_[k], base))) continue;
                 doubt(id, {k, base});
                 above.push_back({k, base});
             }
         }
-        judge(w);
+        registry_.judge(w);
     }
     void doubt(u32 id, Pos p) {
-        Worker& w = *workers_[id];
-        if (!knows(w, set_at(p))) return;
-        each_name(id, p, [&](u64 name, u32 ref) {
-            if (!held_in(id, name, ref, 0)) w.unsure.emplace(name, u8{1});
+        Worker& w = registry_.worker_at(id);
+        if (!presence_.knows(w, presence_.set_at(p))) return;
+        presence_.each_name(id, p, [&](u64 name, u32 ref) {
+            if (!presence_.held_in(id, name, ref, 0)) w.unsure.emplace(name, u8{1});
         });
     }
     // The event is of a tier, and some of its names are held for other content: they are copies of that, and what
     // follows them hangs below that.
     Placed place_copies(const Placing& a, u32 factor) {
-        u64 prev = a.has_parent ? chains_.prefix(find(a.worker, a.parent)) : 0;
-        const Holder& tier = holders_[a.holder];
+        u64 prev = a.has_parent ? chains_.prefix(presence_.find(a.worker, a.parent)) : 0;
+        const Holder& tier = registry_.holder(a.holder);
         known_.assign(a.n, 0);
         bool off = false;  // the block before is one of another lookahead
         for (u32 j = 0; j < a.n; ++j) {
@@ -265,17 +250,17 @@ protected:
             u64 here = prev;
             for (u32 s = 0; s < factor; ++s)
                 here = a.rolled || (j == 0 && s == 0 && !a.has_parent) ? locals[s] : hasher_.roll(here, locals[s]);
-            const u32 known = find(a.worker, a.ids[j]);
+            const u32 known = presence_.find(a.worker, a.ids[j]);
             const bool follows = off;
             off = false;
             if (known != kNone && chains_.prefix(known) != here) {
                 bool held = false, elsewhere = false;
-                each_copy(a.worker, a.ids[j], known, [&](u32 h, u32) {
+                presence_.each_copy(a.worker, a.ids[j], known, [&](u32 h, u32) {
                     held = true;
-                    elsewhere |= holders_[h].medium != tier.medium || holders_[h].group != tier.group;
+                    elsewhere |= registry_.holder(h).medium != tier.medium || registry_.holder(h).group != tier.group;
                 });
                 if (!held) {
-                    forget_name(a.worker, a.ids[j]);
+                    presence_.forget_name(a.worker, a.ids[j]);
                 } else {
                     if ((chains_.pos(known).depth + 1) % factor) return Placed::misaligned;
                     conflicts_ += a.rolled || !elsewhere;
@@ -287,13 +272,13 @@ protected:
             if (follows && !known_[j]) return Placed::mixed;
             prev = here;
         }
-        if (a.has_parent && find(a.worker, a.parent) == kNone) {
+        if (a.has_parent && presence_.find(a.worker, a.parent) == kNone) {
             conflicts_ = 0;
             return Placed::orphan;
         }
         for (u32 j = 0; j < a.n;) {
             if (known_[j]) {
-                if (!a.live || a.live[j]) add_known(a.worker, a.holder, a.ids[j], find(a.worker, a.ids[j]));
+                if (!a.live || a.live[j]) add_known(a.worker, a.holder, a.ids[j], presence_.find(a.worker, a.ids[j]));
                 ++j;
                 continue;
             }
@@ -316,24 +301,14 @@ protected:
         }
         return Placed::yes;
     }
-    bool add_known(u32 id, u32 h, u64 name, u32 ref) {
-        const u32 factor = holders_[h].factor;
-        Pos p = chains_.pos(ref);
-        if ((p.depth + 1) % factor) return false;
-        chains_.touch(p.chain);
-        path_.clear();
-        for (u32 s = 0; s < factor; ++s, p = before(p)) path_.push_back(p);
-        add_copy(id, h, path_.data(), name, true);
-        return true;
-    }
     // Names whose places are asked for before they are needed. All names at once would be as good for an event of 64,
     // but of a million the first are forgotten again.
     static constexpr u32 kPlacesAhead = 64;
     // The first of the names that this worker already knows for another block, or nullptr.
     // Notes of the blocks that are new content whether anybody has their names.
     const u64* conflict(const Placing& a, u32 factor) {
-        const Worker& w = *workers_[a.worker];
-        const RefTable& names = spaces_[w.space].names;
+        const Worker& w = registry_.worker_at(a.worker);
+        const RefTable& names = registry_.space_at(w.space).names;
         u32 j = 0;
         const bool plain = factor == 1 && !w.own.size() && w.second.empty();
         for (const Segment& s : segs_) {
@@ -341,7 +316,7 @@ protected:
             for (; j < a.n && (j + 1) * factor - 1 < s.at + s.n; ++j) {
                 const u32 ref = chains_.ref(c, s.depth + (j + 1) * factor - 1 - s.at);
                 if (plain && chains_.name(ref) == a.ids[j]) continue;
-                const u32 at = find(a.worker, a.ids[j]);
+                const u32 at = presence_.find(a.worker, a.ids[j]);
                 if (at != kNone && at != ref) return a.ids + j;
             }
         }
@@ -349,15 +324,16 @@ protected:
         taken_.resize(a.n);
         for (; j < a.n; ++j) {
             if (j + kPlacesAhead < a.n) names.prefetch(a.ids[j + kPlacesAhead]);
-            const u32 shared = find_shared(w, a.ids[j]);
-            if (find_own(a.worker, a.ids[j]) != kNone || find_not_own(a.worker, a.ids[j], shared) != kNone)
+            const u32 shared = presence_.find_shared(w, a.ids[j]);
+            if (presence_.find_own(a.worker, a.ids[j]) != kNone ||
+                presence_.find_not_own(a.worker, a.ids[j], shared) != kNone)
                 return a.ids + j;
             taken_[j] = shared != kNone;
         }
         return nullptr;
     }
     void commit(const Placing& a, u32 factor) {
-        Worker& w = *workers_[a.worker];
+        Worker& w = registry_.worker_at(a.worker);
         const u32 blocks = a.n * factor;
         const u32 old = segs_.empty() ? 0 : segs_.back().at + segs_.back().n;
         const bool plain = factor == 1 && !a.live;
@@ -380,11 +356,12 @@ protected:
             for (u32 i = 0; i < s.n; ++i) path_[blocks - 1 - (s.at + i)] = {s.chain, s.depth + i};
         // From the root down, so that what the worker knows is closed towards the root at every step.
         for (u32 j = 0; j < a.n; ++j)
-            add_copy(a.worker, a.holder, path_.data() + (blocks - (j + 1) * factor), a.ids[j], !a.live || a.live[j]);
+            presence_.add_copy(a.worker, a.holder, path_.data() + (blocks - (j + 1) * factor), a.ids[j],
+                               !a.live || a.live[j]);
     }
     // Blocks of size 1 that exist already: whole runs at a time where the worker's state is the same.
     void hold_old(const Placing& a, const Segment& s) {
-        Worker& w = *workers_[a.worker];
+        Worker& w = registry_.worker_at(a.worker);
         pieces_.clear();
         {
             const Chain& c = chains_[s.chain];
@@ -396,42 +373,44 @@ protected:
             }
         }
         // Blocks of several sizes in one medium and group have one presence together where it does not count.
-        const bool one_of_sizes =
-            pods_[w.pod].set_presence && std::any_of(w.holders.begin(), w.holders.end(),
-                                                     [&](u32 o) { return o != a.holder && same_tier(o, a.holder); });
+        const bool one_of_sizes = registry_.pod_at(w.pod).set_presence &&
+                                  std::any_of(w.holders.begin(), w.holders.end(),
+                                              [&](u32 o) { return o != a.holder && presence_.same_tier(o, a.holder); });
         for (const Segment& piece : pieces_) {
             const u32 set = piece.chain, from = piece.depth, to = piece.at;
             const u64* ids = a.ids + s.at + (from - s.depth);
-            const bool knew = knows(w, set);
+            const bool knew = presence_.knows(w, set);
             bool bits = !sets_.has(set, a.holder) && (!knew || !one_of_sizes);
             if (!knew) {
                 const Chain& c = chains_[s.chain];
                 for (u32 d = from; d < to; ++d) {
                     const u32 ref = chains_.ref(c, d);
-                    if (chains_.name(ref) != ids[d - from]) give_name(a.worker, {s.chain, d}, ref, ids[d - from]);
+                    if (chains_.name(ref) != ids[d - from])
+                        presence_.give_name(a.worker, {s.chain, d}, ref, ids[d - from]);
                 }
-                if (from == c.base) gain_chain(w, s.chain);
+                if (from == c.base) presence_.gain_chain(w, s.chain);
             } else if (bits) {
                 for (u32 d = from; d < to && bits; ++d) {
                     const u32 ref = chains_.ref(chains_[s.chain], d);
                     u64 first;
-                    bits = first_name(a.worker, {s.chain, d}, ref, first) && first == ids[d - from] &&
+                    bits = presence_.first_name(a.worker, {s.chain, d}, ref, first) && first == ids[d - from] &&
                            (w.copies.empty() || !w.copies.count(ref));
                 }
             }
             if (bits) {
-                chains_.change(s.chain, from, to, [&](u32 x, u32 k) { return with(x, a.holder, k, w.ghost); });
+                chains_.change(s.chain, from, to,
+                               [&](u32 x, u32 k) { return presence_.with(x, a.holder, k, w.ghost); });
             } else {
                 for (u32 d = from; d < to; ++d) {
                     const Pos p{s.chain, d};
-                    add_copy(a.worker, a.holder, &p, ids[d - from], true);
+                    presence_.add_copy(a.worker, a.holder, &p, ids[d - from], true);
                 }
             }
         }
     }
     void name_new(const Placing& a, const Segment& s) {
-        Worker& w = *workers_[a.worker];
-        RefTable& names = spaces_[w.space].names;
+        Worker& w = registry_.worker_at(a.worker);
+        RefTable& names = registry_.space_at(w.space).names;
         const u64* ids = a.ids + s.at;
         const Chain& c = chains_[s.chain];
         for (u32 i = 0; i < s.n; ++i) {
@@ -445,81 +424,16 @@ protected:
                 w.own.insert(mem_, ids[i], ref);
             }
         }
-        holders_[a.holder].blocks += s.n;
-        if (s.depth == c.base) gain_chain(w, s.chain);
+        registry_.holder(a.holder).blocks += s.n;
+        if (s.depth == c.base) presence_.gain_chain(w, s.chain);
     }
 
-    // ---- guesses ----------------------------------------------------------------------------------------------------
-
-    void drop_guess(Guesses::iterator it) {
-        const u32 id = it->second.worker;
-        Worker& w = *workers_[id];
-        const auto all = guess_paths_.find(id);
-        const auto at = all->second.find(it);
-        // What another live guess of the worker covers stays; its neighbours cover most.
-        std::size_t keep = 0;
-        if (at != all->second.begin()) keep = together((*std::prev(at))->second.prefixes, it->second.prefixes);
-        if (std::next(at) != all->second.end())
-            keep = std::max(keep, together((*std::next(at))->second.prefixes, it->second.prefixes));
-        all->second.erase(at);
-        const bool last = all->second.empty();
-        if (last) guess_paths_.erase(all);
-        const Guess g = std::move(it->second);
-        guesses_.erase(it);
-        mem_.sub(kGuessBytes + g.prefixes.size() * sizeof(u64));
-        guess_bytes_ -= guess_cost(g.prefixes.size());
-        locate(w.space, {kNone, kNone}, g.prefixes.data(), static_cast<u32>(g.prefixes.size()));
-        u32 bottom = kNone;
-        for (const Segment& s : segs_) {
-            if (s.at + s.n <= keep) continue;
-            const u32 from = s.at < keep ? s.depth + static_cast<u32>(keep) - s.at : s.depth;
-            chains_.change(s.chain, from, s.depth + s.n, [&](u32 set, u32 k) { return without(set, w.guess, k); });
-            bottom = s.chain;
-        }
-        if (bottom != kNone) trim(bottom);
-        if (last) {
-            free_holder(w.guess);
-            w.guess = kNone;
-            refresh(id);
-        }
-    }
-    // False if the worker has none.
-    bool drop_one_guess(u32 id) {
-        const auto all = guess_paths_.find(id);
-        if (all == guess_paths_.end()) return false;
-        drop_guess(*all->second.begin());
-        return true;
-    }
-    void drop_guesses(u32 id) {
-        while (drop_one_guess(id)) {
-        }
-    }
-
-    // Those that go through this block.
-    void drop_guesses(u32 id, Pos through) {
-        std::vector<u64> path;
-        for (Pos p = through; p.chain != kNone; p = before(p)) path.push_back(chains_.prefix(p));
-        std::reverse(path.begin(), path.end());
-        for (auto all = guess_paths_.find(id); all != guess_paths_.end(); all = guess_paths_.find(id)) {
-            const auto it = all->second.lower_bound(path);
-            if (it == all->second.end() || together((*it)->second.prefixes, path) < path.size()) return;
-            drop_guess(*it);
-        }
-    }
-
-    BlockHasher hasher_;
-    // With the nodes of what it stands in.
-    static constexpr std::size_t kGuessBytes = sizeof(Guess) + sizeof(double) + 88;
-
-    // With the content, as if nobody else held it: a chain, its runs and its place in tables, and its blocks.
-    static std::size_t guess_cost(std::size_t blocks) {
-        return kGuessBytes + sizeof(Chain) + 256 +
-               blocks * (sizeof(u64) + (sizeof(Page) + sizeof(PageHome)) / kPageBlocks);
-    }
-
-    Guesses guesses_;
-    std::size_t guess_bytes_ = 0;                                               // what all of them cost
-    std::unordered_map<u32, std::set<Guesses::iterator, ByPath>> guess_paths_;  // each worker's
+    Memory& mem_;
+    Registry& registry_;
+    SetPool& sets_;
+    Chains& chains_;
+    Presence& presence_;
+    const BlockHasher& hasher_;
 
     // Scratch of the one writer.
     std::vector<u64> prefixes_;
@@ -531,7 +445,7 @@ protected:
     std::vector<u64> others_;  // those names
     std::vector<u8> known_;    // by block of an event of a tier: its name is held for other content
     std::unordered_set<u64> expanded_;
-    u32 conflicts_ = 0;  // names of the event at hand that the same medium holds for other content
+    u32 conflicts_ = 0;
 };
 
 }  // namespace kvindex

@@ -1,10 +1,59 @@
 // Stored blocks that cannot be placed yet: orphans wait for their parent, copies without content for their own name.
+//
+// A worker that has any has a lot, with every record under the name that it waits for and each of its blocks under its
+// own name. `Worker::pending` is the number of blocks that are alive in it, and the worker is degraded while that is
+// not zero. Of a worker of which something was evicted nothing waits.
 #pragma once
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "ingest/insertion.hpp"
 #include "ingest/report.hpp"
 
 namespace kvindex {
+
+// Stored blocks that cannot be placed yet. An orphan event waits for its parent, anything else for its own hash.
+struct Parked {
+    u64 waits_for = 0;
+    bool orphan = false;
+    u32 lookahead = 0;
+    bool rolled = false;  // `locals` are prefix hashes
+    u32 holder = 0;
+    u32 left = 0;  // how many are live
+    std::vector<u64> ids;
+    std::vector<u64> locals;  // orphans: ids.size() * factor local hashes
+    std::vector<u8> live;     // 0: its copy has been removed since, the position still counts
+};
+
+// One hash of one record, ordered so that the latest live one of a medium and group is found without looking at others:
+// a lot may have thousands of one hash, in one record or each.
+struct ParkedHash {
+    u64 name;
+    bool dead;
+    u32 medium, group;
+    u64 serial;
+    bool operator<(const ParkedHash& o) const {
+        if (name != o.name) return name < o.name;
+        if (dead != o.dead) return dead < o.dead;
+        if (medium != o.medium) return medium < o.medium;
+        if (group != o.group) return group < o.group;
+        return serial < o.serial;
+    }
+};
+
+struct ParkingLot {
+    u64 next = 0;
+    std::map<u64, Parked> records;
+    std::set<std::pair<u64, u64>> waiting;  // hash that is waited for, record
+    std::map<ParkedHash, u32> by_id;        // parked hash -> which of the record's
+    std::set<u64> dead;                     // records without a live entry
+};
 
 // What waited for blocks of an event, and how far its placing has come.
 struct Attaching {
@@ -13,72 +62,132 @@ struct Attaching {
     std::vector<u64> moved;  // names for which something waited
 };
 
-class Pending : public Insertion {
+class SectionReader;
+class SectionWriter;
+struct RestorePlan;
+struct SavePlan;
+
+class Pending {
 public:
-    Pending(u32 block_size, u64 seed, bool set_presence, u32 max_parked)
-        : Insertion(block_size, seed, set_presence), max_parked_(max_parked) {}
+    Pending(Memory& m, Registry& registry, Chains& chains, Presence& presence, Insertion& insertion, u32 max_parked)
+        : mem_(m),
+          registry_(registry),
+          chains_(chains),
+          presence_(presence),
+          insertion_(insertion),
+          max_parked_(max_parked) {}
+    ~Pending() = default;
+    Pending(const Pending&) = delete;
+    Pending& operator=(const Pending&) = delete;
 
     u32 max_parked() const { return max_parked_; }
-
-protected:
+    // Blocks of all workers, and what all records take.
+    u64 blocks() const { return parked_; }
+    std::size_t bytes() const { return lot_bytes_; }
+    // Blocks of a worker's records, those that were cancelled among them.
+    std::size_t size(u32 id) const { return any(id) ? lots_[id]->by_id.size() : 0; }
+    // Whether a worker has records.
+    bool any(u32 id) const { return id < lots_.size() && lots_[id]; }
+    // Whether any of a worker's blocks waits in a medium of these.
+    template <class F>
+    bool waits_in(u32 id, F&& wanted) const {
+        return any(id) && std::any_of(lots_[id]->by_id.begin(), lots_[id]->by_id.end(),
+                                      [&](const auto& hash) { return !hash.first.dead && wanted(hash.first.medium); });
+    }
+    // The worker with the most, or kNone.
+    u32 fullest() const {
+        u32 found = kNone;
+        for (u32 id = 0; id < lots_.size(); ++id)
+            if (lots_[id] && (found == kNone || size(id) > size(found))) found = id;
+        return found;
+    }
     // A block without content of its own: one more copy of what the worker knows by this name.
     void place_known(u32 id, u32 h, u64 name, Report& r) {
-        const u32 ref = find(id, name);
+        const u32 ref = presence_.find(id, name);
         if (ref == kNone) {
             park_bare(id, h, name, r);
-        } else if (workers_[id]->shed && !held_anywhere(id, name, ref)) {
+        } else if (registry_.worker_at(id).shed && !presence_.held_anywhere(id, name, ref)) {
             // A name of which nothing is held may mean something new, and what it means now was not read.
             turn_away(id, &name, 1, Reason::shed, r);
-        } else if (add_known(id, h, name, ref)) {
+        } else if (insertion_.add_known(id, h, name, ref)) {
             ++r.stored;
         } else {
             r.skip(Reason::misaligned);
-            spoil(id);
+            registry_.spoil(id);
         }
-    }
-    ParkingLot& lot(u32 id) {
-        Worker& w = *workers_[id];
-        if (!w.lot) w.lot.reset(new ParkingLot());
-        return *w.lot;
     }
     static std::size_t parked_weight(std::size_t ids, std::size_t locals) {
         return sizeof(Parked) + 160 + ids * (sizeof(u64) + 1 + 96) + locals * sizeof(u64);
     }
-    static std::size_t weight(const Parked& p) { return parked_weight(p.ids.size(), p.locals.size()); }
 
     // Of a worker of which something was shed nothing is parked: what it would wait for is most likely what was shed,
     // and its engine will not announce that again. The names mean something else now than what they meant here, if
     // anything: keeping that would be answering too much.
     void turn_away(u32 id, const u64* ids, u32 n, Reason why, Report& r) {
-        for (u32 i = 0; i < n; ++i) forget_name(id, ids[i]);
+        for (u32 i = 0; i < n; ++i) presence_.forget_name(id, ids[i]);
         r.skip(why, n);
-        spoil(id);
+        registry_.spoil(id);
     }
-    void drop_lot(Worker& w) {
-        if (!w.lot) return;
-        while (!w.lot->records.empty()) unpark(*w.lot, w.lot->records.begin()->first);
-        w.lot.reset();
+    void drop_lot(u32 id) {
+        if (!any(id)) return;
+        while (!lots_[id]->records.empty()) unpark(id, lots_[id]->records.begin()->first);
+        lots_[id].reset();
+    }
+    // All content is about to go.
+    void start_over() noexcept {
+        for (u32 id = 0; id < lots_.size(); ++id) {
+            if (!lots_[id]) continue;
+            lots_[id].reset();
+            registry_.worker_at(id).pending = 0;
+        }
+        mem_.sub(lot_bytes_);
+        lot_bytes_ = parked_ = 0;
+        fresh_.clear();
+    }
+    // A part of clearing a lot, of media that `cleared` names by a record's holder or (`all`) altogether: work of at
+    // most `left`, of which the rest is left. False: there is more, from record `serial` on.
+    template <class Cleared>
+    bool clear(u32 id, bool all, Cleared&& cleared, u64& serial, u32& left) {
+        const auto spend = [&](std::size_t n) { left -= std::min(left, static_cast<u32>(n)); };
+        if (!any(id)) return true;
+        ParkingLot& l = *lots_[id];
+        if (all) {
+            while (left && !l.records.empty()) {
+                spend(l.records.begin()->second.ids.size() + 1);
+                unpark(id, l.records.begin()->first);
+            }
+            if (!l.records.empty()) return false;
+            lots_[id].reset();
+            return true;
+        }
+        auto rec = l.records.lower_bound(serial);
+        for (; rec != l.records.end() && left; ++rec) {
+            for (u32 i = 0; i < rec->second.ids.size() && cleared(rec->second.holder); ++i)
+                if (rec->second.live[i]) take_back(id, {&rec->second, rec->first, i});
+            spend(rec->second.ids.size() + 1);
+        }
+        serial = rec == l.records.end() ? 0 : rec->first;
+        return rec == l.records.end();
+    }
+    // And of dropping the records in which only cleared blocks were.
+    bool drop_cleared(u32 id, u64& serial, u32& left) {
+        for (; any(id) && left; left -= std::min(left, 8u)) {
+            const auto next = lots_[id]->dead.lower_bound(serial);
+            if (next == lots_[id]->dead.end()) break;
+            serial = *next + 1;
+            drop_dead(id, serial - 1);
+        }
+        if (any(id) && left == 0) return false;
+        drop_empty(id);
+        return true;
     }
 
-    // Parks something newly announced. Where copies do not count, it takes the place of what was announced before.
-    void park_new(u32 id, Parked&& p, Report& r) {
-        Worker& w = *workers_[id];
-        std::vector<u64> replaced;
-        if (w.lot && pods_[w.pod].set_presence)
-            for (u64 name : p.ids)
-                if (const ParkedCopy old = find_parked(*w.lot, holders_[p.holder], name); old.record) {
-                    take_back(*w.lot, old);
-                    replaced.push_back(old.serial);
-                }
-        r.parked += p.ids.size();
-        shelve(id, std::move(p));
-        judge(w);
-        for (u64 serial : replaced) drop_dead(id, serial);
-    }
     void shelve(u32 id, Parked&& p) {
-        ParkingLot& l = lot(id);
+        if (lots_.size() <= id) lots_.resize(id + 1);
+        if (!lots_[id]) lots_[id] = std::make_unique<ParkingLot>();
+        ParkingLot& l = *lots_[id];
         const u64 serial = l.next++;
-        const Holder& tier = holders_[p.holder];
+        const Holder& tier = registry_.holder(p.holder);
         p.left = 0;
         for (u32 i = 0; i < p.ids.size(); ++i) {
             p.left += p.live[i];
@@ -86,20 +195,20 @@ protected:
         }
         l.waiting.emplace(p.waits_for, serial);
         if (!p.left) l.dead.insert(serial);
-        l.hashes += p.left;
+        registry_.worker_at(id).pending += p.left;
         parked_ += p.left;
         mem_.add(weight(p));
         lot_bytes_ += weight(p);
         l.records.emplace(serial, std::move(p));
     }
     void park_orphan(const Placing& a, Report& r) {
-        if (workers_[a.worker]->shed) return turn_away(a.worker, a.ids, a.n, Reason::shed, r);
+        if (registry_.worker_at(a.worker).shed) return turn_away(a.worker, a.ids, a.n, Reason::shed, r);
         if (!room(a.worker, a.holder, a.ids, a.n)) {
             r.skip(Reason::parked_full, a.n);
-            spoil(a.worker);
+            registry_.spoil(a.worker);
             return;
         }
-        const u32 factor = holders_[a.holder].factor;
+        const u32 factor = registry_.holder(a.holder).factor;
         Parked p;
         p.waits_for = a.parent;
         p.orphan = true;
@@ -111,42 +220,144 @@ protected:
         p.live.assign(a.n, 1);
         park_new(a.worker, std::move(p), r);
     }
-    void park_bare(u32 id, u32 h, u64 name, Report& r) {
-        if (workers_[id]->shed) return turn_away(id, &name, 1, Reason::shed, r);
-        if (!room(id, h, &name, 1)) {
-            r.skip(Reason::parked_full);
-            spoil(id);
-            return;
-        }
-        Parked p;
-        p.waits_for = name;
-        p.holder = h;
-        p.ids.assign(1, name);
-        p.live.assign(1, 1);
-        park_new(id, std::move(p), r);
-    }
     bool room(u32 id, u32 h, const u64* ids, u32 n) const {
-        const Worker& w = *workers_[id];
+        const Worker& w = registry_.worker_at(id);
         // With those that were cancelled and are kept for what hangs below them.
-        if (w.lot && w.lot->by_id.size() + n > u64{2} * max_parked_ + 4096) return false;
-        u64 after = static_cast<u64>(w.parked()) + n;
+        if (size(id) + n > u64{2} * max_parked_ + 4096) return false;
+        u64 after = u64{w.pending} + n;
         if (after <= max_parked_) return true;
-        if (!w.lot || !pods_[w.pod].set_presence) return false;
-        for (u32 i = 0; i < n; ++i) after -= find_parked(*w.lot, holders_[h], ids[i]).record != nullptr;
+        if (!any(id) || !registry_.pod_at(w.pod).set_presence) return false;
+        for (u32 i = 0; i < n; ++i) after -= find_parked(*lots_[id], registry_.holder(h), ids[i]).record != nullptr;
         return after <= max_parked_;
     }
-    Parked unpark(ParkingLot& l, u64 serial) {
+    u32 parked_copies(u32 id, const Holder& tier, u64 name) const {
+        if (!any(id)) return 0;
+        u32 n = 0;
+        const auto end = lots_[id]->by_id.upper_bound(ParkedHash{name, false, tier.medium, tier.group, ~0ull});
+        for (auto it = lots_[id]->by_id.lower_bound(ParkedHash{name, false, tier.medium, tier.group, 0}); it != end;
+             ++it)
+            ++n;
+        return n;
+    }
+    // A removal that found no counted copy takes back the latest parked one.
+    // Its position stays for the sake of what follows it.
+    bool cancel(u32 id, const Holder& tier, u64 name) {
+        if (!any(id)) return false;
+        const ParkedCopy copy = find_parked(*lots_[id], tier, name);
+        if (!copy.record) return false;
+        take_back(id, copy);
+        if (!copy.record->left) drop_dead(id, copy.serial);
+        drop_empty(id);
+        registry_.judge(registry_.worker_at(id));
+        return true;
+    }
+    // Attaches what waited for the fresh names, and what waited for those, until nothing moves or so many blocks have
+    // been placed: then it returns false.
+    bool attach(u32 id, Attaching& to, u32 left) {
+        while (any(id) && !to.fresh.empty()) {
+            const u64 name = to.fresh.back();
+            const auto waits = lots_[id]->waiting.lower_bound({name, 0});
+            const u32 ref =
+                waits != lots_[id]->waiting.end() && waits->first == name ? presence_.find(id, name) : kNone;
+            if (ref == kNone) {
+                to.fresh.pop_back();
+                continue;
+            }
+            if (left == 0) return false;
+            Parked p = unpark(id, waits->second);
+            if (to.moved.empty() || to.moved.back() != name) to.moved.push_back(name);
+            left -= std::min(left, static_cast<u32>(std::max(p.ids.size(), p.locals.size())));
+            if (!p.orphan) {
+                if (p.live[0] && !insertion_.add_known(id, p.holder, name, ref)) registry_.spoil(id);
+                continue;
+            }
+            const Placing a{id,
+                            p.holder,
+                            true,
+                            p.waits_for,
+                            p.ids.data(),
+                            static_cast<u32>(p.ids.size()),
+                            p.locals.data(),
+                            p.live.data(),
+                            p.rolled,
+                            p.lookahead};
+            switch (insertion_.place(a)) {
+                case Placed::yes:
+                    if (insertion_.conflicts()) registry_.spoil(id);
+                    to.fresh.insert(to.fresh.end(), p.ids.begin(), p.ids.end());
+                    to.ends.push_back(p.ids.back());
+                    break;
+                case Placed::orphan:
+                    // Its parent has gone again. Still in its place under the bound, which it passed when it came.
+                    shelve(id, std::move(p));
+                    break;
+                case Placed::misaligned:
+                case Placed::mixed: registry_.spoil(id); break;
+            }
+        }
+        to.fresh.clear();
+        return true;
+    }
+    // Cancelled blocks at a record's end were placed for what waits for them; without that they go again. Only now.
+    bool settle_ends(u32 id, Attaching& to, u32 left) {
+        for (; left && !to.ends.empty(); --left) {
+            if (const u32 ref = presence_.find(id, to.ends.back()); ref != kNone)
+                presence_.settle(id, chains_.pos(ref));
+            to.ends.pop_back();
+        }
+        return to.ends.empty();
+    }
+    // Cancelled records that were kept for one that has its place now need not wait on.
+    bool drop_spent(u32 id, Attaching& to, u32 left) {
+        for (; left && any(id) && !lots_[id]->dead.empty() && !to.moved.empty(); --left) {
+            std::vector<u64> dead;
+            drop_above(*lots_[id], to.moved.back(), dead);
+            to.moved.pop_back();
+            for (u64 serial : dead) drop_dead(id, serial);
+        }
+        if (any(id) && !lots_[id]->dead.empty() && !to.moved.empty()) return false;
+        to.moved.clear();
+        drop_empty(id);
+        registry_.judge(registry_.worker_at(id));
+        return true;
+    }
+    // All that waits for these names at once, where little waits.
+    void work_off(u32 id, const u64* names, u32 n) {
+        fresh_.assign(names, names + n);
+        Attaching to;
+        to.fresh.swap(fresh_);
+        attach(id, to, kNone);
+        settle_ends(id, to, kNone);
+        drop_spent(id, to, kNone);
+        to.fresh.swap(fresh_);
+    }
+
+    std::size_t scratch_bytes() const { return bytes_of(fresh_); }
+    void drop_scratch() { drop_all(fresh_); }
+    // Gives back what was kept for the next worker.
+    void shrink() { drop_all(lots_); }
+
+    // The first broken invariant, or an empty string.
+    std::string check() const;
+    // A snapshot's sections of this part. What is read is verified as it comes.
+    void save(SectionWriter& to, const SavePlan& plan) const;
+    void restore(SectionReader& in, const RestorePlan& plan);
+
+private:
+    std::string check_lot(u32 id) const;
+    Parked unpark(u32 id, u64 serial) {
+        ParkingLot& l = *lots_[id];
         const auto it = l.records.find(serial);
         Parked p = std::move(it->second);
         mem_.sub(weight(p));
         lot_bytes_ -= weight(p);
         l.records.erase(it);
-        const Holder& tier = holders_[p.holder];
+        const Holder& tier = registry_.holder(p.holder);
         for (u32 i = 0; i < p.ids.size(); ++i)
             l.by_id.erase(ParkedHash{p.ids[i], !p.live[i], tier.medium, tier.group, serial});
         l.waiting.erase({p.waits_for, serial});
         if (!p.left) l.dead.erase(serial);
-        l.hashes -= p.left;
+        registry_.worker_at(id).pending -= p.left;
         parked_ -= p.left;
         return p;
     }
@@ -163,45 +374,23 @@ protected:
         if (last.name != name || last.dead || last.medium != tier.medium || last.group != tier.group) return {};
         return {&l.records.at(last.serial), last.serial, it->second};
     }
-    u32 parked_copies(u32 id, const Holder& tier, u64 name) const {
-        const Worker& w = *workers_[id];
-        if (!w.lot) return 0;
-        u32 n = 0;
-        const auto end = w.lot->by_id.upper_bound(ParkedHash{name, false, tier.medium, tier.group, ~0ull});
-        for (auto it = w.lot->by_id.lower_bound(ParkedHash{name, false, tier.medium, tier.group, 0}); it != end; ++it)
-            ++n;
-        return n;
-    }
-    void take_back(ParkingLot& l, const ParkedCopy& copy) {
+    void take_back(u32 id, const ParkedCopy& copy) {
+        ParkingLot& l = *lots_[id];
         Parked& p = *copy.record;
-        const Holder& tier = holders_[p.holder];
+        const Holder& tier = registry_.holder(p.holder);
         const u64 name = p.ids[copy.at];
         l.by_id.erase(ParkedHash{name, false, tier.medium, tier.group, copy.serial});
         l.by_id.emplace(ParkedHash{name, true, tier.medium, tier.group, copy.serial}, copy.at);
         p.live[copy.at] = 0;
         if (--p.left == 0) l.dead.insert(copy.serial);
-        --l.hashes;
+        --registry_.worker_at(id).pending;
         --parked_;
-    }
-    // A removal that found no counted copy takes back the latest parked one.
-    // Its position stays for the sake of what follows it.
-    bool cancel(u32 id, const Holder& tier, u64 name) {
-        Worker& w = *workers_[id];
-        if (!w.lot) return false;
-        ParkingLot& l = *w.lot;
-        const ParkedCopy copy = find_parked(l, tier, name);
-        if (!copy.record) return false;
-        take_back(l, copy);
-        if (!copy.record->left) drop_dead(id, copy.serial);
-        if (l.records.empty()) w.lot.reset();
-        judge(w);
-        return true;
     }
     // A record without live copies is only kept while a live one hangs below it, directly or through other dead ones.
     // Where many hang on one another, who removes them one by one would have them looked through each time: after so
     // many steps what is left stays, and the worker is degraded, since names that it frees are not what it says.
     void drop_dead(u32 id, u64 serial) {
-        ParkingLot& l = *workers_[id]->lot;
+        ParkingLot& l = *lots_[id];
         std::vector<u64> todo(1, serial);
         const auto first = l.records.find(serial);
         std::size_t steps = kMostSteps + (first == l.records.end() ? 0 : first->second.ids.size());
@@ -218,11 +407,11 @@ protected:
                 if (!p.orphan) continue;
                 for (u64 name : p.ids) {
                     if (needed) break;
-                    if (steps == 0) return spoil(id);
+                    if (steps == 0) return registry_.spoil(id);
                     --steps;
                     for (auto k = l.waiting.lower_bound({name, 0}); k != l.waiting.end() && k->first == name && !needed;
                          ++k) {
-                        if (steps == 0) return spoil(id);
+                        if (steps == 0) return registry_.spoil(id);
                         --steps;
                         if (!seen.insert(k->second).second) continue;
                         needed = l.records.at(k->second).left != 0;
@@ -231,7 +420,7 @@ protected:
                 }
             }
             if (needed) continue;
-            for (u64 s : below) unpark(l, s);
+            for (u64 s : below) unpark(id, s);
             drop_above(l, above, todo);
         }
     }
@@ -241,96 +430,52 @@ protected:
              k != l.by_id.end() && k->first.name == name && todo.size() < kMostSteps; ++k)
             todo.push_back(k->first.serial);
     }
-    // Attaches what waited for the fresh names, and what waited for those, until nothing moves or so many blocks have
-    // been placed: then it returns false.
-    bool attach(u32 id, Attaching& to, u32 left) {
-        Worker& w = *workers_[id];
-        while (w.lot && !to.fresh.empty()) {
-            const u64 name = to.fresh.back();
-            const auto waits = w.lot->waiting.lower_bound({name, 0});
-            const u32 ref = waits != w.lot->waiting.end() && waits->first == name ? find(id, name) : kNone;
-            if (ref == kNone) {
-                to.fresh.pop_back();
-                continue;
-            }
-            if (left == 0) return false;
-            Parked p = unpark(*w.lot, waits->second);
-            if (to.moved.empty() || to.moved.back() != name) to.moved.push_back(name);
-            left -= std::min(left, static_cast<u32>(std::max(p.ids.size(), p.locals.size())));
-            if (!p.orphan) {
-                if (p.live[0] && !add_known(id, p.holder, name, ref)) spoil(id);
-                continue;
-            }
-            const Placing a{id,
-                            p.holder,
-                            true,
-                            p.waits_for,
-                            p.ids.data(),
-                            static_cast<u32>(p.ids.size()),
-                            p.locals.data(),
-                            p.live.data(),
-                            p.rolled,
-                            p.lookahead};
-            switch (place(a)) {
-                case Placed::yes:
-                    if (conflicts_) spoil(id);
-                    to.fresh.insert(to.fresh.end(), p.ids.begin(), p.ids.end());
-                    to.ends.push_back(p.ids.back());
-                    break;
-                case Placed::orphan:
-                    // Its parent has gone again. Still in its place under the bound, which it passed when it came.
-                    shelve(id, std::move(p));
-                    break;
-                case Placed::misaligned:
-                case Placed::mixed: spoil(id); break;
-            }
+    // Parks something newly announced. Where copies do not count, it takes the place of what was announced before.
+    void park_new(u32 id, Parked&& p, Report& r) {
+        Worker& w = registry_.worker_at(id);
+        std::vector<u64> replaced;
+        if (any(id) && registry_.pod_at(w.pod).set_presence)
+            for (u64 name : p.ids)
+                if (const ParkedCopy old = find_parked(*lots_[id], registry_.holder(p.holder), name); old.record) {
+                    take_back(id, old);
+                    replaced.push_back(old.serial);
+                }
+        r.parked += p.ids.size();
+        shelve(id, std::move(p));
+        registry_.judge(w);
+        for (u64 serial : replaced) drop_dead(id, serial);
+    }
+    void park_bare(u32 id, u32 h, u64 name, Report& r) {
+        if (registry_.worker_at(id).shed) return turn_away(id, &name, 1, Reason::shed, r);
+        if (!room(id, h, &name, 1)) {
+            r.skip(Reason::parked_full);
+            registry_.spoil(id);
+            return;
         }
-        to.fresh.clear();
-        return true;
+        Parked p;
+        p.waits_for = name;
+        p.holder = h;
+        p.ids.assign(1, name);
+        p.live.assign(1, 1);
+        park_new(id, std::move(p), r);
     }
-    // Cancelled blocks at a record's end were placed for what waits for them; without that they go again. Only now.
-    bool settle_ends(u32 id, Attaching& to, u32 left) {
-        for (; left && !to.ends.empty(); --left) {
-            if (const u32 ref = find(id, to.ends.back()); ref != kNone) settle(id, chains_.pos(ref));
-            to.ends.pop_back();
-        }
-        return to.ends.empty();
+    static std::size_t weight(const Parked& p) { return parked_weight(p.ids.size(), p.locals.size()); }
+    void drop_empty(u32 id) {
+        if (any(id) && lots_[id]->records.empty()) lots_[id].reset();
     }
-    // Cancelled records that were kept for one that has its place now need not wait on.
-    bool drop_spent(u32 id, Attaching& to, u32 left) {
-        Worker& w = *workers_[id];
-        for (; left && w.lot && !w.lot->dead.empty() && !to.moved.empty(); --left) {
-            std::vector<u64> dead;
-            drop_above(*w.lot, to.moved.back(), dead);
-            to.moved.pop_back();
-            for (u64 serial : dead) drop_dead(id, serial);
-        }
-        if (w.lot && !w.lot->dead.empty() && !to.moved.empty()) return false;
-        to.moved.clear();
-        if (w.lot && w.lot->records.empty()) w.lot.reset();
-        judge(w);
-        return true;
-    }
-    // All of it at once, where little waits.
-    void work_off(u32 id) {
-        Attaching to;
-        to.fresh.swap(fresh_);
-        attach(id, to, kNone);
-        settle_ends(id, to, kNone);
-        drop_spent(id, to, kNone);
-        to.fresh.swap(fresh_);
-    }
-
-    u64 parked_ = 0;
-    std::size_t lot_bytes_ = 0;
-    // Names that became known by the event at hand.
-    std::vector<u64> fresh_;
-
-private:
     // Records and names that are looked at for one that was cancelled.
     static constexpr std::size_t kMostSteps = 1024;
 
-    u32 max_parked_;
+    Memory& mem_;
+    Registry& registry_;
+    Chains& chains_;
+    Presence& presence_;
+    Insertion& insertion_;
+    const u32 max_parked_;
+    std::vector<std::unique_ptr<ParkingLot>> lots_;  // by worker
+    u64 parked_ = 0;
+    std::size_t lot_bytes_ = 0;
+    std::vector<u64> fresh_;  // names that became known by the event at hand
 };
 
 }  // namespace kvindex

@@ -103,11 +103,11 @@ public:
     }
     // Where a pod was removed its rows are freed.
     void follow(const Index& ix) {
-        const u32 n = ix.pod_slots();
+        const u32 n = ix.registry().pod_slots();
         if (pods_.size() < n) pods_.resize(n);
         for (u32 slot = 0; slot < pods_.size(); ++slot) {
             Known& k = pods_[slot];
-            const Pod* p = slot < n ? &ix.pod_at(slot) : nullptr;
+            const Pod* p = slot < n ? &ix.registry().pod_at(slot) : nullptr;
             const u64 uid = p ? p->uid : 0;
             if (k.uid != uid) {
                 forget(k);
@@ -196,16 +196,16 @@ private:
     void rank(const Index& ix, const Pod& p, Known& k) {
         for (u32 i = k.first; i != kNone; i = rows_[i].next) rows_[i].there = false;
         for (const auto& s : p.streams) add(k, s.first);
-        for (const u32 w : p.workers) add(k, ix.worker_at(w).rank);
+        for (const u32 w : p.workers) add(k, ix.registry().worker_at(w).rank);
         if (p.streams.empty() && p.workers.empty()) add(k, 0);
         k.streams = p.streams.size();
         k.workers = p.workers.size();
     }
     // A pod of which nothing is stored may serve any model.
     static bool serves(const Index& ix, const Load& l, u32 space) {
-        const Pod& p = ix.pod_at(static_cast<u32>(l.pod));
-        return p.workers.empty() ||
-               std::any_of(p.workers.begin(), p.workers.end(), [&](u32 w) { return ix.worker_at(w).space == space; });
+        const Pod& p = ix.registry().pod_at(static_cast<u32>(l.pod));
+        return p.workers.empty() || std::any_of(p.workers.begin(), p.workers.end(),
+                                                [&](u32 w) { return ix.registry().worker_at(w).space == space; });
     }
     double credit_of(const std::string& medium) const {
         const std::string family = medium.compare(0, 3, "cpu") == 0 ? "cpu" : "disk";
@@ -218,7 +218,7 @@ private:
     }
     double credit(const Index& ix, u32 medium) const {
         if (medium == 0) return gpu_;
-        std::string name = ix.media().name(medium);
+        std::string name = ix.registry().media().name(medium);
         for (char& c : name) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c + 'a' - 'A') : c;
         return credit_of(name);
     }
@@ -230,10 +230,10 @@ private:
             if (slot >= pods_.size() || pods_[slot].uid != h.pod) continue;
             u32 at = find(pods_[slot], h.rank);
             if (at == kNone) {
-                rank(ix, ix.pod_at(slot), pods_[slot]);
+                rank(ix, ix.registry().pod_at(slot), pods_[slot]);
                 at = find(pods_[slot], h.rank);
                 if (at == kNone) continue;
-                rows_[at].verdict = ix.pod_at(slot).verdict;
+                rows_[at].verdict = ix.registry().pod_at(slot).verdict;
             }
             Load& l = rows_[at];
             if (h.says & kHeld) l.held = std::max(l.held, h.blocks);

@@ -1,7 +1,8 @@
 // The question: how many leading blocks of this prompt does each worker hold?
 //
 // A prompt is walked along the chains it shares content with. Work is done per run of equal holder sets, not per block
-// or per pod, and blocks are hashed only as far as somebody still holds them. A reader writes nothing.
+// or per pod, and blocks are hashed only as far as somebody still holds them. A reader writes
+// nothing but the generation of the chains that it passes.
 #pragma once
 
 #include <algorithm>
@@ -191,11 +192,11 @@ public:
         };
         for (u32 i = 0; i < words; ++i)
             for (u64 bits = alive_[i]; bits; bits &= bits - 1)
-                show(ix.face(i * 64 + static_cast<u32>(__builtin_ctzll(bits))), end);
-        for (const Ended& e : ended_) show(ix.face(e.holder), e.blocks);
+                show(ix.registry().face(i * 64 + static_cast<u32>(__builtin_ctzll(bits))), end);
+        for (const Ended& e : ended_) show(ix.registry().face(e.holder), e.blocks);
         mixed_.clear();
         for (const Trail& t : trails_) {
-            const Face& f = ix.face(t.holder);
+            const Face& f = ix.registry().face(t.holder);
             if (f.bits && t.began == f.bits && f.medium != kNone && at_once(t)) {
                 show(f, marks_[t.last].before == kNone ? end : pieces_[marks_[t.last].piece].start);
             } else {
@@ -280,73 +281,101 @@ private:
         out.hits.push({f.pod, f.rank, medium, blocks, f.verdict, says});
     }
 
+    // Where a walk is: before block `i` of the prompt, behind a block with this prefix hash and this set.
+    struct Step {
+        u32 i = 0;
+        u32 set = kNone;
+        u64 prefix = 0;
+    };
     // Walks the prompt as far as content goes and somebody holds it; fills pieces_, ended_, alive_ and trails_.
     template <class Path>
     u32 walk(const Index& ix, u32 space, const Path& path, const Filter* filter, MatchResult& out) {
-        const Chains& chains = ix.chains();
         pieces_.clear();
         ended_.clear();
         alive_.clear();
         trails_.clear();
         marks_.clear();
-        u32 i = 0, last_set = kNone;
-        u64 prev = 0;
+        Step at;
         HeadSlot head = enter(ix, space, {kNone, kNone}, path, 0, 0);
         if (head.chain() == kNone) return 0;
-        const bool hybrids = !ix.space_at(space).hybrids.empty();
-        const bool always = ix.space_at(space).rootless != 0;
         following_ = 0;
-        for (;;) {
-            const Chain& c = chains[head.chain()];
-            chains.ages().seen(c.age);
-            const u32 stop = std::min(c.end(), c.base + (path.n - i));
-            const auto page_of = [&](u32 d) { return (d >> kPageShift) - (c.base >> kPageShift); };
-            const auto prefixes = [&](u32 d) {
-                return chains.prefixes(chains.page_number(c, head.page, page_of(d))) + (d & (kPageBlocks - 1));
-            };
-            const u32 pages = page_of(stop - 1) + 1;
-            u32 depth = c.base;
-            chains.prefetch(c, head.page, std::min<u32>(c.row, kGuessed), std::min(kAhead, pages));
-            for (u32 r = 0; depth < stop; ++r) {
-                const u32 set = c.runs[r].set;
-                if (set != last_set) {
-                    // The set says something about the prompt only if its block is the prompt's: the path may leave the
-                    // chain just here, though not at its first block, by which it was found.
-                    if (depth != c.base && !path.agree(prefixes(depth), i, 1, prev)) goto fork;
-                    const bool some = narrow(ix, set, i, last_set == kNone, filter);
-                    if (hybrids) follow(ix, last_set == kNone ? kEmptySet : last_set, set, filter);
-                    pieces_.push_back({i, set});
-                    if (!some && !following_ && !always) return i;
-                    last_set = set;
-                }
-                if (depth == c.base) {
-                    prev = head.prefix;
-                    ++i;
-                    ++depth;
-                    ++out.compared;
-                }
-                const u32 run_stop = std::min(stop, chains.run_end(c, r));
-                while (depth < run_stop) {
-                    const u32 slot = depth & (kPageBlocks - 1);
-                    const u32 count = std::min(kPageBlocks - slot, run_stop - depth);
-                    if (slot == 0) {
-                        const u32 next = page_of(depth) + kAhead - 1;
-                        if (next < pages) chains.prefetch(c, head.page, next, next + 1);
-                    }
-                    const u64* expect = prefixes(depth);
-                    const u32 k = path.agree(expect, i, count, prev);
-                    out.compared += k;
-                    i += k;
-                    depth += k;
-                    if (k) prev = expect[k - 1];
-                    if (k < count) goto fork;
-                }
-            }
-        fork:
-            if (i == path.n || c.kids == 0) return i;
-            head = enter(ix, space, {head.chain(), depth - 1}, path, i, prev);
-            if (head.chain() == kNone) return i;
+        const Space& model = ix.registry().space_at(space);
+        hybrids_ = !model.hybrids.empty();
+        rootless_ = model.rootless != 0;
+        while (head.chain() != kNone) {
+            const u32 depth = walk_chain(ix, head, path, filter, at, out);
+            if (depth == kNone || at.i == path.n || ix.chains()[head.chain()].kids == 0) break;
+            head = enter(ix, space, {head.chain(), depth - 1}, path, at.i, at.prefix);
         }
+        return at.i;
+    }
+    // Along one chain. Returns the depth at which the prompt leaves it, or kNone where nobody is left.
+    template <class Path>
+    KVINDEX_INLINE u32 walk_chain(const Index& ix, const HeadSlot& head, const Path& path, const Filter* filter,
+                                  Step& at, MatchResult& out) {
+        const Chains& chains = ix.chains();
+        const Chain& c = chains[head.chain()];
+        chains.ages().seen(c.age);
+        const u32 stop = std::min(c.end(), c.base + (path.n - at.i));
+        const auto page_of = [&](u32 d) { return (d >> kPageShift) - (c.base >> kPageShift); };
+        const auto prefixes = [&](u32 d) {
+            return chains.prefixes(chains.page_number(c, head.page, page_of(d))) + (d & (kPageBlocks - 1));
+        };
+        const u32 pages = page_of(stop - 1) + 1;
+        u32 depth = c.base;
+        chains.prefetch(c, head.page, std::min<u32>(c.row, kGuessed), std::min(kAhead, pages));
+        for (u32 r = 0; depth < stop; ++r) {
+            if (const u32 set = c.runs[r].set; set != at.set) {
+                // The set says something about the prompt only if its block is the prompt's: the path may leave the
+                // chain just here, though not at its first block, by which it was found.
+                if (depth != c.base && !path.agree(prefixes(depth), at.i, 1, at.prefix)) return depth;
+                if (!meet(ix, set, at, filter)) return kNone;
+            }
+            if (depth == c.base) {
+                at.prefix = head.prefix;
+                ++at.i;
+                ++depth;
+                ++out.compared;
+            }
+            const u32 run_stop = std::min(stop, chains.run_end(c, r));
+            compare(chains, c, head.page, path, pages, run_stop, depth, at, out);
+            if (depth < run_stop) return depth;
+        }
+        return depth;
+    }
+    // Block by block, page by page, up to `stop` or the first block that is not the prompt's. What changes stands in
+    // variables of its own meanwhile: seven instructions a page less than through `at` and `out`.
+    template <class Path>
+    KVINDEX_INLINE static void compare(const Chains& chains, const Chain& c, u32 first, const Path& path, u32 pages,
+                                       u32 stop, u32& from, Step& at, MatchResult& out) {
+        u32 depth = from, i = at.i;
+        u64 prefix = at.prefix;
+        while (depth < stop) {
+            const u32 page = (depth >> kPageShift) - (c.base >> kPageShift), slot = depth & (kPageBlocks - 1);
+            const u32 count = std::min(kPageBlocks - slot, stop - depth);
+            if (slot == 0) {
+                const u32 next = page + kAhead - 1;
+                if (next < pages) chains.prefetch(c, first, next, next + 1);
+            }
+            const u64* expect = chains.prefixes(chains.page_number(c, first, page)) + slot;
+            const u32 k = path.agree(expect, i, count, prefix);
+            i += k;
+            depth += k;
+            if (k) prefix = expect[k - 1];
+            if (k < count) break;
+        }
+        out.compared += depth - from;
+        from = depth;
+        at.i = i;
+        at.prefix = prefix;
+    }
+    // The next block has another set than the one before. Whether anybody is left.
+    KVINDEX_INLINE bool meet(const Index& ix, u32 set, Step& at, const Filter* filter) {
+        const bool some = narrow(ix, set, at.i, at.set == kNone, filter);
+        if (hybrids_) follow(ix, at.set == kNone ? kEmptySet : at.set, set, filter);
+        pieces_.push_back({at.i, set});
+        at.set = set;
+        return some || following_ || rootless_;
     }
     // The chain below `parent` that begins with block `i` of the prompt.
     template <class Path>
@@ -359,16 +388,16 @@ private:
         const SetPool& sets = ix.sets();
         const u64* words = sets.data(set);
         u32 n = sets.words(set);
-        const std::vector<u64>& simple = ix.simple();
+        const std::vector<u64>& simple = ix.registry().simple();
         u64 any = 0;
-        if (const std::vector<u64>& guessed = ix.guessed(); !guessed.empty()) {
+        if (const std::vector<u64>& guessed = ix.registry().guessed(); !guessed.empty()) {
             for (u32 i = 0; i < n && i < guessed.size(); ++i) any |= words[i] & guessed[i];
             if (any) {
                 with_guesses_.assign(words, words + n);
                 with_guesses_.resize(std::max<std::size_t>(n, simple.size()));
                 for (u32 i = 0; i < n && i < guessed.size(); ++i)
                     for (u64 bits = words[i] & guessed[i]; bits; bits &= bits - 1) {
-                        const u32 h = ix.stands_for(i * 64 + static_cast<u32>(__builtin_ctzll(bits)));
+                        const u32 h = ix.registry().stands_for(i * 64 + static_cast<u32>(__builtin_ctzll(bits)));
                         with_guesses_[h >> 6] |= 1ull << (h & 63);
                     }
                 words = with_guesses_.data();
@@ -401,7 +430,7 @@ private:
         const SetPool& sets = ix.sets();
         const u64 *was = sets.data(before), *now = sets.data(set);
         const u32 n_was = sets.words(before), n_now = sets.words(set);
-        const std::vector<u64>&grouped = ix.grouped(), &rooted = ix.rooted();
+        const std::vector<u64>&grouped = ix.registry().grouped(), &rooted = ix.registry().rooted();
         const u32 n = std::min(std::max(n_was, n_now), static_cast<u32>(grouped.size()));
         for (u32 i = 0; i < n; ++i) {
             const u64 on = i < n_now ? now[i] : 0;
@@ -415,13 +444,13 @@ private:
         }
     }
     void change(const Index& ix, u32 holder, bool on, bool rooted) {
-        const u32 piece = static_cast<u32>(pieces_.size()), id = ix.holder(holder).worker;
+        const u32 piece = static_cast<u32>(pieces_.size()), id = ix.registry().holder(holder).worker;
         if (id >= trail_of_.size()) trail_of_.resize(id + 1);
         u32& at = trail_of_[id];
         if (at >= trails_.size() || trails_[at].worker != id) {
             at = static_cast<u32>(trails_.size());
-            trails_.push_back(
-                {id, holder, static_cast<u32>(marks_.size()), 0, 0, 0, (ix.face(holder).flags & kRootless) != 0});
+            trails_.push_back({id, holder, static_cast<u32>(marks_.size()), 0, 0, 0,
+                               (ix.registry().face(holder).flags & kRootless) != 0});
             marks_.push_back({0, kNone});
         }
         Trail& t = trails_[at];
@@ -449,8 +478,8 @@ private:
     }
     // Several groups, media or kinds of attention: the rule of semantics.md, group by group, until none objects.
     void answer_hybrid(const Index& ix, const Trail& t, u32 end, u32 most, bool only_exact, MatchResult& out) {
-        const Worker& w = ix.worker_at(t.worker);
-        const Face& f = ix.face(t.holder);
+        const Worker& w = ix.registry().worker_at(t.worker);
+        const Face& f = ix.registry().face(t.holder);
         if (only_exact && f.verdict != Verdict::exact) return;
         own_.clear();
         for (u32 m = t.last; m != kNone; m = marks_[m].before) own_.push_back(pieces_[marks_[m].piece]);
@@ -461,7 +490,7 @@ private:
         media_.clear();
         if (w.guess != kNone) media_.push_back(0);
         for (u32 h : w.holders) {
-            const u32 m = ix.holder(h).medium;
+            const u32 m = ix.registry().holder(h).medium;
             if (std::find(media_.begin(), media_.end(), m) == media_.end()) media_.push_back(m);
         }
         // No medium alone gives more than all of them together, and the only one gives as much.
@@ -471,8 +500,9 @@ private:
         const u8 alone = !ruled && media_.size() == 1 ? kMedium | kTier : kMedium;
         for (u32 m : media_) emit(f, m, agreed(ix, w, all, m), alone, out);
         if (!ruled) return;
-        std::sort(media_.begin(), media_.end(),
-                  [&](u32 a, u32 b) { return std::pair(ix.media().tier(a), a) < std::pair(ix.media().tier(b), b); });
+        std::sort(media_.begin(), media_.end(), [&](u32 a, u32 b) {
+            return std::pair(ix.registry().media().tier(a), a) < std::pair(ix.registry().media().tier(b), b);
+        });
         u32 reach = 0;
         for (u32 m : media_) {
             const u32 to = beyond(ix, w, m, reach, end);
@@ -516,7 +546,7 @@ private:
         if (!per_medium_) return group;
         u32 factor = 0;
         for (u32 h : w.holders) {
-            const Holder& holder = ix.holder(h);
+            const Holder& holder = ix.registry().holder(h);
             if (holder.group != g || (medium != kNone && holder.medium != medium)) continue;
             factor = !factor           ? holder.factor
                      : medium == kNone ? std::min(factor, holder.factor)
@@ -542,7 +572,7 @@ private:
     // vLLM's own look-up (HybridKVCacheCoordinator of 0.33) where a draft model makes groups drop the block that they
     // match last: each looks one block further for it than the others have come, once for every length that is tried.
     u32 dropped(const Index& ix, const Worker& w, u32 end, u32 cut) {
-        const Pod& pod = ix.pod_at(w.pod);
+        const Pod& pod = ix.registry().pod_at(w.pod);
         const u32 n = static_cast<u32>(w.groups.size());
         if (n == 1) {
             const u32 run = agreed(ix, w, cut, 0, true);
@@ -648,14 +678,16 @@ private:
     u32 agreed(const Index& ix, const Worker& w, u32 length, u32 medium, bool every = false) {
         const u32 groups = std::max<u32>(1, static_cast<u32>(w.groups.size()));
         // A guess says "GPU" and nothing of groups: where it stands alone, any group's rule will do.
-        const bool only_guess = std::none_of(w.holders.begin(), w.holders.end(),
-                                             [&](u32 h) { return medium == kNone || ix.holder(h).medium == medium; });
+        const bool only_guess = std::none_of(w.holders.begin(), w.holders.end(), [&](u32 h) {
+            return medium == kNone || ix.registry().holder(h).medium == medium;
+        });
         for (bool changed = true; changed && length;) {
             bool last_held = false;
             changed = false;
             for (u32 g = 0; g < groups; ++g) {
                 bool seen = medium == kNone || only_guess || every;
-                for (u32 h : w.holders) seen |= ix.holder(h).medium == medium && ix.holder(h).group == g;
+                for (u32 h : w.holders)
+                    seen |= ix.registry().holder(h).medium == medium && ix.registry().holder(h).group == g;
                 if (!seen) continue;
                 const u32 now = fit(ix, w, g, medium, length);
                 changed |= now != length;
@@ -683,7 +715,7 @@ private:
     bool holds(const Index& ix, const Worker& w, u32 group, u32 medium, u32 set) const {
         if (w.guess != kNone && (medium == kNone || medium == 0) && ix.sets().has(set, w.guess)) return true;
         for (u32 h : w.holders) {
-            const Holder& holder = ix.holder(h);
+            const Holder& holder = ix.registry().holder(h);
             if ((group == kNone || holder.group == group) && (medium == kNone || holder.medium == medium) &&
                 ix.sets().has(set, h))
                 return true;
@@ -706,7 +738,7 @@ private:
     }
     u32 longest(const Index& ix, const Worker& w, const Group& group, u32 length) const {
         const u64 block = ix.block_size();
-        const u32 chunk = ix.pod_at(w.pod).chunk_tokens;
+        const u32 chunk = ix.registry().pod_at(w.pod).chunk_tokens;
         u64 from = 0;
         switch (group.kind) {
             case Attention::mamba: return back_to_held(length);
@@ -759,7 +791,9 @@ private:
     std::vector<Trail> trails_;
     std::vector<u32> trail_of_;  // by worker; right where the trail is the worker's
     std::vector<Mark> marks_;
-    u32 following_ = 0;  // workers with several groups or media for which the prefix goes on
+    bool hybrids_ = false,
+         rootless_ = false;  // whether the model has workers with several groups; such as go on after a hole
+    u32 following_ = 0;      // workers with several groups or media for which the prefix goes on
     std::vector<const Trail*> mixed_;
     std::vector<Odd> odd_;
     std::vector<u32> media_;

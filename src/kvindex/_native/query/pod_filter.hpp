@@ -17,18 +17,18 @@ struct Filter {
     u64 pods_version = 0, holders_version = 0;
 
     Filter(const Index& ix, const std::vector<std::string>& names)
-        : pods_version(ix.pods_version()), holders_version(ix.holders_version()) {
-        pods.assign(ix.pod_slots() / 64 + 1, 0);
-        holders.assign(ix.holder_slots() / 64 + 1, 0);
+        : pods_version(ix.registry().pods_version()), holders_version(ix.registry().holders_version()) {
+        pods.assign(ix.registry().pod_slots() / 64 + 1, 0);
+        holders.assign(ix.registry().holder_slots() / 64 + 1, 0);
         for (const std::string& name : names)
-            if (const u32 id = ix.find_pod(name); id != kNone) pods[id >> 6] |= 1ull << (id & 63);
-        for (u32 h = 0; h < ix.holder_slots(); ++h)
-            if (const u32 w = ix.holder(h).worker; w != kNone && pod(ix.worker_at(w).pod))
+            if (const u32 id = ix.registry().find_pod(name); id != kNone) pods[id >> 6] |= 1ull << (id & 63);
+        for (u32 h = 0; h < ix.registry().holder_slots(); ++h)
+            if (const u32 w = ix.registry().holder(h).worker; w != kNone && pod(ix.registry().worker_at(w).pod))
                 holders[h >> 6] |= 1ull << (h & 63);
     }
     bool pod(u32 id) const { return (id >> 6) < pods.size() && (pods[id >> 6] >> (id & 63) & 1); }
     bool current(const Index& ix) const {
-        return pods_version == ix.pods_version() && holders_version == ix.holders_version();
+        return pods_version == ix.registry().pods_version() && holders_version == ix.registry().holders_version();
     }
 };
 

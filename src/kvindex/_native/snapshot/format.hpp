@@ -11,15 +11,9 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
-#include <stdexcept>
-#include <string>
-#include <type_traits>
 
-#include "base/memory.hpp"
+#include "base/sections.hpp"
 #include "hash/xxh3.hpp"
 
 namespace kvindex {
@@ -37,87 +31,7 @@ inline constexpr char kSnapshotMagic[8] = {'k', 'v', 'i', 'n', 'd', 'e', 'x', '\
 inline constexpr u32 kSnapshotVersion = 3;
 inline constexpr u64 kChecksumFrom = 32;
 
-// What cannot be saved or is refused, in words. A standard exception, for these go through to Python as they are.
-using SnapshotRefused = std::invalid_argument;
-
-[[noreturn]] inline void refuse_snapshot(const std::string& what, u64 offset) {
-    throw SnapshotRefused(what + ", seen at byte " + std::to_string(offset));
-}
-
-enum class Section : u8 {
-    media,
-    models,
-    pods,
-    workers,
-    sets,
-    chains,
-    runs,
-    prefixes,
-    names,
-    own,
-    own_ids,
-    copies,
-    parked,
-    counters,
-    COUNT
-};
-inline constexpr u32 kSections = static_cast<u32>(Section::COUNT);
 inline constexpr u64 kSnapshotHead = sizeof(SnapshotHeader) + u64{8} * kSections;
-
-// A worker's mask spans the holders up to its last one, so very many workers cost the square of their number. Real
-// fleets stay far below this; a file made up of workers does not.
-inline constexpr u64 kFreeMasks = 64ull << 20;
-
-struct ChainRecord {
-    u32 space, parent, base, len, runs, own, lookahead, zero;
-};
-struct OwnRecord {
-    u32 worker, start, n, zero;
-};
-
-class SnapshotBytes {
-public:
-    const u8* data() const { return p_.get(); }
-    u64 size() const { return n_; }
-    void reserve(u64 cap) {
-        if (cap <= cap_) return;
-        // What is there need not be copied where the system can extend it.
-        u8* const q = static_cast<u8*>(std::realloc(p_.get(), cap));
-        if (!q) throw std::bad_alloc();
-        static_cast<void>(p_.release());
-        p_.reset(q);
-        cap_ = cap;
-    }
-    u8* room(u64 n) {
-        if (n_ + n > cap_) reserve(std::max(n_ + n, cap_ + cap_ / 2));
-        n_ += n;
-        return p_.get() + n_ - n;
-    }
-    void put(const void* from, u64 n) {
-        if (n) std::memcpy(room(n), from, n);
-    }
-    template <class T>
-    void put(T value) {
-        static_assert(std::is_arithmetic<T>::value, "only what has no padding");
-        std::memcpy(room(sizeof value), &value, sizeof value);
-    }
-    void text(const std::string& s) {
-        put(static_cast<u32>(s.size()));
-        put(s.data(), s.size());
-    }
-    void align() {
-        static const u8 zeros[8] = {};
-        put(zeros, -n_ & 7);
-    }
-    u8* at(u64 offset) { return p_.get() + offset; }
-
-private:
-    struct Free {
-        void operator()(u8* p) const { std::free(p); }
-    };
-    std::unique_ptr<u8[], Free> p_;
-    u64 n_ = 0, cap_ = 0;
-};
 
 // The last step of writing. It reads nothing but the bytes, so no lock is needed for it.
 inline void seal_snapshot(SnapshotBytes& out) {

@@ -4,21 +4,37 @@
 // a position stays known while anything below it is. Most questions become local through that: "does this worker have
 // something below this block" is "does it know a child", in a chain its blocks are a prefix of the chain, and a block
 // that nobody knows is the last one of its chain and has no children.
+//
+// Content goes when nobody knows it any more (`trim`), and forks that have gone leave no trace. Both stop after a
+// turn's worth: the rest is `loose` until `tie_up` has done it.
 #pragma once
+
+#include <algorithm>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "workers/registry.hpp"
 
 namespace kvindex {
 
-class Presence : public Registry {
-public:
-    explicit Presence(bool set_presence) : Registry(set_presence), sets_(mem_), chains_(mem_, sets_) {}
+class SectionReader;
+class SectionWriter;
+struct RestorePlan;
+struct SavePlan;
 
-    const SetPool& sets() const { return sets_; }
-    const Chains& chains() const { return chains_; }
+class Presence {
+public:
+    Presence(Memory& m, Registry& registry, SetPool& sets, Chains& chains)
+        : mem_(m), registry_(registry), sets_(sets), chains_(chains) {}
+    ~Presence() = default;
+    Presence(const Presence&) = delete;
+    Presence& operator=(const Presence&) = delete;
+
     // The chain that begins with this block below `parent`, and its first page; `pages` of them may be wanted.
     HeadSlot child(u32 space, Pos parent, u64 prefix, u32 pages) const {
-        const HeadTable& heads = spaces_[space].heads;
+        const HeadTable& heads = registry_.space_at(space).heads;
         const HeadSlot head = heads.find(prefix);
         if (head.chain() == kNone) return head;
         chains_.prefetch(head, pages);
@@ -31,7 +47,6 @@ public:
         return here(head) ? head : heads.find_among(prefix, here);
     }
 
-protected:
     static u64 kid_key(u32 chain, u32 depth) { return (static_cast<u64>(chain) << 32) | depth; }
 
     bool knows(const Worker& w, u32 set) const {
@@ -90,12 +105,12 @@ protected:
         if (c.parent != kNone) w.kids.sub(mem_, kid_key(c.parent, c.base - 1));
     }
     u32 with(u32 set, u32 holder, u32 blocks, u32 less = kNone) {
-        if (!sets_.has(set, holder)) holders_[holder].blocks += blocks;
-        if (less != kNone && sets_.has(set, less)) holders_[less].blocks -= blocks;
+        if (!sets_.has(set, holder)) registry_.holder(holder).blocks += blocks;
+        if (less != kNone && sets_.has(set, less)) registry_.holder(less).blocks -= blocks;
         return sets_.change(set, less, holder);
     }
     u32 without(u32 set, u32 holder, u32 blocks) {
-        if (sets_.has(set, holder)) holders_[holder].blocks -= blocks;
+        if (sets_.has(set, holder)) registry_.holder(holder).blocks -= blocks;
         return sets_.change(set, holder, kNone);
     }
 
@@ -105,21 +120,21 @@ protected:
 
     // The block that this worker knows under this name, or kNone.
     u32 find(u32 id, u64 name) const {
-        const Worker& w = *workers_[id];
+        const Worker& w = registry_.worker_at(id);
         const u32 own = find_own(id, name);
         return own != kNone ? own : find_not_own(id, name, find_shared(w, name));
     }
     // The block under this name in the pages, whichever worker knows it.
     u32 find_shared(const Worker& w, u64 name) const {
-        return spaces_[w.space].names.find(name, [&](u32 ref) { return chains_.name(ref) == name; });
+        return registry_.space_at(w.space).names.find(name, [&](u32 ref) { return chains_.name(ref) == name; });
     }
     u32 find_own(u32 id, u64 name) const {
-        const Worker& w = *workers_[id];
+        const Worker& w = registry_.worker_at(id);
         if (!w.own.size()) return kNone;
         return w.own.find(name, [&](u32 ref) { return own_name(id, chains_.pos(ref)) == name; });
     }
     u32 find_not_own(u32 id, u64 name, u32 shared) const {
-        const Worker& w = *workers_[id];
+        const Worker& w = registry_.worker_at(id);
         if (shared != kNone) {
             const Pos p = chains_.pos(shared);
             if (knows(w, set_at(p)) && own_name(id, p) == kNoName) return shared;
@@ -139,8 +154,8 @@ protected:
     }
     // Gives a block its first name in this worker, which knows none for it.
     void give_name(u32 id, Pos p, u32 ref, u64 name) {
-        Worker& w = *workers_[id];
-        RefTable& names = spaces_[w.space].names;
+        Worker& w = registry_.worker_at(id);
+        RefTable& names = registry_.space_at(w.space).names;
         const u64 own = own_name(id, p), shared = chains_.name(ref);
         if (shared == kNoName && names.find(name, [&](u32 r) { return chains_.name(r) == name; }) == kNone) {
             chains_.name(ref) = name;
@@ -153,7 +168,7 @@ protected:
         if (own != kNoName) chains_.set_own_name(p.chain, id, p.depth, kNoName);
     }
     void drop_names(u32 id, Pos p, u32 ref) {
-        Worker& w = *workers_[id];
+        Worker& w = registry_.worker_at(id);
         const u64 own = own_name(id, p);
         if (own != kNoName) {
             if (own != kNameless) w.own.erase(mem_, own, ref);
@@ -182,11 +197,11 @@ protected:
         const u32 set = set_at(p);
         for (const std::vector<u32>* list : {&w.holders, &w.hidden})
             for (u32 h : *list)
-                if (sets_.has(set, h) && (p.depth + 1) % holders_[h].factor == 0) f(h);
+                if (sets_.has(set, h) && (p.depth + 1) % registry_.holder(h).factor == 0) f(h);
     }
     // The explicit list of a block's copies, made from the bits when it is first needed.
     Copies& list_copies(u32 id, Pos p, u32 ref) {
-        Worker& w = *workers_[id];
+        Worker& w = registry_.worker_at(id);
         const auto it = w.copies.find(ref);
         if (it != w.copies.end()) return it->second;
         Copies& list = w.copies.try_emplace(ref, Counted<Copy>(mem_)).first->second;
@@ -197,7 +212,7 @@ protected:
     }
     // Back to bits when they say the same.
     void tidy_copies(u32 id, Pos p, u32 ref) {
-        Worker& w = *workers_[id];
+        Worker& w = registry_.worker_at(id);
         const auto it = w.copies.find(ref);
         if (it == w.copies.end()) return;
         Copies& list = it->second;
@@ -214,12 +229,12 @@ protected:
     void sure_of(Worker& w, u64 name) {
         if (w.unsure.empty() || !w.unsure.erase(name) || !w.unsure.empty()) return;
         w.unsure = CountedMap<u64, u8>(Counted<char>(mem_));
-        judge(w);
+        registry_.judge(w);
     }
     // Every copy that the worker holds of a block under this name: f(holder, count).
     template <class F>
     void each_copy(u32 id, u64 name, u32 ref, F&& f) const {
-        const Worker& w = *workers_[id];
+        const Worker& w = registry_.worker_at(id);
         const auto it = w.copies.find(ref);
         if (it != w.copies.end()) {
             for (const Copy& c : it->second)
@@ -233,7 +248,7 @@ protected:
     }
     bool held_in(u32 id, u64 name, u32 ref, u32 medium) const {
         bool any = false;
-        each_copy(id, name, ref, [&](u32 h, u32) { any |= holders_[h].medium == medium; });
+        each_copy(id, name, ref, [&](u32 h, u32) { any |= registry_.holder(h).medium == medium; });
         return any;
     }
     bool held_anywhere(u32 id, u64 name, u32 ref) const {
@@ -244,7 +259,7 @@ protected:
     // The names that the worker has for a block: f(name).
     template <class F>
     void each_name(u32 id, Pos p, F&& f) const {
-        const Worker& w = *workers_[id];
+        const Worker& w = registry_.worker_at(id);
         const u32 ref = chains_.ref(p);
         u64 first;
         if (first_name(id, p, ref, first)) f(first, ref);
@@ -256,7 +271,7 @@ protected:
     }
     // The worker announces this name for something else: the name and its copies go.
     void forget_name(u32 id, u64 name) {
-        Worker& w = *workers_[id];
+        Worker& w = registry_.worker_at(id);
         const u32 ref = find(id, name);
         if (ref == kNone) return;
         sure_of(w, name);
@@ -291,7 +306,7 @@ protected:
     // Sets or clears no counts: makes the worker hold (or, `live` false, only know) one engine block that ends at
     // `path[0]`, whose index blocks are path[0], path[1], ... towards the root.
     void hold(u32 id, u32 h, const Pos* path, u32 factor, bool live) {
-        Worker& w = *workers_[id];
+        Worker& w = registry_.worker_at(id);
         for (u32 s = factor; s-- > 0;) {
             const Pos p = path[s];
             const u32 set = set_at(p);
@@ -303,23 +318,24 @@ protected:
             if (live) {
                 chains_.change(p.chain, p.depth, p.depth + 1, [&](u32 x, u32 k) { return with(x, h, k, w.ghost); });
             } else if (!knew) {
-                const u32 g = ghost(id);
+                const u32 g = registry_.ghost(id);
                 chains_.change(p.chain, p.depth, p.depth + 1, [&](u32 x, u32 k) { return with(x, g, k); });
             }
         }
     }
     bool same_tier(u32 a, u32 b) const {
-        return holders_[a].medium == holders_[b].medium && holders_[a].group == holders_[b].group;
+        return registry_.holder(a).medium == registry_.holder(b).medium &&
+               registry_.holder(a).group == registry_.holder(b).group;
     }
     // Whether a block of another size has a copy under this name in the same medium and group:
     // where copies do not count, that is it.
     bool counted_otherwise(u32 id, u32 h, Pos p, u32 ref, u64 name) const {
-        const Worker& w = *workers_[id];
+        const Worker& w = registry_.worker_at(id);
         const auto list = w.copies.find(ref);
         const u32 set = set_at(p);
         u64 first;
         for (u32 o : w.holders) {
-            if (o == h || !same_tier(o, h) || (p.depth + 1) % holders_[o].factor) continue;
+            if (o == h || !same_tier(o, h) || (p.depth + 1) % registry_.holder(o).factor) continue;
             if (list == w.copies.end()) {
                 if (sets_.has(set, o) && first_name(id, p, ref, first) && first == name) return true;
                 continue;
@@ -331,8 +347,8 @@ protected:
     }
     // Counts one copy of a block under a name. The block may be new to the worker.
     void add_copy(u32 id, u32 h, const Pos* path, u64 name, bool live) {
-        Worker& w = *workers_[id];
-        const u32 factor = holders_[h].factor;
+        Worker& w = registry_.worker_at(id);
+        const u32 factor = registry_.holder(h).factor;
         const Pos p = path[0];
         const u32 ref = chains_.ref(p);
         const u32 set = set_at(p);
@@ -348,7 +364,7 @@ protected:
             list.push_back({name, kNone, 0});
             w.second[name] = ref;
         }
-        if (live && pods_[w.pod].set_presence && counted_otherwise(id, h, p, ref, name)) live = false;
+        if (live && registry_.pod_at(w.pod).set_presence && counted_otherwise(id, h, p, ref, name)) live = false;
         if (!live) {
             hold(id, h, path, factor, false);
             return;
@@ -361,7 +377,7 @@ protected:
             if (it == list.end()) {
                 if (list.size() >= kMostCopies) return refuse_copy(id, p, ref);
                 list.push_back({name, h, 1});
-            } else if (it->count == 0 || (!pods_[w.pod].set_presence && it->count != 0xFFFFFFFFu)) {
+            } else if (it->count == 0 || (!registry_.pod_at(w.pod).set_presence && it->count != 0xFFFFFFFFu)) {
                 ++it->count;
             }
             tidy_copies(id, p, ref);
@@ -371,21 +387,21 @@ protected:
     // Of this block there is one copy or name more than is kept: the worker holds more than is known.
     void refuse_copy(u32 id, Pos p, u32 ref) {
         ++refused_copies_;
-        spoil(id);
+        registry_.spoil(id);
         tidy_copies(id, p, ref);
     }
     // Removes one block from what the worker knows.
     void forget_block(u32 id, Pos p, u32 less) {
-        Worker& w = *workers_[id];
+        Worker& w = registry_.worker_at(id);
         drop_names(id, p, chains_.ref(p));
         chains_.change(p.chain, p.depth, p.depth + 1, [&](u32 x, u32 k) { return without(x, less, k); });
         if (p.depth == chains_[p.chain].base) lose_chain(w, p.chain);
     }
     // The last counted copy of an engine block ending at `p` in this holder is gone.
     void take_copy(u32 id, u32 h, Pos p) {
-        Worker& w = *workers_[id];
+        Worker& w = registry_.worker_at(id);
         const u32 bottom = p.chain;
-        const u32 factor = holders_[h].factor;
+        const u32 factor = registry_.holder(h).factor;
         for (u32 s = 0; s < factor; ++s) {
             // Content may fork inside an engine block; another one that shares this part of it holds it too.
             if (s != 0 && child_has(w, p, h)) break;
@@ -398,11 +414,11 @@ protected:
     }
     // The worker no longer holds this block so; it may hold it otherwise, or have to remember it.
     void lose_bit(u32 id, u32 h, Pos p) {
-        const Worker& w = *workers_[id];
+        const Worker& w = registry_.worker_at(id);
         if (knows_besides(w, set_at(p), h)) {
             chains_.change(p.chain, p.depth, p.depth + 1, [&](u32 x, u32 k) { return without(x, h, k); });
         } else if (knows_child(w, p)) {
-            const u32 g = ghost(id);
+            const u32 g = registry_.ghost(id);
             chains_.change(p.chain, p.depth, p.depth + 1, [&](u32 x, u32 k) { return with(x, g, k, h); });
         } else {
             forget_block(id, p, h);
@@ -410,7 +426,7 @@ protected:
     }
     // From `p` towards the root: forgets what was only remembered for the sake of something below.
     void climb(u32 id, Pos p) {
-        const Worker& w = *workers_[id];
+        const Worker& w = registry_.worker_at(id);
         if (w.ghost == kNone) return;
         for (u32 left = kTurnBlocks; p.chain != kNone; --left) {
             const u32 set = set_at(p);
@@ -437,7 +453,7 @@ protected:
                 const u32 dead = std::min(left, c.end() - live);
                 left -= dead;
                 const u32 from = c.end() - dead;
-                Space& s = spaces_[c.space];
+                Space& s = registry_.space_at(c.space);
                 for (u32 d = from; d < c.end(); ++d) {
                     const u32 ref = chains_.ref(c, d);
                     if (chains_.name(ref) != kNoName) s.names.erase(mem_, chains_.name(ref), ref);
@@ -447,11 +463,11 @@ protected:
                 if (c.len && c.runs.back().set == kEmptySet) continue;
             }
             if (c.len) {
-                join_tail(chain);
+                if (c.kids) join_tail(chain);
                 return;
             }
             const u32 parent = c.parent;
-            if (chain == pinned_) pinned_ = kNone;
+            if (chain == followed_) followed_ = kNone;
             chains_.destroy(chain);
             chain = parent;
         }
@@ -467,7 +483,7 @@ protected:
     // alone; joining costs time in their number, and gains one lookup per match.
     void join_tail(u32 chain) {
         Chain& c = chains_[chain];
-        if (c.kids == 0 || c.kids > 16) return;
+        if (c.kids > 16) return;
         u32 kid = kNone;
         for (u32 k = c.first_kid; k != kNone; k = chains_[k].kid_after) {
             if (chains_[k].base != c.end()) continue;
@@ -476,7 +492,7 @@ protected:
         }
         // Nor is a long child moved page by page, which would take longer than a turn.
         if (kid == kNone || chains_[kid].kids > 64 || chains_[kid].len > kTurnBlocks * 64) return;
-        Space& space = spaces_[c.space];
+        Space& space = registry_.space_at(c.space);
         Chain& k = chains_[kid];
         if (k.runs[0].set == kEmptySet) return;
         for (u32 id : {chain, kid})
@@ -507,12 +523,12 @@ protected:
         });
         for (u32 i = 0; i < n; ++i) rename(space, moved[i][0], moved[i][1]);
         k.parent = kNone;
-        if (kid == pinned_) pinned_ = chain;
+        if (kid == followed_) followed_ = chain;
         chains_.destroy(kid);
     }
     void unshare(u32 chain) {
         const Chain& c = chains_[chain];
-        Space& space = spaces_[c.space];
+        Space& space = registry_.space_at(c.space);
         const u32 from = chains_.ref(c, c.base);
         chains_.unshare(chain);
         space.heads.turn(chains_.head(chain), chain, chains_.first_page(chain));
@@ -541,15 +557,15 @@ protected:
     template <class F>
     void each_knower(u32 set, F&& f) {
         scratch_ids_.clear();
-        marks_.resize(workers_.size());
+        marks_.resize(registry_.worker_slots());
         ++mark_;
         sets_.each(set, [&](u32 h) {
-            const u32 id = holders_[h].worker;
-            if (workers_[id]->guess == h || marks_[id] == mark_) return;
+            const u32 id = registry_.holder(h).worker;
+            if (registry_.worker_at(id).guess == h || marks_[id] == mark_) return;
             marks_[id] = mark_;
             scratch_ids_.push_back(id);
         });
-        for (u32 id : scratch_ids_) f(id, *workers_[id]);
+        for (u32 id : scratch_ids_) f(id, registry_.worker_at(id));
     }
 
     // What a turn left to the next one.
@@ -560,14 +576,40 @@ protected:
         if (!loose_blocks_.empty()) {
             const LooseBlock at = loose_blocks_.back();
             loose_blocks_.pop_back();
-            if (at.worker < workers_.size() && workers_[at.worker] && chains_.is_block(at.ref))
-                settle(at.worker, chains_.pos(at.ref));
+            if (registry_.has_worker(at.worker) && chains_.is_block(at.ref)) settle(at.worker, chains_.pos(at.ref));
         } else if (!loose_chains_.empty()) {
             const u32 chain = loose_chains_.back();
             loose_chains_.pop_back();
             if (chains_.alive(chain)) trim(chain);
         }
     }
+
+    // A chain that is followed through joins for as long as it is there; kNone once it has gone.
+    void follow(u32 chain) { followed_ = chain; }
+    u32 followed() const { return followed_; }
+    // How many copies were refused since this was asked last.
+    u32 take_refused() { return std::exchange(refused_copies_, 0); }
+    // All content is about to go.
+    void start_over() noexcept {
+        followed_ = kNone;
+        loose_blocks_.clear();
+        loose_chains_.clear();
+    }
+    // The first broken invariant, or an empty string.
+    std::string check() const;
+    // A snapshot's sections of this part. What is read is verified as it comes.
+    void save(SectionWriter& to, const SavePlan& plan) const;
+    void restore(SectionReader& in, const RestorePlan& plan);
+    void plan(SavePlan& plan) const;
+
+private:
+    u32 plan_set(SavePlan& plan, u32 set) const;
+    std::string check_holders() const;
+    std::string check_names() const;
+    std::string check_own_names() const;
+    std::string check_chains(u32 id, std::map<u64, u32>& known) const;
+    std::string check_block(u32 id, Pos p) const;
+    std::string check_worker(u32 id) const;
 
     // Names and counts of one block on one worker. Engines have as many as it has holders; what announced 100,000 names
     // for one block had all of them looked through each time.
@@ -576,14 +618,14 @@ protected:
     struct LooseBlock {
         u32 worker, ref;
     };
+    Memory& mem_;
+    Registry& registry_;
+    SetPool& sets_;
+    Chains& chains_;
     std::vector<LooseBlock> loose_blocks_;  // up from where a worker remembers more than it must
     std::vector<u32> loose_chains_;         // at whose ends are blocks that nobody knows
-    SetPool sets_;
-    Chains chains_;
-    u32 refused_copies_ = 0;  // by the event at hand
-    u32 pinned_ = kNone;  // the chain that the event at hand hangs on, followed through joins; kNone when it is gone
-
-private:
+    u32 refused_copies_ = 0;
+    u32 followed_ = kNone;
     std::vector<u32> scratch_ids_;
     std::vector<u64> marks_;  // by worker: the last time that it was met
     u64 mark_ = 0;

@@ -1,20 +1,30 @@
-// Pods, workers, holders and models: who is there, and what is thought of them. Blocks are not known here.
+// Pods, workers, holders and models: who is there, and the state of each. No block.
+//
+// A pod's state is always the worst of its streams' and workers' states, a worker's own state that of its flags
+// (`judge` after each change of one). What a match reads of a worker stands in its holders' faces, and which of its
+// holders stand for all of it in masks (`refresh` after each change of its holders, groups or guess).
 #pragma once
 
 #include <algorithm>
 #include <atomic>
+#include <cassert>
 
 #include "workers/directory.hpp"
 #include "workers/workers.hpp"
 
 namespace kvindex {
 
+class SectionReader;
+class SectionWriter;
+struct RestorePlan;
+struct SavePlan;
+
 class Registry {
 public:
-    explicit Registry(bool set_presence) : set_presence_(set_presence), media_(mem_) {}
+    Registry(Memory& m, bool set_presence) : mem_(m), set_presence_(set_presence), media_(m) {}
     ~Registry() {
         for (auto& w : workers_)
-            if (w) release(*w);
+            if (w) w->release(mem_);
         for (Space& s : spaces_) {
             s.heads.release(mem_);
             s.names.release(mem_);
@@ -53,6 +63,8 @@ public:
         const auto it = space_ids_.find(model);
         return it == space_ids_.end() ? kNone : it->second;
     }
+    // Whether what is announced counts once, of pods that are opened.
+    bool counts_once() const { return set_presence_; }
     u64 pods_version() const { return pods_version_; }
     bool any_pods() const { return directory_.size() != 0; }
     u32 pod_slots() const { return static_cast<u32>(pods_.size()); }
@@ -64,6 +76,7 @@ public:
     }
     Pod& pod_at(u32 id) { return pods_[id]; }
     const Media& media() const { return media_; }
+    Media& media() { return media_; }
 
     PodDirectory& directory() { return directory_; }
     const PodDirectory& directory() const { return directory_; }
@@ -159,7 +172,7 @@ public:
         }
     }
     Verdict own_verdict(const Worker& w) const {
-        bool degraded = w.sticky || w.in_doubt || !w.unsure.empty() || w.small_blocks || w.parked() != 0;
+        bool degraded = w.sticky || w.in_doubt || !w.unsure.empty() || w.small_blocks || w.pending != 0;
         const Pod& p = pods_[w.pod];
         degraded |= p.hybrid;
         // Where announcements are not counted, what a window has left can not be told from what it holds: vLLM 0.33.0
@@ -189,6 +202,8 @@ public:
         return std::any_of(w.lengths.begin(), w.lengths.end(), [](u32 length) { return length != 0; });
     }
     const Space& space_at(u32 id) const { return spaces_[id]; }
+    Space& space_at(u32 id) { return spaces_[id]; }
+    u32 space_slots() const { return static_cast<u32>(spaces_.size()); }
     // Slots that are looked at for every name and every beginning of a chain that is there, by the number of these.
     double probes() const {
         u64 looked = 0, found = 0;
@@ -205,7 +220,13 @@ public:
         return found ? static_cast<double>(looked) / static_cast<double>(found) : 0;
     }
     const Worker& worker_at(u32 id) const { return *workers_[id]; }
+    Worker& worker_at(u32 id) { return *workers_[id]; }
+    bool has_worker(u32 id) const { return id < workers_.size() && workers_[id]; }
+    u32 worker_slots() const { return static_cast<u32>(workers_.size()); }
+    u32 workers() const { return static_cast<u32>(workers_.size() - free_workers_.size()); }
     const Holder& holder(u32 id) const { return holders_[id]; }
+    Holder& holder(u32 id) { return holders_[id]; }
+    u32 holders() const { return static_cast<u32>(holders_.size() - free_holders_.size()); }
     u32 holder_slots() const { return static_cast<u32>(holders_.size()); }
     // The holders that have a face, and the guesses that stand for one of them.
     const std::vector<u64>& simple() const { return simple_; }
@@ -262,7 +283,8 @@ public:
         return n;
     }
 
-protected:
+    // ---- what is made and goes --------------------------------------------------------------------------------------
+
     u32 space(const std::string& model) {
         const auto it = space_ids_.find(model);
         if (it != space_ids_.end()) return it->second;
@@ -337,16 +359,6 @@ protected:
         free_holders_.push_back(id);
         ++holders_version_;
     }
-    static void set_bit(std::vector<u64>& mask, u32 bit, bool on) {
-        if (on && mask.size() <= bit >> 6) mask.resize((bit >> 6) + 1);
-        if ((bit >> 6) < mask.size()) {
-            if (on) {
-                mask[bit >> 6] |= 1ull << (bit & 63);
-            } else {
-                mask[bit >> 6] &= ~(1ull << (bit & 63));
-            }
-        }
-    }
     // A second holder of what `h` is for, which no match counts until it is shown.
     u32 hidden_like(u32 id, u32 h) {
         Worker& w = *workers_[id];
@@ -399,9 +411,9 @@ protected:
         while (g < w.groups.size() && w.groups[g].id != id) ++g;
         return g;
     }
-    // kNone: it would be one too many.
-    u32 group(Worker& w, const Event& e, u32 factor) {
-        const i64 id = e.group < 0 ? 0 : e.group;
+    // What an event says of its group. kNone: it would be one too many.
+    u32 group(Worker& w, const GroupSpec& spec, u32 factor) {
+        const i64 id = spec.id < 0 ? 0 : spec.id;
         const u32 g = find_group(w, id);
         if (g == kMostGroups) return kNone;
         const bool made = g == w.groups.size();
@@ -413,12 +425,12 @@ protected:
         Group& to = w.groups[g];
         const Group before = to;
         to.factor = std::max(to.factor, factor);
-        if (e.spec_kind.set()) {
-            to.kind = attention_of(e.spec_kind.p, e.spec_kind.n);
+        if (spec.kind) {
+            to.kind = attention_of(spec.kind, spec.kind_length);
             to.told_kind = true;
         }
-        if (e.window > 0) {
-            to.window = static_cast<u32>(std::min<i64>(e.window, 0x7FFFFFFF));
+        if (spec.window > 0) {
+            to.window = static_cast<u32>(std::min<i64>(spec.window, 0x7FFFFFFF));
             if (!to.told_kind) to.kind = Attention::sliding;
         }
         if (made || before.kind != to.kind) judge(w);
@@ -426,13 +438,13 @@ protected:
         return g;
     }
     // kNone: it would be one too many.
-    u32 holder_for(u32 id, const StrRef& medium, u32 group, u32 factor) {
+    u32 holder_for(u32 id, const char* medium, u32 length, u32 group, u32 factor) {
         Worker& w = *workers_[id];
-        const u32 known = media_.find(medium.p, medium.n);
+        const u32 known = media_.find(medium, length);
         for (u32 h : w.holders)
             if (holders_[h].medium == known && holders_[h].group == group && holders_[h].factor == factor) return h;
-        if (!holder_fits(w, known) || medium.n > kLongestMedium) return kNone;
-        const u32 made = media_.id(medium.p, medium.n);
+        if (!holder_fits(w, known) || length > kLongestMedium) return kNone;
+        const u32 made = media_.id(medium, length);
         if (made == kNone) return kNone;
         u32 h;
         try {
@@ -535,16 +547,11 @@ protected:
         workers_[id]->sticky = true;
         judge(*workers_[id]);
     }
-    void release(Worker& w) {
-        w.own.release(mem_);
-        w.chains.release(mem_);
-        w.kids.release(mem_);
-    }
     void drop_worker(u32 id) {
         Worker& w = *workers_[id];
         if (w.ghost != kNone) free_holder(w.ghost);
         drop_groups(w);
-        release(w);
+        w.release(mem_);
         workers_[id].reset();
         refund(kWorkerBytes);
         free_workers_.push_back(id);
@@ -552,8 +559,8 @@ protected:
 
     // What streams make and nothing but a clear or the pod's end takes away:
     // in a bounded index it must not be all there is room for.
+    std::size_t fixed() const { return fixed_ + media_.bytes(); }
     // Each with its places in lists, pods and masks.
-    static constexpr std::size_t kMostLengths = 4;
     static constexpr std::size_t kWorkerBytes = sizeof(Worker) + sizeof(void*) + 64;
     static constexpr std::size_t kHolderBytes = sizeof(Holder) + 64;
     void charge(std::size_t n) {
@@ -569,6 +576,130 @@ protected:
         w.groups.clear();
     }
 
+    // A batch of this stream has been applied. `clean`: whatever was lost before it does not matter any more.
+    void advance(u32 pod, i64 rank, const std::string& model, u64 seq, double ts, u64 fingerprint, bool clean,
+                 bool lost) {
+        std::map<i64, Position>& all = pods_[pod].positions;
+        const auto it = all.find(rank);
+        if (it == all.end() && all.size() >= kMostWorkers) return;
+        const bool whole = it == all.end() ? seq == 0 : it->second.whole && seq == it->second.seq + 1;
+        const Position at{seq, ts, fingerprint, space(model), !lost && (clean || whole)};
+        all[rank] = at;
+    }
+    // Something came in without a number: how far the stream has been applied cannot be said any more.
+    void lose_place(u32 pod, i64 rank) {
+        if (!pods_[pod].positions.empty()) pods_[pod].positions.erase(rank);
+    }
+    // A payload of this worker was lost.
+    void lost_payload(u32 pod, i64 rank) {
+        for (u32 w : pods_[pod].workers)
+            if (workers_[w]->rank == rank) spoil(w);
+    }
+    // The lengths of lookahead that a worker's blocks have; none where nothing is known of it.
+    std::vector<u32> lengths(u32 pod, i64 rank, const std::string& model) const {
+        const u32 space = find_space(model);
+        const u32 id = space == kNone ? kNone : find_worker(pod, rank, space);
+        return id == kNone || workers_[id]->lengths.empty() ? std::vector<u32>(1, 0) : workers_[id]->lengths;
+    }
+
+    // From here on the pod's number and name lead to nothing; the name may be opened anew.
+    void close_pod(u32 id) {
+        Pod& p = pods_[id];
+        directory_.close(p.name);
+        p.uid = 0;
+        ++pods_version_;
+    }
+    void drop_pod(u32 id, const std::vector<u32>& workers) {
+        Pod& p = pods_[id];
+        for (u32 w : workers) drop_worker(w);
+        for (const std::vector<u32>* list : {&p.clear_media, &p.ignore_media})
+            for (u32 m : *list) media_.drop(m);
+        p = Pod();
+        free_pods_.push_back(id);
+    }
+    // Whether no pod is left.
+    bool deserted() const { return free_pods_.size() == pods_.size(); }
+    // Gives back what was kept for the next pod.
+    void shrink() {
+        assert(deserted());
+        pods_.clear();
+        pods_.shrink_to_fit();
+        free_pods_.clear();
+        workers_.clear();
+        workers_.shrink_to_fit();
+        free_workers_.clear();
+        holders_.clear();
+        holders_.shrink_to_fit();
+        free_holders_.clear();
+        simple_.clear();
+        guessed_.clear();
+        grouped_.clear();
+        rooted_.clear();
+        faces_.clear();
+        stands_for_.clear();
+    }
+    // All but what the worker is: nothing of it is known any more.
+    void reset_worker(u32 id) {
+        Worker& w = *workers_[id];
+        w.forget(mem_);
+        for (const std::vector<u32>* list : {&w.holders, &w.hidden})
+            for (u32 h : *list) free_holder(h);
+        pods_[w.pod].holders -= static_cast<u32>(w.holders.size());
+        w.holders.clear();
+        w.hidden.clear();
+        w.mask.clear();
+        if (w.ghost != kNone) {
+            holders_[w.ghost].blocks = 0;
+            set_bit(w.mask, w.ghost, true);
+        }
+        drop_groups(w);
+        drop_lengths(w);
+        w.placed_full = w.small_blocks = w.sticky = w.in_doubt = w.shed = w.muted = false;
+        refresh(id);
+        judge(w);
+    }
+    // All content has gone, of all workers; each holds more than is known now. Needs no memory. What workers are
+    // (their groups limit their answers) stays.
+    void forget_content() noexcept {
+        for (const auto& worker : workers_) {
+            if (!worker) continue;
+            Worker& w = *worker;
+            w.forget(mem_);
+            for (const std::vector<u32>* list : {&w.holders, &w.hidden})
+                for (u32 h : *list) holders_[h].blocks = 0;
+            if (w.ghost != kNone) holders_[w.ghost].blocks = 0;
+            if (w.guess != kNone) free_holder(w.guess);
+            w.guess = kNone;
+            w.shed = w.sticky = true;
+        }
+        for (Space& s : spaces_) {
+            s.heads.release(mem_);
+            s.names.release(mem_);
+        }
+        for (u32 id = 0; id < workers_.size(); ++id)
+            if (workers_[id]) refresh(id);
+        for (u32 p = 0; p < pods_.size(); ++p) judge(p);
+    }
+
+    // The first broken invariant, or an empty string.
+    std::string check() const;
+    // A snapshot's sections of this part. What is read is verified as it comes.
+    void number(SavePlan& plan) const;
+    void save(SectionWriter& to, SavePlan& plan) const;
+    void restore(SectionReader& in, RestorePlan& plan);
+
+private:
+    static constexpr std::size_t kMostLengths = 4;
+
+    void restore_media(SectionReader& in);
+    void restore_models(SectionReader& in);
+    void restore_pods(SectionReader& in);
+    void restore_workers(SectionReader& in, RestorePlan& plan);
+    std::string check_faces(u32 id) const;
+    std::string check_worker(u32 id) const;
+    std::string check_spaces() const;
+    std::string check_media() const;
+
     // No two indexes have a version in common: a filter that was compiled for one must not be taken for another's,
     // such as one that was loaded in its place.
     static u64 first_version() {
@@ -576,9 +707,9 @@ protected:
         return ++made << 32;
     }
 
-    Memory mem_;
+    Memory& mem_;
     std::size_t fixed_ = 0;
-    bool set_presence_;
+    const bool set_presence_;
     Media media_;
     std::vector<Pod> pods_;
     PodDirectory directory_;

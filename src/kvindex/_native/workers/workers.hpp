@@ -69,44 +69,6 @@ struct Copy {
     u32 count;
 };
 
-// Stored blocks that cannot be placed yet. An orphan event waits for its parent, anything else for its own hash.
-struct Parked {
-    u64 waits_for = 0;
-    bool orphan = false;
-    u32 lookahead = 0;
-    bool rolled = false;  // `locals` are prefix hashes
-    u32 holder = 0;
-    u32 left = 0;  // how many are live
-    std::vector<u64> ids;
-    std::vector<u64> locals;  // orphans: ids.size() * factor local hashes
-    std::vector<u8> live;     // 0: its copy has been removed since, the position still counts
-};
-
-// One hash of one record, ordered so that the latest live one of a medium and group is found without looking at others:
-// a lot may have thousands of one hash, in one record or each.
-struct ParkedHash {
-    u64 name;
-    bool dead;
-    u32 medium, group;
-    u64 serial;
-    bool operator<(const ParkedHash& o) const {
-        if (name != o.name) return name < o.name;
-        if (dead != o.dead) return dead < o.dead;
-        if (medium != o.medium) return medium < o.medium;
-        if (group != o.group) return group < o.group;
-        return serial < o.serial;
-    }
-};
-
-struct ParkingLot {
-    u64 next = 0;
-    u32 hashes = 0;  // live entries
-    std::map<u64, Parked> records;
-    std::set<std::pair<u64, u64>> waiting;  // hash that is waited for, record
-    std::map<ParkedHash, u32> by_id;        // parked hash -> which of the record's
-    std::set<u64> dead;                     // records without a live entry
-};
-
 using Copies = std::vector<Copy, Counted<Copy>>;
 template <class K, class V>
 using CountedMap = std::unordered_map<K, V, Mixed, std::equal_to<K>, Counted<std::pair<const K, V>>>;
@@ -131,60 +93,30 @@ struct Worker {
     CountedMap<u64, u8> unsure;      // names below one that meant something else than a tier had said
     ChainTable chains;               // chains in which this worker knows a block
     CountTable kids;                 // (chain, depth) -> child chains there in which it knows a block
-    std::unique_ptr<ParkingLot> lot;
-    bool placed_full = false;   // has placed a block of a size that fits
-    bool small_blocks = false;  // has only sent single blocks that are too small: partial ones or a wrong size?
-    bool sticky = false;        // something could not be placed, for good
-    bool in_doubt = false;      // a clear did not say whether another medium than the engine's own was meant
-    bool shed = false;          // something that it holds was forgotten: nothing waits for what may have been that
-    bool muted = false;         // what limits its answers could not be kept: nothing of it is, until it starts anew
+    u32 pending = 0;                 // blocks of it that wait for their place
+    bool placed_full = false;        // has placed a block of a size that fits
+    bool small_blocks = false;       // has only sent single blocks that are too small: partial ones or a wrong size?
+    bool sticky = false;             // something could not be placed, for good
+    bool in_doubt = false;           // a clear did not say whether another medium than the engine's own was meant
+    bool shed = false;               // something that it holds was forgotten: nothing waits for what may have been that
+    bool muted = false;  // what limits its answers could not be kept: nothing of it is, until it starts anew
     Reason why_muted = Reason::over_budget;
     Verdict verdict = Verdict::exact;  // what its own state says, as the pod's verdict has it
     u32 face = kNone;                  // the holder whose bit is all that a match needs, if one is
     bool rootless = false;             // no group needs every block of a prefix
     u32 in_hybrid_list = kNone;
 
-    u32 parked() const { return lot ? lot->hashes : 0; }
-};
-
-// Entries of add_prefix: the whole path, so that it is found again whatever became of the chains.
-struct Guess {
-    u32 worker;
-    std::vector<u64> prefixes;
-};
-using Guesses = std::multimap<double, Guess>;  // by when they end
-
-// Along how many blocks two paths are one. A prefix hash stands for all blocks before it,
-// so the place where they part is found by halving.
-inline std::size_t together(const std::vector<u64>& a, const std::vector<u64>& b) {
-    std::size_t same = 0;
-    for (std::size_t end = std::min(a.size(), b.size()); same < end;) {
-        const std::size_t middle = same + (end - same) / 2;
-        if (a[middle] == b[middle]) {
-            same = middle + 1;
-        } else {
-            end = middle;
-        }
+    void release(Memory& m) {
+        own.release(m);
+        chains.release(m);
+        kids.release(m);
     }
-    return same;
-}
-
-// In this order, whoever shares most of a path stands next to it, and those that go on from a path come next after it.
-struct ByPath {
-    using is_transparent = void;
-    bool operator()(Guesses::const_iterator x, Guesses::const_iterator y) const {
-        const int way = compare(x->second.prefixes, y->second.prefixes);
-        return way ? way < 0 : &*x < &*y;
-    }
-    bool operator()(Guesses::const_iterator x, const std::vector<u64>& path) const {
-        return compare(x->second.prefixes, path) < 0;
-    }
-
-private:
-    static int compare(const std::vector<u64>& a, const std::vector<u64>& b) {
-        const std::size_t same = together(a, b);
-        if (same < a.size() && same < b.size()) return a[same] < b[same] ? -1 : 1;
-        return a.size() == b.size() ? 0 : a.size() < b.size() ? -1 : 1;
+    // Everything that it knows of blocks. Needs no memory.
+    void forget(Memory& m) noexcept {
+        release(m);
+        second = CountedMap<u64, u32>(Counted<char>(m));
+        copies = CountedMap<u32, Copies>(Counted<char>(m));
+        unsure = CountedMap<u64, u8>(Counted<char>(m));
     }
 };
 
@@ -276,6 +208,25 @@ struct Space {
     std::vector<u32> hybrids;    // workers whose groups and media must be looked at
     u32 rootless = 0;            // how many of them may go on after a hole
 };
+
+// What an event says of the group that its blocks belong to.
+struct GroupSpec {
+    i64 id = 0;                  // below 0: none is named
+    const char* kind = nullptr;  // nullptr: not told
+    u32 kind_length = 0;
+    i64 window = 0;  // tokens; 0: not told
+};
+
+inline void set_bit(std::vector<u64>& mask, u32 bit, bool on) {
+    if (on && mask.size() <= bit >> 6) mask.resize((bit >> 6) + 1);
+    if ((bit >> 6) < mask.size()) {
+        if (on) {
+            mask[bit >> 6] |= 1ull << (bit & 63);
+        } else {
+            mask[bit >> 6] &= ~(1ull << (bit & 63));
+        }
+    }
+}
 
 // Room for `n` in all, so that adding one needs no memory. By doubling, which reserve alone does not do.
 template <class V>

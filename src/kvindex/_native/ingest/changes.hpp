@@ -8,13 +8,13 @@
 // Other changes of the same pod wait meanwhile (Pod::busy); other pods' go on between the turns.
 #pragma once
 
-#include "index.hpp"
+#include "ingest/ingest.hpp"
 
 namespace kvindex {
 
 // ---- what needs no lock ---------------------------------------------------------------------------------------------
 
-inline void Index::prepare(const Batch& b, const Event& e, Change& c) const {
+inline void Ingest::prepare(const Batch& b, const Event& e, Change& c) const {
     c.ids.resize(e.n_hashes);
     for (u32 i = 0; i < e.n_hashes; ++i) c.ids[i] = name_of(b.hashes[e.hash_at + i]);
     c.n = e.n_hashes;
@@ -32,10 +32,10 @@ inline void Index::prepare(const Batch& b, const Event& e, Change& c) const {
 
 // ---- beginnings -----------------------------------------------------------------------------------------------------
 
-inline void Index::begin_store(Change& c, u32 id, u32 h, const Event& e, u32 factor, bool whole) {
+inline void Ingest::begin_store(Change& c, u32 id, u32 h, const Event& e, u32 factor, bool whole) {
     c.worker = id;
     c.holder = h;
-    c.twin = hidden_like(id, h);
+    c.twin = registry_.hidden_like(id, h);
     c.factor = factor;
     c.has_parent = e.has_parent;
     c.parent = name_of(e.parent);
@@ -48,7 +48,7 @@ inline void Index::begin_store(Change& c, u32 id, u32 h, const Event& e, u32 fac
     c.step = whole ? Change::Step::place : Change::Step::copy;
     c.epoch = epoch_;
 }
-inline void Index::begin_removal(Change& c, u32 id, const Holder& tier, const u32* stay) {
+inline void Ingest::begin_removal(Change& c, u32 id, const Holder& tier, const u32* stay) {
     c.worker = id;
     c.stay = stay;
     c.tier = tier;
@@ -58,10 +58,10 @@ inline void Index::begin_removal(Change& c, u32 id, const Holder& tier, const u3
     c.epoch = epoch_;
 }
 // Clears the workers of one rank or of every one, of some media or (nullptr) altogether.
-inline void Index::begin_clear(Change& c, u32 pod, i64 rank, const std::vector<u32>* media) {
+inline void Ingest::begin_clear(Change& c, u32 pod, i64 rank, const std::vector<u32>* media) {
     c.workers.clear();
-    for (u32 w : pods_[pod].workers)
-        if (rank == kEveryRank || workers_[w]->rank == rank) c.workers.push_back(w);
+    for (u32 w : registry_.pod_at(pod).workers)
+        if (rank == kEveryRank || registry_.worker_at(w).rank == rank) c.workers.push_back(w);
     c.doubts.assign(c.workers.size(), 0);
     c.some = media != nullptr;
     if (media) c.media = *media;
@@ -70,18 +70,18 @@ inline void Index::begin_clear(Change& c, u32 pod, i64 rank, const std::vector<u
     start_clear(c, pod, rank);
 }
 // Removes a pod. Begins without memory, so that it can be done where there is none.
-inline void Index::begin_end(Change& c, u32 pod) noexcept {
+inline void Ingest::begin_end(Change& c, u32 pod) noexcept {
     try {
-        c.workers = pods_[pod].workers;
+        c.workers = registry_.pod_at(pod).workers;
     } catch (const std::bad_alloc&) {
-        c.workers.swap(pods_[pod].workers);
+        c.workers.swap(registry_.pod_at(pod).workers);
     }
     c.some = c.forgives = false;
     c.goes = true;
     c.doubts.clear();
     start_clear(c, pod, 0);
 }
-inline void Index::start_clear(Change& c, u32 pod, i64 rank) noexcept {
+inline void Ingest::start_clear(Change& c, u32 pod, i64 rank) noexcept {
     c.pod = pod;
     c.rank = rank;
     c.at = 0;
@@ -90,7 +90,7 @@ inline void Index::start_clear(Change& c, u32 pod, i64 rank) noexcept {
     c.step = Change::Step::guesses;
     c.epoch = epoch_;
 }
-inline void Index::begin_attach(Change& c, u32 id) {
+inline void Ingest::begin_attach(Change& c, u32 id) {
     c.worker = id;
     c.waits.ends.clear();
     c.waits.moved.clear();
@@ -101,7 +101,7 @@ inline void Index::begin_attach(Change& c, u32 id) {
 // ---- one turn -------------------------------------------------------------------------------------------------------
 
 // Does a turn's worth; false: there is more to do.
-inline bool Index::go_on(Change& c, Report& r) {
+inline bool Ingest::go_on(Change& c, Report& r) {
     using Step = Change::Step;
     if (c.epoch != epoch_) {
         // Memory ended in somebody's change, and all content has gone. What clears has less to do; the rest was lost.
@@ -116,7 +116,7 @@ inline bool Index::go_on(Change& c, Report& r) {
     }
     for (c.left = kTurnBlocks; c.on() && c.left;) {
         do_step(c, r);
-        fit();
+        eviction_.fit();
         if (c.step == Step::sort) {
             if (c.chains.size() > kTurnBlocks) break;
             c.relax();
@@ -124,7 +124,7 @@ inline bool Index::go_on(Change& c, Report& r) {
     }
     return !c.on();
 }
-inline void Index::do_step(Change& c, Report& r) {
+inline void Ingest::do_step(Change& c, Report& r) {
     using Step = Change::Step;
     switch (c.step) {
         case Step::none: break;
@@ -150,13 +150,14 @@ inline void Index::do_step(Change& c, Report& r) {
     }
 }
 // For those who cannot wait, or have little to do.
-inline void Index::go_through(Change& c, Report& r) {
+inline void Ingest::go_through(Change& c, Report& r) {
     while (!go_on(c, r)) c.relax();
 }
 // A long store or removal ends before its time; what it had is gone, or goes with everything else.
-inline void Index::abandon(Change& c) noexcept {
+inline void Ingest::abandon(Change& c) noexcept {
     const auto drop = [&](u32 h) {
-        if (h != kNone && h < holders_.size() && holders_[h].worker == c.worker) drop_holder(c.worker, h);
+        if (h != kNone && h < registry_.holder_slots() && registry_.holder(h).worker == c.worker)
+            registry_.drop_holder(c.worker, h);
     };
     drop(c.twin);
     for (const auto& t : c.twins) drop(t.second);
@@ -166,23 +167,23 @@ inline void Index::abandon(Change& c) noexcept {
 
 // ---- a long store ---------------------------------------------------------------------------------------------------
 
-inline u32 Index::piece(const Change& c) { return std::min(c.n - c.at, std::max(1u, c.left / c.factor)); }
-inline void Index::place_piece(Change& c, Report& r) {
-    Worker& w = *workers_[c.worker];
+inline u32 Ingest::piece(const Change& c) { return std::min(c.n - c.at, std::max(1u, c.left / c.factor)); }
+inline void Ingest::place_piece(Change& c, Report& r) {
+    Worker& w = registry_.worker_at(c.worker);
     const u32 m = piece(c);
     c.spend(m * c.factor);
     const bool has_parent = c.has_parent || c.at != 0;
     const u64 parent = c.at ? c.ids[c.at - 1] : c.parent;
-    const u32 ref = has_parent ? find(c.worker, parent) : kNone;
+    const u32 ref = has_parent ? presence_.find(c.worker, parent) : kNone;
     if (has_parent && ref == kNone) return orphaned(c, r);
-    if (!make_room(c.worker, m, m * c.factor, 0, ref)) {
+    if (!eviction_.make_room(c.worker, m, m * c.factor, 0, ref)) {
         c.step = Change::Step::turn_away;
         return;
     }
     const Placing a{
         c.worker, c.twin,   has_parent, parent, c.ids.data() + c.at, m, c.locals.data() + std::size_t{c.at} * c.factor,
         nullptr,  c.rolled, c.lookahead};
-    const Placed placed = place(a);
+    const Placed placed = insertion_.place(a);
     switch (placed) {
         case Placed::yes:
             r.stored += m;
@@ -192,26 +193,26 @@ inline void Index::place_piece(Change& c, Report& r) {
             if (!w.placed_full || w.small_blocks) {
                 w.placed_full = true;
                 w.small_blocks = false;
-                judge(w);
+                registry_.judge(w);
             }
             break;
         case Placed::orphan: return orphaned(c, r);
         case Placed::misaligned:
         case Placed::mixed:
             r.skip(placed == Placed::mixed ? Reason::mixed_lookahead : Reason::misaligned);
-            spoil(c.worker);
+            registry_.spoil(c.worker);
             c.n = c.at;
             break;
     }
     if (c.at == c.n) c.step = Change::Step::show;
 }
-inline void Index::orphaned(Change& c, Report& r) {
-    if (workers_[c.worker]->shed) {
+inline void Ingest::orphaned(Change& c, Report& r) {
+    if (registry_.worker_at(c.worker).shed) {
         c.reason = Reason::shed;
         c.step = Change::Step::turn_away;
-    } else if (!room(c.worker, c.holder, c.ids.data() + c.at, c.n - c.at)) {
+    } else if (!pending_.room(c.worker, c.holder, c.ids.data() + c.at, c.n - c.at)) {
         r.skip(Reason::parked_full, c.n - c.at);
-        spoil(c.worker);
+        registry_.spoil(c.worker);
         c.n = c.at;
         c.step = Change::Step::show;
     } else {
@@ -220,25 +221,26 @@ inline void Index::orphaned(Change& c, Report& r) {
     }
 }
 // Copies of blocks that are known by name, or will be.
-inline void Index::copy_piece(Change& c, Report& r) {
+inline void Ingest::copy_piece(Change& c, Report& r) {
     const u32 m = piece(c);
     c.spend(m * c.factor);
-    if (!make_room(c.worker, 0, 0, std::size_t{m} * 128, kNone)) {
+    if (!eviction_.make_room(c.worker, 0, 0, std::size_t{m} * 128, kNone)) {
         c.step = Change::Step::turn_away;
         return;
     }
     for (const u32 end = c.at + m; c.at < end; ++c.at) {
-        const u32 ref = find(c.worker, c.ids[c.at]);
-        place_known(c.worker, ref == kNone ? c.holder : c.twin, c.ids[c.at], r);
+        const u32 ref = presence_.find(c.worker, c.ids[c.at]);
+        pending_.place_known(c.worker, ref == kNone ? c.holder : c.twin, c.ids[c.at], r);
     }
     count_refused(r);
     if (c.at == c.n) c.step = Change::Step::show;
 }
-inline void Index::park_piece(Change& c, Report& r) {
+inline void Ingest::park_piece(Change& c, Report& r) {
     const u32 m = piece(c);
     c.spend(m * c.factor);
-    if (workers_[c.worker]->shed) c.reason = Reason::shed;
-    if (workers_[c.worker]->shed || !make_room(c.worker, 0, 0, parked_weight(m, u64{m} * c.factor), kNone)) {
+    if (registry_.worker_at(c.worker).shed) c.reason = Reason::shed;
+    if (registry_.worker_at(c.worker).shed ||
+        !eviction_.make_room(c.worker, 0, 0, pending_.parked_weight(m, u64{m} * c.factor), kNone)) {
         c.step = Change::Step::turn_away;
         return;
     }
@@ -252,47 +254,47 @@ inline void Index::park_piece(Change& c, Report& r) {
                     nullptr,
                     c.rolled,
                     c.lookahead};
-    park_orphan(a, r);
+    pending_.park_orphan(a, r);
     c.at += m;
     if (c.at < c.n) return;
     c.n = c.placed;
     c.step = Change::Step::show;
 }
-inline void Index::turn_away_piece(Change& c, Report& r) {
+inline void Ingest::turn_away_piece(Change& c, Report& r) {
     const u32 m = piece(c);
     c.spend(m * c.factor);
     const u32 placed = c.placed == kNone ? c.at : c.placed;
-    turn_away(c.worker, c.ids.data() + c.at, m, c.reason, r);
+    pending_.turn_away(c.worker, c.ids.data() + c.at, m, c.reason, r);
     c.placed = placed;
     c.at += m;
     if (c.at < c.n) return;
     c.n = placed;
     c.step = Change::Step::show;
 }
-inline void Index::show_store(Change& c) {
+inline void Ingest::show_store(Change& c) {
     // Turning a name away, or another one's eviction, may have taken all of it again.
-    c.at = holders_[c.twin].blocks ? c.n : 0;
-    show(c.worker, c.twin);
+    c.at = registry_.holder(c.twin).blocks ? c.n : 0;
+    registry_.show(c.worker, c.twin);
     c.step = Change::Step::fold;
 }
 // The worker's blocks in [from, to) of a chain that the twin has become the holder's.
-inline void Index::fold(Change& c, u32 chain, u32 from, u32 to) {
+inline void Ingest::fold(Change& c, u32 chain, u32 from, u32 to) {
     const u32 id = c.worker, twin = c.twin, h = c.holder;
-    Worker& w = *workers_[id];
+    Worker& w = registry_.worker_at(id);
     bool both = false;
     chains_.change(chain, from, to, [&](u32 set, u32 k) {
         if (!sets_.has(set, twin)) return set;
         both |= sets_.has(set, h);
-        return sets_.has(set, h) ? set : with(set, h, k, twin);
+        return sets_.has(set, h) ? set : presence_.with(set, h, k, twin);
     });
     if (!both && w.copies.empty()) return;
     for (u32 d = from; d < to; ++d) {
         const Pos p{chain, d};
-        const u32 ref = chains_.ref(p), set = set_at(p);
+        const u32 ref = chains_.ref(p), set = presence_.set_at(p);
         const bool two = sets_.has(set, twin) && sets_.has(set, h);
         const bool ends = (d + 1) % c.factor == 0;
         if (ends && (two || w.copies.count(ref))) {
-            Copies& list = list_copies(id, p, ref);
+            Copies& list = presence_.list_copies(id, p, ref);
             for (std::size_t i = list.size(); i-- > 0;) {
                 if (list[i].holder != twin) continue;
                 const Copy more = list[i];
@@ -305,15 +307,15 @@ inline void Index::fold(Change& c, u32 chain, u32 from, u32 to) {
                     it->count = it->count > 0xFFFFFFFFu - more.count ? 0xFFFFFFFFu : it->count + more.count;
                 }
             }
-            tidy_copies(id, p, ref);
+            presence_.tidy_copies(id, p, ref);
         }
-        if (two) chains_.change(chain, d, d + 1, [&](u32 x, u32 k) { return without(x, twin, k); });
+        if (two) chains_.change(chain, d, d + 1, [&](u32 x, u32 k) { return presence_.without(x, twin, k); });
     }
 }
 // From the last block that was placed towards the first.
-inline void Index::fold_piece(Change& c) {
+inline void Ingest::fold_piece(Change& c) {
     while (c.at && c.left) {
-        const u32 ref = find(c.worker, c.ids[c.at - 1]);
+        const u32 ref = presence_.find(c.worker, c.ids[c.at - 1]);
         if (ref == kNone) {
             --c.at;
             c.spend(1);
@@ -325,18 +327,19 @@ inline void Index::fold_piece(Change& c) {
             const u32 k = std::min(blocks, p.depth + 1 - chains_[p.chain].base);
             fold(c, p.chain, p.depth + 1 - k, p.depth + 1);
             blocks -= k;
-            p = before({p.chain, p.depth + 1 - k});
+            p = presence_.before({p.chain, p.depth + 1 - k});
         }
         c.at -= m;
         c.spend(m * c.factor);
     }
     if (c.at) return;
-    if (holders_[c.twin].blocks)
-        for (u32 chain : own_chains(*workers_[c.worker])) fold(c, chain, chains_[chain].base, chains_[chain].end());
-    drop_holder(c.worker, c.twin);
+    if (registry_.holder(c.twin).blocks)
+        for (u32 chain : own_chains(registry_.worker_at(c.worker)))
+            fold(c, chain, chains_[chain].base, chains_[chain].end());
+    registry_.drop_holder(c.worker, c.twin);
     c.twin = kNone;
-    judge(*workers_[c.worker]);
-    if (c.whole && workers_[c.worker]->lot) {
+    registry_.judge(registry_.worker_at(c.worker));
+    if (c.whole && pending_.any(c.worker)) {
         c.waits.fresh.assign(c.ids.begin(), c.ids.begin() + c.n);
         begin_attach(c, c.worker);
     } else {
@@ -346,18 +349,19 @@ inline void Index::fold_piece(Change& c) {
 
 // ---- what waited for its parent -------------------------------------------------------------------------------------
 
-inline void Index::attach_piece(Change& c) {
-    if (attach(c.worker, c.waits, c.left)) c.step = Change::Step::settle;
+inline void Ingest::attach_piece(Change& c) {
+    if (pending_.attach(c.worker, c.waits, c.left)) c.step = Change::Step::settle;
     c.spend(kTurnBlocks);
 }
-inline void Index::settle_piece(Change& c) {
-    if (settle_ends(c.worker, c.waits, c.left) && drop_spent(c.worker, c.waits, c.left)) c.step = Change::Step::none;
+inline void Ingest::settle_piece(Change& c) {
+    if (pending_.settle_ends(c.worker, c.waits, c.left) && pending_.drop_spent(c.worker, c.waits, c.left))
+        c.step = Change::Step::none;
     c.spend(kTurnBlocks);
 }
 
 // ---- a long removal -------------------------------------------------------------------------------------------------
 
-inline void Index::take_piece(Change& c, Report& r) {
+inline void Ingest::take_piece(Change& c, Report& r) {
     for (; c.at < c.n && c.left; ++c.at, c.spend(1)) {
         if (remove_one(c.worker, c.tier, c.ids[c.at], c.stay ? c.stay + c.at : nullptr, &c)) {
             ++r.removed;
@@ -366,126 +370,99 @@ inline void Index::take_piece(Change& c, Report& r) {
         }
     }
     if (c.at < c.n) return;
-    for (const auto& t : c.twins) hide(c.worker, t.second);
+    for (const auto& t : c.twins) registry_.hide(c.worker, t.second);
     c.at = 0;
     c.step = Change::Step::forget;
 }
 // The last copy in `h` of the engine block that ends at `p` is to go; until then the twin has it.
-inline void Index::leave(Change& c, u32 h, Pos p) {
-    const Worker& w = *workers_[c.worker];
+inline void Ingest::leave(Change& c, u32 h, Pos p) {
+    const Worker& w = registry_.worker_at(c.worker);
     auto t = std::find_if(c.twins.begin(), c.twins.end(), [&](const auto& x) { return x.first == h; });
     if (t == c.twins.end()) {
         c.twins.reserve(c.twins.size() + 1);
-        const u32 twin = hidden_like(c.worker, h);
+        const u32 twin = registry_.hidden_like(c.worker, h);
         c.twins.push_back({h, twin});
-        show(c.worker, twin);
+        registry_.show(c.worker, twin);
         t = std::prev(c.twins.end());
     }
-    const u32 twin = t->second, factor = holders_[h].factor;
+    const u32 twin = t->second, factor = registry_.holder(h).factor;
     bool shared = false;
     for (u32 s = 0; s < factor; ++s) {
         // Content may fork inside an engine block; another one that shares this part of it holds it too.
-        shared = shared || (s != 0 && child_has(w, p, h));
+        shared = shared || (s != 0 && presence_.child_has(w, p, h));
         chains_.change(p.chain, p.depth, p.depth + 1,
-                       [&](u32 x, u32 k) { return with(x, twin, k, shared ? kNone : h); });
-        p = before(p);
+                       [&](u32 x, u32 k) { return presence_.with(x, twin, k, shared ? kNone : h); });
+        p = presence_.before(p);
     }
 }
-inline void Index::forget_piece(Change& c) {
+inline void Ingest::forget_piece(Change& c) {
     for (; c.at < c.n && c.left; ++c.at, c.spend(1)) {
         for (const auto& t : c.twins) {
-            const u32 ref = find(c.worker, c.ids[c.at]);
+            const u32 ref = presence_.find(c.worker, c.ids[c.at]);
             if (ref == kNone) break;
             const Pos p = chains_.pos(ref);
-            if (sets_.has(set_at(p), t.second) && (p.depth + 1) % holders_[t.second].factor == 0)
-                take_copy(c.worker, t.second, p);
+            if (sets_.has(presence_.set_at(p), t.second) && (p.depth + 1) % registry_.holder(t.second).factor == 0)
+                presence_.take_copy(c.worker, t.second, p);
         }
     }
     if (c.at < c.n) return;
     for (const auto& t : c.twins) {
-        if (holders_[t.second].blocks) forget_holder(c.worker, t.second);
-        drop_holder(c.worker, t.second);
+        if (registry_.holder(t.second).blocks) forget_holder(c.worker, t.second);
+        registry_.drop_holder(c.worker, t.second);
     }
     c.twins.clear();
-    judge(*workers_[c.worker]);
+    registry_.judge(registry_.worker_at(c.worker));
     c.step = Change::Step::none;
 }
 // Whatever a hidden holder still has.
-inline void Index::forget_holder(u32 id, u32 h) {
-    for (u32 chain : own_chains(*workers_[id])) {
+inline void Ingest::forget_holder(u32 id, u32 h) {
+    for (u32 chain : own_chains(registry_.worker_at(id))) {
         if (!chains_.alive(chain)) continue;
         for (u32 d = chains_[chain].end(); d-- > chains_[chain].base;)
-            if (sets_.has(chains_.set_at(chains_[chain], d), h)) lose_bit(id, h, {chain, d});
-        trim(chain);
+            if (sets_.has(chains_.set_at(chains_[chain], d), h)) presence_.lose_bit(id, h, {chain, d});
+        presence_.trim(chain);
     }
 }
 
 // ---- a clear --------------------------------------------------------------------------------------------------------
 
-inline void Index::drop_guess_of(Change& c) {
+inline void Ingest::drop_guess_of(Change& c) {
     const bool gpu = !c.some || std::find(c.media.begin(), c.media.end(), 0u) != c.media.end();
     for (; gpu && c.at < c.workers.size(); ++c.at)
-        if (drop_one_guess(c.workers[c.at])) return c.spend(kTurnBlocks / 16 + 1);
+        if (speculation_.drop_one(c.workers[c.at])) return c.spend(kTurnBlocks / 16 + 1);
     c.at = 0;
     c.step = Change::Step::hide;
 }
 // From here on no match counts anything of it.
-inline void Index::hide_all(Change& c) {
-    for (u32 id : c.workers) widen(workers_[id]->hidden, workers_[id]->hidden.size() + workers_[id]->holders.size());
+inline void Ingest::hide_all(Change& c) {
+    for (u32 id : c.workers)
+        widen(registry_.worker_at(id).hidden,
+              registry_.worker_at(id).hidden.size() + registry_.worker_at(id).holders.size());
     for (u32 id : c.workers) {
-        const std::vector<u32> all = workers_[id]->holders;
+        const std::vector<u32> all = registry_.worker_at(id).holders;
         for (u32 h : all)
-            if (cleared_by(c, h)) hide(id, h);
+            if (cleared_by(c, h)) registry_.hide(id, h);
     }
-    if (c.goes) close_pod(c.pod);
+    if (c.goes) registry_.close_pod(c.pod);
     c.step = Change::Step::lot;
     if (!c.workers.empty()) return;
     c.at = 0;
     end_clear(c);
 }
-inline bool Index::cleared_by(const Change& c, u32 h) const {
-    return !c.some || std::find(c.media.begin(), c.media.end(), holders_[h].medium) != c.media.end();
+inline bool Ingest::cleared_by(const Change& c, u32 h) const {
+    return !c.some || std::find(c.media.begin(), c.media.end(), registry_.holder(h).medium) != c.media.end();
 }
-inline void Index::clear_lot(Change& c) {
-    Worker& w = *workers_[c.workers[c.at]];
-    if (w.lot && !c.some) {
-        while (w.lot && c.left) {
-            c.spend(static_cast<u32>(w.lot->records.begin()->second.ids.size()) + 1);
-            unpark(*w.lot, w.lot->records.begin()->first);
-            if (w.lot->records.empty()) w.lot.reset();
-        }
-        if (w.lot) return;
-    } else if (w.lot) {
-        auto rec = w.lot->records.lower_bound(c.serial);
-        for (; rec != w.lot->records.end() && c.left; ++rec) {
-            for (u32 i = 0; i < rec->second.ids.size() && cleared_by(c, rec->second.holder); ++i)
-                if (rec->second.live[i]) take_back(*w.lot, {&rec->second, rec->first, i});
-            c.spend(static_cast<u32>(rec->second.ids.size()) + 1);
-        }
-        if (rec != w.lot->records.end()) {
-            c.serial = rec->first;
-            return;
-        }
-        c.serial = 0;
-    }
-    c.step = Change::Step::dead;
+inline void Ingest::clear_lot(Change& c) {
+    const auto cleared = [&](u32 h) { return cleared_by(c, h); };
+    if (pending_.clear(c.workers[c.at], !c.some, cleared, c.serial, c.left)) c.step = Change::Step::dead;
 }
 // Records that only a cleared copy was waiting in.
-inline void Index::clear_dead(Change& c) {
-    Worker& w = *workers_[c.workers[c.at]];
-    for (; w.lot && c.left; c.spend(8)) {
-        const auto next = w.lot->dead.lower_bound(c.serial);
-        if (next == w.lot->dead.end()) break;
-        c.serial = *next + 1;
-        drop_dead(c.workers[c.at], c.serial - 1);
-    }
-    if (w.lot && c.left == 0) return;
-    if (w.lot && w.lot->records.empty()) w.lot.reset();
-    c.step = Change::Step::maps;
+inline void Ingest::clear_dead(Change& c) {
+    if (pending_.drop_cleared(c.workers[c.at], c.serial, c.left)) c.step = Change::Step::maps;
 }
 // Names and copies mean nothing any more; the maps have an allocation for each.
-inline void Index::clear_maps(Change& c) {
-    Worker& w = *workers_[c.workers[c.at]];
+inline void Ingest::clear_maps(Change& c) {
+    Worker& w = registry_.worker_at(c.workers[c.at]);
     if (!c.some) {
         for (; c.left && !(w.second.empty() && w.copies.empty() && w.unsure.empty()); c.spend(1)) {
             if (!w.second.empty()) w.second.erase(w.second.begin());
@@ -500,8 +477,8 @@ inline void Index::clear_maps(Change& c) {
     c.cursor = {};
     c.step = Change::Step::collect;
 }
-inline void Index::collect_chains(Change& c) {
-    const Worker& w = *workers_[c.workers[c.at]];
+inline void Ingest::collect_chains(Change& c) {
+    const Worker& w = registry_.worker_at(c.workers[c.at]);
     const u32 stamp = c.cursor.stamp;
     const bool more = w.chains.step(c.cursor, kTurnBlocks * 8, [&](const ChainSlot& s) {
         const u32 chain = s.above - 1;
@@ -518,9 +495,9 @@ inline void Index::collect_chains(Change& c) {
 }
 // Chains from the deepest to the root, so that a parent does not lose its last holder while a child hangs on it.
 // Joining may have made a child part of its parent, which comes later.
-inline void Index::sweep_piece(Change& c) {
+inline void Ingest::sweep_piece(Change& c) {
     const u32 id = c.workers[c.at];
-    Worker& w = *workers_[id];
+    Worker& w = registry_.worker_at(id);
     while (c.left) {
         if (c.chains.empty()) {
             c.step = Change::Step::finish;
@@ -542,8 +519,8 @@ inline void Index::sweep_piece(Change& c) {
                 chains_.change(chain, from, end, [&](u32 set, u32) {
                     return sets_.minus(set, w.mask.data(), static_cast<u32>(w.mask.size()));
                 });
-            if (from == base) lose_chain(w, chain);
-            trim(chain);
+            if (from == base) presence_.lose_chain(w, chain);
+            presence_.trim(chain);
         }
         c.spend(end - from + 1);
         if (from == base || !chains_.alive(chain)) {
@@ -555,11 +532,11 @@ inline void Index::sweep_piece(Change& c) {
     }
 }
 // Where the part of a chain that the worker knows ends: that is its beginning, or nothing.
-inline u32 Index::known_end(const Worker& w, const Chain& c) const {
+inline u32 Ingest::known_end(const Worker& w, const Chain& c) const {
     u32 lo = 0, hi = c.runs.size();
     while (lo < hi) {
         const u32 mid = (lo + hi) / 2;
-        if (knows(w, c.runs[mid].set)) {
+        if (presence_.knows(w, c.runs[mid].set)) {
             lo = mid + 1;
         } else {
             hi = mid;
@@ -568,19 +545,19 @@ inline u32 Index::known_end(const Worker& w, const Chain& c) const {
     return lo ? chains_.run_end(c, lo - 1) : c.base;
 }
 // What only cleared media hold is remembered where something below it is known, and else forgotten.
-inline void Index::clear_some_of(const Change& c, u32 id, u32 chain, u32 from, u32 end) {
-    Worker& w = *workers_[id];
+inline void Ingest::clear_some_of(const Change& c, u32 id, u32 chain, u32 from, u32 end) {
+    Worker& w = registry_.worker_at(id);
     if (end == from) return;
-    const u32 g = ghost(id);
+    const u32 g = registry_.ghost(id);
     std::vector<u64> mask;
     for (u32 h : w.hidden)
         if (cleared_by(c, h)) set_bit(mask, h, true);
     chains_.change(chain, from, end, [&](u32 set, u32 k) {
-        if (!knows(w, set)) return set;
+        if (!presence_.knows(w, set)) return set;
         for (u32 h : w.hidden)
-            if (cleared_by(c, h) && sets_.has(set, h)) holders_[h].blocks -= k;
-        const bool rest = knows_without(w, set, mask);
-        if (!rest) holders_[g].blocks += k;
+            if (cleared_by(c, h) && sets_.has(set, h)) registry_.holder(h).blocks -= k;
+        const bool rest = presence_.knows_without(w, set, mask);
+        if (!rest) registry_.holder(g).blocks += k;
         return sets_.minus(set, mask.data(), static_cast<u32>(mask.size()), rest ? kNone : g);
     });
     if (!w.copies.empty()) {
@@ -590,34 +567,34 @@ inline void Index::clear_some_of(const Change& c, u32 id, u32 chain, u32 from, u
             if (it == w.copies.end()) continue;
             for (Copy& x : it->second)
                 if (x.holder != kNone && cleared_by(c, x.holder)) x.count = 0;
-            tidy_copies(id, {chain, d}, ref);
+            presence_.tidy_copies(id, {chain, d}, ref);
         }
     }
-    climb(id, {chain, end - 1});
-    trim(chain);
+    presence_.climb(id, {chain, end - 1});
+    presence_.trim(chain);
 }
-inline void Index::finish_clear(Change& c) {
+inline void Ingest::finish_clear(Change& c) {
     const u32 id = c.workers[c.at];
     if (c.some) {
-        while (!workers_[id]->hidden.empty()) show(id, workers_[id]->hidden.back());
-        judge(*workers_[id]);
+        while (!registry_.worker_at(id).hidden.empty()) registry_.show(id, registry_.worker_at(id).hidden.back());
+        registry_.judge(registry_.worker_at(id));
     } else {
-        forget_worker(id);
-        workers_[id]->in_doubt = c.at < c.doubts.size() && c.doubts[c.at];
-        judge(*workers_[id]);
+        registry_.reset_worker(id);
+        registry_.worker_at(id).in_doubt = c.at < c.doubts.size() && c.doubts[c.at];
+        registry_.judge(registry_.worker_at(id));
     }
     c.swept = kNone;
     c.serial = 0;
     c.step = Change::Step::lot;
     if (++c.at == c.workers.size()) end_clear(c);
 }
-inline void Index::end_clear(Change& c) {
+inline void Ingest::end_clear(Change& c) {
     if (c.goes) {
-        if (pods_[c.pod].uid) close_pod(c.pod);
-        drop_pod(c.pod, c.workers);
+        if (registry_.pod_at(c.pod).uid) registry_.close_pod(c.pod);
+        registry_.drop_pod(c.pod, c.workers);
     } else {
-        if (c.forgives) pods_[c.pod].refused.forgive(c.rank);
-        sum_up(c.pod);
+        if (c.forgives) registry_.pod_at(c.pod).refused.forgive(c.rank);
+        registry_.sum_up(c.pod);
     }
     c.step = Change::Step::none;
 }

@@ -1,0 +1,13 @@
+// The sentence that names a broken invariant, for the parts' own checks.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace kvindex {
+
+inline std::string broken(const char* what, std::uint64_t a, std::uint64_t b) {
+    return std::string(what) + " (" + std::to_string(a) + ", " + std::to_string(b) + ")";
+}
+
+}  // namespace kvindex

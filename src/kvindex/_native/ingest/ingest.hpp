@@ -1,0 +1,831 @@
+// The meaning of events: what each does to its worker, in one turn of the write lock or (changes.hpp) in several.
+//
+// An event is applied as a whole or not at all, and what could not be applied is in the report. It is `apply`d within a
+// Turn, which remembers what need not be looked up for each event of a stream; what a turn does not end is in its
+// Change, and `go_on` does another turn's worth of that.
+#pragma once
+
+#include <algorithm>
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include "hash/extra_keys.hpp"
+#include "hash/identity.hpp"
+#include "ingest/eviction.hpp"
+#include "ingest/repeats.hpp"
+
+namespace kvindex {
+
+// A change that goes on over several turns of the write lock (changes.hpp).
+struct Change {
+    // In the order in which they come: of a store, of what waited for it, of a removal, of a clear.
+    enum class Step : u8 {
+        none,
+        place,
+        copy,
+        park,
+        turn_away,
+        show,
+        fold,
+        attach,
+        settle,
+        take,
+        forget,
+        guesses,
+        hide,
+        lot,
+        dead,
+        maps,
+        collect,
+        sort,
+        sweep,
+        finish
+    };
+
+    Step step = Step::none;
+    u32 epoch = 0;
+    u32 pod = kNone, worker = kNone;
+    i64 rank = 0;
+    u32 at = 0;  // how far the step has come, in engine blocks or workers
+
+    // Of an event, made without the lock.
+    bool prepared = false, sound = true;
+    u32 n = 0;  // engine blocks without repeats
+    std::vector<u64> ids, locals;
+
+    // Of a store.
+    u32 holder = kNone, twin = kNone, factor = 1;
+    bool has_parent = false, rolled = false, whole = false;
+    u64 parent = 0;
+    u32 lookahead = 0;
+    u32 placed = kNone;  // engine blocks that have been placed, where the others were not
+    Reason reason = Reason::none;
+
+    // Of what waited.
+    Attaching waits;
+
+    // Of a removal: how many copies stay, if the event says so, and the holder that each of the worker's has given what
+    // is to go.
+    Holder tier;
+    const u32* stay = nullptr;
+    std::vector<std::pair<u32, u32>> twins;
+
+    // Of a clear.
+    std::vector<u32> workers, media;
+    std::vector<u8> doubts;  // by worker: whether it will be in doubt
+    bool some = false;       // these media only
+    bool forgives = false;   // the rank holds nothing afterwards, of no model
+    bool goes = false;       // the pod goes too
+    u64 serial = 0;
+    std::vector<std::pair<u32, u32>> chains;  // base and number
+    ChainTable::Cursor cursor;
+    u32 swept = kNone;
+
+    u32 left = 0;  // blocks that this turn may still change, or as much work
+
+    bool on() const { return step != Step::none; }
+    void spend(u32 blocks) { left -= std::min(left, blocks); }
+    // Orders the chains of a clear, which needs no lock.
+    void relax() {
+        if (step != Step::sort) return;
+        std::sort(chains.begin(), chains.end());
+        step = Step::sweep;
+    }
+};
+
+// Events of one stream that are applied under one lock, one after the other, and what need not be looked up for each.
+struct Turn {
+    u32 pod;
+    i64 rank;
+    const std::string& model;
+    u32 space;
+    u32 worker = kNone;
+    u32 holder = kNone;  // where the event before stored to, while nothing else was said
+    // What the parents of the next events probably are, by the number of the event.
+    static constexpr std::size_t kParents = 4;
+    u32 parents[kParents] = {kNone, kNone, kNone, kNone};
+    Change& change;  // what an event begins and a turn does not end
+
+    Turn(u32 pod, i64 rank, const std::string& model, u32 space, Change& change)
+        : pod(pod), rank(rank), model(model), space(space), change(change) {}
+};
+
+class Ingest {
+public:
+    Ingest(Memory& m, Registry& registry, SetPool& sets, Chains& chains, Presence& presence, Insertion& insertion,
+           Speculation& speculation, Pending& pending, Eviction& eviction, const BlockHasher& hasher, u32 block_size,
+           u64 seed)
+        : mem_(m),
+          registry_(registry),
+          sets_(sets),
+          chains_(chains),
+          presence_(presence),
+          insertion_(insertion),
+          speculation_(speculation),
+          pending_(pending),
+          eviction_(eviction),
+          hasher_(hasher),
+          block_size_(block_size),
+          seed_(seed) {}
+    ~Ingest() = default;
+    Ingest(const Ingest&) = delete;
+    Ingest& operator=(const Ingest&) = delete;
+
+    // All content is about to go: what is under way learns of it when it goes on.
+    void start_over() noexcept { ++epoch_; }
+    // Gives back what a large event needed, and counts what stays. Scratch grows in these four; the rest follows them.
+    void tidy() {
+        const std::size_t seen = ids_.capacity() + insertion_.scratch() + extra_.scratch.capacity();
+        if (seen == seen_) return;
+        std::size_t n = scratch_bytes();
+        if (n > eviction_.most_scratch()) {
+            drop_scratch();
+            n = 0;
+        }
+        mem_.bytes += n - scratch_;
+        scratch_ = n;
+        seen_ = n ? seen : 0;
+        eviction_.fit();
+    }
+    // Events of this stream from `i` on were lost. Where they said something new of its groups and media, nothing is
+    // kept of the worker any more: a group that is not known would object to nothing.
+    void missed(const Turn& turn, const Batch& b, std::size_t i) {
+        const u32 id = registry_.find_worker(turn.pod, turn.rank, registry_.find_space(turn.model));
+        for (; i < b.events.size(); ++i) {
+            const Event& e = b.events[i];
+            if (e.kind != EventKind::stored) continue;
+            if (id == kNone) return refuse(turn.pod, turn.rank, e);
+            bool known = false;
+            try {
+                known = learned(registry_.worker_at(id), e, static_cast<u32>(e.block_size / block_size_));
+            } catch (const std::bad_alloc&) {
+                // A medium's name is compared in lower case.
+                known = false;
+            }
+            if (!known) registry_.worker_at(id).muted = true;
+        }
+    }
+
+    // ---- long changes (changes.hpp) ---------------------------------------------------------------------------------
+
+    // Whether an event is prepared without the lock, and applied in pieces.
+    static bool is_long(const Event& e) {
+        return e.bad == Reason::none && (e.kind == EventKind::stored || e.kind == EventKind::removed) &&
+               (e.n_hashes > kTurnBlocks || e.n_tokens > u64{kTurnBlocks} * 4096);
+    }
+    void prepare(const Batch& b, const Event& e, Change& c) const;
+    void begin_end(Change& c, u32 pod) noexcept;
+    void begin_clear(Change& c, u32 pod, i64 rank, const std::vector<u32>* media);
+    bool go_on(Change& c, Report& r);
+    void go_through(Change& c, Report& r);
+    void abandon(Change& c) noexcept;
+    void set_busy(u32 pod, bool busy) {
+        if (pod < registry_.pod_slots()) registry_.pod_at(pod).busy = busy;
+    }
+    // Whether a clear of this rank takes more than one turn.
+    bool holds_much(u32 pod, i64 rank) const {
+        for (u32 id : registry_.pod_at(pod).workers)
+            if (const Worker& w = registry_.worker_at(id);
+                w.rank == rank &&
+                (registry_.held(w) > kTurnBlocks || w.pending > kTurnBlocks || w.chains.size() > kTurnBlocks))
+                return true;
+        return false;
+    }
+    bool parks_much(u32 pod, i64 rank) const {
+        for (u32 id : registry_.pod_at(pod).workers)
+            if (registry_.worker_at(id).rank == rank && pending_.size(id) > kTurnBlocks) return true;
+        return false;
+    }
+    // Gives back all scratch, of an index that is deserted.
+    void shrink() {
+        drop_scratch();
+        mem_.sub(scratch_);
+        scratch_ = seen_ = 0;
+    }
+
+    // ---- events -----------------------------------------------------------------------------------------------------
+
+    // One event of one stream. Never throws for what an engine may send; what could not be applied is in the report.
+    KVINDEX_INLINE void apply(Turn& turn, const Batch& b, const Event& e, Report& r) {
+        const u32 holder = e.like ? turn.holder : kNone;
+        turn.holder = kNone;
+        if (holder == kNone && ignores(turn.pod, e)) return r.skip(Reason::ignored_medium);
+        if (e.kind == EventKind::stored && turn.worker == kNone && known_worker(turn) == kNone &&
+            !eviction_.joins(turn.pod)) {
+            const Reason why = eviction_.admits(Registry::kWorkerBytes) ? Reason::over_limit : Reason::over_budget;
+            r.skip(why, e.bad == Reason::none ? e.n_hashes : 1);
+            refuse(turn.pod, turn.rank, e);
+            return;
+        }
+        act(turn, b, e, holder, r);
+        eviction_.fit();
+    }
+    static constexpr std::size_t kNamesAhead = 6;
+    // Ask for what event `i` will need before its turn has come: the places of its names, then its parent's page, then
+    // the chain. Each is known only when the one before has come, so several events are on their way at a time. One
+    // block an event, each in another chain, after the processor has done something else: 255 ns a block became 190.
+    KVINDEX_INLINE void expect_names(const Turn& turn, const Batch& b, std::size_t i) const {
+        if (i >= b.events.size() || turn.space == kNone) return;
+        const Event& e = b.events[i];
+        const RefTable& names = registry_.space_at(turn.space).names;
+        if (e.has_parent) names.prefetch(name_of(e.parent));
+        for (u32 k = 0; k < e.n_hashes && k < 4; ++k) names.prefetch(name_of(b.hashes[e.hash_at + k]));
+    }
+    KVINDEX_INLINE void expect_page(Turn& turn, const Batch& b, std::size_t i) const {
+        if (i >= b.events.size() || turn.space == kNone) return;
+        const Event& e = b.events[i];
+        u32& parent = turn.parents[i % Turn::kParents];
+        parent = e.has_parent ? registry_.space_at(turn.space).names.guess(name_of(e.parent)) : kNone;
+        if (parent != kNone) chains_.prefetch_block(parent);
+    }
+    KVINDEX_INLINE void expect_chain(const Turn& turn, std::size_t i) const {
+        if (const u32 parent = turn.parents[i % Turn::kParents]; parent != kNone) chains_.prefetch_chain(parent);
+    }
+    KVINDEX_INLINE void expect(Turn& turn, const Batch& b, std::size_t i) const {
+        expect_names(turn, b, i + kNamesAhead);
+        expect_page(turn, b, i + 4);
+        expect_chain(turn, i + 2);
+    }
+    KVINDEX_INLINE void expect_first(const Turn& turn, const Batch& b, std::size_t i) const {
+        for (std::size_t k = i; k < i + kNamesAhead; ++k) expect_names(turn, b, k);
+    }
+    // The worker's cache is empty, or what of it lies in the medium that the event names.
+    void cleared(Change& c, u32 pod, i64 rank, StrRef medium) {
+        Pod& p = registry_.pod_at(pod);
+        if (medium.set()) {
+            const std::vector<u32> named{registry_.media().find(medium.p, medium.n)};
+            begin_clear(c, pod, rank, &named);
+        } else if (p.has_clear_media) {
+            begin_clear(c, pod, rank, &p.clear_media);
+        } else {
+            begin_clear(c, pod, rank, nullptr);
+            // vLLM's reset_prefix_cache leaves an offloading tier alone; with reset_external, a sleep or a pause the
+            // tier goes too. The events are the same. SGLang clears its tree and the host's pool in one step (0.5.23,
+            // UnifiedRadixCache._reset_full), and leaves its storage alone.
+            for (std::size_t i = 0; i < c.workers.size(); ++i) {
+                const u32 id = c.workers[i];
+                c.doubts[i] = registry_.worker_at(id).in_doubt || held_elsewhere(id);
+            }
+            if (p.refused.elsewhere) c.forgives = false;
+        }
+    }
+    // Events of these media are left out from now on, and what they said before goes.
+    void ignore_media(u32 pod, const std::vector<std::string>& media, Change& c) {
+        registry_.set_media(registry_.pod_at(pod).ignore_media, media);
+        begin_clear(c, pod, kEveryRank, &registry_.pod_at(pod).ignore_media);
+    }
+    void clear_worker(u32 pod, i64 rank, Change& c) {
+        registry_.heard(pod);
+        registry_.pod_at(pod).positions.erase(rank);
+        begin_clear(c, pod, rank, nullptr);
+    }
+
+private:
+    // The two marks of pages are not available as names; 2^-63 by chance, and then a neighbour's name.
+    static u64 name_of(u64 id) { return id == kNoName || id == kNameless ? id + 1 : id; }
+
+    KVINDEX_INLINE u32 known_worker(Turn& turn) const {
+        if (turn.worker == kNone) turn.worker = registry_.find_worker(turn.pod, turn.rank, turn.space);
+        return turn.worker;
+    }
+    KVINDEX_INLINE u32 worker_of(Turn& turn) {
+        if (turn.worker == kNone)
+            turn.worker = registry_.worker(turn.pod, turn.rank, turn.space = registry_.space(turn.model));
+        return turn.worker;
+    }
+    void act(Turn& turn, const Batch& b, const Event& e, u32 known, Report& r) {
+        if (e.bad != Reason::none) {
+            if (!e.many) r.skip(e.bad);
+            if (e.many && e.parent) r.skip(Reason::unknown_event, e.parent);
+            if (e.many && e.block_size) r.skip(Reason::bad_event, e.block_size);
+            // An event of a kind that is not known may have taken blocks away.
+            if (e.kind == EventKind::stored) {
+                registry_.spoil(worker_of(turn));
+            } else if (const u32 w = known_worker(turn); w != kNone) {
+                registry_.spoil(w);
+            }
+            return;
+        }
+        switch (e.kind) {
+            case EventKind::stored: stored(turn, b, e, known, r); break;
+            case EventKind::removed: {
+                const u64* ids = b.hashes.data() + e.hash_at;
+                if (const u32 w = known_worker(turn); w == kNone) {
+                    r.skip(Reason::unknown_hash, e.n_hashes);
+                } else {
+                    removed(turn.change, w, e, ids, e.n_tokens ? b.tokens.data() + e.token_at : nullptr, r);
+                }
+                break;
+            }
+            case EventKind::cleared:
+                cleared(turn.change, turn.pod, turn.rank, e.medium);
+                ++r.cleared;
+                break;
+            case EventKind::other: r.skip(Reason::unknown_event); break;
+        }
+    }
+
+    // A rank for whose worker there is no room holds more than is known.
+    void refuse(u32 pod, i64 rank, const Event& e) {
+        registry_.pod_at(pod).refused.add(rank, registry_.media().find(e.medium.p, e.medium.n) != 0);
+        registry_.judge(pod);
+    }
+    bool ignores(u32 pod, const Event& e) const {
+        const std::vector<u32>& media = registry_.pod_at(pod).ignore_media;
+        if (media.empty()) return false;
+        if (!e.medium.set() && (e.kind == EventKind::cleared || e.kind == EventKind::other)) return false;
+        return std::find(media.begin(), media.end(), registry_.media().find(e.medium.p, e.medium.n)) != media.end();
+    }
+
+    // ---- stored -----------------------------------------------------------------------------------------------------
+
+    // `known`: the holder that events like this one store to, if it is known.
+    void stored(Turn& turn, const Batch& b, const Event& e, u32 known, Report& r) {
+        // It says nothing of any block, not even that one is masked.
+        if (is_bare(e) && e.n_hashes == 0) return;
+        const u32 id = worker_of(turn);
+        if (const Worker& w = registry_.worker_at(id); w.muted) return r.skip(w.why_muted, e.n_hashes);
+        u32 factor = 1;
+        if (!takes_size(id, e, factor, r)) return;
+        const Change& change = turn.change;
+        if (!change.prepared) {
+            ids_.resize(e.n_hashes);
+            for (u32 i = 0; i < e.n_hashes; ++i) ids_[i] = name_of(b.hashes[e.hash_at + i]);
+        }
+        const u64* const ids = change.prepared ? change.ids.data() : ids_.data();
+        const u32 n = change.prepared ? change.n : distinct(e, ids);
+        if (n < e.n_hashes) {
+            r.skip(Reason::duplicate_hash, e.n_hashes - n);
+            registry_.spoil(id);
+        }
+        if (known == kNone) known = learn(id, e, factor, ids, n, r);
+        if (known == kNone) return;
+        turn.holder = known;
+        // All its blocks masked: that the group exists is all there is to learn,
+        // and it limits what the worker can reuse.
+        if (n == 0) return;
+        if (change.prepared) {
+            store_long(turn, b, e, known, n, r);
+        } else {
+            store(turn, b, e, known, n, r);
+        }
+    }
+    // Neither tokens nor hashes of content: names alone.
+    static bool is_bare(const Event& e) { return e.n_tokens == 0 && e.hashed == Hashed::tokens; }
+    // Whether the event's block size is one of which the index can tell blocks: `factor` of its own. What is not is
+    // reported.
+    bool takes_size(u32 id, const Event& e, u32& factor, Report& r) {
+        Worker& w = registry_.worker_at(id);
+        const auto mismatch = [&] {
+            r.skip(Reason::block_size_mismatch);
+            registry_.spoil(id);
+            return false;
+        };
+        if (e.block_size == 0) return is_bare(e) || mismatch();
+        // The unfinished end of a prompt: vLLM announces it and again when it is whole, LMCache where it is told to.
+        const bool cut = e.n_tokens && e.n_tokens < e.block_size && e.block_size <= u64{block_size_} * 0xFFFF;
+        const bool partial = e.n_hashes == 1 && (cut || e.block_size < u64{block_size_} * largest_factor(w));
+        if (e.block_size % block_size_ || (partial && cut)) {
+            if (!partial) return mismatch();
+            if (w.placed_full) {
+                r.skip(Reason::partial_block);
+            } else {
+                r.skip(Reason::block_size_mismatch);
+                w.small_blocks = true;
+                registry_.judge(w);
+            }
+            return false;
+        }
+        const u64 k = e.block_size / block_size_;
+        // Hashes of blocks of another size say nothing of these.
+        if (k > kMostFactor || (e.hashed != Hashed::tokens && k != 1)) return mismatch();
+        factor = static_cast<u32>(k);
+        return true;
+    }
+    // The holder that the event stores to, with what it says of its group. kNone: there can be none, which is reported.
+    u32 learn(u32 id, const Event& e, u32 factor, const u64* ids, u32 n, Report& r) {
+        Worker& w = registry_.worker_at(id);
+        if (eviction_.bounded() && !can_learn(w, e, factor)) {
+            r.skip(Reason::over_budget, n);
+            mute(id, Reason::over_budget);
+            return kNone;
+        }
+        const u32 g = registry_.group(w, {e.group, e.spec_kind.p, e.spec_kind.n, e.window}, factor);
+        if (g == kNone) {
+            // A group that is not known would object to nothing, so the answers of the others would be too large.
+            r.skip(Reason::over_limit, std::max(n, 1u));
+            mute(id, Reason::over_limit);
+            return kNone;
+        }
+        if (is_bare(e) && e.block_size == 0) factor = w.groups[g].factor;
+        const u32 h = registry_.holder_for(id, e.medium.p, e.medium.n, g, factor);
+        registry_.refresh(id);
+        if (h == kNone) {
+            if (n == 0) r.skip(Reason::over_limit);
+            pending_.turn_away(id, ids, n, Reason::over_limit, r);
+        }
+        return h;
+    }
+    // Whether the event's content is to be placed. A tier's event may lack the salt, adapter or image of a block: where
+    // the worker's own announcement of it may have been evicted, its names alone count, what they meant here or
+    // nothing.
+    bool places(u32 id, const Event& e, u32 h) const {
+        return of_whole_blocks(e) && !(registry_.worker_at(id).shed && registry_.holder(h).medium != 0);
+    }
+    // Events that only name blocks have no lookahead of their own.
+    bool too_many_lengths(Worker& w, const Event& e) {
+        return e.lookahead != w.length && !registry_.learn_length(w, e.lookahead);
+    }
+    // Begins what goes on over several turns.
+    void store_long(Turn& turn, const Batch& b, const Event& e, u32 h, u32 n, Report& r) {
+        Change& change = turn.change;
+        const u32 id = turn.worker, factor = registry_.holder(h).factor;
+        Worker& w = registry_.worker_at(id);
+        const bool whole = places(id, e, h);
+        const bool is_over = over_limit(w.pod, u64{n} * factor);
+        if (whole && !change.sound) {
+            r.skip(Reason::bad_event);
+            return registry_.spoil(id);
+        }
+        if (whole && e.hashed != Hashed::tokens) {
+            const auto given = b.hashes.begin() + e.hash_at + e.n_hashes;
+            change.locals.assign(given, given + n);
+        }
+        const bool refused = is_over || (whole && too_many_lengths(w, e));
+        begin_store(change, id, h, e, factor, whole);
+        if (refused || !eviction_.may_fit(n, u64{n} * factor)) {
+            change.reason = refused ? Reason::over_limit : Reason::over_budget;
+            change.step = Change::Step::turn_away;
+        }
+    }
+    // Inlined, as `place`: a call each was 65 of the instructions of an event of one block.
+    KVINDEX_INLINE void store(Turn& turn, const Batch& b, const Event& e, u32 h, u32 n, Report& r) {
+        const u32 id = turn.worker, factor = registry_.holder(h).factor;
+        Worker& w = registry_.worker_at(id);
+        const bool whole = places(id, e, h);
+        if (over_limit(w.pod, u64{n} * factor)) return pending_.turn_away(id, ids_.data(), n, Reason::over_limit, r);
+        if (!make_room_for(id, e, n, factor, whole))
+            return pending_.turn_away(id, ids_.data(), n, Reason::over_budget, r);
+        if (!whole) {
+            for (u32 i = 0; i < n; ++i) pending_.place_known(id, h, ids_[i], r);
+            count_refused(r);
+            return;
+        }
+        locals_.resize(std::size_t{n} * factor);
+        if (e.hashed != Hashed::tokens) {
+            const auto given = b.hashes.begin() + e.hash_at + e.n_hashes;
+            std::copy(given, given + n, locals_.begin());
+        } else if (!hash_event(b, e, n, factor, locals_.data(), extra_)) {
+            r.skip(Reason::bad_event);
+            registry_.spoil(id);
+            return;
+        }
+        if (too_many_lengths(w, e)) return pending_.turn_away(id, ids_.data(), n, Reason::over_limit, r);
+        note_full(w);
+        place(turn.change, id, h, e, n, r);
+    }
+    // It has placed a block of a size that fits.
+    void note_full(Worker& w) {
+        if (w.placed_full && !w.small_blocks) return;
+        w.placed_full = true;
+        w.small_blocks = false;
+        registry_.judge(w);
+    }
+    KVINDEX_INLINE void place(Change& change, u32 id, u32 h, const Event& e, u32 n, Report& r) {
+        const Placing a{id,
+                        h,
+                        e.has_parent,
+                        name_of(e.parent),
+                        ids_.data(),
+                        n,
+                        locals_.data(),
+                        nullptr,
+                        e.hashed == Hashed::prefix,
+                        e.lookahead};
+        switch (insertion_.place(a)) {
+            case Placed::yes:
+                r.stored += n;
+                count_conflicts(id, r);
+                count_refused(r);
+                if (!pending_.any(id)) break;
+                if (pending_.size(id) > kTurnBlocks) {
+                    change.waits.fresh.assign(a.ids, a.ids + n);
+                    begin_attach(change, id);
+                } else {
+                    pending_.work_off(id, a.ids, n);
+                }
+                break;
+            case Placed::orphan: pending_.park_orphan(a, r); break;
+            case Placed::misaligned:
+                r.skip(Reason::misaligned);
+                registry_.spoil(id);
+                break;
+            case Placed::mixed:
+                r.skip(Reason::mixed_lookahead);
+                registry_.spoil(id);
+                break;
+        }
+    }
+    void count_conflicts(u32 id, Report& r) {
+        const u32 conflicts = insertion_.conflicts();
+        if (!conflicts) return;
+        r.stored -= conflicts;
+        r.skip(Reason::hash_conflict, conflicts);
+        registry_.spoil(id);
+    }
+    void count_refused(Report& r) {
+        const u32 refused = presence_.take_refused();
+        r.stored -= refused;
+        if (refused) r.skip(Reason::over_limit, refused);
+    }
+    // Whether so many blocks more are more than this pod may have. What it re-announces counts as new, and what waits
+    // as if it were placed, which it will be without being asked again.
+    bool over_limit(u32 pod, u64 more) {
+        Pod& p = registry_.pod_at(pod);
+        return p.max_blocks != 0 && over_limit(p, more);
+    }
+    bool over_limit(Pod& p, u64 more) {
+        if (more <= p.spare) {
+            p.spare -= more;
+            return false;
+        }
+        // At the limit each event counts anew; below it, only one of many.
+        for (u32 id : p.workers) {
+            const Worker& w = registry_.worker_at(id);
+            more += registry_.held(w) + u64{w.pending} * largest_factor(w);
+        }
+        p.spare = p.max_blocks - std::min(p.max_blocks, more);
+        return more > p.max_blocks;
+    }
+    static u32 largest_factor(const Worker& w) {
+        u32 factor = 1;
+        for (const Group& g : w.groups) factor = std::max(factor, g.factor);
+        return factor;
+    }
+    bool make_room_for(u32 id, const Event& e, u32 n, u32 factor, bool whole) {
+        if (!eviction_.on()) return true;
+        // What is announced by name alone costs a place in a list of copies, or in a lot.
+        if (!whole) return eviction_.make_room(id, 0, 0, static_cast<std::size_t>(n) * 128, kNone);
+        const u32 parent = e.has_parent ? presence_.find(id, name_of(e.parent)) : kNone;
+        if (e.has_parent && parent == kNone)
+            return registry_.worker_at(id).shed ||
+                   eviction_.make_room(id, 0, 0, pending_.parked_weight(n, u64{n} * factor), kNone);
+        return eviction_.make_room(id, n, n * factor, 0, parent);
+    }
+    // Whether what the event says of its worker is known, or may be kept for good.
+    bool can_learn(const Worker& w, const Event& e, u32 factor) const {
+        return eviction_.admits(Registry::kHolderBytes + sizeof(Group) + 192 + u64{2} * e.medium.n) ||
+               learned(w, e, factor);
+    }
+    bool learned(const Worker& w, const Event& e, u32 factor) const {
+        return std::any_of(w.holders.begin(), w.holders.end(), [&](u32 h) {
+            const Holder& o = registry_.holder(h);
+            const Group& g = w.groups[o.group];
+            return g.id == std::max<i64>(e.group, 0) && o.medium == registry_.media().find(e.medium.p, e.medium.n) &&
+                   o.factor == (e.block_size ? factor : g.factor);
+        });
+    }
+    void mute(u32 id, Reason why) {
+        clear_all(id);
+        eviction_.fall_short(id);
+        registry_.worker_at(id).muted = true;
+        registry_.worker_at(id).why_muted = why;
+    }
+    // Whether the event describes all its blocks, and not only names them.
+    static bool of_whole_blocks(const Event& e) {
+        if (e.hashed != Hashed::tokens) return true;
+        // LMCache 0.5 slices one token too many: 257 tokens for a block of 256. Where blocks are masked, tokens are a
+        // whole number of blocks.
+        const u64 spanned = static_cast<u64>(e.n_hashes) * e.block_size;
+        return e.n_tokens != 0 && e.block_size != 0 &&
+               (e.n_tokens == spanned || (e.n_tokens > spanned && e.n_tokens % e.block_size));
+    }
+    // Of how many engine blocks the names differ, from the first on. What repeats the parent repeats as well: a block
+    // cannot lie below itself.
+    static u32 distinct(const Event& e, const u64* ids) {
+        const u32 n = Repeats::first(ids, e.n_hashes);
+        if (!e.has_parent || !of_whole_blocks(e)) return n;
+        return static_cast<u32>(std::find(ids, ids + n, name_of(e.parent)) - ids);
+    }
+    // Local hashes of the event's first n engine blocks, adapter and extra keys included.
+    bool hash_event(const Batch& b, const Event& e, u32 n, u32 factor, u64* locals, ExtraDigests& extra) const {
+        const u32* tokens = b.tokens.data() + e.token_at;
+        const u32 blocks = n * factor;
+        char digits[24];
+        StrRef adapter = e.lora_name;
+        if (!adapter.set() || adapter.n == 0) adapter = e.lora_id_name;
+        if ((!adapter.set() || adapter.n == 0) && e.lora_id > 0) {
+            const int len = std::snprintf(digits, sizeof digits, "%lld", static_cast<long long>(e.lora_id));
+            adapter.p = digits;
+            adapter.n = static_cast<u32>(len);
+        }
+        if (adapter.set() && adapter.n) {
+            BlockHasher(seed_, block_size_, xxh3_64(adapter.p, adapter.n, 0)).locals(tokens, blocks, locals);
+        } else {
+            hasher_.locals(tokens, blocks, locals);
+        }
+        if (!e.extra_keys && !e.cache_salt.set()) return look_ahead(b, e, n, factor, locals);
+        if (!extra_key_digests(e.extra_keys, e.extra_keys_bytes, adapter, e.cache_salt, !e.has_parent, seed_, n, extra))
+            return false;
+        if (extra.any)
+            for (u32 j = 0; j < n; ++j)
+                if (u64& h = locals[std::size_t{j} * factor]; extra.has[j]) h = mix_extra(h, extra.digest[j], seed_);
+        return look_ahead(b, e, n, factor, locals);
+    }
+    // What is behind an index block is partly in its own engine block.
+    bool look_ahead(const Batch& b, const Event& e, u32 n, u32 factor, u64* locals) const {
+        if (e.lookahead == 0) return true;
+        const u32* tokens = b.tokens.data() + e.token_at;
+        const u32* ahead = tokens + e.n_tokens;
+        const std::size_t size = std::size_t{block_size_} * factor;
+        std::vector<u32> behind;
+        for (u32 j = 0; j < n; ++j, tokens += size, ahead += e.lookahead) {
+            behind.assign(tokens, tokens + (factor > 1 ? size : 0));
+            behind.insert(behind.end(), ahead, ahead + e.lookahead);
+            for (u32 s = 0; s < factor; ++s) {
+                u64& h = locals[std::size_t{j} * factor + s];
+                h = mix_lookahead(h, behind.data() + (factor > 1 ? std::size_t{block_size_} * (s + 1) : 0), e.lookahead,
+                                  seed_);
+            }
+        }
+        return true;
+    }
+
+    // ---- removed, cleared -------------------------------------------------------------------------------------------
+
+    // `left`: how many copies stay of each, where the event says so.
+    void removed(Change& change, u32 id, const Event& e, const u64* ids, const u32* left, Report& r) {
+        Holder tier;
+        tier.medium = registry_.media().find(e.medium.p, e.medium.n);
+        // Nobody holds anything there.
+        if (tier.medium == kNone) return r.skip(Reason::unknown_hash, e.n_hashes);
+        tier.group = registry_.find_group(registry_.worker_at(id), e.group);
+        if (change.prepared) return begin_removal(change, id, tier, left);
+        for (u32 i = 0; i < e.n_hashes; ++i) {
+            const u64 name = name_of(ids[i]);
+            if (remove_one(id, tier, name, left ? left + i : nullptr, nullptr)) {
+                ++r.removed;
+            } else {
+                r.skip(Reason::unknown_hash);
+            }
+        }
+    }
+    // Of a name that has no copy nothing is known that could stay.
+    bool leave_copies(u32 id, const Holder& tier, u64 name, u32 left, Change* change) {
+        if (remove_copy(id, tier, name, &left, change)) return true;
+        const u32 waiting = pending_.parked_copies(id, tier, name);
+        for (u32 n = waiting; n > left; --n) pending_.cancel(id, tier, name);
+        return waiting != 0;
+    }
+    // What an event that names a block for removal means, with `left` copies that stay or (nullptr) one that goes.
+    bool remove_one(u32 id, const Holder& tier, u64 name, const u32* left, Change* change) {
+        return left ? leave_copies(id, tier, name, *left, change)
+                    : remove_copy(id, tier, name, nullptr, change) || pending_.cancel(id, tier, name);
+    }
+    // Takes away one copy, or, where `left` says how many stay, all others. Of a long removal, what goes waits for the
+    // others.
+    bool remove_copy(u32 id, const Holder& tier, u64 name, const u32* left, Change* change) {
+        const auto take = [&](u32 h, Pos at) {
+            if (change) {
+                leave(*change, h, at);
+            } else {
+                presence_.take_copy(id, h, at);
+            }
+        };
+        const auto leaves = [&](u32 h) {
+            return change && std::any_of(change->twins.begin(), change->twins.end(),
+                                         [&](const auto& t) { return t.second == h; });
+        };
+        Worker& w = registry_.worker_at(id);
+        const u32 ref = presence_.find(id, name);
+        if (ref == kNone) return false;
+        const Pos p = chains_.pos(ref);
+        const u32 set = presence_.set_at(p);
+        for (u32 h : w.holders) {
+            const Holder& holder = registry_.holder(h);
+            if (holder.medium != tier.medium || holder.group != tier.group || (p.depth + 1) % holder.factor ||
+                leaves(h))
+                continue;
+            const auto it = w.copies.empty() ? w.copies.end() : w.copies.find(ref);
+            if (it == w.copies.end()) {
+                u64 first;
+                if (!sets_.has(set, h) || !presence_.first_name(id, p, ref, first) || first != name) continue;
+                if (!left || *left == 0) {
+                    take(h, p);
+                    return true;
+                }
+                if (*left == 1 || counts_once(w)) return true;
+                presence_.list_copies(id, p, ref);
+            }
+            Copies& list = w.copies.find(ref)->second;
+            auto c = std::find_if(list.begin(), list.end(),
+                                  [&](const Copy& x) { return x.id == name && x.holder == h && x.count; });
+            if (c == list.end()) continue;
+            c->count = left ? std::min(*left, counts_once(w) ? 1u : *left) : c->count - 1;
+            const bool last =
+                std::none_of(list.begin(), list.end(), [&](const Copy& x) { return x.holder == h && x.count; });
+            presence_.tidy_copies(id, p, ref);
+            if (last) take(h, p);
+            return true;
+        }
+        return false;
+    }
+    bool counts_once(const Worker& w) const { return registry_.pod_at(w.pod).set_presence; }
+    // Whether a medium that the engine's clears may leave alone holds something, or something that was forgotten here.
+    bool held_elsewhere(u32 id) const {
+        const Worker& w = registry_.worker_at(id);
+        const bool sglang = registry_.pod_at(w.pod).engine == Engine::sglang;
+        const auto spared = [&](u32 medium) { return medium != 0 && !(sglang && registry_.media().is_host(medium)); };
+        for (u32 h : w.holders)
+            if (spared(registry_.holder(h).medium) && (registry_.holder(h).blocks || w.shed)) return true;
+        return pending_.waits_in(id, spared);
+    }
+    // The worker's chains, children before their parents.
+    std::vector<u32> own_chains(const Worker& w) const {
+        std::vector<u32> list;
+        w.chains.each([&](u32 chain) { list.push_back(chain); });
+        std::sort(list.begin(), list.end(), [&](u32 a, u32 b) {
+            return chains_[a].base != chains_[b].base ? chains_[a].base > chains_[b].base : a < b;
+        });
+        return list;
+    }
+    void clear_all(u32 id) {
+        Change c;
+        Report unused;
+        begin_clear(c, registry_.worker_at(id).pod, registry_.worker_at(id).rank, nullptr);
+        c.workers.assign(1, id);
+        c.forgives = false;
+        go_through(c, unused);
+    }
+    void start_clear(Change& c, u32 pod, i64 rank) noexcept;
+    void do_step(Change& c, Report& r);
+    void begin_store(Change& c, u32 id, u32 h, const Event& e, u32 factor, bool whole);
+    void begin_removal(Change& c, u32 id, const Holder& tier, const u32* stay);
+    void begin_attach(Change& c, u32 id);
+    void end_clear(Change& c);
+    static u32 piece(const Change& c);
+    void place_piece(Change& c, Report& r);
+    void orphaned(Change& c, Report& r);
+    void copy_piece(Change& c, Report& r);
+    void park_piece(Change& c, Report& r);
+    void turn_away_piece(Change& c, Report& r);
+    void show_store(Change& c);
+    void fold(Change& c, u32 chain, u32 from, u32 to);
+    void fold_piece(Change& c);
+    void attach_piece(Change& c);
+    void settle_piece(Change& c);
+    void take_piece(Change& c, Report& r);
+    void leave(Change& c, u32 h, Pos p);
+    void forget_piece(Change& c);
+    void forget_holder(u32 id, u32 h);
+    void drop_guess_of(Change& c);
+    void hide_all(Change& c);
+    bool cleared_by(const Change& c, u32 h) const;
+    void clear_lot(Change& c);
+    void clear_dead(Change& c);
+    void clear_maps(Change& c);
+    void collect_chains(Change& c);
+    void sweep_piece(Change& c);
+    u32 known_end(const Worker& w, const Chain& c) const;
+    void clear_some_of(const Change& c, u32 id, u32 chain, u32 from, u32 end);
+    void finish_clear(Change& c);
+
+    static constexpr i64 kEveryRank = -1;
+    // Blocks of the index in one engine block, which is never split: 65,536 tokens of the usual 16.
+    static constexpr u32 kMostFactor = 4096;
+
+    std::size_t scratch_bytes() const {
+        return bytes_of(ids_, locals_, extra_.digest, extra_.has, extra_.scratch) + insertion_.scratch_bytes() +
+               pending_.scratch_bytes();
+    }
+    void drop_scratch() {
+        drop_all(ids_, locals_);
+        extra_ = {};
+        insertion_.drop_scratch();
+        pending_.drop_scratch();
+    }
+
+    Memory& mem_;
+    Registry& registry_;
+    SetPool& sets_;
+    Chains& chains_;
+    Presence& presence_;
+    Insertion& insertion_;
+    Speculation& speculation_;
+    Pending& pending_;
+    Eviction& eviction_;
+    const BlockHasher& hasher_;
+    const u32 block_size_;
+    const u64 seed_;
+
+    // Changes when all content has gone.
+    u32 epoch_ = 0;
+
+    // Scratch of the one writer.
+    std::vector<u64> ids_, locals_;
+    ExtraDigests extra_;
+    std::size_t scratch_ = 0, seen_ = 0;  // its bytes as they are counted, and what it had grown to then
+};
+
+}  // namespace kvindex
