@@ -113,8 +113,8 @@ struct TokenPath {
             for (; k < count && hash(i + k, prev) == expect[k]; ++k) prev = expect[k];
             return k;
         }
-        for (; k < count; ++k) {
-            if (roll.roll(prev, local.template local_fixed<BT>(tokens + step * (i + k))) != expect[k]) return k;
+        for (const u32* block = tokens + step * i; k < count; ++k, block += step) {
+            if (roll.roll(prev, local.template local_fixed<BT>(block)) != expect[k]) return k;
             prev = expect[k];
         }
         return count;
