@@ -60,7 +60,7 @@ listed = $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.t
 	touch $@
 
 .PHONY: ci nightly tsan-nightly fuzz-nightly simulate simulate-nightly coverage test-nightly wheel-check release-check
-.PHONY: help build demo test test-unit test-wire sanitize sanitize-quick tsan fuzz lint dist clean bench-peers bench-rows bench-streams bench-router bench-service bench-gate
+.PHONY: help build demo test test-unit test-wire sanitize sanitize-quick tsan fuzz lint dist clean bench-peers bench-rows bench-streams bench-router bench-service bench-replication bench-gate
 .PHONY: bench bench-quick bench-html bench-replay bench-baseline bench-check
 
 .PHONY: test-kv-sync-chaos test-kv-sync-benchmark test-kv-sync-all chaos-quick chaos-storm
@@ -81,6 +81,7 @@ help:
 	@echo 'make bench-streams     events over TCP until they are applied: one publisher, and fleets of up to 1,000'
 	@echo 'make bench-router      requests a second through the router of the examples, by wrk'
 	@echo 'make bench-service     kvindex serve beside Dynamo'"'"'s indexer: requests, ingest, page, replica'
+	@echo 'make bench-replication  a follower of the log beside direct subscription: processor time, lag, memory, warm start'
 	@echo 'make bench-gate BASE=REV  asv, of REV and HEAD: exit 1 when something got slower or larger by more than a tenth'
 	@echo 'make bench-rows        growth, hybrid pods, threads, tail, stalls, memory and others, each beside what was promised'
 	@echo 'make lint              style of code and prose, types and clang-tidy'
@@ -257,6 +258,11 @@ bench-streams: .venv/.test-tools
 bench-router: .venv/.test-tools
 	$(call need,command -v wrk,wrk)
 	$(BIN)/python -m benchmarks.router
+
+# A log, a follower and direct subscription in one run, on the server of the machine.
+bench-replication: .venv/.test-tools
+	$(call need,command -v redis-server,redis-server)
+	$(BIN)/python -m e2e.replication_cost
 
 # The service beside Dynamo's indexer, asked by wrk.
 bench-service: .venv/.bench-tools $(PEERS)/.tried

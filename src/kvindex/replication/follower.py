@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from ..sync.status import Batch
 from .entries import ZERO, Beat, Begun, Id, LogError, Previous, decode, id_text
 from .requests import Effect, Get, Load, Read, ReplicationPolicy, Request, Tip, Trust, Wait
 from .snapshots import Download, Pointer
@@ -169,7 +170,9 @@ class Follower:
             self.place = id
             self.entries += 1
             for item in items:
-                if isinstance(item, Beat):
+                if type(item) is Batch:  # nearly all
+                    effects.append(item)
+                elif isinstance(item, Beat):
                     beaten = True
                 elif isinstance(item, Begun):
                     self.begun_by = item.writer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ..sync.status import Marked, Removed
+from ..sync.status import Batch, Marked, Removed
 from .collector import Collector, Cut
 from .entries import Beat, Begun, Described, Id, Item, LogError, encode, id_text, next_epoch
 from .follower import Follower
@@ -180,6 +180,8 @@ class Replica:
         if self.follower.place is not None:
             self._highest = max(self._highest, self.follower.place[0])
         for effect in effects:
+            if type(effect) is Batch:  # nearly all
+                continue
             if type(effect) is Load:
                 self.known.load(effect)
             else:
