@@ -433,7 +433,7 @@ def snapshot_head(bytes data, uint64_t file_bytes): return native_head(<const ui
 
 
 cdef object _no_batch(_Ints payload, DecodeFault& fault):
-    return EventDecodeError(f"payload of {payload.n} bytes is no event batch: {fault.what.decode()} at byte {fault.offset}", fault.offset)
+    return EventDecodeError(f"payload of {payload.n} bytes is not an event batch: {fault.what.decode()} at byte {fault.offset}", fault.offset)
 
 
 Mapping.register(PrefixMatch)

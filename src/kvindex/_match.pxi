@@ -19,7 +19,7 @@ cdef class PrefixMatch:
     cdef object prompt, lora_name, cache_salt, extra_keys, prefixes
     cdef dict hits, media
 
-    def __init__(self): raise InvalidTypeError("a PrefixMatch is what match_prefix returns, and is not made by hand")
+    def __init__(self): raise InvalidTypeError("a PrefixMatch is created by match_prefix only")
 
     cdef str pod_name(self, uint64_t uid):
         return self.index.names.get(uid) or self.index.name(uid)

@@ -187,7 +187,7 @@ cdef class IngestReport:
     cdef readonly object ts
     cdef readonly int64_t dp_rank
 
-    def __init__(self): raise InvalidTypeError("an IngestReport is what ingest returns, and is not made by hand")
+    def __init__(self): raise InvalidTypeError("an IngestReport is created by ingest only")
 
     def __reduce__(self):
         return _report, (*(getattr(self, name) for name in answers.REPORT), self.ts, self.dp_rank)

@@ -48,9 +48,9 @@ def unpacked(data: bytes) -> Any:
 def listed(some: Sequence[bytes], of: int) -> str:
     """The pods that a message names: some, and how many there are besides."""
     if not of:
-        return "known are none yet"
+        return "it has no pods yet"
     names = ", ".join(sorted(shown(name.decode("utf-8", "surrogateescape"))[1:-1] for name in some))
-    return f"known are {names}" + (f" and {of - len(some)} more" if of > len(some) else "")
+    return f"it has {names}" + (f" and {of - len(some)} more" if of > len(some) else "")
 
 
 def whole(value: Any, what: str, low: int, high: int) -> int:
@@ -89,7 +89,7 @@ def flag(value: Any, what: str) -> bool:
 
 def called(value: Any, what: str) -> Any:
     if not callable(value):
-        raise InvalidTypeError(f"{what} is {shown(value)}; it must be a function without arguments")
+        raise InvalidTypeError(f"{what} is {shown(value)}; it must be a callable without arguments")
     return value
 
 
@@ -160,7 +160,7 @@ def each(values: Any, what: str) -> Iterator[Any]:
 
 def unmasked(value: Any, what: str) -> None:
     if np.ma.is_masked(value):
-        raise InvalidValueError(f"{what} has masked items; filled() or compressed() says what they are")
+        raise InvalidValueError(f"{what} has masked items; pass filled() or compressed()")
 
 
 def budget(max_bytes: Any) -> int:
@@ -245,7 +245,7 @@ def stored_fields(event: Any) -> tuple[bool, int, int, int, int, list[bytes | No
     tokens = field(event, "token_ids")
     hashed = content_hashes(event)
     if hashed is not None and tokens is not None and len(tokens):
-        raise InvalidValueError(f"{hashed[0]} is given beside token_ids; one of them says what the blocks hold")
+        raise InvalidValueError(f"{hashed[0]} is given beside token_ids; give one of them")
     parent = event.parent_block_hash
     named = isinstance(event.lora_id, str)
     return (
@@ -298,7 +298,7 @@ def content_hashes(event: Any) -> tuple[str, Any] | None:
     """The field that gives its blocks' hashes in place of tokens, and those."""
     given = [(name, field(event, name)) for name in HASHED if field(event, name) is not None]
     if len(given) > 1:
-        raise InvalidValueError("local_hashes and prefix_hashes are both given; one of them says what the blocks hold")
+        raise InvalidValueError("local_hashes and prefix_hashes are both given; give one of them")
     return given[0] if given else None
 
 

@@ -112,7 +112,7 @@ def _read(file: BinaryIO, name: str) -> Generator[dict[str, Any] | Record, None,
             chunk, cut = b"", True
         except (gzip.BadGzipFile, zlib.error) as error:
             if received == 0:
-                raise CaptureError(f"{name} is no gzip file: {error}", 0) from error
+                raise CaptureError(f"{name} is not a gzip file: {error}", 0) from error
             where = f"after byte {received} of its uncompressed stream"
             raise CaptureError(f"{name} is damaged {where}: {error}", received) from error
         if not chunk:
@@ -125,7 +125,7 @@ def _read(file: BinaryIO, name: str) -> Generator[dict[str, Any] | Record, None,
             except StopIteration:
                 break
             # The C unpacker has no base class for what it raises: FormatError, StackError and UnicodeDecodeError are
-            # ValueErrors, a map key that can not be hashed is a TypeError.
+            # ValueErrors, a map key that cannot be hashed is a TypeError.
             except (ValueError, TypeError) as error:
                 raise CaptureError(f"{name}, byte {start}: no msgpack object: {error}", start) from error
             try:
@@ -163,7 +163,7 @@ def _record(item: object) -> Record:
             return Forget(pod, rank, at)
         case ["query", str(ident), bytes(tokens), dict(context), dict(hits)]:
             if len(tokens) % 4:
-                raise ValueError(f"query {ident!r} has {len(tokens)} bytes of tokens, which is no number of u32")
+                raise ValueError(f"query {ident!r} has {len(tokens)} bytes of tokens, which is not a multiple of 4")
             if not all(isinstance(pod, str) and type(hit) is int for pod, hit in hits.items()):
                 raise ValueError(f"query {ident!r} must map pods to numbers of tokens, not {_shown(hits)}")
             return Query(

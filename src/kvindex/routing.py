@@ -456,7 +456,7 @@ class EndpointPicker:
         if labels is None and (pods is not None or self._sources is None):
             return pods
         if self._sources is None:
-            raise InvalidValueError("labels are those of a manager's sources; give EndpointPicker(index, manager)")
+            raise InvalidValueError("labels need a manager: EndpointPicker(index, manager)")
         wanted = {} if labels is None else dict(_mapping(labels, "labels"))
         key = (model, tuple(sorted(wanted.items())), pods)
         # The dict of this moment: a change of the pods puts another in its place.
@@ -478,7 +478,7 @@ class EndpointPicker:
 
     def _own(self, choice: Choice) -> None:
         if not isinstance(choice, Choice) or getattr(choice, "_picker", None) is not self:
-            raise InvalidValueError(f"choice is {arguments.shown(choice)}, which this picker did not make")
+            raise InvalidValueError(f"choice is {arguments.shown(choice)}, which is not a choice of this picker")
 
     def _unfinished(self, choice: Choice) -> None:
         if not choice._open:

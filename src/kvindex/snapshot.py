@@ -54,9 +54,7 @@ def write(path: str, data: memoryview) -> None:
     except SnapshotError:
         raise
     except OSError as error:
-        raise _failed(
-            f"no snapshot could be written to {path}", error, "; what was there before is as it was"
-        ) from error
+        raise _failed(f"no snapshot could be written to {path}", error, "; a previous file is unchanged") from error
 
 
 def read(path: str) -> bytes:
@@ -85,7 +83,7 @@ def _only_regular(found: os.stat_result) -> None:
     if stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, "it is no regular file")
+        raise OSError(errno.EINVAL, "it is not a regular file")
 
 
 def _replace(folder: int, name: str, data: memoryview) -> None:

@@ -527,7 +527,7 @@ class RemoteEncoder(_Encoder):
                     raise EncodeError(f"{self._url} took more than {self._timeout} s")
             answer.release_conn()
         except (self._errors, OSError) as error:
-            raise EncodeError(f"{self._url} gives no token ids: {error}") from error
+            raise EncodeError(f"{self._url} returned no token ids: {error}") from error
         finally:
             # One that was not read to its end cannot be used again.
             if answer is not None and sys.exc_info()[0] is not None:
@@ -545,7 +545,7 @@ class RemoteEncoder(_Encoder):
                 raise ValueError
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             shown = arguments.shown(data[:200].decode(errors="replace"))
-            raise EncodeError(f"{self._url} answered {shown}, which has no list of token ids as tokens") from None
+            raise EncodeError(f"{self._url} answered {shown}, without a list of token ids in tokens") from None
         return ids.astype(np.uint32)
 
 
@@ -636,5 +636,5 @@ def _compiled(template: str) -> Callable[..., str]:
     try:
         compiled = env.from_string(template)
     except jinja2.TemplateError as error:
-        raise InvalidValueError(f"chat_template is no Jinja template: {error}") from error
+        raise InvalidValueError(f"chat_template is not a Jinja template: {error}") from error
     return lambda messages, **options: compiled.render(messages=messages, **options)

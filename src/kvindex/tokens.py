@@ -74,7 +74,7 @@ def tokens_to_bytes(tokens: npt.ArrayLike, byteorder: Literal["big", "little"] =
     except InvalidValueError:
         raise
     except ValueError as error:  # lists of several lengths
-        raise InvalidTypeError(f"tokens are no sequence of ints: {error}") from None
+        raise InvalidTypeError(f"tokens are not a sequence of ints: {error}") from None
     if array.size == 0:
         return b""
     if array.dtype.kind not in "iu" or array.ndim != 1:

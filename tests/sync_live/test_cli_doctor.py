@@ -379,14 +379,14 @@ def test_a_prompt_is_looked_for(ask, pod, tmp_path, monkeypatch, capsys):
     assert about([1, 2, 3]) == (1, ["the prompt's 3 tokens are less than a block of 4"])
     monkeypatch.setattr("sys.stdin", io.StringIO("[0, 1, 2, 3]"))
     assert ask(word(pod), "--tokens", "-")[0] == 0
-    for text, message in (("{}", "no list of token ids"), ("[", "is no JSON"), ("[1.5, 2, 3, 4]", "tokens")):
+    for text, message in (("{}", "not a list of token ids"), ("[", "is not JSON"), ("[1.5, 2, 3, 4]", "tokens")):
         path.write_text(text)
         assert main(["doctor", word(pod), "--block-size", "4", "--seconds", "0.01", "--tokens", str(path)]) == 2
         assert message in capsys.readouterr().err
 
 
 def test_what_happens_while_it_is_watched():
-    """Not told to happen, as a test can not be sure of when: the figures are put in."""
+    """Not told to happen, as a test cannot be sure of when: the figures are put in."""
     with LivePublisher() as pod, EventManager(PrefixIndex(block_size=4)) as manager:
         pod.publish(1)
         manager.add_pod(PodSource.from_string(word(pod)))

@@ -212,7 +212,7 @@ def test_a_recording_that_is_killed_can_be_read(command, pod, tmp_path):
     ("arguments", "message"),
     [
         ((), "no pods"),
-        (("nonsense",), "is no [NAME=]ENDPOINT"),
+        (("nonsense",), "is not [NAME=]ENDPOINT"),
         (("a=tcp://h:1", "a=tcp://h:2"), "named twice"),
         (("a=tcp://h:1,2", "--replay", "3"), "no POD for it"),
         (("http://127.0.0.1:1",), "asked as vLLM"),
@@ -388,7 +388,7 @@ def test_a_disk_that_is_full_is_named_with_what_is_left(command, pod):
     pod.publish(20)
     status, _, err = command("record", word(pod), "-o", "/dev/full", "--batches", 5, "--block-size", 4)
     assert status == 2
-    assert "/dev/full can not be written any further: No space left on device" in err
+    assert "/dev/full cannot be written any further: No space left on device" in err
     assert "of the 5 batches until then can be read" in err
 
 

@@ -265,17 +265,17 @@ def test_a_base_model_without_a_template_is_sent_token_ids(check):
         assert {key for _, key in gateway.headers} == {"Bearer secret"}
 
 
-# What can not be asked --------------------------------------------------------------------------------------------
+# What cannot be asked --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("answer", "named"),
     [
-        (lambda path, found: b"<html>" if "completions" in path else found, "which is no JSON"),
+        (lambda path, found: b"<html>" if "completions" in path else found, "which is not JSON"),
         (lambda path, found: {"id": 3} if "completions" in path else found, "which has no usage"),
         (lambda path, found: [] if "completions" in path else found, "which has no usage"),
         (lambda path, found: {"data": []} if "models" in path else found, "names no model: give --model"),
-        (lambda path, found: b"?" if "tokenize" in path else found, "no list of token ids"),
+        (lambda path, found: b"?" if "tokenize" in path else found, "without a list of token ids"),
     ],
 )
 def test_nonsense_is_one_clear_error(check, answer, named):
@@ -297,9 +297,9 @@ def test_what_is_refused_or_not_there(check, tmp_path, monkeypatch):
         assert "no events can be followed: 127.0.0.1:1 is stale" in said
         url = pod.url
         for options, named in (
-            (["--chat-template", "x"], "says nothing without --tokenizer"),
-            (["--tokenizer", tmp_path / "absent.json"], "absent.json is no tokenizer"),
-            (["--tokenizer", ROOT / "asv.conf.json"], "is no tokenizer"),
+            (["--chat-template", "x"], "--chat-template needs --tokenizer"),
+            (["--tokenizer", tmp_path / "absent.json"], "absent.json is not a tokenizer"),
+            (["--tokenizer", ROOT / "asv.conf.json"], "is not a tokenizer"),
         ):
             status, said = check(url, *options)
             assert status == 2
@@ -308,4 +308,4 @@ def test_what_is_refused_or_not_there(check, tmp_path, monkeypatch):
     for pods in ([], [where]):
         status, said = check(url, *pods)
         assert status == 2
-        assert re.search("can not be asked|does not answer", said)
+        assert re.search("cannot be asked|does not answer", said)

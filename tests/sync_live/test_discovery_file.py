@@ -60,9 +60,9 @@ def test_the_same_pods_as_yaml_and_as_json(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is no list of pods"),
-        ("pods: []", "is no list of pods"),
-        ("just words", "is no list of pods"),
+        ("", "is not a list of pods"),
+        ("pods: []", "is not a list of pods"),
+        ("just words", "is not a list of pods"),
         ("- a\n", "pod 1: a pod is described by a map"),
         ("- {name: a, endpoint: 'tcp://h:1'}\n- {name: a}\n", "pod 2: there is a pod 'a' before it"),
         ("- {endpoint: 'tcp://h:1'}\n", "pod 1: a pod without a name"),
@@ -83,11 +83,11 @@ def test_the_same_pods_as_yaml_and_as_json(tmp_path):
         ("- {name: a, ranks: {0: 'tcp://h:1'}}\n", "rank 0"),
         ("- {name: a, dp_size: two}\n", "dp_size"),
         ("- {name: a, endpoint: 'tcp://h:1', clear_media: [[GPU]]}\n", "pod 1"),
-        ("- {name: a\n", "is no YAML"),
-        ("- !!python/object/apply:os.getpid []\n", "is no YAML"),
-        ("- 2001-13-45\n- {[a]: b}\n", "is no YAML"),
-        ("[" * 100_000, "is no YAML"),
-        ("- \x00\n", "is no YAML"),
+        ("- {name: a\n", "is not YAML"),
+        ("- !!python/object/apply:os.getpid []\n", "is not YAML"),
+        ("- 2001-13-45\n- {[a]: b}\n", "is not YAML"),
+        ("[" * 100_000, "is not YAML"),
+        ("- \x00\n", "is not YAML"),
     ],
 )
 def test_what_is_no_list_of_pods_is_named(tmp_path, text, message):
@@ -103,7 +103,7 @@ def test_what_is_no_list_of_pods_is_named(tmp_path, text, message):
 def test_what_is_no_json_is_named(tmp_path, data):
     path = tmp_path / "pods.json"
     path.write_bytes(data)
-    with pytest.raises(InvalidValueError, match="is no JSON"):
+    with pytest.raises(InvalidValueError, match="is not JSON"):
         read_pods(path)
 
 
@@ -252,7 +252,7 @@ def test_both_managers_are_followed_and_nothing_else(tmp_path):
 
     assert asyncio.run(follow()) == {"a"}
     for strange in (PrefixIndex(), None, "manager"):
-        with pytest.raises(InvalidTypeError, match="adds pods to an EventManager, not to"):
+        with pytest.raises(InvalidTypeError, match="needs an EventManager, not"):
             PodFile(strange, path)
 
 
@@ -287,7 +287,7 @@ def test_a_pod_that_can_not_be_followed_costs_the_others_nothing_and_is_tried_ag
         until(lambda: set(watch.pods) == {"mine"})
         until(lambda: not watch.refused)
         assert set(manager.status()) == {"mine"}
-    assert [record.getMessage().split(":")[0] for record in caplog.records if "can not be" in record.getMessage()] == [
+    assert [record.getMessage().split(":")[0] for record in caplog.records if "cannot be" in record.getMessage()] == [
         "mine",
         "odd",
     ]

@@ -307,7 +307,7 @@ def test_a_pod_says_its_own_model_and_ports(cluster, manager, caplog):
         assert (one.endpoint, one.replay_endpoint) == ("tcp://127.77.0.1:7001", "tcp://127.77.0.1:7002")
         assert (one.model, one.address, one.labels["role"]) == ("org/llama", "http://127.77.0.1:9000", "decode")
         assert manager.pods() == pods.pods
-        assert pods.refused == {"default/b": "its kvindex.io/port is 'http', which is no port"}
+        assert pods.refused == {"default/b": "its kvindex.io/port is 'http', which is not a port"}
 
 
 def test_two_pods_at_one_endpoint_are_one_pod_and_one_refusal(cluster, manager):
@@ -413,7 +413,7 @@ def test_an_api_server_that_fails_for_a_while_is_logged_once(cluster, manager, c
         cluster.put("b", "127.77.0.2")
         cluster.failing = None
         until(lambda: set(pods.pods) == {"default/a", "default/b"}, LONG)
-    complaints = [record.getMessage() for record in caplog.records if "can not be watched" in record.getMessage()]
+    complaints = [record.getMessage() for record in caplog.records if "cannot be watched" in record.getMessage()]
     assert len(complaints) == 1
     assert f"{status} " in complaints[0]
     assert "can be asked again" in caplog.text
@@ -427,7 +427,7 @@ def test_an_api_server_that_is_away_for_a_while(manager, caplog):
         pods.start()
         watching(cluster)
     try:
-        until(lambda: "can not be watched" in caplog.text, LONG)
+        until(lambda: "cannot be watched" in caplog.text, LONG)
         assert set(manager.status()) == {"default/a"}
     finally:
         pods.close()
@@ -446,7 +446,7 @@ def test_a_pod_without_a_model_is_refused_and_costs_the_others_nothing(cluster, 
         cluster.put("a", "127.77.0.9")
         until(lambda: set(pods.pods) == {"default/a", "default/b", "default/c"}, LONG)
         assert not pods.refused
-    assert caplog.text.count("default/a: can not be followed") == 1
+    assert caplog.text.count("default/a: cannot be followed") == 1
 
 
 def test_a_start_that_can_not_be_raises(manager, cluster, monkeypatch):
@@ -455,7 +455,7 @@ def test_a_start_that_can_not_be_raises(manager, cluster, monkeypatch):
         KubernetesPods(manager, api=cluster.api).start()
     away = kubernetes.client.Configuration(host="http://127.0.0.1:1")
     away.retries = False
-    with pytest.raises(StreamError, match="can not be asked"):
+    with pytest.raises(StreamError, match="cannot be asked"):
         KubernetesPods(manager, api=kubernetes.client.CoreV1Api(kubernetes.client.ApiClient(away))).start()
     monkeypatch.setenv("KUBECONFIG", "/nonexistent")
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)

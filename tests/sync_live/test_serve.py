@@ -574,7 +574,7 @@ def test_a_unix_socket_beside_tcp_and_alone(tmp_path):
             assert (served.port is None) == (host is None)
         assert not (tmp_path / "s").exists()
     (tmp_path / "s").write_text("mine")
-    with pytest.raises(FileExistsError, match="no socket"):
+    with pytest.raises(FileExistsError, match="not a socket"):
         Server(served.service, host=None, uds=path)
 
 
@@ -621,7 +621,7 @@ def test_a_restart_continues_from_its_snapshot(tmp_path, caplog):
     (tmp_path / "index.pods.json").write_text("[{]")
     assert restored(path, {}, 16) == (None, [])
     assert "the snapshot is left out" in caplog.text
-    assert "no JSON" in caplog.text
+    assert "not JSON" in caplog.text
     assert pods_file(path) == str(tmp_path / "index.pods.json")
 
 

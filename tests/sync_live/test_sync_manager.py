@@ -1564,7 +1564,7 @@ def test_what_belongs_to_nobody_is_counted_at_a_bound_endpoint(index, manager):
 
 def test_an_endpoint_that_can_not_be_bound(manager):
     taken = manager.bind("tcp://127.0.0.1:*")
-    with pytest.raises(StreamError, match="can not be bound"):
+    with pytest.raises(StreamError, match="cannot be bound"):
         manager.bind(taken)
     with pytest.raises(InvalidValueError):
         manager.bind("http://127.0.0.1:5557")

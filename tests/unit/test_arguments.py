@@ -349,11 +349,11 @@ def test_an_index_can_be_referred_to_weakly():
 
 def test_a_message_names_some_pods_however_many_there_are():
     index = PrefixIndex(4)
-    with pytest.raises(UnknownPodError, match="none yet"):
+    with pytest.raises(UnknownPodError, match="no pods yet"):
         index.pod_state("a")
     for number in range(20_000):
         index.configure_pod(f"pod-{number}")
-    with pytest.raises(UnknownPodError, match=r"no pod 'a' in this index; known are pod-.* and 19992 more") as caught:
+    with pytest.raises(UnknownPodError, match=r"no pod 'a' in this index; it has pod-.* and 19992 more") as caught:
         index.pod_state("a")
     assert len(str(caught.value)) < 1000
     with pytest.raises(UnknownPodError) as caught:

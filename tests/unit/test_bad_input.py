@@ -536,7 +536,7 @@ def test_tokens_as_bytes_are_what_struct_makes_of_them(order):
         (lambda: kvindex.tokens_to_bytes([1.0]), TypeError, "float64"),
         (lambda: kvindex.tokens_to_bytes([True]), TypeError, "bool"),
         (lambda: kvindex.tokens_to_bytes([[1, 2]]), TypeError, "2-dimensional"),
-        (lambda: kvindex.tokens_to_bytes([[1], [1, 2]]), TypeError, "no sequence of ints"),
+        (lambda: kvindex.tokens_to_bytes([[1], [1, 2]]), TypeError, "not a sequence of ints"),
         (lambda: kvindex.tokens_to_bytes([1, 2**70]), TypeError, "object"),
         (lambda: kvindex.tokens_to_bytes([7, 8, -1]), ValueError, "tokens[2] is -1"),
         (lambda: kvindex.tokens_to_bytes(np.array([7, 2**32])), ValueError, "tokens[1] is 4294967296"),

@@ -145,7 +145,7 @@ def test_a_record_that_ends_too_early_inside_a_good_gzip_stream():
 
 NO_CAPTURES = {
     "empty": (b"", "cut off at byte 0"),
-    "no-gzip": (b"not gzip at all", "is no gzip file"),
+    "no-gzip": (b"not gzip at all", "is not a gzip file"),
     "empty-gzip": (gzip.compress(b""), "cut off at byte 0"),
     "no-header": (packed([1, 2]), "starts with a header map"),
     "no-format": (packed({"engine": "vllm"}), "starts with a header map"),

@@ -195,9 +195,9 @@ def test_a_batch_that_is_none_is_counted_and_the_replay_goes_on(command, sample,
     ("content", "message"),
     [
         (b"", "cut off at byte 0"),
-        (b"hello", "is no gzip file"),
+        (b"hello", "is not a gzip file"),
         (gzip.compress(b"\x01"), "starts with a header map"),
-        (gzip.compress(b"\x80")[:12] + b"\xff" * 20, "is no gzip file"),
+        (gzip.compress(b"\x80")[:12] + b"\xff" * 20, "is not a gzip file"),
     ],
     ids=["empty", "text", "number", "damaged"],
 )
@@ -401,7 +401,7 @@ def test_a_simulated_pod_that_can_not_be_is_refused(command):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         status, out, err = command("sim", "--port", taken.getsockname()[1], "--no-replay")
     assert (status, out) == (2, "")
-    assert "can not have the ports" in err
+    assert "cannot have the ports" in err
 
 
 def test_a_missing_extra_is_told_with_what_to_install(command, monkeypatch, tmp_path):

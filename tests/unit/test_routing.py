@@ -371,9 +371,9 @@ def test_wrong_use_is_named():
     choice = picker.pick(SHARED)
     other = EndpointPicker(index)
     for wrong in (None, "a", 3):
-        with pytest.raises(InvalidValueError, match="did not make"):
+        with pytest.raises(InvalidValueError, match="not a choice of this picker"):
             picker.finished(wrong)
-    with pytest.raises(KVIndexError, match="did not make"):
+    with pytest.raises(KVIndexError, match="not a choice of this picker"):
         other.finished(choice)
     with pytest.raises(InvalidValueError, match=f"cached_tokens is 25; it must be 0 to {len(SHARED)}"):
         picker.finished(choice, cached_tokens=len(SHARED) + 1)

@@ -190,7 +190,7 @@ def test_what_cannot_be_opened_is_named(tmp_path, where):
     with pytest.raises(SnapshotError, match=str(tmp_path)) as caught:
         PrefixIndex.load(tmp_path / where)
     assert caught.value.errno in (errno.ENOENT, errno.EISDIR)
-    with pytest.raises(SnapshotError, match="what was there before is as it was") as caught:
+    with pytest.raises(SnapshotError, match="a previous file is unchanged") as caught:
         PrefixIndex().save(tmp_path / where)
     assert caught.value.errno in (errno.ENOENT, errno.EISDIR)
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
@@ -278,7 +278,7 @@ def test_a_disk_that_is_full_leaves_the_old_snapshot_and_nothing_else(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
-        with pytest.raises(SnapshotError, match="what was there before is as it was") as caught:
+        with pytest.raises(SnapshotError, match="a previous file is unchanged") as caught:
             index.save(path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

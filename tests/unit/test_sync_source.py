@@ -308,17 +308,17 @@ def test_what_a_vllm_server_leaves_out(server):
         (404, MODELS, "404"),
         (500, MODELS, "500"),
         ([], MODELS, "--kv-events-config"),
-        ({}, MODELS, "no list of sources"),
-        (None, MODELS, "no list of sources"),
-        ([1], MODELS, "no source"),
-        ([{}], MODELS, "no source"),
-        ([{"endpoint": 5557}], MODELS, "no source"),
-        ([{"endpoint": "tcp://*:1", "data_parallel_rank": "first"}], MODELS, "no source"),
+        ({}, MODELS, "not a list of sources"),
+        (None, MODELS, "not a list of sources"),
+        ([1], MODELS, "not a source"),
+        ([{}], MODELS, "not a source"),
+        ([{"endpoint": 5557}], MODELS, "not a source"),
+        ([{"endpoint": "tcp://*:1", "data_parallel_rank": "first"}], MODELS, "not a source"),
         ([{"endpoint": "tcp://*:1", "data_parallel_rank": -1}], MODELS, "-1"),
         ([{"endpoint": "tcp://*:1"}, {"endpoint": "tcp://*:2"}], MODELS, "twice"),
         ([{"endpoint": "nonsense"}], MODELS, "nonsense"),
         ([{"endpoint": "tcp://*:99999"}], MODELS, "99999"),
-        ([{"endpoint": None}], MODELS, "no source"),
+        ([{"endpoint": None}], MODELS, "not a source"),
         (b"<html>", MODELS, "no JSON"),
         (b"", MODELS, "no JSON"),
         (b"\xff\xfe", MODELS, "no JSON"),
@@ -386,7 +386,7 @@ def test_a_newer_sglang_server_has_a_block_for_it(server):
     [
         (404, "404"),
         (503, "503"),
-        ([], "no description"),
+        ([], "does not describe"),
         ({}, "--kv-events-config"),
         ({"kv_events_config": '{"publisher": "null"}'}, "--kv-events-config"),
         ({"kv_events_config": "{"}, "describes its events as"),
@@ -441,10 +441,10 @@ def test_servers_that_can_not_be_asked(server, ask):
     with socket.create_server(("127.0.0.1", 0)) as free:
         refuses = f"http://127.0.0.1:{free.getsockname()[1]}"
     for url in (refuses, "http://no-such-host.invalid:8000"):
-        with pytest.raises(StreamError, match="can not be asked"):
+        with pytest.raises(StreamError, match="cannot be asked"):
             ask(url)
     for url in ("127.0.0.1:8000", "tcp://h:5557", "http://", "", None, 7):
-        with pytest.raises(InvalidValueError, match="no URL"):
+        with pytest.raises(InvalidValueError, match="not the URL"):
             ask(url)
 
 
@@ -465,7 +465,7 @@ def test_servers_that_are_slow(server, ask):
 
     for slow in (silent, drips):
         server.answers = {"/kv_event_sources": slow, "/server_info": slow}
-        with pytest.raises(StreamError, match="can not be asked"):
+        with pytest.raises(StreamError, match="cannot be asked"):
             ask(server.url, timeout=0.3)
 
 

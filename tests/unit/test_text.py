@@ -62,7 +62,7 @@ def test_a_template_that_raises_is_one_clear_error_and_others_are_served(encoder
         encoder.encode_chat([3])
     with pytest.raises(EncodeError, match="has no chat template"):
         PromptEncoder(tokenizer()).encode_chat(MESSAGES)
-    with pytest.raises(InvalidValueError, match="chat_template is no Jinja template"):
+    with pytest.raises(InvalidValueError, match="chat_template is not a Jinja template"):
         PromptEncoder(tokenizer(), "{% if %}")
     assert encoder.encode_chat(MESSAGES).tolist() == whole(RENDERED)
 
@@ -329,20 +329,20 @@ def test_an_engine_is_asked_once_for_the_same_over_one_connection(engine):
         ((404, b"no such thing"), "answered 404: 'no such thing'"),
         ((500, b"\xff" * 1000), "answered 500"),
         ((302, b""), "answered 302"),
-        ((200, b"<html>"), "answered '<html>', which has no list of token ids"),
-        ((200, b"[1, 2]"), "no list of token ids"),
-        ((200, b'{"tokens": 3}'), "no list of token ids"),
-        ((200, b'{"tokens": null}'), "no list of token ids"),
-        ((200, b'{"tokens": "abc"}'), "no list of token ids"),
-        ((200, b'{"tokens": [1, "2"]}'), "no list of token ids"),
-        ((200, b'{"tokens": [1, 2.5]}'), "no list of token ids"),
-        ((200, b'{"tokens": [true]}'), "no list of token ids"),
-        ((200, b'{"tokens": [[1]]}'), "no list of token ids"),
-        ((200, b'{"tokens": [-1]}'), "no list of token ids"),
-        ((200, b'{"tokens": [4294967296]}'), "no list of token ids"),
-        ((200, b'{"tokens": [' + b"9" * 400 + b"]}"), "no list of token ids"),
-        ((200, b"[" * 100_000), "no list of token ids"),
-        ((200, b""), "no list of token ids"),
+        ((200, b"<html>"), "answered '<html>', without a list of token ids"),
+        ((200, b"[1, 2]"), "without a list of token ids"),
+        ((200, b'{"tokens": 3}'), "without a list of token ids"),
+        ((200, b'{"tokens": null}'), "without a list of token ids"),
+        ((200, b'{"tokens": "abc"}'), "without a list of token ids"),
+        ((200, b'{"tokens": [1, "2"]}'), "without a list of token ids"),
+        ((200, b'{"tokens": [1, 2.5]}'), "without a list of token ids"),
+        ((200, b'{"tokens": [true]}'), "without a list of token ids"),
+        ((200, b'{"tokens": [[1]]}'), "without a list of token ids"),
+        ((200, b'{"tokens": [-1]}'), "without a list of token ids"),
+        ((200, b'{"tokens": [4294967296]}'), "without a list of token ids"),
+        ((200, b'{"tokens": [' + b"9" * 400 + b"]}"), "without a list of token ids"),
+        ((200, b"[" * 100_000), "without a list of token ids"),
+        ((200, b""), "without a list of token ids"),
     ],
 )
 def test_nonsense_is_one_clear_error_and_is_not_kept(engine, answer, named):
@@ -391,7 +391,7 @@ def test_a_server_that_hangs_costs_no_more_than_the_time_out(engine, answer):
 
 
 def test_nobody_there_and_no_url():
-    with pytest.raises(EncodeError, match="gives no token ids"):
+    with pytest.raises(EncodeError, match="returned no token ids"):
         RemoteEncoder("http://127.0.0.1:1", timeout=1.0).encode("a")
     for wrong in ("127.0.0.1:8000", "tcp://a:1"):
         with pytest.raises(InvalidValueError, match="url is"):

@@ -107,5 +107,5 @@ def named(pod: str) -> str:
 
 def whole(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidTypeError(f"{value!r} is no whole number")
+        raise InvalidTypeError(f"{value!r} is not a whole number")
     return value

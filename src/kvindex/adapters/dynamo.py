@@ -66,7 +66,7 @@ class DynamoEvents:
             reason for which they were skipped, and of ``lost`` events.
 
         Raises:
-            EventDecodeError: the text is no JSON.
+            EventDecodeError: the text is not JSON.
             InvalidTypeError: there are no events in it. An event that cannot be read is counted as ``bad_event``, its
                 worker is ``degraded``, and the others are applied.
         """

@@ -80,7 +80,7 @@ class MooncakeEvents:
             reason for which they were skipped, and of ``lost`` events.
 
         Raises:
-            EventDecodeError: the payload is no batch. Nothing of it is applied. An event that cannot be read is counted
+            EventDecodeError: the payload is not a batch, and was not applied. An event that cannot be read is counted
                 as ``bad_event``, its pod is ``degraded``, and the others are applied.
         """
         for event in _events(batch):
@@ -161,8 +161,8 @@ def _events(batch: Any) -> list[Any]:
             batch = reader.unpack()
         except (ValueError, msgpack.UnpackException, RecursionError) as error:
             raise EventDecodeError(
-                f"the payload is no msgpack: {error or type(error).__name__}", reader.tell()
+                f"the payload is not msgpack: {error or type(error).__name__}", reader.tell()
             ) from None
     if not isinstance(batch, (list, tuple)) or len(batch) < 2 or not isinstance(batch[1], (list, tuple)):
-        raise EventDecodeError("the payload is no batch: it must be [timestamp, events, dp_rank]", 0)
+        raise EventDecodeError("the payload is not a batch: it must be [timestamp, events, dp_rank]", 0)
     return list(batch[1])

@@ -139,7 +139,7 @@ class TrtllmEvents:
             others = [each for each in windows if each < full]
             if not created and self._full is None and window == full and others:
                 # Blocks of a smaller window have been taken for those of full attention.
-                raise InvalidValueError(f"window_size {window} was in no created event; full_window says which it is")
+                raise InvalidValueError(f"window_size {window} was in no created event; set full_window")
             self._windows = {each: 0 if each >= full else 1 + others.index(each) for each in windows}
         return self._windows[window]
 

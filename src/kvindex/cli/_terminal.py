@@ -34,7 +34,7 @@ __all__ = [
 
 
 class CommandError(KVIndexError):
-    """The command line asks for something that can not be done."""
+    """The command line asks for something that cannot be done."""
 
 
 class Layout(argparse.HelpFormatter):

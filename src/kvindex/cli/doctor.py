@@ -111,9 +111,9 @@ def read_tokens(path: str) -> list[int]:
         with sys.stdin if path == "-" else open(path) as file:
             tokens = json.load(file)
     except (ValueError, RecursionError) as error:
-        raise CommandError(f"{path} is no JSON: {error}") from None
+        raise CommandError(f"{path} is not JSON: {error}") from None
     if not isinstance(tokens, list):
-        raise CommandError(f"{path} is no list of token ids: {tokens!r:.60}")
+        raise CommandError(f"{path} is not a list of token ids: {tokens!r:.60}")
     return tokens
 
 
@@ -396,7 +396,7 @@ def losses(patient: Patient, worker: WorkerStatus) -> Iterator[Finding]:
     counters = worker.counters
     if worker.lost_batches:
         lost = counted(worker.lost_batches, "batch was", "batches were")
-        yield Finding("WRONG", f"{lost} not seen and can not be had any more")
+        yield Finding("WRONG", f"{lost} not seen and cannot be had any more")
     elif worker.gaps:
         yield Finding("note", f"{counted(worker.gaps, 'gap')} in the stream, healed by replays")
     if worker.restarts:

@@ -72,7 +72,7 @@ class Recorder:
         self._writer: CaptureWriter | None = None
         self._lock = threading.Lock()
         with open(path, "wb"):
-            pass  # what can not be written is told before anything is recorded
+            pass  # what cannot be written is told before anything is recorded
 
     def show(self, item: IndexChange) -> None:
         if not isinstance(item, (Batch, Forgotten)):
@@ -204,7 +204,7 @@ def summary(out: Console, manager: EventManager, recorder: Recorder, path: str) 
     if recorder.failed is not None:
         kept = counted(recorder.batches.total(), "batch", "batches")
         raise CommandError(
-            f"{path} can not be written any further: {recorder.failed.strerror or recorder.failed}; what it has of the"
+            f"{path} cannot be written any further: {recorder.failed.strerror or recorder.failed}; what it has of the"
             f" {kept} until then can be read: kvindex replay says where it ends"
         )
     for name, pod in manager.status().items():

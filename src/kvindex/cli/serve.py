@@ -182,7 +182,7 @@ def encoder_of(args: argparse.Namespace) -> Any:
 
         return RemoteEncoder(args.tokenize_url)
     if args.tokenize_url is not None:
-        raise CommandError("--tokenizer and --tokenize-url are both given; one of them says where token ids come from")
+        raise CommandError("--tokenizer and --tokenize-url are both given; give one of them")
     try:
         from tokenizers import Tokenizer
 

@@ -119,7 +119,7 @@ def run(args: argparse.Namespace, make: Callable[[SimConfig], SimPod] = SimPod) 
     try:
         pod = make(SimConfig(**values))
     except (zmq.ZMQError, OSError) as error:
-        raise StreamError(f"{args.name} can not have the ports that it was given: {error}") from None
+        raise StreamError(f"{args.name} cannot have the ports that it was given: {error}") from None
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         pod.stopping = True

@@ -126,7 +126,7 @@ class Service:
             with urllib.request.urlopen(self._request, timeout=10) as answer:
                 pods = json.load(answer)["pods"]
         except (OSError, ValueError, KeyError, TypeError, HTTPException) as error:
-            raise CommandError(f"{where} can not be asked: {error}") from None
+            raise CommandError(f"{where} cannot be asked: {error}") from None
         found = {}
         for name, said in pods.items():
             said["workers"] = {int(rank): _made(WorkerStatus, worker) for rank, worker in said["workers"].items()}

@@ -272,7 +272,7 @@ class Server:
         except (self._errors, OSError) as error:
             raise CommandError(f"{self.url}{path} does not answer: {error}") from None
         except (ValueError, RecursionError):
-            raise CommandError(f"{self.url}{path} answered {answer.data[:80]!r}, which is no JSON") from None
+            raise CommandError(f"{self.url}{path} answered {answer.data[:80]!r}, which is not JSON") from None
 
     def close(self) -> None:
         self._theirs.close()
@@ -417,7 +417,7 @@ def _router_encoder(args: argparse.Namespace) -> PromptEncoder | None:
     """The encoder that the router has; None where the engine's own is to be used."""
     if args.tokenizer is None:
         if args.chat_template is not None:
-            raise CommandError("--chat-template says nothing without --tokenizer")
+            raise CommandError("--chat-template needs --tokenizer")
         return None
     template = None if args.chat_template is None else Path(args.chat_template).read_text()
     try:
@@ -432,5 +432,5 @@ def _router_encoder(args: argparse.Namespace) -> PromptEncoder | None:
     except ImportError as error:
         raise CommandError(f"--tokenizer needs {error.name}, which is not installed") from None
     except Exception as error:
-        raise CommandError(f"{args.tokenizer} is no tokenizer: {error}") from None
+        raise CommandError(f"{args.tokenizer} is not a tokenizer: {error}") from None
     return PromptEncoder(tokenizer, template)

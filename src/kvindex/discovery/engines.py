@@ -36,7 +36,7 @@ def describe_vllm(
     host, port = _host(url)
     answer = _get(url, "/kv_event_sources", timeout, headers)
     if not isinstance(answer, list):
-        raise StreamError(f"{url}/kv_event_sources gave {answer!r:.80}, which is no list of sources")
+        raise StreamError(f"{url}/kv_event_sources gave {answer!r:.80}, which is not a list of sources")
     if not answer:
         raise StreamError(f"{url} publishes no KV events: start vLLM with --kv-events-config")
     ranks: dict[int, tuple[str, str | None]] = {}
@@ -52,7 +52,7 @@ def describe_vllm(
             ranks[rank] = (endpoint, _reachable(item.get("replay_endpoint"), host))
             topics.add(item.get("topic") or None)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise StreamError(f"{url}/kv_event_sources gave {item!r:.80}, which is no source: {error!r}") from error
+            raise StreamError(f"{url}/kv_event_sources gave {item!r:.80}, which is not a source: {error!r}") from error
     if model is None:
         model = _first_model(url, timeout, headers)
     topic = topics.pop() if len(topics) == 1 else None
@@ -72,7 +72,7 @@ def describe_sglang(
             raise
         info = _get(url, "/get_server_info", timeout, headers)  # its name until 0.5.4
     if not isinstance(info, dict):
-        raise StreamError(f"{url}/server_info gave {info!r:.80}, which is no description of a server")
+        raise StreamError(f"{url}/server_info gave {info!r:.80}, which does not describe a server")
     try:
         config = _sglang_config(info)
         block = info.get("kv_events") or {}
@@ -88,7 +88,7 @@ def describe_sglang(
         tokens = int(block.get("block_size") or info.get("page_size") or 0) or None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, (InvalidValueError, InvalidTypeError)):
-            raise StreamError(f"{url}/server_info describes streams that can not be: {error}") from error
+            raise StreamError(f"{url}/server_info describes impossible streams: {error}") from error
         raise StreamError(
             f"{url}/server_info describes its events as {info.get('kv_events')!r:.120}: {error!r}"
         ) from error
@@ -117,7 +117,7 @@ def _host(url: str) -> tuple[str, int]:
         sendable(url, "the URL of a server")
     parts = urllib.parse.urlsplit(url) if isinstance(url, str) else None
     if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InvalidValueError(f"{url!r} is no URL of a server: http://host:port")
+        raise InvalidValueError(f"{url!r} is not the URL of a server: http://host:port")
     return parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
 
 
@@ -140,7 +140,7 @@ def _get(url: str, path: str, timeout: float, headers: Mapping[str, str] | None)
         error.close()
         raise StreamError(f"{where} answered {error.code} {error.reason}{hint}") from error
     except (OSError, ValueError) as error:  # no route, no name, no answer in time, no HTTP
-        raise StreamError(f"{where} can not be asked: {getattr(error, 'reason', error)}") from error
+        raise StreamError(f"{where} cannot be asked: {getattr(error, 'reason', error)}") from error
     except Exception as error:
         # http.client has no base class below Exception for what is no HTTP. Its message is what came instead: at a port
         # of events kilobytes of token ids, which belong into no log.

@@ -59,7 +59,7 @@ def _read(path: str) -> _Version:
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
-            raise OSError(f"{path} is no regular file")
+            raise OSError(f"{path} is not a regular file")
         return _Version(found.st_ino, file.read())
 
 
@@ -67,7 +67,7 @@ def _parse(data: bytes, path: str) -> dict[str, PodSource]:
     items = _load(data, path)
     if not isinstance(items, list):
         # An empty file is one too: it is what somebody sees who looks while it is written.
-        raise InvalidValueError(f"{path} is no list of pods (an empty one is []): {items!r:.60}")
+        raise InvalidValueError(f"{path} is not a list of pods (an empty one is []): {items!r:.60}")
     pods: dict[str, PodSource] = {}
     owners: dict[str, str] = {}
     for number, item in enumerate(items, 1):
@@ -97,12 +97,12 @@ def _load(data: bytes, path: str) -> Any:
             f"{path}: reading YAML needs a package that is not installed: pip install pyyaml (or name it .json)"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise InvalidValueError(f"{path} is no JSON: {error}") from None
+        raise InvalidValueError(f"{path} is not JSON: {error}") from None
     try:
         return yaml.safe_load(data)
     # Its constructors raise what Python's own raise: ValueError for a date of month 13, TypeError for a list as a key.
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise InvalidValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+        raise InvalidValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
 
 
 class PodFile(Watcher):

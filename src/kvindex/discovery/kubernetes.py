@@ -50,7 +50,7 @@ TOLD: Final = {
 }
 
 # Seconds. How long one watch lasts before the API server ends it (it is taken up again where it was), and the back-off
-# while it can not be asked.
+# while it cannot be asked.
 WATCH: Final = 240
 BACK_OFF: Final = (1.0, 30.0)
 
@@ -122,9 +122,7 @@ class KubernetesPods(Watcher):
         try:
             self._kubernetes: Any = importlib.import_module("kubernetes")
         except ImportError:
-            raise StreamError(
-                'Kubernetes is asked by its own client, which is not installed: pip install "kvindex[k8s]"'
-            ) from None
+            raise StreamError('the kubernetes package is not installed: pip install "kvindex[k8s]"') from None
         if self._api is None:
             try:
                 self._kubernetes.config.load_config()
@@ -136,7 +134,7 @@ class KubernetesPods(Watcher):
         except KVIndexError:
             raise
         except Exception as error:
-            raise StreamError(f"Kubernetes can not be asked for pods: {_told(error)}") from error
+            raise StreamError(f"Kubernetes cannot be asked for pods: {_told(error)}") from error
 
     # The client has no base class for what it raises: ApiException, urllib3's errors, and ValueErrors of its models.
     def _turn(self) -> None:
@@ -161,7 +159,7 @@ class KubernetesPods(Watcher):
                 log.debug("Kubernetes forgot the version that was watched, and is asked for a list")
             elif _told(error) != self._trouble:
                 self._trouble = _told(error)
-                log.warning("Kubernetes can not be watched, the pods stay as they are: %s", self._trouble)
+                log.warning("Kubernetes cannot be watched, the pods stay as they are: %s", self._trouble)
             self._closing.wait(self._wait * (1.0 + 0.25 * random.random()))
             self._wait = min(BACK_OFF[1], 2 * self._wait)
 
@@ -203,7 +201,7 @@ class KubernetesPods(Watcher):
                 if self._closing.is_set():
                     return
                 if event is None:
-                    raise ValueError("an event that is no JSON")
+                    raise ValueError("an event that is not JSON")
                 if event["type"] in ("ADDED", "MODIFIED"):
                     self._note(event["object"])
                 elif event["type"] == "DELETED":
@@ -238,7 +236,7 @@ class KubernetesPods(Watcher):
         except (InvalidValueError, InvalidTypeError) as error:
             self._found.pop(name, None)
             if self._odd.get(name) != str(error):
-                log.warning("%s: can not be followed: %s", name, error)
+                log.warning("%s: cannot be followed: %s", name, error)
             self._odd[name] = str(error)
 
     def _forget(self, name: str) -> None:
@@ -272,7 +270,7 @@ class KubernetesPods(Watcher):
 
 def _port(text: str, key: str) -> int:
     if not text.isascii() or not text.isdigit() or not 0 < int(text) <= 65535:
-        raise InvalidValueError(f"its {key} is {text!r:.60}, which is no port")
+        raise InvalidValueError(f"its {key} is {text!r:.60}, which is not a port")
     return int(text)
 
 

@@ -38,7 +38,7 @@ def followers(manager: Any) -> Followers:
     found = getattr(manager, "manager", manager)
     calls = [getattr(found, name, None) for name in ("add_pod", "remove_pod", "describe_pod")]
     if not all(callable(call) and not inspect.iscoroutinefunction(call) for call in calls):
-        raise InvalidTypeError(f"discovery adds pods to an EventManager, not to {type(manager).__name__}")
+        raise InvalidTypeError(f"discovery needs an EventManager, not {type(manager).__name__}")
     return found  # type: ignore[no-any-return]
 
 
@@ -95,7 +95,7 @@ class Reconciler:
                 self._manager.remove_pod(name)
             except UnknownPodError:
                 self.pods.pop(name, None)
-                log.info("%s: somebody else has removed it already", name)
+                log.info("%s: it was removed already", name)
         for name in set(self.refused) - set(wanted):
             del self.refused[name]
         for name, source in wanted.items():
@@ -107,7 +107,7 @@ class Reconciler:
                 if isinstance(error, StreamError) and self._manager.closed:
                     raise
                 if self.refused.get(name) != str(error):
-                    log.warning("%s: can not be followed: %s", name, error)
+                    log.warning("%s: cannot be followed: %s", name, error)
                 self.refused[name] = str(error)
             else:
                 self.pods[name] = source
@@ -141,7 +141,7 @@ class Watcher:
             StreamError: It is closed already, or the first look failed.
         """
         if self._closing.is_set():
-            raise StreamError("this watch is closed")
+            raise StreamError("this watcher is closed")
         if self._thread is None:
             self._begin()
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
@@ -171,14 +171,14 @@ class Watcher:
         except StreamError:
             if not self._manager.closed:
                 raise
-            log.info("%s: the manager is closed, so nothing is watched any more", self._name)
+            log.info("%s: the manager is closed, so the watch ends", self._name)
 
     def _begin(self) -> None:
         """Runs once, in the thread that calls :meth:`start`."""
 
     def _turn(self) -> None:
         """Waits for a change and reconciles it; the thread repeats it."""
-        raise AssertionError("a kind of discovery says what its turn is")
+        raise AssertionError("a subclass must define its turn")
 
     def _interrupt(self) -> None:
         """Wake a turn that waits."""

@@ -296,7 +296,7 @@ class Endpoint:
         except msgspec.ValidationError as error:
             raise invalid(error) from None
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-            raise Refused(400, "invalid_json", f"the body is no JSON: {error}") from None
+            raise Refused(400, "invalid_json", f"the body is not JSON: {error}") from None
 
 
 def _queried(scope: Scope, struct: Any) -> Any:

@@ -45,7 +45,7 @@ class Server:
         max_connections: Beyond them, uvicorn answers 503.
 
     Raises:
-        OSError: An address can not be bound.
+        OSError: An address cannot be bound.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ def _unix_socket(path: str, mode: int) -> socket.socket:
     # One that a killed process has left is in the way; anything else is somebody's.
     with suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.stat(path).st_mode):
-            raise FileExistsError(f"{path} is there and is no socket")
+            raise FileExistsError(f"{path} exists and is not a socket")
         with socket.socket(socket.AF_UNIX) as probe:
             try:
                 probe.connect(path)
@@ -191,7 +191,7 @@ def restored(path: str, options: Mapping[str, Any], block_size: int) -> tuple[Pr
 def fetched(
     url: str, token: str | None, options: Mapping[str, Any], block_size: int
 ) -> tuple[PrefixIndex | None, list[PodSource]]:  # fmt: skip
-    """The same from a living service; what can not be used is logged as well."""
+    """The same from a living service; what cannot be used is logged as well."""
     with tempfile.TemporaryDirectory() as folder:
         path, pods = f"{folder}/snapshot", f"{folder}/pods.json"
         try:
@@ -232,4 +232,4 @@ def _fetch(url: str, token: str | None, path: str) -> None:
         error.close()
         raise StreamError(f"{url} answered {error.code}: {said}") from None
     except (OSError, ValueError) as error:
-        raise StreamError(f"{url} can not be asked: {getattr(error, 'reason', error)}") from None
+        raise StreamError(f"{url} cannot be asked: {getattr(error, 'reason', error)}") from None

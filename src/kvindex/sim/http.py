@@ -216,9 +216,9 @@ async def _body(request: Request) -> dict[str, Any]:
     try:
         body = json.loads(await request.body())
     except (ValueError, RecursionError):
-        raise _Refused("the request is no JSON") from None
+        raise _Refused("the request is not JSON") from None
     if not isinstance(body, dict):
-        raise _Refused("the request is no JSON object")
+        raise _Refused("the request is not a JSON object")
     return body
 
 

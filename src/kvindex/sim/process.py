@@ -100,7 +100,7 @@ class SimConfig:
         try:
             public, secret = zmq.auth.load_certificate(self.curve)
         except (OSError, ValueError) as error:
-            raise InvalidValueError(f"{self.curve} is no CURVE certificate: {error}") from None
+            raise InvalidValueError(f"{self.curve} is not a CURVE certificate: {error}") from None
         if secret is None:
             raise InvalidValueError(f"{self.curve} has no secret key: name the .key_secret file of the pair")
         return public, secret

@@ -101,7 +101,7 @@ def mooncake(
     prompts share exactly what they shared when they were recorded. The answers are random; the trace does not say
     which of them came back in a later prompt.
 
-    Raises ``OSError`` when the file can not be read and :class:`InvalidValueError`, naming the line, when a line is
+    Raises ``OSError`` when the file cannot be read and :class:`InvalidValueError`, naming the line, when a line is
     none.
     """
     name = os.fspath(path)

@@ -27,7 +27,9 @@ def check_endpoint(endpoint: str, whose: str) -> None:
         return
     found = _TCP.fullmatch(endpoint)
     if found is None:
-        raise InvalidValueError(f"{whose}: {endpoint!r} is no endpoint: tcp://host:port, ipc://path or inproc://name")
+        raise InvalidValueError(
+            f"{whose}: {endpoint!r} is not an endpoint: tcp://host:port, ipc://path or inproc://name"
+        )
     host, port = found["v6"] or found["host"], int(found["port"])
     if host in WILDCARDS:
         raise InvalidValueError(f"{whose}: {endpoint} is what a publisher binds; name the host that it runs on")
@@ -44,7 +46,7 @@ def bind_endpoint(endpoint: str) -> str:
         return endpoint
     if re.fullmatch(r"tcp://[^\s/]+:(\*|\d{1,5})", endpoint):
         return endpoint
-    raise InvalidValueError(f"{endpoint!r} is no endpoint to bind: tcp://*:port, tcp://address:port, ipc://path")
+    raise InvalidValueError(f"{endpoint!r} is not an endpoint to bind: tcp://*:port, tcp://address:port, ipc://path")
 
 
 def split_tcp(endpoint: str) -> tuple[str, int] | None:

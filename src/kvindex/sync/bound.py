@@ -153,7 +153,7 @@ class BoundEndpoints:
                 secret=None if keys is None else keys[1].encode(), domain=domain,
             )  # fmt: skip
         except zmq.ZMQError as error:
-            raise StreamError(f"{endpoint} can not be bound: {error}") from error
+            raise StreamError(f"{endpoint} cannot be bound: {error}") from error
         self._admitted[domain] = admitted
         self._bound.append(bound)
         fleet.accepts = True

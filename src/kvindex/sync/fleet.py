@@ -59,7 +59,7 @@ if hasattr(os, "register_at_fork"):
 def check_index(index: object) -> None:
     """Refuse what is no index."""
     if isinstance(index, type) or not all(callable(getattr(index, call, None)) for call in _CALLS):
-        raise InvalidTypeError(f"an EventManager keeps a PrefixIndex, not {type(index).__name__}")
+        raise InvalidTypeError(f"an EventManager needs a PrefixIndex, not {type(index).__name__}")
 
 
 class FollowedPod:
@@ -117,14 +117,14 @@ class Fleet:
     def add(self, source: PodSource) -> None:
         self.alive()
         if not isinstance(source, PodSource):
-            raise InvalidTypeError(f"a pod is added by a PodSource, not by {type(source).__name__}")
+            raise InvalidTypeError(f"add_pod takes a PodSource, not {type(source).__name__}")
         present = self.pods.get(source.name)
         if present is not None and present.came_to is None:
-            raise StreamError(f"pod {source.name!r} is followed already; remove it first to follow it anew")
+            raise StreamError(f"pod {source.name!r} is followed already; remove it first to follow it again")
         size, own = source.block_size, self.index.block_size
         if size is not None and size % own:
             raise InvalidValueError(
-                f"pod {source.name!r} has blocks of {size} tokens, which an index of {own}-token blocks can not hold:"
+                f"pod {source.name!r} has blocks of {size} tokens, which an index of {own}-token blocks cannot hold:"
                 f" start the engine with a multiple of {own}, or the index with block_size={size}"
             )
         ends = source.workers()
@@ -173,7 +173,7 @@ class Fleet:
             raise self.unknown(source.name)
         if not pod.source.same_streams(source):
             raise InvalidValueError(
-                f"pod {source.name!r} has other streams than it is followed by: remove it and add it anew"
+                f"pod {source.name!r} has other streams than it is followed by: remove it and add it again"
             )
         if pod.source != source:
             pod.source = source

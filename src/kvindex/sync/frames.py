@@ -103,7 +103,7 @@ def _seq(frame: bytes) -> int:
         raise FrameFault("bad_seq_size", f"the sequence number has 8 bytes, this one has {len(frame)}")
     seq: int = _U64.unpack(frame)[0]
     if seq >= _LIMIT:
-        raise FrameFault("bad_seq", f"{seq - 2 * _LIMIT} is no sequence number")
+        raise FrameFault("bad_seq", f"{seq - 2 * _LIMIT} is not a sequence number")
     return seq
 
 
@@ -146,7 +146,7 @@ def batch_time(payload: bytes) -> float | None:
 def batch_events(payload: bytes) -> int:
     """How many events a batch says that it has, at least one; what is no batch is one.
 
-    Looks at the first bytes only, so it is no promise; it can not be more than there is room for. O(1) for the array
+    Looks at the first bytes only, so it is no promise; it cannot be more than there is room for. O(1) for the array
     form that every released engine writes.
     """
     return max(1, peek_batch(payload, False)[1])

@@ -220,7 +220,7 @@ class EventManager:
         if server_keys is not None:
             server_keys = check_pair(server_keys, "server_keys")
         elif publisher_keys is not None:
-            raise InvalidValueError("publisher_keys say nothing without server_keys")
+            raise InvalidValueError("publisher_keys need server_keys")
         admitted = None if publisher_keys is None else frozenset(publisher_keys)
         if strange := [key for key in admitted or () if not is_key(key)]:
             raise InvalidValueError(f"publisher_keys must be CURVE keys, 40 characters of Z85, not {strange[0]!r:.60}")
@@ -431,7 +431,7 @@ class EventManager:
         self, done: Callable[[list[str] | None], bool], timeout: float | None, pods: Iterable[str] | None
     ) -> bool:  # fmt: skip
         if self._loop.is_current:
-            raise StreamError("a callback of the manager's own thread can not wait for that thread")
+            raise StreamError("a callback of the manager's own thread cannot wait for that thread")
         names = None if pods is None else [pods] if isinstance(pods, str) else list(pods)
         until = None if timeout is None else time.monotonic() + timeout
         if self._loop.closed:  # in a forked child, the parent's thread may have been at what follows

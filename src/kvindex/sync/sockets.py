@@ -43,7 +43,7 @@ _LOST: Final = (
 
 
 # Not by pyzmq's recv_monitor_message: it makes a member of an enum of every value, and those are kept for ever. A pod
-# that can not be reached costs 1 kB of that at each attempt, for the value is a random time.
+# that cannot be reached costs 1 kB of that at each attempt, for the value is a random time.
 _EVENT: Final = struct.Struct("=Hi")
 
 
@@ -229,7 +229,7 @@ class Watched:
         self.close()
 
     def _or_close(self, step: Callable[[], object]) -> None:
-        """Do a step of opening; a socket that can not be opened does not stay with the loop."""
+        """Do a step of opening; a socket that cannot be opened does not stay with the loop."""
         try:
             step()
         except BaseException:
@@ -240,7 +240,7 @@ class Watched:
 class Subscription(Watched):
     """One SUB socket with one connection to one publisher.
 
-    Calls ``made(now)`` when the subscription stands, ``lost(now, why)`` once when it can not be made or is over, and
+    Calls ``made(now)`` when the subscription stands, ``lost(now, why)`` once when it cannot be made or is over, and
     ``message(frames, now)`` for everything that arrives, before or after that.
     """
 
@@ -310,7 +310,7 @@ class Subscription(Watched):
 
 # A handshake, of which libzmq tells, came with ZMTP 3; and heartbeats, without which a silent death is not noticed.
 OUTDATED: Final = (
-    "what answers there is no ZMQ publisher, or speaks ZMTP 2 or older, as libzmq before 4.0 does, which can not be"
+    "what answers there is no ZMQ publisher, or speaks ZMTP 2 or older, as libzmq before 4.0 does, which cannot be"
     " followed"
 )
 

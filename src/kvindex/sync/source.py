@@ -214,7 +214,8 @@ class PodSource:
             object.__setattr__(self, "eagle", frozenset(groups) if groups else False)
         if self.eagle is not False and self.engine != "vllm":
             raise InvalidValueError(
-                f"eagle {whose} says what vLLM drops, and its engine is {self.engine!r}: say engine='vllm', or leave it"
+                f"eagle {whose} applies to vLLM only, and its engine is {self.engine!r}:"
+                " set engine='vllm', or omit eagle"
             )
         if not isinstance(self.hybrid, bool):
             raise InvalidTypeError(f"hybrid {whose} must be True or False, not {self.hybrid!r:.60}")
@@ -228,7 +229,7 @@ class PodSource:
         pair = self.client_keys
         if self.server_key is None:
             if pair is not None:
-                raise InvalidValueError(f"client_keys of pod {self.name!r} say nothing without a server_key")
+                raise InvalidValueError(f"client_keys of pod {self.name!r} need a server_key")
             return
         if not zmq.has("curve"):
             raise StreamError(f"pod {self.name!r} has a server_key, but libzmq is built without CURVE here")
@@ -334,7 +335,7 @@ class PodSource:
         found = _POD.fullmatch(plain)
         if found is None:
             raise InvalidValueError(
-                f"{text!r:.120} is no [NAME=]ENDPOINT[,REPLAY_ENDPOINT], as in a=tcp://10.0.0.1:5557,5558"
+                f"{text!r:.120} is not [NAME=]ENDPOINT[,REPLAY_ENDPOINT], as in a=tcp://10.0.0.1:5557,5558"
             )
         name, endpoint, answers = found["name"], found["endpoint"], found["answers"] or ""
         if answers.isascii() and answers.isdigit() and (at := split_tcp(endpoint)) is not None:
