@@ -637,6 +637,22 @@ def test_an_engine_that_is_seen_from_its_first_batch_on_needs_no_confirmation():
     assert world.requests == [0]
 
 
+@pytest.mark.parametrize("clear", [False, True])
+def test_a_replay_endpoint_that_never_answers_is_said_where_all_is_known_without_it(clear):
+    world = World(replay_endpoint="tcp://b:2")
+    world.publish(2 if clear else 0)
+    world.connect()
+    world.publish(3)
+    world.publish(clear=clear)
+    world.deliver()
+    world.wait(20.0, serve=False)
+    assert world.state == "exact"
+    assert world.stream.reason.startswith("tcp://b:2 has not answered")
+    assert world.held == world.process.truth(world.applied_upto())
+    world.wait(60.0)
+    assert (world.state, world.stream.reason) == ("exact", "")
+
+
 def test_a_clear_leaves_nothing_to_confirm():
     world = World()
     world.publish(3)

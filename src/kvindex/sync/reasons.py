@@ -99,6 +99,7 @@ class Reason(Enum):
 
     # What can not be known, or is not as it was told, though every batch is applied.
     NO_REPLAY = "exact", "without a replay endpoint the loss of the last batches can not be noticed"
+    NO_ANSWER = "exact", "{replay} has not answered: without replays the loss of the last batches can not be noticed"
     OTHER_MODEL = "exact", "its topic {topic} names another model than {model}"
     EAGLE_IDLE = (
         "exact",

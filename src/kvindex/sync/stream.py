@@ -1101,7 +1101,10 @@ class WorkerStream:
                         self._hold(seq, item.payload, item.ts)
                 self._pending.seen = max(self._pending.seen, seen)  # what did not fit is missing all the same
             else:
-                self._losses.unproven = self._losses.unproven or replay.purpose in (Purpose.START, Purpose.VERIFY)
+                # Where the first batch of all came live there is nothing before it that could be shown.
+                seen_from_0 = self._known and self._trust.brought < 0 and not self._losses.count and not self._mixed
+                if replay.purpose is Purpose.VERIFY or (replay.purpose is Purpose.START and not seen_from_0):
+                    self._losses.unproven = True
                 if self._hole_at is not None and not self._missing():
                     # Only a replay has shown that there is more, and it can not be had any more.
                     self._accept(replay.pos + 1, "no replay brings them")
@@ -1139,7 +1142,9 @@ class WorkerStream:
             return Mark("degraded", degraded)
         if self._is_hearsay(now):
             return Mark("stale", self._trust.say(Reason.UNCONFIRMED))
-        return Mark("exact", "" if self._trust.has else Reason.NO_REPLAY.text())
+        if not self._trust.has:
+            return Mark("exact", Reason.NO_REPLAY.text())
+        return Mark("exact", "" if self._trust.answers else self._trust.say(Reason.NO_ANSWER))
 
     def _unknown(self) -> str:
         """Why it is not known at this moment whether everything is applied, or nothing."""
