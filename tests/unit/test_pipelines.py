@@ -12,6 +12,8 @@ from types import ModuleType
 import pytest
 import yaml
 
+import kvindex
+
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
@@ -107,6 +109,17 @@ CHANGES = "# Changelog\n\n## [Unreleased]\n\n## [1.2.3] - 2030-01-31\n\n- Someth
 
 def test_a_release_whose_names_agree_has_no_problems():
     assert release.problems("v1.2.3", "1.2.3", CHANGES) == []
+
+
+def test_the_next_release_needs_a_tag_and_a_date_in_the_changelog_and_nothing_else():
+    """The steps of CONTRIBUTING.md, on the changelog as it is."""
+    version = kvindex.__version__
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    entry = f"## [{version}] - 2030-01-31"
+    if f"## [{version}] - " not in changes:
+        assert release.problems(f"v{version}", version, changes)
+        changes = changes.replace("## [Unreleased]\n", f"{entry}\n", 1)
+    assert release.problems(f"v{version}", version, changes) == []
 
 
 @pytest.mark.parametrize(
