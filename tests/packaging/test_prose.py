@@ -3,6 +3,7 @@
 As a program, ``python tests/packaging/test_prose.py``, it prints every finding and the count of each rule.
 """
 
+import argparse
 import ast
 import inspect
 import re
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from kvindex.cli import parser
 
 HERE = Path(__file__).resolve()
 ROOT = HERE.parents[2]
@@ -84,6 +87,14 @@ def all_findings(path):
 @pytest.mark.parametrize("path", [*PAGES, *SOURCES], ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_english_keeps_the_style(path):
     assert not [finding for finding, _ in all_findings(path)]
+
+
+def test_the_help_of_commands_keeps_the_style():
+    (commands,) = (each for each in parser()._actions if isinstance(each, argparse._SubParsersAction))
+    for name, command in commands.choices.items():
+        said = [command.description, *(group.title for group in command._action_groups)]
+        said += [action.help for action in command._actions]
+        assert not [(name, *finding) for text in said for finding in findings(text or "")]
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def add_parser(commands: Any) -> None:
         commands,
         "doctor",
         help="find the cause of a hit rate of zero",
-        description="Connect to one pod, watch its events, and report what keeps prompts from matching: addresses, "
+        description="Connect to one pod, watch its events, and report the causes of missing matches: addresses, "
         "topics, block sizes, adapters, salts, gaps.",
         status="0 if nothing is wrong, 1 otherwise",
         lines=[

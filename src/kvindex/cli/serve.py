@@ -50,10 +50,10 @@ def add_parser(commands: Any) -> None:
     index.add_argument("--block-size", type=positive, default=16, metavar="TOKENS",
                        help="block size; engines' must be multiples of it (default %(default)s)")  # fmt: skip
     index.add_argument("--max-bytes", type=positive, metavar="N", help="limit of its memory (default: none)")
-    index.add_argument("--ttl", type=seconds, metavar="SECONDS", help="forget what nothing touches for so long")
+    index.add_argument("--ttl", type=seconds, metavar="SECONDS", help="drop prefixes that are unused for so long")
     index.add_argument("--snapshot", metavar="FILE", help="start from this file, and save there when it is ended")
     index.add_argument("--snapshot-every", type=seconds, metavar="SECONDS", help="save there also every so often")
-    index.add_argument("--from", dest="source", metavar="URL", help="start from what a living service knows")
+    index.add_argument("--from", dest="source", metavar="URL", help="start with the index of a running service")
 
     network = parser.add_argument_group("its sockets")
     network.add_argument("--host", default="127.0.0.1", help="address to listen at (default %(default)s)")
@@ -64,9 +64,11 @@ def add_parser(commands: Any) -> None:
                          help=f"the bearer token that callers have to send (default: {TOKEN}, else none)")  # fmt: skip
     for name in ("ssl-certfile", "ssl-keyfile", "ssl-keyfile-password", "ssl-ca-certs"):
         network.add_argument(f"--{name}", metavar="FILE" if "password" not in name else "TEXT", help="as of uvicorn")
-    network.add_argument("--ssl-cert-reqs", type=int, metavar="N", help="as of uvicorn: 2 wants clients' certificates")
+    network.add_argument(
+        "--ssl-cert-reqs", type=int, metavar="N", help="as of uvicorn: 2 requires clients' certificates"
+    )
 
-    work = parser.add_argument_group("what it takes on")
+    work = parser.add_argument_group("limits")
     work.add_argument(
         "--max-body", type=positive, default=8 << 20, metavar="BYTES", help="of a body (default %(default)s)"
     )
