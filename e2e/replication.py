@@ -174,7 +174,9 @@ class Fleet:
             target=_publish, args=(settings, self.counts, self.times, self.rate, end), daemon=True
         )
         self._publisher.start()
-        self.ends = self._pipe.recv()
+        assert self._publisher.pid is not None
+        self.publisher: int = self._publisher.pid
+        self.ends: list[tuple[str, str]] = self._pipe.recv()
         self.members: dict[int, Member] = {}
         for number in range(settings.followers):
             self.join(number, number < candidates)
