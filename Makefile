@@ -60,7 +60,7 @@ listed = $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.t
 	touch $@
 
 .PHONY: ci nightly tsan-nightly fuzz-nightly simulate simulate-nightly coverage test-nightly wheel-check release-check
-.PHONY: help build demo test test-unit test-wire sanitize sanitize-quick tsan fuzz lint dist clean bench-peers bench-rows bench-streams bench-router bench-service bench-replication bench-gate
+.PHONY: help build demo test test-unit test-wire sanitize sanitize-quick tsan fuzz lint dist clean bench-peers bench-rows bench-streams bench-router bench-routers bench-service bench-replication bench-gate
 .PHONY: bench bench-quick bench-html bench-replay bench-baseline bench-check
 
 .PHONY: test-kv-sync-chaos test-kv-sync-benchmark test-kv-sync-all chaos-quick chaos-storm
@@ -80,6 +80,7 @@ help:
 	@echo 'make bench-replay      a trace (TRACE=...) sped up until the index falls behind'
 	@echo 'make bench-streams     events over TCP until they are applied: one publisher, and fleets of up to 1,000'
 	@echo 'make bench-router      requests a second through the router of the examples, by wrk'
+	@echo 'make bench-routers     cached tokens in the routers of others, with kvindex and with their own policies'
 	@echo 'make bench-service     kvindex serve beside Dynamo'"'"'s indexer: requests, ingest, page, replica'
 	@echo 'make bench-replication  a follower of the log beside direct subscription: processor time, lag, memory, warm start'
 	@echo 'make bench-gate BASE=REV  asv, of REV and HEAD: exit 1 when something got slower or larger by more than a tenth'
@@ -268,6 +269,10 @@ bench-replication: .venv/.test-tools
 bench-service: .venv/.bench-tools $(PEERS)/.tried
 	$(call need,command -v wrk,wrk)
 	$(BENCH) benchmarks.service
+
+# The routers of others, with kvindex and with their own policies.
+bench-routers: $(INTEGRATIONS)/.installed
+	PYTHONPATH=src $(INTEGRATIONS)/bin/python -m benchmarks.routers --out docs/performance/routers.md
 
 # Both revisions in environments of their own, taking turns. ASKED='--bench Match' measures some of it.
 bench-gate: .venv/.bench-tools .asv/.machine
@@ -465,11 +470,16 @@ $(INTEGRATIONS)/.installed: pyproject.toml | .venv/.installed
 	touch $@
 
 test-integrations: $(INTEGRATIONS)/.installed
-	PYTHONPATH=src $(INTEGRATIONS)/bin/python -m pytest -q -n $(JOBS) --dist loadfile $(JUNIT) tests/integrations --ignore tests/integrations/nightly
-	PYTHONPATH=src $(INTEGRATIONS)/bin/python -m pytest -q -W ignore tests/unit/test_pages.py -k integrations/
+	PYTHONPATH=src $(INTEGRATIONS)/bin/python -m pytest -q -W ignore -n $(JOBS) --dist loadfile $(JUNIT) \
+		--ignore tests/integrations/nightly -k integrations tests/integrations tests/unit/test_pages.py
 
 # Whole proxies and clusters.
-test-integrations-nightly: $(INTEGRATIONS)/.installed
+$(INTEGRATIONS)/.nightly: $(INTEGRATIONS)/.installed
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["integrations-nightly"], sep="\n")' \
+		| $(INTEGRATIONS)/bin/python -m pip --disable-pip-version-check --no-input install --quiet --no-compile --requirement /dev/stdin
+	touch $@
+
+test-integrations-nightly: $(INTEGRATIONS)/.nightly
 	PYTHONPATH=src $(INTEGRATIONS)/bin/python -m pytest -q $(JUNIT) tests/integrations/nightly
 
 # The page of the service, in the system's Chromium. PAGE_PICTURES=DIRECTORY keeps what it looks like.

@@ -16,58 +16,27 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own
     pytest.importorskip("ray.serve", reason="Ray is not installed: make test-integrations")
 
-from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
-from ray.serve.request_router import PendingRequest, ReplicaID
+from ray.serve._private.common import DeploymentHandleSource
+from ray.serve.request_router import ReplicaID
+from replicas import DEPLOYMENT, Replica, asked, replica_set
 from talks import caught_up
 
 from kvindex import InvalidValueError, PodSource
-from kvindex.integrations.ray import KVEvents, PrefixRequestRouter, routing_stats, vllm_source
+from kvindex.integrations.ray import PrefixRequestRouter, routing_stats, vllm_source
 from kvindex.sim.http import chat_ids, text_ids
 from kvindex.sim.tokenizer import save
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("error:unclosed EventManager")]
 
-DEPLOYMENT = DeploymentID(name="engine", app_name="app")
 LONG = [{"role": "user", "content": "a prompt of some length " * 10}]
 
 ANSWER = "an answer of some length"
-
-
-class Replica:
-    """What a router reads of a RunningReplica."""
-
-    node_id, availability_zone, multiplexed_model_ids = "node", None, frozenset()
-    max_ongoing_requests = 4
-
-    def __init__(self, name: str, stats: dict[str, Any]) -> None:
-        self.replica_id = ReplicaID(unique_id=name, deployment_id=DEPLOYMENT)
-        self.routing_stats = stats
-        self.running = 0
-
-    async def get_queue_len(self, *, deadline_s: float) -> int:
-        return self.running
-
-
-def announced(pod: Any) -> dict[str, Any]:
-    mixin = KVEvents()
-    assert mixin.record_routing_stats() == {}
-    mixin.kv_events = PodSource.from_vllm(pod.url, name=pod.config.name)
-    return mixin.record_routing_stats()
-
-
-def replica_set(pods: Any) -> list[Replica]:
-    return [Replica(name, announced(pod)) for name, pod in pods.items()]
 
 
 def made(kind: type = PrefixRequestRouter, **options: Any) -> Any:
     router = kind(deployment_id=DEPLOYMENT, handle_source=DeploymentHandleSource.REPLICA)
     router.initialize_state(**options)
     return router
-
-
-def asked(first: Any, number: int = 0, **more: Any) -> PendingRequest:
-    metadata = RequestMetadata(request_id=f"r{number}", internal_request_id=f"i{number}")
-    return PendingRequest(args=[first], kwargs=more, metadata=metadata)
 
 
 def named(pods: Any) -> dict[str, Any]:

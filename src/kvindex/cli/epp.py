@@ -48,6 +48,8 @@ def add_parser(commands: Any) -> None:
                         help="endpoints that are named behind the picked one (default %(default)s)")  # fmt: skip
     parser.add_argument("--max-in-flight", type=positive, metavar="N",
                         help="most requests at a pod; 429 if all pods have so many (default: none)")  # fmt: skip
+    parser.add_argument("--speculative-ttl", type=seconds, default=2.0, metavar="SECONDS",
+                        help="a prompt that was sent counts as held for so long (default %(default)g)")  # fmt: skip
     parser.add_argument("--max-body", type=positive, default=16 << 20, metavar="BYTES",
                         help="of a request (default %(default)s)")  # fmt: skip
     parser.add_argument("--wait", type=seconds, default=30.0, metavar="SECONDS",
@@ -74,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
             stack.enter_context(followed_cluster(manager, args))
         service = EndpointPickerService(
             index, manager, encoder=encoder, fallbacks=args.fallbacks, max_in_flight=args.max_in_flight,
-            max_body=args.max_body,
+            max_body=args.max_body, speculative_ttl=args.speculative_ttl,
         )  # fmt: skip
         asyncio.run(_serve(service, manager, args))
     return 0

@@ -1,0 +1,270 @@
+"""``make bench-routers``: cached tokens of those possible, in the routers of others: kvindex beside their own policies.
+
+Conversations take turns at three simulated pods. "Possible" is what one endless cache would reuse. The workloads are in
+``WORKLOADS``. "History alone" is :class:`EndpointPicker` without events: it expects each prompt where it was sent
+before. What a router lacks here is left out, and said so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import functools
+import os
+import random
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from kvindex import EventManager, PodSource, PrefixIndex
+from kvindex.routing import EndpointPicker
+from kvindex.sim import SimProcess
+from kvindex.sim.http import chat_ids, text_ids
+from kvindex.sim.tokenizer import save
+
+from .report import say, table
+
+ROOT = Path(__file__).resolve().parents[1]
+# What the tests of these routers have of gateways and replicas.
+sys.path.insert(0, str(ROOT / "tests" / "integrations"))
+os.environ |= {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "10"}
+
+CONVERSATIONS, TURNS = 40, 6
+#: Seconds between requests, and those for which a prompt that was sent counts as held: a cache is overwritten here in
+#: less time than the two seconds that are the default.
+PAUSE, SPECULATIVE = 0.03, 0.02
+ANSWER = "an answer of some length. " * 4
+FITS = (4000, 4000, 4000)
+#: Blocks of each pod, routers that take turns at random, and the turn before which they are started again.
+WORKLOADS: dict[str, tuple[tuple[int, ...], int, int | None]] = {
+    "all fits": (FITS, 1, None),
+    "evictions": ((400, 400, 400), 1, None),
+    "restart": (FITS, 1, TURNS // 2),
+    "two routers": (FITS, 2, None),
+}
+
+#: Messages to the answer, and its cached tokens.
+Ask = Callable[[list[dict[str, Any]]], tuple[str, int]]
+#: A router before these pods, with a model's directory; called again, it is started again.
+Started = Callable[[dict[str, SimProcess], Path], Any]
+
+
+def run(started: Started, sizes: tuple[int, ...], routers: int, restart: int | None, model: Path) -> tuple[int, int]:
+    """Cached tokens, and those possible. Each round asks each conversation once, in an order that repeats."""
+    rng = random.Random(7)
+    chats = [[{"role": "user", "content": f"{number}: " + "a beginning. " * 20}] for number in range(CONVERSATIONS)]
+    cached = possible = 0
+    with ExitStack() as stack:
+        pods = {
+            name: stack.enter_context(SimProcess(name=name, http=0, blocks=blocks))
+            for name, blocks in zip("abc", sizes, strict=True)
+        }
+        endless = stack.enter_context(SimProcess(name="endless", blocks=40_000))
+        running = stack.enter_context(ExitStack())
+        asks: list[Ask] = [running.enter_context(started(pods, model)) for _ in range(routers)]
+        for turn in range(TURNS):
+            if turn == restart:
+                running.close()
+                asks = [running.enter_context(started(pods, model)) for _ in range(routers)]
+            for messages in rng.sample(chats, len(chats)):
+                text, hit = rng.choice(asks)(messages)
+                # An hour's evictions pass in seconds here, and events are on their way for a larger share of them.
+                time.sleep(PAUSE)
+                cached += hit
+                possible += endless.serve(chat_ids(messages), text_ids(text))["hit"]
+                messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "And then? " * 8}]
+    return cached, possible
+
+
+def at(pod: SimProcess, messages: Any) -> tuple[str, int]:
+    return ANSWER, int(pod.serve(chat_ids(messages), text_ids(ANSWER))["hit"])
+
+
+@contextmanager
+def history(pods: dict[str, SimProcess], _: Path) -> Iterator[Ask]:
+    index = PrefixIndex(block_size=16)
+    for name in pods:
+        index.mark_worker(name, 0, "exact")
+    picker = EndpointPicker(index, speculative_ttl=86400, seed=1)
+
+    def ask(messages: Any) -> tuple[str, int]:
+        choice = picker.pick(chat_ids(messages), pods=pods)
+        assert choice is not None
+        text, hit = at(pods[choice.pod], messages)
+        picker.finished(choice)
+        whole = chat_ids([*messages, {"role": "assistant", "content": text}], False)
+        index.add_prefix(choice.pod, whole, ttl=86400)
+        return text, hit
+
+    yield ask
+
+
+@contextmanager
+def events(pods: dict[str, SimProcess], _: Path) -> Iterator[Ask]:
+    index = PrefixIndex(block_size=16)
+    with EventManager(index) as manager:
+        for name, pod in pods.items():
+            manager.add_pod(PodSource.from_vllm(pod.url or "", name=name))
+        manager.wait_until_exact(20.0)
+        picker = EndpointPicker(index, manager, seed=1, speculative_ttl=SPECULATIVE)
+
+        def ask(messages: Any) -> tuple[str, int]:
+            choice = picker.pick(chat_ids(messages), model="sim")
+            assert choice is not None
+            text, hit = at(pods[choice.pod], messages)
+            picker.finished(choice, hit)
+            return text, hit
+
+        yield ask
+
+
+@functools.cache
+def _loop() -> asyncio.Runner:
+    return asyncio.Runner()
+
+
+def litellm(policy: str) -> Started:
+    @contextmanager
+    def started(pods: dict[str, SimProcess], model: Path) -> Iterator[Ask]:
+        import litellm as package
+
+        from kvindex.integrations.litellm import KVIndexHandler
+
+        package.callbacks = [handler := KVIndexHandler()] if policy == "kvindex" else []
+        deployments = [
+            {
+                "model_name": "m",
+                "litellm_params": {"model": "openai/sim", "api_base": f"{pod.url}/v1", "api_key": "none"},
+                "model_info": {
+                    "id": name,
+                    "kv_events": ",".join([*pod.ranks[0], "engine=vllm"]),
+                    "tokenizer": str(model),
+                },  # type: ignore[list-item]
+            }
+            for name, pod in pods.items()
+        ]  # fmt: skip
+        options = {} if policy == "kvindex" else {"routing_strategy": policy}
+        router = package.Router(model_list=deployments, num_retries=0, **options)
+        # One loop for all of them: LiteLLM shares its clients between routers.
+        loop = _loop()
+        if policy == "kvindex":
+            loop.run(handler.async_filter_deployments("m", deployments, None))
+            handler.manager.wait_until_exact(20.0)
+
+        # The list is the process's, and each router stands for a process.
+        own = list(package.callbacks)
+
+        def ask(messages: Any) -> tuple[str, int]:
+            package.callbacks[:] = own
+            answer = loop.run(router.acompletion(model="m", messages=messages, max_tokens=len(ANSWER)))
+            return answer.choices[0].message.content, answer.usage.prompt_tokens_details.cached_tokens
+
+        yield ask
+        if policy == "kvindex":
+            handler.close()
+        package.callbacks = []
+
+    return started
+
+
+def ray_serve(policy: str) -> Started:
+    @contextmanager
+    def started(pods: dict[str, SimProcess], model: Path) -> Iterator[Ask]:
+        from ray.serve._private.common import DeploymentHandleSource
+        from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
+        from replicas import DEPLOYMENT, asked, replica_set
+
+        from kvindex.integrations.ray import PrefixRequestRouter
+
+        kind, options = PowerOfTwoChoicesRequestRouter, {}
+        if policy == "kvindex":
+            kind, options = PrefixRequestRouter, {"tokenizer": str(model), "speculative_ttl": SPECULATIVE}
+        count = 0
+        with asyncio.Runner() as loop:
+
+            async def up() -> Any:
+                made = kind(deployment_id=DEPLOYMENT, handle_source=DeploymentHandleSource.REPLICA)
+                made.initialize_state(**(options))
+                made.update_replicas(replica_set(pods))
+                return made
+
+            router = loop.run(up())
+            if policy == "kvindex":
+                router.manager.wait_until_exact(20.0)
+
+            async def one(messages: Any) -> tuple[str, int]:
+                nonlocal count
+                request = asked({"messages": messages}, count := count + 1)
+                replica = await router._choose_replica_for_request(request)
+                found = at(pods[replica.replica_id.unique_id], messages)
+                router.on_request_completed(replica.replica_id, f"i{count}")
+                return found
+
+            yield lambda messages: loop.run(one(messages))
+            if policy == "kvindex":
+                router.manager.close()
+
+    return started
+
+
+def envoy(policy: str) -> Started:
+    @contextmanager
+    def started(pods: dict[str, SimProcess], model: Path) -> Iterator[Ask]:
+        from gateway import chat, gateway
+
+        with gateway(pods, model, picker=policy == "kvindex", speculative_ttl=SPECULATIVE) as url:
+            yield lambda messages: chat(url, messages, max_tokens=len(ANSWER))
+
+    return started
+
+
+ROUTERS: dict[tuple[str, str], Started] = {
+    ("no router", "EndpointPicker"): events,
+    ("no router", "history alone"): history,
+    ("LiteLLM", "kvindex"): litellm("kvindex"),
+    ("LiteLLM", "simple-shuffle, its default"): litellm("simple-shuffle"),
+    ("Ray Serve", "kvindex"): ray_serve("kvindex"),
+    ("Ray Serve", "power of two choices, its default"): ray_serve("power of two"),
+    ("Envoy", "kvindex"): envoy("kvindex"),
+    ("Envoy", "round robin"): envoy("round robin"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.routers", description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default="", help="routers whose name has this")
+    parser.add_argument("--out", type=Path, help="write the table into this page, between its marks")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")  # theirs
+    model = ROOT / ".build" / "sim-model"
+    save(model)
+    rows = []
+    for (router, policy), started in ROUTERS.items():
+        if args.only not in router:
+            continue
+        cells = []
+        for name, workload in WORKLOADS.items():
+            try:
+                cached, possible = run(started, *workload, model)
+            except ImportError as error:
+                say(f"{router}: left out: {error}")
+                break
+            say(f"{router}, {policy}, {name}: {cached:,} of {possible:,}")
+            cells.append(f"{cached:,} ({cached / possible:.0%})")
+        else:
+            rows.append([router, policy, *cells])
+    text = table(["router", "policy", *WORKLOADS], rows)
+    print(f"possible: {possible:,}\n\n{text}")
+    if args.out is not None:
+        page = args.out.read_text()
+        begin, end = "<!-- table -->\n", "<!-- /table -->"
+        head, tail = page.partition(begin)[0], page.partition(end)[2]
+        args.out.write_text(f"{head}{begin}\n{text}\n{end}{tail}")
+
+
+if __name__ == "__main__":
+    main()
