@@ -202,7 +202,7 @@ def test_a_pod_that_dies_costs_no_request(pods, talks, handler) -> None:
     ("told", "said"),
     [
         (7, "kv_events is 7; it must be tcp://HOST:PORT"),
-        ("10.0.0.1:5557", "is no \\[NAME=\\]ENDPOINT"),
+        ("10.0.0.1:5557", r"'10\.0\.0\.1:5557'.*\[NAME=\]ENDPOINT"),
         ({"endpont": "tcp://10.0.0.1:5557"}, "unknown fields endpont"),
     ],
 )
