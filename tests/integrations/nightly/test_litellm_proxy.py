@@ -15,6 +15,8 @@ import pytest
 import urllib3
 import yaml
 
+pytest.importorskip("granian", reason="litellm[proxy] is not installed: make test-integrations-nightly")
+
 PROXY = Path(sys.executable).with_name("litellm")
 HTTP = urllib3.PoolManager(retries=False, timeout=60.0)
 LONG = [{"role": "user", "content": "a prompt of some length " * 20}]
@@ -22,7 +24,6 @@ LONG = [{"role": "user", "content": "a prompt of some length " * 20}]
 
 @pytest.fixture
 def proxy(pods: Any, tmp_path: Path) -> Iterator[str]:
-    pytest.importorskip("granian", reason="litellm[proxy] is not installed: make test-integrations-nightly")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     deployments = [
