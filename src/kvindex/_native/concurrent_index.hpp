@@ -72,6 +72,8 @@ public:
     ConcurrentIndex(u32 block_size, u64 seed, bool set_presence, u32 max_parked, u64 max_bytes = 0, double ttl = 0)
         : ix_(block_size, seed, set_presence, max_parked, max_bytes - max_bytes / kScratchShare, ttl),
           batches_(max_bytes ? std::min(kMostScratch, max_bytes / kScratchShare) : kMostScratch) {
+        // What is kept back of a budget is for scratch and the page in reserve.
+        if (max_bytes && max_bytes / kScratchShare < kMostScratch + kHugePage) ix_.spare().turn_off();
         note_expiry();
         Forks<ConcurrentIndex>::add(this);
     }
@@ -173,6 +175,10 @@ public:
             if (!change.on() && i < n && Ingest::is_long(batch.events[i])) {
                 if (!wait) return Taken::busy;
                 if (!change.prepared) prepare(uid, rank, model, batch, i, on, change);
+            }
+            if (ix_.spare().wanted()) {
+                if (!wait) return Taken::busy;
+                ix_.spare().stock();
             }
             u32 pod = kNone;
             if (on) {

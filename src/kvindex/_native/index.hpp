@@ -61,6 +61,7 @@ public:
     Eviction& eviction() { return eviction_; }
     const Eviction& eviction() const { return eviction_; }
 
+    Spare& spare() { return memory_.spare; }
     // Whether a turn has left something to the next one, and a turn's worth of that.
     bool loose() const { return presence_.loose(); }
     void tie_up() { presence_.tie_up(); }
@@ -82,6 +83,7 @@ public:
     // Gives back what was kept for the next pod, once the last one has gone and left nothing.
     void shrink() {
         if (!registry_.deserted() || loose()) return;
+        memory_.spare.drop();
         ingest_.shrink();
         pending_.shrink();
         sets_.shrink();

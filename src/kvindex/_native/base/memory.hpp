@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "base/heap.hpp"
+#include "base/spare.hpp"
 
 namespace kvindex {
 
@@ -53,7 +54,7 @@ struct Memory {
     // What is large enough for large pages gets them.
     void* take_zeros(std::size_t n) {
         const std::size_t room = Heap::room(n);
-        void* const p = n >= kHugePage ? map_memory(room, true) : heap.take_zeros(n);
+        void* const p = n < kHugePage ? heap.take_zeros(n) : n == kHugePage ? spare.take() : map_memory(room, true);
         add(room);
         return p;
     }
@@ -68,6 +69,7 @@ struct Memory {
     }
 
     Heap heap;
+    Spare spare;
 };
 
 // What was needed for one payload or event is kept for the next one, up to so many bytes: enough for an event of 10,000

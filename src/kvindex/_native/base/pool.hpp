@@ -138,7 +138,8 @@ private:
         if (a == arenas_.size()) arenas_.push(m_, {nullptr, 0, 0});
         Arena& arena = arenas_[a];
         if (!arena.items) {
-            arena.items = static_cast<T*>(map_memory(kArenaBytes, a >= kHugeFrom));
+            arena.items = static_cast<T*>(
+                a >= kHugeFrom && kArenaBytes == kHugePage ? m_.spare.take() : map_memory(kArenaBytes, a >= kHugeFrom));
             arena.touched = 0;
             ASAN_POISON_MEMORY_REGION(arena.items, kArenaBytes);
         }
