@@ -45,7 +45,7 @@ def asked(url, prompt):
 
 
 @pytest.mark.quick
-def test_a_killed_service_goes_on_from_its_snapshot(tmp_path, record_property):
+def test_a_killed_service_goes_on_from_its_snapshot(tmp_path):
     with ExitStack() as stack:
         pods = {name: stack.enter_context(SimProcess(name=name, blocks=4000)) for name in "abc"}
         follow = [f"{name}={','.join(map(str, pod.ranks[0]))}" for name, pod in pods.items()]
@@ -99,7 +99,6 @@ def test_a_killed_service_goes_on_from_its_snapshot(tmp_path, record_property):
         settled()
         asking.ending.set()
         asking.join()
-        record_property("seconds to exact", round(exact - killed, 2))
         after = [(moment, at, found) for moment, at, found in asking.answers if moment > killed and found is not None]
         states = [hit[1] for _, _, found in after for hit in found.values()]
         # What a restarted service calls exact has all that was published while it was away.
