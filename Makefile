@@ -17,8 +17,6 @@ JUNIT = --junit-xml=$(REPORTS)/junit-$@.xml
 HEADERS := $(sort $(shell find src/kvindex/_native -name '*.hpp'))
 # What is not counted in instructions, compiled apart.
 COLD := $(sort $(shell find src/kvindex/_native -name '*.cpp'))
-# One compiler for all of them: each reads the same headers, and four programs of the tests need them built in their own way.
-ALL_COLD := $(COLD:%=-include %)
 CORE := $(wildcard $(foreach kind,pyx pxd pxi hpp,src/kvindex/*.$(kind))) $(HEADERS) $(COLD)
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 
@@ -167,7 +165,7 @@ sanitize sanitize-quick: .venv/.test-tools $(SANITIZED)/.built
 TSAN := .build/tsan/race
 $(TSAN): tests/threads/race.cpp $(COLD) $(HEADERS)
 	mkdir -p $(@D)
-	$${CXX:-g++} -std=c++17 -O1 -g -fsanitize=thread -DKVINDEX_SEGMENT_BYTES=128 -Isrc/kvindex/_native $(ALL_COLD) $< -o $@
+	$${CXX:-g++} -std=c++17 -O1 -g -fsanitize=thread -DKVINDEX_SEGMENT_BYTES=128 -Isrc/kvindex/_native $< $(COLD) -o $@
 
 tsan: $(TSAN)
 	TSAN_OPTIONS=halt_on_error=1 $(TSAN) $(SECONDS)
@@ -180,7 +178,7 @@ $(FUZZ)/fuzz_%: tests/fuzz/fuzz_%.cpp $(COLD) $(HEADERS)
 	$(call need,echo 'extern "C" int LLVMFuzzerTestOneInput(const char*$(comma) unsigned long) { return 0; }' \
 		| $(CLANG) $(FUZZ_FLAGS) -x c++ - -o /dev/null,clang-14 libclang-rt-14-dev)
 	mkdir -p $(@D)
-	$(CLANG) $(FUZZ_FLAGS) -Isrc/kvindex/_native $(ALL_COLD) $< -o $@
+	$(CLANG) $(FUZZ_FLAGS) -Isrc/kvindex/_native $< $(COLD) -o $@
 
 comma := ,
 
@@ -190,7 +188,7 @@ FAIL_FLAGS := $(subst fuzzer$(comma),,$(FUZZ_FLAGS)) $(FAILING)
 
 $(FUZZ)/fail_memory: tests/fuzz/fail_memory.cpp $(COLD) $(HEADERS)
 	mkdir -p $(@D)
-	$(CLANG) $(FAIL_FLAGS) -Isrc/kvindex/_native $(ALL_COLD) $< -o $@
+	$(CLANG) $(FAIL_FLAGS) -Isrc/kvindex/_native $< $(COLD) -o $@
 
 # With the slabs of base/heap.hpp, in whose place the others have malloc, for the address sanitizer to watch.
 LIVE_FLAGS := $(subst fuzzer$(comma),,$(FUZZ_FLAGS)) -DKVINDEX_SLABS -Wl,--wrap=mmap,--wrap=munmap,--wrap=mremap
