@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from contextlib import ExitStack
+from http.client import HTTPException
 from urllib.request import urlopen
 
 import numpy as np
@@ -40,7 +41,7 @@ def asked(url, prompt):
     try:
         with urlopen(f"{url}/v1/match", json.dumps({"tokens": prompt.tolist(), "model": "sim"}).encode()) as answer:
             return {pod: (hit["held"], hit["state"]) for pod, hit in json.load(answer)["pods"].items()}
-    except OSError:
+    except (OSError, HTTPException):  # refused, or killed in the middle of the answer
         return None
 
 
