@@ -298,7 +298,7 @@ def test_what_is_wrong_is_refused_by_name_and_leaves_nothing_in_flight(router: R
 
 @pytest.fixture
 def prometheus() -> str:
-    return shutil.which("prometheus") or pytest.skip("prometheus is not installed")
+    return shutil.which("prometheus") or pytest.skip("prometheus is not installed: make test-kv-sync-e2e")
 
 
 def test_prometheus_scrapes_the_router_and_evaluates_the_rules_and_panels(

@@ -210,7 +210,7 @@ class Index:
     def __init__(self) -> None:
         self.content: dict[str, int] = {}
         self.place: dict[str, tuple[int, int, bool]] = {}  # run, number, whether it is whole
-        self.verdict: dict[str, str] = {}
+        self.state: dict[str, str] = {}
         self.until: float | None = 0.0
 
     def apply(self, item: Any) -> None:
@@ -224,9 +224,9 @@ class Index:
             self.content[item.pod] = START
             self.place.pop(item.pod, None)
         elif kind is Marked:
-            self.verdict[item.pod] = item.state
+            self.state[item.pod] = item.state
         elif kind is Removed:
-            for table in (self.content, self.place, self.verdict):
+            for table in (self.content, self.place, self.state):
                 table.pop(item.pod, None)
 
     def dumps(self) -> bytes:
@@ -238,7 +238,7 @@ class Index:
             return
         content, place = msgpack.unpackb(data)
         self.content, self.place = content, {pod: tuple(at) for pod, at in place.items()}
-        self.verdict = {}
+        self.state = {}
 
 
 class Node:
@@ -367,8 +367,8 @@ class Node:
             kind = type(effect)
             if kind is Load:
                 self.index.loads(effect.data)
-                for pod, _, verdict in effect.verdicts:
-                    self.index.verdict[pod] = verdict
+                for pod, _, state in effect.states:
+                    self.index.state[pod] = state
                 self.index.until = 0.0
                 self.replica.loaded(None)
             elif kind is Trust:
@@ -429,9 +429,9 @@ class Node:
             if seq > place[1]:
                 self.show(Batch(engine.name, 0, "", None, seq, payload, joined))
                 joined = True
-        verdict = "exact" if self.index.place.get(engine.name, place)[2] else "degraded"
+        state = "exact" if self.index.place.get(engine.name, place)[2] else "degraded"
         self.streams[engine.name] = (engine.run, engine.seq)
-        self.show(Marked(engine.name, 0, verdict, ""))
+        self.show(Marked(engine.name, 0, state, ""))
         self.kick()
 
     def hear(self, engine: Engine, run: int, seq: int, payload: bytes) -> None:
@@ -466,7 +466,7 @@ class Node:
     def claims(self, pod: str) -> int | None:
         """What a question would be answered by, if it were called exact."""
         index = self.index
-        if index.verdict.get(pod) != "exact" or (index.until is not None and self.clock >= index.until):
+        if index.state.get(pod) != "exact" or (index.until is not None and self.clock >= index.until):
             return None
         return index.content.get(pod, START)
 
@@ -657,10 +657,10 @@ class World:
         if len(collectors) != 1:
             return {f"{len(collectors)} collectors"}
         return {
-            f"{node.name} for {name}: {node.replica.reason!r}, marked {node.index.verdict.get(name)}"
+            f"{node.name} for {name}: {node.replica.reason!r}, marked {node.index.state.get(name)}"
             for node in self.nodes
             for name in self.engines
-            if not node.collects and collectors[0].index.verdict.get(name) == "exact" and node.claims(name) is None
+            if not node.collects and collectors[0].index.state.get(name) == "exact" and node.claims(name) is None
         }
 
 

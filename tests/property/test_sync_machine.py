@@ -30,7 +30,7 @@ class FaultyChannel(RuleBasedStateMachine):
     def start(
         self, replay: bool, buffer_steps: int, memory: int, max_pending: int, confirm: int, before: int, since: int
     ) -> None:
-        # With nobody to ask, a copy that comes later than the memory reaches can not be told from a restart.
+        # With nobody to ask, a copy that comes later than the memory reaches cannot be told from a restart.
         memory = memory if replay else 1024
         policy = StreamPolicy(memory=memory, max_pending=max_pending, replay_confirm=confirm)
         self.world = self.kind(replay=replay, policy=policy, buffer_steps=buffer_steps)

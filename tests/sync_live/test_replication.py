@@ -298,7 +298,7 @@ def test_what_people_get_wrong(server: Any, pod: LivePublisher) -> None:
     assert view.status().reason == "not started"
     with view:
         view.add_pod(source(pod))
-        with pytest.raises(StreamError, match="named already"):
+        with pytest.raises(StreamError, match="added already"):
             view.add_pod(source(pod))
         with pytest.raises(UnknownPodError, match="'b'"):
             view.remove_pod("b")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from .. import PodSource, StreamError
 from ..discovery import PodFile, read_pods
 from ._terminal import CommandError, positive
 
-__all__ = ["add_arguments", "followed", "one_source", "sources"]
+__all__ = ["add_arguments", "add_cluster_arguments", "followed", "followed_fleet", "one_source", "sources"]
 
 POD = (
     "[NAME=]tcp://HOST:PORT[,REPLAY][,engine=vllm], where REPLAY is an endpoint or a port of the same host; or the "
@@ -49,6 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser, *, several: bool = True) -> N
     parser.add_argument("--model", help="model that the pods serve (default: as the server reports, else none)")
 
 
+def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which pods of a Kubernetes cluster, for :func:`followed_fleet`."""
+    parser.add_argument("--kubernetes", metavar="SELECTOR", nargs="?", const="",
+                        help="follow pods of the cluster, by label (default: kvindex.discovery's)")  # fmt: skip
+    parser.add_argument("--namespace", help="with --kubernetes: the namespace (default: every one)")
+
+
 def sources(args: argparse.Namespace) -> list[PodSource]:
     """The pods that the command line names; asks servers over HTTP. Raises a KVIndexError that says what is wrong."""
     return _different(_named(args) + (list(read_pods(args.file).values()) if getattr(args, "file", None) else []))
@@ -80,6 +87,20 @@ def followed(manager: Any, args: argparse.Namespace) -> Iterator[None]:
     for source in _named(args):
         manager.add_pod(source)
     with PodFile(manager, args.file):
+        yield
+
+
+@contextmanager
+def followed_fleet(manager: Any, args: argparse.Namespace) -> Iterator[None]:
+    """Follow the pods that the command line names, if it names any, and those of the cluster."""
+    with ExitStack() as stack:
+        if args.pods or args.file or args.replay:
+            stack.enter_context(followed(manager, args))
+        if args.kubernetes is not None:
+            from ..discovery import KubernetesPods
+
+            selector = {"selector": args.kubernetes} if args.kubernetes else {}
+            stack.enter_context(KubernetesPods(manager, namespace=args.namespace, **selector))
         yield
 
 

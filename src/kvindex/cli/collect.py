@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
-from ._pods import add_arguments, followed
+from ._pods import add_arguments, add_cluster_arguments, followed_fleet
 from ._terminal import CommandError, add_command, positive, seconds
 
 __all__ = ["add_parser"]
@@ -35,9 +35,7 @@ def add_parser(commands: Any) -> None:
         ],
     )
     add_arguments(parser)
-    parser.add_argument("--kubernetes", metavar="SELECTOR", nargs="?", const="",
-                        help="follow pods of the cluster, by label (default: kvindex.discovery's)")  # fmt: skip
-    parser.add_argument("--namespace", help="with --kubernetes: the namespace (default: every one)")
+    add_cluster_arguments(parser)
     parser.add_argument("--log", metavar="URL", default=os.environ.get(URL),
                         help=f"URL of the server, as of redis-py (default: {URL})")  # fmt: skip
     parser.add_argument("--fleet", default="default", metavar="NAME", help="name of the fleet (default %(default)s)")
@@ -70,13 +68,7 @@ def run(args: argparse.Namespace) -> int:
                 args.log, fleet=args.fleet, block_size=args.block_size, policy=policy, max_bytes=args.max_bytes
             )
         )
-        if args.pods or args.file or args.replay:
-            stack.enter_context(followed(view, args))
-        if args.kubernetes is not None:
-            from ..discovery import KubernetesPods
-
-            selector = {"selector": args.kubernetes} if args.kubernetes else {}
-            stack.enter_context(KubernetesPods(view, namespace=args.namespace, **selector))
+        stack.enter_context(followed_fleet(view, args))
         if not view.pods() and args.file is None and args.kubernetes is None:
             raise CommandError("no pods: name them as NAME=tcp://HOST:PORT,REPLAY_PORT, by --pods or by --kubernetes")
         status = view.status()

@@ -10,10 +10,10 @@ from contextlib import ExitStack
 from typing import Any
 
 from .. import EventManager, PrefixIndex
-from ._pods import add_arguments, followed
+from ._encoder import add_encoder_arguments, encoder_of
+from ._pods import add_arguments, add_cluster_arguments, followed_fleet
 from ._terminal import CommandError, add_command, positive, seconds
 from .demo import BLOCK_SIZE
-from .serve import encoder_of, followed_cluster
 
 __all__ = ["add_parser"]
 
@@ -33,9 +33,7 @@ def add_parser(commands: Any) -> None:
         ],
     )
     add_arguments(parser)
-    parser.add_argument("--kubernetes", metavar="SELECTOR", nargs="?", const="",
-                        help="follow pods of the cluster, by label (default: kvindex.discovery's)")  # fmt: skip
-    parser.add_argument("--namespace", help="with --kubernetes: the namespace (default: every one)")
+    add_cluster_arguments(parser)
     parser.add_argument("--block-size", type=positive, default=BLOCK_SIZE, metavar="TOKENS",
                         help="block size; engines' must be multiples of it (default %(default)s)")  # fmt: skip
     parser.add_argument("--max-bytes", type=positive, metavar="N", help="limit of the index's memory (default: none)")
@@ -54,9 +52,7 @@ def add_parser(commands: Any) -> None:
                         help="of a request (default %(default)s)")  # fmt: skip
     parser.add_argument("--wait", type=seconds, default=30.0, metavar="SECONDS",
                         help="ready after the pods' history, or so long (default %(default)g)")  # fmt: skip
-    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json, for prompts that are texts or messages")
-    parser.add_argument("--chat-template", metavar="FILE", help="its template, for messages")
-    parser.add_argument("--tokenize-url", metavar="URL", help="an engine that is asked for token ids instead")
+    add_encoder_arguments(parser)
     parser.set_defaults(run=run)
 
 
@@ -70,10 +66,7 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         index = PrefixIndex(args.block_size, max_bytes=args.max_bytes)
         manager = stack.enter_context(EventManager(index))
-        if args.pods or args.file or args.replay:
-            stack.enter_context(followed(manager, args))
-        if args.kubernetes is not None:
-            stack.enter_context(followed_cluster(manager, args))
+        stack.enter_context(followed_fleet(manager, args))
         service = EndpointPickerService(
             index, manager, encoder=encoder, fallbacks=args.fallbacks, max_in_flight=args.max_in_flight,
             max_body=args.max_body, speculative_ttl=args.speculative_ttl,

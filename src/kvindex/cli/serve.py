@@ -11,11 +11,12 @@ from contextlib import ExitStack
 from typing import Any
 
 from .. import EventManager, PrefixIndex
-from ._pods import add_arguments, followed
+from ._encoder import add_encoder_arguments, encoder_of
+from ._pods import add_arguments, add_cluster_arguments, followed_fleet
 from ._terminal import CommandError, add_command, positive, seconds
 from .demo import BLOCK_SIZE, BLOCKS_PER_POD, Fleet, Pod
 
-__all__ = ["add_parser", "encoder_of", "followed_cluster"]
+__all__ = ["add_parser"]
 
 log = logging.getLogger("kvindex.service")
 
@@ -38,9 +39,7 @@ def add_parser(commands: Any) -> None:
         ],
     )
     add_arguments(parser)
-    parser.add_argument("--kubernetes", metavar="SELECTOR", nargs="?", const="",
-                        help="follow pods of the cluster, by label (default: kvindex.discovery's)")  # fmt: skip
-    parser.add_argument("--namespace", help="with --kubernetes: the namespace (default: every one)")
+    add_cluster_arguments(parser)
     parser.add_argument("--demo", type=positive, metavar="N", nargs="?", const=5,
                         help="start N simulated pods with traffic, and follow these (default: 5)")  # fmt: skip
     parser.add_argument("--kill-every", type=seconds, default=20.0, metavar="SECONDS",
@@ -77,9 +76,7 @@ def add_parser(commands: Any) -> None:
     )
     work.add_argument("--max-in-flight", type=positive, default=1024, metavar="N",
                       help="requests at a time (default %(default)s)")  # fmt: skip
-    work.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json, for questions that have a text or messages")
-    work.add_argument("--chat-template", metavar="FILE", help="its template, for messages")
-    work.add_argument("--tokenize-url", metavar="URL", help="an engine that is asked for token ids instead")
+    add_encoder_arguments(work)
     parser.set_defaults(run=run)
 
 
@@ -101,10 +98,7 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         fleet = None if args.demo is None else stack.enter_context(_fleet(args.demo))
         manager = stack.enter_context(EventManager(index))
-        if args.pods or args.file or args.replay:
-            stack.enter_context(followed(manager, args))
-        if args.kubernetes is not None:
-            stack.enter_context(followed_cluster(manager, args))
+        stack.enter_context(followed_fleet(manager, args))
         for source in registered if fleet is None else [pod.source() for pod in fleet.pods]:
             _follow(manager, source)
         service = Service(index, manager, encoder=encoder, limits=limits, token=token)
@@ -174,36 +168,3 @@ def _token(args: argparse.Namespace) -> str | None:
     if not token:
         raise CommandError(f"{args.token_file} is empty; it must have the token")
     return token
-
-
-def encoder_of(args: argparse.Namespace) -> Any:
-    if args.tokenizer is None:
-        if args.tokenize_url is None:
-            return None
-        from ..text import RemoteEncoder
-
-        return RemoteEncoder(args.tokenize_url)
-    if args.tokenize_url is not None:
-        raise CommandError("--tokenizer and --tokenize-url are both given; give one of them")
-    try:
-        from tokenizers import Tokenizer
-
-        from ..text import PromptEncoder
-    except ImportError:
-        raise CommandError("--tokenizer needs the extra text: pip install 'kvindex[text]'") from None
-    try:
-        tokenizer = Tokenizer.from_file(args.tokenizer)
-    except Exception as error:
-        raise CommandError(f"--tokenizer {args.tokenizer}: {error}") from None
-    template = None
-    if args.chat_template is not None:
-        with open(args.chat_template) as file:
-            template = file.read()
-    return PromptEncoder(tokenizer, template)
-
-
-def followed_cluster(manager: EventManager, args: argparse.Namespace) -> Any:
-    from ..discovery import KubernetesPods
-
-    selector = {"selector": args.kubernetes} if args.kubernetes else {}
-    return KubernetesPods(manager, namespace=args.namespace, **selector)

@@ -137,7 +137,7 @@ class KVIndexHandler(CustomLogger):
                 try:
                     self._sources[pod] = _source(pod, found)
                 except KVIndexError as error:
-                    log.warning("%s: its kv_events can not be followed: %s", pod, error)
+                    log.warning("%s: its kv_events cannot be followed: %s", pod, error)
             if new:
                 self._pods.reconcile(self._sources)
 

@@ -35,27 +35,27 @@ class Known:
 
     def __init__(self) -> None:
         self.pods: dict[str, Described] = {}
-        self.verdicts: dict[tuple[str, int], str] = {}
+        self.states: dict[tuple[str, int], str] = {}
 
     def take(self, item: object) -> None:
         if isinstance(item, Marked):
-            self.verdicts[item.pod, item.rank] = item.state
+            self.states[item.pod, item.rank] = item.state
         elif isinstance(item, Described):
             self.pods[item.pod] = item
         elif isinstance(item, Removed):
             self.pods.pop(item.pod, None)
-            self.verdicts = {at: verdict for at, verdict in self.verdicts.items() if at[0] != item.pod}
+            self.states = {at: state for at, state in self.states.items() if at[0] != item.pod}
 
     def load(self, load: Load) -> None:
         self.pods = {pod: Described(pod, *fields) for pod, fields in load.pods.items()}
-        self.verdicts = {(pod, rank): verdict for pod, rank, verdict in load.verdicts}
+        self.states = {(pod, rank): state for pod, rank, state in load.states}
 
     def contents(self, data: bytes) -> Contents:
         pods = {pod: [*described[1:]] for pod, described in self.pods.items()}
-        return Contents(data, pods, [(*at, verdict) for at, verdict in self.verdicts.items()])
+        return Contents(data, pods, [(*at, state) for at, state in self.states.items()])
 
     def stale(self, reason: str) -> list[Item]:
-        return [Marked(pod, rank, "stale", reason) for pod, rank in self.verdicts]
+        return [Marked(pod, rank, "stale", reason) for pod, rank in self.states]
 
 
 class Replica:

@@ -157,7 +157,7 @@ class Load(NamedTuple):
 
     data: bytes | None
     pods: Mapping[str, Any]
-    verdicts: list[tuple[str, int, str]]
+    states: list[tuple[str, int, str]]
 
 
 class Trust(NamedTuple):

@@ -20,7 +20,7 @@ class Contents(NamedTuple):
     data: bytes
     pods: Mapping[str, Any]
     """By name, what routers need to know of a pod's source: the fields of ``entries.Described`` behind the name."""
-    verdicts: list[tuple[str, int, str]]
+    states: list[tuple[str, int, str]]
 
 
 class Pointer(NamedTuple):
@@ -64,8 +64,8 @@ def unpack(pointer: Pointer, data: bytes) -> Contents:
     if len(data) != pointer.size or zlib.crc32(data) != pointer.checksum:
         raise LogError(f"snapshot {id_text(pointer.id)} is damaged: its bytes do not fit its checksum")
     try:
-        index, pods, verdicts, *_ = msgpack.unpackb(data, unicode_errors="surrogateescape")
-        return Contents(index, pods, [(pod, rank, verdict) for pod, rank, verdict in verdicts])
+        index, pods, states, *_ = msgpack.unpackb(data, unicode_errors="surrogateescape")
+        return Contents(index, pods, [(pod, rank, state) for pod, rank, state in states])
     except Exception as error:
         raise LogError(f"snapshot {id_text(pointer.id)} cannot be read: {error!r}") from None
 

@@ -213,7 +213,7 @@ class ReplicatedIndex:
         """
         with self._lock:
             if source.name in self._sources:
-                raise StreamError(f"pod {source.name!r} is named already; remove it first")
+                raise StreamError(f"pod {source.name!r} has been added already; remove it first")
             self._sources[source.name] = source
             if self._manager is not None:
                 try:
@@ -233,7 +233,7 @@ class ReplicatedIndex:
         """
         with self._lock:
             if self._sources.pop(name, None) is None:
-                raise UnknownPodError(f"no pod {name!r} was named")
+                raise UnknownPodError(f"no pod {name!r} has been added here")
             if self._manager is not None:
                 with suppress(UnknownPodError):
                     self._manager.remove_pod(name)
@@ -250,7 +250,7 @@ class ReplicatedIndex:
         """
         with self._lock:
             if source.name not in self._sources:
-                raise UnknownPodError(f"no pod {source.name!r} was named")
+                raise UnknownPodError(f"no pod {source.name!r} has been added here")
             if self._manager is not None:
                 self._manager.describe_pod(source)
             self._sources[source.name] = source
@@ -374,8 +374,8 @@ class ReplicatedIndex:
         if not missing:
             return ""
         return (
-            f"the collector does not follow {', '.join(missing[:5])}{' and others' * (len(missing) > 5)}: has it"
-            " another list of pods, or another fleet this name?"
+            f"the collector does not follow {', '.join(missing[:5])}{' and others' * (len(missing) > 5)}: it may have"
+            " another list of pods, or another fleet may have this name"
         )
 
     @property
@@ -482,11 +482,11 @@ class ReplicatedIndex:
     def _apply(self, item: Any) -> None:
         index = self._index
         match item:
-            case Marked(pod, rank, verdict, reason):
+            case Marked(pod, rank, state, reason):
                 old = index.pod_state(pod) if pod in index.pods() else "stale"
-                index.mark_worker(pod, rank, verdict)
-                if old != verdict:
-                    _call(self._on_change, StateChange(pod, rank, old, verdict, reason))
+                index.mark_worker(pod, rank, state)
+                if old != state:
+                    _call(self._on_change, StateChange(pod, rank, old, state, reason))
             case Forgotten(pod, rank):
                 index.clear_worker(pod, rank)
             case Configured(pod, options):
@@ -509,8 +509,8 @@ class ReplicatedIndex:
                 limits = {name: value for name, value in self._options.items() if name in _LIMITS}
                 index = PrefixIndex.loads(load.data, **limits)
             index.trust(0.0)
-            for pod, rank, verdict in load.verdicts:
-                index.mark_worker(pod, rank, verdict)  # type: ignore[arg-type]
+            for pod, rank, state in load.states:
+                index.mark_worker(pod, rank, state)  # type: ignore[arg-type]
         except (KVIndexError, MemoryError) as error:
             self._machine.loaded(f"the snapshot cannot be loaded: {error}")
             return

@@ -30,7 +30,7 @@ class Reason(Enum):
     UNCONFIRMED = "stale", "nothing that {endpoint} publishes has confirmed yet what {replay} gives"
     LAPSED = "stale", "the moment up to which the index was to be trusted is over"
     BEING_APPLIED = "stale", "what has arrived is being applied"
-    UNCLEARED = "stale", "the index can not forget what was before"
+    UNCLEARED = "stale", "the index cannot forget what was before"
     RESTARTED = "stale", "the engine has restarted"
     REBUILT = "stale", "building again from the whole history"
     DISOWNED = "stale", "what the replay brought was of another stream"
@@ -91,15 +91,15 @@ class Reason(Enum):
     UNPROVEN = "degraded", "no replay has shown what was before"
     CUT_SHORT = "degraded", "a replay stopped without its end marker, there may be more than {seq}"
 
-    # The index: what the events say can not be followed exactly.
+    # The index: what the events say cannot be followed exactly.
     UNKNOWN_EVENT = "degraded", "an event of kind {kind}, which is not known, may have taken blocks away"
     CLEAR_IN_DOUBT = "degraded", "a clear did not say whether it cleared the tiers behind the engine's own pool as well"
     HYBRID = "degraded", "hybrid=True: what it evicts beside full attention is in no event"
     NOT_PLACED = "degraded", "blocks could not be placed, or not be followed exactly"
 
-    # What can not be known, or is not as it was told, though every batch is applied.
-    NO_REPLAY = "exact", "without a replay endpoint the loss of the last batches can not be noticed"
-    NO_ANSWER = "exact", "{replay} has not answered: without replays the loss of the last batches can not be noticed"
+    # What cannot be known, or is not as it was told, though every batch is applied.
+    NO_REPLAY = "exact", "without a replay endpoint the loss of the last batches cannot be noticed"
+    NO_ANSWER = "exact", "{replay} has not answered: without replays the loss of the last batches cannot be noticed"
     OTHER_MODEL = "exact", "its topic {topic} names another model than {model}"
     EAGLE_IDLE = (
         "exact",

@@ -1106,7 +1106,7 @@ class WorkerStream:
                 if replay.purpose is Purpose.VERIFY or (replay.purpose is Purpose.START and not seen_from_0):
                     self._losses.unproven = True
                 if self._hole_at is not None and not self._missing():
-                    # Only a replay has shown that there is more, and it can not be had any more.
+                    # Only a replay has shown that there is more, and it cannot be had any more.
                     self._accept(replay.pos + 1, "no replay brings them")
                 self._started = True
             if self._missing():
@@ -1198,7 +1198,7 @@ class WorkerStream:
             self._disagree(self._trust.contradiction)
         if self.is_connected:
             self._plan_probe(now)
-            # That a history can not be had any more is no reason not to ask who is there.
+            # That a history cannot be had any more is no reason not to ask who is there.
             if (self._losses.can_heal or not self._verified or not self._trust.asks) and not self.replaying:
                 self._plan_heal(now)
         self._mark(self._judgement(now))

@@ -150,7 +150,7 @@ class Worker:
         self._curve = source.curve()
         self._allowance = allowance
         self._resume_at: float | None = None  # nothing is taken before
-        # Of a bound endpoint, which can not wait for one pod. An empty deque takes 760 bytes.
+        # Of a bound endpoint, which cannot wait for one pod. An empty deque takes 760 bytes.
         self._backlog: deque[tuple[int, bytes]] | None = None
         self._backlog_bytes = 0
         self._overlooked = -1  # the highest that was let go for want of room there
@@ -578,14 +578,14 @@ class Worker:
         return not self.gone
 
     def _clear(self, now: float) -> bool:
-        """Forget what a former process held. Where the index can not, nothing is applied and no more is claimed than
+        """Forget what a former process held. Where the index cannot, nothing is applied and no more is claimed than
         that it is stale, until it can: it is asked again before each batch."""
         try:
             for rank in self.speaks_for:
                 self._setting.index.clear_worker(self.pod, rank)
         except Exception as error:
             self.errors["refused"] += 1
-            self._say("refused", f"the index can not forget what was before, and is asked again: {error!r}", now)
+            self._say("refused", f"the index cannot forget what was before, and is asked again: {error!r}", now)
             return False
         self._uncleared = False
         self.explained = frozenset()
@@ -629,7 +629,7 @@ class Worker:
                 return
         if self._uncleared:
             if not self._clear(now):
-                actions += self.stream.rejected(seq, payload, now, "what was before can not be cleared")
+                actions += self.stream.rejected(seq, payload, now, "what was before cannot be cleared")
                 return
             actions.append(self.stream.mark)
         try:
@@ -730,7 +730,7 @@ class Worker:
                 error = self._explained(failure)
         if self.replay is None:
             self._say("replay_unreachable", error, now)
-        # Where it can not be asked the question runs into its timeout like one that nobody answers.
+        # Where it cannot be asked the question runs into its timeout like one that nobody answers.
         self.stream.replay_sent(now)
         self.schedule()
 
@@ -778,7 +778,7 @@ class Worker:
                     self._setting.show(Marked(self.pod, rank, "stale", reason))
                 self._setting.index.mark_worker(self.pod, rank, "stale")
         except Exception:
-            log.exception("%s: can not be marked stale", self.who)
+            log.exception("%s: cannot be marked stale", self.who)
         self._become("stale", reason)
 
     def _judged(self, figures: Mapping[int, dict[str, Any]] | None = None) -> tuple[str, str]:

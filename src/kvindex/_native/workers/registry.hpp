@@ -175,7 +175,7 @@ public:
         bool degraded = w.sticky || w.in_doubt || !w.unsure.empty() || w.small_blocks || w.pending != 0;
         const Pod& p = pods_[w.pod];
         degraded |= p.hybrid;
-        // Where announcements are not counted, what a window has left can not be told from what it holds: vLLM 0.33.0
+        // Where announcements are not counted, what a window has left cannot be told from what it holds: vLLM 0.33.0
         // announces both, and 69 of 1,050 recorded answers said too much.
         for (const Group& g : w.groups)
             degraded |=
