@@ -187,6 +187,32 @@ def bare(pods: int, rate: int, seconds: float) -> dict[str, float]:
         return {"us": taken / total * 1e6}
 
 
+def bare_idle(pods: int, seconds: float) -> dict[str, float]:
+    """One SUB socket with as many connections, and the heartbeats of an EventManager."""
+    with Fleet(pods, 10) as fleet:
+        context = zmq.Context()
+        context.socket(zmq.PAIR).close()
+        gc.collect()
+        before, opened = resident(), descriptors()
+        start, started = time.perf_counter(), time.process_time()
+        socket = context.socket(zmq.SUB)
+        socket.subscribe(b"")
+        socket.heartbeat_ivl, socket.heartbeat_timeout = 500, 1250
+        monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        for live, _ in fleet.ports:
+            socket.connect(f"tcp://127.0.0.1:{live}")
+        for _ in fleet.ports:
+            monitor.recv_multipart()
+        connected, started = time.perf_counter() - start, time.process_time() - started
+        gc.collect()
+        each, opened = (resident() - before) / pods, descriptors() - opened
+        taken = time.process_time()
+        time.sleep(seconds)
+        taken = (time.process_time() - taken) / seconds
+        context.destroy(linger=0)
+        return {"exact": connected, "started": started, "kB": each / 1e3, "idle": taken * 100, "descriptors": opened}
+
+
 def followed(pods: int, rate: int, seconds: float) -> dict[str, float]:
     with Fleet(pods, 0) as fleet, EventManager(PrefixIndex(BLOCK_SIZE)) as manager:
         for source in fleet.sources():
@@ -211,12 +237,12 @@ def idle(pods: int, seconds: float) -> dict[str, float]:
         with EventManager(index) as manager:
             gc.collect()
             before, opened = resident(), descriptors()
-            start = time.perf_counter()
+            start, started = time.perf_counter(), time.process_time()
             for source in sources:
                 manager.add_pod(source)
             added = time.perf_counter() - start
             manager.wait_until_current(PATIENCE)
-            current = time.perf_counter() - start
+            current, started = time.perf_counter() - start, time.process_time() - started
             wait_for(lambda: all(pod.state == "exact" for pod in manager.status().values()))
             held = index.stats()["bytes"]
             gc.collect()
@@ -227,9 +253,9 @@ def idle(pods: int, seconds: float) -> dict[str, float]:
             taken = (time.process_time() - taken) / seconds
             asked = []
             for _ in range(5):
-                start = time.perf_counter()
+                start = time.process_time()
                 manager.status()
-                asked.append(time.perf_counter() - start)
+                asked.append(time.process_time() - start)
             noticed = [0.0]
             gone: set[str] = set()
 
@@ -244,8 +270,8 @@ def idle(pods: int, seconds: float) -> dict[str, float]:
             dead = time.perf_counter()
             wait_for(lambda: len(gone) >= pods // 2)
             return {
-                "added": added, "exact": current, "kB": each / 1e3, "idle": taken * 100, "status": min(asked) * 1e3,
-                "noticed": noticed[0] - dead, "descriptors": opened,
+                "added": added, "exact": current, "started": started, "kB": each / 1e3, "idle": taken * 100,
+                "status": min(asked) * 1e3, "noticed": noticed[0] - dead, "descriptors": opened,
             }  # fmt: skip
 
 
@@ -256,7 +282,9 @@ def alone(row: str, *arguments: float) -> dict[str, float]:
     return dict(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
 
 
-ROWS: dict[str, Callable[..., dict[str, float]]] = {"bare": bare, "followed": followed, "idle": idle}
+ROWS: dict[str, Callable[..., dict[str, float]]] = {
+    "bare": bare, "bare_idle": bare_idle, "followed": followed, "idle": idle,
+}  # fmt: skip
 
 
 def main() -> int:
@@ -283,15 +311,20 @@ def main() -> int:
         name = f"µs of processor time a batch of {BLOCKS} blocks, 32 pods, {rate:,} a second"
         rows.append([name, amount(ours), amount(floor), f"{ours / floor:.2f}"])
     for pods in args.pods:
-        one = alone("idle", pods, 10.0)
+        one, floor = alone("idle", pods, 10.0), alone("bare_idle", pods, 10.0)
         rows += [
-            [f"{pods:,} idle pods, of a core", f"{one['idle']:.2f} %", "", ""],
-            [f"{pods:,} pods, descriptors", f"{one['descriptors']:,.0f}", "", ""],
-            [f"{pods:,} pods, resident each", f"{one['kB']:.0f} kB", "", ""],
-            [f"{pods:,} pods, all added", f"{one['added']:.2f} s", "", ""],
-            [f"{pods:,} pods, all current", f"{one['exact']:.2f} s", "", ""],
-            [f"{pods:,} pods, half of them dead: last noticed", f"{one['noticed']:.3f} s", "", ""],
-            [f"{pods:,} pods, status()", f"{one['status']:.1f} ms", "", ""],
+            [f"{pods:,} {what}", *(shown.format(each[key]) if key in each else "" for each in (one, floor)), ratio]
+            for what, key, shown in (
+                ("idle pods, of a core", "idle", "{:.2f} %"),
+                ("pods, descriptors", "descriptors", "{:,.0f}"),
+                ("pods, resident each", "kB", "{:.0f} kB"),
+                ("pods, all added", "added", "{:.2f} s"),
+                ("pods, all current", "exact", "{:.2f} s"),
+                ("pods, processor time until then", "started", "{:.2f} s"),
+                ("pods, half of them dead: last noticed", "noticed", "{:.3f} s"),
+                ("pods, processor time of status()", "status", "{:.1f} ms"),
+            )
+            for ratio in [f"{one[key] / floor[key]:.2f}" if key in floor else ""]
         ]
     print(table(["", "kvindex", "a bare SUB socket", "ratio"], rows), end="")
     return 0

@@ -61,7 +61,7 @@ class BoundSocket(Watched):
         self._watch_events(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED, self._note_connections)
 
     def _note_connections(self, now: float) -> None:
-        for event, fd in self._events():
+        for event, fd, _ in self._events():
             if event == zmq.EVENT_ACCEPTED:
                 self._count += 1
                 self._connections[fd] = self._count

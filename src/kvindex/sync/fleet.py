@@ -20,6 +20,7 @@ from .allowance import Allowance
 from .loop import StreamLoop
 from .policy import StreamPolicy
 from .resolver import Resolver
+from .shared import SEATS, Subscriptions, may_share
 from .sockets import SocketOptions
 from .source import Endpoints, PodSource
 from .status import Configured, Forgotten, IndexChange, PodsChange, Removed, StateChange
@@ -35,8 +36,8 @@ try:
 except ImportError:  # Windows has no such limit
     resource = None  # type: ignore[assignment]
 
-# Of one worker: its SUB socket, the connection, and the two ends of its monitor.
-_DESCRIPTORS: Final = 4
+# Of a SUB socket: its own, and the two ends of its monitor.
+_DESCRIPTORS: Final = 3
 
 # Names of removed pods that are kept: what is still on its way must not bring them back.
 _REMEMBERED: Final = 65_536
@@ -101,11 +102,12 @@ class Fleet:
         self._burst = (policy or StreamPolicy()).burst
         self._turns = Turns(max_replays)
         self._resolver = Resolver()
-        self._setting = Setting(
-            index, policy, options, self.taps, self._tell, self._need, self._resolver.resolve, self._turns
-        )  # fmt: skip
         self.loop = StreamLoop(
             context=context, hurries=self._turns.__bool__, ending=self._end, ended=self.wake_all
+        )  # fmt: skip
+        self._setting = Setting(
+            index, policy, options, self.taps, self._tell, self._need, self._resolver.resolve, self._turns,
+            Subscriptions(self.loop, options, self._need),
         )  # fmt: skip
         with _CLAIMING:
             _FLEETS.add(self)
@@ -282,9 +284,15 @@ class Fleet:
                 log.exception("a callback for pods has failed")
 
     def _need(self) -> str:
-        workers = sum(len(pod.source.workers()) for pod in list(self.pods.values()))
+        workers = own = 0
+        for pod in list(self.pods.values()):
+            limited = pod.allowance is not None or pod.source.server_key is not None
+            ends = [at.endpoint or "" for at in pod.source.workers().values()]
+            workers += len(ends)
+            own += sum(limited or not may_share(endpoint) for endpoint in ends)
+        sockets = own + -(-(workers - own) // SEATS)
         limit = "the system's limit" if resource is None else f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]:,}"
-        need = workers * _DESCRIPTORS + 2 * self._turns.most
+        need = workers + sockets * _DESCRIPTORS + 2 * self._turns.most
         return (
             f"`ulimit -n` allows this process {limit}, and {workers:,} workers need {need:,} beside the rest of the"
             " process; raise it, and the pods that wait are connected"

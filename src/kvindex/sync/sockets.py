@@ -4,12 +4,14 @@ Each is driven by the poll loop of the manager's thread: :meth:`ready` takes wha
 its turn is over, and says whether there may be more. ZMQ's file descriptors are edge-triggered: they are readable when
 something has *changed*, so whoever stops before a socket is empty has to come back without being woken.
 
-A connection is made by a socket of its own, and closed when it is lost: what one socket delivers is therefore of one
-TCP connection and so of one process, and libzmq's own reconnecting, which would hide a restart, never happens.
+A connection is made once, and ended when it is lost: a stream's messages are therefore of one TCP connection and so of
+one process, and libzmq's own reconnecting, which would hide a restart, never happens. :mod:`.shared` has the
+connections of many publishers in one socket.
 """
 
 from __future__ import annotations
 
+import errno
 import struct
 from collections.abc import Callable
 from typing import Any, Final, cast
@@ -20,7 +22,10 @@ from .frames import replay_request
 from .loop import StreamLoop
 from .source import Curve
 
-__all__ = ["OUTDATED", "Replay", "SocketOptions", "Subscription", "Watched", "receive_frames"]
+__all__ = [
+    "BUDGET", "LOST_EVENTS", "MADE_EVENT", "OUTDATED", "TURN", "Replay", "SocketOptions", "Subscription", "Watched",
+    "explained", "receive_frames", "receive_from", "why_lost",
+]  # fmt: skip
 
 # What is taken from one socket before the others have their turn: so many messages, and none after so many seconds. By
 # messages alone, batches of 4 MB from one pod kept the others waiting for nine seconds. What a pod waits for another's
@@ -32,8 +37,8 @@ TURN: Final = 0.002
 # Longer than any process lives: a lost connection is closed and made anew by us, see above.
 _NEVER_MS: Final = 24 * 3600 * 1000
 
-_MADE: Final = zmq.EVENT_HANDSHAKE_SUCCEEDED
-_LOST: Final = (
+MADE_EVENT: Final = int(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+LOST_EVENTS: Final = int(
     zmq.EVENT_DISCONNECTED
     | zmq.EVENT_CONNECT_RETRIED
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
@@ -93,6 +98,7 @@ _NOBLOCK: Final = int(zmq.NOBLOCK)
 _EVENTS: Final = int(zmq.EVENTS)
 _POLLIN: Final = int(zmq.POLLIN)
 _POLLOUT: Final = int(zmq.POLLOUT)
+_SRCFD: Final = 2  # ZMQ_SRCFD, which pyzmq does not name
 
 
 def receive_frames(sock: zmq.Socket[bytes]) -> list[zmq.Frame]:
@@ -108,6 +114,24 @@ def receive_frames(sock: zmq.Socket[bytes]) -> list[zmq.Frame]:
         frame = recv(_NOBLOCK, False)
         frames.append(frame)
     return frames
+
+
+def receive_from(sock: zmq.Socket[bytes]) -> tuple[int, list[bytes]]:
+    """As :func:`receive_frames`: the descriptor that the message was read from, -1 if libzmq does not say, and bytes.
+
+    libzmq puts the descriptor among the properties of a message for every peer that completes a handshake.
+    """
+    recv = sock.recv
+    frame: zmq.Frame = recv(_NOBLOCK, False)
+    try:
+        fd: int = frame.get(_SRCFD)
+    except zmq.ZMQError:
+        fd = -1
+    message = [frame.bytes]
+    while frame.more:
+        frame = recv(_NOBLOCK, False)
+        message.append(frame.bytes)
+    return fd, message
 
 
 def _bytes(sock: zmq.Socket[bytes]) -> list[bytes]:
@@ -173,12 +197,16 @@ class Watched:
         self._monitor = _Monitor(self._sock, events, happened)
         self._loop.watch(self._monitor.fd, self._monitor)
 
-    def _events(self) -> list[tuple[int, int]]:
-        """What has happened to the socket: events, and their values (a descriptor, a time, an error)."""
-        found: list[tuple[int, int]] = []
+    def _events(self) -> list[tuple[int, int, str]]:
+        """The events of the socket: each with its value (a descriptor, a time, an error) and its endpoint."""
+        found: list[tuple[int, int, str]] = []
         while self._monitor is not None and _readiness(self._monitor.socket) & _POLLIN:
-            found.append(_EVENT.unpack(_bytes(self._monitor.socket)[0]))
+            event, endpoint = _bytes(self._monitor.socket)
+            found.append((*_EVENT.unpack(event), endpoint.decode("utf-8", "replace")))
         return found
+
+    def _is_readable(self) -> bool:
+        return bool(_readiness(self._sock) & _POLLIN)
 
     def _take(
         self, handle: Callable[[list[Any], float], None], receive: Callable[[zmq.Socket[bytes]], list[Any]] = _bytes
@@ -267,14 +295,14 @@ class Subscription(Watched):
         # No process of this kind has connections inside itself but for tests; libzmq reports no events for those.
         self.immediate = endpoint.startswith("inproc://")
         if not self.immediate:
-            self._or_close(lambda: self._watch_events(_MADE | _LOST, self._happened))
+            self._or_close(lambda: self._watch_events(MADE_EVENT | LOST_EVENTS, self._happened))
         self._or_close(lambda: sock.connect(endpoint))
 
     def _happened(self, now: float) -> None:
-        for event, _ in self._events():
+        for event, _, _ in self._events():
             if self._over or self.closed:
                 return
-            if event == _MADE:
+            if event == MADE_EVENT:
                 self._stands = True
                 self._made(now)
             else:
@@ -283,7 +311,7 @@ class Subscription(Watched):
                 if self.closed or self._over:
                     return
                 self._over = True
-                self._lost(now, _why(event, self._keyed, self._stands))
+                self._lost(now, why_lost(event, keyed=self._keyed, stood=self._stands))
 
     def ready(self, now: float) -> bool:
         if self._stands or self.immediate:
@@ -315,7 +343,15 @@ OUTDATED: Final = (
 )
 
 
-def _why(event: int, keyed: bool, stood: bool) -> str:
+def explained(failure: OSError | zmq.ZMQError, need: Callable[[], str]) -> str:
+    """An error of opening a socket; ``need`` says how many descriptors the manager needs, and how many there may be."""
+    if failure.errno not in (errno.EMFILE, errno.ENFILE):
+        return str(failure)
+    return f"no file descriptor is left: {need()}"
+
+
+def why_lost(event: int, *, keyed: bool, stood: bool) -> str:
+    """The reason for a lost connection, as text."""
     if event == zmq.EVENT_DISCONNECTED and not stood:
         return (
             "what answers there ends the connection at once: it is no publisher, but another ZMQ socket (a replay"

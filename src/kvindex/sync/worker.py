@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import random
 import time
@@ -36,7 +35,8 @@ from .policy import StreamPolicy
 from .ranks import Ranks
 from .reasons import Reason
 from .resolver import Then
-from .sockets import BUDGET, OUTDATED, Replay, SocketOptions, Subscription
+from .shared import Seat, Subscriptions
+from .sockets import BUDGET, OUTDATED, Replay, SocketOptions, Subscription, Watched, explained
 from .source import Endpoints, Engine, PodSource, Presence
 from .status import WORST_FIRST, Batch, Forgotten, IndexChange, Marked, StateChange, WorkerStatus
 from .stream import WorkerStream
@@ -99,6 +99,7 @@ class Setting:
     """Looks the host of an endpoint up."""
     turns: Turns
     """For replays."""
+    subscriptions: Subscriptions
 
     def show(self, item: IndexChange) -> None:
         for tap in list(self.taps):
@@ -165,7 +166,7 @@ class Worker:
         self.seen_topic: bytes | None = self.topic
         self.replay_topic: bytes | None = None
         self._first_topic = self.topic  # of any connection
-        self.subscription: Subscription | None = None
+        self.subscription: Subscription | Seat | None = None
         self.opened_at: float | None = None
         self._looking_up = False
         self.reconnect_at: float | None = None
@@ -248,8 +249,8 @@ class Worker:
         self.opened_at = now  # from here on: a look-up takes as long as it takes
         self.schedule()
         try:
-            self.subscription = Subscription(
-                self._loop, self._loop.context, self._setting.options, endpoint, self.topic or b"",
+            self.subscription = self._setting.subscriptions.open(
+                endpoint, self.topic or b"",
                 made=partial(self._made, attempt),
                 lost=partial(self._lost, attempt),
                 message=self._live,
@@ -258,15 +259,10 @@ class Worker:
                 waiting=None if self._allowance is None else self._waiting,
             )  # fmt: skip
         except (zmq.ZMQError, OSError) as failure:
-            self._lost(attempt, now, self._explained(failure))
+            self._lost(attempt, now, explained(failure, self._setting.need))
             return
         if self.subscription.immediate:
             self._made(attempt, now)
-
-    def _explained(self, failure: OSError | zmq.ZMQError) -> str:
-        if failure.errno not in (errno.EMFILE, errno.ENFILE):
-            return str(failure)
-        return f"no file descriptor is left: {self._setting.need()}"
 
     def connected(self, now: float) -> None:
         """The subscription stands."""
@@ -331,8 +327,8 @@ class Worker:
             self._lost(self.attempt, now, f"no connection came about: {OUTDATED}")
         if self._resume_at is not None and now >= self._resume_at:
             self._resume_at = None
-            for sock in (self.subscription, self.replay):
-                if sock is not None:
+            for sock in (self.subscription, self.replay):  # sockets of its own, as those of all who have a limit
+                if isinstance(sock, Watched):
                     self._loop.again(sock)
             if self.at.endpoint is None:
                 self._work_off(now)
@@ -727,7 +723,7 @@ class Worker:
                     admits=None if self._allowance is None else self._admits,
                 )
             except (zmq.ZMQError, OSError) as failure:
-                error = self._explained(failure)
+                error = explained(failure, self._setting.need)
         if self.replay is None:
             self._say("replay_unreachable", error, now)
         # Where it cannot be asked the question runs into its timeout like one that nobody answers.

@@ -1,0 +1,307 @@
+"""Many publishers on one SUB socket: each message is of the connection that it came over, or of none."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import zmq
+
+from kvindex.sync.shared import SEATS, Seat, Subscriptions
+from kvindex.sync.sockets import SocketOptions, Subscription, Watched
+
+
+class Loop:
+    """The sockets of one thread, polled by hand. ``turn`` waits until one of them has something."""
+
+    def __init__(self, context: zmq.Context) -> None:
+        self.context = context
+        self.handlers: dict[int, Any] = {}
+        self.publishers: list[zmq.Socket] = []  # so that nobody collects one
+
+    def clock(self) -> float:
+        return 100.0
+
+    def watch(self, fd: int, handler: Any) -> None:
+        self.handlers[fd] = handler
+
+    def unwatch(self, fd: int) -> None:
+        del self.handlers[fd]
+
+    def again(self, handler: Any) -> None:
+        pass
+
+    def until(self, done: Callable[[], object]) -> None:
+        poller = zmq.Poller()
+        for fd in self.handlers:
+            poller.register(fd, zmq.POLLIN)
+        for _ in range(10_000):
+            for handler in list(self.handlers.values()):
+                if not handler.closed:
+                    handler.ready(100.0)
+            if done():
+                return
+            poller.poll(10)
+        raise AssertionError("it has not come to that")
+
+
+class Peer:
+    """What a worker is told of its connection, in order."""
+
+    def __init__(self, subscriptions: Subscriptions, endpoint: str, topic: bytes = b"", **options: Any) -> None:
+        self.told: list[Any] = []
+        self.seat = subscriptions.open(
+            endpoint, topic, made=lambda now: self.told.append("made"),
+            lost=lambda now, why: self.told.append(why), message=self.message, **options,
+        )  # fmt: skip
+
+    def message(self, frames: list[bytes], now: float) -> None:
+        self.told.append(frames)
+
+
+@pytest.fixture
+def context() -> Iterator[zmq.Context]:
+    context = zmq.Context()
+    yield context
+    context.destroy(linger=0)
+
+
+@pytest.fixture
+def loop(context: zmq.Context) -> Iterator[Loop]:
+    loop = Loop(context)
+    yield loop
+    for handler in list(loop.handlers.values()):
+        if isinstance(handler, Watched):
+            handler.close()
+    for publisher in loop.publishers:
+        publisher.close()
+
+
+@pytest.fixture
+def subscriptions(loop: Loop) -> Subscriptions:
+    options = SocketOptions(heartbeat=0.0, connect_timeout=5.0, queue=0, max_message=1 << 20)
+    return Subscriptions(loop, options, lambda: "more of them")
+
+
+def published(loop: Loop) -> tuple[zmq.Socket, str]:
+    socket = loop.context.socket(zmq.XPUB)
+    loop.publishers.append(socket)
+    socket.linger = 0
+    socket.bind("tcp://127.0.0.1:*")
+    return socket, socket.last_endpoint.rstrip(b"\0").decode()
+
+
+def fleet(loop: Loop, subscriptions: Subscriptions, count: int) -> tuple[list, list[Peer]]:
+    """Publishers that have their subscriptions, and their peers."""
+    publishers, ends = zip(*(published(loop) for _ in range(count)), strict=True)
+    peers = [Peer(subscriptions, endpoint) for endpoint in ends]
+    for publisher in publishers:
+        assert publisher.poll(20_000)
+        assert publisher.recv() == b"\x01"
+    loop.until(lambda: all("made" in peer.told for peer in peers))
+    return list(publishers), peers
+
+
+def test_each_message_is_of_its_own_publisher(loop, subscriptions):
+    publishers, peers = fleet(loop, subscriptions, 5)
+    sent: list[list[list[bytes]]] = [[] for _ in publishers]
+    for round in range(40):
+        for number, publisher in enumerate(publishers):
+            for part in range((number * round) % 3):
+                sent[number].append([b"one topic of all", struct.pack(">QQ", round, part), bytes([number]) * 9])
+                publisher.send_multipart(sent[number][-1])
+    loop.until(lambda: sum(len(peer.told) for peer in peers) == sum(map(len, sent)) + len(peers))
+    assert [peer.told for peer in peers] == [["made", *each] for each in sent]
+    assert len({peer.seat._group for peer in peers}) == 1
+    assert len(loop.handlers) == 2  # a socket and its monitor
+
+
+def test_a_publisher_that_ends_is_lost_after_its_last_message_and_the_others_go_on(loop, subscriptions):
+    publishers, peers = fleet(loop, subscriptions, 3)
+    publishers[1].linger = 10_000
+    publishers[1].send_multipart([b"", b"last"])
+    publishers[1].close()
+    loop.until(lambda: len(peers[1].told) == 3)
+    assert peers[1].told == ["made", [b"", b"last"], "the connection was lost"]
+    publishers[2].send_multipart([b"", b"on"])
+    loop.until(lambda: len(peers[2].told) == 2)
+    assert (peers[0].told, peers[2].told) == (["made"], ["made", [b"", b"on"]])
+
+
+def test_another_attempt_at_an_endpoint_goes_to_another_socket(loop, subscriptions):
+    _, (peer, other) = fleet(loop, subscriptions, 2)
+    peer.seat.close()
+    again = Peer(subscriptions, peer.seat.endpoint)
+    assert again.seat._group is not other.seat._group
+    loop.until(lambda: again.told == ["made"])
+    third = Peer(subscriptions, "tcp://127.0.0.1:1")
+    assert third.seat._group is other.seat._group  # there is room in the first one for all others
+
+
+def test_a_socket_without_connections_is_closed(loop, subscriptions):
+    _, peers = fleet(loop, subscriptions, 3)
+    for peer in peers:
+        assert loop.handlers
+        peer.seat.close()
+        peer.seat.close()
+    assert not loop.handlers
+
+
+def test_a_socket_has_so_many_connections_and_no_more(loop, subscriptions):
+    seats = [Peer(subscriptions, f"tcp://127.0.0.1:{1 + number}").seat for number in range(2 * SEATS + 1)]
+    groups = {seat._group for seat in seats}
+    assert len(groups) == 3
+    assert max(sum(seat._group is group for seat in seats) for group in groups) == SEATS
+    for seat in seats:
+        seat.close()
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "options"),
+    [
+        ("tcp://[::1]:5557", {}),
+        ("tcp://127.0.0.1:05557", {}),
+        ("ipc:///nowhere/there", {}),
+        ("inproc://nobody", {}),
+        ("tcp://127.0.0.1:5557", {"admits": lambda now: True}),
+        ("tcp://127.0.0.1:5557", {"curve": (b"0" * 40,) * 3}),
+    ],
+)
+def test_a_connection_that_cannot_be_shared_has_a_socket_of_its_own(subscriptions, endpoint, options):
+    if "curve" in options:
+        public, secret = zmq.curve_keypair()
+        options = {"curve": (public, public, secret)}
+    seat = Peer(subscriptions, endpoint, **options).seat
+    assert isinstance(seat, Subscription)
+    seat.close()
+
+
+def test_pods_with_other_topics_have_other_sockets(loop, subscriptions):
+    publisher, endpoint = published(loop)
+    other, beside = published(loop)
+    one, two = Peer(subscriptions, endpoint, b"a"), Peer(subscriptions, beside, b"b")
+    for each, topic in ((publisher, b"a"), (other, b"b")):
+        assert each.poll(20_000)
+        assert each.recv() == b"\x01" + topic
+        each.send_multipart([b"b", b"no"])
+        each.send_multipart([topic, b"yes"])
+    loop.until(lambda: len(one.told) > 1 and len(two.told) > 2)
+    assert one.told == ["made", [b"a", b"yes"]]
+    assert two.told == ["made", [b"b", b"no"], [b"b", b"yes"]]
+
+
+def test_a_stream_that_fails_is_lost_alone(loop, subscriptions, caplog):
+    publishers, peers = fleet(loop, subscriptions, 2)
+
+    def fails(frames: list[bytes], now: float) -> None:
+        raise ZeroDivisionError("of one pod")
+
+    peers[0].seat.message = fails
+    for publisher in publishers:
+        publisher.send_multipart([b"", b"x"])
+    loop.until(lambda: len(peers[0].told) == 2 and len(peers[1].told) == 2)
+    assert peers[0].told == ["made", "closed here: ZeroDivisionError('of one pod')"]
+    assert peers[1].told == ["made", [b"", b"x"]]
+
+
+def test_a_seat_that_is_left_while_messages_are_handed_over_gets_no_more(loop, subscriptions):
+    (publisher, other), (peer, beside) = fleet(loop, subscriptions, 2)
+
+    def leaves(frames: list[bytes], now: float) -> None:
+        peer.told.append(frames)
+        peer.seat.close()
+
+    peer.seat.message = leaves
+    for number in range(8):
+        publisher.send_multipart([b"", bytes([number])])
+    other.send_multipart([b"", b"after"])
+    loop.until(lambda: len(beside.told) == 2)
+    loop.until(lambda: len(peer.told) == 2)
+    assert peer.told == ["made", [b"", b"\0"]]
+
+
+# What the system does at its pleasure: the events and messages that libzmq has at one look.
+
+
+class Scripted:
+    """A shared socket whose messages and events are given."""
+
+    def __init__(self, loop: Loop, subscriptions: Subscriptions) -> None:
+        # Nobody is at these ports, and nobody asks libzmq.
+        self.peers = [Peer(subscriptions, f"tcp://127.0.0.1:{port}") for port in (1, 2)]
+        seats = [peer.seat for peer in self.peers]
+        assert all(isinstance(seat, Seat) for seat in seats)
+        self.group = seats[0]._group
+        kind = type(self.group)
+        self.events: list[tuple[int, int, str]] = []
+        self.messages: list[tuple[int, list[bytes]]] = []
+        scripted = type("Scripted", (kind,), {
+            "__slots__": (),
+            "_receive": lambda _: (self._give(self.messages), False),
+            "_events": lambda _: self._give(self.events),
+        })  # fmt: skip
+        self.group.__class__ = scripted
+
+    @staticmethod
+    def _give(table: list) -> list:
+        given = list(table)
+        table.clear()
+        return given
+
+    def look(self, events: list[tuple[int, int, int]], messages: list[tuple[int, bytes]] = ()) -> None:  # type: ignore[assignment]
+        self.events += [(int(event), value, f"tcp://127.0.0.1:{port}") for event, value, port in events]
+        self.messages += [(fd, [b"", payload]) for fd, payload in messages]
+        self.group.ready(100.0)
+
+
+_CONNECTED, _MADE, _LOST = zmq.EVENT_CONNECTED, zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_DISCONNECTED
+
+
+def test_messages_of_a_descriptor_that_two_connections_had_are_of_neither(loop, subscriptions):
+    """The system gives it to another connection before anybody could look at what the first one has brought."""
+    script = Scripted(loop, subscriptions)
+    first, second = script.peers
+    script.look([(_CONNECTED, 7, 1), (_MADE, 0, 1)], [(7, b"of the first")])
+    script.look([(_LOST, 7, 1), (_CONNECTED, 7, 2), (_MADE, 0, 2)], [(7, b"of whom?"), (7, b"of whom?")])
+    assert first.told == ["made", [b"", b"of the first"], "the connection was lost"]
+    assert second.told == ["closed here, since its first messages cannot be told from another connection's"]
+    assert not loop.handlers
+
+
+def test_a_descriptor_whose_loss_was_carried_out_is_the_next_connections(loop, subscriptions):
+    script = Scripted(loop, subscriptions)
+    first, second = script.peers
+    script.look([(_CONNECTED, 7, 1), (_MADE, 0, 1)])
+    script.look([(_LOST, 7, 1)], [(7, b"the last")])
+    script.look([(_CONNECTED, 7, 2), (_MADE, 0, 2)], [(7, b"of the second")])
+    assert first.told == ["made", [b"", b"the last"], "the connection was lost"]
+    assert second.told == ["made", [b"", b"of the second"]]
+    second.seat.close()
+
+
+def test_messages_of_a_descriptor_that_nobody_is_known_to_have_are_of_nobody(loop, subscriptions):
+    script = Scripted(loop, subscriptions)
+    script.look([(_CONNECTED, 7, 1), (_MADE, 0, 1)], [(8, b"?"), (-1, b"?")])
+    assert [peer.told for peer in script.peers] == [["made"], []]
+    for peer in script.peers:
+        peer.seat.close()
+
+
+def test_a_message_before_a_handshake_is_of_a_peer_that_cannot_be_followed(loop, subscriptions):
+    script = Scripted(loop, subscriptions)
+    script.look([(_CONNECTED, 7, 1)], [(7, b"early")])
+    (why,) = script.peers[0].told
+    assert "ZMTP 2 or older" in why
+    script.peers[1].seat.close()
+
+
+def test_late_events_of_a_connection_that_was_left_are_nobodys(loop, subscriptions):
+    script = Scripted(loop, subscriptions)
+    script.look([(_CONNECTED, 7, 1)])
+    script.peers[0].seat.close()
+    script.look([(_MADE, 0, 1), (_LOST, 7, 1)], [(7, b"late")])
+    script.look([(_CONNECTED, 7, 2), (_MADE, 0, 2)], [(7, b"in time")])
+    assert [peer.told for peer in script.peers] == [[], ["made", [b"", b"in time"]]]
+    script.peers[1].seat.close()
