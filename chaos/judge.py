@@ -387,6 +387,10 @@ def _others(witness: Witness, cycles: Sequence[Cycle], baseline: tuple[float, fl
     figure = f"{before * 1e6:.0f} -> {during * 1e6:.0f} us"
     if slower > 1.5:
         figure += f", machine x{slower:.1f}"
+    # One repetition lasts seconds. A pause of the machine decides its 99th percentile (28 -> 139 us where the metronome
+    # noticed nothing), so that a single one is reported and not judged.
+    if len(cycles) < 2:
+        return Judgement(True, figure + ", once", [])
     found = []
     if during > max(NOISE, before * SLOWER * slower):
         found.append(
