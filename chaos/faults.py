@@ -1,7 +1,8 @@
-"""Each kind of fault, done to a scene and taken back.
+"""Each kind of fault, as a function that injects it into a scene and takes it back.
 
-A fault says beforehand what it needs (:meth:`Fault.missing`), and which pods can not be known while it lasts
-(``cut``): those must not be called exact from two seconds after it began until it is healed.
+Such a function is a generator. It injects the fault, yields the seconds for which the fault is to be held, and heals.
+Where something has to be checked once everything has recovered, it yields a second time. Its decorator names the
+experiments that it performs, its requirements, and the differences that the judgements have to know.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import signal
 import subprocess
 import sys
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from kvindex import EventManager, KVIndexError, PodSource, PrefixIndex
 from kvindex.capture import Message, read_capture
@@ -30,563 +33,456 @@ from .scene import RATE, Scene
 
 __all__ = ["Fault", "fault_of"]
 
+Steps: TypeAlias = Iterator[float]
+Environment: TypeAlias = Callable[[Path], Mapping[str, str]]
 
-class Fault(ABC):
-    """What an experiment's document says, in this scene. :meth:`heal` is called once for each :meth:`inject`, also
-    when that one has failed half way."""
 
+@dataclass(kw_only=True)
+class Fault:
+    """What an experiment's document says, in a scene."""
+
+    experiment: Experiment
+    steps: Callable[[Fault, Scene], Steps]
+    #: Commands, or patterns of files.
     tools: tuple[str, ...] = ()
-    needs_hosts = False
-    proxied = False
-    cuts = False
+    needs_hosts: bool = False
+    proxied: bool = False
+    #: Whether it hits pods. A stressed machine has everybody on it: nobody is another's other.
+    on_pods: bool = True
+    #: Its pods can not be known while it lasts: they must not be called exact from ``notice`` seconds on.
+    cuts: bool = False
+    notice: float = NOTICE
     #: A liar's truth is not defined: what it says of itself meanwhile is not judged, only everybody else.
-    lies = False
+    lies: bool = False
     #: Its pods are removed and added anew, and their counters with them.
-    anew = False
-    #: Seconds until what can not be known has to be called so.
-    notice = NOTICE
+    anew: bool = False
     #: Batches come, but late: a stream that never pauses shows no silence, and its lag is what has to say so.
-    slow = False
+    slow: bool = False
+    #: Requests a second of every pod while it is measured.
+    rate: float = RATE
+    pod_env: Environment = lambda where: {}
+    index_env: Environment = lambda where: {}
+    pods: list[str] = field(default_factory=list)
+    #: What did not go as the fault demands, beside the five judgements.
+    problems: list[str] = field(default_factory=list)
 
-    def __init__(self, experiment: Experiment) -> None:
-        self.experiment = experiment
-        self.spec = experiment.spec
-        self.pods: list[str] = []
-        self._problems: list[str] = []
+    @property
+    def spec(self) -> Mapping[str, Any]:
+        return self.experiment.spec
+
+    @property
+    def hold(self) -> float:
+        return self.experiment.hold
 
     def missing(self) -> str | None:
         """Why it can not be done here, or None."""
-        if self.needs_hosts and (why := missing(*self.tools)):
+        if self.needs_hosts and (why := missing()):
             return why
-        for tool in self.tools:
-            if shutil.which(tool) is None:
-                return f"{tool} is not installed"
-        return None
-
-    def pod_env(self, where: Path) -> Mapping[str, str]:
-        return {}
-
-    def index_env(self, where: Path) -> Mapping[str, str]:
-        return {}
-
-    @property
-    def cut(self) -> list[str]:
-        """The pods that can not be known while it lasts."""
-        return self.pods if self.cuts else []
-
-    #: Requests a second of every pod while it is measured.
-    rate = RATE
+        absent = [tool for tool in self.tools if not (glob(tool) if "/" in tool else shutil.which(tool))]
+        return f"{Path(absent[0]).name} is not installed" if absent else None
 
     def choose(self, scene: Scene) -> None:
         """Decide who is hit this time."""
-        self.pods = scene.choose(self.spec["mode"], str(self.spec.get("value", "1")))
-
-    @abstractmethod
-    def inject(self, scene: Scene) -> None: ...
-
-    def hold(self, scene: Scene) -> None:
-        scene.quiet(self.experiment.hold)
-
-    @abstractmethod
-    def heal(self, scene: Scene) -> None: ...
-
-    def recovered(self, scene: Scene) -> None:
-        """Everything is well again, or its time is over."""
-        self.pods = []
+        self.pods = scene.choose(self.spec["mode"], str(self.spec.get("value", "1"))) if self.on_pods else []
 
     def expect(self, so: object, otherwise: str) -> None:
         """Note a problem unless it is so: above all where a fault turns out to have done nothing."""
         if not so:
-            self._problems.append(otherwise)
-
-    def problems(self) -> list[str]:
-        """What did not go as this fault demands, beside the five judgements."""
-        return self._problems
+            self.problems.append(otherwise)
 
 
-class _Network(Fault):
-    needs_hosts = True
-    tools = ("iptables", "tc")
-
-    def heal(self, scene: Scene) -> None:
-        assert scene.hosts is not None
-        for pod in self.pods:
-            self.expect(scene.hosts[pod].clear(), f"{pod}: no packet was dropped or held back")
+#: By what an experiment says: kind, action, a note of how, and whether it is the index that is hit.
+_FAULTS: dict[tuple[str, str, str, bool], Callable[..., Fault]] = {}
 
 
-class Partition(_Network):
-    cuts = True
+def _does(
+    kind: str, action: str = "", *, how: str = "", index: bool = False, **traits: Any
+) -> Callable[[Callable[..., Steps]], Callable[..., Steps]]:
+    def listed(steps: Callable[..., Steps]) -> Callable[..., Steps]:
+        _FAULTS[kind, action, how, index] = partial(Fault, steps=steps, **{"on_pods": not index, **traits})
+        return steps
 
-    def inject(self, scene: Scene) -> None:
-        assert scene.hosts is not None
-        direction = self.spec.get("direction", "to")
-        ports = self.experiment.local.get("ports")
-        for pod in self.pods:
-            into: list[str] = []
-            out: list[str] = []
-            if ports is not None:
-                endpoint = scene.pods[pod].ranks[0][("events", "replay").index(ports)]
-                port = str(endpoint).rpartition(":")[2]
-                into, out = ["-p", "tcp", "--dport", port], ["-p", "tcp", "--sport", port]
-            if direction in ("from", "both"):
-                scene.hosts[pod].rule("INPUT", "-i", "e0", *into, "-j", "DROP")
-            if direction in ("to", "both"):
-                scene.hosts[pod].rule("OUTPUT", "-o", "e0", *out, "-j", "DROP")
+    return listed
 
 
-class Loss(_Network):
-    def inject(self, scene: Scene) -> None:
-        assert scene.hosts is not None
-        share = float(self.spec["loss"]["loss"]) / 100
-        direction = self.spec.get("direction", "to")
-        for pod in self.pods:
-            for chain, side in (("OUTPUT", "-o"), ("INPUT", "-i")):
-                if direction == "both" or (chain == "OUTPUT") == (direction == "to"):
-                    scene.hosts[pod].rule(
-                        chain, side, "e0", "-m", "statistic", "--mode", "random", "--probability", f"{share:g}",
-                        "-j", "DROP",
-                    )  # fmt: skip
+def fault_of(experiment: Experiment) -> Fault:
+    """How an experiment is done here. Raises :class:`ExperimentError` for what Chaos Mesh can do and this can not."""
+    key = experiment.kind, experiment.action, experiment.local.get("how", ""), experiment.on_index
+    if key not in _FAULTS:
+        raise ExperimentError(f"{experiment.file}: {experiment.name}: {' '.join(key[:2])} can not be done here")
+    return _FAULTS[key](experiment=experiment)
 
 
-class Bandwidth(_Network):
-    slow = True
-
-    def inject(self, scene: Scene) -> None:
-        assert scene.hosts is not None
-        limits = self.spec["bandwidth"]
-        rate = float(self.experiment.local.get("rate", RATE))
-        scene.rates(rate, self.pods)
-        for pod in self.pods:
-            # tc's units are Chaos Mesh's: bps is bytes a second.
-            scene.hosts[pod].shape(
-                "tbf", "rate", limits["rate"], "burst", str(limits["buffer"]), "limit", str(limits["limit"])
-            )
-
-    def heal(self, scene: Scene) -> None:
-        for pod in self.pods:
-            published = read(scene.where / f"truth-{pod}.bin", truth_dtype)
-            status = scene.index.status()[pod]
-            coming = published[published["seq"] == (status["last_seq"] or 0) + 1]
-            late = time.monotonic() - float(coming["at"][-1]) if len(coming) else 0.0
-            lag = status["lag"] or 0.0
-            self.expect(lag > late - 1.0, f"{pod}: {late:.1f} s behind, and a lag of {lag:.1f} s is told")
-        super().heal(scene)
-        scene.rates(RATE, self.pods)
+# Networks
 
 
-class _Proxied(Fault):
-    proxied = True
-
-    def heal(self, scene: Scene) -> None:
-        for pod in self.pods:
-            events, _ = scene.proxies[pod]
-            self.expect(events.counts["delayed"] + events.counts["flipped"] + events.counts["cut"], f"{pod}: no effect")
-            events.counts.clear()
-            for proxy in scene.proxies[pod]:
-                proxy.delay = proxy.flip = proxy.cut = 0.0
+_network = partial(_does, "NetworkChaos", needs_hosts=True, tools=("ip", "iptables", "tc"))
 
 
-class Delay(_Proxied):
-    def inject(self, scene: Scene) -> None:
-        for pod in self.pods:
-            for proxy in scene.proxies[pod]:
-                proxy.delay = seconds(self.spec["delay"]["latency"])
+def _restore(fault: Fault, scene: Scene) -> None:
+    for pod in fault.pods:
+        fault.expect(scene.hosts[pod].clear(), f"{pod}: no packet was dropped or held back")
 
 
-class Corrupt(_Proxied):
-    def inject(self, scene: Scene) -> None:
-        share = float(self.spec["corrupt"]["corrupt"]) / 100
-        for pod in self.pods:
-            for proxy in scene.proxies[pod]:
-                if self.experiment.local.get("how") == "truncate":
-                    proxy.cut = share
-                else:
-                    proxy.flip = share
+def _drop(fault: Fault, scene: Scene, pod: str, *what: str, port: str | None = None) -> None:
+    """Drop packets in the directions that the experiment says."""
+    for direction, chain, side, number in (("from", "INPUT", "-i", "--dport"), ("to", "OUTPUT", "-o", "--sport")):
+        if fault.spec.get("direction", "to") in (direction, "both"):
+            only = ["-p", "tcp", number, port] if port else []
+            scene.hosts[pod].rule(chain, side, "e0", *only, *what, "-j", "DROP")
 
 
-class Kill(Fault):
+@_network("partition", cuts=True)
+def _partition(fault: Fault, scene: Scene) -> Steps:
+    ports = fault.experiment.local.get("ports")
+    for pod in fault.pods:
+        endpoint = str(scene.pods[pod].ranks[0][ports == "replay"])
+        _drop(fault, scene, pod, port=endpoint.rpartition(":")[2] if ports else None)
+    yield fault.hold
+    _restore(fault, scene)
+
+
+@_network("loss")
+def _loss(fault: Fault, scene: Scene) -> Steps:
+    share = float(fault.spec["loss"]["loss"]) / 100
+    for pod in fault.pods:
+        _drop(fault, scene, pod, "-m", "statistic", "--mode", "random", "--probability", f"{share:g}")
+    yield fault.hold
+    _restore(fault, scene)
+
+
+@_network("bandwidth", slow=True)
+def _bandwidth(fault: Fault, scene: Scene) -> Steps:
+    scene.rates(float(fault.experiment.local.get("rate", RATE)), fault.pods)
+    for pod in fault.pods:
+        # tc's units are Chaos Mesh's: bps is bytes a second.
+        rate, burst, limit = (str(fault.spec["bandwidth"][name]) for name in ("rate", "buffer", "limit"))
+        scene.hosts[pod].shape("tbf", "rate", rate, "burst", burst, "limit", limit)
+    yield fault.hold
+    for pod in fault.pods:
+        published = read(scene.where / f"truth-{pod}.bin", truth_dtype)
+        status = scene.index.status()[pod]
+        coming = published[published["seq"] == (status["last_seq"] or 0) + 1]
+        late = time.monotonic() - float(coming["at"][-1]) if len(coming) else 0.0
+        lag = status["lag"] or 0.0
+        fault.expect(lag > late - 1.0, f"{pod}: {late:.1f} s behind, and a lag of {lag:.1f} s is told")
+    _restore(fault, scene)
+    scene.rates(RATE, fault.pods)
+
+
+def _proxied(fault: Fault, scene: Scene, what: str, value: float) -> Steps:
+    """Let the proxies of the pods do that for a while."""
+    for pod in fault.pods:
+        for proxy in scene.proxies[pod]:
+            setattr(proxy, what, value)
+    yield fault.hold
+    for pod in fault.pods:
+        fault.expect(scene.proxies[pod][0].counts.total(), f"{pod}: no effect")
+        for proxy in scene.proxies[pod]:
+            setattr(proxy, what, 0.0)
+            proxy.counts.clear()
+
+
+@_does("NetworkChaos", "delay", proxied=True)
+def _delay(fault: Fault, scene: Scene) -> Steps:
+    return _proxied(fault, scene, "delay", seconds(fault.spec["delay"]["latency"]))
+
+
+@_does("NetworkChaos", "corrupt", proxied=True)
+@_does("NetworkChaos", "corrupt", how="truncate", proxied=True)
+def _corrupt(fault: Fault, scene: Scene) -> Steps:
+    what = "cut" if fault.experiment.local.get("how") == "truncate" else "flip"
+    return _proxied(fault, scene, what, float(fault.spec["corrupt"]["corrupt"]) / 100)
+
+
+# Processes
+
+
+@_does("PodChaos", "pod-kill", cuts=True)
+@_does("PodChaos", "pod-failure", cuts=True)
+def _kill(fault: Fault, scene: Scene) -> Steps:
     """Pods are killed, and others take their places after a while."""
-
-    cuts = True
-
-    def inject(self, scene: Scene) -> None:
-        for pod in self.pods:
-            scene.pods[pod].kill()
-
-    def heal(self, scene: Scene) -> None:
-        # Side by side: one after the other would stretch the outage, and the index's back-off with it.
-        with ThreadPoolExecutor() as starters:
-            for _ in starters.map(lambda pod: scene.pods[pod].launch(), self.pods):
-                pass
+    for pod in fault.pods:
+        scene.pods[pod].kill()
+    yield fault.hold
+    # Side by side: one after the other would stretch the outage, and the index's back-off with it.
+    with ThreadPoolExecutor() as starters:
+        list(starters.map(lambda pod: scene.pods[pod].launch(), fault.pods))
 
 
-class Stop(Fault):
+@_does("PodChaos", "pod-failure", how="stop", cuts=True)
+def _stop(fault: Fault, scene: Scene) -> Steps:
     """Pods hang with their sockets open."""
-
-    cuts = True
-
-    def inject(self, scene: Scene) -> None:
-        for pod in self.pods:
-            scene.pods[pod].pause()
-
-    def heal(self, scene: Scene) -> None:
-        for pod in self.pods:
-            scene.pods[pod].go_on()
+    for pod in fault.pods:
+        scene.pods[pod].pause()
+    yield fault.hold
+    for pod in fault.pods:
+        scene.pods[pod].go_on()
 
 
-class IndexKill(Fault):
+@_does("PodChaos", "pod-kill", index=True)
+def _kill_index(fault: Fault, scene: Scene) -> Steps:
     """The index's own process is killed while it applies events, and another one starts from the last snapshot."""
-
-    def choose(self, scene: Scene) -> None:
-        self.pods = []
-
-    def inject(self, scene: Scene) -> None:
-        scene.index.ask("save", path=str(scene.snapshot))
-        scene.quiet(0.5)  # the pods go on: the snapshot is old when it is needed
-        scene.index.kill()
-
-    def heal(self, scene: Scene) -> None:
-        if not scene.index.alive:
-            scene.index.launch()
-            scene.follow()
-
-    def recovered(self, scene: Scene) -> None:
-        for name, status in scene.index.status().items():
-            anew = status["batches"] > (status["last_seq"] or 0)
-            self.expect(not anew, f"{name}: its history was applied anew, the snapshot was of no use")
+    scene.index.ask("save", path=str(scene.snapshot))
+    time.sleep(0.5)  # the pods go on: the snapshot is old when it is needed
+    scene.index.kill()
+    yield fault.hold
+    scene.index.launch()
+    scene.follow()
+    yield 0.0
+    for name, status in scene.index.status().items():
+        anew = status["batches"] > (status["last_seq"] or 0)
+        fault.expect(not anew, f"{name}: its history was applied anew, the snapshot was of no use")
 
 
-class Stress(Fault):
-    tools = ("stress-ng",)
-
-    def choose(self, scene: Scene) -> None:
-        # It is the machine that is stressed, with everybody on it: nobody is another's other.
-        self.pods = []
-
-    def inject(self, scene: Scene) -> None:
-        stressors = self.spec["stressors"]
-        command = ["stress-ng", "--quiet", "--timeout", f"{self.experiment.hold + 30:.0f}s"]
-        if cpu := stressors.get("cpu"):
-            command += ["--cpu", str(cpu["workers"]), "--cpu-load", str(cpu.get("load", 100))]
-        if memory := stressors.get("memory"):
-            command += ["--vm", str(memory["workers"]), "--vm-bytes", str(memory["size"]).removesuffix("B")]
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-
-    def heal(self, scene: Scene) -> None:
-        self.expect(self._process.poll() is None, "the machine was not stressed all the time")
+@_does("StressChaos", tools=("stress-ng",), on_pods=False)
+def _stress(fault: Fault, scene: Scene) -> Steps:
+    command = ["stress-ng", "--quiet", "--timeout", f"{fault.hold + 30:.0f}s"]
+    if cpu := fault.spec["stressors"].get("cpu"):
+        command += ["--cpu", str(cpu["workers"]), "--cpu-load", str(cpu.get("load", 100))]
+    if memory := fault.spec["stressors"].get("memory"):
+        command += ["--vm", str(memory["workers"]), "--vm-bytes", str(memory["size"]).removesuffix("B")]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    try:
+        yield fault.hold
+        fault.expect(process.poll() is None, "the machine was not stressed all the time")
+    finally:
         # It ends its own workers when it is asked to.
-        self._process.send_signal(signal.SIGTERM)
-        self._process.wait(20)
+        process.terminate()
+        process.wait(20)
 
 
-class TimeSkew(Fault):
-    def _library(self) -> Path | None:
-        return next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
+_FAKETIME = "/usr/lib/*/faketime/libfaketime.so.1"
 
-    def missing(self) -> str | None:
-        return None if self._library() else "libfaketime is not installed"
 
-    def pod_env(self, where: Path) -> Mapping[str, str]:
-        for pod in where.glob("clock-*"):
-            pod.unlink()
-        return {
-            "LD_PRELOAD": str(self._library()),
-            "FAKETIME_TIMESTAMP_FILE": str(where / "clock-{pod}"),
-            "FAKETIME_NO_CACHE": "1",
-            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-            "DONT_FAKE_MONOTONIC": "1",
-        }
+def _clocks(where: Path) -> Mapping[str, str]:
+    return {
+        "LD_PRELOAD": min(glob(_FAKETIME)),
+        "FAKETIME_TIMESTAMP_FILE": str(where / "clock-{pod}"),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        "DONT_FAKE_MONOTONIC": "1",
+    }
 
-    def inject(self, scene: Scene) -> None:
-        for pod in self.pods:
-            self._set(scene, pod, seconds(self.spec["timeOffset"]))
 
-    def heal(self, scene: Scene) -> None:
-        for pod in self.pods:
-            # A batch's time is its pod's: one that is made ten minutes ago has been on its way for as long.
-            lag = scene.index.status()[pod]["lag"] or 0.0
-            skew = -seconds(self.spec["timeOffset"])
-            self.expect(abs(lag - skew) < 5.0, f"{pod}: its clock is {lag:.1f} s behind, not {skew:g} s")
-            self._set(scene, pod, 0.0)
+@_does("TimeChaos", tools=(_FAKETIME,), pod_env=_clocks)
+def _skew(fault: Fault, scene: Scene) -> Steps:
+    offset = seconds(fault.spec["timeOffset"])
 
-    def _set(self, scene: Scene, pod: str, offset: float) -> None:
+    def put(pod: str, offset: float) -> None:
         new = scene.where / f"clock-{pod}.new"
         new.write_text(f"{offset:+.3f}\n")
         new.rename(scene.where / f"clock-{pod}")
 
+    for pod in fault.pods:
+        put(pod, offset)
+    yield fault.hold
+    for pod in fault.pods:
+        # A batch's time is its pod's: one that is made ten minutes ago has been on its way for as long.
+        lag = scene.index.status()[pod]["lag"] or 0.0
+        fault.expect(abs(lag + offset) < 5.0, f"{pod}: its clock is {lag:.1f} s behind, not {-offset:g} s")
+        put(pod, 0.0)
 
-class Flood(Fault):
+
+# Publishers
+
+
+def _publishers(fault: Fault, scene: Scene, **faults: Any) -> None:
+    """Set fields of :class:`kvindex.sim.publisher.Faults`."""
+    for pod in fault.pods:
+        scene.pods[pod].ask("fault", **faults)
+
+
+def _expect_stale(fault: Fault, scene: Scene, because: str = "") -> None:
+    for pod in fault.pods:
+        state = scene.index.state(pod)
+        fault.expect(state == "stale", f"{pod} is {state}{because}")
+
+
+@_does("LocalChaos", "flood", rate=5.0)  # so few that one process can serve a hundred times as many
+def _flood(fault: Fault, scene: Scene) -> Steps:
     """One pod serves ``rate`` times as much as each of the others."""
 
-    # So few that one process can serve a hundred times as many.
-    rate = 5.0
-
-    def inject(self, scene: Scene) -> None:
-        self._served = self._requests(scene)
-        scene.rates(self.rate * float(self.spec["rate"]), self.pods)
-
-    def heal(self, scene: Scene) -> None:
-        served = {pod: now - self._served[pod] for pod, now in self._requests(scene).items()}
-        scene.rates(self.rate, self.pods)
-        most = max(count for pod, count in served.items() if pod not in self.pods)
-        for pod in self.pods:
-            # How much of the wanted rate one process reaches is the machine's affair; a flood it has to be.
-            self.expect(served[pod] > 20 * most, f"{pod} served {served[pod]} requests, another {most}: no flood")
-
-    def _requests(self, scene: Scene) -> dict[str, int]:
+    def requests() -> dict[str, int]:
         return {name: pod.ask("status")["requests"] for name, pod in scene.pods.items()}
 
-
-class Hostile(Fault):
-    lies = True
-
-    def inject(self, scene: Scene) -> None:
-        for pod in self.pods:
-            scene.pods[pod].ask("hostile")
-
-    def heal(self, scene: Scene) -> None:
-        errors = {pod: scene.index.status()[pod]["errors"] for pod in self.pods}
-        for pod in self.pods:
-            self.expect(sum(errors[pod].values()), f"{pod}: nothing was refused")
-            scene.pods[pod].kill()
-            scene.pods[pod].launch()
+    before = requests()
+    scene.rates(fault.rate * float(fault.spec["rate"]), fault.pods)
+    yield fault.hold
+    served = {pod: now - before[pod] for pod, now in requests().items()}
+    scene.rates(fault.rate, fault.pods)
+    most = max(count for pod, count in served.items() if pod not in fault.pods)
+    for pod in fault.pods:
+        # How much of the wanted rate one process reaches is the machine's affair; a flood it has to be.
+        fault.expect(served[pod] > 20 * most, f"{pod} served {served[pod]} requests, another {most}: no flood")
 
 
-class _Misled(Fault):
+@_does("LocalChaos", "hostile", lies=True)
+def _hostile(fault: Fault, scene: Scene) -> Steps:
+    for pod in fault.pods:
+        scene.pods[pod].ask("hostile")
+    yield fault.hold
+    for pod in fault.pods:
+        fault.expect(sum(scene.index.status()[pod]["errors"].values()), f"{pod}: nothing was refused")
+        scene.pods[pod].kill()
+        scene.pods[pod].launch()
+
+
+def _misled(fault: Fault, scene: Scene, told: Callable[[str], Mapping[str, Any]]) -> Steps:
     """The index is told something wrong about where a pod's events are, as one letter in a pod file does."""
-
-    anew = True
-
-    @abstractmethod
-    def told(self, scene: Scene, pod: str) -> Mapping[str, Any]: ...
-
-    def inject(self, scene: Scene) -> None:
-        for pod in self.pods:
-            scene.index.forget(pod)
-            scene.index.follow(scene.pods[pod], **self.told(scene, pod))
-
-    def heal(self, scene: Scene) -> None:
-        status = scene.index.status()
-        for pod in self.pods:
-            state, reason = status[pod]["state"], status[pod]["reason"]
-            self.expect(state == "degraded", f"{pod} is {state}: {reason}")
-            self.expect("tcp://" in reason, f"{pod}: the reason names no address: {reason}")
-            scene.index.forget(pod)
-            scene.follow(pod)
+    for pod in fault.pods:
+        scene.index.forget(pod)
+        scene.index.follow(scene.pods[pod], **told(pod))
+    yield fault.hold
+    for pod in fault.pods:
+        status = scene.index.status()[pod]
+        state, reason = status["state"], status["reason"]
+        fault.expect(state == "degraded", f"{pod} is {state}: {reason}")
+        fault.expect("tcp://" in reason, f"{pod}: the reason names no address: {reason}")
+        scene.index.forget(pod)
+        scene.follow(pod)
 
 
-class WrongTopic(_Misled):
-    def told(self, scene: Scene, pod: str) -> Mapping[str, Any]:
-        return {"topic": f"kv@{pod}@another"}
+@_does("LocalChaos", "wrong-topic", anew=True)
+def _wrong_topic(fault: Fault, scene: Scene) -> Steps:
+    return _misled(fault, scene, lambda pod: {"topic": f"kv@{pod}@another"})
 
 
-class SwappedReplay(_Misled):
-    def told(self, scene: Scene, pod: str) -> Mapping[str, Any]:
-        names = list(scene.pods)
-        other = names[(names.index(pod) + 1) % len(names)]
+@_does("LocalChaos", "swapped-replay", anew=True)
+def _swapped_replay(fault: Fault, scene: Scene) -> Steps:
+    names = list(scene.pods)
+
+    def told(pod: str) -> Mapping[str, Any]:
+        other = scene.pods[names[(names.index(pod) + 1) % len(names)]]
         # By another address that leads there, for one that is another pod's already is refused.
-        host, port = scene.pods[other].ranks[0][1].removeprefix("tcp://").rsplit(":", 1)
-        behind = f"tcp://[::ffff:{host}]:{port}"
-        return {"ranks": {0: (scene.pods[pod].ranks[0][0], behind)}}
+        host, port = str(other.ranks[0][1]).removeprefix("tcp://").rsplit(":", 1)
+        return {"ranks": {0: (scene.pods[pod].ranks[0][0], f"tcp://[::ffff:{host}]:{port}")}}
+
+    return _misled(fault, scene, told)
 
 
-class LostTail(Fault):
+@_does("LocalChaos", "lost-tail")
+def _lost_tail(fault: Fault, scene: Scene) -> Steps:
     """The last batches before a silence are lost on the way."""
 
-    def inject(self, scene: Scene) -> None:
-        self._recovered = self._tails(scene)
-        for pod in self.pods:
-            scene.pods[pod].ask("fault", drop=1_000_000)
-        scene.quiet(0.3)
-        scene.rates(0.0, self.pods)
+    def tails(pod: str) -> int:
+        workers = scene.index.status()[pod]["workers"].values()
+        return sum(worker["counters"].get("tails_recovered", 0) for worker in workers)
 
-    def heal(self, scene: Scene) -> None:
-        for pod, count in self._tails(scene).items():
-            self.expect(count > self._recovered[pod], f"{pod}: no batch was lost, or none was found")
-            scene.pods[pod].ask("fault", drop=0)
-        scene.rates(self.rate, self.pods)
-
-    def _tails(self, scene: Scene) -> dict[str, int]:
-        status = scene.index.status()
-        return {
-            pod: sum(worker["counters"].get("tails_recovered", 0) for worker in status[pod]["workers"].values())
-            for pod in self.pods
-        }
+    before = {pod: tails(pod) for pod in fault.pods}
+    _publishers(fault, scene, drop=1_000_000)
+    time.sleep(0.3)
+    scene.rates(0.0, fault.pods)
+    yield fault.hold
+    for pod in fault.pods:
+        fault.expect(tails(pod) > before[pod], f"{pod}: no batch was lost, or none was found")
+    _publishers(fault, scene, drop=0)
+    scene.rates(fault.rate, fault.pods)
 
 
-class PublisherDead(Fault):
+@_does("LocalChaos", "publisher-dead", cuts=True, notice=10.0)
+def _dead_publisher(fault: Fault, scene: Scene) -> Steps:
     """The publisher's thread is dead, its process and connections live, and its cache goes on changing."""
-
-    cuts = True
-    notice = 10.0
-
-    def inject(self, scene: Scene) -> None:
-        for pod in self.pods:
-            scene.pods[pod].ask("fault", mute=True, replay_silent=True)
-
-    def heal(self, scene: Scene) -> None:
-        status = scene.index.status()
-        for pod in self.pods:
-            self.expect(status[pod]["state"] == "stale", f"{pod} is {status[pod]['state']}")
-            scene.pods[pod].ask("fault", mute=False, replay_silent=False)
+    _publishers(fault, scene, mute=True, replay_silent=True)
+    yield fault.hold
+    _expect_stale(fault, scene)
+    _publishers(fault, scene, mute=False, replay_silent=False)
 
 
-class Herd(Fault):
+@_does("LocalChaos", "replay-gone")
+def _replay_gone(fault: Fault, scene: Scene) -> Steps:
+    _publishers(fault, scene, replay_silent=True, drop=int(fault.spec["drop"]))
+    yield fault.hold
+    # The publisher has the request: the hole is not accepted while it may still answer.
+    _expect_stale(fault, scene, ": no batch was lost")
+    _publishers(fault, scene, replay_silent=False, drop=0)
+
+
+@_does("LocalChaos", "herd")
+def _herd(fault: Fault, scene: Scene) -> Steps:
     """So many other routers start at once and follow the pod."""
-
-    def inject(self, scene: Scene) -> None:
-        self._managers = []
-        for pod in self.pods:
+    with ExitStack() as stack:
+        managers = []
+        for pod in fault.pods:
             endpoint, answers = scene.pods[pod].ranks[0]
-            for _ in range(int(self.spec["readers"])):
-                manager = EventManager(PrefixIndex())
-                self._managers.append(manager)
-                manager.add_pod(PodSource(pod, endpoint=endpoint, replay_endpoint=answers, model="sim"))
-
-    def heal(self, scene: Scene) -> None:
-        for manager in self._managers:
+            for _ in range(int(fault.spec["readers"])):
+                managers.append(stack.enter_context(EventManager(PrefixIndex())))
+                managers[-1].add_pod(PodSource(pod, endpoint=endpoint, replay_endpoint=answers, model="sim"))
+        yield fault.hold
+        for manager in managers:
             missing = manager.wait_until_exact(10.0)
-            self.expect(not missing, f"a reader of the herd is not exact: {missing}")
-            manager.close()
+            fault.expect(not missing, f"a reader of the herd is not exact: {missing}")
 
 
-class ReplayGone(Fault):
-    def inject(self, scene: Scene) -> None:
-        for pod in self.pods:
-            scene.pods[pod].ask("fault", replay_silent=True, drop=int(self.spec["drop"]))
-
-    def heal(self, scene: Scene) -> None:
-        status = scene.index.status()
-        for pod in self.pods:
-            # The publisher has the request: the hole is not accepted while it may still answer.
-            self.expect(status[pod]["state"] == "stale", f"{pod} is {status[pod]['state']}: no batch was lost")
-            scene.pods[pod].ask("fault", replay_silent=False, drop=0)
+# Disks
 
 
-class SlowDisk(Fault):
+def _slow_disk_env(where: Path) -> Mapping[str, str]:
+    source = Path(__file__).with_name("slow_disk.c")
+    run("cc", "-shared", "-fPIC", "-O1", "-o", str(where / "slow_disk.so"), str(source), "-ldl")
+    return {
+        "LD_PRELOAD": str(where / "slow_disk.so"),
+        "CHAOS_DISK": str(where / "disk"),
+        "CHAOS_DISK_DELAY": str(where / "disk-delay"),
+    }
+
+
+@_does("IOChaos", "latency", index=True, tools=("cc",), index_env=_slow_disk_env)
+def _slow_disk(fault: Fault, scene: Scene) -> Steps:
     """The index saves snapshots to a slow disk, again and again, and a recorder writes every stream to it.
 
     Saving must not hold up answers or streams. A recorder can not be faster than its disk, but what it has must be the
     beginning of every stream, without a gap.
     """
-
-    tools = ("cc",)
-
-    def choose(self, scene: Scene) -> None:
-        self.pods = []
-
-    def index_env(self, where: Path) -> Mapping[str, str]:
-        source = Path(__file__).with_name("slow_disk.c")
-        run("cc", "-shared", "-fPIC", "-O1", "-o", str(where / "slow_disk.so"), str(source), "-ldl")
-        return {
-            "LD_PRELOAD": str(where / "slow_disk.so"),
-            "CHAOS_DISK": str(where / "disk"),
-            "CHAOS_DISK_DELAY": str(where / "disk-delay"),
-        }
-
-    def inject(self, scene: Scene) -> None:
-        (scene.where / "disk-delay").write_text(f"{seconds(self.spec['delay']) * 1000:.0f}")
-        self._recording = scene.disk / "recording"
-        pods = [f"{name}={','.join(map(str, pod.ranks[0]))}" for name, pod in scene.pods.items()]
-        self._recorder = subprocess.Popen(
-            [sys.executable, "-m", "kvindex", "record", *pods, "--output", str(self._recording)],
-            env={**os.environ, **self.index_env(scene.where)}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
-
-    def hold(self, scene: Scene) -> None:
-        end = time.monotonic() + self.experiment.hold
+    delay = seconds(fault.spec["delay"])
+    switch, recording = scene.where / "disk-delay", scene.disk / "recording"
+    switch.write_text(f"{delay * 1000:.0f}")
+    pods = [f"{name}={','.join(map(str, pod.ranks[0]))}" for name, pod in scene.pods.items()]
+    recorder = subprocess.Popen(
+        [sys.executable, "-m", "kvindex", "record", *pods, "--output", str(recording)],
+        env={**os.environ, **_slow_disk_env(scene.where)}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        end = time.monotonic() + fault.hold
         saved = 0
         while time.monotonic() < end:
-            took = scene.index.ask("save", path=str(scene.snapshot))["seconds"]
-            saved += took >= seconds(self.spec["delay"])
-        self.expect(saved, "saving was not delayed")
-
-    def heal(self, scene: Scene) -> None:
-        self._recorder.send_signal(signal.SIGINT)
-        try:
-            self.expect(self._recorder.wait(10) == 0, "the recorder failed")
-        except subprocess.TimeoutExpired:
-            self.expect(False, "the recorder does not end")
-            self._recorder.kill()
-            self._recorder.wait()
-        (scene.where / "disk-delay").unlink()
-        found = [record for record in read_capture(self._recording) if isinstance(record, Message)]
-        self.expect(len(found) > 20, "nothing was recorded")
-        for name in scene.pods:
-            seqs = [message.seq for message in found if message.pod == name]
-            self.expect(seqs == list(range(len(seqs))), f"the recording of {name} has gaps")
+            saved += scene.index.ask("save", path=str(scene.snapshot))["seconds"] >= delay
+        fault.expect(saved, "saving was not delayed")
+        yield 0.0
+        recorder.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            recorder.wait(10)
+        fault.expect(recorder.returncode == 0, f"the recorder failed, or does not end: {recorder.returncode}")
+    finally:
+        recorder.kill()
+        recorder.wait()
+        switch.unlink()
+    found = [record for record in read_capture(recording) if isinstance(record, Message)]
+    fault.expect(len(found) > 20, "nothing was recorded")
+    for name in scene.pods:
+        seqs = [message.seq for message in found if message.pod == name]
+        fault.expect(seqs == list(range(len(seqs))), f"the recording of {name} has gaps")
 
 
-class DiskFull(Fault):
+@_does("IOChaos", "fault", index=True, needs_hosts=True, tools=("mount", "umount"))
+def _full_disk(fault: Fault, scene: Scene) -> Steps:
     """Snapshots are saved to a disk that has no room for them. What was there before must stay whole."""
-
-    needs_hosts = True
-    tools = ("mount", "umount")
-
-    def choose(self, scene: Scene) -> None:
-        self.pods = []
-
-    def inject(self, scene: Scene) -> None:
-        run("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(scene.disk))
+    run("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(scene.disk))
+    try:
         scene.index.ask("save", path=str(scene.snapshot))
-        self._before = scene.snapshot.read_bytes()
+        before = scene.snapshot.read_bytes()
         filler = scene.disk / "filler"
-        with suppress(OSError), filler.open("wb") as file:
+        with suppress(OSError), filler.open("wb", buffering=0) as file:
             while True:
                 file.write(bytes(4096))
-                file.flush()
-
-    def hold(self, scene: Scene) -> None:
         with suppress(KVIndexError):
             scene.index.ask("save", path=str(scene.snapshot))
-            self._problems.append("a snapshot was saved to a full disk")
-        if scene.snapshot.read_bytes() != self._before:
-            self._problems.append("the snapshot that was there is damaged")
-        if left := [path.name for path in scene.disk.iterdir() if path.name not in ("filler", scene.snapshot.name)]:
-            self._problems.append(f"left on the full disk: {left}")
-        super().hold(scene)
-
-    def heal(self, scene: Scene) -> None:
-        try:
-            (scene.disk / "filler").unlink(missing_ok=True)
-            scene.index.ask("save", path=str(scene.snapshot))
-        finally:
-            run("umount", str(scene.disk))
-
-
-_FAULTS: Mapping[tuple[str, str], Callable[[Experiment], Fault]] = {
-    ("NetworkChaos", "partition"): Partition,
-    ("NetworkChaos", "loss"): Loss,
-    ("NetworkChaos", "bandwidth"): Bandwidth,
-    ("NetworkChaos", "delay"): Delay,
-    ("NetworkChaos", "corrupt"): Corrupt,
-    ("PodChaos", "pod-kill"): Kill,
-    ("StressChaos", ""): Stress,
-    ("TimeChaos", ""): TimeSkew,
-    ("LocalChaos", "flood"): Flood,
-    ("LocalChaos", "hostile"): Hostile,
-    ("LocalChaos", "replay-gone"): ReplayGone,
-    ("LocalChaos", "wrong-topic"): WrongTopic,
-    ("LocalChaos", "swapped-replay"): SwappedReplay,
-    ("LocalChaos", "lost-tail"): LostTail,
-    ("LocalChaos", "publisher-dead"): PublisherDead,
-    ("LocalChaos", "herd"): Herd,
-}
-
-
-def fault_of(experiment: Experiment) -> Fault:
-    """How an experiment is done here. Raises :class:`ExperimentError` for what Chaos Mesh can do and this can not."""
-    key = (experiment.kind, experiment.action)
-    if experiment.on_index:
-        table: Mapping[tuple[str, str], Callable[[Experiment], Fault]] = {
-            ("PodChaos", "pod-kill"): IndexKill,
-            ("IOChaos", "fault"): DiskFull,
-            ("IOChaos", "latency"): SlowDisk,
-        }
-    elif key == ("PodChaos", "pod-failure"):
-        return Stop(experiment) if experiment.local.get("how") == "stop" else Kill(experiment)
-    else:
-        table = _FAULTS
-    if key not in table:
-        raise ExperimentError(f"{experiment.file}: {experiment.name}: {' '.join(key)} can not be done here")
-    return table[key](experiment)
+            fault.problems.append("a snapshot was saved to a full disk")
+        fault.expect(scene.snapshot.read_bytes() == before, "the snapshot that was there is damaged")
+        left = [path.name for path in scene.disk.iterdir() if path not in (filler, scene.snapshot)]
+        fault.expect(not left, f"left on the full disk: {left}")
+        yield fault.hold
+        filler.unlink()
+        scene.index.ask("save", path=str(scene.snapshot))
+    finally:
+        run("umount", str(scene.disk))

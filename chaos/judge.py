@@ -17,19 +17,20 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from .logs import STATES, applied_dtype, latency_dtype, read, sample_dtype, truth_dtype
 
-__all__ = ["Cycle", "Judgement", "Judgements", "Sample", "Witness", "judge"]
+__all__ = ["Cycle", "Judgement", "Judgements", "Samples", "Witness", "judge"]
+
+Times: TypeAlias = npt.NDArray[np.float64]
+Numbers: TypeAlias = npt.NDArray[np.int64]
 
 #: Seconds until what can not be known has to be called so: three heartbeats of half a second, and the half second
 #: until the first of them.
@@ -52,99 +53,75 @@ KEPT = 8 << 20
 ENDS = 3
 
 
-class _Place(NamedTuple):
-    """A batch of a pod: which life of it, and which of that life's batches."""
-
-    life: int
-    number: int
-
-
-#: What a snapshot had: which batch was the last in it is not known, only what the pod held.
-_RESTORED = _Place(-1, -1)
+#: The place of a stream of which nothing was applied, and of one that began with a snapshot: its last batch is not
+#: known, only what the pod held.
+NOTHING, RESTORED = -1, -2
+#: What is wrong with an answer, beside a number of probes that differ.
+NOT_WHOLE = -1
 
 
 class Truth:
-    """What one pod has published: its lives, each with its batches."""
+    """What one pod has published: its batches, each by its number, of one life of the pod after another."""
 
     def __init__(self, records: npt.NDArray[np.void]) -> None:
-        starts = np.flatnonzero(records["seq"] == 0)
-        self.lives = [records[start:end] for start, end in zip(starts, [*starts[1:], len(records)], strict=True)]
-        self.begins = [float(life["at"][0]) for life in self.lives]
-        self.places = {
-            int(content): _Place(number, place)
-            for number, life in enumerate(self.lives)
-            for place, content in enumerate(life["digest"])
-        }
+        self.records, self.at = records, records["at"]
+        self.numbers = {int(content): number for number, content in enumerate(records["digest"])}
+        self.starts = np.flatnonzero(records["seq"] == 0)
+        #: The life of each batch, and the last batch before a time.
+        self.life = np.cumsum(records["seq"] == 0) - 1
 
-    def hits(self, place: _Place) -> npt.NDArray[np.int32]:
-        found: npt.NDArray[np.int32] = self.lives[place.life]["hits"][place.number]
-        return found
+    def latest(self, at: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """The last batch that was published before each time."""
+        return np.searchsorted(self.at, at, side="right") - 1
 
-    def clears(self, place: _Place) -> bool:
-        return bool(self.lives[place.life]["clear"][place.number])
-
-    def latest(self, at: float) -> _Place | None:
-        """The last batch that was published before ``at``."""
-        now = bisect_right(self.begins, at) - 1
-        return None if now < 0 else _Place(now, int(np.searchsorted(self.lives[now]["at"], at, side="right")) - 1)
-
-    def waiting_since(self, place: _Place | None, at: float) -> float | None:
-        """When the first batch was published that comes after this one and before ``at``."""
-        now = bisect_right(self.begins, at) - 1
-        if place is not None and place.life == now:
-            after = self.lives[now]
-            if place.number + 1 < len(after) and after["at"][place.number + 1] <= at:
-                return float(after["at"][place.number + 1])
-            return None
-        if now < 0:
-            return None
-        return self.begins[0 if place is None and now == 0 else now if place is None else place.life + 1]
+    def behind(self, places: Numbers, at: Times) -> tuple[Times, Numbers]:
+        """Seconds that the first batch has waited that comes after each place and before each time, and how many of
+        the place's own life there are."""
+        latest = self.latest(at)
+        ends = np.append(self.starts, len(self.at))[self.life[places] + 1]
+        # A life that is over has no more batches to wait for: the first of the next one counts.
+        following = np.where(self.life[latest] > self.life[places], ends, places + 1)
+        following = np.where(places == NOTHING, self.starts[self.life[latest]], following)
+        waits = (latest >= 0) & (following <= latest)
+        since = np.where(waits, self.at[np.minimum(following, len(self.at) - 1)], at)
+        return at - since, np.where(places == NOTHING, 0, np.minimum(latest + 1, ends) - places - 1)
 
 
-@dataclass
-class _Applied:
-    """What the index holds of a pod after each entry of its log."""
+class _Applied(NamedTuple):
+    """What the index holds of a pod after each entry of its log: up to where, whether without a gap, and how many
+    batches were left out in all."""
 
-    places: list[_Place | None] = field(default_factory=lambda: [None])
-    whole: list[bool] = field(default_factory=lambda: [True])
-    lost: int = 0
-    lives: int = 0
-    foreign: int = 0
-    twice: int = 0
+    places: Numbers
+    whole: npt.NDArray[np.bool_]
+    lost: int
 
 
 def _follow(truth: Truth, entries: npt.NDArray[np.void]) -> _Applied:
-    done = _Applied()
-    place: _Place | None = None
-    whole = True
-    for entry in entries:
-        if entry["kind"] == 1:
-            place, whole = None, True
-        elif entry["kind"] == 3:
-            place, whole = _RESTORED, True
-        elif (found := truth.places.get(int(entry["digest"]))) is None:
-            done.foreign += 1
+    place, whole, lost = NOTHING, True, 0
+    done = [(place, whole)]
+    for kind, content in zip(entries["kind"].tolist(), entries["digest"].tolist(), strict=True):
+        if kind in (1, 3):
+            place, whole = NOTHING if kind == 1 else RESTORED, True
+        elif (found := truth.numbers.get(content)) is None:
             whole = False
         else:
-            refused = entry["kind"] == 2
-            if place is None:
-                skipped = found.number
-            elif place is _RESTORED:
-                skipped = 0  # if the snapshot ended earlier than here, the answers show it
-            elif found.life == place.life and found.number > place.number:
-                skipped = found.number - place.number - 1
+            refused = kind == 2
+            skipped = 0
+            if place == NOTHING:
+                skipped = found - int(truth.starts[truth.life[found]])
+            elif place == RESTORED:
+                pass  # if the snapshot ended earlier than here, the answers show it
+            elif truth.life[found] == truth.life[place] and found > place:
+                skipped = found - place - 1
             else:
-                skipped = 0
                 whole = False
-                done.twice += 1
-            done.lost += skipped + refused
-            whole = (whole and not skipped and not refused) or (truth.clears(found) and not refused)
-            if place is None or place.life != found.life:
-                done.lives += 1
+            lost += skipped + refused
+            clears = bool(truth.records["clear"][found])
+            whole = not refused and (clears or (whole and not skipped))
             place = found
-        done.places.append(place)
-        done.whole.append(whole)
-    return done
+        done.append((place, whole))
+    places, wholes = zip(*done, strict=True)
+    return _Applied(np.array(places), np.array(wholes), lost)
 
 
 @dataclass
@@ -152,7 +129,8 @@ class Cycle:
     """One time that a fault was injected, held and healed. Times in seconds of CLOCK_MONOTONIC.
 
     Healing takes its time where processes have to start: what can not be known may be known again from ``healing`` on,
-    and the time of recovery counts from ``healed``.
+    and the time of recovery counts from ``healed``. What the fault means for the judgements: see
+    :class:`chaos.faults.Fault`.
     """
 
     injected: float = 0.0
@@ -160,22 +138,43 @@ class Cycle:
     healed: float = 0.0
     ended: float = 0.0
     pods: list[str] = field(default_factory=list)
-    cut: list[str] = field(default_factory=list)
-    lies: list[str] = field(default_factory=list)
-    slow: list[str] = field(default_factory=list)
-    anew: list[str] = field(default_factory=list)
+    cuts: bool = False
+    lies: bool = False
+    slow: bool = False
+    anew: bool = False
     notice: float = NOTICE
     resources: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Sample(NamedTuple):
-    at: float
-    state: str
-    wrong: str | None
-    waiting: float
+@dataclass
+class Samples:
+    """What the index answered about a pod, one entry a moment."""
+
+    at: Times
+    state: Numbers
+    """Index into ``STATES``."""
+    wrong: Numbers
+    """Of answers that are exact: how many probes differ, or ``NOT_WHOLE``."""
+    waiting: Times
     """Seconds that the first batch that is not applied has waited."""
-    behind: int
+    behind: Numbers
     """Batches that are published and not applied."""
+
+    @property
+    def exact(self) -> npt.NDArray[np.bool_]:
+        return self.state == STATES.index("exact")
+
+    @classmethod
+    def of(cls, truth: Truth, applied: _Applied, records: npt.NDArray[np.void]) -> Samples:
+        at = records["at"]
+        entries = np.minimum(records["entries"].astype(np.int64), len(applied.places) - 1)
+        places = applied.places[entries]
+        places = np.where(places == RESTORED, truth.latest(at), places)
+        expected = np.where((places == NOTHING)[:, None], 0, truth.records["hits"][places])
+        differ = (records["hits"] != expected).sum(axis=1)
+        made = cls(at, records["state"], np.where(applied.whole[entries], differ, NOT_WHOLE), *truth.behind(places, at))
+        made.wrong[~made.exact] = 0
+        return made
 
 
 class Judgement(NamedTuple):
@@ -192,9 +191,6 @@ class Judgements:
     resources: Judgement
     others: Judgement
 
-    def __iter__(self) -> Iterable[tuple[str, Judgement]]:  # type: ignore[override]
-        return iter(vars(self).items())
-
     @property
     def passed(self) -> bool:
         return all(judgement.passed for judgement in vars(self).values())
@@ -205,54 +201,33 @@ class Witness:
 
     def __init__(self, where: Path, pods: Sequence[str]) -> None:
         self.pods = list(pods)
-        self.truths = {pod: Truth(read(where / f"truth-{pod}.bin", truth_dtype)) for pod in pods}
-        self.applied: dict[str, list[_Applied]] = {pod: [] for pod in pods}
-        self.samples: dict[str, list[Sample]] = {pod: [] for pod in pods}
-        self.questions = np.concatenate(
-            [read(path, latency_dtype) for path in sorted(where.glob("latency-*.bin"))] or [np.zeros(0, latency_dtype)]
-        )
+        questions = [read(path, latency_dtype) for path in sorted(where.glob("latency-*.bin"))]
+        self.questions = np.concatenate([np.zeros(0, latency_dtype), *questions])
         self.machine = read(where / "metronome.bin", latency_dtype)
-        times: list[npt.NDArray[np.float64]] = []
+        self.lost = dict.fromkeys(pods, 0)
+        #: How late the sampler itself was, by index process: the machine's part of every delay.
+        self.stalls: list[tuple[Times, Times]] = []
+        truths = {pod: Truth(read(where / f"truth-{pod}.bin", truth_dtype)) for pod in pods}
+        found: dict[str, list[Samples]] = {pod: [] for pod in pods}
         for path in sorted(where.glob("applied-*.bin")):
             entries = read(path, applied_dtype)
-            samples = read(path.with_name(path.name.replace("applied", "samples")), sample_dtype)
-            times.append(np.unique(samples["at"]))
+            records = read(path.with_name(path.name.replace("applied", "samples")), sample_dtype)
+            at = np.unique(records["at"])
+            self.stalls.append((at[:-1], np.diff(at)))
             for number, pod in enumerate(pods):
-                applied = _follow(self.truths[pod], entries[entries["pod"] == number])
-                self.applied[pod].append(applied)
-                self.samples[pod] += [self._sample(pod, applied, each) for each in samples[samples["pod"] == number]]
-        #: How late the sampler itself was, at worst, by index process: the machine's part of every delay.
-        self.stalls = [(each[:-1], np.diff(each)) for each in times if len(each) > 1]
+                applied = _follow(truths[pod], entries[entries["pod"] == number])
+                self.lost[pod] += applied.lost
+                found[pod].append(Samples.of(truths[pod], applied, records[records["pod"] == number]))
+        names = [each.name for each in fields(Samples)]
+        self.samples = {
+            pod: Samples(*(np.concatenate([getattr(each, name) for each in parts]) for name in names))
+            for pod, parts in found.items()
+        }
 
     def stall(self, start: float, end: float) -> float:
         """The longest time in which nothing was sampled, though it should have been."""
-        worst = 0.0
-        for at, gaps in self.stalls:
-            inside = gaps[(at >= start) & (at <= end)]
-            if len(inside):
-                worst = max(worst, float(inside.max()))
-        return worst
-
-    def _sample(self, pod: str, applied: _Applied, record: np.void) -> Sample:
-        truth, state, at = self.truths[pod], STATES[record["state"]], float(record["at"])
-        entries = min(int(record["entries"]), len(applied.places) - 1)
-        place = applied.places[entries]
-        if place is _RESTORED:
-            place = truth.latest(at)
-        since = truth.waiting_since(place, at)
-        behind = 0
-        if place is not None:
-            life = truth.lives[place.life]
-            behind = int(np.searchsorted(life["at"], at, side="right")) - place.number - 1
-        wrong = None
-        if state == "exact":
-            expected = truth.hits(place) if place is not None else np.zeros(len(record["hits"]), dtype=np.int32)
-            differ = int((record["hits"] != expected).sum())
-            if not applied.whole[entries]:
-                wrong = "batches are missing, foreign or out of order"
-            elif differ:
-                wrong = f"{differ} probes differ"
-        return Sample(at, state, wrong, 0.0 if since is None else at - since, behind)
+        inside = [gaps[(at >= start) & (at <= end)] for at, gaps in self.stalls]
+        return float(np.concatenate([np.zeros(1), *inside]).max())
 
 
 def judge(
@@ -271,64 +246,65 @@ def judge(
     )
 
 
-def _slow(cycles: Sequence[Cycle], pod: str, at: float) -> bool:
-    return any(pod in cycle.slow and cycle.injected <= at <= cycle.ended for cycle in cycles)
+def _within(at: Times, start: float, end: float) -> npt.NDArray[np.bool_]:
+    return (at >= start) & (at <= end)
 
 
-def _lying(cycles: Sequence[Cycle], pod: str, at: float) -> bool:
-    return any(pod in cycle.lies and cycle.injected <= at <= cycle.ended for cycle in cycles)
-
-
-def _notice(cycles: Sequence[Cycle], pod: str, at: float) -> float:
-    during = (cycle.notice for cycle in cycles if pod in cycle.pods and cycle.injected <= at <= cycle.ended)
-    return max(during, default=NOTICE)
+def _during(cycles: Iterable[Cycle], at: Times) -> npt.NDArray[np.bool_]:
+    """Whether each time lies in one of these, from its fault until everything was well again."""
+    inside = np.zeros(len(at), dtype=bool)
+    for cycle in cycles:
+        inside |= _within(at, cycle.injected, cycle.ended)
+    return inside
 
 
 def _safety(witness: Witness, cycles: Sequence[Cycle], problems: Sequence[str]) -> Judgement:
     found = list(problems)
-    exact = 0
-    for pod in witness.pods:
-        wrong = Counter()
-        for sample in witness.samples[pod]:
-            if sample.state == "exact" and not _lying(cycles, pod, sample.at):
-                exact += 1
-                if sample.wrong:
-                    wrong[sample.wrong] += 1
-        found += [f"{pod}: {count} exact answers where {what}" for what, count in wrong.items()]
-    if not exact:
+    total = 0
+    for pod, samples in witness.samples.items():
+        judged = samples.exact & ~_during((c for c in cycles if c.lies and pod in c.pods), samples.at)
+        total += int(judged.sum())
+        for wrong, count in zip(*np.unique(samples.wrong[judged], return_counts=True), strict=True):
+            if wrong:
+                what = (
+                    "batches are missing, foreign or out of order" if wrong == NOT_WHOLE else f"{wrong} probes differ"
+                )
+                found.append(f"{pod}: {count} exact answers where {what}")
+    if not total:
         found.append("no answer was exact, so nothing was judged")
-    return Judgement(not found, f"{exact} exact", found)
+    return Judgement(not found, f"{total} exact", found)
 
 
 def _honesty(witness: Witness, cycles: Sequence[Cycle], counters: Mapping[str, Mapping[str, int]]) -> Judgement:
     found = []
     slowest = 0.0
-    for pod in witness.pods:
-        samples = witness.samples[pod]
+    for pod, samples in witness.samples.items():
+        hit = [cycle for cycle in cycles if pod in cycle.pods]
+        notice = np.full(len(samples.at), NOTICE)
+        for cycle in hit:
+            inside = _during([cycle], samples.at)
+            notice[inside] = np.maximum(notice[inside], cycle.notice)
+        judged = samples.exact & ~_during((cycle for cycle in hit if cycle.lies or cycle.slow), samples.at)
         late = 0.0
-        for sample in samples:
-            if sample.state != "exact" or sample.waiting <= _notice(cycles, pod, sample.at):
-                continue
-            if not _lying(cycles, pod, sample.at) and not _slow(cycles, pod, sample.at):
-                waited = sample.waiting - witness.stall(sample.at - sample.waiting, sample.at)
-                if waited > _notice(cycles, pod, sample.at):
-                    late = max(late, waited)
+        for place in np.flatnonzero(judged & (samples.waiting > notice)):
+            at, waiting = samples.at[place], samples.waiting[place]
+            waited = waiting - witness.stall(at - waiting, at)
+            late = max(late, waited if waited > notice[place] else 0.0)
         if late > 0.0:
             found.append(f"{pod}: exact although a batch had waited for {late:.2f} s")
-        for cycle in cycles:
-            if pod not in cycle.cut:
+        for cycle in hit:
+            if not cycle.cuts:
                 continue
-            exact = [s.at for s in samples if cycle.injected <= s.at <= cycle.healing and s.state == "exact"]
-            noticed = max(exact, default=cycle.injected) - cycle.injected
+            exact = samples.at[samples.exact & _within(samples.at, cycle.injected, cycle.healing)]
+            noticed = exact.max(initial=cycle.injected) - cycle.injected
             slowest = max(slowest, noticed)
             if noticed > cycle.notice + witness.stall(cycle.injected, cycle.healing):
                 found.append(f"{pod}: called exact for {noticed:.2f} s after it could not be known any more")
-        lost = sum(applied.lost for applied in witness.applied[pod])
-        counted = counters.get(pod, {}).get("lost_batches", 0)
-        if lost > counted and not any(pod in [*cycle.lies, *cycle.anew] for cycle in cycles):
+        lost, counted = witness.lost[pod], counters.get(pod, {}).get("lost_batches", 0)
+        if lost > counted and not any(cycle.lies or cycle.anew for cycle in hit):
             found.append(f"{pod}: {lost} batches were left out, {counted} were counted")
-    total = sum(applied.lost for each in witness.applied.values() for applied in each)
-    figure = f"{slowest:.2f} s" if any(cycle.cut for cycle in cycles) else "nobody cut off"
+    total = sum(witness.lost.values())
+    figure = f"{slowest:.2f} s" if any(cycle.cuts and cycle.pods for cycle in cycles) else "nobody cut off"
     return Judgement(not found, figure + (f", {total} lost" if total else ""), found)
 
 
@@ -336,18 +312,13 @@ def _recovery(witness: Witness, cycles: Sequence[Cycle], differences: int | None
     found = []
     slowest = 0.0
     for number, cycle in enumerate(cycles, 1):
-        for pod in witness.pods:
-            bad = [
-                sample.at
-                for sample in witness.samples[pod]
-                if cycle.healed <= sample.at <= cycle.ended
-                and (sample.state != "exact" or sample.wrong or sample.waiting > FRESH)
-            ]
-            after = [sample.at for sample in witness.samples[pod] if cycle.healed <= sample.at <= cycle.ended]
-            last = max(bad, default=cycle.healed)
+        for pod, samples in witness.samples.items():
+            after = _within(samples.at, cycle.healed, cycle.ended)
+            bad = samples.at[after & (~samples.exact | (samples.wrong != 0) | (samples.waiting > FRESH))]
+            last = bad.max(initial=cycle.healed)
             took = last - cycle.healed
             slowest = max(slowest, took)
-            if took > RECOVER or not after or last >= max(after):
+            if took > RECOVER or last >= samples.at[after].max(initial=0.0):
                 found.append(f"{pod}: not recovered {took:.1f} s after healing, in repetition {number}")
     if differences is None:
         found.append("the fleet did not come to rest")

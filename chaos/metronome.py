@@ -1,7 +1,8 @@
-"""What the machine itself does to the time that things take, beside the process that is judged.
+"""A small piece of work, done and timed again and again by a thread of its own.
 
-A thread of the runner, which otherwise waits, does the same small piece of work again and again and times it. Where
-that takes longer too, the machine has become slower (others run on it, a fault stresses it), and not the index.
+The observer times questions with it. The runner, which otherwise waits, times work that has nothing to do with the
+index: where that takes longer too, the machine has become slower (others run on it, a fault stresses it), and not the
+index.
 """
 
 from __future__ import annotations
@@ -9,24 +10,31 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from .logs import Writer, latency_dtype
 
-__all__ = ["Metronome"]
+__all__ = ["Metronome", "nothing"]
 
-#: Seconds between two measurements, as many as the observer asks questions, and bytes to digest: some 10 us of work.
+#: Seconds between two measurements.
 EVERY = 0.0025
-WORK = bytes(8192)
+_WORK = bytes(8192)
+
+
+def nothing() -> None:
+    """Some 10 us of work."""
+    hashlib.blake2b(_WORK).digest()
 
 
 class Metronome:
-    """Writes to ``path`` how long the work took. A context manager that ends its thread."""
+    """Writes to ``path`` how long each call took. A context manager that ends its thread."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, call: Callable[[], object] = nothing) -> None:
         self._log = Writer(path, latency_dtype)
+        self._call = call
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="chaos-metronome", daemon=True)
 
@@ -34,7 +42,7 @@ class Metronome:
         record = np.zeros(1, dtype=latency_dtype)
         while not self._over.wait(EVERY):
             start = time.perf_counter()
-            hashlib.blake2b(WORK).digest()
+            self._call()
             record["seconds"] = time.perf_counter() - start
             record["at"] = time.monotonic()
             self._log.write(record)

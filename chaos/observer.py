@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import logging
 import os
 import sys
@@ -23,11 +24,11 @@ import psutil
 from e2e.fleet import IndexProcess
 from e2e.server import Server, main
 
-from .logs import PROBES, STATES, Writer, applied_dtype, digest, latency_dtype, probes, sample_dtype
+from .logs import STATES, Writer, applied_dtype, digest, probes, sample_dtype
+from .metronome import Metronome
 
-#: Seconds between two samples, and between two timed questions.
+#: Seconds between two samples.
 SAMPLE = 0.02
-ASK = 0.0025
 
 
 class Ledger:
@@ -53,9 +54,9 @@ class Ledger:
                 self._note(pod, kind, digest(payload))
         return report
 
-    def clear_worker(self, pod: str, dp_rank: int = 0) -> None:
+    def clear_worker(self, pod: str, *rank: int, **more: int) -> None:
         with self.lock:
-            self.index.clear_worker(pod, dp_rank)
+            self.index.clear_worker(pod, *rank, **more)
             self._note(pod, 1, 0)
 
     def remove_pod(self, pod: str) -> None:
@@ -63,9 +64,9 @@ class Ledger:
             self.index.remove_pod(pod)
             self._note(pod, 1, 0)
 
-    def mark_worker(self, pod: str, dp_rank: int, state: str) -> None:
+    def mark_worker(self, *what: Any, **more: Any) -> None:
         with self.lock:
-            self.index.mark_worker(pod, dp_rank, state)
+            self.index.mark_worker(*what, **more)
 
     def restored(self) -> None:
         """What the index holds is from a snapshot."""
@@ -76,8 +77,7 @@ class Ledger:
         if pod not in self._numbers:
             return
         record = np.zeros(1, dtype=applied_dtype)
-        record["at"], record["pod"], record["kind"] = time.monotonic(), self._numbers[pod], kind
-        record["digest"] = content
+        record[["at", "pod", "kind", "digest"]] = time.monotonic(), self._numbers[pod], kind, content
         self._log.write(record)
         self.entries[pod] += 1
 
@@ -88,38 +88,34 @@ class Observer(Server):
         where = Path(os.environ["CHAOS_DIR"])
         logging.basicConfig(filename=where / "index.log", format="%(asctime)s %(levelname)s %(name)s %(message)s")
         life = f"{time.monotonic_ns()}.bin"
-        self._files = [
-            Writer(where / f"{name}-{life}", dtype)
-            for name, dtype in (("applied", applied_dtype), ("samples", sample_dtype), ("latency", latency_dtype))
-        ]
+        self._applied_log = Writer(where / f"applied-{life}", applied_dtype)
+        self._sample_log = Writer(where / f"samples-{life}", sample_dtype)
+        self._asker = Metronome(where / f"latency-{life}", self._ask)
         self._probes = [prompt.tokens for prompt in probes()]
+        self._asked = itertools.cycle(self._probes)
         self._others: Any = None
         self._restored = bool(args.snapshot) and Path(args.snapshot).exists()
         super().__init__(args)
         self._over = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._sample, name="chaos-sampler", daemon=True),
-            threading.Thread(target=self._time, name="chaos-asker", daemon=True),
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._sampler = threading.Thread(target=self._sample, name="chaos-sampler", daemon=True)
 
     def followed(self) -> Ledger:
-        self.ledger = Ledger(self.index, self.pods, self._files[0])
+        self.ledger = Ledger(self.index, self.pods, self._applied_log)
         if self._restored:
             self.ledger.restored()
         return self.ledger
 
     def run(self) -> None:
-        super().run()
+        self._sampler.start()
+        with self._asker:
+            super().run()
         self._over.set()
-        for thread in self._threads:
-            thread.join()
+        self._sampler.join()
 
     def _sample(self) -> None:
         due = time.monotonic()
         while not self._over.is_set():
-            self._files[1].write(self._look())
+            self._sample_log.write(self._look())
             due = max(due + SAMPLE, time.monotonic())
             self._over.wait(due - time.monotonic())
 
@@ -145,17 +141,8 @@ class Observer(Server):
         except KeyError:
             return STATES.index("unknown")
 
-    def _time(self) -> None:
-        record = np.zeros(1, dtype=latency_dtype)
-        number = 0
-        while not self._over.wait(ASK):
-            number += 1
-            tokens = self._probes[number % PROBES]
-            start = time.perf_counter()
-            self.index.match_prefix(tokens, model="sim", ready_pods=self._others)
-            record["seconds"] = time.perf_counter() - start
-            record["at"] = time.monotonic()
-            self._files[2].write(record)
+    def _ask(self) -> None:
+        self.index.match_prefix(next(self._asked), model="sim", ready_pods=self._others)
 
     def _op_others(self, pods: list[str]) -> dict[str, Any]:
         """Time questions about these pods."""

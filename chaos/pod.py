@@ -21,7 +21,7 @@ from kvindex.cli.sim import main
 from kvindex.sim import Arrival
 from kvindex.sim.process import SimConfig, SimPod, SimProcess, own_workload
 from kvindex.sim.publisher import Publisher
-from kvindex.sim.wire import encode_batch
+from kvindex.sim.wire import Cleared, encode_batch
 
 from .logs import Writer, digest, probes, truth_dtype
 
@@ -55,10 +55,8 @@ class LoggingPod(SimPod):
         payload = encode_batch(events, self.form, ts=time.time(), dp_rank=rank)
         publisher = self._publishers[rank]
         record = np.zeros(1, dtype=truth_dtype)
-        record["at"] = time.monotonic()
-        record["seq"] = publisher.seq
-        record["digest"] = digest(payload)
-        record["clear"] = any(type(event).__name__ == "AllBlocksCleared" for event in events)
+        clear = any(isinstance(event, Cleared) for event in events)
+        record[["at", "seq", "digest", "clear"]] = time.monotonic(), publisher.seq, digest(payload), clear
         record["hits"] = [engine.hit_prompt(prompt) for prompt in self._probes]
         self._log.write(record)
         if self._lies:

@@ -23,42 +23,32 @@ class Proxy:
     """
 
     def __init__(self, host: str, port: int, *, seed: int = 0) -> None:
-        self.delay = 0.0
-        self.flip = 0.0
-        self.cut = 0.0
+        self.delay = self.flip = self.cut = 0.0
         self.counts: Counter[str] = Counter()
         self._to = (host, port)
         self._dice = random.Random(seed)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="chaos-proxy", daemon=True)
         self._thread.start()
-        self._server = asyncio.run_coroutine_threadsafe(
-            asyncio.start_server(self._serve, "127.0.0.1", 0), self._loop
-        ).result()
+        starting = asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self._server = asyncio.run_coroutine_threadsafe(starting, self._loop).result()
         self.port: int = self._server.sockets[0].getsockname()[1]
-        self._tasks: set[asyncio.Task[None]] = set()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        away = None
-        try:
+        ends = [writer]
+        # A pod that is not there, or an end that is gone: so is the connection.
+        with contextlib.suppress(OSError, asyncio.CancelledError):
             back, away = await asyncio.open_connection(*self._to)
-            forward = asyncio.ensure_future(self._copy(reader, away))
+            ends.append(away)
+            ways = [asyncio.ensure_future(way) for way in (self._copy(reader, away), self._pass(back, writer))]
             try:
-                await self._pass(back, writer)
+                await ways[1]
             finally:
-                forward.cancel()
-                with contextlib.suppress(asyncio.CancelledError, OSError):
-                    await forward
-        except OSError:
-            pass  # a pod that is not there, or an end that is gone: so is the connection
-        finally:
-            self._tasks.discard(task)
-            for end in (writer, away):
-                if end is not None:
-                    end.close()
+                for way in ways:
+                    way.cancel()
+                await asyncio.gather(*ways, return_exceptions=True)
+        for end in ends:
+            end.close()
 
     async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(65536):
@@ -70,34 +60,28 @@ class Proxy:
         queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
 
         async def take() -> None:
-            while True:
+            data = b"first"
+            while data:
                 data = await reader.read(16384)
-                await queue.put((self._loop.time() + self.delay, data))
-                if not data:
-                    return
+                queue.put_nowait((self._loop.time() + self.delay, data))
 
         taking = asyncio.ensure_future(take())
         try:
-            while True:
-                at, data = await queue.get()
+            while (due := await queue.get())[1]:
+                at, data = due
                 self.counts["delayed"] += at > self._loop.time() + 0.01
                 await asyncio.sleep(at - self._loop.time())
-                if not data:
-                    return
-                if self.cut and self._dice.random() < self.cut:
-                    self.counts["cut"] += 1
-                    writer.write(data[: len(data) // 2])
-                    await writer.drain()
-                    return
-                writer.write(self._damaged(data))
+                cut = self._dice.random() < self.cut
+                writer.write(data[: len(data) // 2] if cut else self._damaged(data))
                 await writer.drain()
+                if cut:
+                    self.counts["cut"] += 1
+                    return
         finally:
             taking.cancel()
-            with contextlib.suppress(asyncio.CancelledError, OSError):
-                await taking
 
     def _damaged(self, data: bytes) -> bytes:
-        if not self.flip or self._dice.random() >= self.flip:
+        if self._dice.random() >= self.flip:
             return data
         self.counts["flipped"] += 1
         # A burst, long enough to hit what gives a batch its form. One flipped bit within a token leaves a batch that
@@ -112,9 +96,10 @@ class Proxy:
 
         async def end() -> None:
             self._server.close()
-            for task in list(self._tasks):
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
                 task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await asyncio.gather(*others, return_exceptions=True)
 
         asyncio.run_coroutine_threadsafe(end(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .judge import Cycle, Witness
+from .logs import STATES
 
 __all__ = ["plot", "say", "table"]
 
@@ -63,23 +64,19 @@ def plot(path: Path, title: str, witness: Witness, cycles: Sequence[Cycle], zero
         gridspec_kw={"height_ratios": [1] * rows + [1.4]},
     )  # fmt: skip
     for axis, pod in zip(axes, witness.pods, strict=False):
-        samples = [sample for sample in witness.samples[pod] if sample.at >= zero]
-        at = np.array([sample.at for sample in samples]) - zero
-        top = max(4, max((sample.behind for sample in samples), default=0))
-        states = [sample.state for sample in samples]
-        starts = [place for place, state in enumerate(states) if place == 0 or state != states[place - 1]]
+        samples = witness.samples[pod]
+        at, states = samples.at - zero, samples.state
+        starts = np.flatnonzero(np.diff(states, prepend=255))
         for start, end in zip(starts, [*starts[1:], len(states) - 1], strict=True):
-            axis.axvspan(at[start], at[end], color=_COLORS[states[start]], alpha=0.55, linewidth=0)
-        axis.plot(at, [sample.behind for sample in samples], color="black", linewidth=0.8)
-        wrong = [(sample.at - zero, 0) for sample in samples if sample.state == "exact" and sample.wrong]
-        if wrong:
-            axis.plot(*zip(*wrong, strict=True), "r|", markersize=14)
-        axis.set_ylim(0, top * 1.05)
+            axis.axvspan(at[start], at[end], color=_COLORS[STATES[states[start]]], alpha=0.55, linewidth=0)
+        axis.plot(at, samples.behind, color="black", linewidth=0.8)
+        axis.plot(at[samples.wrong != 0], np.zeros((samples.wrong != 0).sum()), "r|", markersize=14)
+        axis.set_ylim(0, max(4, samples.behind.max(initial=0)) * 1.05)
         axis.set_ylabel(f"{pod}\nbehind", fontsize=8)
     named = [Patch(color=color, alpha=0.55, label=state) for state, color in _COLORS.items()]
     axes[0].legend(handles=named, loc="upper right", ncols=len(named), fontsize=7)
-    times = witness.questions[witness.questions["at"] >= zero]
-    axes[-1].plot(times["at"] - zero, times["seconds"] * 1e6, ",", color="#3060a0")
+    axes[-1].plot(witness.questions["at"] - zero, witness.questions["seconds"] * 1e6, ",", color="#3060a0")
+    axes[-1].set_xlim(left=0)
     axes[-1].set_yscale("log")
     axes[-1].set_ylabel("question, us", fontsize=8)
     axes[-1].set_xlabel("seconds")

@@ -8,13 +8,13 @@ import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from e2e.fleet import ROOT, at_rest, compare, own_prompts
+from e2e.fleet import ROOT, at_rest, compare, own_prompts, until
 from rich.console import Console
 
 from kvindex.sync.policy import StreamPolicy
@@ -103,50 +103,37 @@ def _run(fault: Fault, where: Path, reports: Path, result: Result, repeats: int,
         time.sleep(BASELINE if repeats > 1 else BASELINE / 2)
         baseline = start, time.monotonic()
         before = scene.index.ask("resources")
-        counters: dict[str, dict[str, int]] = {}
         for number in range(1, repeats + 1):
-            cycle = Cycle()
-            result.cycles.append(cycle)
             fault.choose(scene)
-            cycle.pods, cycle.cut = list(fault.pods), list(fault.cut)
-            cycle.lies = list(fault.pods) if fault.lies else []
-            cycle.slow = list(fault.pods) if fault.slow else []
-            cycle.anew = list(fault.pods) if fault.anew else []
-            cycle.notice = fault.notice
+            traits = {name: getattr(fault, name) for name in ("pods", "cuts", "lies", "slow", "anew", "notice")}
+            cycle = Cycle(**traits)
+            result.cycles.append(cycle)
             lost = _connections_lost(scene)
             scene.index.ask("others", pods=[name for name in scene.pods if name not in fault.pods])
-            cycle.injected = time.monotonic()
-            with _healed(fault, scene, cycle):
-                fault.inject(scene)
-                fault.hold(scene)
-            _settle(scene, RECOVER + 2.0)
-            cycle.ended = time.monotonic()
-            fault.recovered(scene)
+            with closing(fault.steps(fault, scene)) as steps:
+                cycle.injected = time.monotonic()
+                time.sleep(next(steps))
+                cycle.healing = time.monotonic()
+                more = next(steps, None)
+                cycle.healed = time.monotonic()
+                _settle(scene, RECOVER + 2.0)
+                cycle.ended = time.monotonic()
+                if more is not None:
+                    next(steps, None)
             cycle.resources = _resources(scene, before)
             if number < repeats and _connections_lost(scene) != lost:
                 # A connection that does not last is tried again later and later. Repetitions stand for themselves, and
                 # not for a pod that is never there for long.
                 time.sleep(StreamPolicy().settled)
         differences = _rest(scene)
-        for name, status in scene.index.status().items():
-            counters[name] = dict(status["workers"][0]["counters"])
-        problems = fault.problems() + _errors(where / "index.log")
+        counters = {name: status["workers"][0]["counters"] for name, status in scene.index.status().items()}
+        problems = fault.problems + _errors(where / "index.log")
     witness = Witness(where, list(scene.pods))
     result.judgements = judge(
         witness, result.cycles, baseline=baseline, resources=before, counters=counters, differences=differences,
         problems=problems,
     )  # fmt: skip
     plot(reports / f"{result.experiment.name}.png", result.experiment.name, witness, result.cycles, baseline[0])
-
-
-@contextmanager
-def _healed(fault: Fault, scene: Scene, cycle: Cycle) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        cycle.healing = time.monotonic()
-        fault.heal(scene)
-        cycle.healed = time.monotonic()
 
 
 def _connections_lost(scene: Scene) -> int:
@@ -157,34 +144,36 @@ def _connections_lost(scene: Scene) -> int:
     )
 
 
-def _settle(scene: Scene, patience: float) -> bool:
+def _settle(scene: Scene, patience: float) -> None:
     """Wait until every pod is exact and up to date, and stays so for a while. The judges decide by themselves; this
     only says when to go on."""
-    end = time.monotonic() + patience
-    since: float | None = None
-    while time.monotonic() < end:
+    since = time.monotonic()
+
+    def steady() -> bool:
+        nonlocal since
         published = {name: read(scene.where / f"truth-{name}.bin", truth_dtype)[-1] for name in scene.pods}
         status = scene.index.status()
-        well = all(
+        if not all(
             status[name]["state"] == "exact" and (status[name]["last_seq"] or 0) + 20 > int(last["seq"])
             for name, last in published.items()
-        )
-        now = time.monotonic()
-        since = (since or now) if well else None
-        if since is not None and now - since > STEADY:
-            return True
-        time.sleep(0.1)
-    return False
+        ):
+            since = time.monotonic()
+        return time.monotonic() - since > STEADY
+
+    with suppress(AssertionError):
+        until(steady, seconds=patience, pause=0.1)
 
 
 def _resources(scene: Scene, before: Mapping[str, Any]) -> dict[str, Any]:
     """What the index has now. A replay that happens to run has a socket of its own: it is waited for."""
-    end = time.monotonic() + 5.0
-    while True:
+
+    def few() -> bool:
         found = scene.index.ask("resources")
-        if time.monotonic() > end or all(found[what] <= before[what] for what in ("threads", "fds")):
-            return found
-        time.sleep(0.05)
+        return all(found[what] <= before[what] for what in ("threads", "fds"))
+
+    with suppress(AssertionError):
+        until(few, seconds=5.0, pause=0.05)
+    return scene.index.ask("resources")
 
 
 def _rest(scene: Scene) -> int | None:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import random
-import sys
-import time
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from e2e.fleet import ROOT
+from e2e.fleet import PYTHONPATH
 
-from .hosts import Hosts, inside
+from kvindex.sim.control import ToldProcess
+
+from .hosts import Host, inside
 from .observer import ObserverProcess
 from .pod import PodProcess
 from .proxy import Proxy
 
 __all__ = ["PODS", "RATE", "Scene"]
+
+Told = TypeVar("Told", bound=ToldProcess)
 
 #: Requests a second that each pod serves.
 RATE = 20.0
@@ -39,53 +41,54 @@ class Scene:
     """
 
     def __init__(
-        self, where: Path, *, proxied: bool = False, env: Mapping[str, str] | None = None,
-        index_env: Mapping[str, str] | None = None, seed: int = 0,
-    ) -> None:  # fmt: skip
+        self, where: Path, *, proxied: bool, env: Mapping[str, str], index_env: Mapping[str, str], seed: int
+    ) -> None:
         self.where = where
         self.dice = random.Random(seed)
-        self.hosts: Hosts | None = None
+        #: Only in namespaces of its own.
+        self.hosts: dict[str, Host] = {}
         self.pods: dict[str, PodProcess] = {}
         self.proxies: dict[str, tuple[Proxy, Proxy]] = {}
         self.disk = where / "disk"
         self.snapshot = self.disk / "index.snapshot"
         self.disk.mkdir(parents=True)
-        path = ":".join([str(ROOT), *filter(None, sys.path)])
-        try:
-            if inside():
-                self.hosts = Hosts(list(PODS))
+        with ExitStack() as stack:
             for number, (name, options) in enumerate(PODS.items()):
-                host: dict[str, Any] = {}
-                if self.hosts is not None:
-                    host = {"host": self.hosts[name].address, "prefix": self.hosts[name].prefix}
-                self.pods[name] = PodProcess(
-                    name=name, blocks=1200, buffer_steps=100_000, rate=RATE, **host, **options,
-                    env={
-                        "PYTHONPATH": path,
-                        "CHAOS_TRUTH": str(where / f"truth-{name}.bin"),
-                        "CHAOS_CONTROL": str(where / f"{name}.control"),
-                        **{key: value.format(pod=name) for key, value in (env or {}).items()},
-                    },
+                reached: dict[str, Any] = {}
+                if inside():
+                    self.hosts[name] = host = Host(number)
+                    stack.callback(host.remove)
+                    reached = {"host": host.address, "prefix": host.prefix}
+                own = {"CHAOS_TRUTH": f"{where}/truth-{name}.bin", "CHAOS_CONTROL": f"{where}/{name}.control"}
+                added = {key: value.format(pod=name) for key, value in env.items()}
+                pod = PodProcess(
+                    name=name, blocks=1200, buffer_steps=100_000, rate=RATE, **reached, **options,
+                    env={"PYTHONPATH": PYTHONPATH, **own, **added},
                 )  # fmt: skip
+                self.pods[name] = self._ends(stack, pod)
                 if proxied:
-                    endpoint, answers = self.pods[name].ranks[0]
-                    self.proxies[name] = (_proxy(endpoint, number), _proxy(str(answers), number + 100))
-            self.index = ObserverProcess(
+                    made = (_proxy(str(end), number + 100 * place) for place, end in enumerate(pod.ranks[0]))
+                    self.proxies[name] = tuple(stack.enter_context(closing(proxy)) for proxy in made)  # type: ignore[assignment]
+            index = ObserverProcess(
                 policy={}, snapshot=self.snapshot,
-                env={"CHAOS_PODS": ",".join(PODS), "CHAOS_DIR": str(where), **(index_env or {})},
+                env={"CHAOS_PODS": ",".join(PODS), "CHAOS_DIR": str(where), **index_env},
             )  # fmt: skip
+            self.index = self._ends(stack, index)
             self.follow()
-        except BaseException:
-            self.close()
-            raise
+            self._ending = stack.pop_all()
+
+    @staticmethod
+    def _ends(stack: ExitStack, process: Told) -> Told:
+        stack.callback(process.stop)
+        stack.callback(process.go_on)
+        return process
 
     def follow(self, *names: str) -> None:
         """Let the index follow these pods (all, if none are named)."""
         for name in names or self.pods:
             options = {}
             if name in self.proxies:
-                events, answers = (f"tcp://127.0.0.1:{proxy.port}" for proxy in self.proxies[name])
-                options["ranks"] = {0: (events, answers)}
+                options["ranks"] = {0: tuple(f"tcp://127.0.0.1:{proxy.port}" for proxy in self.proxies[name])}
             self.index.follow(self.pods[name], **options)
 
     def choose(self, mode: str, value: str = "1") -> list[str]:
@@ -104,27 +107,11 @@ class Scene:
         for name in self.pods if pods is None else pods:
             self.pods[name].ask("rate", rate=rate)
 
-    def quiet(self, seconds: float) -> None:
-        """Let everything go on for a while."""
-        time.sleep(seconds)
-
-    def close(self) -> None:
-        for each in [*self.pods.values(), *([self.index] if hasattr(self, "index") else [])]:
-            each.go_on()
-            each.stop()
-        for pair in self.proxies.values():
-            for proxy in pair:
-                proxy.close()
-        if self.hosts is not None:
-            self.hosts.close()
-        if os.path.ismount(self.disk):
-            raise OSError(f"{self.disk} is still mounted")
-
     def __enter__(self) -> Scene:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._ending.close()
 
 
 def _proxy(endpoint: str, seed: int) -> Proxy:

@@ -20,6 +20,8 @@ from kvindex.sim.control import ToldProcess
 from kvindex.sim.process import SimConfig, SimProcess, own_workload, prompt_map
 
 ROOT = Path(__file__).resolve().parent.parent
+#: Of processes that run modules of the harnesses.
+PYTHONPATH = ":".join([str(ROOT), *filter(None, sys.path)])
 
 #: A stream's policy for harnesses: the same decisions as the defaults, with shorter waits between them.
 BRISK: Mapping[str, Any] = {
@@ -130,7 +132,7 @@ class IndexProcess(ToldProcess):
             f"--heartbeat={heartbeat}", f"--policy={json.dumps(dict(policy))}",
             *([] if snapshot is None else [f"--snapshot={snapshot}"]),
         ]  # fmt: skip
-        env = {"PYTHONPATH": ":".join([str(ROOT), *filter(None, sys.path)])}
+        env = {"PYTHONPATH": PYTHONPATH}
         super().__init__(name, command, **{"timeout": 60.0, **options, "env": {**env, **options.get("env", {})}})
 
     def follow(self, *pods: SimProcess, **options: Any) -> None:

@@ -133,7 +133,7 @@ class Story:
                 healed=self.RETURNS,
                 ended=self.ENDS,
                 pods=["pod"],
-                cut=["pod"],
+                cuts=True,
                 resources=self.after,
             )
         ]
@@ -286,7 +286,7 @@ def test_memory_that_grows_with_repetition_is_found(tmp_path, held, rss, passed)
             healed=story.RETURNS,
             ended=story.ENDS,
             pods=["pod"],
-            cut=["pod"],
+            cuts=True,
             resources={**story.before, "rss": (1 << 28) + rss(n), "held": (1 << 27) + held(n)},
         )
         for n in range(10)
