@@ -249,6 +249,7 @@ bench: .venv/.bench-tools .asv/.machine
 # Nothing is kept of it. Without the widest and some of the middle, and without what callgrind counts, which takes minutes.
 bench-quick: .venv/.bench-tools .asv/.machine
 	$(ASV) run --python=same --quick --show-stderr --bench '^(?!.*(Instructions|, 256\)|, 64, 64\)|, 2048, 64\)))'
+	$(BIN)/python -m benchmarks rows --quick
 
 bench-html: .venv/.bench-tools .asv/.machine
 	$(ASV) publish --no-pull
@@ -263,17 +264,15 @@ bench-check: .venv/.bench-tools .asv/.machine
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m benchmarks.baseline check --out $(REPORTS) $(ONLY)
 
 bench-replay: .venv/.bench-tools
-	$(BENCH) benchmarks.replay $(TRACE)
+	$(BENCH) benchmarks replay $(if $(TRACE),--trace=$(TRACE))
 
 bench-streams: .venv/.test-tools
-	$(BIN)/python -m benchmarks.streams
-	$(BIN)/python -m benchmarks.herd
-	$(BIN)/python -m benchmarks.fleets
+	for what in streams herd fleets; do $(BIN)/python -m benchmarks $$what; done
 
 # The router of the examples, asked by wrk.
 bench-router: .venv/.test-tools
 	$(call need,command -v wrk,wrk)
-	$(BIN)/python -m benchmarks.router
+	$(BIN)/python -m benchmarks router
 
 # A log, a follower and direct subscription in one run, on the server of the machine.
 bench-replication: .venv/.test-tools
@@ -283,11 +282,11 @@ bench-replication: .venv/.test-tools
 # The service beside Dynamo's indexer, asked by wrk.
 bench-service: .venv/.bench-tools $(PEERS)/.tried
 	$(call need,command -v wrk,wrk)
-	$(BENCH) benchmarks.service
+	$(BENCH) benchmarks service
 
 # The routers of others, with kvindex and with their own policies.
 bench-routers: $(INTEGRATIONS)/.installed
-	PYTHONPATH=src $(INTEGRATIONS)/bin/python -m benchmarks.routers --out docs/performance/routers.md
+	PYTHONPATH=src $(INTEGRATIONS)/bin/python -m benchmarks routers --out docs/performance/routers.md
 
 # Both revisions in environments of their own, taking turns. ASKED='--bench Match' measures some of it.
 bench-gate: .venv/.bench-tools .asv/.machine
@@ -295,7 +294,7 @@ bench-gate: .venv/.bench-tools .asv/.machine
 	$(ASV) continuous --interleave-rounds --factor 1.1 --split --show-stderr $(ASKED) '$(BASE)' HEAD
 
 bench-rows: .venv/.bench-tools
-	$(BENCH) benchmarks.rows --out docs/performance/rows.md
+	$(BENCH) benchmarks rows --out docs/performance/rows.md
 
 # Faults are applied in namespaces of their own: rights are needed to make those, not to be root. What this machine can
 # not do is skipped, with the reason.

@@ -32,9 +32,9 @@ def measured(only: str = "") -> dict[str, float]:
     for name, kind in vars(sizes).items():
         methods = [method for method in vars(kind) if method.startswith("track_")] if isinstance(kind, type) else []
         methods = [method for method in methods if only in f"{name}.{method}"]
-        cached = kind().setup_cache() if methods else None
+        cached = [kind().setup_cache()] if methods and hasattr(kind, "setup_cache") else []
         for method, values in itertools.product(methods, itertools.product(*kind.params) if methods else ()):
-            figures[f"{name}.{method}({', '.join(map(str, values))})"] = getattr(kind(), method)(cached, *values)
+            figures[f"{name}.{method}({', '.join(map(str, values))})"] = getattr(kind(), method)(*cached, *values)
     return {name: value for name, value in figures.items() if not math.isnan(value)}
 
 

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.churn``: does memory come back when the pods go, and does a budget hold?
+"""Does memory come back when the pods go, and does a budget hold?
 
 First a fleet comes, works and goes, round after round, always with other content. Bytes are the index's own count and
 what the system keeps in memory for the process, each against what they were before anything came; the process's after
@@ -8,8 +8,6 @@ budget that has room for a seventh of it.
 
 from __future__ import annotations
 
-import argparse
-import ctypes
 from collections.abc import Iterator
 from time import perf_counter_ns
 
@@ -18,8 +16,8 @@ import numpy as np
 from kvindex import PrefixIndex
 
 from .data import BLOCK, Chain, chain, own, payloads
-from .machine import described, resident
-from .reach import Reached, verdicts
+from .process import settle
+from .reach import Reached
 from .report import amount, say, table
 
 PODS = 8
@@ -57,13 +55,7 @@ def work(index: PrefixIndex, seed: int, blocks: int) -> None:
             index.add_prefix("pod-0", content.tokens[: 64 * BLOCK], ttl=3600.0)
 
 
-def settle() -> int:
-    """The process's bytes in memory, once the allocator has given back what it can."""
-    ctypes.CDLL(None).malloc_trim(0)
-    return resident()
-
-
-def rounds(count: int, blocks: int) -> list[Reached]:
+def come_and_go(count: int, blocks: int) -> Iterator[Reached]:
     """``count`` rounds of ``blocks`` blocks; the worst of what was left after them."""
     index = PrefixIndex(block_size=BLOCK)
     empty, full, left, process = index.stats()["bytes"], [], [], []
@@ -77,10 +69,8 @@ def rounds(count: int, blocks: int) -> list[Reached]:
         if seed % 20 == 0:
             say(f"round {seed}: {full[-1]:,} bytes at work, {left[-1]:,} after, {process[-1] >> 10:,} KiB resident")
     where = f"{count} rounds of {np.mean(full) / 1e6:.1f} MB"
-    return [
-        Reached("the index's bytes without pods over those at the start", where, "churn", max(left) / empty),
-        Reached("the process's over those after one round", where, "churn", max(process[1:]) / process[0]),
-    ]
+    yield Reached("the index's bytes without pods over those at the start", where, "churn", max(left) / empty)
+    yield Reached("the process's over those after one round", where, "churn", max(process[1:]) / process[0])
 
 
 def through(budget: int, blocks: int) -> list[list[str]]:
@@ -114,20 +104,10 @@ def through(budget: int, blocks: int) -> list[list[str]]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.churn", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=100, help="after the first one (%(default)s)")
-    parser.add_argument("--blocks", type=int, default=20_000, help="distinct blocks of a round (%(default)s)")
-    parser.add_argument("--stream", type=int, default=1_000_000, help="blocks through the budget (%(default)s)")
-    parser.add_argument("--budget", type=int, default=5_000_000, help="bytes (%(default)s)")
-    options = parser.parse_args()
-    marks = rounds(options.rounds, options.blocks)
-    rows = through(options.budget, options.stream)
-    print(verdicts(marks))
+def measure(
+    *, rounds: int = 100, blocks: int = 20_000, stream: int = 1_000_000, budget: int = 5_000_000
+) -> Iterator[Reached | str]:
+    """``rounds``: after the first one; ``blocks``: of a round; ``stream``: blocks through ``budget`` bytes."""
+    yield from come_and_go(rounds, blocks)
     columns = ["", "streamed", "kept", "evicted", "most MB", "ns a block", "p99.9 µs of 64", "slowest µs of 64"]
-    print(table(columns, rows))
-    print(", ".join(f"{name} {value}" for name, value in described("numpy").items()))
-
-
-if __name__ == "__main__":
-    main()
+    yield table(columns, through(budget, stream))

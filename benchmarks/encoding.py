@@ -1,11 +1,11 @@
-"""``python -m benchmarks.encoding``: what the token ids of a growing conversation cost, and other threads meanwhile."""
+"""What the token ids of a growing conversation cost, and other threads meanwhile."""
 
 from __future__ import annotations
 
-import argparse
 import random
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,15 +14,13 @@ from kvindex.routing import EndpointPicker
 from kvindex.text import PromptEncoder
 
 from .interleave import interleaved
-from .machine import described
-from .reach import Reached, verdicts
+from .reach import Reached
 from .report import amount, say
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["main"]
-
+PACKAGES = ("tokenizers",)
 ROOT = Path(__file__).resolve().parents[1]
 TURNS, TOKENS = 41, 32_768
 #: Llama 3's.
@@ -84,16 +82,12 @@ def longest_pause(work: threading.Thread) -> float:
         time.sleep(0.0002)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.encoding", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (%(default)s)")
-    options = parser.parse_args()
+def measure(*, rounds: int = 7) -> Iterator[Reached | str]:
+    """``rounds``: interleaved."""
     texts = [path.read_text() for kind in ("*.md", "*.py", "*.hpp") for path in sorted(ROOT.glob(f"[bds]*/**/{kind}"))]
     say("training a tokenizer")
     tokenizer = trained(texts)
     prompts = [conversation(tokenizer, texts, seed) for seed in range(2)]
-    rows = []
-
     encoder = PromptEncoder(tokenizer)
 
     def whole(turns: list[str]) -> None:
@@ -109,16 +103,13 @@ def main() -> None:
         encoder._cache = type(encoder._cache)(1 << 30)
         return [prompts[number % 2]]
 
-    say(f"{TURNS} turns, {options.rounds} rounds")
-    timings = interleaved({"whole": whole, "incremental": incremental}, inputs, options.rounds)
+    say(f"{TURNS} turns, {rounds} rounds")
+    timings = interleaved({"whole": whole, "incremental": incremental}, inputs, rounds)
     assert encoder.stats()["fallbacks"] == 0
     ratio = timings.ratio("whole", "incremental")
     ms = f"{timings.best('whole') / 1000:.0f} → {timings.best('incremental') / 1000:.0f} ms"
-    rows.append(
-        Reached(
-            "conversation, turn by turn, against whole", f"{TURNS} turns, {ms}", "conversation", ratio.median, ratio
-        )
-    )
+    what = "conversation, turn by turn, against whole"
+    yield Reached(what, f"{TURNS} turns, {ms}", "conversation", ratio.median, ratio)
 
     last, before = prompts[0][-1] + OPENING, prompts[0][-2]
     ids = encoder.encode(last)
@@ -132,7 +123,7 @@ def main() -> None:
         )
     picker = EndpointPicker(index)
     seconds = []
-    for number in range(4 * options.rounds):
+    for number in range(4 * rounds):
         inputs("", number)
         encoder.encode(before + OPENING)
         began = time.perf_counter()
@@ -141,7 +132,7 @@ def main() -> None:
         assert choice is not None
         assert choice.cached_tokens >= len(held)
         picker.finished(choice)
-    rows.append(Reached("last turn, text to pod, ms", f"{len(ids):,} tokens", "last turn ms", min(seconds) * 1000))
+    yield Reached("last turn, text to pod, ms", f"{len(ids):,} tokens", "last turn ms", min(seconds) * 1000)
 
     pauses = {}
     for name, call in (
@@ -149,16 +140,10 @@ def main() -> None:
         ("PromptEncoder", lambda: encoder.encode(last)),
     ):
         seconds = []
-        for number in range(4 * options.rounds):
+        for number in range(4 * rounds):
             inputs("", number)
             seconds.append(longest_pause(threading.Thread(target=call)))
         pauses[name] = min(seconds) * 1000
     where = f"{len(ids):,} tokens, {amount(pauses['encode'])} ms by encode"
-    rows.append(Reached("longest pause of another thread, ms", where, "encode pause ms", pauses["PromptEncoder"]))
-    print(verdicts(rows))
-    print("pauses and last turn: best of all rounds, since what else the machine does only adds to them")
-    print(", ".join(f"{name} {value}" for name, value in described("numpy", "tokenizers").items()))
-
-
-if __name__ == "__main__":
-    main()
+    yield Reached("longest pause of another thread, ms", where, "encode pause ms", pauses["PromptEncoder"])
+    yield "pauses and last turn: best of all rounds, since what else the machine does only adds to them"

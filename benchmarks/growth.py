@@ -1,9 +1,8 @@
-"""``python -m benchmarks.growth``: what a match costs as the index grows, in blocks and in pods."""
+"""What a match costs as the index grows, in blocks and in pods."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import gcd
 from typing import Any, NamedTuple
 
@@ -11,8 +10,7 @@ from kvindex import PrefixIndex
 
 from .data import BLOCK, Tokens, beginning, chain, fill
 from .interleave import Timings, interleaved
-from .machine import described
-from .reach import Reached, verdicts
+from .reach import Reached
 from .report import amount, say
 
 __all__ = ["Grown", "compare", "grown"]
@@ -68,27 +66,17 @@ def compare(one: Grown, other: Grown, rounds: int) -> dict[int, Timings]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=101, help="interleaved rounds (%(default)s)")
-    parser.add_argument("--blocks", type=int, default=10_000_000, help="of the large index (%(default)s)")
-    options = parser.parse_args()
-    say(f"storing {options.blocks:,} blocks")
-    many = compare(grown(1, 10_000, 8), grown(2, options.blocks, 8), options.rounds)
+def measure(*, rounds: int = 101, blocks: int = 10_000_000) -> Iterator[Reached]:
+    """``rounds``: interleaved; ``blocks``: of the large index."""
+    say(f"storing {blocks:,} blocks")
+    many = compare(grown(1, 10_000, 8), grown(2, blocks, 8), rounds)
     say("storing 131,072 blocks for 8 and for 256 pods")
-    wide = compare(grown(3, 131_072, 8), grown(3, 131_072, 256), options.rounds)
-    rows = []
+    wide = compare(grown(3, 131_072, 8), grown(3, 131_072, 256), rounds)
     for what, goal, found in (
-        (f"{options.blocks:,} blocks against 10,000", "growth blocks", many),
+        (f"{blocks:,} blocks against 10,000", "growth blocks", many),
         ("256 pods against 8", "growth pods", wide),
     ):
         for depth, timings in found.items():
             ratio = timings.ratio("large", "small")
             us = f"{amount(timings.best('small'))} → {amount(timings.best('large'))} µs"
-            rows.append(Reached(f"match_prefix, {what}", f"{depth} blocks, {us}", goal, ratio.median, ratio))
-    print(verdicts(rows))
-    print(", ".join(f"{name} {value}" for name, value in described("numpy").items()))
-
-
-if __name__ == "__main__":
-    main()
+            yield Reached(f"match_prefix, {what}", f"{depth} blocks, {us}", goal, ratio.median, ratio)

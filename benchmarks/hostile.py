@@ -1,8 +1,8 @@
-"""``python -m benchmarks.hostile``: what one pod can cost all others, by one event or by inventing groups."""
+"""What one pod can cost all others, by one event or by inventing groups."""
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Iterator
 from functools import partial
 
 from kvindex import PrefixIndex
@@ -10,8 +10,7 @@ from kvindex.sim.wire import Stored, encode_batch
 
 from .data import BLOCK, chain, chains, fill, newest, payloads, stored
 from .interleave import interleaved
-from .machine import described
-from .reach import Reached, verdicts
+from .reach import Reached
 
 DEPTH, PROMPTS, CALLS = 64, 16, 512
 
@@ -24,12 +23,8 @@ def invented(groups: int, media: int) -> list[bytes]:
     return [encode_batch(events[first : first + 1000], newest()) for first in range(0, len(events), 1000)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.hostile", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=51, help="interleaved rounds of matches (%(default)s)")
-    parser.add_argument("--events", type=int, default=7, help="interleaved rounds of long events (%(default)s)")
-    parser.add_argument("--blocks", type=int, default=1_000_000, help="of the long event (%(default)s)")
-    options = parser.parse_args()
+def measure(*, rounds: int = 51, events: int = 7, blocks: int = 1_000_000) -> Iterator[Reached]:
+    """``rounds``: interleaved, of matches; ``events``: of long events; ``blocks``: of the long event."""
     contents = chains(60, PROMPTS, DEPTH)
     prompts = [content.tokens for content in contents] * (CALLS // PROMPTS)
     indexes = {"without": PrefixIndex(block_size=BLOCK), "beside": PrefixIndex(block_size=BLOCK)}
@@ -38,28 +33,20 @@ def main() -> None:
     for payload in invented(20_000, 100_000):
         indexes["beside"].ingest("hostile", payload)
     matches = {name: index.match_prefix for name, index in indexes.items()}
-    asked = interleaved(matches, lambda name, number: prompts, options.rounds).ratio("beside", "without")
+    asked = interleaved(matches, lambda name, number: prompts, rounds).ratio("beside", "without")
 
-    whole = chain(62, 0, options.blocks)
-    sent = {name: list(payloads([whole], each)) for name, each in (("long", options.blocks), ("short", 10_000))}
+    whole = chain(62, 0, blocks)
+    sent = {name: list(payloads([whole], each)) for name, each in (("long", blocks), ("short", 10_000))}
 
     def store(name: str, index: PrefixIndex) -> None:
         for payload in sent[name]:
             index.ingest("pod", payload)
 
     stores = {name: partial(store, name) for name in sent}
-    fresh = interleaved(stores, lambda name, number: [PrefixIndex(block_size=BLOCK)], options.events, warm=False).ratio(
+    fresh = interleaved(stores, lambda name, number: [PrefixIndex(block_size=BLOCK)], events, warm=False).ratio(
         "long", "short"
     )
     where = f"{DEPTH} blocks, 8 pods"
-    events = f"one event of {options.blocks:,} blocks against events of 10,000"
-    marks = [
-        Reached("match beside a pod of 20,000 groups, 100,000 media", where, "hostile", asked.median, asked),
-        Reached("ns a block", events, "long event", fresh.median, fresh),
-    ]
-    print(verdicts(marks))
-    print(", ".join(f"{name} {value}" for name, value in described("numpy").items()))
-
-
-if __name__ == "__main__":
-    main()
+    long = f"one event of {blocks:,} blocks against events of 10,000"
+    yield Reached("match beside a pod of 20,000 groups, 100,000 media", where, "hostile", asked.median, asked)
+    yield Reached("ns a block", long, "long event", fresh.median, fresh)

@@ -1,19 +1,16 @@
-"""``python -m benchmarks.hybrid``: what the pods of a hybrid model cost when their caches end at many places."""
+"""What the pods of a hybrid model cost when their caches end at many places."""
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Iterator
 
 from kvindex import PrefixIndex
 from kvindex.sim.wire import Stored, encode_batch
 
 from .data import BLOCK, Tokens, chain, newest, stored
 from .interleave import interleaved
-from .machine import described
-from .reach import Reached, verdicts
+from .reach import Reached
 from .report import amount
-
-__all__ = ["filled", "main"]
 
 PODS, PROMPTS, CALLS = 256, 16, 64
 WINDOW = 1024
@@ -38,23 +35,14 @@ def filled(places: int, depth: int, *, hybrid: bool) -> tuple[PrefixIndex, list[
     return index, [content.tokens for content in contents]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.hybrid", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=101, help="interleaved rounds (%(default)s)")
-    options = parser.parse_args()
-    marks = []
+def measure(*, rounds: int = 101) -> Iterator[Reached]:
+    """``rounds``: interleaved."""
     for depth, places in ((64, 1), (64, 50)):
         hybrid, prompts = filled(places, depth, hybrid=True)
         plain, _ = filled(places, depth, hybrid=False)
         assert hybrid.match_prefix(prompts[0]).tokens == plain.match_prefix(prompts[0]).tokens
         calls = {"hybrid": hybrid.match_prefix, "plain": plain.match_prefix}
         questions = prompts * (CALLS // PROMPTS)
-        found = interleaved(calls, lambda name, number, asked=questions: asked, options.rounds)
+        found = interleaved(calls, lambda name, number, asked=questions: asked, rounds)
         where = f"{depth} blocks, ends at {places} places; plain pods {amount(found.best('plain'))} µs"
-        marks.append(Reached(f"match_prefix, {PODS} hybrid pods, µs", where, "hybrid us", found.best("hybrid")))
-    print(verdicts(marks))
-    print(", ".join(f"{name} {value}" for name, value in described("numpy").items()))
-
-
-if __name__ == "__main__":
-    main()
+        yield Reached(f"match_prefix, {PODS} hybrid pods, µs", where, "hybrid us", found.best("hybrid"))

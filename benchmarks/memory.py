@@ -1,29 +1,22 @@
-"""``python -m benchmarks.memory``: bytes of short prompts, and how the process's own memory follows the index's.
+"""Bytes of short prompts, and how the process's own memory follows the index's.
 
 Each figure of the process comes from a process of its own, so that none is measured on top of what another one left.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
-from typing import Any
 
 from kvindex import PrefixIndex
 
-from .churn import settle
 from .data import BLOCK, Chain, chain, chains, own, payloads
-from .machine import described, resident
-from .reach import Reached, verdicts
+from .process import apart, resident, settle
+from .reach import Reached
 from .report import amount, table
 
 PODS = 2
-#: Just beside a power of two, where tables are as full as they get, and half as full.
-SIZES = (88_000, 96_000, 128_000)
 
 
 def short(blocks: int, depth: int = 1) -> float:
@@ -85,23 +78,17 @@ def peak(budget: int, *phases: tuple[int, ...]) -> float:
     return (most - before) / budget
 
 
-def apart(call: Callable[..., Any], *given: Any) -> Any:
-    """The answer of a process that has done nothing else."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as alone:
-        return alone.submit(call, *given).result()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
-    parser.add_argument("--blocks", type=int, default=1_000_000, help="names that are stored and removed (%(default)s)")
-    parser.add_argument("--budget", type=int, default=32_000_000, help="bytes (%(default)s)")
-    options = parser.parse_args()
+def measure(
+    *, blocks: int = 1_000_000, budget: int = 32_000_000, sizes: tuple[int, ...] = (88_000, 96_000, 128_000)
+) -> Iterator[Reached | str]:
+    """``blocks``: names that are stored and removed; ``budget``: bytes; ``sizes``: blocks of short prompts, just beside
+    a power of two, where tables are as full as they get, and half as full."""
     depths = (1, 2, 8, 1000)
-    found = {depth: [short(blocks, depth) for blocks in SIZES] for depth in depths}
-    where = f"prompts of one block, the most of {', '.join(f'{size:,}' for size in SIZES)}"
-    marks = [Reached("bytes a block", where, "bytes 1 block", max(found[1]))]
-    megabytes, left = apart(stays, options.blocks)
-    marks.append(Reached("resident after everything was removed, %", f"of {amount(megabytes)} MB", "stays", left))
+    found = {depth: [short(each, depth) for each in sizes] for depth in depths}
+    where = f"prompts of one block, the most of {', '.join(f'{size:,}' for size in sizes)}"
+    yield Reached("bytes a block", where, "bytes 1 block", max(found[1]))
+    megabytes, left = apart(stays, blocks)
+    yield Reached("resident after everything was removed, %", f"of {amount(megabytes)} MB", "stays", left)
     mixed = (2048, 64, 8, 1, 1)
     for what, phases in (
         ("prompts of 64 blocks", [(64,)]),
@@ -109,13 +96,7 @@ def main() -> None:
         ("prompts of 1 to 2,048 blocks", [mixed]),
         ("first of 1, then of 64, then of 2,048", [(1,), (64,), (2048,)]),
     ):
-        over = apart(peak, options.budget, *phases)
-        marks.append(Reached("peak resident over max_bytes", f"{options.budget / 1e6:.0f} MB, {what}", "peak", over))
-    print(verdicts(marks))
-    columns = ["bytes a block", *(f"{size:,} blocks" for size in SIZES)]
-    print(table(columns, [[f"prompts of {depth}", *map(amount, bytes_)] for depth, bytes_ in found.items()]))
-    print(", ".join(f"{name} {value}" for name, value in described("numpy").items()))
-
-
-if __name__ == "__main__":
-    main()
+        over = apart(peak, budget, *phases)
+        yield Reached("peak resident over max_bytes", f"{budget / 1e6:.0f} MB, {what}", "peak", over)
+    columns = ["bytes a block", *(f"{size:,} blocks" for size in sizes)]
+    yield table(columns, [[f"prompts of {depth}", *map(amount, bytes_)] for depth, bytes_ in found.items()])

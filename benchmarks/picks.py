@@ -1,29 +1,23 @@
-"""``python -m benchmarks.picks``: what picking a pod costs beside the match that it begins with."""
+"""What picking a pod costs beside the match that it begins with."""
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Iterator
 
 from kvindex import PrefixIndex
 from kvindex.routing import EndpointPicker
 
 from .data import BLOCK, Tokens, beginning, chain, fill
 from .interleave import interleaved
-from .machine import described
-from .reach import Reached, verdicts
+from .reach import Reached
 from .report import amount, say
-
-__all__ = ["main"]
 
 DEPTH = 2048
 CALLS = 4
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.picks", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=101, help="interleaved rounds (%(default)s)")
-    options = parser.parse_args()
-    rows = []
+def measure(*, rounds: int = 101) -> Iterator[Reached]:
+    """``rounds``: interleaved."""
     for pods in (64, 256):
         say(f"{DEPTH} blocks, held by {pods} pods")
         index = PrefixIndex(block_size=BLOCK)
@@ -39,14 +33,8 @@ def main() -> None:
         def inputs(_: str, number: int) -> list[Tokens]:
             return [beginning(1, (number * CALLS + call) % 8, DEPTH) for call in range(CALLS)]
 
-        timings = interleaved({"match": index.match_prefix, "pick": pick}, inputs, options.rounds)
+        timings = interleaved({"match": index.match_prefix, "pick": pick}, inputs, rounds)
         ratio = timings.ratio("pick", "match")
         us = f"{amount(timings.best('match'))} → {amount(timings.best('pick'))} µs"
         what = "pick and finished against match_prefix"
-        rows.append(Reached(what, f"{pods} pods, {us}", f"picks {pods}", ratio.median, ratio))
-    print(verdicts(rows))
-    print(", ".join(f"{name} {value}" for name, value in described("numpy").items()))
-
-
-if __name__ == "__main__":
-    main()
+        yield Reached(what, f"{pods} pods, {us}", f"picks {pods}", ratio.median, ratio)

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.replay [TRACE]``: how fast a fleet's day can go by before the index falls behind.
+"""How fast a fleet's day can go by before the index falls behind.
 
 A trace (Mooncake's JSON lines; without one, conversations made up from a seed) is served once by a simulated fleet of
 128 workers. What its engines published and what its router asked is one timeline, which is then replayed open-loop:
@@ -11,8 +11,7 @@ are told from when the question was due, and for the call alone.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import median
 from time import perf_counter, sleep
 from typing import Any, NamedTuple
@@ -26,7 +25,6 @@ from kvindex.sim.fleet import Fleet, Pod, PrefixAware
 from kvindex.sim.workload import Arrival, chat, mooncake
 
 from .data import BLOCK, newest
-from .machine import described
 from .report import amount, say, table
 
 #: A run that took longer than this over its window has not kept up.
@@ -124,25 +122,23 @@ def fastest(timeline: Timeline, trials: int) -> list[tuple[float, bool, list[Run
     return tried
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.replay", description=__doc__.partition("\n")[0])
-    parser.add_argument("trace", nargs="?", help="JSON lines, plain or gzip (default: made up, the same every time)")
-    parser.add_argument("--workers", type=int, default=128, help="of the simulated fleet (%(default)s)")
-    parser.add_argument("--blocks", type=int, help="KV cache of each, in blocks of 16 (1,024; 16,384 for a trace)")
-    parser.add_argument("--limit", type=int, default=3000, help="requests of the trace (%(default)s)")
-    parser.add_argument("--trials", type=int, default=3, help="replays at each speed (%(default)s)")
-    options = parser.parse_args()
-    if options.trace:
-        arrivals, room = list(mooncake(options.trace, limit=options.limit)), 16_384
+def measure(
+    *, trace: str = "", workers: int = 128, blocks: int = 0, limit: int = 3000, trials: int = 3
+) -> Iterator[str]:
+    """``trace``: JSON lines, plain or gzip; without it, conversations are made up, the same every time. ``workers`` of
+    the simulated fleet, with ``blocks`` each (0: 1,024; 16,384 for a trace); ``limit``: requests; ``trials`` at each
+    speed."""
+    if trace:
+        arrivals, room = list(mooncake(trace, limit=limit)), 16_384
     else:
-        arrivals = chat(conversations=options.limit // 6, system_tokens=2048, user_tokens=512, rate=16.0)
+        arrivals = chat(conversations=limit // 6, system_tokens=2048, user_tokens=512, rate=16.0)
         # So little that blocks are evicted, as in a cache that has been used for a while.
         room = 1024
-    say(f"serving {len(arrivals):,} requests by {options.workers} workers")
-    timeline = record(arrivals, options.workers, options.blocks or room)
+    say(f"serving {len(arrivals):,} requests by {workers} workers")
+    timeline = record(arrivals, workers, blocks or room)
     events = sum(len(decode_batch(what[1]).events) for what in timeline.what if isinstance(what, tuple))
     batches = sum(isinstance(what, tuple) for what in timeline.what)
-    tried = fastest(timeline, options.trials)
+    tried = fastest(timeline, trials)
     rows = []
     for speed, kept_up, runs in sorted(tried, key=lambda each: each[0]):
         took = median(run.took for run in runs)
@@ -158,15 +154,10 @@ def main() -> None:
                 *(amount(value) for value in np.percentile(waited, [50, 99, 99.9])),
             ]
         )
-    print(f"{len(arrivals):,} requests in {timeline.window:,.0f} s by {options.workers} workers")
-    print(f"blocks: {timeline.asked:,} asked for, {timeline.stored:,} stored, {timeline.removed:,} removed")
-    print(f"batches: {batches:,} of {events:,} events")
+    yield f"{len(arrivals):,} requests in {timeline.window:,.0f} s by {workers} workers"
+    yield f"blocks: {timeline.asked:,} asked for, {timeline.stored:,} stored, {timeline.removed:,} removed"
+    yield f"batches: {batches:,} of {events:,} events"
     columns = ["times as fast", "kept up", "block ops/s", "requests/s", "call p50, µs", "p99", "p99.9"]
-    print(table([*columns, "from due p50, µs", "p99", "p99.9"], rows))
+    yield table([*columns, "from due p50, µs", "p99", "p99.9"], rows)
     best = max((speed for speed, kept_up, _ in tried if kept_up), default=0.0)
-    print(f"kept up to {best:,.0f} times the trace's own speed" if best else "never kept up")
-    print(", ".join(f"{name} {value}" for name, value in described("numpy").items()))
-
-
-if __name__ == "__main__":
-    main()
+    yield f"kept up to {best:,.0f} times the trace's own speed" if best else "never kept up"

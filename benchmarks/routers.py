@@ -1,4 +1,4 @@
-"""``make bench-routers``: cached tokens of those possible, in the routers of others: kvindex beside their own policies.
+"""Cached tokens of those possible, in the routers of others: kvindex beside their own policies.
 
 Conversations take turns at three simulated pods. "Possible" is what one endless cache would reuse. The workloads are in
 ``WORKLOADS``. "History alone" is :class:`EndpointPicker` without events: it expects each prompt where it was sent
@@ -7,7 +7,6 @@ before. What a router lacks here is left out, and said so.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import functools
 import os
@@ -234,17 +233,14 @@ ROUTERS: dict[tuple[str, str], Started] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.routers", description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", default="", help="routers whose name has this")
-    parser.add_argument("--out", type=Path, help="write the table into this page, between its marks")
-    args = parser.parse_args()
+def measure(*, only: str = "", out: str = "") -> Iterator[str]:
+    """``only``: routers whose name has this; ``out``: write the table into this page, between its marks."""
     warnings.simplefilter("ignore")  # theirs
     model = ROOT / ".build" / "sim-model"
     save(model)
     rows = []
     for (router, policy), started in ROUTERS.items():
-        if args.only not in router:
+        if only not in router:
             continue
         cells = []
         for name, workload in WORKLOADS.items():
@@ -258,13 +254,9 @@ def main() -> None:
         else:
             rows.append([router, policy, *cells])
     text = table(["router", "policy", *WORKLOADS], rows)
-    print(f"possible: {possible:,}\n\n{text}")
-    if args.out is not None:
-        page = args.out.read_text()
+    yield f"possible: {possible:,}\n\n{text}"
+    if out:
+        page = Path(out).read_text()
         begin, end = "<!-- table -->\n", "<!-- /table -->"
         head, tail = page.partition(begin)[0], page.partition(end)[2]
-        args.out.write_text(f"{head}{begin}\n{text}\n{end}{tail}")
-
-
-if __name__ == "__main__":
-    main()
+        Path(out).write_text(f"{head}{begin}\n{text}\n{end}{tail}")

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.service``: ``kvindex serve`` beside Dynamo's standalone indexer, on the same publishers.
+"""``kvindex serve`` beside Dynamo's standalone indexer, on the same publishers.
 
 Both are given the publishers by the same ``/register`` calls, and asked the same ``/query`` by wrk. Four simulated pods
 hold eight prompts of 2,048 blocks; for the rows beside ingest, sixteen more publish 2,000 batches a second. Where
@@ -7,35 +7,27 @@ Dynamo's runtime is not installed, its rows are left out and said so.
 
 from __future__ import annotations
 
-import argparse
 import http.client
 import json
 import re
 import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 from urllib.request import Request, urlopen
-
-import psutil
 
 from kvindex import PrefixIndex
 from kvindex.sim import SimProcess
 
 from .data import BLOCK, beginning, chains, fill
-from .fleets import Fleet
-from .report import amount, say
-from .router import Served, wrk
-
-__all__ = ["main"]
+from .publishers import Publishers, until
+from .report import amount
+from .served import Served, free_url, started, wrk
 
 DEPTH, PROMPTS, RATE = 2048, 8, 2000
 LUA = """
@@ -58,46 +50,21 @@ def ask(url: str, body: Any = None) -> Any:
     return json.loads(said) if said else None
 
 
-@contextmanager
-def started(command: list[str], url: str) -> Iterator[psutil.Popen]:
-    """A service that answers ``/health``."""
-    served = psutil.Popen([sys.executable, "-m", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        while True:
-            try:
-                urlopen(f"{url}/health").close()
-                break
-            except (URLError, OSError):
-                time.sleep(0.005)
-        yield served
-    finally:
-        served.kill()
-        served.wait()
-
-
-def free_url() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return f"http://127.0.0.1:{found.getsockname()[1]}"
-
-
 def ours(url: str, *more: str) -> list[str]:
-    return ["kvindex", "serve", f"--port={url.rpartition(':')[2]}", *more]
+    return ["-m", "kvindex", "serve", f"--port={url.rpartition(':')[2]}", *more]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.service", description=__doc__)
-    parser.add_argument("--seconds", type=int, default=5, help="of each row (%(default)s)")
-    parser.add_argument("--connections", type=int, default=4, help="of wrk (%(default)s)")
-    options = parser.parse_args()
+def measure(*, seconds: int = 5, connections: int = 4) -> Iterator[str]:
+    """``seconds`` of each row; ``connections`` of wrk."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        beside(folder, options, stack)
-    page(options)
-    with tempfile.TemporaryDirectory() as folder_:
-        replica(Path(folder_))
+        yield from beside(folder, seconds, connections, stack)
+    yield page(max(seconds // 2, 1))
+    with tempfile.TemporaryDirectory() as place:
+        yield from replica(Path(place))
 
 
-def beside(folder: Path, options: argparse.Namespace, stack: ExitStack) -> None:
+def beside(folder: Path, seconds: int, connections: int, stack: ExitStack) -> Iterator[str]:
     """Both services on the same publishers: answers, requests a second, and p99 beside ingest."""
     prompts = [beginning(1, number, DEPTH) for number in range(PROMPTS)]
     questions = [{"model_name": "sim", "token_ids": prompt.tolist()} for prompt in prompts]
@@ -110,15 +77,17 @@ def beside(folder: Path, options: argparse.Namespace, stack: ExitStack) -> None:
     services = ["kvindex", "dynamo"]
     if find_spec("dynamo") is None:
         services.remove("dynamo")
-        say("Dynamo's runtime is not installed: its rows are left out")
+        yield "Dynamo's runtime is not installed: its rows are left out"
     pods = [stack.enter_context(SimProcess(name=name, blocks=2 * PROMPTS * DEPTH)) for name in "abcd"]
-    writers = stack.enter_context(Fleet(16, 0))
+    writers = stack.enter_context(Publishers(16))
+    writers.prepare(RATE * (seconds + 2))
     urls, processes = {}, {}
     listed = [(*pod.ranks[0], "sim") for pod in pods]
-    listed += [(f"tcp://127.0.0.1:{live}", f"tcp://127.0.0.1:{replay}", "m") for live, replay in writers.ports]
+    listed += [(*ends, "m") for ends in writers.ends]
     for name in services:
         urls[name] = url = free_url()
-        command = ours(url, f"--uds={uds}") if name == "kvindex" else ["dynamo.indexer", "--port", url.split(":")[2]]
+        theirs = ["-m", "dynamo.indexer", "--port", url.rpartition(":")[2]]
+        command = ours(url, f"--uds={uds}") if name == "kvindex" else theirs
         processes[name] = stack.enter_context(started(command, url))
         for instance, (live, replay, model) in enumerate(listed, 1):
             ask(f"{url}/register", {
@@ -129,26 +98,24 @@ def beside(folder: Path, options: argparse.Namespace, stack: ExitStack) -> None:
         for prompt in prompts:
             pod.serve(prompt)
     for url in urls.values():
-        while any(held(url, question) != [DEPTH * BLOCK] * len(pods) for question in questions):
-            time.sleep(0.1)
-    say(f"both answer {DEPTH * BLOCK} tokens for each of {len(pods)} pods and {PROMPTS} prompts")
+        until(lambda url=url: all(held(url, each) == [DEPTH * BLOCK] * len(pods) for each in questions))
+    yield (f"both answer {DEPTH * BLOCK} tokens for each of {len(pods)} pods and {PROMPTS} prompts")
 
     def asked(name: str, about: str, path: str = "query", query: str = "") -> Served:
         return wrk(f"{name} /{path}{about}", f"{urls[name]}/{path}{query}", processes[name].pid,
-                   folder / path.rpartition("/")[2], options)  # fmt: skip
+                   folder / path.rpartition("/")[2], seconds, connections)  # fmt: skip
 
-    rates = {name: asked(name, ", list of 2,048 blocks").rate for name in services}
-    if len(rates) == 2:
-        say(f"  kvindex / dynamo: {rates['kvindex'] / rates['dynamo']:.2f}")
-    asked("kvindex", ", bytes", "v1/match", "?model=sim")
-    unix(uds, urls["kvindex"], prompts)
+    lists = {name: asked(name, ", list of 2,048 blocks") for name in services}
+    yield from (each.text for each in lists.values())
+    if len(lists) == 2:
+        yield f"  kvindex / dynamo: {lists['kvindex'].rate / lists['dynamo'].rate:.2f}"
+    yield asked("kvindex", ", bytes", "v1/match", "?model=sim").text
+    yield unix(uds, urls["kvindex"], prompts)
     for name in services:
-        writers.do(f"send {RATE} {options.seconds + 2}")
-        writers.told()
+        writers.send(RATE * (seconds + 2), RATE)
         time.sleep(0.5)
         found = asked(name, f" beside {RATE:,} batches a second")
-        say(f"  p99 / p50: {found.p99 / found.p50:.1f}")
-        writers.told()
+        yield f"{found.text}\n  p99 / p50: {found.p99 / found.p50:.1f}"
 
 
 def held(url: str, question: Any) -> list[int]:
@@ -175,7 +142,7 @@ def p50(call: Callable[[Any], object], inputs: list[Any], times: int = 1000) -> 
     return statistics.median(taken)
 
 
-def unix(path: str, url: str, prompts: list[Any]) -> None:
+def unix(path: str, url: str, prompts: list[Any]) -> str:
     """A match over a Unix socket with binary tokens, beside the match alone on the same index, asked for by its
     snapshot."""
     with urlopen(f"{url}/v1/snapshot") as answer:
@@ -188,11 +155,11 @@ def unix(path: str, url: str, prompts: list[Any]) -> None:
 
     whole = p50(over, [prompt.tobytes() for prompt in prompts])
     alone = p50(lambda prompt: index.match_prefix(prompt, model="sim"), prompts)
-    say(f"Unix socket, bytes, 2,048 blocks: p50 {whole * 1e6:.0f} us, the match alone {alone * 1e6:.0f} us: "
+    return (f"Unix socket, bytes, 2,048 blocks: p50 {whole * 1e6:.0f} us, the match alone {alone * 1e6:.0f} us: "
         f"{(whole - alone) * 1e6:.0f} us added, with http.client's share")  # fmt: skip
 
 
-def page(options: argparse.Namespace) -> None:
+def page(times: int) -> str:
     """Processor time of the service with 500 silent pods while one browser looks, and while none does."""
     url = free_url()
     with started(ours(url), url) as served:
@@ -203,18 +170,18 @@ def page(options: argparse.Namespace) -> None:
         spent = {True: 0.0, False: 0.0}
         for looking in (True, False) * 4:  # in turns: what silent streams cost falls while they wait longer
             before = sum(served.cpu_times()[:2])
-            for _ in range(max(options.seconds // 2, 1)):
+            for _ in range(times):
                 if looking:
                     ask(f"{url}/v1/fleet")
                     ask(f"{url}/v1/history?since={time.time() - 2}")
                 time.sleep(2)
             spent[looking] += sum(served.cpu_times()[:2]) - before
-        shares = [spent[looking] / (4 * 2 * max(options.seconds // 2, 1)) for looking in (False, True)]
-        say(f"the page with 500 pods: {100 * (shares[1] - shares[0]):.1f} % of a core while one browser looks, "
+        shares = [spent[looking] / (4 * 2 * times) for looking in (False, True)]
+        return (f"the page with 500 pods: {100 * (shares[1] - shares[0]):.1f} % of a core while one browser looks, "
             f"beside {100 * shares[0]:.1f} % while none does")  # fmt: skip
 
 
-def replica(folder: Path) -> None:
+def replica(folder: Path) -> Iterator[str]:
     """Seconds until a new service answers, empty and from a living one with a million blocks."""
     index = PrefixIndex(block_size=BLOCK)
     fill(index, chains(7, 500, 2000), ["a"])
@@ -227,15 +194,11 @@ def replica(folder: Path) -> None:
             with started(ours(url, *more), url):
                 times[what] = time.perf_counter() - start
                 blocks = re.search(r"^kvindex_blocks(?:\{.*\})? (\S+)", metrics(url), re.M)
-                say(f"a new service, {what}: answers after {times[what]:.2f} s, "
+                yield (f"a new service, {what}: answers after {times[what]:.2f} s, "
                     f"{amount(float(blocks[1]) if blocks else 0)} blocks")  # fmt: skip
-        say(f"  {times['from a living one'] - times['empty']:.2f} s for the blocks")
+        yield f"  {times['from a living one'] - times['empty']:.2f} s for the blocks"
 
 
 def metrics(url: str) -> str:
     with urlopen(f"{url}/metrics") as answer:
         return str(answer.read().decode())
-
-
-if __name__ == "__main__":
-    main()

@@ -1,13 +1,12 @@
-"""``python -m benchmarks.snapshot``: an index to a file and back, with the disk and without.
+"""An index to a file and back, with the disk and without.
 
 "Copied" is what events wait for; matches go on during all of it.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -17,8 +16,7 @@ from typing import NamedTuple
 from kvindex import PrefixIndex
 
 from .data import BLOCK, chains, fill
-from .machine import described
-from .reach import Reached, verdicts
+from .reach import Reached
 from .report import amount, table
 
 PODS = 8
@@ -38,42 +36,33 @@ def timed(call: Callable[[], object]) -> Took:
     return Took(perf_counter() - before[0], process_time() - before[1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.snapshot", description=__doc__)
-    parser.add_argument("--blocks", type=int, default=1_000_000, help="blocks that every pod holds (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="the middle one counts (%(default)s)")
-    options = parser.parse_args()
-    rows, marks = [], []
-    contents = chains(11, options.blocks // DEPTH, DEPTH)
+def measure(*, blocks: int = 1_000_000, rounds: int = 7) -> Iterator[Reached | str]:
+    """``blocks`` that every pod holds; ``rounds``: the middle one counts."""
+    rows = []
+    contents = chains(11, blocks // DEPTH, DEPTH)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "snapshot"
         for kind, agree in (("the same names", True), ("names of their own", False)):
             index = PrefixIndex(block_size=BLOCK)
             fill(index, contents, [f"pod-{number}" for number in range(PODS)], agree=agree)
-            blocks = index.stats()["blocks"]
+            held = index.stats()["blocks"]
             found: dict[str, list[Took]] = {"copied": [], "saved": [], "loaded": []}
-            for _ in range(options.rounds):
-                found["copied"].append(timed(lambda index=index: index._save(len)))
+            for _ in range(rounds):
+                found["copied"].append(timed(lambda index=index: index._saved()))
                 found["saved"].append(timed(lambda index=index: index.save(path)))
                 found["loaded"].append(timed(lambda: PrefixIndex.load(path)))
-            assert PrefixIndex.load(path).stats()["blocks"] == blocks
+            assert PrefixIndex.load(path).stats()["blocks"] == held
             middle = {what: Took(*map(median, zip(*took, strict=True))) for what, took in found.items()}
             size = os.path.getsize(path)
             rows.append(
                 [
-                    f"{blocks:,} blocks, {PODS} pods with {kind}",
+                    f"{held:,} blocks, {PODS} pods with {kind}",
                     *(f"{amount(1e3 * took.clock)} ({amount(1e3 * took.processor)})" for took in middle.values()),
                     amount(size / 1e6),
-                    amount(size / blocks),
+                    amount(size / held),
                 ]
             )
-            where = f"{blocks:,} blocks, {PODS} pods, {kind}"
+            where = f"{held:,} blocks, {PODS} pods, {kind}"
             for what, at in (("save + load, seconds", 0), ("the same, of the processor", 1)):
-                marks.append(Reached(what, where, "snapshot seconds", middle["saved"][at] + middle["loaded"][at]))
-    print(verdicts(marks))
-    print(table(["ms (of the processor)", "copied", "saved to the disk", "loaded", "MB", "bytes a block"], rows))
-    print(", ".join(f"{name} {value}" for name, value in described("numpy").items()))
-
-
-if __name__ == "__main__":
-    main()
+                yield Reached(what, where, "snapshot seconds", middle["saved"][at] + middle["loaded"][at])
+    yield table(["ms (of the processor)", "copied", "saved to the disk", "loaded", "MB", "bytes a block"], rows)

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.stalls``: how long one call keeps a match waiting, and how long every other Python thread.
+"""How long one call keeps a match waiting, and how long every other Python thread.
 
 A wait is the longest call of ``match_prefix`` while another thread stores blocks without a pause, so that every table
 grows. A pause is the longest time for which a thread that only sleeps was kept from running beside one call on a large
@@ -11,12 +11,11 @@ is less than what the clock says.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import threading
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain as chain_of
 from itertools import repeat
@@ -32,9 +31,9 @@ from kvindex import PrefixIndex
 from kvindex.sim.wire import Cleared, encode_batch
 
 from .data import BLOCK, beginning, chain, chains, fill, newest, payloads
-from .machine import described
-from .reach import Reached, verdicts
+from .reach import Reached
 from .report import amount, say, table
+from .writer import EACH, Writer
 
 NAP = 0.0002
 
@@ -61,15 +60,8 @@ def waits(blocks: int, budget: int | None) -> Waits:
     index = PrefixIndex(block_size=BLOCK, max_bytes=budget)
     fill(index, [chain(50, 0, 8)], ["pod"])
     prompt = chain(50, 0, 8).tokens
-    ended = threading.Event()
-
-    def store() -> None:
-        for number in range(blocks // 64):
-            for payload in payloads([chain(51, number, 64)], 64):
-                index.ingest("pod", payload)
-        ended.set()
-
-    writer = threading.Thread(target=store)
+    stores = (payload for number in range(blocks // EACH) for payload in payloads([chain(51, number, EACH)], EACH))
+    writer = Writer(index, stores)
     clock, processor, match, nap = time.perf_counter, time.process_time, index.match_prefix, time.sleep
     found = array("d"), array("d")
     # The match keeps the interpreter lock, and nobody takes it away between two looks at the clock.
@@ -77,7 +69,7 @@ def waits(blocks: int, budget: int | None) -> Waits:
     sys.setswitchinterval(10)
     try:
         writer.start()
-        while not ended.is_set():
+        while writer.is_alive():
             nap(NAP)
             used, at = processor(), clock()
             match(prompt)
@@ -87,7 +79,7 @@ def waits(blocks: int, budget: int | None) -> Waits:
         sys.setswitchinterval(before)
         writer.join()
     stats = index.stats()
-    assert stats["blocks"] + stats["shed_blocks"] == blocks // 64 * 64 + 8, stats
+    assert stats["blocks"] + stats["shed_blocks"] == blocks // EACH * EACH + 8, stats
     by_clock = 1000 * np.asarray(found[0])
     return Waits(by_clock, np.minimum(by_clock, 1000 * np.asarray(found[1])))
 
@@ -171,39 +163,26 @@ def pauses(blocks: int, rounds: int) -> dict[str, Pause]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.stalls", description=__doc__)
-    parser.add_argument("--blocks", type=int, default=3_000_000, help="stored while matches wait (%(default)s)")
-    parser.add_argument("--held", type=int, default=2_000_000, help="while threads pause (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="the best one of each call counts (%(default)s)")
-    options = parser.parse_args()
-    marks, rows = [], []
-    for what, budget in (("no budget", None), ("a budget of half of it", options.blocks * 20)):
-        say(f"storing {options.blocks:,} blocks, {what}")
+def measure(*, blocks: int = 3_000_000, held: int = 2_000_000, rounds: int = 3) -> Iterator[Reached | str]:
+    """``blocks``: stored while matches wait; ``held``: while threads pause; ``rounds``: the best one counts."""
+    rows = []
+    for what, budget in (("no budget", None), ("a budget of half of it", blocks * 20)):
+        say(f"storing {blocks:,} blocks, {what}")
         touch()
-        found = waits(options.blocks, budget)
-        where = f"{options.blocks:,} blocks stored, {what}; {len(found.clock):,} matches"
-        marks.append(Reached("longest wait of a match, ms", where, "wait ms", float(found.processor.max())))
+        found = waits(blocks, budget)
+        where = f"{blocks:,} blocks stored, {what}; {len(found.clock):,} matches"
+        yield Reached("longest wait of a match, ms", where, "wait ms", float(found.processor.max()))
         for kind, ms in zip(("by the clock", "by the processor"), found, strict=True):
             rows.append([f"{what}, {kind}", *(amount(1000 * q) for q in np.percentile(ms, [50, 99, 99.9, 100]))])
-    say(f"storing {options.held:,} blocks")
+    say(f"storing {held:,} blocks")
     before = sys.getswitchinterval()
     # What a thread waits for another one's Python is not what is asked.
     sys.setswitchinterval(NAP)
-    paused = pauses(options.held, options.rounds)
+    paused = pauses(held, rounds)
     sys.setswitchinterval(before)
     longest = max(paused, key=lambda name: paused[name].processor)
-    where = f"{options.held:,} blocks, {longest}"
-    marks.append(Reached("longest pause of another thread, ms", where, "pause ms", paused[longest].processor))
-    print(verdicts(marks))
-    print(table(["µs of a match", "p50", "p99", "p99.9", "max"], rows))
-    print(
-        table(
-            ["ms of a pause", "by the clock", "by the processor"], [[n, *map(amount, ms)] for n, ms in paused.items()]
-        )
-    )
-    print(", ".join(f"{name} {value}" for name, value in described("numpy").items()))
-
-
-if __name__ == "__main__":
-    main()
+    where = f"{held:,} blocks, {longest}"
+    yield Reached("longest pause of another thread, ms", where, "pause ms", paused[longest].processor)
+    yield table(["µs of a match", "p50", "p99", "p99.9", "max"], rows)
+    columns = ["ms of a pause", "by the clock", "by the processor"]
+    yield table(columns, [[name, *map(amount, ms)] for name, ms in paused.items()])

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.tail``: the slowest of 100,000 matches while another thread ingests flat out.
+"""The slowest of 100,000 matches while another thread ingests flat out.
 
 On a shared machine the slowest calls are those during which the system ran something else on this core. It counts those
 (``ru_nivcsw`` of the thread), so the distribution is given twice: of all calls, and of those that were left alone.
@@ -11,10 +11,9 @@ interpreter only when Python takes it away from who asks, every 5 ms.
 
 from __future__ import annotations
 
-import argparse
 import resource
-import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from itertools import cycle
 from time import perf_counter_ns
 from typing import Any, NamedTuple
@@ -26,9 +25,9 @@ import numpy.typing as npt
 from kvindex import PrefixIndex
 
 from .data import BLOCK, chain, chains, fill, payloads
-from .machine import described
-from .reach import Reached, verdicts
+from .reach import Reached
 from .report import amount, table
+from .writer import EACH, Writer
 
 PODS = 8
 
@@ -40,26 +39,7 @@ class Latencies(NamedTuple):
     disturbed: npt.NDArray[np.bool_]
 
 
-class Flood(threading.Thread):
-    """Ingests without a pause: stores, and then removes what it stored, so that the index stays as large as it was."""
-
-    def __init__(self, index: PrefixIndex) -> None:
-        super().__init__(daemon=True)
-        self.index = index
-        self.applied = 0
-        self.ended = threading.Event()
-        contents = chains(9, 64, 256)
-        self.batches = list(payloads(contents, 64)) + list(payloads(contents, 64, back=True))
-
-    def run(self) -> None:
-        for payload in cycle(self.batches):
-            self.index.ingest("writer", payload)
-            self.applied += 64
-            if self.ended.is_set():
-                return
-
-
-def measure(call: Callable[[Any], object], inputs: Iterable[object], calls: int) -> Latencies:
+def timed(call: Callable[[Any], object], inputs: Iterable[object], calls: int) -> Latencies:
     asked = cycle(inputs)
     clock, usage, thread = perf_counter_ns, resource.getrusage, resource.RUSAGE_THREAD
     us, disturbed = np.empty(calls), np.empty(calls, dtype=bool)
@@ -78,34 +58,31 @@ def measure(call: Callable[[Any], object], inputs: Iterable[object], calls: int)
 def as_long(us: float) -> bytes:
     """What :func:`crc32` reads for so many microseconds."""
     data = bytes(1 << 20)
-    best = min(measure(crc32, [data], 9).us)
+    best = min(timed(crc32, [data], 9).us)
     return data[: int(us / best * len(data))]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tail", description=__doc__)
-    parser.add_argument("--calls", type=int, default=100_000, help="matches of each depth (%(default)s)")
-    options = parser.parse_args()
+def measure(*, calls: int = 100_000) -> Iterator[Reached | str]:
+    """``calls``: matches of each depth."""
+    # It removes what it stored, so that the index stays as large as it was.
+    contents = chains(9, 64, 256)
+    batches = [*payloads(contents, EACH), *payloads(contents, EACH, back=True)]
     prompts = 48
     index = PrefixIndex(block_size=BLOCK)
     fill(index, [chain(8, number, 2048) for number in range(prompts)], [f"pod-{number}" for number in range(PODS)])
-    rows, marks = [], []
+    rows = []
     asked: dict[str, tuple[Callable[[Any], object], list[Any]]] = {}
     for depth in (8, 64, 512, 2048):
         tokens = [chain(8, number, 2048).tokens[: depth * BLOCK] for number in range(prompts)]
         asked[f"{depth} blocks"] = index.match_prefix, tokens
-    asked["control"] = crc32, [as_long(float(np.median(measure(*asked["2048 blocks"], 999).us)))]
+    asked["control"] = crc32, [as_long(float(np.median(timed(*asked["2048 blocks"], 999).us)))]
     for what, (call, inputs) in asked.items():
         for busy in (False, True):
-            flood = Flood(index)
-            if busy:
-                flood.start()
-            start = perf_counter_ns()
-            found = measure(call, inputs, options.calls)
-            seconds = (perf_counter_ns() - start) / 1e9
-            flood.ended.set()
-            if busy:
-                flood.join()
+            flood = Writer(index, cycle(batches))
+            with flood if busy else nullcontext():
+                start = perf_counter_ns()
+                found = timed(call, inputs, calls)
+                seconds = (perf_counter_ns() - start) / 1e9
             alone = found.us[~found.disturbed]
             p50, p99, p999 = np.percentile(found.us, [50, 99, 99.9])
             left = np.percentile(alone, 99.9)
@@ -118,24 +95,9 @@ def main() -> None:
                 ]
             )
             if busy and what != "control":
-                where = f"{what}, {options.calls:,} matches"
-                marks.append(Reached("p99.9 over p50, all calls", where, "tail", p999 / p50))
-                marks.append(Reached("p99.9 over p50, calls left alone", where, "tail", left / np.median(alone)))
-    print(verdicts(marks))
-    columns = [
-        "µs",
-        "p50",
-        "p99",
-        "p99.9",
-        "max",
-        "p99.9 left alone",
-        "max left alone",
-        "disturbed",
-        "ingested blocks/s",
-    ]
-    print(table(columns, rows))
-    print(", ".join(f"{name} {value}" for name, value in described("numpy").items()))
-
-
-if __name__ == "__main__":
-    main()
+                where = f"{what}, {calls:,} matches"
+                yield Reached("p99.9 over p50, all calls", where, "tail", p999 / p50)
+                yield Reached("p99.9 over p50, calls left alone", where, "tail", float(left / np.median(alone)))
+    columns = ["µs", "p50", "p99", "p99.9", "max", "p99.9 left alone", "max left alone", "disturbed"]
+    columns.append("ingested blocks/s")
+    yield table(columns, rows)

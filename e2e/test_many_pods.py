@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from benchmarks.fleets import Fleet, payloads
+from benchmarks.publishers import Publishers, batches
 
 from kvindex import BlockStored, EventManager, PrefixIndex, decode_batch
 
@@ -16,14 +16,14 @@ LONG = 120.0
 
 def prompts(pod: int) -> list[object]:
     """The tokens of the chains that a pod has published."""
-    events = [event for payload in payloads(pod, HISTORY) for event in decode_batch(payload).events]
+    events = [event for payload in batches(pod, HISTORY) for event in decode_batch(payload).events]
     return [event.token_ids for event in events if isinstance(event, BlockStored)]
 
 
 def test_a_thousand_pods_are_exact_and_half_of_them_die():
     index = PrefixIndex(block_size=16)
     changes: Counter[tuple[str, str]] = Counter()
-    with Fleet(PODS, HISTORY) as fleet, EventManager(index) as manager:
+    with Publishers(PODS, HISTORY) as fleet, EventManager(index) as manager:
         for source in fleet.sources():
             manager.add_pod(source)
         assert manager.wait_until_current(LONG)
@@ -32,8 +32,7 @@ def test_a_thousand_pods_are_exact_and_half_of_them_die():
             for prompt in prompts(pod):
                 assert index.match_prefix(prompt, model="m").tokens == {f"p{pod}": len(prompt)}
         manager.on_change(lambda change: changes.update([(change.pod, change.new)]))
-        fleet.do(f"die {PODS // 2}")
-        fleet.told()
+        fleet.die(PODS // 2)
         dead = {f"p{pod}" for pod in range(PODS // 2)}
         until(lambda: all(changes[name, "stale"] for name in dead), seconds=LONG)
         assert {name for name, _ in changes} == dead, "the others notice nothing"
