@@ -13,6 +13,12 @@ Three rules keep that unambiguous:
   later attempt, which goes to another socket.
 * The system gives a descriptor that was closed to the next connection. If both events are read at once, the messages
   between them may be of either connection: they are dropped, and both connections count as lost.
+
+``zmq_disconnect`` takes a queue away from those that a socket reads in turn. libzmq does that when it looks at its
+commands, which it also does in the middle of a message, at every hundredth frame: if the queue had its turn coming, the
+rest of the message is then another's, or an assertion ends the process (libzmq issues 2163 and 3663; with a ROUTER
+socket, one of 6,500 answers was mixed). So a connection is taken away only when the socket is empty, and every queue
+has had its turn before the hundredth frame: :meth:`_Group._part`.
 """
 
 from __future__ import annotations
@@ -21,6 +27,7 @@ import logging
 import re
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final
 
 import zmq
@@ -45,8 +52,8 @@ __all__ = ["SEATS", "Seat", "Subscriptions", "may_share"]
 
 log = logging.getLogger("kvindex.sync")
 
-SEATS: Final = 64
-"""Connections that one socket makes in its life. The socket and its monitor, 19 kB, are 0.3 kB a pod."""
+SEATS: Final = 32
+"""Connections that one socket makes in its life. The socket and its monitor, 19 kB, are 0.6 kB a pod."""
 
 # Messages that are received before they are handed over. Each look at the monitor costs 1 us.
 _AT_ONCE: Final = 16
@@ -86,7 +93,7 @@ class Seat:
 class _Group(Watched):
     """One SUB socket with up to :data:`SEATS` connections. Closes itself after the last of them."""
 
-    __slots__ = ("_by_fd", "_losses", "_need", "_seats", "_used")
+    __slots__ = ("_by_fd", "_irregular", "_leaving", "_losses", "_need", "_seats", "_used")
 
     def __init__(
         self, loop: StreamLoop, context: zmq.Context[Any], options: SocketOptions, topic: bytes, need: Callable[[], str]
@@ -99,6 +106,8 @@ class _Group(Watched):
         self._seats: dict[str, Seat] = {}  # by endpoint
         self._used: set[str] = set()  # every endpoint of its life
         self._by_fd: dict[int, Seat] = {}
+        self._leaving: dict[str, Seat] = {}  # closed here, and connected still
+        self._irregular = False  # there were messages of more frames than three
         self._losses: list[tuple[Seat, int]] = []
         self._or_close(lambda: self._watch_events(MADE_EVENT | zmq.EVENT_CONNECTED | LOST_EVENTS, self._happened))
 
@@ -121,15 +130,31 @@ class _Group(Watched):
     def leave(self, seat: Seat) -> None:
         if self._seats.pop(seat.endpoint, None) is None:
             return
-        if self._by_fd.get(seat.fd) is seat:
-            del self._by_fd[seat.fd]
-        try:
-            # libzmq drops what it has not delivered of this connection, so the descriptor is free for another one.
-            self._sock.disconnect(seat.endpoint)
-        except zmq.ZMQError:
-            log.debug("%s was not connected", seat.endpoint)
         if not self._seats:
             self.close()
+            return
+        self._leaving[seat.endpoint] = seat
+        self._loop.again(self)
+
+    def _part(self) -> bool:
+        """Take the connections away that were left, if the socket is empty."""
+        messages: list[tuple[int, list[bytes]]] = []
+        try:
+            # Where there is nothing, libzmq begins anew to count frames, and no queue has its turn coming.
+            messages.append(receive_from(self._sock))
+        except zmq.Again:
+            for seat in self._leaving.values():
+                if self._by_fd.get(seat.fd) is seat:
+                    del self._by_fd[seat.fd]
+                with suppress(zmq.ZMQError):
+                    self._sock.disconnect(seat.endpoint)
+            self._leaving.clear()
+            # What has come meanwhile: at most a message of each queue, of three frames each.
+            with suppress(zmq.Again):
+                while len(messages) < SEATS:
+                    messages.append(receive_from(self._sock))
+        self._attend(messages)
+        return not self.closed
 
     def _happened(self, now: float) -> None:
         if self.ready(now):
@@ -140,15 +165,20 @@ class _Group(Watched):
         more = True
         for _ in range(BUDGET // _AT_ONCE):
             messages, more = self._receive()
-            self._read_events()
-            for fd, frames in messages:
-                self._hand_over(fd, frames)
+            self._attend(messages)
             if self.closed or not more or self._loop.clock() >= end:
                 break
         losses, self._losses = self._losses, []
         for seat, event in losses:
             self._drop(seat, self._why(seat, event))
+        if self._leaving and not more and not self._irregular and not self.closed:
+            return self._part()
         return more and not self.closed
+
+    def _attend(self, messages: list[tuple[int, list[bytes]]]) -> None:
+        self._read_events()
+        for fd, frames in messages:
+            self._hand_over(fd, frames)
 
     def _receive(self) -> tuple[list[tuple[int, list[bytes]]], bool]:
         """Messages with their descriptors, and whether there may be more."""
@@ -168,15 +198,15 @@ class _Group(Watched):
 
     def _read_events(self) -> None:
         for event, value, endpoint in self._events():
-            seat = self._seats.get(endpoint)
-            if seat is None:  # closed since
+            seat = self._seats.get(endpoint) or self._leaving.get(endpoint)
+            if seat is None or (seat.closed and event != zmq.EVENT_CONNECTED):
                 continue
             if event == zmq.EVENT_CONNECTED:
-                if (former := self._by_fd.pop(value, None)) is not None:
+                former = self._by_fd.get(value)
+                seat.fd, self._by_fd[value] = value, seat
+                if former is not None:
                     self._losses.append((former, zmq.EVENT_DISCONNECTED))
                     self._drop(seat, "closed here, since its first messages cannot be told from another connection's")
-                else:
-                    seat.fd, self._by_fd[value] = value, seat
             elif event == MADE_EVENT:
                 seat.stands = True
                 self._guarded(seat, lambda seat=seat: seat.made(self._loop.clock()))  # type: ignore[misc]
@@ -184,6 +214,8 @@ class _Group(Watched):
                 self._losses.append((seat, event))
 
     def _hand_over(self, fd: int, frames: list[bytes]) -> None:
+        if len(frames) != 3:
+            self._irregular = True
         seat = self._by_fd.get(fd)
         if seat is None or seat.closed:
             return
