@@ -167,8 +167,7 @@ class Observer(Server):
             # The index's own is partly not malloc's; what is counted twice by this makes it stricter.
             "held": size if (heap := in_heap()) is None else heap + self.index.stats()["bytes"],
             "threads": process.num_threads(),
-            "fds": kinds.total(),
-            "kinds": dict(kinds),
+            "fds": dict(kinds),
         }
 
 

@@ -22,7 +22,7 @@ from kvindex.sync.policy import StreamPolicy
 from .experiment import Experiment, ExperimentError, load
 from .faults import Fault, fault_of
 from .hosts import enter, inside, refuse
-from .judge import RECOVER, Cycle, Judgements, Witness, judge
+from .judge import RECOVER, Cycle, Judgements, Witness, judge, surplus
 from .logs import read, truth_dtype
 from .metronome import Metronome
 from .report import plot, say, table
@@ -168,8 +168,7 @@ def _resources(scene: Scene, before: Mapping[str, Any]) -> dict[str, Any]:
     """What the index has now. A replay that happens to run has a socket of its own: it is waited for."""
 
     def few() -> bool:
-        found = scene.index.ask("resources")
-        return all(found[what] <= before[what] for what in ("threads", "fds"))
+        return not surplus(before, scene.index.ask("resources"), len(scene.pods))
 
     with suppress(AssertionError):
         until(few, seconds=5.0, pause=0.05)

@@ -20,7 +20,7 @@ import pytest
 import yaml
 from chaos.experiment import ExperimentError, load, seconds
 from chaos.faults import fault_of
-from chaos.judge import NOTICE, RECOVER, Cycle, Witness, judge
+from chaos.judge import NOTICE, RECOVER, Cycle, Witness, judge, surplus
 from chaos.logs import PROBES, STATES, Writer, applied_dtype, latency_dtype, sample_dtype, truth_dtype
 from chaos.observer import SMALL, in_heap
 from chaos.proxy import Proxy
@@ -104,8 +104,8 @@ class Story:
         self.question: Callable[[float], float] = lambda at: 1e-5
         self.machine: Callable[[float], float] = lambda at: 1e-5
         self.counters = {"lost_batches": 0}
-        self.before = {"threads": 5, "fds": 20, "rss": 1 << 26, "held": 1 << 24, "kinds": {}}
-        self.after = dict(self.before)
+        self.before = {"threads": 5, "fds": {"socket": 12, "anon_inode": 19}, "rss": 1 << 26, "held": 1 << 24}
+        self.after = copy.deepcopy(self.before)
         self.differences: int | None = 0
 
     def judged(self, *, repetitions: int = 2) -> dict[str, bool]:
@@ -214,7 +214,7 @@ def _never_at_rest(story: Story) -> None:
 
 
 def _leaks_a_descriptor(story: Story) -> None:
-    story.after["fds"] += 1
+    story.after["fds"]["socket"] += 1
 
 
 def _leaks_a_thread(story: Story) -> None:
@@ -297,6 +297,12 @@ def test_memory_that_grows_with_repetition_is_found(tmp_path, held, rss, passed)
     assert verdicts.resources.passed == passed
     assert verdicts.safety.passed
     assert RECOVER > story.ENDS - story.RETURNS
+
+
+def test_each_pod_may_come_to_have_a_socket_of_its_own_and_no_more():
+    before = {"threads": 5, "fds": {"socket": 12, "anon_inode": 19}}
+    for more, passed in (({"anon_inode": 28}, True), ({"anon_inode": 29}, False), ({"pipe": 1}, False)):
+        assert (not surplus(before, {"threads": 5, "fds": {**before["fds"], **more}}, pods=4)) == passed
 
 
 @contextmanager
