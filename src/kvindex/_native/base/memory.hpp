@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "base/heap.hpp"
+#include "base/segments.hpp"
 #include "base/spare.hpp"
 
 namespace kvindex {
@@ -51,12 +52,23 @@ struct Memory {
         add(Heap::room(n));
         return p;
     }
-    // What is large enough for large pages gets them.
     void* take_zeros(std::size_t n) {
-        const std::size_t room = Heap::room(n);
-        void* const p = n < kHugePage ? heap.take_zeros(n) : n == kHugePage ? spare.take() : map_memory(room, true);
-        add(room);
+        void* const p = heap.take_zeros(n);
+        add(Heap::room(n));
         return p;
+    }
+    void* take_segment() {
+        const std::size_t before = segments.overhead();
+        segments.reserve();
+        add(segments.overhead() - before);
+        void* const p = segments.take(heap, spare);
+        add(kSegmentBytes);
+        return p;
+    }
+    void give_segment(void* p) noexcept {
+        const std::size_t before = segments.overhead();
+        segments.give(heap, p);
+        sub(kSegmentBytes + before - segments.overhead());
     }
     void* resize(void* p, std::size_t from, std::size_t to) {
         void* const q = heap.resize(p, from, to);
@@ -70,6 +82,7 @@ struct Memory {
 
     Heap heap;
     Spare spare;
+    Segments segments;
 };
 
 // What was needed for one payload or event is kept for the next one, up to so many bytes: enough for an event of 10,000

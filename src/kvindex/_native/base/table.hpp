@@ -33,11 +33,6 @@ struct Mixed {
     std::size_t operator()(u64 key) const { return mixed64(key); }
 };
 
-// Bytes of a segment: a large page, so that a lookup waits for memory once and not for the way to it as well.
-#ifndef KVINDEX_SEGMENT_BYTES
-#define KVINDEX_SEGMENT_BYTES (std::size_t{2} << 20)
-#endif
-
 // The part that all tables share. Up to one segment a table is a power of two of slots that doubles at once. A larger
 // table consists of segments, found by the low bits of the mixed key (extendible hashing), and grows by splitting the
 // one segment that is full. So no insertion moves more than one segment: doubling 5.9 million names at once stopped
@@ -71,14 +66,17 @@ public:
             if (slots_ && !crowded(n_ + more, lg)) return 0;
             while (lg < kMostLg && crowded(n_ + more, lg)) ++lg;
             const u64 rest = n_ + u64{more} > most(kMostLg) ? n_ + u64{more} - most(kMostLg) : 0;
-            return (sizeof(Slot) << lg) + (2 * rest + most(kMostLg) - 1) / most(kMostLg) * (sizeof(Slot) << kMostLg);
+            return bytes(lg) + (2 * rest + most(kMostLg) - 1) / most(kMostLg) * kSegmentBytes;
         }
         if (fullest_ + more <= most(kMostLg)) return 0;
-        u64 splits = more / most(kMostLg);
-        for (const Part& p : parts_) splits += p.n + more > most(kMostLg);
         // The keys of one event are spread over all segments: more than these are never full at once.
-        return static_cast<std::size_t>(std::min<u64>(splits, 2 + 4 * u64{more} / most(kMostLg))) *
-               (sizeof(Slot) << kMostLg);
+        const u64 likely = 2 + 4 * u64{more} / most(kMostLg);
+        u64 splits = more / most(kMostLg);
+        for (const Part& p : parts_) {
+            if (splits >= likely) return likely * kSegmentBytes;
+            splits += p.n + more > most(kMostLg);
+        }
+        return std::min(splits, likely) * kSegmentBytes;
     }
     // Slots that are looked at to find each entry once. O(slots).
     u64 probes() const {
@@ -202,7 +200,7 @@ protected:
 
 private:
     static constexpr u32 lg_of(std::size_t n) { return 63 - static_cast<u32>(__builtin_clzll(n)); }
-    static constexpr u32 kMostLg = lg_of(KVINDEX_SEGMENT_BYTES / sizeof(Slot));
+    static constexpr u32 kMostLg = lg_of(kSegmentBytes / sizeof(Slot));
     static_assert(kMostLg >= kLeast && kMostLg < 32, "a segment holds at least the smallest table");
 
     // Distinct segments, and where each value of the keys' low bits leads to.
@@ -228,8 +226,14 @@ private:
         if (slots_) f(slots_);
         for (const Part& p : parts_) f(p.slots);
     }
-    static Slot* new_slots(Memory& m, u32 lg) { return static_cast<Slot*>(m.take_zeros(sizeof(Slot) << lg)); }
-    static void free_slots(Memory& m, Slot* slots, u32 lg) { m.give(slots, sizeof(Slot) << lg); }
+    static std::size_t bytes(u32 lg) { return lg < kMostLg ? sizeof(Slot) << lg : kSegmentBytes; }
+    static Slot* new_slots(Memory& m, u32 lg) {
+        return static_cast<Slot*>(lg < kMostLg ? m.take_zeros(sizeof(Slot) << lg) : m.take_segment());
+    }
+    static void free_slots(Memory& m, Slot* slots, u32 lg) {
+        if (lg < kMostLg) return m.give(slots, sizeof(Slot) << lg);
+        m.give_segment(slots);
+    }
     static void place(Slot* slots, u32 lg, const Slot& s) {
         u32 i = s.half() >> (32 - lg);
         while (!slots[i].free()) i = (i + 1) & ((1u << lg) - 1);
@@ -264,7 +268,7 @@ private:
         u32 i = 0, moved = 0;
         while (!slots[i].free()) ++i;
         // Which slots are free and which entries move is as good as random: a branch on either is guessed wrong a
-        // third or half of the time, which was most of 1.7 ms for a segment of 2 MB.
+        // third or half of the time, which was most of 1.7 ms for 2 MB of slots.
         Slot* const to[2] = {slots, fresh};
         constexpr u32 kAtOnce = 64;
         Slot taken[kAtOnce + 1];
