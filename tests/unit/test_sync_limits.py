@@ -25,9 +25,15 @@ from kvindex.sync.policy import StreamPolicy
 from kvindex.sync.shared import Subscriptions
 from kvindex.sync.sockets import SocketOptions
 from kvindex.sync.source import Endpoints
-from kvindex.sync.status import Batch, IndexChange
+from kvindex.sync.status import Batch, IndexChange, WorkerStatus
 from kvindex.sync.turns import Turns
 from kvindex.sync.worker import Setting, Worker
+
+
+def described(worker: Worker) -> WorkerStatus:
+    table: dict[int, WorkerStatus] = {}
+    worker.describe({}, table)
+    return table[worker.rank]
 
 
 class Host:
@@ -203,7 +209,7 @@ def test_a_flood_waits_and_is_stale_until_all_of_it_is_applied(fleet):
         fleet.host.busy()
         assert fleet.held("quiet", prompt) == len(prompt)
         assert fleet.index.pod_state("quiet") == "exact"
-        status = fleet.workers["flood"].describe({})[0]
+        status = described(fleet.workers["flood"])
         done = fleet.held("flood", flooded) == len(flooded)
         assert (fleet.index.pod_state("flood") == "exact") == done
         assert done or "limit" in status.reason
@@ -213,8 +219,8 @@ def test_a_flood_waits_and_is_stale_until_all_of_it_is_applied(fleet):
         fleet.host.run(1.0)
     assert [seq for _, seq in fleet.batches("flood")] == list(range(100))
     check_rate(fleet, "flood", 10.0)
-    assert fleet.workers["flood"].describe({})[0].throttled > 0
-    assert fleet.workers["quiet"].describe({})[0].throttled == 0
+    assert described(fleet.workers["flood"]).throttled > 0
+    assert described(fleet.workers["quiet"]).throttled == 0
     counters = fleet.workers["flood"].stream.counts
     assert (counters["gaps"], counters["lost_batches"], counters["overflow"]) == (0, 0, 0)
 
@@ -310,9 +316,9 @@ def test_ranks_share_the_limit_and_none_is_left_out(fleet):
         fleet.publish(f"r{rank}", 200)
     fleet.host.run(10.0)
     assert len(fleet.batches("a")) <= 20 * 12 + 1
-    assert min(fleet.workers[f"r{rank}"].describe({})[rank].batches for rank in range(2)) > 50
+    assert min(described(fleet.workers[f"r{rank}"]).batches for rank in range(2)) > 50
     fleet.host.run(15.0)
-    assert [fleet.workers[f"r{rank}"].describe({})[rank].batches for rank in range(2)] == [200, 200]
+    assert [described(fleet.workers[f"r{rank}"]).batches for rank in range(2)] == [200, 200]
     assert fleet.index.pod_state("a") == "exact"
 
 

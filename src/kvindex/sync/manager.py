@@ -242,7 +242,7 @@ class EventManager:
                 figures = {}
             workers: dict[int, WorkerStatus] = {}
             for worker in list(pod.workers.values()):
-                workers |= worker.describe(figures)
+                worker.describe(figures, workers)
             table[name] = pod_status(name, pod.source.model, workers)
         return table
 

@@ -823,23 +823,17 @@ class Worker:
             return Reason.CLEAR_IN_DOUBT.text()
         return (Reason.HYBRID if self.source.hybrid else Reason.NOT_PLACED).text()
 
-    def describe(self, table: Mapping[int, dict[str, Any]]) -> dict[int, WorkerStatus]:
-        """What it is like at this moment, and the workers that it speaks for besides; ``table`` has the index's own
-        figures by rank."""
-        own = self._described(table)
+    def describe(self, table: Mapping[int, dict[str, Any]], into: dict[int, WorkerStatus]) -> None:
+        """Enter the status of this worker, and of the workers that it speaks for besides, by rank. ``table`` has the
+        index's own figures by rank."""
+        into[self.rank] = own = self._described(table)
         if self.ranks is None or not self.ranks.others:
-            return {self.rank: own}
-        others = sorted(self.ranks.others)
-        return {self.rank: own} | {
-            rank: replace(
-                own,
-                rank=rank,
-                blocks=table.get(rank, {}).get("blocks", 0),
-                parked=table.get(rank, {}).get("parked", 0),
-                batches=0,
+            return
+        for rank in sorted(self.ranks.others):
+            figures = table.get(rank, {})
+            into[rank] = replace(
+                own, rank=rank, blocks=figures.get("blocks", 0), parked=figures.get("parked", 0), batches=0
             )
-            for rank in others
-        }
 
     def _described(self, table: Mapping[int, dict[str, Any]]) -> WorkerStatus:
         figures = table.get(self.rank, {})
