@@ -35,7 +35,7 @@ from .policy import StreamPolicy
 from .ranks import Ranks
 from .reasons import Reason
 from .resolver import Then
-from .shared import Seat, Subscriptions
+from .shared import Seat, SharedSockets
 from .sockets import BUDGET, OUTDATED, Replay, SocketOptions, Subscription, Watched, explained
 from .source import Endpoints, Engine, PodSource, Presence
 from .status import WORST_FIRST, Batch, Forgotten, IndexChange, Marked, StateChange, WorkerStatus
@@ -99,7 +99,7 @@ class Setting:
     """Looks the host of an endpoint up."""
     turns: Turns
     """For replays."""
-    subscriptions: Subscriptions
+    sockets: SharedSockets
 
     def show(self, item: IndexChange) -> None:
         for tap in list(self.taps):
@@ -170,7 +170,7 @@ class Worker:
         self.opened_at: float | None = None
         self._looking_up = False
         self.reconnect_at: float | None = None
-        self.replay: Replay | None = None
+        self.replay: Replay | Seat | None = None
         self.attempt = 0  # connections are numbered, so that nothing of an old one is taken for the new one's
         self.question = 0  # and so are replays
         self._asking = False  # has one of the places for replays
@@ -249,7 +249,7 @@ class Worker:
         self.opened_at = now  # from here on: a look-up takes as long as it takes
         self.schedule()
         try:
-            self.subscription = self._setting.subscriptions.open(
+            self.subscription = self._setting.sockets.subscribe(
                 endpoint, self.topic or b"",
                 made=partial(self._made, attempt),
                 lost=partial(self._lost, attempt),
@@ -710,10 +710,7 @@ class Worker:
         now = self._loop.clock()
         if endpoint is not None:
             try:
-                self.replay = Replay(
-                    self._loop,
-                    self._loop.context,
-                    self._setting.options,
+                self.replay = self._setting.sockets.ask(
                     endpoint,
                     start,
                     reached=partial(self._reached, question),
@@ -735,7 +732,7 @@ class Worker:
             self.stream.replay_reached(now)
             self.schedule()
 
-    def _answer_lost(self, question: int, now: float) -> None:
+    def _answer_lost(self, question: int, now: float, why: str) -> None:
         if not self.gone and self.replay is not None and question == self.question:
             self._carry(self.stream.replay_lost(now), now)
             self.schedule()
