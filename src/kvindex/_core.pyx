@@ -397,6 +397,9 @@ cdef class Index:
 
     def _load(self, const uint8_t[::1] data):
         with nogil: self.ix.load(&data[0], len(data))
+        # Of pods that have gone, nobody would take them out.
+        self.uids.clear()
+        self.names.clear()
 
     def _figures(self):
         cdef Stats s

@@ -576,10 +576,27 @@ class PrefixIndex(Index):
                 ttl=ttl,
                 clock=clock,
             )
+        index._restore(data, where)
+        return index
+
+    def _restore(self, data: bytes, where: str) -> None:
+        """Replaces the content by that of a snapshot, at once, and needs memory for both meanwhile. O(bytes).
+
+        Matches continue with the previous content until the new one is complete. Nothing may follow pods of this index.
+
+        Raises:
+            SnapshotError: The snapshot is damaged, or of an index with other settings. Nothing was changed.
+        """
+        with snapshot.refused(where):
+            head = snapshot.head(data, len(data))
+            if (head["block_size"], head["seed"]) != (self.block_size, self.hash_seed):
+                raise SnapshotError(
+                    f"{where} has block size {head['block_size']} and seed {head['seed']}, this index has"
+                    f" {self.block_size} and {self.hash_seed}"
+                )
             # Content that is loaded counts as touched now, so the index has to know what time it is.
-            index._expire(clock())
-            index._load(data)
-            return index
+            self._expire(self._clock())
+            self._load(data)
 
     def stats(self) -> IndexStats:
         """Returns figures of the whole index, all of one moment. O(1).

@@ -84,7 +84,7 @@ const char* const kMedia[3] = {"", "cpu", "Tape"};
 
 // What one call does, drawn once and done to both.
 struct Call {
-    enum Kind : u8 { events, clear_worker, remove_pod, guess, expire } kind = events;
+    enum Kind : u8 { events, clear_worker, remove_pod, guess, expire, reload } kind = events;
     u32 pod = 0;
     i64 rank = 0;
     Batch batch;
@@ -132,7 +132,9 @@ History draw(u64 seed) {
         } else if (what == 2) {
             c.kind = Call::expire;
             c.until = static_cast<double>(i);
-        } else if (what < 6) {
+        } else if (what == 3) {
+            c.kind = Call::reload;
+        } else if (what < 7) {
             c.kind = Call::guess;
             c.until = static_cast<double>(i + below(30));
             c.prefixes.resize(p.size());
@@ -187,6 +189,8 @@ public:
     }
     // False if there was no memory.
     bool act(const Call& c) {
+        SnapshotBytes saved;
+        if (c.kind == Call::reload) ix_.save(saved);
         try {
             g_watched = true;
             Report r;
@@ -196,6 +200,7 @@ public:
                 case Call::remove_pod: ix_.remove_pod(pods_[c.pod]); break;
                 case Call::guess: ix_.guess(pods_[c.pod], c.rank, "", c.prefixes, c.until); break;
                 case Call::expire: ix_.expire(c.until); break;
+                case Call::reload: ix_.load(saved.data(), saved.size()); break;
             }
             g_watched = false;
         } catch (const std::bad_alloc&) {
@@ -203,6 +208,9 @@ public:
             return false;
         }
         if (c.kind == Call::remove_pod) pods_[c.pod] = ix_.open_pod(kPodNames[c.pod]);
+        if (c.kind == Call::reload)
+            for (const u64 pod : pods_)
+                for (const i64 rank : {0, 1}) ix_.mark(pod, rank, 0);
         return true;
     }
     std::map<std::pair<u32, i64>, u32> ask(const std::vector<u32>& prompt) const {
@@ -252,8 +260,8 @@ long run(u64 seed, const History& h, long at) {
         g_left = now ? -1 : g_left;
         const long left = g_left, made = g_made;
         g_left = -1;
-        // Who guesses is told that it is not counted.
-        if (done || h.calls[i].kind != Call::guess) twin.act(h.calls[i]);
+        // Who guesses is told that it is not counted, and who loads that everything is as it was, guesses included.
+        if (done || (h.calls[i].kind != Call::guess && h.calls[i].kind != Call::reload)) twin.act(h.calls[i]);
         g_left = left;
         g_made = made;
         if (!now && i + 1 < h.calls.size() && (!struck || i % 8)) continue;

@@ -210,7 +210,8 @@ private:
     }
 
     Random random_;
-    Memory mem_;
+    Spare spare_;
+    Memory mem_{spare_};
     std::map<std::uintptr_t, Item> live_;
     std::uintptr_t last_ = 0;
     u64 id_ = 0;
@@ -230,7 +231,8 @@ struct Small {
 template <class T>
 void pool(u64 seed, u32 most) {
     Random random(seed);
-    Memory mem;
+    Spare spare;
+    Memory mem(spare);
     {
         Pool<T> pool(mem);
         std::vector<u32> live;

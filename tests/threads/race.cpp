@@ -120,6 +120,12 @@ void run(double seconds, u64 max_bytes, double ttl) {
                     if (draw(20) == 0) {
                         SnapshotBytes bytes;
                         index.save(bytes);
+                        // In a budget it may not fit beside what has come since.
+                        try {
+                            if (draw(2)) index.load(bytes.data(), bytes.size());
+                        } catch (const SnapshotRefused&) {
+                            require(max_bytes != 0, "what was saved is refused");
+                        }
                     }
                     break;
             }

@@ -70,10 +70,16 @@ class ConcurrentIndex {
 public:
     // max_bytes 0, ttl 0: without a limit.
     ConcurrentIndex(u32 block_size, u64 seed, bool set_presence, u32 max_parked, u64 max_bytes = 0, double ttl = 0)
-        : ix_(block_size, seed, set_presence, max_parked, max_bytes - max_bytes / kScratchShare, ttl),
+        : block_size_(block_size),
+          seed_(seed),
+          max_parked_(max_parked),
+          max_bytes_(max_bytes - max_bytes / kScratchShare),
+          ttl_(ttl),
+          set_presence_(set_presence),
+          ix_(made(pods_)),
           batches_(max_bytes ? std::min(kMostScratch, max_bytes / kScratchShare) : kMostScratch) {
         // What is kept back of a budget is for scratch and the page in reserve.
-        if (max_bytes && max_bytes / kScratchShare < kMostScratch + kHugePage) ix_.spare().turn_off();
+        if (max_bytes && max_bytes / kScratchShare < kMostScratch + kHugePage) spare_.turn_off();
         note_expiry();
         Forks<ConcurrentIndex>::add(this);
     }
@@ -83,14 +89,14 @@ public:
 
     u64 open_pod(const std::string& name) {
         Writing w(*this);
-        return ix_.registry().pod_at(ix_.registry().pod(name)).uid;
+        return ix_->registry().pod_at(ix_->registry().pod(name)).uid;
     }
     // The name may be opened anew before the last of the pod's blocks has gone.
     bool remove_pod(u64 uid) {
-        const bool gone = change(uid, [&](u32 pod, Change& c) { ix_.ingest().begin_end(c, pod); });
+        const bool gone = change(uid, [&](u32 pod, Change& c) { ix_->ingest().begin_end(c, pod); });
         if (gone) {
             const Writing w(*this);
-            if (!ix_.registry().any_pods()) batches_.clear();
+            if (!ix_->registry().any_pods()) batches_.clear();
         }
         return gone;
     }
@@ -99,35 +105,35 @@ public:
         Writing w(*this);
         const u32 pod = w.idle(uid);
         if (pod == kNone) return;
-        if (set_presence >= 0) ix_.registry().set_presence(pod, set_presence != 0);
-        if (has_media) ix_.registry().set_clear_media(pod, media);
-        if (max_blocks >= 0) ix_.registry().set_max_blocks(pod, static_cast<u64>(max_blocks));
-        if (chunk >= 0) ix_.registry().set_chunk(pod, static_cast<u32>(chunk));
+        if (set_presence >= 0) ix_->registry().set_presence(pod, set_presence != 0);
+        if (has_media) ix_->registry().set_clear_media(pod, media);
+        if (max_blocks >= 0) ix_->registry().set_max_blocks(pod, static_cast<u64>(max_blocks));
+        if (chunk >= 0) ix_->registry().set_chunk(pod, static_cast<u32>(chunk));
     }
     void ignore_media(u64 uid, const std::vector<std::string>& media) {
-        change(uid, [&](u32 pod, Change& c) { ix_.ingest().ignore_media(pod, media, c); });
+        change(uid, [&](u32 pod, Change& c) { ix_->ingest().ignore_media(pod, media, c); });
     }
     // engine -1: as it was; eagle -1: as it was, 0: nothing is dropped, 1: in these groups, or in all if there are
     // none.
     void engine(u64 uid, int engine, int eagle, const std::vector<i64>& groups, int hybrid) {
         Writing w(*this);
-        const u32 pod = ix_.registry().slot(uid);
+        const u32 pod = ix_->registry().slot(uid);
         if (pod == kNone) return;
-        const Pod& p = ix_.registry().pod_at(pod);
-        ix_.registry().set_engine(pod, engine < 0 ? p.engine : static_cast<Engine>(engine),
-                                  eagle < 0 ? p.eagle : eagle == 1, eagle < 0 ? p.eagle_groups : groups,
-                                  hybrid < 0 ? p.hybrid : hybrid == 1);
+        const Pod& p = ix_->registry().pod_at(pod);
+        ix_->registry().set_engine(pod, engine < 0 ? p.engine : static_cast<Engine>(engine),
+                                   eagle < 0 ? p.eagle : eagle == 1, eagle < 0 ? p.eagle_groups : groups,
+                                   hybrid < 0 ? p.hybrid : hybrid == 1);
     }
     void mark(u64 uid, i64 rank, int verdict) {
         Writing w(*this);
-        if (const u32 pod = ix_.registry().slot(uid); pod != kNone)
-            ix_.registry().mark(pod, rank, static_cast<Verdict>(verdict));
+        if (const u32 pod = ix_->registry().slot(uid); pod != kNone)
+            ix_->registry().mark(pod, rank, static_cast<Verdict>(verdict));
     }
     void clear_worker(u64 uid, i64 rank) {
-        change(uid, [&](u32 pod, Change& c) { ix_.ingest().clear_worker(pod, rank, c); });
+        change(uid, [&](u32 pod, Change& c) { ix_->ingest().clear_worker(pod, rank, c); });
     }
 
-    const PodDirectory& directory() const { return ix_.registry().directory(); }
+    const PodDirectory& directory() const { return pods_; }
 
     // The whole payload is decoded before the lock is taken, and nothing is applied if
     // it is no batch. rank -1: the batch's own. `wait` false: gives up rather than wait
@@ -176,9 +182,9 @@ public:
                 if (!wait) return Taken::busy;
                 if (!change.prepared) prepare(uid, rank, model, batch, i, on, change);
             }
-            if (ix_.spare().wanted()) {
+            if (spare_.wanted()) {
                 if (!wait) return Taken::busy;
-                ix_.spare().stock();
+                spare_.stock();
             }
             u32 pod = kNone;
             if (on) {
@@ -193,11 +199,11 @@ public:
             Written w(*this);
             half_ -= on;
             if (!on && !wait) {
-                pod = ix_.registry().slot(uid);
+                pod = ix_->registry().slot(uid);
                 if (pod == kNone) return Taken::unknown;
-                if (ix_.registry().pod_at(pod).busy || ix_.loose() || is_much(pod, rank, batch)) return Taken::busy;
+                if (ix_->registry().pod_at(pod).busy || ix_->loose() || is_much(pod, rank, batch)) return Taken::busy;
             } else {
-                pod = change.on() ? ix_.registry().slot(uid) : w.idle(uid);
+                pod = change.on() ? ix_->registry().slot(uid) : w.idle(uid);
             }
             if (pod == kNone) {
                 if (!wait && !on) return Taken::unknown;
@@ -205,39 +211,39 @@ public:
                 r.skip(Reason::pod_removed, n - i + batch.joined);
                 return Taken::yes;
             }
-            ix_.registry().heard(pod);
-            Turn turn(pod, rank, model, ix_.registry().find_space(model), change);
+            ix_->registry().heard(pod);
+            Turn turn(pod, rank, model, ix_->registry().find_space(model), change);
             try {
-                if (!change.on()) ix_.ingest().expect_first(turn, batch, i);
+                if (!change.on()) ix_->ingest().expect_first(turn, batch, i);
                 for (u64 work = 0; i < n && work < kTurn; ++i) {
                     if (!change.on()) {
                         const Event& e = batch.events[i];
                         // Prepared before the next turn.
                         if (Ingest::is_long(e) && !change.prepared) break;
-                        ix_.ingest().expect(turn, batch, i);
+                        ix_->ingest().expect(turn, batch, i);
                         work += 1 + e.n_hashes;
                         totals_.events_stored += e.kind == EventKind::stored;
                         totals_.events_removed += e.kind == EventKind::removed;
                         totals_.events_cleared += e.kind == EventKind::cleared;
-                        ix_.ingest().apply(turn, batch, e, r);
+                        ix_->ingest().apply(turn, batch, e, r);
                         change.prepared = false;
                     }
                     if (!finish_now(change, r, pod)) break;
                 }
-                if (i == n && wait && ix_.loose()) ix_.tie_up();
-                ix_.ingest().tidy();
-                if (i == n && !(wait && ix_.loose())) {
+                if (i == n && wait && ix_->loose()) ix_->tie_up();
+                ix_->ingest().tidy();
+                if (i == n && !(wait && ix_->loose())) {
                     ++totals_.batches;
                     report_.add(r);
                     note_expiry();
                     note(pod, rank, model, place,
-                         r.cleared && batch.clears() && !ix_.registry().pod_at(pod).has_clear_media, false);
+                         r.cleared && batch.clears() && !ix_->registry().pod_at(pod).has_clear_media, false);
                     return Taken::yes;
                 }
                 ++half_;
             } catch (const std::bad_alloc&) {
                 give_up(change, pod);
-                ix_.ingest().missed(turn, batch, i);
+                ix_->ingest().missed(turn, batch, i);
                 throw OutOfMemory();
             }
             on = true;
@@ -260,20 +266,20 @@ public:
                 bool wait, Loads::Choice& out) const {
         Reading g(*this, wait);
         if (!g.on) return false;
-        const std::shared_ptr<const Filter> filter = names ? names->compile(ix_) : nullptr;
+        const std::shared_ptr<const Filter> filter = names ? names->compile(*ix_) : nullptr;
         out = Loads::Choice();
-        if (!lapsed()) loads.choose(ix_, hits, n_tokens, ix_.registry().find_space(model), filter.get(), now, out);
+        if (!lapsed()) loads.choose(*ix_, hits, n_tokens, ix_->registry().find_space(model), filter.get(), now, out);
         return true;
     }
     // What each worker has to do, of the workers that are still there.
     std::vector<Loads::Load> loads(Loads& of) const {
         Reading g(*this, true);
-        of.follow(ix_);
+        of.follow(*ix_);
         return of.rows();
     }
     // How many of the prompt's complete blocks do not have its last token.
     u32 before_last(const Prompt& p) const {
-        if (p.n_tokens) return static_cast<u32>((p.n_tokens - 1) / ix_.block_size());
+        if (p.n_tokens) return static_cast<u32>((p.n_tokens - 1) / ix_->block_size());
         return static_cast<u32>(p.n_prefixes ? p.n_prefixes - 1 : 0);
     }
     void guess(u64 uid, i64 rank, const std::string& model, const Prompt& prompt, double until) {
@@ -284,12 +290,12 @@ public:
         std::vector<u32> lengths;
         {
             Reading g(*this, true);
-            if (const u32 pod = ix_.registry().slot(uid); pod != kNone)
-                lengths = ix_.registry().lengths(pod, rank, model);
+            if (const u32 pod = ix_->registry().slot(uid); pod != kNone)
+                lengths = ix_->registry().lengths(pod, rank, model);
         }
         for (u32 lookahead : lengths) {
-            std::vector<u64> prefixes(ix_.blocks(prompt.n_tokens, lookahead));
-            hash_prompt(prompt, ix_.block_size(), ix_.seed(), true, prefixes.data(), lookahead);
+            std::vector<u64> prefixes(prompt.n_tokens < lookahead ? 0 : (prompt.n_tokens - lookahead) / block_size_);
+            hash_prompt(prompt, block_size_, seed_, true, prefixes.data(), lookahead);
             guess(uid, rank, model, prefixes, until, lookahead);
         }
     }
@@ -298,8 +304,8 @@ public:
         Writing w(*this);
         if (const u32 pod = w.idle(uid); pod != kNone)
             whole([&] {
-                ix_.eviction().guess(pod, rank, model, prefixes.data(), static_cast<u32>(prefixes.size()), until,
-                                     lookahead);
+                ix_->eviction().guess(pod, rank, model, prefixes.data(), static_cast<u32>(prefixes.size()), until,
+                                      lookahead);
             });
         note_expiry();
     }
@@ -307,31 +313,31 @@ public:
     void expire(double now) {
         for (bool done = false; !done;) {
             Writing w(*this);
-            whole([&] { done = ix_.eviction().expire(now); });
-            if (ix_.loose()) whole([&] { ix_.tie_up(); });
+            whole([&] { done = ix_->eviction().expire(now); });
+            if (ix_->loose()) whole([&] { ix_->tie_up(); });
             note_expiry();
         }
     }
 
     int verdict(u64 uid) const {
         Reading g(*this, true);
-        const u32 pod = ix_.registry().slot(uid);
-        return pod == kNone ? -1 : static_cast<int>(lapsed() ? Verdict::stale : ix_.registry().pod_at(pod).verdict);
+        const u32 pod = ix_->registry().slot(uid);
+        return pod == kNone ? -1 : static_cast<int>(lapsed() ? Verdict::stale : ix_->registry().pod_at(pod).verdict);
     }
     std::vector<PodFigures> pod_figures(u64 uid) const {
         Reading g(*this, true);
         std::vector<PodFigures> out;
-        const u32 pod = ix_.registry().slot(uid);
+        const u32 pod = ix_->registry().slot(uid);
         if (pod == kNone) return out;
-        const Pod& p = ix_.registry().pod_at(pod);
+        const Pod& p = ix_->registry().pod_at(pod);
         for (const auto& s : p.streams) out.push_back({s.first, 0, 0, static_cast<int>(s.second), -1, false, {}});
         for (u32 id : p.workers) {
-            const Worker& w = ix_.registry().worker_at(id);
+            const Worker& w = ix_->registry().worker_at(id);
             auto it = std::find_if(out.begin(), out.end(), [&](const PodFigures& f) { return f.rank == w.rank; });
             if (it == out.end()) it = out.insert(out.end(), PodFigures{w.rank, 0, 0, 0, -1, false, {}});
-            it->blocks += ix_.registry().held(w);
+            it->blocks += ix_->registry().held(w);
             it->parked += w.pending;
-            it->state = std::max(it->state, static_cast<int>(ix_.registry().own_verdict(w)));
+            it->state = std::max(it->state, static_cast<int>(ix_->registry().own_verdict(w)));
             it->in_doubt |= w.in_doubt;
             it->lookahead.insert(w.lengths.begin(), w.lengths.end());
         }
@@ -347,11 +353,11 @@ public:
     std::vector<StreamPlace> places(u64 uid) const {
         Reading g(*this, true);
         std::vector<StreamPlace> out;
-        const u32 pod = ix_.registry().slot(uid);
+        const u32 pod = ix_->registry().slot(uid);
         if (pod == kNone) return out;
-        for (const auto& s : ix_.registry().pod_at(pod).positions)
+        for (const auto& s : ix_->registry().pod_at(pod).positions)
             out.push_back({s.first, s.second.seq, s.second.fingerprint, s.second.ts, s.second.whole,
-                           ix_.registry().space_at(s.second.space).model});
+                           ix_->registry().space_at(s.second.space).model});
         return out;
     }
 
@@ -365,21 +371,57 @@ public:
         copy(out);
         seal_snapshot(out);
     }
-    // Into an index that nothing has been told yet. What is refused leaves one that is good for nothing.
+    // In place of everything that is known, at once: matches go on with what was known before until all of it is read
+    // and found sound, and what is refused changes nothing. Who would write waits meanwhile, as for a snapshot. A pod
+    // that was there and is in the snapshot keeps its number, and so does a medium: answers, filters and loads of
+    // before stay what they are.
     void load(const u8* data, u64 bytes) {
-        const Writing w(*this);
-        std::vector<u64> c = counters();
-        read_snapshot(ix_, data, bytes, c);
-        Losses shed, expired;
-        std::size_t at = 0;
-        for (u64* to : counted(totals_, report_, shed, expired)) *to = c[at++];
-        ix_.eviction().recount(shed, expired);
-        fit_loaded(ix_);
-        note_expiry();
+        const std::lock_guard<std::mutex> one(saver_);
+        const Gate gate(*this);
+        // Of before, given back without the lock. Who is past the gate may still open a pod: then numbers are given
+        // anew.
+        std::shared_ptr<Index> other;
+        for (bool done = false; !done;) {
+            Registry::Numbers before;
+            double now = 0;
+            {
+                const Reading g(*this, true);
+                before = ix_->registry().numbers();
+                now = ix_->eviction().now();
+            }
+            PodDirectory aside;
+            other = made(aside);
+            other->eviction().expire(now);
+            Totals totals = {};
+            Report report;
+            Losses shed, expired;
+            const std::vector<u64*> counts = counted(totals, report, shed, expired);
+            std::vector<u64> c(counts.size());
+            read_snapshot(*other, before, data, bytes, c);
+            for (std::size_t i = 0; i < c.size(); ++i) *counts[i] = c[i];
+            other->eviction().recount(shed, expired);
+            fit_loaded(*other);
+            while (!done) {
+                {
+                    lock_.lock();
+                    const Written w(*this);
+                    if (!ix_->registry().as_of(before)) break;
+                    if (half_ == 0) {
+                        other->registry().settle(pods_);
+                        ix_.swap(other);
+                        totals_ = totals;
+                        report_ = report;
+                        note_expiry();
+                        done = true;
+                    }
+                }
+                if (!done) std::this_thread::sleep_for(std::chrono::microseconds(200));
+            }
+        }
     }
     Stats stats() const {
         Reading g(*this, true);
-        Stats out{ix_.figures(), totals_, report_};
+        Stats out{ix_->figures(), totals_, report_};
         out.figures.bytes += batches_.bytes();
         Totals& t = out.totals;
         t.blocks_stored = report_.stored;
@@ -391,27 +433,26 @@ public:
     }
     double probes() const {
         Reading g(*this, true);
-        return ix_.registry().probes();
+        return ix_->registry().probes();
     }
     // The names of the media of hits, but for those that nobody has any more.
     std::map<u32, std::string> media(const Hits& hits) const {
         Reading g(*this, true);
         std::map<u32, std::string> out;
         for (const Hit& h : hits)
-            if (ix_.registry().media().has(h.medium) && !out.count(h.medium))
-                out.emplace(h.medium, ix_.registry().media().name(h.medium));
+            if (ix_->registry().media().has(h.medium) && !out.count(h.medium))
+                out.emplace(h.medium, ix_->registry().media().name(h.medium));
         return out;
     }
     std::string check() {
         for (;;) {
             {
                 const Writing w(*this);
-                if (at_rest()) return ix_.check();
+                if (at_rest()) return ix_->check();
             }
             std::this_thread::sleep_for(std::chrono::microseconds(200));
         }
     }
-    const BlockHasher& hasher() const { return ix_.hasher(); }
 
     // ---- a process that forks ---------------------------------------------------------------------------------------
 
@@ -421,13 +462,13 @@ public:
         saving_.store(true);
         for (;;) {
             lock_.lock();
-            if (at_rest()) return ix_.registry().directory().before_fork();
+            if (at_rest()) return pods_.before_fork();
             lock_.unlock();
             std::this_thread::sleep_for(std::chrono::microseconds(200));
         }
     }
     void after_fork() {
-        ix_.registry().directory().after_fork();
+        pods_.after_fork();
         lock_.unlock();
         open_gate();
         saver_.unlock();
@@ -441,8 +482,8 @@ public:
         new (&opened_) std::condition_variable();
         new (&calm_) std::condition_variable();
         saving_.store(false);
-        ix_.registry().directory().in_child();
-        ix_.registry().nobody_listens();
+        pods_.in_child();
+        ix_->registry().nobody_listens();
     }
 
 private:
@@ -455,35 +496,35 @@ private:
               MatchResult& out) const {
         Reading g(*this, wait);
         if (!g.on) return false;
-        const std::shared_ptr<const Filter> filter = names ? names->compile(ix_) : nullptr;
-        const u32 space = ix_.registry().find_space(model);
+        const std::shared_ptr<const Filter> filter = names ? names->compile(*ix_) : nullptr;
+        const u32 space = ix_->registry().find_space(model);
         if (prompt.prefixes) {
             const u32 n = static_cast<u32>(prompt.n_prefixes);
-            matcher().match(ix_, space, HashPath{prompt.prefixes, n}, before_last(prompt), filter.get(), only_exact,
+            matcher().match(*ix_, space, HashPath{prompt.prefixes, n}, before_last(prompt), filter.get(), only_exact,
                             out);
             return true;
         }
-        const u32 n = static_cast<u32>(prompt.n_tokens / ix_.block_size());
-        const BlockHasher& roll = ix_.hasher();
+        const u32 n = static_cast<u32>(prompt.n_tokens / ix_->block_size());
+        const BlockHasher& roll = ix_->hasher();
         const ExtraDigests* extra = prompt.keyed ? &prompt.extra : nullptr;
         const auto run = [&](const BlockHasher& local) {
             roll.visit([&](auto bt) {
                 const u32 most = before_last(prompt);
                 constexpr unsigned BT = decltype(bt)::value;
-                const TokenPath<BT> path{roll, local, prompt.tokens, extra, ix_, n};
-                if (space == kNone || ix_.registry().space_at(space).lengths.empty())
-                    return matcher().match(ix_, space, path, most, filter.get(), only_exact, out);
+                const TokenPath<BT> path{roll, local, prompt.tokens, extra, *ix_, n};
+                if (space == kNone || ix_->registry().space_at(space).lengths.empty())
+                    return matcher().match(*ix_, space, path, most, filter.get(), only_exact, out);
                 out.clear();
-                if (ix_.registry().space_at(space).plain)
-                    matcher().match(ix_, space, path, most, filter.get(), only_exact, out, true);
-                for (const auto& length : ix_.registry().space_at(space).lengths) {
-                    const LookaheadPath<BT> ahead{path, length.first, ix_.blocks(prompt.n_tokens, length.first)};
-                    matcher().match(ix_, space, ahead, most, filter.get(), only_exact, out, true);
+                if (ix_->registry().space_at(space).plain)
+                    matcher().match(*ix_, space, path, most, filter.get(), only_exact, out, true);
+                for (const auto& length : ix_->registry().space_at(space).lengths) {
+                    const LookaheadPath<BT> ahead{path, length.first, ix_->blocks(prompt.n_tokens, length.first)};
+                    matcher().match(*ix_, space, ahead, most, filter.get(), only_exact, out, true);
                 }
             });
         };
         if (prompt.adapted) {
-            run(BlockHasher(ix_.seed(), ix_.block_size(), xxh3_64(prompt.adapter.data(), prompt.adapter.size(), 0)));
+            run(BlockHasher(ix_->seed(), ix_->block_size(), xxh3_64(prompt.adapter.data(), prompt.adapter.size(), 0)));
         } else {
             run(roll);
         }
@@ -497,8 +538,8 @@ private:
         // The pod with this number, once no long change of it is under way; kNone: it has been removed.
         u32 idle(u64 uid) {
             for (;;) {
-                const u32 pod = s_.ix_.registry().slot(uid);
-                if (pod == kNone || !s_.ix_.registry().pod_at(pod).busy) return pod;
+                const u32 pod = s_.ix_->registry().slot(uid);
+                if (pod == kNone || !s_.ix_->registry().pod_at(pod).busy) return pod;
                 s_.lock_.unlock();
                 {
                     std::unique_lock<std::mutex> g(s_.gate_);
@@ -533,44 +574,49 @@ private:
         try {
             f();
         } catch (const std::bad_alloc&) {
-            ix_.start_over();
+            ix_->start_over();
             throw OutOfMemory();
         }
     }
     // Does what one turn can of a change; true if that is all of it.
     bool finish_now(Change& c, Report& r, u32 pod) {
         if (!c.on()) return true;
-        if (!ix_.ingest().go_on(c, r)) {
-            ix_.ingest().set_busy(pod, true);
+        if (!ix_->ingest().go_on(c, r)) {
+            ix_->ingest().set_busy(pod, true);
             return false;
         }
-        ix_.ingest().set_busy(pod, false);
+        ix_->ingest().set_busy(pod, false);
         calm_.notify_all();
         return true;
     }
     // What needs no lock of a long event. Where there is no memory for it, it is lost as any change is.
     void prepare(u64 uid, i64 rank, const std::string& model, const Batch& batch, std::size_t i, bool on,
                  Change& change) {
+        std::shared_ptr<Index> here;
+        {
+            const Reading g(*this, true);
+            here = ix_;
+        }
         try {
-            ix_.ingest().prepare(batch, batch.events[i], change);
+            here->ingest().prepare(batch, batch.events[i], change);
         } catch (const std::bad_alloc&) {
             lock_.lock();
             const Written w(*this);
             half_ -= on;
-            if (const u32 pod = ix_.registry().slot(uid); pod != kNone) {
-                ix_.start_over();
-                ix_.ingest().missed(Turn(pod, rank, model, ix_.registry().find_space(model), change), batch, i);
+            if (const u32 pod = ix_->registry().slot(uid); pod != kNone) {
+                ix_->start_over();
+                ix_->ingest().missed(Turn(pod, rank, model, ix_->registry().find_space(model), change), batch, i);
             }
             throw OutOfMemory();
         }
     }
     // There was no memory for a change.
     void give_up(Change& c, u32 pod) {
-        ix_.start_over();
+        ix_->start_over();
         // What clears goes on without content, which needs no memory.
         Report unused;
-        if (c.on()) ix_.ingest().go_through(c, unused);
-        ix_.ingest().set_busy(pod, false);
+        if (c.on()) ix_->ingest().go_through(c, unused);
+        ix_->ingest().set_busy(pod, false);
         calm_.notify_all();
     }
     // A change of one pod that no event has begun.
@@ -596,15 +642,15 @@ private:
             try {
                 if (!on) begin(pod, c);
                 const bool done = finish_now(c, unused, pod);
-                if (done && ix_.loose()) ix_.tie_up();
-                if (done && !ix_.loose()) {
-                    if (c.goes) ix_.shrink();
+                if (done && ix_->loose()) ix_->tie_up();
+                if (done && !ix_->loose()) {
+                    if (c.goes) ix_->shrink();
                     note_expiry();
                     return true;
                 }
             } catch (const std::bad_alloc&) {
                 give_up(c, pod);
-                if (c.goes) ix_.shrink();
+                if (c.goes) ix_->shrink();
                 note_expiry();
                 if (!c.goes) throw OutOfMemory();
                 return true;
@@ -617,13 +663,13 @@ private:
         u64 work = 0;
         for (const Event& e : b.events) {
             work += e.n_hashes;
-            if (e.kind == EventKind::cleared && ix_.ingest().holds_much(pod, rank)) return true;
+            if (e.kind == EventKind::cleared && ix_->ingest().holds_much(pod, rank)) return true;
         }
-        return work > kTurnBlocks || ix_.ingest().parks_much(pod, rank);
+        return work > kTurnBlocks || ix_->ingest().parks_much(pod, rank);
     }
     // Nothing is half done.
     bool at_rest() {
-        while (half_ == 0 && ix_.loose()) ix_.tie_up();
+        while (half_ == 0 && ix_->loose()) ix_->tie_up();
         return half_ == 0;
     }
     static Matcher& matcher() {
@@ -635,7 +681,7 @@ private:
         for (;;) {
             {
                 Reading g(*this, true);
-                if (half_ == 0 && !ix_.loose()) return write_snapshot(ix_, counters(), out);
+                if (half_ == 0 && !ix_->loose()) return write_snapshot(*ix_, counters(), out);
             }
             tidy_up();
             std::this_thread::sleep_for(std::chrono::microseconds(200));
@@ -645,7 +691,7 @@ private:
         ConcurrentIndex& s = const_cast<ConcurrentIndex&>(*this);
         s.lock_.lock();
         const Written w(s);
-        if (half_ == 0 && ix_.loose()) s.ix_.tie_up();
+        if (half_ == 0 && ix_->loose()) s.ix_->tie_up();
     }
     // Holds off who would begin to write.
     struct Gate {
@@ -667,16 +713,16 @@ private:
     }
     // A payload of this stream could not be read.
     void lose(u64 uid, i64 rank, const std::string& model, const Place& at) {
-        const u32 pod = ix_.registry().slot(uid);
+        const u32 pod = ix_->registry().slot(uid);
         if (pod == kNone) return;
-        ix_.registry().lost_payload(pod, rank);
+        ix_->registry().lost_payload(pod, rank);
         note(pod, rank, model, at, false, true);
     }
     void note(u32 pod, i64 rank, const std::string& model, const Place& at, bool clean, bool lost) {
         if (at.seq < 0) {
-            ix_.registry().lose_place(pod, rank);
+            ix_->registry().lose_place(pod, rank);
         } else {
-            ix_.registry().advance(pod, rank, model, static_cast<u64>(at.seq), at.ts, at.fingerprint, clean, lost);
+            ix_->registry().advance(pod, rank, model, static_cast<u64>(at.seq), at.ts, at.fingerprint, clean, lost);
         }
     }
     // Everything that has been counted since the start, in the order in which a snapshot has it.
@@ -691,14 +737,26 @@ private:
     std::vector<u64> counters() const {
         Totals t = totals_;
         Report r = report_;
-        Losses shed = ix_.eviction().shed(), expired = ix_.eviction().expired();
+        Losses shed = ix_->eviction().shed(), expired = ix_->eviction().expired();
         std::vector<u64> out;
         for (const u64* n : counted(t, r, shed, expired)) out.push_back(*n);
         return out;
     }
-    void note_expiry() { expiry_.store(ix_.eviction().next_expiry(), std::memory_order_relaxed); }
+    void note_expiry() { expiry_.store(ix_->eviction().next_expiry(), std::memory_order_relaxed); }
 
-    Index ix_;
+    std::shared_ptr<Index> made(PodDirectory& pods) {
+        return std::make_shared<Index>(block_size_, seed_, set_presence_, max_parked_, max_bytes_, ttl_, pods, spare_);
+    }
+
+    const u32 block_size_;
+    const u64 seed_;
+    const u32 max_parked_;
+    const u64 max_bytes_;
+    const double ttl_;
+    const bool set_presence_;
+    PodDirectory pods_;
+    Spare spare_;
+    std::shared_ptr<Index> ix_;  // another one after a load; whoever has no lock keeps it
     Batches batches_;
     mutable TurnLock lock_;
     Totals totals_ = {};

@@ -30,12 +30,12 @@ void Index::save(SectionWriter& to) const {
         throw SnapshotRefused("there are more workers than a reader would believe");
 }
 
-void Index::restore(SectionReader& in) {
+void Index::restore(SectionReader& in, const Registry::Numbers& before) {
     RestorePlan plan;
-    registry_.restore(in, plan);
+    registry_.restore(in, plan, before);
     presence_.restore(in, plan);
     pending_.restore(in, plan);
-    for (u32 pod = 0; pod < registry_.pod_slots(); ++pod) registry_.judge(pod);
+    for (u32 pod : plan.pods) registry_.judge(pod);
 }
 
 }  // namespace kvindex

@@ -18,13 +18,16 @@ class SectionWriter;
 
 class Index {
 public:
-    Index(u32 block_size, u64 seed, bool set_presence, u32 max_parked, u64 max_bytes = 0, double ttl = 0)
+    // max_bytes 0, ttl 0: without a limit. `pods` and `spare` are the caller's, and outlive this.
+    Index(u32 block_size, u64 seed, bool set_presence, u32 max_parked, u64 max_bytes, double ttl, PodDirectory& pods,
+          Spare& spare)
         : hasher_(seed, block_size),
           seed_(seed),
           block_size_(block_size),
+          memory_(spare),
           sets_(memory_),
           chains_(memory_, sets_),
-          registry_(memory_, set_presence),
+          registry_(memory_, set_presence, pods),
           presence_(memory_, registry_, sets_, chains_),
           insertion_(memory_, registry_, sets_, chains_, presence_, hasher_),
           speculation_(memory_, registry_, sets_, chains_, presence_, insertion_),
@@ -61,7 +64,6 @@ public:
     Eviction& eviction() { return eviction_; }
     const Eviction& eviction() const { return eviction_; }
 
-    Spare& spare() { return memory_.spare; }
     // Whether a turn has left something to the next one, and a turn's worth of that.
     bool loose() const { return presence_.loose(); }
     void tie_up() { presence_.tie_up(); }
@@ -108,9 +110,9 @@ public:
     std::string check() const;
 
     // The sections of a snapshot, but for the caller's counters. An index that is restored has to be empty, and what is
-    // refused leaves it half filled.
+    // refused leaves it half filled. It is to take the place of the one that the numbers are of.
     void save(SectionWriter& to) const;
-    void restore(SectionReader& in);
+    void restore(SectionReader& in, const Registry::Numbers& before);
 
 private:
     const BlockHasher hasher_;

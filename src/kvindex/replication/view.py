@@ -120,11 +120,14 @@ class ReplicatedIndex:
             raise InvalidValueError(f"fleet is {fleet!r:.60}; it must be a name without braces and colons")
         self.fleet = fleet
         self.policy = ReplicationPolicy() if policy is None else policy
-        self._options = {"block_size": block_size, **index_options}
-        self._index = PrefixIndex(**self._options)
+        self._index = PrefixIndex(block_size, **index_options)
         self._index.trust(0.0)
         self._manager_options = manager_options or {}
-        settings = {"block_size": self._index.block_size, "hash_seed": self._index.hash_seed}
+        settings = {
+            "block_size": self._index.block_size,
+            "hash_seed": self._index.hash_seed,
+            "presence": index_options.get("presence", "count"),
+        }
         writer = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self._machine: Replica | Exchange = (
             Replica(self.policy, settings, writer, candidate=collect)
@@ -137,7 +140,6 @@ class ReplicatedIndex:
         self._lock = threading.RLock()  # of the sources, and of the manager's coming and going
         self._on_change: list[Callable[[StateChange], None]] = []
         self._on_pods: list[Callable[[PodsChange], None]] = []
-        self._on_index: list[Callable[[PrefixIndex], None]] = []
         self._inbox: deque[Callable[[float], None]] = deque()
         self._awake = threading.Event()
         self._is_idle = False
@@ -154,10 +156,10 @@ class ReplicatedIndex:
 
     @property
     def index(self) -> PrefixIndex:
-        """The index of this process. O(1).
+        """The index of this process, the same object at any time. O(1).
 
-        Loading a snapshot replaces it by a new object, and the previous one stays ``stale``. Read this attribute for
-        each request, or use :meth:`on_index`.
+        A snapshot replaces the content as a whole: each match answers from the content before or after. Call methods
+        that read only.
         """
         return self._index
 
@@ -290,17 +292,6 @@ class ReplicatedIndex:
             A function that ends the registration.
         """
         return _enter(self._on_change, callback)
-
-    def on_index(self, callback: Callable[[PrefixIndex], None]) -> Callable[[], None]:
-        """Registers a callback for a new :attr:`index`, which is the result of loading a snapshot.
-
-        Args:
-            callback: Receives the new index, in the thread of the view.
-
-        Returns:
-            A function that ends the registration.
-        """
-        return _enter(self._on_index, callback)
 
     def inexact(self, pods: Iterable[str] | None = None) -> dict[str, str]:
         """Returns the pods that are not ``exact``, with their states. O(pods).
@@ -499,29 +490,25 @@ class ReplicatedIndex:
                 _call(self._on_pods, PodsChange((_source(item),), ()))
 
     def _load(self, load: Load) -> None:
-        if load.data is None and not self._index.pods():
-            self._machine.loaded(None)
-            return
+        index = self._index
+        self._trust(0.0)
+        before = set(index.pods())
         try:
             if load.data is None:
-                index = PrefixIndex(**self._options)
+                for pod in before:
+                    index.remove_pod(pod)
             else:
-                limits = {name: value for name, value in self._options.items() if name in _LIMITS}
-                index = PrefixIndex.loads(load.data, **limits)
-            index.trust(0.0)
+                index._restore(load.data, "it")
             for pod, rank, state in load.states:
                 index.mark_worker(pod, rank, state)  # type: ignore[arg-type]
         except (KVIndexError, MemoryError) as error:
             self._machine.loaded(f"the snapshot cannot be loaded: {error}")
             return
-        before, self._index = self._index, index
-        self._until = 0.0
-        before.trust(0.0)
         self._machine.loaded(None)
-        _call(self._on_index, index)
         added = tuple(_source(described) for described in self._known.pods.values())
-        if added:
-            _call(self._on_pods, PodsChange(added, ()))
+        removed = tuple(sorted(before - set(index.pods())))
+        if added or removed:
+            _call(self._on_pods, PodsChange(added, removed))
 
     # --------------------------------------------------------------------------------------------------- as a collector
 
@@ -601,7 +588,6 @@ class ReplicatedIndex:
 
 
 _WITH_SNAPSHOTS = (Follower, Collector, Exchange)
-_LIMITS = ("max_parked", "max_bytes", "ttl", "clock")
 
 
 def _source(described: Described) -> PodSource:

@@ -39,6 +39,7 @@ inline constexpr u32 kTurnBlocks = KVINDEX_TURN_BLOCKS;
 
 // One counter per index. Everything native goes through it, so `bytes` is exact.
 struct Memory {
+    explicit Memory(Spare& s) : spare(s) {}
     std::size_t bytes = 0;
     void add(std::size_t n) { bytes += n; }
     void sub(std::size_t n) {
@@ -81,7 +82,7 @@ struct Memory {
     }
 
     Heap heap;
-    Spare spare;
+    Spare& spare;
     Segments segments;
 };
 

@@ -91,6 +91,7 @@ public:
     // By the clock: hundredths of the span are told apart, so that what is said of an age is at most so much too old.
     bool due(double time) const { return time >= next_step(); }
     double next_step() const { return rings_[slot(now_)].began + step_; }
+    double began_newest() const { return rings_[slot(now_)].began; }
     double began_oldest() const { return rings_[slot(oldest_)].began; }
 
     // The one that was touched longest ago, or kNone.

@@ -70,6 +70,9 @@ public:
         return true;
     }
 
+    // The last moment that is known here, to a hundredth of ttl.
+    double now() const { return ttl_ > 0 ? chains_.ages().began_newest() : 0; }
+
     // An entry of add_prefix, where there is room for it.
     void guess(u32 pod, i64 rank, const std::string& model, const u64* prefixes, u32 n, double until, u32 lookahead) {
         const u32 id = registry_.find_worker(pod, rank, registry_.find_space(model));

@@ -104,6 +104,9 @@ public:
     // Where a pod was removed its rows are freed.
     void follow(const Index& ix) {
         const u32 n = ix.registry().pod_slots();
+        // Of another index, the ranks of a pod are others, if as many.
+        const bool is_other = ix.registry().origin() != origin_;
+        origin_ = ix.registry().origin();
         if (pods_.size() < n) pods_.resize(n);
         for (u32 slot = 0; slot < pods_.size(); ++slot) {
             Known& k = pods_[slot];
@@ -114,7 +117,8 @@ public:
                 k.uid = uid;
             }
             if (!uid) continue;
-            if (k.first == kNone || k.streams != p->streams.size() || k.workers != p->workers.size()) rank(ix, *p, k);
+            if (is_other || k.first == kNone || k.streams != p->streams.size() || k.workers != p->workers.size())
+                rank(ix, *p, k);
             for (u32 i = k.first; i != kNone; i = rows_[i].next) {
                 Load& l = rows_[i];
                 l.verdict = p->verdict;
@@ -282,7 +286,7 @@ private:
 
     Weights weights_;
     double gpu_ = 1, epoch_ = 0;
-    u64 start_;
+    u64 start_, origin_ = 0;
     std::vector<Known> pods_;  // by Pod's slot
     std::vector<Load> rows_;
     std::vector<u32> free_;

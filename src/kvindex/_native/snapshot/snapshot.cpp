@@ -31,14 +31,14 @@ void write_snapshot(const Index& ix, const std::vector<u64>& counters, SnapshotB
     std::memcpy(out.at(0), &h, sizeof h);
 }
 
-void read_snapshot(Index& ix, const u8* data, u64 bytes, std::vector<u64>& counters) {
+void read_snapshot(Index& ix, const Registry::Numbers& before, const u8* data, u64 bytes, std::vector<u64>& counters) {
     const SnapshotHeader h = snapshot_head(data, bytes, bytes);
     if (xxh3_64(data + kChecksumFrom, bytes - kChecksumFrom, 0) != h.checksum)
         refuse_snapshot("its content does not fit its checksum, so it is damaged", kChecksumFrom);
     if (h.block_size != ix.block_size() || h.seed != ix.seed() || ix.registry().pod_slots())
         refuse_snapshot("it contradicts itself: it is of another index", 0);
     SectionReader in(data, bytes, kSizes, kSnapshotHead);
-    ix.restore(in);
+    ix.restore(in, before);
     in.enter(Section::counters);
     in.need(in.left() == counters.size() * sizeof(u64), "its counters are others");
     in.take(counters.data(), in.left());

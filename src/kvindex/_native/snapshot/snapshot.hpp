@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "snapshot/format.hpp"
+#include "workers/registry.hpp"
 
 namespace kvindex {
 
@@ -13,8 +14,9 @@ class Index;
 // are.
 void write_snapshot(const Index& ix, const std::vector<u64>& counters, SnapshotBytes& out);
 
-// Into an index that is empty. What is refused leaves that index half filled: throw it away.
-void read_snapshot(Index& ix, const u8* data, u64 bytes, std::vector<u64>& counters);
+// Into an index that is empty, and is to take the place of the one that the numbers are of. What is refused leaves that
+// index half filled: throw it away.
+void read_snapshot(Index& ix, const Registry::Numbers& before, const u8* data, u64 bytes, std::vector<u64>& counters);
 
 // What does not fit into the budget of an index that was read goes, as always.
 void fit_loaded(Index& ix);

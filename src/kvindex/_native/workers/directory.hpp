@@ -52,6 +52,26 @@ public:
         return out;
     }
 
+    std::unordered_map<std::string, Uid> all() const { return uids_; }
+
+    // Has the pods of another one from now on, or as before where memory ends.
+    void become(const PodDirectory& other) {
+        const std::lock_guard<std::mutex> g(m_);
+        PodDirectory next;
+        next.uids_ = uids_;
+        next.names_ = names_;
+        next.removed_ = removed_;
+        next.next_ = next_;
+        for (const auto& pod : uids_)
+            if (other.uid(pod.first) != pod.second) next.close(pod.first);
+        for (const auto& pod : other.uids_)
+            if (!next.uid(pod.first)) next.open(pod.first, pod.second);
+        uids_.swap(next.uids_);
+        names_.swap(next.names_);
+        removed_.swap(next.removed_);
+        next_ = next.next_;
+    }
+
     // Either is there afterwards as a whole or, where memory ends, not at all.
     void open(const std::string& name, Uid uid) {
         const std::lock_guard<std::mutex> g(m_);

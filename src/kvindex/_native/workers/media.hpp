@@ -23,12 +23,31 @@ inline std::string lower(const char* p, std::size_t n) {
 class Media {
 public:
     explicit Media(Memory& m) : m_(m) {
-        put("gpu", "GPU");
+        put("gpu", "GPU", next_++);
         names_.begin()->second.users = 1;
     }
     ~Media() = default;
     Media(const Media&) = delete;
     Media& operator=(const Media&) = delete;
+
+    // The numbers that have been given, for an index that takes the place of this one's.
+    struct Numbers {
+        std::map<u32, std::string> names;
+        u32 next = 1;
+    };
+    Numbers numbers() const {
+        Numbers out;
+        for (const auto& n : names_) out.names.emplace(n.first, n.second.shown);
+        out.next = next_;
+        return out;
+    }
+    u32 numbers_given() const { return next_; }
+    // Of one that has no name yet but "GPU". Those that nobody takes go with the next sweep.
+    void follow(const Numbers& before) {
+        for (const auto& n : before.names)
+            if (n.first) put(lower(n.second.data(), n.second.size()), n.second, n.first);
+        next_ = before.next;
+    }
 
     // A new one goes again unless somebody takes it; kNone when all numbers have been used.
     u32 id(const char* p, std::size_t n) {
@@ -41,7 +60,8 @@ public:
         std::string shown(p, n);
         for (const char* k : all)
             if (lower(k, std::strlen(k)) == key) shown = k;
-        return put(key, shown);
+        put(key, shown, next_);
+        return next_++;
     }
     u32 find(const char* p, std::size_t n) const {
         if (n == 0) return 0;
@@ -109,8 +129,7 @@ private:
 
     static std::size_t place(const char* p, std::size_t n) { return (n * 3 + static_cast<u8>(p[0])) % kSeen; }
     static std::size_t weight(const Name& n) { return 2 * n.key.size() + 256; }
-    u32 put(const std::string& key, const std::string& shown) {
-        const u32 id = next_;
+    void put(const std::string& key, const std::string& shown, u32 id) {
         const auto it = names_.emplace(id, Name{key, shown, 0}).first;
         try {
             ids_.emplace(key, id);
@@ -118,10 +137,8 @@ private:
             names_.erase(it);
             throw;
         }
-        ++next_;
         count(id, weight(it->second));
         seen_[place(shown.data(), shown.size())] = {&it->second.shown, id};
-        return id;
     }
     void forget(Names::iterator it) {
         Seen& seen = seen_[place(it->second.shown.data(), it->second.shown.size())];

@@ -21,7 +21,8 @@ struct SavePlan;
 
 class Registry {
 public:
-    Registry(Memory& m, bool set_presence) : mem_(m), set_presence_(set_presence), media_(m) {}
+    Registry(Memory& m, bool set_presence, PodDirectory& directory)
+        : mem_(m), set_presence_(set_presence), media_(m), directory_(&directory) {}
     ~Registry() {
         for (auto& w : workers_)
             if (w) w->release(mem_);
@@ -34,30 +35,39 @@ public:
     Registry& operator=(const Registry&) = delete;
 
     u32 find_pod(const std::string& name) const {
-        const u64 uid = directory_.uid(name);
+        const u64 uid = directory_->uid(name);
         return uid ? static_cast<u32>(uid) : kNone;
     }
     u32 pod(const std::string& name) {
         if (const u32 found = find_pod(name); found != kNone) return found;
         const u32 id = free_pods_.empty() ? static_cast<u32>(pods_.size()) : free_pods_.back();
-        widen(pods_, id + 1);
-        widen(free_pods_, pods_.size() + 1);
-        Pod p;
-        p.name = name;
-        p.set_presence = set_presence_;
-        p.standing = first_standing_;
-        p.uid = (++pods_made_ << 32) | id;
-        directory_.open(name, p.uid);
-        // Here and where else something is made: from now on no memory is needed, so that it is there as a whole or
-        // not.
-        if (free_pods_.empty()) {
-            pods_.push_back(std::move(p));
-        } else {
-            free_pods_.pop_back();
-            pods_[id] = std::move(p);
-        }
-        ++pods_version_;
+        const u64 uid = ((pods_made_ + 1) << 32) | id;
+        open_pod(name, uid);
+        ++pods_made_;
+        if (!free_pods_.empty()) free_pods_.pop_back();
         return id;
+    }
+    // What an index has given numbers to, and no other may give these to.
+    struct Numbers {
+        std::unordered_map<std::string, u64> pods;
+        std::vector<u32> free_pods;
+        u32 pod_slots = 0;
+        u64 pods_version = 0, pods_made = 0;
+        Media::Numbers media;
+        Standing first_standing = Standing::unheard;
+    };
+    Numbers numbers() const {
+        return {directory_->all(), free_pods_,       pod_slots(),    pods_version_,
+                pods_made_,        media_.numbers(), first_standing_};
+    }
+    // Whether nothing has been given a number since.
+    bool as_of(const Numbers& n) const {
+        return n.pods_version == pods_version_ && n.media.next == media_.numbers_given();
+    }
+    // Takes the place of an index that these are of. What was filled in beside it becomes what its callers ask.
+    void settle(PodDirectory& directory) {
+        directory.become(*directory_);
+        directory_ = &directory;
     }
     u32 find_space(const std::string& model) const {
         const auto it = space_ids_.find(model);
@@ -66,7 +76,9 @@ public:
     // Whether what is announced counts once, of pods that are opened.
     bool counts_once() const { return set_presence_; }
     u64 pods_version() const { return pods_version_; }
-    bool any_pods() const { return directory_.size() != 0; }
+    // Which index this is of all that there were.
+    u64 origin() const { return pods_version_ >> 32; }
+    bool any_pods() const { return directory_->size() != 0; }
     u32 pod_slots() const { return static_cast<u32>(pods_.size()); }
     const Pod& pod_at(u32 id) const { return pods_[id]; }
     // The pod that had this number when it was opened, or kNone if it has been removed since.
@@ -78,8 +90,7 @@ public:
     const Media& media() const { return media_; }
     Media& media() { return media_; }
 
-    PodDirectory& directory() { return directory_; }
-    const PodDirectory& directory() const { return directory_; }
+    const PodDirectory& directory() const { return *directory_; }
 
     // An event has come.
     void heard(u32 pod) {
@@ -605,7 +616,7 @@ public:
     // From here on the pod's number and name lead to nothing; the name may be opened anew.
     void close_pod(u32 id) {
         Pod& p = pods_[id];
-        directory_.close(p.name);
+        directory_->close(p.name);
         p.uid = 0;
         ++pods_version_;
     }
@@ -686,14 +697,30 @@ public:
     // A snapshot's sections of this part. What is read is verified as it comes.
     void number(SavePlan& plan) const;
     void save(SectionWriter& to, SavePlan& plan) const;
-    void restore(SectionReader& in, RestorePlan& plan);
+    void restore(SectionReader& in, RestorePlan& plan, const Numbers& before);
 
 private:
     static constexpr std::size_t kMostLengths = 4;
 
-    void restore_media(SectionReader& in);
+    void open_pod(const std::string& name, u64 uid) {
+        const u32 id = static_cast<u32>(uid);
+        widen(pods_, id + 1);
+        widen(free_pods_, std::max<std::size_t>(pods_.size(), id + 1) + 1);
+        Pod p;
+        p.name = name;
+        p.set_presence = set_presence_;
+        p.standing = first_standing_;
+        p.uid = uid;
+        directory_->open(name, uid);
+        // Here and where else something is made: from now on no memory is needed, so that it is there as a whole or
+        // not.
+        if (id == pods_.size()) pods_.emplace_back();
+        pods_[id] = std::move(p);
+        ++pods_version_;
+    }
+    void restore_media(SectionReader& in, RestorePlan& plan, const Numbers& before);
     void restore_models(SectionReader& in);
-    void restore_pods(SectionReader& in);
+    void restore_pods(SectionReader& in, RestorePlan& plan, const Numbers& before);
     void restore_workers(SectionReader& in, RestorePlan& plan);
     std::string check_faces(u32 id) const;
     std::string check_worker(u32 id) const;
@@ -712,7 +739,7 @@ private:
     const bool set_presence_;
     Media media_;
     std::vector<Pod> pods_;
-    PodDirectory directory_;
+    PodDirectory* directory_;
     Standing first_standing_ = Standing::unheard;  // of a pod that is opened
     std::vector<u32> free_pods_;
     std::vector<std::unique_ptr<Worker>> workers_;

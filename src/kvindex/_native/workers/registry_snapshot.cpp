@@ -122,13 +122,18 @@ void Registry::save(SectionWriter& to, SavePlan& plan) const {
     });
 }
 
-void Registry::restore_media(SectionReader& in) {
+void Registry::restore_media(SectionReader& in, RestorePlan& plan, const Numbers& before) {
+    media_.follow(before.media);
     in.enter(Section::media);
     const u32 n = in.count(4);
     in.need(n >= 1, "there are no media");
     for (u32 i = 0; i < n; ++i) {
         const std::string name = in.text();
-        in.need(!name.empty() && media_.id(name.data(), name.size()) == i, "a medium is there twice");
+        in.need(!name.empty(), "a medium has no name");
+        const u32 id = media_.id(name.data(), name.size());
+        in.need((i == 0) == (id == 0) && std::find(plan.media.begin(), plan.media.end(), id) == plan.media.end(),
+                "a medium is there twice");
+        plan.media.push_back(id);
     }
     in.done();
 }
@@ -140,13 +145,29 @@ void Registry::restore_models(SectionReader& in) {
     in.done();
 }
 
-void Registry::restore_pods(SectionReader& in) {
+void Registry::restore_pods(SectionReader& in, RestorePlan& plan, const Numbers& before) {
     in.enter(Section::pods);
     const u32 n = in.count(32);
+    first_standing_ = before.first_standing;
+    pods_made_ = before.pods_made;
+    pods_.resize(before.pod_slots);
+    free_pods_ = before.free_pods;
+    u64 last = 0;
     for (u32 i = 0; i < n; ++i) {
         const std::string name = in.text();
-        in.need(find_pod(name) == kNone && pod(name) == i, "a pod is there twice");
-        Pod& p = pods_[i];
+        in.need(find_pod(name) == kNone, "a pod is there twice");
+        // A pod that was there keeps its number, which what is on its way and the loads of workers have, unless one
+        // before it was opened since: numbers say which pod was opened first.
+        const auto was = before.pods.find(name);
+        if (was != before.pods.end() && was->second > last) {
+            open_pod(name, was->second);
+        } else {
+            pod(name);
+        }
+        const u32 id = find_pod(name);
+        plan.pods.push_back(id);
+        last = pods_[id].uid;
+        Pod& p = pods_[id];
         p.standing = Standing::cut_off;
         p.set_presence = in.flag();
         p.chunk_tokens = in.get<u32>();
@@ -155,14 +176,14 @@ void Registry::restore_pods(SectionReader& in) {
         in.need((rules & 255) <= static_cast<u32>(Engine::trtllm) && rules < 1024, "there is no such engine");
         std::vector<i64> eagle_groups(in.count(8));
         for (i64& g : eagle_groups) g = in.get<i64>();
-        set_engine(i, static_cast<Engine>(rules & 255), rules & 512, std::move(eagle_groups), rules & 256);
+        set_engine(id, static_cast<Engine>(rules & 255), rules & 512, std::move(eagle_groups), rules & 256);
         if (in.flag()) p.refused.add_unknown();
         p.has_clear_media = in.flag();
         for (std::vector<u32>* media : {&p.clear_media, &p.ignore_media}) {
             media->resize(in.count(4));
             for (u32& m : *media) {
-                in.need((m = in.get<u32>()) < media_.size(), "there is no such medium");
-                media_.take(m);
+                in.need((m = in.get<u32>()) < plan.media.size(), "there is no such medium");
+                media_.take(m = plan.media[m]);
             }
         }
         // Nobody has listened since this was written: until somebody shows what has happened, nothing is current.
@@ -179,6 +200,10 @@ void Registry::restore_pods(SectionReader& in) {
             in.need(p.streams.count(r) && p.positions.emplace(r, at).second, "a rank is there twice");
         }
     }
+    free_pods_.clear();
+    widen(free_pods_, pods_.size());
+    for (u32 id = 0; id < pods_.size(); ++id)
+        if (!pods_[id].uid) free_pods_.push_back(id);
     in.done();
 }
 
@@ -188,9 +213,10 @@ void Registry::restore_workers(SectionReader& in, RestorePlan& plan) {
     std::set<std::tuple<u32, i64, u32>> seen;
     u64 masks = 0;
     for (u32 i = 0; i < n; ++i) {
-        const u32 pod = in.get<u32>(), space = in.get<u32>();
+        const u32 pod_no = in.get<u32>(), space = in.get<u32>();
         const i64 r = read_rank(in);
-        in.need(pod < pods_.size() && space < spaces_.size(), "a worker's pod or model is not there");
+        in.need(pod_no < plan.pods.size() && space < spaces_.size(), "a worker's pod or model is not there");
+        const u32 pod = plan.pods[pod_no];
         in.need(pods_[pod].streams.count(r) && seen.emplace(pod, r, space).second, "a worker is there twice");
         in.need(pods_[pod].workers.size() < kMostWorkers, "a pod has too many workers");
         in.need(add_worker(pod, r, space) == i, "a worker is out of order");
@@ -224,11 +250,11 @@ void Registry::restore_workers(SectionReader& in, RestorePlan& plan) {
         plan.first.push_back(holder_slots());
         for (u32 k = in.count(12); k; --k) {
             const u32 medium = in.get<u32>(), group = in.get<u32>(), size = in.get<u32>();
-            in.need(medium < media_.size() && group < w.groups.size() && factor(size),
+            in.need(medium < plan.media.size() && group < w.groups.size() && factor(size),
                     "a holder's medium, group or size is none");
             in.need(tiers.emplace(medium, group, size).second, "a holder is there twice");
-            in.need(holder_fits(w, medium), "a worker has too many holders");
-            add_holder(w, new_holder(i, medium, group, size));
+            in.need(holder_fits(w, plan.media[medium]), "a worker has too many holders");
+            add_holder(w, new_holder(i, plan.media[medium], group, size));
             if (size > 1) set_bit(plan.wide, w.holders.back(), true);
         }
         for (u32 k = in.count(4); k; --k) {
@@ -249,11 +275,11 @@ void Registry::restore_workers(SectionReader& in, RestorePlan& plan) {
     in.done();
 }
 
-void Registry::restore(SectionReader& in, RestorePlan& plan) {
+void Registry::restore(SectionReader& in, RestorePlan& plan, const Numbers& before) {
     assert(pods_.empty());
-    restore_media(in);
+    restore_media(in, plan, before);
     restore_models(in);
-    restore_pods(in);
+    restore_pods(in, plan, before);
     restore_workers(in, plan);
 }
 

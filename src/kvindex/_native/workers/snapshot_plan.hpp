@@ -34,6 +34,7 @@ struct SavePlan {
 };
 
 struct RestorePlan {
+    std::vector<u32> pods, media;        // by their numbers in the file
     std::vector<u32> first;              // a worker's first holder; its others follow, then its ghost
     std::vector<u64> wide;               // holders of blocks of several index blocks
     std::vector<u32> knower, knower_no;  // workers that have holders, and which of them a worker is
