@@ -163,7 +163,11 @@ public:
                 // A medium's name is compared in lower case.
                 known = false;
             }
-            if (!known) registry_.worker_at(id).muted = true;
+            Worker& w = registry_.worker_at(id);
+            if (!known) w.muted = true;
+            // A clear before it in the batch has forgiven what was lost until then.
+            w.shed = w.sticky = true;
+            registry_.judge(w);
         }
     }
 
