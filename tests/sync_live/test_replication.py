@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import http.client
+import json
 import logging
+import os
 import socket
 import subprocess
 import sys
@@ -373,6 +376,67 @@ def test_the_command_collects_and_ends_with_a_signal(server: Any, pod: LivePubli
     finally:
         process.kill()
         process.communicate()
+
+
+def asked(port: int, path: str, body: Any = None) -> tuple[int, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    try:
+        connection.request("GET" if body is None else "POST", path, None if body is None else json.dumps(body))
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+    finally:
+        connection.close()
+
+
+def test_the_command_serves_a_log_and_says_what_it_is_worth(server: Any, pod: LivePublisher) -> None:
+    command = [sys.executable, "-m", "kvindex", "serve", "--port", "0", "--block-size", "4", "--fleet", "t"]
+    environment = {**os.environ, "KVINDEX_LOG": server.url}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    try:
+        assert process.stdout is not None
+        port = int(process.stdout.readline().rpartition(":")[2])
+        # Nobody collects yet: a log that is not current has no pods to wait for, and it is waited for itself.
+        until(lambda: asked(port, "/readyz") == (503, {"ready": False, "reason": "reading the log"}))
+        with view_of(server) as first:
+            first.add_pod(source(pod, address="http://a", labels={"kvindex.io/instance": "7"}, engine="vllm"))
+            pod.publish(5)
+            until(lambda: asked(port, "/readyz")[0] == 200)
+            prompt = {"tokens": [*pod.chain(), 1]}
+            right = first.index.match_prefix(prompt["tokens"], model="m")
+            until(lambda: asked(port, "/v1/match", prompt)[1].get("inexact") == {})
+            until(lambda: asked(port, "/v1/match", prompt)[1]["pods"]["a"]["tokens"] == right["a"].tokens == 20)
+            picked = asked(port, "/v1/pick", prompt)[1]
+            assert (picked["pod"], picked["address"], picked["state"]) == ("a", "http://a", "exact")
+            told = asked(port, "/v1/pods")[1]
+            assert (told["log"]["role"], told["log"]["fleet"], told["log"]["reason"]) == ("follower", "t", "")
+            assert (told["pods"]["a"]["state"], told["pods"]["a"]["blocks"]) == ("exact", 5)
+            assert told["pods"]["a"]["last_seq"] == 4
+            shown = asked(port, "/v1/fleet")[1]
+            assert (shown["log"]["trusted"], [row["pod"] for row in shown["rows"]]) == (True, ["a"])
+            assert asked(port, "/workers")[1][0]["instance_id"] == 7
+            worker = {"instance_id": 7, "endpoint": "tcp://127.0.0.1:9", "model_name": "m", "block_size": 4}
+            for path in ("/register", "/unregister"):
+                body = worker if path == "/register" else {"instance_id": 7, "model_name": "m"}
+                status, refused = asked(port, path, body)
+                assert (status, refused["reason"]) == (409, "replicated")
+                assert "kvindex collect" in refused["error"]
+        until(lambda: asked(port, "/v1/pods")[1]["pods"]["a"]["state"] == "stale")
+        server.kill()
+        until(lambda: "cannot be reached" in asked(port, "/v1/fleet")[1]["rows"][0]["reason"])
+        assert asked(port, "/v1/match", prompt)[1]["inexact"] == {"a": "stale"}
+        assert asked(port, "/v1/pick", prompt)[0] == 503
+        assert asked(port, "/readyz")[0] == 200, "what was ready stays so, and says what is stale"
+        process.terminate()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("beside", [["a=tcp://127.0.0.1:9"], ["--kubernetes"], ["--snapshot", "f"], ["--demo"]])
+def test_the_command_serves_a_log_or_something_else(beside: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", *beside, "--log", "redis://127.0.0.1:1"]) == 2
+    assert "leave out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

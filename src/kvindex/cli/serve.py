@@ -21,6 +21,7 @@ __all__ = ["add_parser"]
 log = logging.getLogger("kvindex.service")
 
 TOKEN = "KVINDEX_TOKEN"
+URL = "KVINDEX_LOG"
 
 
 def add_parser(commands: Any) -> None:
@@ -36,6 +37,7 @@ def add_parser(commands: Any) -> None:
             "kvindex serve --pods pods.yaml --port 8090",
             "kvindex serve --demo",
             "kvindex serve --snapshot /var/lib/kvindex/index --snapshot-every 300",
+            "kvindex serve --log redis://10.0.0.9:6379 --fleet prod",
         ],
     )
     add_arguments(parser)
@@ -44,6 +46,11 @@ def add_parser(commands: Any) -> None:
                         help="start N simulated pods with traffic, and follow these (default: 5)")  # fmt: skip
     parser.add_argument("--kill-every", type=seconds, default=20.0, metavar="SECONDS",
                         help="with --demo: kill a pod so often; it starts again (default %(default)g)")  # fmt: skip
+
+    log_of = parser.add_argument_group("the log of a collector, in the place of pods")
+    log_of.add_argument("--log", metavar="URL", default=os.environ.get(URL),
+                        help=f"follow the log in this Redis or Valkey server (default: {URL}, else none)")  # fmt: skip
+    log_of.add_argument("--fleet", default="default", metavar="NAME", help="name of the fleet (default %(default)s)")
 
     index = parser.add_argument_group("the index")
     index.add_argument("--block-size", type=positive, default=16, metavar="TOKENS",
@@ -90,15 +97,22 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("--snapshot-every needs --snapshot FILE")
     if args.demo is not None and (others := _beside_demo(args)):
         raise CommandError(f"--demo has pods and an index of its own: leave out {others}")
+    if args.log and (others := _beside_log(args)):
+        raise CommandError(f"a log (--log or {URL}) has pods and an index of its own: leave out {others}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     token = _token(args)
     encoder = encoder_of(args)
-    index, registered = _index(args, token)
+    index, registered = (None, []) if args.log else _index(args, token)
     limits = Limits(max_body=args.max_body, max_tokens=args.max_tokens, max_in_flight=args.max_in_flight)
     with ExitStack() as stack:
         fleet = None if args.demo is None else stack.enter_context(_fleet(args.demo))
-        manager = stack.enter_context(EventManager(index))
-        stack.enter_context(followed_fleet(manager, args))
+        manager: Any
+        if index is None:
+            manager = stack.enter_context(_view(args))
+            index = manager.index
+        else:
+            manager = stack.enter_context(EventManager(index))
+            stack.enter_context(followed_fleet(manager, args))
         for source in registered if fleet is None else [pod.source() for pod in fleet.pods]:
             _follow(manager, source)
         service = Service(index, manager, encoder=encoder, limits=limits, token=token)
@@ -131,8 +145,27 @@ def _beside_demo(args: argparse.Namespace) -> str:
     given = {
         "POD": args.pods, "--pods": args.file, "--replay": args.replay, "--kubernetes": args.kubernetes is not None,
         "--snapshot": args.snapshot, "--from": args.source, "--block-size": args.block_size != BLOCK_SIZE,
+        f"--log or {URL}": args.log,
     }  # fmt: skip
     return ", ".join(name for name, value in given.items() if value)
+
+
+def _beside_log(args: argparse.Namespace) -> str:
+    given = {
+        "POD": args.pods, "--pods": args.file, "--replay": args.replay, "--kubernetes": args.kubernetes is not None,
+        "--snapshot": args.snapshot, "--from": args.source,
+    }  # fmt: skip
+    return ", ".join(name for name, value in given.items() if value)
+
+
+def _view(args: argparse.Namespace) -> Any:
+    try:
+        from ..replication import ReplicatedIndex
+    except ImportError as error:
+        raise CommandError(str(error)) from None
+    return ReplicatedIndex(
+        args.log, fleet=args.fleet, block_size=args.block_size, collect=False, max_bytes=args.max_bytes, ttl=args.ttl
+    )
 
 
 def _fleet(number: int) -> Fleet:

@@ -36,19 +36,24 @@ class Known:
     def __init__(self) -> None:
         self.pods: dict[str, Described] = {}
         self.states: dict[tuple[str, int], str] = {}
+        self.reasons: dict[tuple[str, int], str] = {}
+        """Of those that were marked since the last snapshot."""
 
     def take(self, item: object) -> None:
         if isinstance(item, Marked):
             self.states[item.pod, item.rank] = item.state
+            self.reasons[item.pod, item.rank] = item.reason
         elif isinstance(item, Described):
             self.pods[item.pod] = item
         elif isinstance(item, Removed):
             self.pods.pop(item.pod, None)
             self.states = {at: state for at, state in self.states.items() if at[0] != item.pod}
+            self.reasons = {at: reason for at, reason in self.reasons.items() if at[0] != item.pod}
 
     def load(self, load: Load) -> None:
         self.pods = {pod: Described(pod, *fields) for pod, fields in load.pods.items()}
         self.states = {(pod, rank): state for pod, rank, state in load.states}
+        self.reasons = {}
 
     def contents(self, data: bytes) -> Contents:
         pods = {pod: [*described[1:]] for pod, described in self.pods.items()}

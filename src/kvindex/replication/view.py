@@ -16,11 +16,23 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
+from ..answers import WorkerStats
 from ..errors import InvalidValueError, KVIndexError, StreamError, UnknownPodError
 from ..index import PrefixIndex
 from ..sync.manager import EventManager
 from ..sync.source import PodSource
-from ..sync.status import Batch, Configured, Forgotten, Marked, PodsChange, PodStatus, Removed, StateChange
+from ..sync.status import (
+    Batch,
+    Configured,
+    Forgotten,
+    Marked,
+    PodsChange,
+    PodStatus,
+    Removed,
+    StateChange,
+    WorkerStatus,
+    pod_status,
+)  # fmt: skip
 from .collector import Collector, Cut
 from .entries import Described
 from .exchange import Exchange
@@ -354,9 +366,32 @@ class ReplicatedIndex:
         )  # fmt: skip
 
     def pod_status(self) -> dict[str, PodStatus]:
-        """Returns :meth:`EventManager.status` of a collector; an empty dict in a follower. O(workers)."""
+        """Returns every pod's status, as :meth:`EventManager.status`. O(workers).
+
+        In a follower, it has the state, the reason, the place and the blocks of each rank. Its counters are 0, because
+        only the collector has them, and ``connected`` is whether the log is alive.
+        """
         manager = self._manager
-        return {} if manager is None else manager.status()
+        if manager is not None:
+            return manager.status()
+        status = self.status()
+        sources, reasons = self.pods(), dict(self._known.reasons)
+        table: dict[str, PodStatus] = {}
+        for name in sorted({*sources, *self._index.pods()}):
+            model = sources[name].model if name in sources else ""
+            workers = {}
+            with suppress(UnknownPodError):
+                for rank, stats in self._index.worker_stats(name).items():
+                    reason = status.reason if not status.trusted else reasons.get((name, rank), "")
+                    workers[rank] = _worker_status(name, rank, model, reason, status.trusted, stats)
+            if not workers:
+                missing: WorkerStats = {
+                    "blocks": 0, "parked": 0, "state": "stale", "last_seq": None, "in_doubt": False, "lookahead": []
+                }  # fmt: skip
+                reason = status.reason or status.hindrance
+                workers[0] = _worker_status(name, 0, model, reason, status.trusted, missing)
+            table[name] = pod_status(name, model, workers)
+        return table
 
     def _missing(self) -> str:
         if self.role != "follower" or self._until == 0.0:
@@ -588,6 +623,17 @@ class ReplicatedIndex:
 
 
 _WITH_SNAPSHOTS = (Follower, Collector, Exchange)
+
+
+def _worker_status(
+    pod: str, rank: int, model: str, reason: str, connected: bool, stats: WorkerStats
+) -> WorkerStatus:  # fmt: skip
+    return WorkerStatus(
+        pod=pod, rank=rank, model=model, endpoint=None, replay_endpoint=None, state=stats["state"], reason=reason,
+        connected=connected, last_seq=stats["last_seq"], last_ts=None, lag=None, replaying=False, waiting=0, batches=0,
+        gaps=0, lost_batches=0, replays=0, replays_healed=0, replays_failed=0, restarts=0, reconnects=0, duplicates=0,
+        throttled=0, errors={}, events={}, blocks=stats["blocks"], parked=stats["parked"], counters={},
+    )  # fmt: skip
 
 
 def _source(described: Described) -> PodSource:

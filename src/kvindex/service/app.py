@@ -27,6 +27,7 @@ from .figures import EVERY, Figures
 from .fleet import Fleet
 from .openapi import document
 from .peers import Peers
+from .replicated import ReplicatedPods
 from .v1 import V1, binary_tokens
 
 __all__ = ["Call", "Service"]
@@ -65,7 +66,9 @@ class Service:
 
     Args:
         index: The index.
-        manager: The :class:`EventManager` that follows the pods; ``/register`` adds to it.
+        manager: The :class:`EventManager` that follows the pods; ``/register`` adds to it. Or the
+            :class:`~kvindex.replication.ReplicatedIndex` that has the index: then ``/register`` is refused, and
+            ``/readyz`` waits for the log.
         picker: The picker; None creates an ``EndpointPicker(index, manager)``.
         encoder: A :class:`~kvindex.text.PromptEncoder` or :class:`~kvindex.text.RemoteEncoder` for requests with
             a text or messages; None refuses these.
@@ -86,6 +89,8 @@ class Service:
                 f"token has {len(token)} characters; it must have printable ASCII and no blanks around"
             )
         limits = limits or Limits()
+        if hasattr(manager, "pod_status"):
+            manager = ReplicatedPods(manager)
         self.index, self.manager = index, manager
         self.picker = EndpointPicker(index, manager) if picker is None else picker
         self.fleet = Fleet(index, manager)

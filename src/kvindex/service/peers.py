@@ -19,6 +19,7 @@ from ..hashing import roll_hashes
 from ..sync.source import PodSource
 from .call import Limits, Refused, encode
 from .fleet import DEFAULT, GROUP, INSTANCE, REGISTERED, SALT, TYPE, Fleet, Group, Member
+from .replicated import ReplicatedPods
 from .requests import Peer, Query, QueryByHash, Register, Unregister, WorkersQuery
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Peers:
     # ---- which publishers
 
     async def register(self, asked: Register) -> tuple[int, bytes]:
+        self._decides()
         mooncake = asked.model_name is None
         model = asked.modelname if mooncake else asked.model_name
         if model is None:
@@ -100,10 +102,15 @@ class Peers:
             return 200, encode({"status": "registered successfully", "instance_id": asked.instance_id})
         return 201, b'{"status":"ok"}'
 
+    def _decides(self) -> None:
+        if isinstance(self._manager, ReplicatedPods):
+            raise self._manager.refused()
+
     def _refused(self, mooncake: bool, error: str, field: str) -> Refused:
         return Refused(400 if mooncake else 409, "invalid_registration", error, field=field)
 
     async def unregister(self, asked: Unregister) -> bytes:
+        self._decides()
         mooncake = asked.model_name is None
         model = asked.modelname if mooncake else asked.model_name
         group = (asked.tenant_id or DEFAULT) if mooncake else asked.routing_group

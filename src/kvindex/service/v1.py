@@ -19,6 +19,7 @@ from ..routing import Choice, EndpointPicker
 from ..sync.source import PodSource
 from .call import Limits, Refused, encode
 from .fleet import REGISTERED, Fleet
+from .replicated import ReplicatedPods
 from .requests import Finished, History, Match, Pick, Prefilled
 
 if TYPE_CHECKING:
@@ -211,7 +212,12 @@ class V1:
             name: {**msgspec.to_builtins(status, str_keys=True), **_of_source(sources.get(name))}
             for name, status in self._manager.status().items()
         }
-        return encode({"block_size": self._index.block_size, "index": self._index.stats(), "pods": pods})
+        told = {"block_size": self._index.block_size, "index": self._index.stats(), "pods": pods}
+        return encode({**told, **self._log()})
+
+    def _log(self) -> dict[str, Any]:
+        manager = self._manager
+        return {"log": manager.log()} if isinstance(manager, ReplicatedPods) else {}
 
     def sources(self) -> bytes:
         """The pods that were registered, as a list that ``--pods`` reads."""
@@ -263,6 +269,7 @@ class V1:
                 "bytes": index["bytes"],
                 "text": self._encoder is not None,
                 "now": self._figures.latest(),
+                **self._log(),
             }
         )
 
@@ -276,11 +283,15 @@ class V1:
         """Ready as soon as each pod that was there at the start has been current once: its history is applied."""
         if self.closing:
             return 503, encode({"ready": False, "reason": "closing"})
+        late = time.monotonic() - self._started > self.ready_after
+        log = self._log().get("log")
         if self._waited is None:
+            # Which pods there are is not known before the log is.
+            if log is not None and not log["trusted"] and not late:
+                return 503, encode({"ready": False, "reason": log["reason"]})
             self._waited = set(self._fleet.view().sources)
         followed = self._fleet.view().sources
         self._waited = {pod for pod in self._waited if pod in followed and self._fleet.state(pod) == "stale"}
-        late = time.monotonic() - self._started > self.ready_after
         ready = late or not self._waited
         waiting = sorted(self._waited)[:20]
         return (200 if ready else 503), encode({"ready": ready, "waiting": waiting, "stale": len(self._waited)})

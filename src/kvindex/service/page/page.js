@@ -139,6 +139,9 @@ function choices() {
   }
 }
 
+// Of a service that follows a log: whose, and why it is not current.
+const told = (log) => (log ? "; " + log.role + " of fleet " + log.fleet + (log.trusted ? "" : ", not current: " + log.reason) : "");
+
 async function look() {
   clearTimeout(timer);
   try {
@@ -147,7 +150,7 @@ async function look() {
     fleet = seen;
     samples = samples.concat(more).slice(-360);
     const counts = ["exact", "degraded", "stale"].filter((state) => fleet.now[state]).map((state) => fleet.now[state] + " " + state);
-    $("summary").textContent = fleet.rows.length + " pods: " + (counts.join(", ") || "none yet");
+    $("summary").textContent = fleet.rows.length + " pods: " + (counts.join(", ") || "none yet") + told(fleet.log);
     table();
     figures();
     choices();
