@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import urllib3
+import yaml
 
-from .log_server import programs
+from kvindex.sim import tokenizer as sim_tokenizer
+
+from .fleet import ROOT, Pods, source, until
+from .log_server import LogServer, programs
 from .replication import FAULTS, Fleet, compare, measure, running
 
 PROGRAMS = programs()
@@ -35,3 +50,109 @@ def subscribers(fleet: Fleet) -> set[int]:
         if each.status == psutil.CONN_ESTABLISHED
     )
     return {found[port] for port in ports}
+
+
+WORKERS = 8
+
+
+@contextmanager
+def routers(pods: Pods, server: LogServer, directory: Path) -> Iterator[tuple[psutil.Process, str]]:
+    """The example router with eight workers on one log, and its URL."""
+    listed = [
+        {"name": pod.config.name, "model": pod.config.model, "engine": "vllm", "address": pod.url,
+         "ranks": {rank: list(ends) for rank, ends in source(pod).ranks.items()}}
+        for pod in pods
+    ]  # fmt: skip
+    (directory / "pods.yaml").write_text(yaml.safe_dump(listed))
+    sim_tokenizer.save(directory / "model")
+    # Kept bound, so that nobody else is given the port; uvicorn may listen there all the same.
+    kept = socket.socket()
+    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    kept.bind(("127.0.0.1", 0))
+    port = kept.getsockname()[1]
+    command = [sys.executable, ROOT / "examples" / "http_router.py", f"--pods={directory / 'pods.yaml'}",
+               f"--model={directory / 'model'}", f"--port={port}", f"--workers={WORKERS}"]  # fmt: skip
+    process = subprocess.Popen(command, env={**os.environ, "KVINDEX_LOG": server.url})
+    parent = psutil.Process(process.pid)
+    try:
+        yield parent, f"http://127.0.0.1:{port}"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) in (0, -signal.SIGTERM)
+    finally:
+        for each in (*(parent.children(recursive=True) if process.poll() is None else ()), process):
+            each.kill()
+        process.wait()
+        kept.close()
+
+
+def chat(url: str, content: str) -> tuple[int, int, int]:
+    """Its status, and the cached tokens that a worker expected and the engine reported. Each is a new connection, which
+    any of the workers takes."""
+    body = {"messages": [{"role": "user", "content": content}], "model": "sim", "max_tokens": 4}
+    with urllib3.PoolManager(retries=False, timeout=60.0) as http:
+        try:
+            answer = http.request("POST", f"{url}/v1/chat/completions", json=body)
+        except urllib3.exceptions.HTTPError:
+            return 0, -1, -1
+    if answer.status != 200:
+        return answer.status, -1, -1
+    usage = json.loads(answer.data)["usage"]["prompt_tokens_details"]
+    return 200, int(answer.headers["x-kvindex-expected"]), usage["cached_tokens"]
+
+
+def connected(pods: Pods) -> list[int]:
+    """The processes at the other ends of the engines' event sockets, one for each connection of an engine."""
+    ports = set()
+    for pod in pods:
+        publishes = int(pod.ranks[0][0].rpartition(":")[2])
+        ports |= {
+            each.raddr.port
+            for each in psutil.Process(pod.pid).net_connections("tcp")
+            if each.status == psutil.CONN_ESTABLISHED and each.laddr.port == publishes
+        }
+    return [
+        child.pid
+        for child in psutil.Process().children(recursive=True)
+        for each in child.net_connections("tcp")
+        if each.laddr.port in ports and each.raddr
+    ]
+
+
+def readers(server: LogServer) -> int:
+    with server.client() as client:
+        return sum(each["name"] == "kvindex" for each in client.client_list())
+
+
+def test_eight_workers_of_the_example_router_have_one_subscription(tmp_path: Path) -> None:
+    """Whichever worker answers knows what the engines hold, and so it is when the one that listens is killed."""
+
+    def all_know(content: str) -> Any:
+        found = [chat(url, content) for _ in range(3 * WORKERS)]
+        return {(status, expected == reported, reported > 64) for status, expected, reported in found} == {
+            (200, True, True)
+        } and found
+
+    def alone() -> int | None:
+        """The process that the engines have one connection to each, if there is one."""
+        found = connected(pods)
+        return found[0] if len(found) == len(pods) and len(set(found)) == 1 else None
+
+    with Pods(http=0, blocks=9000) as pods, LogServer(PROGRAMS.get("redis") or PROGRAMS["valkey"]) as server:
+        pods.start("a", "b", "c")
+        with routers(pods, server, tmp_path) as (parent, url):
+            until(lambda: readers(server) == WORKERS, lambda: readers(server), 120.0)
+            content = "what all workers were told " * 8
+            until(lambda: chat(url, content)[0] == 200, seconds=120.0)
+            until(lambda: all_know(content), seconds=60.0)
+            collector = until(alone, lambda: connected(pods))
+            assert collector in {each.pid for each in parent.children()}
+            psutil.Process(collector).kill()
+            # uvicorn starts another worker in its place.
+            successor = until(
+                lambda: (found := alone()) not in (None, collector) and found, lambda: connected(pods), 60.0
+            )
+            until(lambda: readers(server) == WORKERS, lambda: readers(server), 60.0)
+            content = "what came after the first one's end " * 8
+            until(lambda: chat(url, content)[0] == 200, seconds=60.0)
+            until(lambda: all_know(content), seconds=60.0)
+            assert alone() == successor

@@ -5,11 +5,14 @@
 pods.yaml lists the pods with their addresses, and is followed as it changes. The model's directory has tokenizer.json
 and chat_template.jinja; otherwise, take PromptEncoder(transformers.AutoTokenizer.from_pretrained(directory)). SIGTERM
 lets the requests in flight end. An answer's headers name its pod, and the cached tokens that were expected.
+
+With --workers 8 and KVINDEX_LOG=redis://10.0.0.9:6379, the workers share one subscription to the engines.
 """
 
 import argparse
 import asyncio
 import json
+import os
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -30,10 +33,9 @@ from kvindex.text import PromptEncoder
 
 class Router:
     def __init__(self, pods, model, block_size):
-        self.pods, model = pods, Path(model)
+        self.pods, self.block_size, model = pods, block_size, Path(model)
         tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
         self.encoder = PromptEncoder(tokenizer, (model / "chat_template.jinja").read_text())
-        self.index = PrefixIndex(block_size=block_size)
         self.healthy = set()
         self.app = FastAPI(lifespan=self.lifespan)
         self.app.post("/v1/chat/completions")(self.serve)
@@ -46,7 +48,15 @@ class Router:
     @asynccontextmanager
     async def lifespan(self, app):
         timeout, limits = httpx.Timeout(600, connect=2), httpx.Limits(max_connections=None)
-        with EventManager(self.index) as self.manager, PodFile(self.manager, self.pods):
+        if log := os.environ.get("KVINDEX_LOG"):
+            from kvindex.replication import ReplicatedIndex
+
+            self.manager = ReplicatedIndex(log, fleet="router", block_size=self.block_size)
+            self.index = self.manager.index
+        else:
+            self.index = PrefixIndex(block_size=self.block_size)
+            self.manager = EventManager(self.index)
+        with self.manager, PodFile(self.manager, self.pods):
             self.picker = EndpointPicker(self.index, self.manager)
             self.registry = CollectorRegistry()
             self.registry.register(KVIndexCollector(self.index, self.manager, self.picker))
@@ -146,12 +156,24 @@ def refused(request, error):
     return JSONResponse({"error": {"message": str(error), "type": type(error).__name__}}, 400)
 
 
-if __name__ == "__main__":
+def arguments():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--pods", required=True, help="a YAML or JSON list of pods, with addresses")
     parser.add_argument("--model", required=True, help="directory with tokenizer.json and chat_template.jinja")
     parser.add_argument("--block-size", type=int, default=16, help="the engines' (%(default)s)")
     parser.add_argument("--port", type=int, default=8080)
-    args = parser.parse_args()
-    app = Router(args.pods, args.model, args.block_size).app
-    uvicorn.run(app, port=args.port, access_log=False, timeout_graceful_shutdown=60)
+    parser.add_argument("--workers", type=int, default=1, help="processes (%(default)s)")
+    return parser.parse_args()
+
+
+def app():
+    args = arguments()
+    return Router(args.pods, args.model, args.block_size).app
+
+
+if __name__ == "__main__":
+    args = arguments()
+    uvicorn.run(
+        f"{Path(__file__).stem}:app", factory=True, port=args.port, workers=args.workers, access_log=False,
+        timeout_graceful_shutdown=60,
+    )  # fmt: skip

@@ -37,6 +37,7 @@ except ImportError:
 
 from .index import PrefixIndex
 from .routing import ERROR_TOKENS, PICK_SECONDS, EndpointPicker
+from .sync.status import PodStatus
 
 __all__ = ["KVIndexCollector"]
 
@@ -89,12 +90,14 @@ class KVIndexCollector(Collector):
 
     Args:
         index: The index.
-        manager: The :class:`EventManager` or :class:`~kvindex.aio.AsyncEventManager` that follows the pods, if any.
+        manager: The :class:`EventManager`, :class:`~kvindex.aio.AsyncEventManager` or
+            :class:`~kvindex.replication.ReplicatedIndex` that follows the pods, if any.
         picker: The :class:`~kvindex.routing.EndpointPicker`, if any.
     """
 
     def __init__(self, index: PrefixIndex, manager: Any = None, picker: EndpointPicker | None = None) -> None:
-        self._index, self._manager, self._picker = index, manager, picker
+        self._index, self._picker = index, picker
+        self._status = getattr(manager, "pod_status", None) or getattr(manager, "status", None)
 
     def describe(self) -> Iterable[Metric]:
         """Returns an empty list, so that a registry accepts the collector without scraping it."""
@@ -103,13 +106,13 @@ class KVIndexCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         """Yields the metrics of this moment."""
         yield from _single(self._index.stats(), _INDEX_GAUGES, _INDEX_COUNTERS)
-        if self._manager is not None:
-            yield from self._streams()
+        if self._status is not None:
+            yield from self._streams(self._status())
         if self._picker is not None:
             yield from self._routing(self._picker.stats())
 
-    def _streams(self) -> Iterable[Metric]:
-        workers = [worker for pod in self._manager.status().values() for worker in pod.workers.values()]
+    def _streams(self, pods: Mapping[str, PodStatus]) -> Iterable[Metric]:
+        workers = [worker for pod in pods.values() for worker in pod.workers.values()]
         state = GaugeMetricFamily(
             "kvindex_worker_state", "1 for the state that the worker is in, 0 for the others.",
             labels=["pod", "rank", "state"],

@@ -338,6 +338,22 @@ class ReplicatedIndex:
                 return missing
             time.sleep(0.01)
 
+    def wait_until_current(self, timeout: float | None = None) -> bool:
+        """Waits until there are pods and none is ``stale``, as :meth:`EventManager.wait_until_current`.
+
+        Args:
+            timeout: Seconds; None for no limit.
+
+        Returns:
+            False after ``timeout`` seconds, or if the view was closed.
+        """
+        until = None if timeout is None else time.monotonic() + timeout
+        while not (pods := self.pods()) or "stale" in self.inexact(pods).values():
+            if self._closing or (until is not None and time.monotonic() >= until):
+                return False
+            time.sleep(0.01)
+        return True
+
     def status(self) -> ReplicationStatus:
         """Returns the role, place and faults of this process. O(pods); it does not wait for the thread."""
         machine = self._machine
