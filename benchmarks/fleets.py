@@ -75,7 +75,7 @@ def bare_idle(pods: int, seconds: float) -> dict[str, float]:
         start, started = time.perf_counter(), time.process_time()
         with context.socket(zmq.SUB) as socket:
             socket.subscribe(b"")
-            socket.heartbeat_ivl, socket.heartbeat_timeout = 500, 1250
+            socket.heartbeat_ivl, socket.heartbeat_timeout = 700, 1050
             monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
             for live, _ in fleet.ends:
                 socket.connect(live)

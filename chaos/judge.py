@@ -32,8 +32,7 @@ __all__ = ["Cycle", "Judgement", "Judgements", "Samples", "Witness", "judge", "s
 Times: TypeAlias = npt.NDArray[np.float64]
 Numbers: TypeAlias = npt.NDArray[np.int64]
 
-#: Seconds until what can not be known has to be called so: three heartbeats of half a second, and the half second
-#: until the first of them.
+#: Seconds until what can not be known has to be called so: one heartbeat of 0.7 s, its timeout of 1.05 s, and a margin.
 NOTICE = 2.0
 #: Seconds from healing to everything being exact again.
 RECOVER = 10.0

@@ -124,7 +124,7 @@ class IndexProcess(ToldProcess):
     module = "e2e.server"
 
     def __init__(
-        self, name: str = "index", *, block_size: int = 16, policy: Mapping[str, Any] = BRISK, heartbeat: float = 0.5,
+        self, name: str = "index", *, block_size: int = 16, policy: Mapping[str, Any] = BRISK, heartbeat: float = 0.7,
         snapshot: Path | str | None = None, host: str = "127.0.0.1", **options: Any,
     ) -> None:  # fmt: skip
         command = [

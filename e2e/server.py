@@ -197,7 +197,7 @@ def main(make: Callable[[argparse.Namespace], Server] = Server) -> int:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--policy", default="{}", help="fields of a stream's policy, as JSON")
-    parser.add_argument("--heartbeat", type=float, default=0.5)
+    parser.add_argument("--heartbeat", type=float, default=0.7)
     parser.add_argument("--snapshot", help="to start from, where the file is there")
     server = make(parser.parse_args())
 

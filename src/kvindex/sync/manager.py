@@ -61,7 +61,7 @@ class EventManager:
         index: The :class:`PrefixIndex` to update.
         policy: Times and bounds of a stream.
         heartbeat: Seconds between heartbeats to a silent peer; 0 disables them. A peer that does not answer within
-            another 2.5 intervals is considered disconnected.
+            another 1.5 intervals is considered disconnected.
         connect_timeout: Seconds that establishing a connection may take.
         queue: Messages that may wait at a socket. The publisher drops messages beyond it, which leaves a gap.
         max_message: Largest message in bytes. Larger ones are refused.
@@ -74,7 +74,7 @@ class EventManager:
     """
 
     def __init__(
-        self, index: Index, *, policy: StreamPolicy | None = None, heartbeat: float = 0.5, connect_timeout: float = 3.0,
+        self, index: Index, *, policy: StreamPolicy | None = None, heartbeat: float = 0.7, connect_timeout: float = 3.0,
         queue: int = 2000, max_message: int = 32 << 20, max_replays: int = 16, context: zmq.Context[Any] | None = None,
     ) -> None:  # fmt: skip
         check_index(index)

@@ -298,8 +298,8 @@ class Worker:
         self._heard_at = None
         if silent is None or not beat:
             return ""
-        # From the last message to the first beat one interval at most, from there to the end two and a half.
-        self._unbeaten = self._unbeaten + 1 if 2.4 * beat <= silent <= 4.0 * beat else 0
+        # From the last message to the first beat one interval at most, from there to the end one and a half.
+        self._unbeaten = self._unbeaten + 1 if 1.4 * beat <= silent <= 3.0 * beat else 0
         if self._unbeaten < 2:
             return ""
         return (
