@@ -54,11 +54,9 @@ public:
         const u32 known = find(p, n);
         if (known != kNone) return known;
         if (next_ == kNone) return kNone;
-        static const char* const all[] = {"GPU",     "CPU",      "CPU_PINNED", "DISK",
-                                          "STORAGE", "EXTERNAL", "CPU_TIER1",  "CPU_TIER2"};
         const std::string key = lower(p, n);
         std::string shown(p, n);
-        for (const char* k : all)
+        for (const char* k : kKnown)
             if (lower(k, std::strlen(k)) == key) shown = k;
         put(key, shown, next_);
         return next_++;
@@ -89,12 +87,11 @@ public:
             if (here->second.users == 0) forget(here);
         }
     }
-    // The order in which an engine reads them: its own pool, memory, then what is slower.
+    // Its place in the order in which an engine reads them; the last for all others.
     u32 tier(u32 id) const {
-        static const char* const order[] = {"GPU", "CPU", "CPU_PINNED", "DISK", "STORAGE", "EXTERNAL"};
         const auto it = names_.find(id);
         u32 n = 0;
-        while (n < 6 && (it == names_.end() || it->second.shown != order[n])) ++n;
+        while (n < kTiers && (it == names_.end() || it->second.shown != kKnown[n])) ++n;
         return n;
     }
     // Memory of the host: CPU, CPU_PINNED, CPU_TIER1, ...
@@ -117,6 +114,12 @@ public:
     }
 
 private:
+    // As engines write them. The first are tiers, in the order in which an engine reads them: its own pool,
+    // memory of the host, then slower media.
+    static constexpr const char* kKnown[] = {"GPU",     "CPU",      "CPU_PINNED", "DISK",
+                                             "STORAGE", "EXTERNAL", "CPU_TIER1",  "CPU_TIER2"};
+    static constexpr u32 kTiers = 6;
+
     struct Name {
         std::string key, shown;
         u64 users;
