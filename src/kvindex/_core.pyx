@@ -37,7 +37,7 @@ cdef class Index:
     cdef object __weakref__
     cdef readonly uint32_t block_size
     cdef readonly uint64_t hash_seed
-    # What the core has said of names: for ever right, since no number is used twice. Which pods there are is asked of it.
+    # Numbers of names: they never become wrong, since no number is used twice. The core has the list of pods.
     cdef dict uids, names
     cdef readonly object _clock
     cdef bint timed
@@ -54,8 +54,8 @@ cdef class Index:
 
     cdef uint64_t remembered(self, object pod) except? 0: return self.uids.get(pod, 0) if PyUnicode_CheckExact(pod) else 0
 
-    # The pod's number, a new one if there is none. It is asked for before the call waits for anything: a pod that is removed meanwhile
-    # takes with it whatever was on its way.
+    # The pod's number, a new one if there is none. It is found before the call waits for anything: calls that are on their
+    # way to a pod have no effect if the pod is removed meanwhile.
     cdef uint64_t uid(self, object pod) except 0:
         cdef string name
         cdef uint64_t found = self.remembered(pod)
@@ -64,7 +64,7 @@ cdef class Index:
             with nogil: found = self.ix.open_pod(name)
             if PyUnicode_CheckExact(pod):
                 self.uids[pod] = found
-                # Whoever removes a pod forgets it here afterwards, and may have been faster.
+                # A call that removes the pod drops its number here afterwards, and may have been faster.
                 if not self.ix.directory().has(found):
                     self.uids.pop(pod, None)
         return found
@@ -321,7 +321,7 @@ cdef class Index:
         if self.ix.next_expiry() <= now:
             with nogil: self.ix.expire(now)
 
-    # Primitives of index.py, which checks what it hands over.
+    # Primitives of index.py, which checks the arguments.
     def _configure(self, pod, int counted, cbool has_media, vector[string] media, int64_t chunk, int64_t max_blocks):
         cdef uint64_t uid = self.uid(pod)
         with nogil: self.ix.configure(uid, counted, has_media, media, chunk, max_blocks)

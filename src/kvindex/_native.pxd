@@ -165,7 +165,7 @@ cdef extern from "_native/concurrent_index.hpp" namespace "kvindex" nogil:
         Totals totals
         Report report
 
-    # Waits for nobody.
+    # Never waits.
     cppclass PodDirectory:
         uint64_t find(const string&) except +
         cbool has(uint64_t) except +

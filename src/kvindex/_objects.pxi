@@ -1,6 +1,6 @@
 # Objects of callers as native memory, and native memory as objects. No pointer into one is kept across a call that may run Python code:
-# a buffer is exported for as long as it is read, texts are copied or held by whoever refers to them, and of a list that Python code may
-# change a tuple is read.
+# a buffer is exported for as long as it is read, texts are copied or held by the object that refers to them, and a list that Python code
+# may change is read as a tuple.
 
 @freelist(8)
 cdef class _Ints:
@@ -79,7 +79,7 @@ cdef _Ints _tokens(object tokens, str what="tokens"):
     out = v.room(n)
     at = read_tokens(PySequence_Fast_ITEMS(items), n, out)
     if at < n and isinstance(items, list):
-        # Whatever is no plain int runs Python code, which may change a list. Until here none has run.
+        # Objects other than plain ints run Python code, which may change a list. Until here none has run.
         items = PyList_AsTuple(items)
     if PySequence_Fast_GET_SIZE(items) != n:
         raise InvalidValueError(f"{what} changed while it was read")

@@ -215,7 +215,7 @@ class _Waker:
         self._on_its_way = False
 
     def __call__(self) -> None:
-        # One call at a time waits in the loop, however busy it is. A loop that is closed has nobody left who waits.
+        # One call at a time waits in the loop, however busy it is. A closed loop has no waiting callers.
         if not self._on_its_way:
             self._on_its_way = True
             with suppress(RuntimeError):

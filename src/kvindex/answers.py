@@ -14,9 +14,9 @@ STATES: Final[tuple[Verdict, ...]] = ("exact", "degraded", "stale")
 ENGINES: Final = ("vllm", "sglang", "trtllm")
 REPORT = ("stored", "removed", "cleared", "parked", "skipped", "errors", "reasons")
 
-# What a row says, and how.
+# The meanings of a row.
 REUSED, HELD, MEDIUM, TIER = 1, 2, 4, 8
-# Rank, medium (None: all together), what of these it says, blocks, index into STATES.
+# Rank, medium (None: all together), meanings, blocks, index into STATES.
 Row: TypeAlias = "tuple[int, bytes | None, int, int, int]"
 
 
@@ -130,8 +130,8 @@ def pod_match(rows: Iterable[Row], block_size: int) -> PodMatch:
             ranks[rank] = max(ranks.get(rank, 0), tokens)
         if says & HELD:
             held = max(held, tokens)
-        if medium:  # Empty: nobody has it any more.
-            # Names of media come from the wire and may be no UTF-8.
+        if medium:  # Empty: the medium has gone.
+            # Names of media come from the wire and need not be UTF-8.
             name = medium.decode("utf-8", "surrogateescape")
             if says & MEDIUM:
                 media[name] = max(media.get(name, 0), tokens)

@@ -1,4 +1,4 @@
-"""Arguments before they reach the core, where speed does not matter: checks, and errors that say what is right."""
+"""Checks of arguments before they reach the core, where speed does not matter, and errors that name a right value."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .errors import InvalidTypeError, InvalidValueError, KVIndexError
 
 __all__: list[str] = []
 
-# What a BlockStored may have in place of token_ids, in the order in which the core numbers them.
+# Fields of a BlockStored that replace token_ids, in the order in which the core numbers them.
 HASHED = ("local_hashes", "prefix_hashes")
 TOKENS_ARE = "tokens are a uint32, int32, int64 or uint64 array, or a sequence of ints"
 
@@ -36,12 +36,12 @@ def shown(value: Any) -> str:
         return f"<{type(value).__name__}>"
 
 
-# What msgpack raises of nesting that it does not follow.
+# The errors of msgpack for nesting that is too deep for it.
 TooDeep = (msgpack.StackError, RecursionError)
 
 
 def unpacked(data: bytes) -> Any:
-    # Surrogates stand for what is no UTF-8: a name that an engine wrote wrongly is still a name.
+    # Surrogates stand for bytes that are not UTF-8: a name that an engine encoded wrongly is still a name.
     return msgpack.unpackb(data, use_list=False, unicode_errors="surrogateescape")
 
 
@@ -94,7 +94,7 @@ def called(value: Any, what: str) -> Any:
 
 
 def eagle(value: Any) -> tuple[int, list[int]]:
-    """Whether groups drop the last matched block (-1: nothing is said of it), and which: none for all of them."""
+    """Whether groups drop the last matched block (-1: not given), and the list of these groups; an empty one is all."""
     if value is None or isinstance(value, (bool, np.bool_)):
         return (-1 if value is None else int(value)), []
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
@@ -125,7 +125,7 @@ def seconds(value: Any, what: str) -> float:
 
 
 def octets(value: Any, what: str) -> bytes:
-    """A copy unless it is bytes: another thread may write to what is read without the interpreter lock."""
+    """A copy unless it is bytes: another thread may write to a buffer that is read without the interpreter lock."""
     if type(value) is bytes:
         return value
     try:
@@ -188,7 +188,7 @@ def utf8(value: Any, what: str) -> bytes:
 
 
 def sendable(value: str, what: str) -> None:
-    """Refuse what no socket, log or answer can carry."""
+    """Refuse a name that no socket, log or answer can carry."""
     try:
         value.encode()
     except UnicodeEncodeError as wrong:
@@ -212,7 +212,7 @@ def field(event: Any, name: str) -> Any:
 
 
 def hashed_fields(event: Any) -> tuple[int, bytes, npt.NDArray[np.uint64], int, bytes | None]:
-    """What stored and removed events share: rank, model, hashes, group (-1: none given) and medium."""
+    """The fields that stored and removed events share: rank, model, hashes, group (-1: not given) and medium."""
     group = field(event, "group_idx")
     return (
         rank(field(event, "dp_rank")),
@@ -224,7 +224,7 @@ def hashed_fields(event: Any) -> tuple[int, bytes, npt.NDArray[np.uint64], int, 
 
 
 def remaining(event: Any) -> Any:
-    """How many copies stay of each removed hash, and nothing where the event does not say so."""
+    """The number of copies that stay of each removed hash; empty if the event does not contain it."""
     counts = event.remaining_copy_counts
     if counts is None:
         return ()
@@ -238,7 +238,7 @@ def remaining(event: Any) -> Any:
 
 
 def stored_fields(event: Any) -> tuple[bool, int, int, int, int, list[bytes | None], int, list[int]]:
-    """What only a BlockStored says: if it has a parent, that, block size, window, adapter; texts, keys; form.
+    """The fields of a BlockStored alone: whether it has a parent, that, block size, window, adapter, texts, keys, form.
 
     The form is that of the content: 0 for tokens, otherwise the number of the field in HASHED, and 1.
     """
@@ -354,7 +354,7 @@ def hash_array(values: Any, what: str) -> npt.NDArray[np.uint64]:
             return np.ascontiguousarray(values).view(np.uint64)
     if isinstance(values, (str, bytes, bytearray)) or not isinstance(values, Iterable):
         raise InvalidTypeError(f"{what} is {shown(values)}; it must be a sequence of hashes")
-    # What nearly all lists are, read natively: 14 ns a hash instead of 300. What it refuses is looked at one by one.
+    # Nearly all lists are of plain ints and are read natively: 14 ns a hash, not 300. Others are checked one by one.
     if isinstance(values, list) and set(map(type, values)) == {int}:
         with suppress(OverflowError):
             return np.frombuffer(array("Q", values), dtype=np.uint64)

@@ -124,7 +124,7 @@ def _read(file: BinaryIO, name: str) -> Generator[dict[str, Any] | Record, None,
                 item = next(unpacker)
             except StopIteration:
                 break
-            # The C unpacker has no base class for what it raises: FormatError, StackError and UnicodeDecodeError are
+            # The C unpacker's errors have no common base class: FormatError, StackError and UnicodeDecodeError are
             # ValueErrors, a map key that cannot be hashed is a TypeError.
             except (ValueError, TypeError) as error:
                 raise CaptureError(f"{name}, byte {start}: no msgpack object: {error}", start) from error

@@ -72,7 +72,7 @@ class PrefixIndex(Index):
         InvalidValueError: An argument is out of range.
     """
 
-    # No wrapper around ingest, match_prefix and match_hashes, and no __dict__: a call costs what it costs on Index.
+    # No wrapper around ingest, match_prefix and match_hashes, and no __dict__: a call costs the same as on Index.
     __slots__ = ()
 
     # For inspect.signature and help(): a compiled class has no signature with types.
@@ -370,7 +370,7 @@ class PrefixIndex(Index):
             InvalidTypeError: ``until`` is not a number.
             InvalidValueError: ``until`` is out of range.
         """
-        # What is beyond the clock's range is no limit.
+        # A moment beyond the clock's range is no limit.
         moment = _FOREVER if until is None else round(1e9 * arguments.moment(until, "until"))
         self._trust(max(-_FOREVER, min(moment, _FOREVER)))
 

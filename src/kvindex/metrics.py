@@ -41,7 +41,7 @@ from .sync.status import PodStatus
 
 __all__ = ["KVIndexCollector"]
 
-# Metric, of what in stats(), help.
+# Metric, key of stats(), help.
 _INDEX_GAUGES = (
     ("kvindex_blocks", "blocks", "Distinct blocks in the index."),
     ("kvindex_bytes", "bytes", "Native memory of the index in bytes."),

@@ -51,7 +51,7 @@ CREDIT: Final[Mapping[str, float]] = {"GPU": 1.0, "CPU": 0.8, "DISK": 0.5}
 ERROR_TOKENS: Final = (0, 16, 64, 256, 1024, 4096, 16384)
 PICK_SECONDS: Final = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 5e-3, 2.5e-2)
 
-# Reports of a pod that are looked at together, and how many of them say that it is not chance.
+# The latest reports of a pod that are compared, and the number of wrong ones from which it is not chance.
 _RECENT, _ENOUGH = 64, 16
 # Blocks at the beginning of a prompt that are kept to find a shift by one token.
 _HEAD = 4
@@ -544,7 +544,7 @@ def _reason(recent: Iterable[tuple[int, int, int]], block: int, said: str) -> st
     aligned = [each for each in wrong if each[0] == each[1] and each[0] % block == 0]
     if len(aligned) >= 4 and aligned == wrong and all(each[1] - each[2] in range(1, 8 * block + 1) for each in wrong):
         return "a prompt that is wholly cached is reused less its last block: set engine='vllm' for the pod"
-    # What was said stays until fewer are wrong, or a share about a half would be logged again and again.
+    # A warning stays until fewer reports are wrong, or a share of about a half would be logged again and again.
     if len(seen) < _ENOUGH or (4 if said else 2) * len(wrong) < len(seen):
         return ""
     held = [each for each in seen if each[1]]

@@ -14,13 +14,13 @@ from .errors import CapacityError, InvalidValueError, SnapshotError
 
 __all__: list[str] = []
 
-# What tells a snapshot from other files, and how long it is.
+# Bytes at the beginning that distinguish a snapshot from other files and contain its length.
 _HEAD = 56
 
 
 @contextmanager
 def refused(where: str) -> Iterator[None]:
-    """Raises what the core says of a snapshot's bytes as :class:`SnapshotError`, naming their place."""
+    """Raises the core's errors about a snapshot's bytes as :class:`SnapshotError`, with the name of their place."""
     try:
         yield
     except InvalidValueError:
@@ -32,12 +32,12 @@ def refused(where: str) -> Iterator[None]:
 
 
 def head(data: bytes, size: int) -> dict[str, int]:
-    """What the first bytes of a snapshot of ``size`` bytes say of its index."""
+    """The properties of an index, from the first bytes of its snapshot of ``size`` bytes."""
     return snapshot_head(data[:_HEAD], size)
 
 
 def write(path: str, data: memoryview) -> None:
-    # A link stays one: what it leads to is what is replaced.
+    # A link stays a link: its target is replaced.
     target = os.path.realpath(path)
     try:
         folder = os.open(os.path.dirname(target), os.O_RDONLY | os.O_DIRECTORY)
@@ -58,7 +58,7 @@ def write(path: str, data: memoryview) -> None:
 
 
 def read(path: str) -> bytes:
-    """The bytes of a file whose first ones are a snapshot's and say how many there are."""
+    """The bytes of a file that begins as a snapshot does, and has the length that its beginning gives."""
     with refused(path):
         try:
             # Opening a pipe would wait for its other end.
@@ -92,7 +92,7 @@ def _replace(folder: int, name: str, data: memoryview) -> None:
         found = os.stat(name, dir_fd=folder)
         _only_regular(found)
         mode = stat.S_IMODE(found.st_mode)
-    # In the same directory, for a rename does not cross file systems. Its name is short, whatever the other's length.
+    # In the same directory, for a rename does not cross file systems. Its name is short, even if the other's is long.
     beside = f".kvindex-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC

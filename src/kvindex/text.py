@@ -40,7 +40,7 @@ __all__ = ["EncodeError", "PromptEncoder", "RemoteEncoder"]
 
 _Ids: TypeAlias = npt.NDArray[np.uint32]
 
-# What an entry takes beside its text and its ids: a slot, an array's header, a link.
+# Bytes of an entry beside its text and its ids: a slot, an array's header, a link.
 _ENTRY: Final = 300
 # A text that is cut more often is encoded whole: putting it together again would hold the interpreter lock.
 _MOST_PARTS: Final = 4096
@@ -399,7 +399,7 @@ class PromptEncoder(_Encoder):
             return tokens
 
         base.encode = remembered
-        # The text of all ids, which nobody here reads, would take as long as encoding it.
+        # The text of all ids is not needed here, and would take as long as encoding it.
         base.decode = lambda *_, **__: ""
         return ours
 
@@ -571,7 +571,7 @@ def _called(call: Any) -> Any:
 
 def _ids(tokens: Sequence[int]) -> _Ids:
     ids = np.array(tokens, dtype=np.uint32)
-    # Shared by the cache and all who asked.
+    # Shared by the cache and all callers.
     ids.flags.writeable = False
     return ids
 
