@@ -50,11 +50,11 @@ struct OwnNames {
 };
 
 // "No name" in a page or in OwnNames, and "this worker knows the block, but has no name for it". Both are legal engine
-// hashes too: whoever reads one asks the table of names before believing it.
+// hashes too: a reader of one looks it up in the table of names before using it.
 inline constexpr u64 kNoName = 0x9B1D5A3C77E0F24Bull;
 inline constexpr u64 kNameless = 0x64E2A5C3881F0DB4ull;
 
-// What a match reads comes first.
+// The fields that a match reads come first.
 struct Chain {
     u32 parent = kNone;
     u32 base = 0;  // depth of the first block; the parent's block is at base - 1
@@ -67,8 +67,8 @@ struct Chain {
     u32 shift : 3;               // how many slots behind those of its depths its blocks lie: 0 unless it is shared
     u32 first_kid = kNone;
     u32 kid_before = kNone, kid_after = kNone;
-    u16 lookahead = 0;  // tokens behind each block that are in its hash; the same in what hangs below
-    u16 row = 0;        // how many of the first pages have numbers that follow one another: nobody need look those up
+    u16 lookahead = 0;  // tokens behind each block that are in its hash; the same in all chains below
+    u16 row = 0;        // how many of the first pages have consecutive numbers, which need no look-up
     Buf<OwnNames> own;  // ordered by worker
 
     Chain() : space(0), shared(0), shift(0) {}
@@ -99,7 +99,7 @@ public:
     Ages<Pool<Chain>>& ages() { return ages_; }
     const Ages<Pool<Chain>>& ages() const { return ages_; }
     // How many bytes more so many blocks more in so many chains more would take at most,
-    // without what is kept of a chain's length.
+    // without the reserve for a chain's length.
     std::size_t growth(u32 blocks, u32 chains) const {
         const u32 pages = blocks / kPageBlocks + 2;
         return pages_.growth(pages) + homes_.growth(pages) + chains_.growth(chains) + shared_.growth(chains);
@@ -156,7 +156,7 @@ public:
         pages = pages_.together(head.page, pages);
         for (u32 i = 0; i < pages; ++i) __builtin_prefetch(page[i].prefix);
     }
-    // Asks for a block's page and for who has it; and, when that has come, for the chain.
+    // Prefetches a block's page and its holders; and, when that has come, for the chain.
     KVINDEX_INLINE void prefetch_block(u32 ref) const {
         const Page& page = pages_[ref >> kPageShift];
         __builtin_prefetch(page.prefix);
@@ -164,7 +164,7 @@ public:
         __builtin_prefetch(&homes_[ref >> kPageShift]);
     }
     KVINDEX_INLINE void prefetch_chain(u32 ref) const {
-        // What was a block when its page was asked for may be none any more.
+        // The block may have gone since its page was prefetched.
         if (!homes_.alive(ref >> kPageShift)) return;
         const PageHome& home = homes_[ref >> kPageShift];
         if (home.index == kNone) return;
@@ -324,8 +324,8 @@ public:
         add_page(c, page);
     }
     // Moves all of `kid`, which starts where `id` ends, to the end of `id`.
-    // moved(from_ref, to_ref) is told of every block whose reference changes: at most
-    // those of one page. Names, kids and own names have been seen to by the caller.
+    // moved(from_ref, to_ref) is called for every block whose reference changes: at most
+    // those of one page. The caller has moved names, kids and own names.
     template <class F>
     void join(u32 id, u32 kid, F&& moved) {
         Chain& c = chains_[id];
@@ -454,7 +454,7 @@ public:
         c.own.trim(m_);
     }
 
-    // All of it, whatever state it was left in.
+    // Everything, in any state.
     void clear() {
         chains_.each([&](u32 c) { release(chains_[c]); });
         chains_.clear();
@@ -466,7 +466,7 @@ public:
         fresh_.release(m_);
         blocks_ = 0;
     }
-    // Gives back what was only needed while changing.
+    // Gives back memory that only changes need.
     void shrink() {
         fresh_.release(m_);
         chains_.shrink();

@@ -1,12 +1,12 @@
-// When each chain was last stored to or matched, roughly: who goes first when there is too much.
+// The time at which each chain was last stored to or matched, roughly: the order of eviction.
 //
-// Time is cut into generations. Whoever touches a chain writes the generation's number into it, if
-// another one stands there: that is all that a reader ever writes, at most once per chain and generation.
-// The lists that say who is oldest belong to the writer, and it puts a chain where its number says only
-// when it comes across it at the old end. So a touch costs a comparison, and finding the oldest is O(1)
-// amortised: each chain is moved at most once per generation in which something touched it.
+// Time is divided into generations. A touch of a chain writes the generation's number into it, if
+// another one stands there: a reader writes nothing else, at most once per chain and generation.
+// The lists by age belong to the writer. It moves a chain to the list of its number only when it meets
+// the chain at the old end. So a touch costs a comparison, and finding the oldest is O(1) amortised:
+// each chain is moved at most once per generation in which it was touched.
 //
-// A parent is never older than its children: who touches a chain touches what it hangs on, too.
+// A parent is never older than its children: a touch of a chain touches its parents, too.
 #pragma once
 
 #include <memory>
@@ -15,7 +15,7 @@
 
 namespace kvindex {
 
-// What a chain has of this.
+// The age of a chain.
 struct Age {
     mutable u32 touched = 0;           // generation
     u32 older = kNone, newer = kNone;  // its neighbours in a list
@@ -32,7 +32,7 @@ public:
     Ages(const Ages&) = delete;
     Ages& operator=(const Ages&) = delete;
 
-    // Before the first item. span: seconds that the generations
+    // Call it before the first item. span: seconds that the generations
     // must be able to tell apart in steps of a hundredth, or 0.
     void open(double span) {
         rings_ = std::make_unique<Ring[]>(kRings);
@@ -62,7 +62,7 @@ public:
             __atomic_store_n(&age.touched, now_, __ATOMIC_RELAXED);
     }
     bool fresh(u32 id) const { return __atomic_load_n(&items_[id].age.touched, __ATOMIC_RELAXED) == now_; }
-    // What the writer touches is the newest at once.
+    // A chain that the writer touches is the newest at once.
     void renew(u32 id) {
         if (!on()) return;
         items_[id].age.touched = now_;
@@ -88,7 +88,7 @@ public:
         }
         rings_[slot(now_)].began = time;
     }
-    // By the clock: hundredths of the span are told apart, so that what is said of an age is at most so much too old.
+    // By the clock: hundredths of the span are distinguished, so that an age is at most one of them too old.
     bool due(double time) const { return time >= next_step(); }
     double next_step() const { return rings_[slot(now_)].began + step_; }
     double began_newest() const { return rings_[slot(now_)].began; }
@@ -137,7 +137,7 @@ public:
     }
 
 private:
-    // Enough for the hundred steps of a span. Without a span they are as many generations as can be told apart.
+    // Enough for the hundred steps of a span. Without a span it is the number of distinct generations.
     static constexpr u32 kRings = 128;
     static constexpr u32 kSentinel = kNone - kRings;
     static constexpr double kLongAgo = -1e300;

@@ -84,7 +84,7 @@ public:
     void shrink() {
         if (live_ == 1) clear();
     }
-    // Without a look at who uses what.
+    // Regardless of users.
     void clear() {
         for (u32 i = 1; i < recs_.size(); ++i) drop_words(recs_[i]);
         // The memo speaks of sets that are gone, and generations start over.
