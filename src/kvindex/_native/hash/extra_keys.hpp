@@ -1,7 +1,7 @@
-// What an engine hashed into a block besides its tokens (multimodal items, cache salt, prompt-embedding digests), as
-// one 64-bit digest for each block that has any.
+// The keys that an engine hashed into a block besides its tokens (multimodal items, cache salt, prompt-embedding
+// digests), as one 64-bit digest for each block that has any.
 //
-// vLLM's events carry these keys without saying what each of them is, so the digest is of the list as it stands:
+// vLLM's events carry these keys without their meanings, so the digest is of the list as it stands:
 // strings, integers, bytes and (id, offset) pairs are encoded one after the other, each with a letter for its type and
 // its length, so that no two lists have the same encoding. Two keys are treated on their own. The LoRA name is left
 // out, because the seed of the block's local hash has it already. And the salt, where it comes as a field of its own
@@ -95,9 +95,9 @@ inline bool put_entry(MsgReader& r, uint32_t keys, StrRef lora_name, std::vector
 // The digests of n_blocks blocks.
 //
 // raw, bytes: a msgpack list with nil or a list of keys for each block (nullptr, or nil: none have any; missing entries
-// are nil, entries beyond n_blocks are not looked at). lora_name: left out of a block's keys where it is the first of
+// are nil, entries beyond n_blocks are not read). lora_name: left out of a block's keys where it is the first of
 // them. cache_salt: goes to block 0, and only where block 0 is the first of its prompt (starts_at_root); an empty salt
-// is none, as in vLLM. False: `raw` is not such a list.
+// counts as no salt, as in vLLM. False: `raw` is not such a list.
 inline bool extra_key_digests(const uint8_t* raw, size_t bytes, StrRef lora_name, StrRef cache_salt,
                               bool starts_at_root, uint64_t seed, size_t n_blocks, ExtraDigests& out) {
     out.any = false;
@@ -110,7 +110,7 @@ inline bool extra_key_digests(const uint8_t* raw, size_t bytes, StrRef lora_name
         if (v.type != MsgType::array && !v.is_nil()) return false;
         if (v.type == MsgType::array) entries = v.n < n_blocks ? v.n : n_blocks;
     }
-    // Nothing but nils is what a text request without a salt sends, one for each block.
+    // A text request without a salt has nils only, one for each block.
     size_t i = nil_run(r.p, r.left() < entries ? r.left() : entries);
     if (i == entries && !salted) return true;
 

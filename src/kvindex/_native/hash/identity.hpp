@@ -1,4 +1,4 @@
-// What goes into a block's identity besides its tokens: extra keys and the tokens behind it, mixed into the local hash.
+// The parts of a block's identity besides its tokens: extra keys and the tokens behind it, mixed into the local hash.
 #pragma once
 
 #include "base/memory.hpp"

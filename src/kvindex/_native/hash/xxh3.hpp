@@ -6,7 +6,7 @@
 // and may be shared by any number of threads.
 //
 // KVINDEX_PORTABLE, when defined, leaves out every intrinsic and the 128-bit integer type, so that one machine can test
-// what any other gets.
+// the code of all others.
 #pragma once
 
 #include <cstddef>
@@ -143,8 +143,8 @@ KVINDEX_XXH3_INLINE std::uint64_t rotate_left(std::uint64_t x, unsigned by) noex
     return (x << by) | (x >> (64 - by));
 }
 
-// Makes the compiler hold x as a finished value here: it can neither reorder a sum that x is part of nor fetch ahead of
-// time what a pointer x leads to.
+// Makes the compiler hold x as a finished value here: it can neither reorder a sum that x is part of nor fetch the
+// target of a pointer x ahead of time.
 template <class T>
 KVINDEX_XXH3_INLINE T settle(T x) noexcept {
 #if defined(__GNUC__) && !defined(KVINDEX_PORTABLE)
@@ -201,8 +201,8 @@ inline std::uint64_t hash_0_to_16(const Byte* p, std::size_t n, std::uint64_t se
         return avalanche(n + swap_bytes(low) + high + multiply_fold(low, high));
     }
     if (n >= 4) {
-        // Reversing all eight bytes of a word whose upper half is zero leaves its reversed lower half on top, which is
-        // where the description wants it.
+        // Reversing all eight bytes of a word whose upper half is zero leaves its reversed lower half on top, where
+        // the description has it.
         const std::uint64_t modified = seed ^ swap_bytes(seed & 0xFFFFFFFFU);
         const std::uint64_t combined = load32(p + n - 4) | (static_cast<std::uint64_t>(load32(p)) << 32);
         std::uint64_t x = ((load64(SECRET + 8) ^ load64(SECRET + 16)) - modified) ^ combined;
@@ -488,14 +488,14 @@ inline std::uint64_t xxh3_64(const void* p, std::size_t n, std::uint64_t seed) n
     return xxh3_64(p, n, seed, best_isa());
 }
 
-/// Hashes of token blocks, with everything that the seed and the block size decide worked out in advance.
+/// Hashes of token blocks, with everything that depends on seed and block size only computed in advance.
 ///
 ///     local(block)      = XXH3(the block's tokens as little-endian u32, seed + lora)
 ///     roll(prev, local) = XXH3(prev || local as little-endian u64, seed)
 ///
-/// `lora` is XXH3(LoRA name, 0), or 0 without one: an adapter changes what a block is, not how blocks are chained.
-/// An `isa` that this processor or this build lacks means best_isa(). Immutable and trivially copyable; building one
-/// costs about two block hashes.
+/// `lora` is XXH3(LoRA name, 0), or 0 without one: an adapter changes the identity of a block, not the chaining of
+/// blocks. An `isa` that this processor or this build lacks means best_isa(). Immutable and trivially copyable;
+/// building one costs about two block hashes.
 ///
 /// Tokens are a plain uint32_t array (4-byte aligned); blocks lie one behind the other, block_tokens apart. Nothing but
 /// the blocks asked for is read. Every function is linear in tokens, allocates nothing and may run in any thread.
@@ -517,7 +517,7 @@ public:
     Isa isa() const noexcept { return isa_; }
 
     /// Calls f(std::integral_constant<unsigned, BT>) with BT = 16, 32, 64 or 128 if that is the block size, else 0, and
-    /// returns what it returns: one choice in front of a loop that is then compiled for the size.
+    /// returns its result: one choice in front of a loop that is then compiled for the size.
     template <class F>
     decltype(auto) visit(F&& f) const {
         switch (block_tokens_) {
