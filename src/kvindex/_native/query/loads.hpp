@@ -1,5 +1,5 @@
-// The load of each worker, and the worker at which one more prompt costs least. A match says what a prompt can reuse;
-// nothing here changes the index.
+// The load of each worker, and the worker at which one more prompt costs least. A match has the blocks that a prompt
+// can reuse; nothing here changes the index.
 #pragma once
 
 #include <cmath>
@@ -10,13 +10,13 @@
 
 namespace kvindex {
 
-// What a token of each tier is worth, and what work weighs against one token of prefill.
+// The value of a token of each tier, and the weight of work against one token of prefill.
 struct Weights {
     std::vector<std::pair<std::string, double>> credits;  // by medium in lower case; "gpu", "cpu" and "disk" are there
     double context = 0;                                   // for each token of a running request's prompt
     double request = 0;                                   // for each running request
     double tie = 0;                                       // share of the prompt within which costs are equal
-    double half_life = 1;                                 // seconds until what a worker was given counts half
+    double half_life = 1;                                 // seconds until the work of a worker counts half
     bool degraded = true;                                 // whether degraded pods are candidates
 };
 
@@ -41,7 +41,7 @@ public:
         u64 context = 0;  // tokens of all running requests' prompts
         u64 requests = 0;
         double given = 0;  // decayed work, in units that all rows share
-        // What the prompt at hand finds.
+        // Tokens of the present prompt.
         u32 reused = 0, held = 0;
         double worth = 0;
     };
@@ -50,7 +50,7 @@ public:
     Loads(Weights weights, u64 start) : weights_(std::move(weights)), start_(start) { gpu_ = credit_of("gpu"); }
 
     // Chooses among the pods of `filter`, or among all that serve `space`, and counts the request as the worker's.
-    // O(workers + hits). For whoever holds the index's lock in either mode.
+    // O(workers + hits). The caller holds the index's lock in either mode.
     void choose(const Index& ix, const Hits& hits, u64 n_tokens, u32 space, const Filter* filter, double now,
                 Choice& out) {
         out = Choice();
@@ -138,7 +138,7 @@ private:
     // A medium's reach in the prompt.
     struct Reach {
         u32 row;
-        bool medium;  // alone, whatever others hold; otherwise a tier, from where the one before ends
+        bool medium;  // alone, independent of other media; otherwise a tier, from where the one before ends
         u32 blocks;
         double credit;
     };
@@ -148,7 +148,7 @@ private:
         l.prefill += prefill;
         l.context += context;
         ++l.requests;
-        // Work decays by growing the unit of what comes later; that way nothing is touched in between.
+        // Work decays because the unit of later work grows, so nothing is touched in between.
         double age = (now - epoch_) / weights_.half_life;
         if (!(std::fabs(age) < 512)) {
             const double shrink = age > 0 ? std::exp2(-std::min(age, 4096.0)) : 1;
@@ -173,7 +173,7 @@ private:
         while (i != kNone && rows_[i].rank != rank) i = rows_[i].next;
         return i;
     }
-    // A rank that is new begins as if it had been given what the others were given least, or every tie would be its
+    // A new rank begins with the least work that any of the others was given, or every tie would be its
     // own until it had caught up.
     void add(Known& k, i64 rank) {
         u32 i = find(k, rank);

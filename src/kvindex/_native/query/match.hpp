@@ -1,7 +1,7 @@
 // The question: how many leading blocks of this prompt does each worker hold?
 //
 // A prompt is walked along the chains it shares content with. Work is done per run of equal holder sets, not per block
-// or per pod, and blocks are hashed only as far as somebody still holds them. A reader writes
+// or per pod, and blocks are hashed only as far as a worker still holds them. A reader writes
 // nothing but the generation of the chains that it passes.
 #pragma once
 
@@ -14,8 +14,8 @@
 
 namespace kvindex {
 
-// What a hit says. All of it at once, where a worker has one medium and reuses what it holds.
-inline constexpr u8 kReused = 1;  // what the engine reuses
+// The meanings of a hit. One hit has all of them if a worker has one medium and reuses all that it holds.
+inline constexpr u8 kReused = 1;  // blocks that the engine reuses
 inline constexpr u8 kHeld = 2;    // the prefix that all media together hold
 inline constexpr u8 kMedium = 4;  // the prefix that this medium holds alone
 inline constexpr u8 kTier = 8;    // how far this medium reaches, read where the one before ends
@@ -30,7 +30,7 @@ struct Hit {
     u8 says;
 };
 
-// A vector that neither clears what will be written nor asks at each step whether there is room:
+// A vector that neither clears memory before it is written nor checks at each step whether there is room:
 // at 256 pods that is half of the time.
 class Hits {
 public:
@@ -50,7 +50,7 @@ public:
         p_.reset(p);
         room_ = n;
     }
-    // What is written from room() on, where room is reserved, counts up to `end`.
+    // Hits that were written from room() on, where room is reserved, count up to `end`.
     Hit* room() { return p_.get() + n_; }
     void grow(const Hit* end) {
         assert(end <= p_.get() + room_);
@@ -121,7 +121,7 @@ struct TokenPath {
     }
 };
 
-// The same where the tokens behind each block are in its hash. The last blocks, behind which there are none, match
+// The same where the tokens behind each block are in its hash. The last blocks, without tokens behind them, match
 // nothing.
 template <unsigned BT>
 struct LookaheadPath {
@@ -287,7 +287,7 @@ private:
         u32 set = kNone;
         u64 prefix = 0;
     };
-    // Walks the prompt as far as content goes and somebody holds it; fills pieces_, ended_, alive_ and trails_.
+    // Walks the prompt as far as there is content with a holder; fills pieces_, ended_, alive_ and trails_.
     template <class Path>
     u32 walk(const Index& ix, u32 space, const Path& path, const Filter* filter, MatchResult& out) {
         pieces_.clear();
@@ -309,7 +309,7 @@ private:
         }
         return at.i;
     }
-    // Along one chain. Returns the depth at which the prompt leaves it, or kNone where nobody is left.
+    // Along one chain. Returns the depth at which the prompt leaves it, or kNone if no worker is left.
     template <class Path>
     KVINDEX_INLINE u32 walk_chain(const Index& ix, const HeadSlot& head, const Path& path, const Filter* filter,
                                   Step& at, MatchResult& out) {
@@ -326,7 +326,7 @@ private:
         chains.prefetch(c, head.page, std::min<u32>(c.row, kGuessed), std::min(kAhead, pages));
         for (u32 r = 0; depth < stop; ++r) {
             if (const u32 set = c.runs[r].set; set != at.set) {
-                // The set says something about the prompt only if its block is the prompt's: the path may leave the
+                // The set matters to the prompt only if its block is the prompt's: the path may leave the
                 // chain just here, though not at its first block, by which it was found.
                 if (depth != c.base && !path.agree(prefixes(depth), at.i, 1, at.prefix)) return depth;
                 if (!meet(ix, set, at, filter)) return kNone;
@@ -343,8 +343,8 @@ private:
         }
         return depth;
     }
-    // Block by block, page by page, up to `stop` or the first block that is not the prompt's. What changes stands in
-    // variables of its own meanwhile: seven instructions a page less than through `at` and `out`.
+    // Block by block, page by page, up to `stop` or the first block that is not the prompt's. Changing values are in
+    // local variables meanwhile: seven instructions a page less than through `at` and `out`.
     template <class Path>
     KVINDEX_INLINE static void compare(const Chains& chains, const Chain& c, u32 first, const Path& path, u32 pages,
                                        u32 stop, u32& from, Step& at, MatchResult& out) {
@@ -383,7 +383,7 @@ private:
         const u32 pages = ((path.n - 1) >> kPageShift) - (i >> kPageShift) + 1;
         return ix.child(space, parent, path.hash(i, prev), std::min(pages, kGuessed));
     }
-    // Takes out of alive_ what the set lacks. Returns whether anybody is left.
+    // Removes the bits from alive_ that the set lacks. Returns whether any bit is left.
     bool narrow(const Index& ix, u32 set, u32 at, bool first, const Filter* filter) {
         const SetPool& sets = ix.sets();
         const u64* words = sets.data(set);
@@ -455,7 +455,7 @@ private:
         }
         Trail& t = trails_[at];
         if (marks_[t.last].piece != piece) {
-            // Beyond a hole in what needs every block nothing counts.
+            // Beyond a hole in a group that needs every block, nothing counts.
             if (!t.rooted && !t.rootless) return;
             marks_.push_back({piece, t.last});
             t.last = static_cast<u32>(marks_.size() - 1);
@@ -512,9 +512,9 @@ private:
         emit(f, kNone, f.flags & kOdd ? reused(ix, w, f, end, most) : reach, kReused, out);
     }
 
-    // ---- what an engine reuses --------------------------------------------------------------------------------------
+    // ---- reuse by the engine ----------------------------------------------------------------------------------------
 
-    // The prefix that the engine's own pool holds, and from there what each further medium holds.
+    // The prefix that the engine's own pool holds, and from there the blocks of each further medium.
     u32 reused(const Index& ix, const Worker& w, const Face& f, u32 end, u32 most) {
         const u32 cut = f.flags & kCutsLast ? std::min(end, most) : end;
         const bool windows =
@@ -532,7 +532,7 @@ private:
                 length = drops ? dropped(ix, w, end, cut) : agreed(ix, w, cut, 0, true);
                 continue;
             }
-            // Connectors cut the last token off only where a window needs it, and drop what the engine drops.
+            // Connectors cut the last token off only where a window needs it, and drop the same blocks as the engine.
             u32 to = beyond(ix, w, m, length, windows ? cut : end);
             if (drops && to > length) to -= std::min(to - length, in_medium(ix, w, order_[0], m).factor);
             length = to;
@@ -677,7 +677,7 @@ private:
     // `every`: groups that this medium has nothing of object, too.
     u32 agreed(const Index& ix, const Worker& w, u32 length, u32 medium, bool every = false) {
         const u32 groups = std::max<u32>(1, static_cast<u32>(w.groups.size()));
-        // A guess says "GPU" and nothing of groups: where it stands alone, any group's rule will do.
+        // A speculative entry has the medium GPU and no group: where it stands alone, any group's rule will do.
         const bool only_guess = std::none_of(w.holders.begin(), w.holders.end(), [&](u32 h) {
             return medium == kNone || ix.registry().holder(h).medium == medium;
         });
@@ -695,7 +695,7 @@ private:
                 last_held |= g >= w.groups.size() || w.groups[g].kind != Attention::chunked;
             }
             // Rules that ask for no block at all (chunked attention at
-            // the end of a chunk) must not promise what other pods hold.
+            // the end of a chunk) must not count the blocks of other pods.
             if (last_held) continue;
             const u32 now = back_to_some(ix, w, medium, length);
             changed |= now != length;

@@ -41,7 +41,8 @@ inline bool read_extra(const u8* packed, u64 bytes, const std::string& salt, u64
     StrRef s;
     s.p = salt.data();
     s.n = static_cast<u32>(salt.size());
-    // Events may name the adapter first among the keys, and who hands those on as a prompt's means the same.
+    // Events may name the adapter first among the keys, and a caller that passes these keys on for a prompt means the
+    // same.
     StrRef adapter;
     adapter.p = p.adapted ? p.adapter.data() : nullptr;
     adapter.n = static_cast<u32>(p.adapter.size());
