@@ -1,9 +1,9 @@
 // The whole index as bytes, and back.
 //
-// A snapshot has what cannot be computed: content, names, who holds what, what waits. Tables, counts,
+// A snapshot has everything that cannot be computed: content, names, holders, pending blocks. Tables, counts,
 // masks and lists of children are made again while it is read, so that most of the structure's
 // invariants hold by construction; the rest is verified. Checksums are no protection against intent:
-// whatever bytes come in, what is accepted passes Index::check(), and what is allocated is in
+// an accepted file passes Index::check(), whatever its bytes, and memory is allocated in
 // proportion to the file. Nothing is replayed: content goes back into its pages by memcpy.
 //
 //   header    magic, version, file size, XXH3 of all that follows, seed, block size ..., sizes of the sections
@@ -23,7 +23,7 @@ struct SnapshotHeader {
     u32 version;
     u32 zero;
     u64 bytes;     // of the whole file
-    u64 checksum;  // of what follows
+    u64 checksum;  // of everything behind it
     u64 seed;
     u32 block_size, max_parked, set_presence, sections;
 };
@@ -41,7 +41,7 @@ inline void seal_snapshot(SnapshotBytes& out) {
     std::memcpy(out.at(0), &h, sizeof h);
 }
 
-// What must be known before the rest is read: whether it is a snapshot at all, of how many bytes, of which index.
+// The header, which is checked before the rest is read: whether it is a snapshot, its size, the kind of its index.
 inline SnapshotHeader snapshot_head(const u8* data, u64 bytes, u64 file_bytes) {
     SnapshotHeader h = {};
     if (bytes) std::memcpy(&h, data, std::min<u64>(bytes, sizeof h));

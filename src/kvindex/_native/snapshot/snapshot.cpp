@@ -1,4 +1,4 @@
-// The header, the checksum and the counters; everything between is what the parts of the index write and read.
+// The header, the checksum and the counters; everything between is written and read by the parts of the index.
 #include "snapshot/snapshot.hpp"
 
 #include <cstring>

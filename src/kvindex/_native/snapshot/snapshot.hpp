@@ -18,7 +18,7 @@ void write_snapshot(const Index& ix, const std::vector<u64>& counters, SnapshotB
 // index half filled: throw it away.
 void read_snapshot(Index& ix, const Registry::Numbers& before, const u8* data, u64 bytes, std::vector<u64>& counters);
 
-// What does not fit into the budget of an index that was read goes, as always.
+// Evicts from an index that was read the content that does not fit into its budget.
 void fit_loaded(Index& ix);
 
 }  // namespace kvindex
