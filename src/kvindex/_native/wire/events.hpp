@@ -75,7 +75,7 @@ inline const char* reason_name(Reason r) {
     return "?";
 }
 
-// What a stored event gives of its blocks' content: tokens, or hashes of the interoperable scheme. Those follow the
+// The form of a stored event's content: tokens, or hashes of the interoperable scheme. Those follow the
 // event's names in Batch::hashes, one for each, and no payload of an engine has them.
 enum class Hashed : uint8_t { tokens, local, prefix };
 
@@ -84,13 +84,12 @@ struct Event {
     Reason bad = Reason::none;  // not `none`: nothing of the event is to be applied, and it has no hashes and no tokens
     bool has_parent = false;
     bool many = false;    // several of kind `other`: `parent` of them are unknown, `block_size` bad
-    bool like = false;    // the event before says the same but for hashes, parent and tokens
+    bool like = false;    // equal to the event before but for hashes, parent and tokens
     uint32_t offset = 0;  // where the event starts in the payload, and how long it is there
     uint32_t bytes = 0;
     uint32_t hash_at = 0;  // its part of Batch::hashes
     uint32_t n_hashes = 0;
-    uint32_t token_at =
-        0;  // its part of Batch::tokens; of a removed event the copies that stay of each hash, if it says
+    uint32_t token_at = 0;  // its part of Batch::tokens; of a removed event the copies that stay of each hash, if given
     uint32_t n_tokens = 0;
     uint32_t lookahead = 0;  // tokens behind each block that are in its hash: behind the event's tokens, block by block
     uint64_t parent = 0;
@@ -132,7 +131,7 @@ struct Batch {
     }
 };
 
-// What is wrong with a payload that is no batch, and at which of its bytes.
+// The fault of a payload that is not a batch, and its byte.
 struct DecodeFault {
     const char* what = nullptr;
     size_t offset = 0;
@@ -172,7 +171,7 @@ bool is(const uint8_t* p, const char (&name)[N]) {
     return std::memcmp(p, name, N - 1) == 0;
 }
 
-// The lengths of the names tell them apart almost completely, so a key costs a jump and one or two comparisons whose
+// The lengths of the names distinguish them almost completely, so a key costs a jump and one or two comparisons whose
 // length the compiler knows.
 inline Field field_of(const uint8_t* p, uint32_t n) {
     switch (n) {
@@ -207,7 +206,7 @@ inline EventKind kind_of(const uint8_t* p, uint32_t n) {
 }
 
 // An engine hash as u64. Bytes (vLLM's sha256 and xxhash digests, of 16, 32 or 64) count by their last eight, because
-// that is what vLLM itself makes an integer of; so a stream in either form names the same blocks.
+// vLLM itself makes its integers of these; so a stream in either form names the same blocks.
 inline bool fold_hash(const MsgValue& v, uint64_t& hash) {
     switch (v.type) {
         case MsgType::uint:
@@ -227,9 +226,9 @@ inline bool fold_hash(const MsgValue& v, uint64_t& hash) {
 }
 
 // Reads one batch. Every member returns false only when the payload itself is unsound (the reader then holds the
-// fault); what is merely wrong with one field is kept in bad_ and judged when the event's type is known: a map may name
-// its type last, and what is wrong with a field that this type does not have is nobody's business.
-// A batch's time in seconds. False: it is no number.
+// fault); a fault of one field is kept in bad_ and judged when the event's type is known: a map may name its
+// type last, and a fault of a field that this type does not have does not matter.
+// A batch's time in seconds. False: it is not a number.
 inline bool seconds(const MsgValue& v, double& ts) {
     // Seconds reach 1e11 in the year 5138, milliseconds did in 1973: an integer above it is the millisecond form.
     constexpr uint64_t ms_from = 100000000000u;
@@ -243,7 +242,7 @@ inline bool seconds(const MsgValue& v, double& ts) {
     }
 }
 
-// The data-parallel rank that a batch names, -1 for nil. False: it is none.
+// The data-parallel rank that a batch names, -1 for nil. False: it is not a rank.
 inline bool rank_of(const MsgValue& v, int64_t& rank) {
     if (!v.is_nil() && (!v.is_uint() || v.u > INT32_MAX)) return false;
     rank = v.is_nil() ? -1 : static_cast<int64_t>(v.u);
@@ -370,7 +369,7 @@ private:
         parts_ = Parts();
     }
 
-    // What is no event of ours, and names no medium, is one with those before it. Two million nils, in 1.9 MB, took 320
+    // Consecutive events of unknown kinds that name no medium are kept as one. Two million nils, in 1.9 MB, took 320
     // MB.
     void join_others() {
         const bool unknown = e_->bad == Reason::unknown_event;
@@ -485,7 +484,7 @@ private:
         return text;
     }
 
-    // Keeps of an event what it may keep, now that its type and all its fields are known.
+    // Keeps the valid part of an event, now that its type and all its fields are known.
     void judge() {
         Event& e = *e_;
         if (e.bad == Reason::none) {
@@ -536,7 +535,7 @@ private:
         return r_.skip(1);
     }
 
-    // Where what changes from event to event begins and ends.
+    // The beginning and end of a part that differs from event to event.
     bool part(size_t i, bool (BatchDecoder::*read)()) {
         parts_.at[i] = r_.p;
         const bool sound = (this->*read)();
@@ -677,8 +676,8 @@ private:
         return true;
     }
 
-    // SGLang with EAGLE writes a token and the one behind it; the header of the first pair has been read. What is kept
-    // is the first of each, and the second of the last.
+    // SGLang with EAGLE writes a token and the one behind it; the header of the first pair has been read. The first of
+    // each is kept, and the second of the last.
     bool pairs(uint32_t n) {
         uint32_t* const token = out_.tokens.data() + e_->token_at;
         MsgValue v;
@@ -739,7 +738,7 @@ private:
         return true;
     }
 
-    // How many copies stay of each removed hash, where the event says so.
+    // The number of copies that stay of each removed hash, if given.
     bool remaining() {
         if (remaining_ == nullptr) return true;
         MsgReader r = r_;
@@ -819,9 +818,9 @@ private:
 
 // Decodes one payload, [ts, events, data_parallel_rank] or a map of them, into `out`, in one pass over the bytes.
 // Events are arrays that start with their tag or maps with a key `type`, in any mixture, and each is judged by itself:
-// one that is sound msgpack but no sound event has `bad` set and costs its siblings nothing. False: the bytes are no
-// batch, `fault` says why and where, and `out` is not to be used. `others` false: what is no event of ours is counted
-// and not kept.
+// one that is sound msgpack but not a sound event has `bad` set and costs its siblings nothing. False: the bytes are
+// not a batch, `fault` has the reason and the place, and `out` is not to be used. `others` false: events of unknown
+// kinds are counted and not kept.
 inline bool decode_batch(const uint8_t* p, size_t n, Batch& out, DecodeFault& fault, bool others = true) {
     out.reset();
     events_detail::BatchDecoder decoder(p, n, out, others);

@@ -1,5 +1,5 @@
-// One field of one event as it lies in the payload. The decoder keeps what an index needs: nil, 0 and -1 are one LoRA
-// id to it, and a session is nothing. Tools that show an event as it was written look here for the difference.
+// One field of one event as it lies in the payload. The decoder keeps the fields that an index needs: nil, 0 and -1
+// are one LoRA id to it, and it has no session. Tools that show an event as it was written find the difference here.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +12,7 @@
 namespace kvindex {
 
 // The value of the field `name` in the event of `n` bytes at `p`, which is sound msgpack: the last one of that name in
-// a map, the one at the name's place in an array. Unset where there is none.
+// a map, the one at the name's place in an array. Unset if it is missing.
 inline StrRef event_field(const uint8_t* p, size_t n, EventKind kind, const char* name, size_t name_bytes) {
     using namespace events_detail;
     MsgReader r(p, n);

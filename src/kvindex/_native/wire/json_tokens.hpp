@@ -11,7 +11,7 @@ namespace kvindex {
 struct JsonTokens {
     size_t n = 0;      // tokens
     size_t begin = 0;  // the array's place in the text, brackets included
-    size_t end = 0;    // 0: there is none to take
+    size_t end = 0;    // 0: not found
 };
 
 namespace json_detail {
@@ -52,7 +52,7 @@ public:
         return false;
     }
 
-    // Past any value, by its brackets and strings alone: whether it is sound is for the decoder of the rest to say.
+    // Past any value, by its brackets and strings alone: the decoder of the rest checks it.
     bool skip() {
         size_t depth = 0;
         const char* text = nullptr;
@@ -136,8 +136,8 @@ private:
 }  // namespace json_detail
 
 // Finds the array of token ids that a JSON object has under `name`, and reads it into `out`, which has room for n / 2.
-// Gives an end of 0 for anything that is not plainly that: no object, no array, another item in it, the name given
-// twice. The text without the array still has to be decoded, which says what is wrong with it.
+// Gives an end of 0 for anything else: no object, no array, another item in it, the name given
+// twice. The text without the array still has to be decoded, and that reports its faults.
 inline JsonTokens json_tokens(const char* p, size_t n, const char* name, size_t name_bytes, uint32_t* out) {
     json_detail::Scanner scan(p, n);
     JsonTokens found;

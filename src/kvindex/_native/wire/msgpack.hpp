@@ -1,9 +1,9 @@
 // A reader of msgpack (https://github.com/msgpack/msgpack/blob/master/spec.md) over a buffer that may hold anything.
 //
-// It never reads past the end, never throws, never recurses and never allocates. What it returns is either one scalar
+// It never reads past the end, never throws, never recurses and never allocates. It returns either one scalar
 // or the header of a container, whose items the caller then reads one after the other. Every length is compared with
-// what is left of the buffer before it is returned: an item takes at least one byte, so a container that claims more
-// items than there are bytes left is known to lie while it is still only a number.
+// the rest of the buffer before it is returned: an item takes at least one byte, so a container that declares more
+// items than there are bytes left is refused while it is still only a number.
 #pragma once
 
 #include <cstddef>
@@ -33,7 +33,7 @@ inline uint32_t load_be32(const uint8_t* p) {
 
 inline uint64_t load_be64(const uint8_t* p) { return static_cast<uint64_t>(load_be32(p)) << 32 | load_be32(p + 4); }
 
-// What a value is, not how it was written: an integer of a signed format that is not negative is `uint`.
+// The kind of a value, not its format: an integer of a signed format that is not negative is `uint`.
 enum class MsgType : uint8_t { nil, boolean, uint, negative, real, str, bin, array, map, ext };
 
 struct MsgValue {
@@ -92,8 +92,8 @@ struct MsgReader {
         return next_long(v, t, at);
     }
 
-    // Steps over so many values with all that is inside them. Depth is a number here, not a stack: what matters of a
-    // nested value is only how many items are still to come, so no depth can hurt.
+    // Steps over so many values with all that is inside them. Depth is a number here, not a stack: only the
+    // number of items that are still to come matters, so no depth can hurt.
     bool skip(uint64_t items) {
         MsgValue v;
         while (items != 0) {
@@ -210,8 +210,8 @@ private:
     }
 };
 
-// How many of the n bytes at p are nil, from the first on. vLLM >= 0.23 sends one nil per block for every plain text
-// request, so this is what almost every extra_keys list consists of.
+// The number of nils at p, from the first of n bytes on. vLLM >= 0.23 sends one nil per block for every plain text
+// request, so almost every extra_keys list consists of these.
 inline size_t nil_run(const uint8_t* p, size_t n) {
     constexpr uint64_t eight_nils = 0xc0c0c0c0c0c0c0c0u;
     size_t i = 0;
@@ -237,7 +237,7 @@ struct LengthTable {
 };
 inline constexpr LengthTable u32_length{};
 
-// What of the last four bytes of such an integer is its value, by its length: for a fixint the first byte is the value.
+// The part of an integer's last four bytes that is its value, by its length; a fixint's first byte is its value.
 inline constexpr uint32_t u32_mask[6] = {0, 0xffu, 0xffu, 0xffffu, 0, 0xffffffffu};
 
 #ifdef KVINDEX_MSGPACK_SSSE3

@@ -14,11 +14,11 @@ namespace kvindex {
 struct BatchPeek {
     bool timed = false;   // it has a time that is a number
     double ts = 0.0;      // seconds
-    uint64_t events = 0;  // as many as it says, and no more than there is room for
+    uint64_t events = 0;  // the declared number, and no more than there is room for
     int64_t rank = -1;    // -1: none is named, or the payload is no sound batch
 };
 
-// Reads time and number of events, O(1) where the batch is an array, which is what every released engine writes; with
+// Reads time and number of events, O(1) where the batch is an array, as in every released engine; with
 // `whole` also the rank, which lies behind the events: O(bytes), without looking into them.
 inline BatchPeek peek_batch(const uint8_t* p, size_t n, bool whole) {
     using namespace events_detail;
@@ -26,7 +26,7 @@ inline BatchPeek peek_batch(const uint8_t* p, size_t n, bool whole) {
     MsgReader r(p, n);
     MsgValue outer;
     if (!r.next(outer)) return found;
-    // Every reader leaves `r` behind its value, whatever that is.
+    // Every reader leaves `r` behind its value.
     bool listed = false;
     const auto time = [&] {
         MsgValue v;
