@@ -10,15 +10,15 @@
 
 namespace kvindex {
 
-// A number is never used twice, so "number 5 was given to pod a" stays true for ever, and a caller may keep it; whether
-// the pod is still there is asked here. The map changes under the index's write lock, and under a mutex of its own, so
+// A number is never used twice, so "number 5 was given to pod a" stays true, and a caller may keep it; this class
+// knows whether the pod is still there. The map changes under the index's write lock, and under a mutex of its own, so
 // that a call finds its pod before it waits for the index: a batch that waits while its pod is removed is dropped, and
-// a call that begins after the removal opens the pod anew.
+// a call that begins after the removal opens the pod again.
 class PodDirectory {
 public:
     using Uid = std::uint64_t;  // 0: no pod
 
-    // Without the mutex, for whoever holds the index's lock in either mode.
+    // Without the mutex, if the caller holds the index's lock in either mode.
     Uid uid(const std::string& name) const {
         const auto it = uids_.find(name);
         return it == uids_.end() ? 0 : it->second;

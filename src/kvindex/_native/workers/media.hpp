@@ -80,7 +80,7 @@ public:
         const auto it = names_.find(id);
         if (it != names_.end() && it->second.users == 0) forget(it);
     }
-    // Without those that nobody has.
+    // Removes the media without users.
     void sweep() {
         for (auto it = names_.begin(); it != names_.end();) {
             const auto here = it++;

@@ -1,4 +1,4 @@
-// The invariants of what workers know.
+// The invariants of known blocks.
 #include "workers/presence.hpp"
 
 #include <map>
@@ -87,7 +87,7 @@ std::string Presence::check_holders() const {
     return {};
 }
 
-// What a worker knows is closed towards the root, and its tables of chains are of that.
+// The known blocks of a worker are closed towards the root, and its tables of chains list them.
 std::string Presence::check_chains(u32 id, std::map<u64, u32>& known) const {
     const Worker& w = registry_.worker_at(id);
     std::string error;

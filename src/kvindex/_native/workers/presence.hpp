@@ -1,11 +1,11 @@
-// What each worker knows: which blocks, by which names, in how many copies.
+// The blocks that each worker knows, by which names, in how many copies.
 //
-// It is a tree closed towards the root: a block is only ever attached below a block that its worker knows by name, and
-// a position stays known while anything below it is. Most questions become local through that: "does this worker have
-// something below this block" is "does it know a child", in a chain its blocks are a prefix of the chain, and a block
-// that nobody knows is the last one of its chain and has no children.
+// They are a tree closed towards the root: a block is only ever attached below a block that its worker knows by name,
+// and a position stays known while anything below it is. Most questions become local through that: "does this worker
+// have something below this block" is "does it know a child", in a chain its blocks are a prefix of the chain, and a
+// block that no worker knows is the last one of its chain and has no children.
 //
-// Content goes when nobody knows it any more (`trim`), and forks that have gone leave no trace. Both stop after a
+// Content goes when no worker knows it any more (`trim`), and forks that have gone leave no trace. Both stop after a
 // turn's worth: the rest is `loose` until `tie_up` has done it.
 #pragma once
 
@@ -42,8 +42,8 @@ public:
             const Chain& k = chains_[slot.chain()];
             return k.parent == parent.chain && k.base == parent.depth + 1;
         };
-        // A different place for the same 64-bit prefix hash would be a collision; never follow it. But what is here is
-        // found all the same: a guess is known by its path only, and would stay when it is over.
+        // A different place for the same 64-bit prefix hash would be a collision; never follow it. But the content here
+        // is found all the same: a speculative entry is known by its path only, and would stay after its end.
         return here(head) ? head : heads.find_among(prefix, here);
     }
 
@@ -210,7 +210,7 @@ public:
         each_holder(w, p, [&](u32 h) { list.push_back({name, h, 1}); });
         return list;
     }
-    // Back to bits when they say the same.
+    // Back to bits when they are enough.
     void tidy_copies(u32 id, Pos p, u32 ref) {
         Worker& w = registry_.worker_at(id);
         const auto it = w.copies.find(ref);
@@ -225,7 +225,7 @@ public:
             if (c.holder == kNone || c.count > 1 || !named || c.id != name) return;
         drop_copies(w, it);
     }
-    // What the name means has been said, or it means nothing any more.
+    // The name has one meaning again, or none any more.
     void sure_of(Worker& w, u64 name) {
         if (w.unsure.empty() || !w.unsure.erase(name) || !w.unsure.empty()) return;
         w.unsure = CountedMap<u64, u8>(Counted<char>(mem_));
@@ -390,7 +390,7 @@ public:
         registry_.spoil(id);
         tidy_copies(id, p, ref);
     }
-    // Removes one block from what the worker knows.
+    // Removes one block from those that the worker knows.
     void forget_block(u32 id, Pos p, u32 less) {
         Worker& w = registry_.worker_at(id);
         drop_names(id, p, chains_.ref(p));
@@ -424,7 +424,7 @@ public:
             forget_block(id, p, h);
         }
     }
-    // From `p` towards the root: forgets what was only remembered for the sake of something below.
+    // From `p` towards the root: removes positions that were only kept for a block below them.
     void climb(u32 id, Pos p) {
         const Worker& w = registry_.worker_at(id);
         if (w.ghost == kNone) return;
@@ -441,13 +441,13 @@ public:
         climb(id, p);
         trim(p.chain);
     }
-    // Drops the blocks at the chain's end that nobody holds or remembers, then the chain, then looks at its parent.
+    // Drops the blocks at the chain's end that no worker knows, then the chain, then looks at its parent.
     void trim(u32 chain) {
         for (u32 left = kTurnBlocks; chain != kNone;) {
             Chain& c = chains_[chain];
             if (c.len && c.runs.back().set == kEmptySet) {
                 const u32 live = std::max(c.runs.back().start, loose_chains_.empty() ? 0 : deepest_fork(c));
-                // A child that nobody knows either is on its way out, and then it goes on here.
+                // A child that no worker knows either is being dropped, and dropping goes on here after it.
                 if (live == c.end()) return;
                 if (left == 0) return loose_chains_.push_back(chain);
                 const u32 dead = std::min(left, c.end() - live);
@@ -568,10 +568,10 @@ public:
         for (u32 id : scratch_ids_) f(id, registry_.worker_at(id));
     }
 
-    // What a turn left to the next one.
+    // Whether a turn has left work to the next one.
     bool loose() const { return !loose_blocks_.empty() || !loose_chains_.empty(); }
-    // A turn's worth of it. What happened to a block or chain meanwhile does not matter: where there is nothing to do
-    // for what has its number now, nothing is done.
+    // A turn's worth of it. Changes of a block or chain meanwhile do not matter: if there is nothing to do for the one
+    // that has its number now, nothing is done.
     void tie_up() {
         if (!loose_blocks_.empty()) {
             const LooseBlock at = loose_blocks_.back();
@@ -597,7 +597,7 @@ public:
     }
     // The first broken invariant, or an empty string.
     std::string check() const;
-    // A snapshot's sections of this part. What is read is verified as it comes.
+    // A snapshot's sections of this part, which are verified while they are read.
     void save(SectionWriter& to, const SavePlan& plan) const;
     void restore(SectionReader& in, const RestorePlan& plan);
     void plan(SavePlan& plan) const;
@@ -611,8 +611,8 @@ private:
     std::string check_block(u32 id, Pos p) const;
     std::string check_worker(u32 id) const;
 
-    // Names and counts of one block on one worker. Engines have as many as it has holders; what announced 100,000 names
-    // for one block had all of them looked through each time.
+    // Names and counts of one block on one worker. Engines have as many as it has holders; a stream that announced
+    // 100,000 names for one block had all of them searched each time.
     static constexpr u32 kMostCopies = 2 * kMostHolders;
 
     struct LooseBlock {
@@ -623,7 +623,7 @@ private:
     SetPool& sets_;
     Chains& chains_;
     std::vector<LooseBlock> loose_blocks_;  // up from where a worker remembers more than it must
-    std::vector<u32> loose_chains_;         // at whose ends are blocks that nobody knows
+    std::vector<u32> loose_chains_;         // with blocks at their ends that no worker knows
     u32 refused_copies_ = 0;
     u32 followed_ = kNone;
     std::vector<u32> scratch_ids_;

@@ -1,4 +1,4 @@
-// What workers know as bytes, and back: content, names, copies.
+// The known blocks of workers as bytes, and back: content, names, copies.
 #include <algorithm>
 #include <cassert>
 #include <map>
@@ -25,7 +25,7 @@ void Presence::plan(SavePlan& plan) const {
         u32 end = c.base;
         for (u32 r = 0; r < c.runs.size(); ++r) {
             const u32 set = plan_set(plan, c.runs[r].set);
-            if (set == kEmptySet) break;  // from here on only guessed
+            if (set == kEmptySet) break;  // from here on only speculative entries
             end = chains_.run_end(c, r);
             if (plan.runs.size() == first || plan.runs.back().set != set) plan.runs.push_back({c.runs[r].start, set});
         }
@@ -54,7 +54,7 @@ u32 Presence::plan_set(SavePlan& plan, u32 set) const {
     });
     if (words.empty()) return plan.set_no[set] = kEmptySet;
     if (plan.guesses) {
-        // Sets that differ only in guesses are one.
+        // Sets that differ only in speculative entries are one.
         const auto known = plan.by_words.emplace(words, plan.n_sets + 1);
         if (!known.second) return plan.set_no[set] = known.first->second;
     }
@@ -163,7 +163,7 @@ private:
             in_.need(n <= registry_.holder_slots() / 64 + 1 && top < registry_.holder_slots(),
                      "a set has holders that are not there");
             in_.need(sets_.intern(words.data(), static_cast<u32>(n)) == i, "a set is there twice");
-            // Who has holders is numbered as those are, so that these bits need no more room than those.
+            // Workers with holders are numbered as those are, so that these bits need no more room than those.
             const std::size_t at = knowers_.size();
             set_at_.push_back(at);
             knowers_.resize(at + n, 0);
@@ -249,8 +249,8 @@ private:
             }
             Space& space = registry_.space_at(r.space);
             const u64 head = chains.head(i);
-            // Where prefix hashes collide, it is the same content only in the same place. Whoever knows the seed can
-            // make them collide, and a table that is full of such is slow: more than these are nobody's accident.
+            // Where prefix hashes collide, it is the same content only in the same place. A publisher that has the seed
+            // can make them collide, and a table that is full of such is slow: more than these are no accident.
             const auto same = [&](const HeadSlot& s) {
                 return records_[s.chain()].parent == r.parent && records_[s.chain()].base == r.base;
             };
@@ -290,7 +290,7 @@ private:
                 "a name is there twice");
         }
     }
-    // Below its parent, which has been read; and what workers know is closed towards the root.
+    // Below its parent, which has been read; and known blocks are closed towards the root.
     void attach(u32 i, const ChainRecord& r) {
         const Chain& c = chains_[i];
         u32 above = kNone;
@@ -458,7 +458,7 @@ private:
     // An engine block of several index blocks is held as one: a part of it is held exactly if a block below it is.
     // Where nothing changes from a block to the next and nothing forks, that is so.
     void whole(const Chain& c) const {
-        std::map<u32, std::vector<u64>> below;  // depth -> who has a block below it
+        std::map<u32, std::vector<u64>> below;  // depth -> the workers that have a block below it
         const auto join = [&](std::vector<u64>& to, u32 set) {
             if (to.size() < plan_.wide.size()) to.resize(plan_.wide.size());
             for (u32 x = 0; x < sets_.words(set) && x < plan_.wide.size(); ++x)

@@ -21,7 +21,7 @@ bool same(const Face& a, const Face& b) {
 
 }  // namespace
 
-// Whether what a match reads of the worker is what the worker is.
+// Whether the faces that a match reads agree with the worker.
 std::string Registry::check_faces(u32 id) const {
     const Worker& w = *workers_[id];
     if (face_of(w) != w.face) return broken("worker sorted wrongly", id, w.face);
@@ -61,7 +61,7 @@ std::string Registry::check_worker(u32 id) const {
     return check_faces(id);
 }
 
-// What spaces count of their workers.
+// The counts of workers in spaces.
 std::string Registry::check_spaces() const {
     std::vector<u32> rootless(spaces_.size());
     std::vector<std::map<u32, u32>> lengths(spaces_.size());

@@ -1,8 +1,8 @@
-// Pods, workers, holders and models: who is there, and the state of each. No block.
+// The pods, workers, holders and models that there are, and the state of each. No block.
 //
 // A pod's state is always the worst of its streams' and workers' states, a worker's own state that of its flags
-// (`judge` after each change of one). What a match reads of a worker stands in its holders' faces, and which of its
-// holders stand for all of it in masks (`refresh` after each change of its holders, groups or guess).
+// (`judge` after each change of one). A match reads the faces of a worker's holders, and masks of the
+// holders that stand for the whole worker (`refresh` after each change of its holders, groups or speculative entry).
 #pragma once
 
 #include <algorithm>
@@ -73,7 +73,7 @@ public:
         const auto it = space_ids_.find(model);
         return it == space_ids_.end() ? kNone : it->second;
     }
-    // Whether what is announced counts once, of pods that are opened.
+    // Whether announcements count once, of pods that are opened from now on.
     bool counts_once() const { return set_presence_; }
     u64 pods_version() const { return pods_version_; }
     // Which index this is of all that there were.
@@ -103,7 +103,7 @@ public:
         pods_[pod].standing = Standing::followed;
         judge(pod);
     }
-    // No stream is followed any more: what is known of all that there are is out of date from now on.
+    // No stream is followed any more: all pods are out of date from now on.
     void nobody_listens() {
         first_standing_ = Standing::cut_off;
         for (u32 id = 0; id < pods_.size(); ++id) {
@@ -157,12 +157,12 @@ public:
         pods_[pod].max_blocks = most;
         pods_[pod].spare = 0;
     }
-    // The worst of what the streams say and of what could not be placed.
+    // The worst of the states of streams and workers.
     void judge(u32 pod) {
         for (u32 w : pods_[pod].workers) workers_[w]->verdict = own_verdict(*workers_[w]);
         sum_up(pod);
     }
-    // After a change of one worker: few change what is thought of it, and a pod may have a thousand.
+    // After a change of one worker: few changes affect its state, and a pod may have a thousand workers.
     void judge(Worker& w) {
         const Verdict now = own_verdict(w);
         if (now == w.verdict) return;
@@ -186,18 +186,18 @@ public:
         bool degraded = w.sticky || w.in_doubt || !w.unsure.empty() || w.small_blocks || w.pending != 0;
         const Pod& p = pods_[w.pod];
         degraded |= p.hybrid;
-        // Where announcements are not counted, what a window has left cannot be told from what it holds: vLLM 0.33.0
-        // announces both, and 69 of 1,050 recorded answers said too much.
+        // Where announcements are not counted, blocks that a window has left cannot be told from those that it holds:
+        // vLLM 0.33.0 announces both, and 69 of 1,050 recorded answers were too high.
         for (const Group& g : w.groups)
             degraded |=
                 (g.kind == Attention::chunked && !p.chunk_tokens) || (g.kind != Attention::full && p.set_presence);
         degraded |= unruled_tiers(w);
         return degraded ? Verdict::degraded : Verdict::exact;
     }
-    // Whether it has a tier of which vLLM reuses what no answer here says (0.33.0). Beside a window the connector loads
-    // all but the last token of a prompt of whole blocks, and an answer is whole blocks: 4 of 1,050 said too little.
-    // Where a draft model makes some of several groups drop a block, pool and connector look that up each in a way of
-    // its own: 193 to 312 of 1,050 differed, in both directions.
+    // Whether it has a tier of which vLLM 0.33.0 reuses another length than the answers here. Beside a window the
+    // connector loads all but the last token of a prompt of whole blocks, and an answer is whole blocks: 4 of 1,050
+    // were too low. Where a draft model makes some of several groups drop a block, pool and connector look that up each
+    // in a way of its own: 193 to 312 of 1,050 differed, in both directions.
     bool unruled_tiers(const Worker& w) const {
         const Pod& p = pods_[w.pod];
         if (p.engine != Engine::vllm) return false;
@@ -239,7 +239,7 @@ public:
     Holder& holder(u32 id) { return holders_[id]; }
     u32 holders() const { return static_cast<u32>(holders_.size() - free_holders_.size()); }
     u32 holder_slots() const { return static_cast<u32>(holders_.size()); }
-    // The holders that have a face, and the guesses that stand for one of them.
+    // The holders that have a face, and the speculative ones that stand for one of them.
     const std::vector<u64>& simple() const { return simple_; }
     const std::vector<u64>& guessed() const { return guessed_; }
     // The holders of workers that no single bit describes, and those among them without which a prefix ends.
@@ -247,8 +247,8 @@ public:
     const std::vector<u64>& rooted() const { return rooted_; }
     const Face& face(u32 holder) const { return faces_[holder]; }
     u32 stands_for(u32 guess) const { return stands_for_[guess]; }
-    // The holder whose bit says all of the worker, or kNone if its groups and media must be looked at. A guess says
-    // "GPU", so beside copies on the GPU it is one more bit for the same.
+    // The holder whose bit stands for the whole worker, or kNone if its groups and media matter. A speculative entry is
+    // on the GPU, so beside copies on the GPU it is one more bit for the same.
     u32 face_of(const Worker& w) const {
         if (w.holders.empty()) return w.groups.empty() ? w.guess : kNone;
         if (w.holders.size() != 1 || w.groups.size() != 1 || w.groups[0].kind != Attention::full) return kNone;
@@ -266,7 +266,7 @@ public:
             drops = true;
             lookahead |= g.kind != Attention::full;
         }
-        // A window that drops a block looks for it behind the end of what the other groups have.
+        // A window that drops a block looks for it behind the end of the other groups.
         if (rootless || lookahead) f.flags |= kRootless;
         if (p.engine == Engine::vllm || p.engine == Engine::sglang) f.flags |= kTiers;
         if (!w.holders.empty()) {
@@ -278,7 +278,7 @@ public:
             if (holders_[h].medium != f.medium) f.medium = kNone;
             alike &= holders_[h].factor == f.factor;
         }
-        if (w.guess != kNone && f.medium != 0) f.medium = kNone;  // A guess says "GPU".
+        if (w.guess != kNone && f.medium != 0) f.medium = kNone;  // A speculative entry is on the GPU.
         for (const Group& g : w.groups) alike &= g.factor == f.factor;
         if (alike) f.bits = static_cast<std::uint16_t>(w.holders.size());
         // vLLM's connectors load a whole prompt, unless a window needs that its last token can be computed again.
@@ -294,7 +294,7 @@ public:
         return n;
     }
 
-    // ---- what is made and goes --------------------------------------------------------------------------------------
+    // ---- making and removing ----------------------------------------------------------------------------------------
 
     u32 space(const std::string& model) {
         const auto it = space_ids_.find(model);
@@ -334,7 +334,7 @@ public:
         w.pod = pod;
         w.rank = rank;
         w.space = space;
-        // What an event said of one that there was no room for is not known: its groups might limit every answer.
+        // The events of a worker without room are not known: its groups might limit every answer.
         w.shed = w.muted = w.sticky = pods_[pod].refused.of(rank);
         w.verdict = own_verdict(w);
         pods_[pod].workers.push_back(id);
@@ -370,7 +370,7 @@ public:
         free_holders_.push_back(id);
         ++holders_version_;
     }
-    // A second holder of what `h` is for, which no match counts until it is shown.
+    // A second holder for the same as `h`, which no match counts until it is shown.
     u32 hidden_like(u32 id, u32 h) {
         Worker& w = *workers_[id];
         widen(w.hidden, w.hidden.size() + 1);
@@ -379,7 +379,7 @@ public:
         w.hidden.push_back(twin);
         return twin;
     }
-    // What the holder has counts from now on, all at once. Needs no memory.
+    // The holder's blocks count from now on, all at once. Needs no memory.
     void show(u32 id, u32 h) {
         Worker& w = *workers_[id];
         assert(w.holders.size() < w.holders.capacity());
@@ -422,7 +422,7 @@ public:
         while (g < w.groups.size() && w.groups[g].id != id) ++g;
         return g;
     }
-    // What an event says of its group. kNone: it would be one too many.
+    // The group of an event. kNone: it would be one too many.
     u32 group(Worker& w, const GroupSpec& spec, u32 factor) {
         const i64 id = spec.id < 0 ? 0 : spec.id;
         const u32 g = find_group(w, id);
@@ -568,8 +568,8 @@ public:
         free_workers_.push_back(id);
     }
 
-    // What streams make and nothing but a clear or the pod's end takes away:
-    // in a bounded index it must not be all there is room for.
+    // Memory that streams take and that only a clear or the pod's end gives back:
+    // in a bounded index it must not fill the budget.
     std::size_t fixed() const { return fixed_ + media_.bytes(); }
     // Each with its places in lists, pods and masks.
     static constexpr std::size_t kWorkerBytes = sizeof(Worker) + sizeof(void*) + 64;
@@ -587,7 +587,7 @@ public:
         w.groups.clear();
     }
 
-    // A batch of this stream has been applied. `clean`: whatever was lost before it does not matter any more.
+    // A batch of this stream has been applied. `clean`: earlier losses do not matter any more.
     void advance(u32 pod, i64 rank, const std::string& model, u64 seq, double ts, u64 fingerprint, bool clean,
                  bool lost) {
         std::map<i64, Position>& all = pods_[pod].positions;
@@ -597,7 +597,7 @@ public:
         const Position at{seq, ts, fingerprint, space(model), !lost && (clean || whole)};
         all[rank] = at;
     }
-    // Something came in without a number: how far the stream has been applied cannot be said any more.
+    // An event came in without a number: the position of the stream is not known any more.
     void lose_place(u32 pod, i64 rank) {
         if (!pods_[pod].positions.empty()) pods_[pod].positions.erase(rank);
     }
@@ -613,7 +613,7 @@ public:
         return id == kNone || workers_[id]->lengths.empty() ? std::vector<u32>(1, 0) : workers_[id]->lengths;
     }
 
-    // From here on the pod's number and name lead to nothing; the name may be opened anew.
+    // From here on the pod's number and name lead to no pod; the name may be opened again.
     void close_pod(u32 id) {
         Pod& p = pods_[id];
         directory_->close(p.name);
@@ -630,7 +630,7 @@ public:
     }
     // Whether no pod is left.
     bool deserted() const { return free_pods_.size() == pods_.size(); }
-    // Gives back what was kept for the next pod.
+    // Gives back memory that was kept for the next pod.
     void shrink() {
         assert(deserted());
         pods_.clear();
@@ -649,7 +649,7 @@ public:
         faces_.clear();
         stands_for_.clear();
     }
-    // All but what the worker is: nothing of it is known any more.
+    // Everything but the worker's own properties: no block of it is known any more.
     void reset_worker(u32 id) {
         Worker& w = *workers_[id];
         w.forget(mem_);
@@ -669,8 +669,8 @@ public:
         refresh(id);
         judge(w);
     }
-    // All content has gone, of all workers; each holds more than is known now. Needs no memory. What workers are
-    // (their groups limit their answers) stays.
+    // All content has gone, of all workers; each holds more than is known now. Needs no memory. The properties of
+    // workers stay (their groups limit their answers).
     void forget_content() noexcept {
         for (const auto& worker : workers_) {
             if (!worker) continue;
@@ -694,7 +694,7 @@ public:
 
     // The first broken invariant, or an empty string.
     std::string check() const;
-    // A snapshot's sections of this part. What is read is verified as it comes.
+    // A snapshot's sections of this part, which are verified while they are read.
     void number(SavePlan& plan) const;
     void save(SectionWriter& to, SavePlan& plan) const;
     void restore(SectionReader& in, RestorePlan& plan, const Numbers& before);
@@ -748,7 +748,7 @@ private:
     std::vector<u32> free_holders_;
     std::vector<u64> simple_, guessed_, grouped_, rooted_;
     std::vector<Face> faces_;      // by holder
-    std::vector<u32> stands_for_;  // by guess: the holder
+    std::vector<u32> stands_for_;  // by speculative holder: the holder
     std::vector<Space> spaces_;
     std::unordered_map<std::string, u32> space_ids_;
     u64 pods_version_ = first_version();

@@ -1,4 +1,4 @@
-// Pods, workers and holders as bytes, and back. Guesses are left out.
+// Pods, workers and holders as bytes, and back. Speculative entries are left out.
 #include <algorithm>
 #include <cassert>
 #include <set>
@@ -186,7 +186,7 @@ void Registry::restore_pods(SectionReader& in, RestorePlan& plan, const Numbers&
                 media_.take(m = plan.media[m]);
             }
         }
-        // Nobody has listened since this was written: until somebody shows what has happened, nothing is current.
+        // No stream was followed since this was written: until its events are known, nothing is current.
         for (u32 k = in.count(8); k; --k) p.streams[read_rank(in)] = Verdict::stale;
         for (u32 k = in.count(40); k; --k) {
             const i64 r = read_rank(in);

@@ -1,4 +1,4 @@
-// What the parts of an index tell one another while they are saved or restored: dense numbers in place of ids.
+// The data that the parts of an index share while they are saved or restored: dense numbers in place of ids.
 #pragma once
 
 #include <map>
@@ -18,7 +18,7 @@ struct OwnRecord {
 
 struct SavePlan {
     // Of the registry.
-    std::vector<u32> pods, workers;         // what is written, in order
+    std::vector<u32> pods, workers;         // those that are written, in order
     std::vector<u32> worker_no, holder_no;  // by id; kNone: left out
     std::map<u32, u32> medium_no;
     u64 masks = 0;         // bytes of all workers' masks

@@ -1,4 +1,4 @@
-// Who holds: pods, their workers, the workers' holders, and what a worker knows that fits no chain (yet).
+// Pods, their workers, the workers' holders, and the blocks of a worker that fit no chain (yet).
 #pragma once
 
 #include <algorithm>
@@ -38,7 +38,7 @@ struct Holder {
     u64 blocks = 0;  // index blocks whose set has this holder
 };
 
-// Which rules say how much an engine reuses of a prefix that it holds. Only vLLM's and SGLang's are known.
+// The rules for the part of a held prefix that an engine reuses. Only vLLM's and SGLang's are known.
 enum class Engine : u8 { unknown, vllm, sglang, trtllm };
 
 // Of a Face.
@@ -50,8 +50,8 @@ inline constexpr u8 kDropsEach = 16;  // a group drops the last block of its who
 inline constexpr u8 kRuled = kCutsLast | kDropsLast | kDropsEach;
 inline constexpr u8 kTiers = 32;  // one medium is read where the one before ends
 
-// What an answer says of a holder's worker: side by side, because reading it from worker and pod costs three cache
-// misses for each of 256 pods (3.9 us of an answer to 8 blocks, against 0.4).
+// The properties of a holder's worker that an answer needs, side by side, because reading it from worker and pod costs
+// three cache misses for each of 256 pods (3.9 us of an answer to 8 blocks, against 0.4).
 struct Face {
     u64 pod = 0;  // Pod::uid
     u32 rank = 0;
@@ -79,29 +79,29 @@ struct Worker {
     u32 pod = 0;
     i64 rank = 0;
     u32 space = 0;
-    std::vector<u32> holders;  // real ones; without those of forgotten groups
-    u32 ghost = kNone;         // holds what the worker has no copy of, but whose position it must remember
-    u32 guess = kNone;         // holds what add_prefix announced
-    std::vector<u32> hidden;   // holders of a long change: what they hold is known, and no match counts it
+    std::vector<u32> holders;  // real ones; without those of removed groups
+    u32 ghost = kNone;         // holds blocks without a copy whose positions are kept
+    u32 guess = kNone;         // holds the entries of add_prefix
+    std::vector<u32> hidden;   // holders of a long change: their blocks are known, and no match counts them
     std::vector<u64> mask;     // bits of holders, hidden and ghost
     std::vector<Group> groups;
     RefTable own;                    // own names -> block
     CountedMap<u64, u32> second;     // further names of a block -> block
     CountedMap<u32, Copies> copies;  // block -> copies, where bits do not suffice
-    std::vector<u32> lengths;        // of lookahead tokens in what it has announced
+    std::vector<u32> lengths;        // of lookahead tokens in its announcements
     u32 length = kNone;              // the last of them
-    CountedMap<u64, u8> unsure;      // names below one that meant something else than a tier had said
+    CountedMap<u64, u8> unsure;      // names below one that meant other content than a tier had announced
     ChainTable chains;               // chains in which this worker knows a block
     CountTable kids;                 // (chain, depth) -> child chains there in which it knows a block
     u32 pending = 0;                 // blocks of it that wait for their place
     bool placed_full = false;        // has placed a block of a size that fits
     bool small_blocks = false;       // has only sent single blocks that are too small: partial ones or a wrong size?
     bool sticky = false;             // something could not be placed, for good
-    bool in_doubt = false;           // a clear did not say whether another medium than the engine's own was meant
-    bool shed = false;               // something that it holds was forgotten: nothing waits for what may have been that
-    bool muted = false;  // what limits its answers could not be kept: nothing of it is, until it starts anew
+    bool in_doubt = false;           // a clear may or may not have meant media beside the engine's own
+    bool shed = false;   // some of its blocks were evicted: no block waits for a parent that may have been one of them
+    bool muted = false;  // the limits of its answers could not be kept: no block of it is, until it starts again
     Reason why_muted = Reason::over_budget;
-    Verdict verdict = Verdict::exact;  // what its own state says, as the pod's verdict has it
+    Verdict verdict = Verdict::exact;  // its own state, a part of the pod's
     u32 face = kNone;                  // the holder whose bit is all that a match needs, if one is
     bool rootless = false;             // no group needs every block of a prefix
     u32 in_hybrid_list = kNone;
@@ -111,7 +111,7 @@ struct Worker {
         chains.release(m);
         kids.release(m);
     }
-    // Everything that it knows of blocks. Needs no memory.
+    // Removes all of its blocks. Needs no memory.
     void forget(Memory& m) noexcept {
         release(m);
         second = CountedMap<u64, u32>(Counted<char>(m));
@@ -129,8 +129,8 @@ struct Position {
     bool whole = false;   // every batch since a clean start has been applied
 };
 
-// Ranks and models of one pod, together. More than any engine has, and few enough to be looked through: an event that
-// begins a turn asks for its worker, and what changes a verdict looks at all of them.
+// Ranks and models of one pod, together. More than any engine has, and few enough to be searched: an event that
+// begins a turn looks for its worker, and a change of a state goes over all of them.
 inline constexpr std::size_t kMostWorkers = 1024;
 
 // Groups, media and holders (one for each medium, group and block size that are used together) of a worker, and holders
@@ -160,10 +160,10 @@ struct Refused {
     }
 };
 
-// Whether anything is known of a pod's content. Where nothing is, it is stale, whatever else is known of it.
+// Whether a pod's content is known. If it is not, the pod is stale.
 enum class Standing : u8 {
-    unheard,   // configured or guessed at: until the first event
-    cut_off,   // events may have been missed, by a forked child or since a snapshot: until its stream has a verdict
+    unheard,   // only configured, or with speculative entries: until the first event
+    cut_off,   // events may have been missed, by a forked child or since a snapshot: until its stream has a state
     followed,  // as exact as its streams and workers are
 };
 
@@ -180,11 +180,11 @@ struct Pod {
     std::vector<u32> ignore_media;  // events of these are left out
     Refused refused;
     u32 chunk_tokens = 0;
-    u32 holders = 0;  // of all its workers, without ghosts and guesses
+    u32 holders = 0;  // of all its workers, without ghosts and speculative ones
     Engine engine = Engine::unknown;
     bool eagle = false;  // it drops the last matched block: in these groups, or in all if there are none
     std::vector<i64> eagle_groups;
-    bool hybrid = false;  // it evicts what its events do not say
+    bool hybrid = false;  // it evicts more than its events contain
     u64 max_blocks = 0;   // index blocks, over all workers, media and groups; 0: no limit
     u64 spare = 0;        // so many of them, or more, are free
     Standing standing = Standing::unheard;
@@ -209,12 +209,12 @@ struct Space {
     u32 rootless = 0;            // how many of them may go on after a hole
 };
 
-// What an event says of the group that its blocks belong to.
+// The group of an event's blocks.
 struct GroupSpec {
     i64 id = 0;                  // below 0: none is named
-    const char* kind = nullptr;  // nullptr: not told
+    const char* kind = nullptr;  // nullptr: not given
     u32 kind_length = 0;
-    i64 window = 0;  // tokens; 0: not told
+    i64 window = 0;  // tokens; 0: not given
 };
 
 inline void set_bit(std::vector<u64>& mask, u32 bit, bool on) {
