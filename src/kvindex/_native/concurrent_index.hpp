@@ -1,4 +1,4 @@
-// The index as threads share it: what is locked, for how long, and what each thread keeps to itself.
+// The index as threads share it: the locks, how long they are held, and the memory that each thread has for itself.
 #pragma once
 
 #include <atomic>
@@ -28,7 +28,7 @@ struct PodFigures {
     std::set<u32> lookahead;
 };
 
-// Where a batch stands in its stream; seq -1: not told.
+// Where a batch stands in its stream; seq -1: not given.
 struct Place {
     i64 seq = -1;
     double ts = 0;
@@ -43,7 +43,7 @@ struct StreamPlace {
     std::string model;
 };
 
-// There was no memory for a change, and what is known of content is gone.
+// There was no memory for a change, and all content is gone.
 struct OutOfMemory : std::bad_alloc {
     const char* what() const noexcept override {
         return "no memory for a change of the index: what it knew of all pods is forgotten, and they are degraded until "
@@ -51,7 +51,7 @@ struct OutOfMemory : std::bad_alloc {
     }
 };
 
-// What became of a payload. Nothing yet: busy, where somebody else has the index; unknown, where the pod is not there.
+// The outcome of a payload. Not applied yet: busy, another thread has the index; unknown, the pod is not there.
 enum class Taken : u8 { yes, no_batch, busy, unknown };
 
 struct Totals {
@@ -91,7 +91,7 @@ public:
         Writing w(*this);
         return ix_->registry().pod_at(ix_->registry().pod(name)).uid;
     }
-    // The name may be opened anew before the last of the pod's blocks has gone.
+    // The name may be opened again before the last of the pod's blocks has gone.
     bool remove_pod(u64 uid) {
         const bool gone = change(uid, [&](u32 pod, Change& c) { ix_->ingest().begin_end(c, pod); });
         if (gone) {
@@ -149,7 +149,7 @@ public:
         try {
             whole = decode_batch(payload, bytes, batch, fault, false);
         } catch (const std::bad_alloc&) {
-            // Content is as it was, and this worker's is not what its engine says any more.
+            // Content is as it was, and this worker's is not that of its engine any more.
             batch = Batch();
             Writing w(*this);
             lose(uid, rank < 0 ? 0 : rank, model, place);
@@ -192,7 +192,7 @@ public:
             } else if (!wait) {
                 if (saving_.load(std::memory_order_relaxed) || !lock_.try_lock()) return Taken::busy;
             } else {
-                // What has begun goes on: who saves waits for its end.
+                // A change that has begun goes on: saving waits for its end.
                 wait_for_saver();
                 lock_.lock();
             }
@@ -258,7 +258,7 @@ public:
         if (lapsed()) out.distrust(only_exact);
         return true;
     }
-    // Every verdict is stale from this moment of the steady clock on, in nanoseconds; kForever: no limit.
+    // Every state is stale from this moment of the steady clock on, in nanoseconds; kForever: no limit.
     static constexpr i64 kForever = std::numeric_limits<i64>::max();
     void trust(i64 until) { trusted_until_.store(until, std::memory_order_relaxed); }
     // `wait` false: gives up, as match does.
@@ -271,7 +271,7 @@ public:
         if (!lapsed()) loads.choose(*ix_, hits, n_tokens, ix_->registry().find_space(model), filter.get(), now, out);
         return true;
     }
-    // What each worker has to do, of the workers that are still there.
+    // The load of each worker that is still there.
     std::vector<Loads::Load> loads(Loads& of) const {
         Reading g(*this, true);
         of.follow(*ix_);
@@ -363,9 +363,9 @@ public:
 
     // ---- snapshots --------------------------------------------------------------------------------------------------
 
-    // Matches go on meanwhile. Writers wait where they disturb nobody: one that
-    // waited for the lock would keep new readers out of it. Batches that have been
-    // applied in part are waited for, since the rest would be replayed as a whole.
+    // Matches go on meanwhile. Writers wait at a gate: one that waited for
+    // the lock would keep new readers out of it. Saving waits for batches that have
+    // been applied in part, since the rest would be replayed as a whole.
     void save(SnapshotBytes& out) const {
         std::lock_guard<std::mutex> one(saver_);
         copy(out);
@@ -435,7 +435,7 @@ public:
         Reading g(*this, true);
         return ix_->registry().probes();
     }
-    // The names of the media of hits, but for those that nobody has any more.
+    // The names of the media of hits, but for those that have gone.
     std::map<u32, std::string> media(const Hits& hits) const {
         Reading g(*this, true);
         std::map<u32, std::string> out;
@@ -456,7 +456,7 @@ public:
 
     // ---- a process that forks ---------------------------------------------------------------------------------------
 
-    // A child gets the index as a snapshot would have it, between batches, and with nobody inside.
+    // A child gets the index as a snapshot would have it, between batches, and with no other thread inside.
     void before_fork() {
         saver_.lock();
         saving_.store(true);
@@ -473,8 +473,8 @@ public:
         open_gate();
         saver_.unlock();
     }
-    // Those who waited for a lock or held one are not here. Nor are those who listened: what engines say from now on,
-    // they say to the parent.
+    // The threads that waited for a lock or held one are not here. Nor are those that followed streams: from now on,
+    // events go to the parent.
     void in_child() {
         new (&lock_) TurnLock();
         new (&saver_) std::mutex();
@@ -578,7 +578,7 @@ private:
             throw OutOfMemory();
         }
     }
-    // Does what one turn can of a change; true if that is all of it.
+    // Does a turn's worth of a change; true if that is all of it.
     bool finish_now(Change& c, Report& r, u32 pod) {
         if (!c.on()) return true;
         if (!ix_->ingest().go_on(c, r)) {
@@ -589,7 +589,7 @@ private:
         calm_.notify_all();
         return true;
     }
-    // What needs no lock of a long event. Where there is no memory for it, it is lost as any change is.
+    // The part of a long event that needs no lock. Without memory for it, the event is lost as any change is.
     void prepare(u64 uid, i64 rank, const std::string& model, const Batch& batch, std::size_t i, bool on,
                  Change& change) {
         std::shared_ptr<Index> here;
@@ -658,7 +658,7 @@ private:
             ++half_;
         }
     }
-    // Whether the batch may take longer than those wait who have the interpreter.
+    // Whether the batch may take longer than threads wait that have the interpreter.
     bool is_much(u32 pod, i64 rank, const Batch& b) const {
         u64 work = 0;
         for (const Event& e : b.events) {
@@ -693,7 +693,7 @@ private:
         const Written w(s);
         if (half_ == 0 && ix_->loose()) s.ix_->tie_up();
     }
-    // Holds off who would begin to write.
+    // Holds off new writers.
     struct Gate {
         explicit Gate(const ConcurrentIndex& s) : s_(s) { s_.saving_.store(true); }
         Gate(const Gate&) = delete;
@@ -763,7 +763,7 @@ private:
     Report report_;
     std::atomic<double> expiry_{1e300};
     std::atomic<i64> trusted_until_{kForever};
-    // Of saving: one at a time, and who waits for its end.
+    // Of saving: one at a time, and the threads that wait for its end.
     mutable std::mutex saver_, gate_;
     mutable std::condition_variable opened_, calm_;
     mutable std::atomic<bool> saving_{false};

@@ -1,4 +1,4 @@
-// What concerns all parts and is seldom called.
+// Functions that concern all parts and are seldom called.
 #include "index.hpp"
 
 #include <string>

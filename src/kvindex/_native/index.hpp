@@ -1,4 +1,4 @@
-// The index: the parts that it is composed of, from the ground up, and what concerns all of them.
+// The index: the parts that it is composed of, from the ground up, and the functions that concern all of them.
 //
 // Each part owns its state and has references to the parts below it. Nothing here is for several threads:
 // concurrent_index.hpp is.
@@ -47,7 +47,7 @@ public:
         return tokens < lookahead ? 0 : static_cast<u32>((tokens - lookahead) / block_size_);
     }
 
-    // What a query reads.
+    // Read by queries.
     const SetPool& sets() const { return sets_; }
     const Chains& chains() const { return chains_; }
     const Registry& registry() const { return registry_; }
@@ -57,7 +57,7 @@ public:
 
     u32 max_parked() const { return pending_.max_parked(); }
 
-    // What changes.
+    // Changed.
     Registry& registry() { return registry_; }
     Ingest& ingest() { return ingest_; }
     const Ingest& ingest() const { return ingest_; }
@@ -68,10 +68,10 @@ public:
     bool loose() const { return presence_.loose(); }
     void tie_up() { presence_.tie_up(); }
 
-    // Memory ended in the middle of a change, and nobody knows how far that came. So all content goes, of all workers,
-    // as if it had been shed: what is known of a worker stays a part of the truth, and every pod says that it is
-    // degraded. What workers are (their groups limit their answers) stays, since that is made as a whole or not at all.
-    // Needs no memory, and looks at nothing that may be half done.
+    // Memory ended in the middle of a change, which may be half done. So all content goes, of all workers, as if it had
+    // been evicted: the known blocks of a worker stay a part of the true ones, and every pod is degraded. The
+    // properties of workers stay (their groups limit their answers), since they are made as a whole or not at all.
+    // Needs no memory, and reads nothing that may be half done.
     void start_over() noexcept {
         eviction_.shed_everything();
         speculation_.start_over();
@@ -82,7 +82,7 @@ public:
         registry_.forget_content();
         ingest_.start_over();
     }
-    // Gives back what was kept for the next pod, once the last one has gone and left nothing.
+    // Gives back memory that was kept for the next pod, once the last one has gone.
     void shrink() {
         if (!registry_.deserted() || loose()) return;
         memory_.spare.drop();
