@@ -1,10 +1,10 @@
 // Changes that take more than one turn of the write lock: events of very many blocks, clears, removals of pods, and
-// parked blocks whose parent has come.
+// pending blocks whose parent has come.
 //
 // No match sees half of one. A long store gives its blocks to a hidden holder, which is shown when all of them are
 // there and then folded into the worker's own. A long removal moves the last copies to a second holder, which is hidden
-// when all of them are found, and then forgets what it holds. A clear hides all holders first. So the change of what
-// matches count is one step of O(1), and all that is proportional to the number of blocks happens before or after it.
+// when all of them are found, and then removes its blocks. A clear hides all holders first. So matches
+// see one step of O(1), and all work that is proportional to the number of blocks happens before or after it.
 // Other changes of the same pod wait meanwhile (Pod::busy); other pods' go on between the turns.
 #pragma once
 
@@ -12,7 +12,7 @@
 
 namespace kvindex {
 
-// ---- what needs no lock ---------------------------------------------------------------------------------------------
+// ---- without the lock -----------------------------------------------------------------------------------------------
 
 inline void Ingest::prepare(const Batch& b, const Event& e, Change& c) const {
     c.ids.resize(e.n_hashes);
@@ -69,7 +69,7 @@ inline void Ingest::begin_clear(Change& c, u32 pod, i64 rank, const std::vector<
     c.goes = false;
     start_clear(c, pod, rank);
 }
-// Removes a pod. Begins without memory, so that it can be done where there is none.
+// Removes a pod. Begins without memory, so that it can be done when memory has ended.
 inline void Ingest::begin_end(Change& c, u32 pod) noexcept {
     try {
         c.workers = registry_.pod_at(pod).workers;
@@ -104,7 +104,7 @@ inline void Ingest::begin_attach(Change& c, u32 id) {
 inline bool Ingest::go_on(Change& c, Report& r) {
     using Step = Change::Step;
     if (c.epoch != epoch_) {
-        // Memory ended in somebody's change, and all content has gone. What clears has less to do; the rest was lost.
+        // Memory ended in another change, and all content has gone. A clear has less to do; other changes were lost.
         c.epoch = epoch_;
         if (c.step < Step::guesses) {
             abandon(c);
@@ -149,11 +149,11 @@ inline void Ingest::do_step(Change& c, Report& r) {
         case Step::finish: finish_clear(c); break;
     }
 }
-// For those who cannot wait, or have little to do.
+// For callers that cannot wait, or have little to do.
 inline void Ingest::go_through(Change& c, Report& r) {
     while (!go_on(c, r)) c.relax();
 }
-// A long store or removal ends before its time; what it had is gone, or goes with everything else.
+// A long store or removal ends before its time; its blocks are gone, or go with everything else.
 inline void Ingest::abandon(Change& c) noexcept {
     const auto drop = [&](u32 h) {
         if (h != kNone && h < registry_.holder_slots() && registry_.holder(h).worker == c.worker)
@@ -347,7 +347,7 @@ inline void Ingest::fold_piece(Change& c) {
     }
 }
 
-// ---- what waited for its parent -------------------------------------------------------------------------------------
+// ---- pending blocks -------------------------------------------------------------------------------------------------
 
 inline void Ingest::attach_piece(Change& c) {
     if (pending_.attach(c.worker, c.waits, c.left)) c.step = Change::Step::settle;
@@ -414,7 +414,7 @@ inline void Ingest::forget_piece(Change& c) {
     registry_.judge(registry_.worker_at(c.worker));
     c.step = Change::Step::none;
 }
-// Whatever a hidden holder still has.
+// Removes the remaining blocks of a hidden holder.
 inline void Ingest::forget_holder(u32 id, u32 h) {
     for (u32 chain : own_chains(registry_.worker_at(id))) {
         if (!chains_.alive(chain)) continue;
@@ -544,7 +544,7 @@ inline u32 Ingest::known_end(const Worker& w, const Chain& c) const {
     }
     return lo ? chains_.run_end(c, lo - 1) : c.base;
 }
-// What only cleared media hold is remembered where something below it is known, and else forgotten.
+// The position of a block that only cleared media hold is kept if a block below it is known, and removed otherwise.
 inline void Ingest::clear_some_of(const Change& c, u32 id, u32 chain, u32 from, u32 end) {
     Worker& w = registry_.worker_at(id);
     if (end == from) return;

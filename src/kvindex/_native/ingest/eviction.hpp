@@ -1,20 +1,19 @@
-// What goes when there is too much (max_bytes) or when nobody has asked for it in a long time (ttl).
+// Eviction, by size (max_bytes) and by the time since the last use (ttl).
 //
-// Content goes, for all workers at once: the chain that was stored to or matched longest ago,
-// from its end, children before parents. Who held any of it is degraded from then on, since
-// it holds more than is known here. Everything that is known of a worker stays a part of what
-// would be known without a budget, so an answer can be too small and never too large:
-//   - a removal of what was shed finds no copy, and there is none to take;
-//   - a store below what was shed is turned away, not parked, and what its names meant before is forgotten
+// Content is evicted for all workers at once: the chain that was stored to or matched longest ago,
+// from its end, children before parents. Its holders are degraded from then on, since they hold more
+// than is known here. The known blocks of a worker stay a part of those without a budget, so an
+// answer can be too small and never too large:
+//   - a removal of evicted blocks finds no copy, and takes none;
+//   - a store below evicted blocks is refused, not pending, and the former blocks of its names are removed
 //     (see Pending::turn_away);
-//   - what an event says of its group is learned even if its blocks are refused: a group that is not known would
-//     object to nothing.
-// Entries of add_prefix say nothing of what an engine holds, so what becomes of them changes no verdict. They have a
-// small share of the budget for themselves, which they leave in the order in which they end; events have the rest.
+//   - the group of an event is learned even if its blocks are refused: an unknown group would object to nothing.
+// Entries of add_prefix are no announcements of an engine, so their eviction changes no state. They have a small share
+// of the budget for themselves, which they leave in the order in which they end; events have the rest.
 //
-// Room is made before an event, by what it may need at most. That keeps tables from
-// doubling and pages from being taken one by one, so what is shed is about what is
-// stored; only what such an estimate cannot know is made up for afterwards.
+// Room is made before an event, by the most that it may need. That keeps tables from
+// doubling and pages from being taken one by one, so about as much is evicted as is
+// stored; only the part that the estimate misses is made up for afterwards.
 #pragma once
 
 #include <algorithm>
@@ -57,7 +56,7 @@ public:
         const double step = chains_.ages().next_step();
         return std::min(guesses, chains_.count() ? std::min(step, chains_.ages().began_oldest() + ttl_) : step);
     }
-    // A turn's worth of what is over; false: there is more.
+    // Evicts a turn's worth of expired content; false: there is more.
     bool expire(double now) {
         if (!speculation_.expire(now)) return false;
         if (!(ttl_ > 0)) return true;
@@ -76,7 +75,7 @@ public:
     // An entry of add_prefix, where there is room for it.
     void guess(u32 pod, i64 rank, const std::string& model, const u64* prefixes, u32 n, double until, u32 lookahead) {
         const u32 id = registry_.find_worker(pod, rank, registry_.find_space(model));
-        // Without what was to be learned of the worker, a guess may promise more than its groups would agree to.
+        // If the worker's groups are not known, a speculative entry may count more than they would agree to.
         const bool able = id == kNone ? !registry_.pod_at(pod).refused.of(rank) && joins(pod) &&
                                             admits(Registry::kWorkerBytes + Registry::kHolderBytes)
                                       : !registry_.worker_at(id).muted;
@@ -88,7 +87,7 @@ public:
         fit();
     }
 
-    // What was lost before this index was loaded.
+    // The losses before this index was loaded.
     void recount(const Losses& shed, const Losses& expired) {
         shed_ = shed;
         expired_ = expired;
@@ -98,7 +97,7 @@ public:
 
     bool bounded() const { return max_ != 0; }
     u64 budget() const { return max_; }
-    // What the budget is about: all that streams can make grow.
+    // The bytes that the budget limits: all that streams can make grow.
     std::size_t bytes() const { return mem_.bytes; }
     // Whether ages are kept, and room has to be made.
     bool on() const { return chains_.ages().on(); }
@@ -118,14 +117,14 @@ public:
         presence_.follow(parent == kNone ? kNone : chains_.pos(parent).chain);
         chains_.touch(presence_.followed());
         if (!max_) return true;
-        // The share that is kept free for what cannot be estimated: sets, runs, tables of chains.
+        // The share that is kept free for memory without an estimate: sets, runs, tables of chains.
         const std::size_t limit = max_ - max_ / 32;
         if (!may_fit(names, blocks, more)) return false;
         if (announced() + growth(id, names, blocks) + more <= limit) return true;
         for (bool renewed = false; announced() + growth(id, names, blocks) + more > limit;) {
             if (pending_.bytes() > max_ / 8 && shed_waiting()) continue;
             if (!renewed && chains_.ages().all_fresh()) {
-                // What the event hangs on goes last: if it comes to that, there is no room for the event.
+                // The event's parents go last: if it comes to that, there is no room for the event.
                 for (u32 chain = presence_.followed(); chain != kNone; chain = chains_[chain].parent)
                     chains_.ages().renew(chain);
                 renewed = true;
@@ -134,22 +133,22 @@ public:
         }
         return true;
     }
-    // A monster is refused before anything is shed for it.
+    // An event that cannot fit is refused before anything is evicted for it.
     bool may_fit(u32 names, u64 blocks, std::size_t more = 0) const {
         return !max_ || registry_.fixed() + more + blocks * (sizeof(Page) + sizeof(PageHome)) / kPageBlocks +
                                 RefTable().growth(names) <=
                             max_ - max_ / 32;
     }
-    // After an event: what could not be foreseen.
+    // After an event: the part that was not estimated.
     void fit() {
         if (!max_) return;
-        // What waits answers nothing, and takes ten times the room of what is in its place.
+        // Pending blocks answer nothing, and take ten times the room of placed ones.
         while (pending_.bytes() > max_ / 8 && shed_waiting()) {
         }
         while (bytes() > max_ && (shed_guess() || shed_oldest(kPiece, shed_) || shed_waiting())) {
         }
     }
-    // What the writer may keep of its scratch.
+    // The scratch that the writer may keep.
     std::size_t most_scratch() const { return max_ ? std::min(kMostScratch, max_ / kScratchShare) : kMostScratch; }
     // All content is about to go.
     void shed_everything() {
@@ -170,10 +169,11 @@ public:
     }
 
 private:
-    // Blocks that are shed at a time: enough to make finding the oldest cheap,
+    // Blocks that are evicted at a time: enough to make finding the oldest cheap,
     // few enough to leave most of a long chain.
     static constexpr u32 kPiece = std::min(128u, kTurnBlocks);
-    // Of the budget, for guesses: the share that is kept free. What could not be estimated takes it from them.
+    // Of the budget, for speculative entries: the share that is kept free. Memory without an estimate takes it from
+    // them.
     static constexpr std::size_t kGuessShare = 32;
 
     // Without a clock, time is what is stored: as many generations
@@ -184,9 +184,9 @@ private:
         chains_.ages().advance(0);
         recent_ = 0;
     }
-    // What events made grow, at least: a guess is counted with its blocks, and an event may have announced those too.
+    // The least that events made grow: an entry is counted with its blocks, and an event may have announced those too.
     std::size_t announced() const { return bytes() - std::min(bytes(), speculation_.bytes()); }
-    // Other guesses make room for one, and nothing else does.
+    // Only other speculative entries make room for one.
     bool make_guess_room(u32 id, u32 blocks) {
         if (!max_) return true;
         if (Speculation::cost(blocks) > max_ / kGuessShare) return false;
@@ -221,7 +221,7 @@ private:
         }
         return id;
     }
-    // Sheds at most so many blocks of the oldest chain.
+    // Evicts at most so many blocks of the oldest chain.
     // False if there is none but, where it is to stay, the pinned one, which is renewed and therefore the last.
     bool shed_oldest(u32 piece, Losses& losses, bool but_pinned = false) {
         const u32 id = oldest_leaf();
@@ -229,7 +229,7 @@ private:
         const Chain& c = chains_[id];
         const u32 from = c.len <= piece ? c.base : c.end() - piece;
         if (find_guessers(id, from)) {
-            // Whatever goes through here is over when the chain is; where room is wanted, the next of all has to do.
+            // Entries through here end with the chain; where room is needed, the next entry of all is dropped.
             if (&losses == &shed_) return shed_guess();
             const std::size_t n = speculation_.size();
             for (u32 worker : guessers_) speculation_.drop_through(worker, {id, from});
@@ -251,10 +251,10 @@ private:
         });
         return !guessers_.empty();
     }
-    // Forgets the blocks from `from` on of a chain that no other hangs on, whoever holds them.
+    // Removes the blocks from `from` on of a chain without children, for all holders.
     void shed_tail(u32 chain, u32 from) {
         const Chain& c = chains_[chain];
-        // What anybody knows of a chain is its beginning, so all who know any of these blocks know the first.
+        // Each worker knows a beginning of a chain, so all that know any of these blocks know the first.
         const u32 set = chains_.set_at(c, from);
         straddling_.clear();
         sets_.each(set, [&](u32 h) {
@@ -275,7 +275,7 @@ private:
         const Pos above = presence_.before({chain, from});
         for (u32 id : losers_)
             if (from == c.base) presence_.lose_chain(registry_.worker_at(id), chain);
-        // An engine block of several index blocks goes as one, whatever of it lies before the cut or in a parent.
+        // An engine block of several index blocks goes as one, with the part before the cut or in a parent.
         for (u32 h : straddling_) {
             const u32 id = registry_.holder(h).worker;
             Pos p = above;
@@ -290,7 +290,7 @@ private:
         presence_.trim(chain);
         for (u32 id : losers_) fall_short(id);
     }
-    // Forgets what waits in the fullest lot, or a guess. False if there is nothing of either.
+    // Drops the blocks of the fullest lot, or a speculative entry. False if there is neither.
     bool shed_waiting() {
         if (const u32 fullest = pending_.fullest(); fullest != kNone) {
             fall_short(fullest);

@@ -1,8 +1,8 @@
-// The meaning of events: what each does to its worker, in one turn of the write lock or (changes.hpp) in several.
+// The meaning of events: the effect of each on its worker, in one turn of the write lock or (changes.hpp) in several.
 //
-// An event is applied as a whole or not at all, and what could not be applied is in the report. It is `apply`d within a
-// Turn, which remembers what need not be looked up for each event of a stream; what a turn does not end is in its
-// Change, and `go_on` does another turn's worth of that.
+// An event is applied as a whole or not at all, and the report counts refused events. It is `apply`d within a Turn,
+// which keeps the values that need not be looked up for each event of a stream. A Change has the work that a turn does
+// not end, and `go_on` does another turn's worth of it.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,7 @@ namespace kvindex {
 
 // A change that goes on over several turns of the write lock (changes.hpp).
 struct Change {
-    // In the order in which they come: of a store, of what waited for it, of a removal, of a clear.
+    // In the order in which they come: of a store, of the blocks that waited for it, of a removal, of a clear.
     enum class Step : u8 {
         none,
         place,
@@ -62,11 +62,11 @@ struct Change {
     u32 placed = kNone;  // engine blocks that have been placed, where the others were not
     Reason reason = Reason::none;
 
-    // Of what waited.
+    // Of blocks that waited.
     Attaching waits;
 
-    // Of a removal: how many copies stay, if the event says so, and the holder that each of the worker's has given what
-    // is to go.
+    // Of a removal: how many copies stay, if the event has it, and the holder that got the blocks to remove
+    // from each of the worker's.
     Holder tier;
     const u32* stay = nullptr;
     std::vector<std::pair<u32, u32>> twins;
@@ -94,18 +94,19 @@ struct Change {
     }
 };
 
-// Events of one stream that are applied under one lock, one after the other, and what need not be looked up for each.
+// Events of one stream that are applied under one lock, one after the other, and the values that need not be looked up
+// for each.
 struct Turn {
     u32 pod;
     i64 rank;
     const std::string& model;
     u32 space;
     u32 worker = kNone;
-    u32 holder = kNone;  // where the event before stored to, while nothing else was said
-    // What the parents of the next events probably are, by the number of the event.
+    u32 holder = kNone;  // where the event before stored to, while the fields are the same
+    // The probable parents of the next events, by the number of the event.
     static constexpr std::size_t kParents = 4;
     u32 parents[kParents] = {kNone, kNone, kNone, kNone};
-    Change& change;  // what an event begins and a turn does not end
+    Change& change;  // work that an event begins and a turn does not end
 
     Turn(u32 pod, i64 rank, const std::string& model, u32 space, Change& change)
         : pod(pod), rank(rank), model(model), space(space), change(change) {}
@@ -132,9 +133,10 @@ public:
     Ingest(const Ingest&) = delete;
     Ingest& operator=(const Ingest&) = delete;
 
-    // All content is about to go: what is under way learns of it when it goes on.
+    // All content is about to go: changes under way notice it when they go on.
     void start_over() noexcept { ++epoch_; }
-    // Gives back what a large event needed, and counts what stays. Scratch grows in these four; the rest follows them.
+    // Gives back the memory that a large event needed, and counts the rest. Scratch grows in these four; the rest
+    // follows them.
     void tidy() {
         const std::size_t seen = ids_.capacity() + insertion_.scratch() + extra_.scratch.capacity();
         if (seen == seen_) return;
@@ -148,8 +150,8 @@ public:
         seen_ = n ? seen : 0;
         eviction_.fit();
     }
-    // Events of this stream from `i` on were lost. Where they said something new of its groups and media, nothing is
-    // kept of the worker any more: a group that is not known would object to nothing.
+    // Events of this stream from `i` on were lost. If they had something new of its groups and media, no block
+    // of the worker is kept any more: an unknown group would object to nothing.
     void missed(const Turn& turn, const Batch& b, std::size_t i) {
         const u32 id = registry_.find_worker(turn.pod, turn.rank, registry_.find_space(turn.model));
         for (; i < b.events.size(); ++i) {
@@ -210,7 +212,7 @@ public:
 
     // ---- events -----------------------------------------------------------------------------------------------------
 
-    // One event of one stream. Never throws for what an engine may send; what could not be applied is in the report.
+    // One event of one stream. Never throws for an event that an engine may send; the report counts refused events.
     KVINDEX_INLINE void apply(Turn& turn, const Batch& b, const Event& e, Report& r) {
         const u32 holder = e.like ? turn.holder : kNone;
         turn.holder = kNone;
@@ -226,9 +228,9 @@ public:
         eviction_.fit();
     }
     static constexpr std::size_t kNamesAhead = 6;
-    // Ask for what event `i` will need before its turn has come: the places of its names, then its parent's page, then
+    // Prefetches the memory that event `i` will need: the places of its names, then its parent's page, then
     // the chain. Each is known only when the one before has come, so several events are on their way at a time. One
-    // block an event, each in another chain, after the processor has done something else: 255 ns a block became 190.
+    // block an event, each in another chain, after the processor has done other work: 255 ns a block became 190.
     KVINDEX_INLINE void expect_names(const Turn& turn, const Batch& b, std::size_t i) const {
         if (i >= b.events.size() || turn.space == kNone) return;
         const Event& e = b.events[i];
@@ -254,7 +256,7 @@ public:
     KVINDEX_INLINE void expect_first(const Turn& turn, const Batch& b, std::size_t i) const {
         for (std::size_t k = i; k < i + kNamesAhead; ++k) expect_names(turn, b, k);
     }
-    // The worker's cache is empty, or what of it lies in the medium that the event names.
+    // The worker's cache is empty, or its part in the medium that the event names.
     void cleared(Change& c, u32 pod, i64 rank, StrRef medium) {
         Pod& p = registry_.pod_at(pod);
         if (medium.set()) {
@@ -274,7 +276,7 @@ public:
             if (p.refused.elsewhere) c.forgives = false;
         }
     }
-    // Events of these media are left out from now on, and what they said before goes.
+    // Events of these media are left out from now on, and blocks of earlier ones go.
     void ignore_media(u32 pod, const std::vector<std::string>& media, Change& c) {
         registry_.set_media(registry_.pod_at(pod).ignore_media, media);
         begin_clear(c, pod, kEveryRank, &registry_.pod_at(pod).ignore_media);
@@ -346,7 +348,7 @@ private:
 
     // `known`: the holder that events like this one store to, if it is known.
     void stored(Turn& turn, const Batch& b, const Event& e, u32 known, Report& r) {
-        // It says nothing of any block, not even that one is masked.
+        // It has no block, not even a masked one.
         if (is_bare(e) && e.n_hashes == 0) return;
         const u32 id = worker_of(turn);
         if (const Worker& w = registry_.worker_at(id); w.muted) return r.skip(w.why_muted, e.n_hashes);
@@ -366,8 +368,8 @@ private:
         if (known == kNone) known = learn(id, e, factor, ids, n, r);
         if (known == kNone) return;
         turn.holder = known;
-        // All its blocks masked: that the group exists is all there is to learn,
-        // and it limits what the worker can reuse.
+        // All its blocks are masked: it shows only that the group exists,
+        // which limits the blocks that the worker can reuse.
         if (n == 0) return;
         if (change.prepared) {
             store_long(turn, b, e, known, n, r);
@@ -377,7 +379,7 @@ private:
     }
     // Neither tokens nor hashes of content: names alone.
     static bool is_bare(const Event& e) { return e.n_tokens == 0 && e.hashed == Hashed::tokens; }
-    // Whether the event's block size is one of which the index can tell blocks: `factor` of its own. What is not is
+    // Whether the event's block size is a multiple of the index's: `factor` of its own. Others are
     // reported.
     bool takes_size(u32 id, const Event& e, u32& factor, Report& r) {
         Worker& w = registry_.worker_at(id);
@@ -387,7 +389,8 @@ private:
             return false;
         };
         if (e.block_size == 0) return is_bare(e) || mismatch();
-        // The unfinished end of a prompt: vLLM announces it and again when it is whole, LMCache where it is told to.
+        // The unfinished end of a prompt: vLLM announces it and again when it is complete, LMCache if it is configured
+        // so.
         const bool cut = e.n_tokens && e.n_tokens < e.block_size && e.block_size <= u64{block_size_} * 0xFFFF;
         const bool partial = e.n_hashes == 1 && (cut || e.block_size < u64{block_size_} * largest_factor(w));
         if (e.block_size % block_size_ || (partial && cut)) {
@@ -402,12 +405,12 @@ private:
             return false;
         }
         const u64 k = e.block_size / block_size_;
-        // Hashes of blocks of another size say nothing of these.
+        // Hashes of blocks of another size are not those of these.
         if (k > kMostFactor || (e.hashed != Hashed::tokens && k != 1)) return mismatch();
         factor = static_cast<u32>(k);
         return true;
     }
-    // The holder that the event stores to, with what it says of its group. kNone: there can be none, which is reported.
+    // The holder that the event stores to, with the group of the event. kNone: it cannot have one, which is reported.
     u32 learn(u32 id, const Event& e, u32 factor, const u64* ids, u32 n, Report& r) {
         Worker& w = registry_.worker_at(id);
         if (eviction_.bounded() && !can_learn(w, e, factor)) {
@@ -432,8 +435,8 @@ private:
         return h;
     }
     // Whether the event's content is to be placed. A tier's event may lack the salt, adapter or image of a block: where
-    // the worker's own announcement of it may have been evicted, its names alone count, what they meant here or
-    // nothing.
+    // the worker's own announcement of it may have been evicted, its names alone count, as copies of their blocks here
+    // or not at all.
     bool places(u32 id, const Event& e, u32 h) const {
         return of_whole_blocks(e) && !(registry_.worker_at(id).shed && registry_.holder(h).medium != 0);
     }
@@ -441,7 +444,7 @@ private:
     bool too_many_lengths(Worker& w, const Event& e) {
         return e.lookahead != w.length && !registry_.learn_length(w, e.lookahead);
     }
-    // Begins what goes on over several turns.
+    // Begins a store of several turns.
     void store_long(Turn& turn, const Batch& b, const Event& e, u32 h, u32 n, Report& r) {
         Change& change = turn.change;
         const u32 id = turn.worker, factor = registry_.holder(h).factor;
@@ -543,8 +546,8 @@ private:
         r.stored -= refused;
         if (refused) r.skip(Reason::over_limit, refused);
     }
-    // Whether so many blocks more are more than this pod may have. What it re-announces counts as new, and what waits
-    // as if it were placed, which it will be without being asked again.
+    // Whether so many blocks more are more than this pod may have. A block that it announces again counts as new, and
+    // a pending one as placed, which it will be without another check.
     bool over_limit(u32 pod, u64 more) {
         Pod& p = registry_.pod_at(pod);
         return p.max_blocks != 0 && over_limit(p, more);
@@ -554,7 +557,7 @@ private:
             p.spare -= more;
             return false;
         }
-        // At the limit each event counts anew; below it, only one of many.
+        // At the limit each event counts again; below it, only one of many.
         for (u32 id : p.workers) {
             const Worker& w = registry_.worker_at(id);
             more += registry_.held(w) + u64{w.pending} * largest_factor(w);
@@ -569,7 +572,7 @@ private:
     }
     bool make_room_for(u32 id, const Event& e, u32 n, u32 factor, bool whole) {
         if (!eviction_.on()) return true;
-        // What is announced by name alone costs a place in a list of copies, or in a lot.
+        // An announcement by name alone costs a place in a list of copies, or in a lot.
         if (!whole) return eviction_.make_room(id, 0, 0, static_cast<std::size_t>(n) * 128, kNone);
         const u32 parent = e.has_parent ? presence_.find(id, name_of(e.parent)) : kNone;
         if (e.has_parent && parent == kNone)
@@ -577,7 +580,7 @@ private:
                    eviction_.make_room(id, 0, 0, pending_.parked_weight(n, u64{n} * factor), kNone);
         return eviction_.make_room(id, n, n * factor, 0, parent);
     }
-    // Whether what the event says of its worker is known, or may be kept for good.
+    // Whether the event's group and medium are known, or may be kept for good.
     bool can_learn(const Worker& w, const Event& e, u32 factor) const {
         return eviction_.admits(Registry::kHolderBytes + sizeof(Group) + 192 + u64{2} * e.medium.n) ||
                learned(w, e, factor);
@@ -605,8 +608,8 @@ private:
         return e.n_tokens != 0 && e.block_size != 0 &&
                (e.n_tokens == spanned || (e.n_tokens > spanned && e.n_tokens % e.block_size));
     }
-    // Of how many engine blocks the names differ, from the first on. What repeats the parent repeats as well: a block
-    // cannot lie below itself.
+    // The number of engine blocks with distinct names, from the first on. A repeat of the parent counts as well: a
+    // block cannot lie below itself.
     static u32 distinct(const Event& e, const u64* ids) {
         const u32 n = Repeats::first(ids, e.n_hashes);
         if (!e.has_parent || !of_whole_blocks(e)) return n;
@@ -637,7 +640,7 @@ private:
                 if (u64& h = locals[std::size_t{j} * factor]; extra.has[j]) h = mix_extra(h, extra.digest[j], seed_);
         return look_ahead(b, e, n, factor, locals);
     }
-    // What is behind an index block is partly in its own engine block.
+    // The tokens behind an index block are partly in its own engine block.
     bool look_ahead(const Batch& b, const Event& e, u32 n, u32 factor, u64* locals) const {
         if (e.lookahead == 0) return true;
         const u32* tokens = b.tokens.data() + e.token_at;
@@ -658,11 +661,11 @@ private:
 
     // ---- removed, cleared -------------------------------------------------------------------------------------------
 
-    // `left`: how many copies stay of each, where the event says so.
+    // `left`: the number of copies that stay of each, if the event has it.
     void removed(Change& change, u32 id, const Event& e, const u64* ids, const u32* left, Report& r) {
         Holder tier;
         tier.medium = registry_.media().find(e.medium.p, e.medium.n);
-        // Nobody holds anything there.
+        // No worker holds a block there.
         if (tier.medium == kNone) return r.skip(Reason::unknown_hash, e.n_hashes);
         tier.group = registry_.find_group(registry_.worker_at(id), e.group);
         if (change.prepared) return begin_removal(change, id, tier, left);
@@ -682,13 +685,13 @@ private:
         for (u32 n = waiting; n > left; --n) pending_.cancel(id, tier, name);
         return waiting != 0;
     }
-    // What an event that names a block for removal means, with `left` copies that stay or (nullptr) one that goes.
+    // The removal of a block by its name: `left` copies stay, or (nullptr) one goes.
     bool remove_one(u32 id, const Holder& tier, u64 name, const u32* left, Change* change) {
         return left ? leave_copies(id, tier, name, *left, change)
                     : remove_copy(id, tier, name, nullptr, change) || pending_.cancel(id, tier, name);
     }
-    // Takes away one copy, or, where `left` says how many stay, all others. Of a long removal, what goes waits for the
-    // others.
+    // Takes away one copy, or, where `left` is the number that stays, all others. In a long removal, a block waits for
+    // the others.
     bool remove_copy(u32 id, const Holder& tier, u64 name, const u32* left, Change* change) {
         const auto take = [&](u32 h, Pos at) {
             if (change) {
@@ -736,7 +739,7 @@ private:
         return false;
     }
     bool counts_once(const Worker& w) const { return registry_.pod_at(w.pod).set_presence; }
-    // Whether a medium that the engine's clears may leave alone holds something, or something that was forgotten here.
+    // Whether a medium that the engine's clears may leave alone holds a block, also one that was evicted here.
     bool held_elsewhere(u32 id) const {
         const Worker& w = registry_.worker_at(id);
         const bool sglang = registry_.pod_at(w.pod).engine == Engine::sglang;
@@ -829,7 +832,7 @@ private:
     // Scratch of the one writer.
     std::vector<u64> ids_, locals_;
     ExtraDigests extra_;
-    std::size_t scratch_ = 0, seen_ = 0;  // its bytes as they are counted, and what it had grown to then
+    std::size_t scratch_ = 0, seen_ = 0;  // its bytes as they are counted, and its growth until then
 };
 
 }  // namespace kvindex

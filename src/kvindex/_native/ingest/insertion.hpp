@@ -2,7 +2,7 @@
 //
 // A path is a list of prefix hashes: `locate` finds the part of it that is content, `extend` adds the rest. `place`
 // does both for blocks of an event and gives them to its worker; it looks everything up before it changes anything, so
-// that what it refuses has changed nothing but names which meant something else.
+// that a refused event has changed only names that meant other content.
 #pragma once
 
 #include <unordered_set>
@@ -94,7 +94,7 @@ public:
     }
 
     // Puts consecutive engine blocks below their parent. Where a name that the worker holds means other content, the
-    // engine's own pool says what it is: connectors leave out salts, adapters and multimodal keys (vLLM 0.33's
+    // engine's own pool decides: connectors leave out salts, adapters and multimodal keys (vLLM 0.33's
     // self-describing offloading events, Mooncake's, LMCache's).
     Placed place(const Placing& a) {
         conflicts_ = 0;
@@ -128,7 +128,7 @@ public:
         presence_.add_copy(id, h, path_.data(), name, true);
         return true;
     }
-    // What a large event leaves behind: how far it has grown, its bytes, and an end to it.
+    // The scratch of a large event: its growth, its bytes, and its end.
     std::size_t scratch() const { return prefixes_.capacity() + path_.capacity(); }
     std::size_t scratch_bytes() const { return bytes_of(prefixes_, taken_, segs_, pieces_, path_); }
     void drop_scratch() { drop_all(prefixes_, taken_, segs_, pieces_, path_); }
@@ -156,8 +156,8 @@ private:
         locate(registry_.worker_at(a.worker).space, at_, prefixes_.data(), blocks);
         return conflict(a, factor);
     }
-    // The event says what its names mean. Copies in other media, which were announced before, move along. False if the
-    // parent's place went with what a name meant before.
+    // The event decides the meaning of its names. Copies in other media, which were announced before, move along. False
+    // if the parent's place went with the former block of a name.
     bool decide(const Placing& a, u32 factor) {
         moved_.clear();
         expanded_.clear();
@@ -198,8 +198,8 @@ private:
         }
         return true;
     }
-    // Copies that the name has now, but for those of the engine's own pool: that it means two things there is an error
-    // of somebody's. What hangs below was placed by what the name meant; until the engine has said more, nobody knows.
+    // Copies that the name has now, but for those of the engine's own pool: two meanings there are an error of a
+    // publisher. Blocks below were placed by the former meaning and are in doubt until the engine announces more.
     void take_along(u32 id, u64 name, u32 ref) {
         Worker& w = registry_.worker_at(id);
         const bool unsure = w.unsure.count(name) != 0;
@@ -238,8 +238,8 @@ private:
             if (!presence_.held_in(id, name, ref, 0)) w.unsure.emplace(name, u8{1});
         });
     }
-    // The event is of a tier, and some of its names are held for other content: they are copies of that, and what
-    // follows them hangs below that.
+    // The event is of a tier, and some of its names are held for other content: they are copies of that, and the
+    // following ones hang below that.
     Placed place_copies(const Placing& a, u32 factor) {
         u64 prev = a.has_parent ? chains_.prefix(presence_.find(a.worker, a.parent)) : 0;
         const Holder& tier = registry_.holder(a.holder);
@@ -293,7 +293,7 @@ private:
             run.n = end - j;
             run.locals += std::size_t{j} * factor;
             if (run.live) run.live += j;
-            // Blocks that were removed while they waited are remembered for what hangs below them, and the next one
+            // Blocks that were removed while they waited keep their positions for the blocks below, and the next one
             // hangs elsewhere.
             while (run.n && run.live && !run.live[run.n - 1]) --run.n;
             if (run.n && !decide(run, factor)) return Placed::orphan;
@@ -301,8 +301,8 @@ private:
         }
         return Placed::yes;
     }
-    // Names whose places are asked for before they are needed. All names at once would be as good for an event of 64,
-    // but of a million the first are forgotten again.
+    // Names whose places are prefetched. All names at once would be as good for an event of 64, but of a million the
+    // first would leave the cache again.
     static constexpr u32 kPlacesAhead = 64;
     // The first of the names that this worker already knows for another block, or nullptr.
     // Notes of the blocks that are new content whether anybody has their names.
@@ -354,7 +354,7 @@ private:
         path_.resize(blocks);
         for (const Segment& s : segs_)
             for (u32 i = 0; i < s.n; ++i) path_[blocks - 1 - (s.at + i)] = {s.chain, s.depth + i};
-        // From the root down, so that what the worker knows is closed towards the root at every step.
+        // From the root down, so that the worker's known blocks are closed towards the root at every step.
         for (u32 j = 0; j < a.n; ++j)
             presence_.add_copy(a.worker, a.holder, path_.data() + (blocks - (j + 1) * factor), a.ids[j],
                                !a.live || a.live[j]);
@@ -441,7 +441,7 @@ private:
     std::vector<Segment> segs_, pieces_;
     std::vector<Pos> path_;
     Pos at_{kNone, kNone};     // the parent of the event at hand
-    std::vector<Copy> moved_;  // copies of names that it says something else of
+    std::vector<Copy> moved_;  // copies of names that mean other content now
     std::vector<u64> others_;  // those names
     std::vector<u8> known_;    // by block of an event of a tier: its name is held for other content
     std::unordered_set<u64> expanded_;

@@ -1,4 +1,4 @@
-// The invariants of what waits.
+// The invariants of pending blocks.
 #include "ingest/pending.hpp"
 
 #include <string>

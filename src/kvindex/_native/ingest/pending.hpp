@@ -55,7 +55,7 @@ struct ParkingLot {
     std::set<u64> dead;                     // records without a live entry
 };
 
-// What waited for blocks of an event, and how far its placing has come.
+// The blocks that waited for those of an event, and the progress of placing them.
 struct Attaching {
     std::vector<u64> fresh;  // names that became known
     std::vector<u64> ends;   // the last name of each record that was placed
@@ -81,7 +81,7 @@ public:
     Pending& operator=(const Pending&) = delete;
 
     u32 max_parked() const { return max_parked_; }
-    // Blocks of all workers, and what all records take.
+    // The blocks of all workers, and the bytes of all records.
     u64 blocks() const { return parked_; }
     std::size_t bytes() const { return lot_bytes_; }
     // Blocks of a worker's records, those that were cancelled among them.
@@ -101,13 +101,13 @@ public:
             if (lots_[id] && (found == kNone || size(id) > size(found))) found = id;
         return found;
     }
-    // A block without content of its own: one more copy of what the worker knows by this name.
+    // A block without content of its own: one more copy of the block that the worker knows by this name.
     void place_known(u32 id, u32 h, u64 name, Report& r) {
         const u32 ref = presence_.find(id, name);
         if (ref == kNone) {
             park_bare(id, h, name, r);
         } else if (registry_.worker_at(id).shed && !presence_.held_anywhere(id, name, ref)) {
-            // A name of which nothing is held may mean something new, and what it means now was not read.
+            // A name without a held block may have a new meaning, which was not read.
             turn_away(id, &name, 1, Reason::shed, r);
         } else if (insertion_.add_known(id, h, name, ref)) {
             ++r.stored;
@@ -120,9 +120,9 @@ public:
         return sizeof(Parked) + 160 + ids * (sizeof(u64) + 1 + 96) + locals * sizeof(u64);
     }
 
-    // Of a worker of which something was shed nothing is parked: what it would wait for is most likely what was shed,
-    // and its engine will not announce that again. The names mean something else now than what they meant here, if
-    // anything: keeping that would be answering too much.
+    // Blocks of a worker after an eviction do not wait: their parent was most likely evicted, and the engine will not
+    // announce it again. The names have another meaning now than here, if any: keeping the former blocks would make
+    // answers too large.
     void turn_away(u32 id, const u64* ids, u32 n, Reason why, Report& r) {
         for (u32 i = 0; i < n; ++i) presence_.forget_name(id, ids[i]);
         r.skip(why, n);
@@ -222,7 +222,7 @@ public:
     }
     bool room(u32 id, u32 h, const u64* ids, u32 n) const {
         const Worker& w = registry_.worker_at(id);
-        // With those that were cancelled and are kept for what hangs below them.
+        // With those that were cancelled and are kept for the blocks below them.
         if (size(id) + n > u64{2} * max_parked_ + 4096) return false;
         u64 after = u64{w.pending} + n;
         if (after <= max_parked_) return true;
@@ -239,8 +239,8 @@ public:
             ++n;
         return n;
     }
-    // A removal that found no counted copy takes back the latest parked one.
-    // Its position stays for the sake of what follows it.
+    // A removal that found no counted copy takes back the latest pending one.
+    // Its position stays for the blocks behind it.
     bool cancel(u32 id, const Holder& tier, u64 name) {
         if (!any(id)) return false;
         const ParkedCopy copy = find_parked(*lots_[id], tier, name);
@@ -251,8 +251,8 @@ public:
         registry_.judge(registry_.worker_at(id));
         return true;
     }
-    // Attaches what waited for the fresh names, and what waited for those, until nothing moves or so many blocks have
-    // been placed: then it returns false.
+    // Attaches the blocks that waited for the fresh names, and those that waited for them, until nothing moves or so
+    // many blocks have been placed: then it returns false.
     bool attach(u32 id, Attaching& to, u32 left) {
         while (any(id) && !to.fresh.empty()) {
             const u64 name = to.fresh.back();
@@ -298,7 +298,8 @@ public:
         to.fresh.clear();
         return true;
     }
-    // Cancelled blocks at a record's end were placed for what waits for them; without that they go again. Only now.
+    // Cancelled blocks at a record's end were placed for the blocks that wait for them; without those they go again.
+    // Only now.
     bool settle_ends(u32 id, Attaching& to, u32 left) {
         for (; left && !to.ends.empty(); --left) {
             if (const u32 ref = presence_.find(id, to.ends.back()); ref != kNone)
@@ -334,12 +335,12 @@ public:
 
     std::size_t scratch_bytes() const { return bytes_of(fresh_); }
     void drop_scratch() { drop_all(fresh_); }
-    // Gives back what was kept for the next worker.
+    // Gives back memory that was kept for the next worker.
     void shrink() { drop_all(lots_); }
 
     // The first broken invariant, or an empty string.
     std::string check() const;
-    // A snapshot's sections of this part. What is read is verified as it comes.
+    // A snapshot's sections of this part, which are verified while they are read.
     void save(SectionWriter& to, const SavePlan& plan) const;
     void restore(SectionReader& in, const RestorePlan& plan);
 
@@ -387,8 +388,8 @@ private:
         --parked_;
     }
     // A record without live copies is only kept while a live one hangs below it, directly or through other dead ones.
-    // Where many hang on one another, who removes them one by one would have them looked through each time: after so
-    // many steps what is left stays, and the worker is degraded, since names that it frees are not what it says.
+    // Where many hang on one another, removals one by one would search all of them each time: after so many steps the
+    // rest stays, and the worker is degraded, since names that it frees are not those of its engine.
     void drop_dead(u32 id, u64 serial) {
         ParkingLot& l = *lots_[id];
         std::vector<u64> todo(1, serial);
@@ -430,7 +431,7 @@ private:
              k != l.by_id.end() && k->first.name == name && todo.size() < kMostSteps; ++k)
             todo.push_back(k->first.serial);
     }
-    // Parks something newly announced. Where copies do not count, it takes the place of what was announced before.
+    // Parks a new announcement. Where copies do not count, it takes the place of the one before.
     void park_new(u32 id, Parked&& p, Report& r) {
         Worker& w = registry_.worker_at(id);
         std::vector<u64> replaced;

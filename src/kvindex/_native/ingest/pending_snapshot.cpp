@@ -1,4 +1,4 @@
-// What waits as bytes, and back.
+// Pending blocks as bytes, and back.
 #include <algorithm>
 #include <utility>
 #include <vector>

@@ -1,4 +1,4 @@
-// The first repeat among the names of one event, in time linear in their number whoever chose them.
+// The first repeat among the names of one event, in time linear in their number, for any choice of names.
 #pragma once
 
 #include "base/table.hpp"

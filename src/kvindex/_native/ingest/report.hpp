@@ -1,4 +1,4 @@
-// What became of a batch, counted.
+// The outcome of a batch, counted.
 #pragma once
 
 #include "base/memory.hpp"

@@ -1,7 +1,7 @@
 // Entries of add_prefix: prefixes that no event announced, until a time. One holder for each worker has all of them.
 //
-// They say nothing of what an engine holds, so what becomes of them changes no verdict. Each is kept with its whole
-// path, so that it is found again whatever became of the chains; a block stays while any live entry of the worker
+// They are no announcements of an engine, so they change no state. Each is kept with its whole path, so that it is
+// found again after any change of the chains; a block stays while any live entry of the worker
 // covers it.
 #pragma once
 
@@ -41,7 +41,7 @@ inline std::size_t together(const std::vector<u64>& a, const std::vector<u64>& b
     return same;
 }
 
-// In this order, whoever shares most of a path stands next to it, and those that go on from a path come next after it.
+// In this order, the entry that shares most of a path stands next to it, and those that go on from a path follow it.
 struct ByPath {
     using is_transparent = void;
     bool operator()(Guesses::const_iterator x, Guesses::const_iterator y) const {
@@ -70,7 +70,7 @@ public:
 
     std::size_t size() const { return entries_.size(); }
     bool empty() const { return entries_.empty(); }
-    // What all of them cost.
+    // The cost of all of them.
     std::size_t bytes() const { return bytes_; }
     // An entry of this worker, along the whole path.
     void add(u32 pod, i64 rank, const std::string& model, const u64* prefixes, u32 n, double until, u32 lookahead) {
@@ -104,7 +104,7 @@ public:
         bytes_ += cost(n);
     }
     double next_expiry() const { return entries_.empty() ? kNever : entries_.begin()->first; }
-    // Drops a turn's worth of guesses that are over. False: there are more.
+    // Drops a turn's worth of expired entries. False: there are more.
     bool expire(double now) {
         const auto over = [&] { return !entries_.empty() && entries_.begin()->first <= now; };
         for (u32 left = kTurnBlocks; left && over();) {
@@ -114,7 +114,7 @@ public:
         return !over();
     }
 
-    // False if the worker has none.
+    // False if the worker has no entry.
     bool drop_one(u32 id) {
         const auto all = paths_.find(id);
         if (all == paths_.end()) return false;
@@ -133,7 +133,7 @@ public:
         }
     }
 
-    // The one that ends first. False if there is none.
+    // The one that ends first. False if there is no entry.
     bool drop_first() {
         if (entries_.empty()) return false;
         drop(entries_.begin());
@@ -147,15 +147,15 @@ public:
         bytes_ = 0;
     }
 
-    // What one costs, with the content, as if nobody else held it: a chain, its runs and its place in tables, and its
-    // blocks.
+    // The cost of one, with the content, as if it were the only holder: a chain, its runs and its place in tables, and
+    // its blocks.
     static std::size_t cost(std::size_t blocks) {
         return kEntryBytes + sizeof(Chain) + 256 +
                blocks * (sizeof(u64) + (sizeof(Page) + sizeof(PageHome)) / kPageBlocks);
     }
 
 private:
-    // With the nodes of what it stands in.
+    // With the nodes of the containers that it stands in.
     static constexpr std::size_t kEntryBytes = sizeof(Guess) + sizeof(double) + 88;
 
     void drop(Guesses::iterator it) {
@@ -163,7 +163,7 @@ private:
         Worker& w = registry_.worker_at(id);
         const auto all = paths_.find(id);
         const auto at = all->second.find(it);
-        // What another live guess of the worker covers stays; its neighbours cover most.
+        // Blocks that another live entry of the worker covers stay; its neighbours cover most.
         std::size_t keep = 0;
         if (at != all->second.begin()) keep = together((*std::prev(at))->second.prefixes, it->second.prefixes);
         if (std::next(at) != all->second.end())
@@ -194,7 +194,7 @@ private:
     }
 
     Guesses entries_;
-    std::size_t bytes_ = 0;                                               // what all of them cost
+    std::size_t bytes_ = 0;                                               // the cost of all of them
     std::unordered_map<u32, std::set<Guesses::iterator, ByPath>> paths_;  // each worker's
 
     Memory& mem_;
