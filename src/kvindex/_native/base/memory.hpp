@@ -68,7 +68,7 @@ struct Memory {
     }
     void give_segment(void* p) noexcept {
         const std::size_t before = segments.overhead();
-        segments.give(heap, p);
+        segments.give(heap, spare, p);
         sub(kSegmentBytes + before - segments.overhead());
     }
     void* resize(void* p, std::size_t from, std::size_t to) {

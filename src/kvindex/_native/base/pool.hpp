@@ -169,6 +169,8 @@ private:
         ASAN_UNPOISON_MEMORY_REGION(arena.items, kArenaBytes);
         munmap(static_cast<void*>(arena.items), kArenaBytes);
         arena.items = nullptr;
+        // An index that shrinks needs no page for its growth.
+        m_.spare.drop();
     }
 
     Memory& m_;

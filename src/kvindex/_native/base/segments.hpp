@@ -45,7 +45,7 @@ public:
         ASAN_UNPOISON_MEMORY_REGION(segment, kSegmentBytes);
         return segment;
     }
-    void give(Heap& heap, void* segment) noexcept {
+    void give(Heap& heap, Spare& spare, void* segment) noexcept {
         const auto page = std::prev(above(segment));
         if constexpr (kMapped) {
             madvise(segment, kSegmentBytes, MADV_DONTNEED);
@@ -58,6 +58,8 @@ public:
         ASAN_UNPOISON_MEMORY_REGION(page->at, kPageBytes);
         if constexpr (kMapped) {
             munmap(page->at, kPageBytes);
+            // An index that shrinks needs no page for its growth.
+            spare.drop();
         } else {
             heap.give(page->at, kPageBytes);
         }
@@ -71,8 +73,9 @@ private:
     static constexpr std::uint32_t kSegments = 8, kAll = (1u << kSegments) - 1;
     static constexpr std::size_t kPageBytes = kSegments * kSegmentBytes;
     static constexpr bool kMapped = kPageBytes % kHugePage == 0;
-    // A large page takes memory as a whole: only where as much is full before.
-    static constexpr std::size_t kHugeFrom = 1;
+    // A large page takes memory as a whole: only where a few are full before, and where 2 MB more than the index counts
+    // are no harm (Spare::on).
+    static constexpr std::size_t kHugeFrom = 3;
 
     struct Page {
         char* at;
@@ -90,9 +93,9 @@ private:
     std::vector<Page>::iterator open(Heap& heap, Spare& spare) {
         char* at = nullptr;
         if constexpr (kMapped) {
-            at = static_cast<char*>(pages_.size() < kHugeFrom ? map_aligned(kPageBytes)
-                                    : kPageBytes == kHugePage ? spare.take()
-                                                              : map_memory(kPageBytes, true));
+            at = static_cast<char*>(pages_.size() < kHugeFrom || !spare.on() ? map_aligned(kPageBytes)
+                                    : kPageBytes == kHugePage                ? spare.take()
+                                                                             : map_memory(kPageBytes, true));
         } else {
             at = static_cast<char*>(heap.take_zeros(kPageBytes));
         }

@@ -42,6 +42,8 @@ public:
         if (void* const p = ready_.exchange(nullptr, std::memory_order_acquire)) munmap(p, kHugePage);
     }
     void turn_off() { on_ = false; }
+    // Whether the index may take 2 MB that it does not count.
+    bool on() const { return on_; }
 
 private:
     static constexpr std::size_t kSmallest = 4096;
