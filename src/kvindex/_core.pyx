@@ -348,9 +348,9 @@ cdef class Index:
         cdef uint64_t uid = self.uid(pod)
         with nogil: self.ix.ignore_media(uid, media)
 
-    def _mark(self, pod, int64_t rank, int verdict):
+    def _mark(self, pod, int64_t rank, int state):
         cdef uint64_t uid = self.uid(pod)
-        with nogil: self.ix.mark(uid, rank, verdict)
+        with nogil: self.ix.mark(uid, rank, state)
 
     def _trust(self, int64_t until): self.ix.trust(until)
 
@@ -358,13 +358,13 @@ cdef class Index:
         cdef size_t pods = 0
         return [name.decode("utf-8", "surrogateescape") for name in self.ix.directory().some(<size_t>-1, pods)]
 
-    def _verdict(self, pod):
+    def _state(self, pod):
         cdef uint64_t uid = self.known(pod)
-        cdef int verdict
-        with nogil: verdict = self.ix.verdict(uid)
-        if verdict < 0:
+        cdef int state
+        with nogil: state = self.ix.state(uid)
+        if state < 0:
             raise self.unknown(pod)
-        return verdict
+        return state
 
     def _workers(self, pod):
         cdef uint64_t uid = self.known(pod)

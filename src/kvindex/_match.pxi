@@ -87,8 +87,8 @@ cdef class PrefixMatch:
         """
         cdef Hits* h = &self.r.hits
         if pod not in self:
-            return PodMatch(0, 0, {}, {}, answers.STATES[self.index._verdict(pod)], 0, {})
-        return answers.pod_match([(h[0][i].rank, self.media.get(h[0][i].medium), h[0][i].says, h[0][i].blocks, <int>h[0][i].verdict)
+            return PodMatch(0, 0, {}, {}, answers.STATES[self.index._state(pod)], 0, {})
+        return answers.pod_match([(h[0][i].rank, self.media.get(h[0][i].medium), h[0][i].says, h[0][i].blocks, <int>h[0][i].state)
                                   for i in self.hits[pod]], self.index.block_size)
 
     def __contains__(self, pod): return isinstance(pod, str) and pod in self.by_pod()

@@ -26,7 +26,7 @@ cdef extern from "_native/concurrent_index.hpp" namespace "kvindex" nogil:
     EventKind STORED "kvindex::EventKind::stored"
     EventKind REMOVED "kvindex::EventKind::removed"
     EventKind CLEARED "kvindex::EventKind::cleared"
-    ctypedef enum Verdict "kvindex::Verdict":
+    ctypedef enum State "kvindex::State":
         pass
     const char* reason_name(Reason)
     const uint32_t REASONS "kvindex::kReasons"
@@ -71,7 +71,7 @@ cdef extern from "_native/concurrent_index.hpp" namespace "kvindex" nogil:
     cppclass Hit:
         uint64_t pod
         uint32_t rank, medium, blocks
-        Verdict verdict
+        State state
         uint8_t says
 
     cppclass Hits:
@@ -179,7 +179,7 @@ cdef extern from "_native/concurrent_index.hpp" namespace "kvindex" nogil:
         void configure(uint64_t, int set_presence, cbool has_media, const vector[string]&, int64_t chunk, int64_t max_blocks) except +
         void ignore_media(uint64_t, const vector[string]&) except +
         void engine(uint64_t, int engine, int eagle, const vector[int64_t]& groups, int hybrid) except +
-        void mark(uint64_t, int64_t rank, int verdict) except +
+        void mark(uint64_t, int64_t rank, int state) except +
         void trust(int64_t until)
         void clear_worker(uint64_t, int64_t rank) except +
         Taken ingest(uint64_t, const uint8_t*, uint64_t, const string& model, int64_t rank, int64_t seq, cbool wait, Report&, double& ts,
@@ -192,7 +192,7 @@ cdef extern from "_native/concurrent_index.hpp" namespace "kvindex" nogil:
         double next_expiry()
         double probes()
         void expire(double now) except +
-        int verdict(uint64_t) except +
+        int state(uint64_t) except +
         vector[PodFigures] pod_figures(uint64_t) except +
         vector[StreamPlace] places(uint64_t) except +
         void save(SnapshotBytes&) except +

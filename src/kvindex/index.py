@@ -387,7 +387,7 @@ class PrefixIndex(Index):
         Raises:
             UnknownPodError: The index has no such pod.
         """
-        return answers.STATES[self._verdict(pod)]
+        return answers.STATES[self._state(pod)]
 
     def pods(self) -> dict[str, Verdict]:
         """Returns every pod with its :meth:`pod_state`. O(pods log pods).
@@ -399,7 +399,7 @@ class PrefixIndex(Index):
         states: dict[str, Verdict] = {}
         for pod in sorted(self._pods()):
             with suppress(UnknownPodError):
-                states[pod] = answers.STATES[self._verdict(pod)]
+                states[pod] = answers.STATES[self._state(pod)]
         return states
 
     def worker_stats(self, pod: str) -> dict[int, WorkerStats]:

@@ -228,7 +228,7 @@ public:
                 }
         return out;
     }
-    int verdict(u32 pod) const { return ix_.verdict(pods_[pod]); }
+    int state(u32 pod) const { return ix_.state(pods_[pod]); }
     std::string check() { return ix_.check(); }
     std::string finish() {
         for (u32 p = 0; p < kPods; ++p) ix_.remove_pod(pods_[p]);
@@ -277,7 +277,7 @@ long run(u64 seed, const History& h, long at) {
                         seed, at);
             for (const auto& m : most)
                 if (const auto g = got.find(m.first); g == got.end() || g->second < m.second)
-                    if (world.verdict(m.first.first) == 0) die("knows less without saying so", seed, at);
+                    if (world.state(m.first.first) == 0) die("knows less without saying so", seed, at);
         }
     }
     const long made = g_made;

@@ -9,7 +9,7 @@
 // There is no model of the index here (tests/model.py is one, and the property tests use it). What is demanded instead:
 //   - every invariant that Index::check() knows;
 //   - what a worker's stream says about it does not depend on other workers: next to the index that gets everything
-//     stands one for each (pod, rank), and reports, answers, figures and verdicts must be the same in both;
+//     stands one for each (pod, rank), and reports, answers, figures and states must be the same in both;
 //   - a prompt and its prefix hashes have one answer; filters only leave out; an answer of L is an answer of L to the
 //     first L blocks alone, and no medium alone gives more than all;
 //   - when the pods are gone, so are the blocks, and the memory is what it was at the start.
@@ -200,14 +200,14 @@ private:
     // one.
     void open(u32 pod) {
         pods_[pod] = all_->open_pod(kPodNames[pod]);
-        all_->mark(pods_[pod], 0, static_cast<int>(Verdict::exact));
+        all_->mark(pods_[pod], 0, static_cast<int>(State::exact));
     }
     Solo& solo(u32 pod, i64 rank) {
         Solo& s = solos_[{pod, rank}];
         if (!s.index) {
             s.index = make();
             s.uid = s.index->open_pod(kPodNames[pod]);
-            s.index->mark(s.uid, rank, static_cast<int>(Verdict::exact));
+            s.index->mark(s.uid, rank, static_cast<int>(State::exact));
             const Configuration& c = configured_[pod];
             s.index->configure(s.uid, c.presence, c.has_media, c.media, c.chunk, -1);
         }
@@ -512,7 +512,7 @@ private:
             const std::vector<PodFigures> figures = all_->pod_figures(pods_[pod]);
             for (auto& s : solos_) {
                 if (s.first.first != pod) continue;
-                worst = std::max(worst, s.second.index->verdict(s.second.uid));
+                worst = std::max(worst, s.second.index->state(s.second.uid));
                 const std::vector<PodFigures> alone = s.second.index->pod_figures(s.second.uid);
                 for (const PodFigures& f : alone) {
                     const auto it = std::find_if(figures.begin(), figures.end(),
@@ -523,7 +523,7 @@ private:
                         die("figures depend on other workers");
                 }
             }
-            if (all_->verdict(pods_[pod]) != worst) die("a verdict is not the worst of the ranks'");
+            if (all_->state(pods_[pod]) != worst) die("a state is not the worst of the ranks'");
         }
         const std::size_t n = asked_.size();
         for (std::size_t i = 0; i < 2 && i < n; ++i) ask(asked_[i == 0 ? n - 1 : steps_ % n]);
@@ -631,7 +631,7 @@ private:
         all_->match(hashes, kModels[q.model], nullptr, false, true, out_);
         expect("tokens and their prefix hashes", got, answer(*all_, out_, kNone, blocks));
         for (const Line& l : got) {
-            if (all_->verdict(pods_[std::get<0>(l)]) == 0) exact.insert(l);
+            if (all_->state(pods_[std::get<0>(l)]) == 0) exact.insert(l);
             if (std::get<0>(l) != 1) ready.insert(l);
         }
         expect("of exact pods only", exact, matched(*all_, p, q.model, kNone, nullptr, true));

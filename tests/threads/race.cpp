@@ -110,7 +110,7 @@ void run(double seconds, u64 max_bytes, double ttl) {
                 case 13: {
                     const u64 known = index.directory().find(name);
                     index.stats();
-                    index.verdict(known);
+                    index.state(known);
                     index.pod_figures(known);
                     index.places(known);
                     break;

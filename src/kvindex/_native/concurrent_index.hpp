@@ -124,10 +124,10 @@ public:
                                    eagle < 0 ? p.eagle : eagle == 1, eagle < 0 ? p.eagle_groups : groups,
                                    hybrid < 0 ? p.hybrid : hybrid == 1);
     }
-    void mark(u64 uid, i64 rank, int verdict) {
+    void mark(u64 uid, i64 rank, int state) {
         Writing w(*this);
         if (const u32 pod = ix_->registry().slot(uid); pod != kNone)
-            ix_->registry().mark(pod, rank, static_cast<Verdict>(verdict));
+            ix_->registry().mark(pod, rank, static_cast<State>(state));
     }
     void clear_worker(u64 uid, i64 rank) {
         change(uid, [&](u32 pod, Change& c) { ix_->ingest().clear_worker(pod, rank, c); });
@@ -319,10 +319,10 @@ public:
         }
     }
 
-    int verdict(u64 uid) const {
+    int state(u64 uid) const {
         Reading g(*this, true);
         const u32 pod = ix_->registry().slot(uid);
-        return pod == kNone ? -1 : static_cast<int>(lapsed() ? Verdict::stale : ix_->registry().pod_at(pod).verdict);
+        return pod == kNone ? -1 : static_cast<int>(lapsed() ? State::stale : ix_->registry().pod_at(pod).state);
     }
     std::vector<PodFigures> pod_figures(u64 uid) const {
         Reading g(*this, true);
@@ -337,7 +337,7 @@ public:
             if (it == out.end()) it = out.insert(out.end(), PodFigures{w.rank, 0, 0, 0, -1, false, {}});
             it->blocks += ix_->registry().held(w);
             it->parked += w.pending;
-            it->state = std::max(it->state, static_cast<int>(ix_->registry().own_verdict(w)));
+            it->state = std::max(it->state, static_cast<int>(ix_->registry().own_state(w)));
             it->in_doubt |= w.in_doubt;
             it->lookahead.insert(w.lengths.begin(), w.lengths.end());
         }
@@ -347,7 +347,7 @@ public:
             it->last_seq = static_cast<i64>(s.second.seq);
         }
         if (lapsed())
-            for (PodFigures& f : out) f.state = static_cast<int>(Verdict::stale);
+            for (PodFigures& f : out) f.state = static_cast<int>(State::stale);
         return out;
     }
     std::vector<StreamPlace> places(u64 uid) const {

@@ -36,7 +36,7 @@ public:
         i64 rank = 0;
         u32 next = kNone;    // the pod's next row
         bool there = false;  // the pod has this rank now
-        Verdict verdict = Verdict::stale;
+        State state = State::stale;
         u64 prefill = 0;  // tokens that requests before their first token still have to compute
         u64 context = 0;  // tokens of all running requests' prompts
         u64 requests = 0;
@@ -67,8 +67,7 @@ public:
         for (u32 i = 0; i < rows_.size(); ++i) {
             const Load& l = rows_[i];
             costs_[i] = kNever;
-            if (!l.there || l.verdict == Verdict::stale || (!weights_.degraded && l.verdict != Verdict::exact))
-                continue;
+            if (!l.there || l.state == State::stale || (!weights_.degraded && l.state != State::exact)) continue;
             if (filter ? !filter->pod(static_cast<u32>(l.pod)) : !l.held && !serves(ix, l, space)) continue;
             ++out.candidates;
             costs_[i] = cost_of(l);
@@ -121,7 +120,7 @@ public:
                 rank(ix, *p, k);
             for (u32 i = k.first; i != kNone; i = rows_[i].next) {
                 Load& l = rows_[i];
-                l.verdict = p->verdict;
+                l.state = p->state;
                 l.reused = l.held = 0;
                 l.worth = 0;
             }
@@ -237,7 +236,7 @@ private:
                 rank(ix, ix.registry().pod_at(slot), pods_[slot]);
                 at = find(pods_[slot], h.rank);
                 if (at == kNone) continue;
-                rows_[at].verdict = ix.registry().pod_at(slot).verdict;
+                rows_[at].state = ix.registry().pod_at(slot).state;
             }
             Load& l = rows_[at];
             if (h.says & kHeld) l.held = std::max(l.held, h.blocks);

@@ -26,7 +26,7 @@ struct Hit {
     u32 rank;
     u32 medium;
     u32 blocks;
-    Verdict verdict;
+    State state;
     u8 says;
 };
 
@@ -82,7 +82,7 @@ struct MatchResult {
     // Nothing is known of any worker at this moment.
     void distrust(bool only_exact) {
         if (only_exact) return clear();
-        for (Hit& h : hits) h.verdict = Verdict::stale;
+        for (Hit& h : hits) h.state = State::stale;
     }
 };
 
@@ -182,13 +182,13 @@ public:
                 if (f.flags & kRuled) return set_aside(f, blocks);
                 blocks -= blocks % f.factor;
             }
-            if (!blocks || (only_exact && f.verdict != Verdict::exact)) return;
+            if (!blocks || (only_exact && f.state != State::exact)) return;
             if (blocks > longest || (blocks == longest && f.pod < first)) {
                 longest = blocks;
                 first = f.pod;
                 best = to;
             }
-            *to++ = {f.pod, f.rank, f.medium, blocks, f.verdict, kReused | kHeld | kMedium | kTier};
+            *to++ = {f.pod, f.rank, f.medium, blocks, f.state, kReused | kHeld | kMedium | kTier};
         };
         for (u32 i = 0; i < words; ++i)
             for (u64 bits = alive_[i]; bits; bits &= bits - 1)
@@ -264,7 +264,7 @@ private:
     __attribute__((noinline)) void set_aside(const Face& f, u32 blocks) { odd_.push_back({&f, blocks}); }
     static void answer_odd(const Face& f, u32 blocks, u32 most, bool only_exact, MatchResult& out) {
         blocks -= blocks % f.factor;
-        if (!blocks || (only_exact && f.verdict != Verdict::exact)) return;
+        if (!blocks || (only_exact && f.state != State::exact)) return;
         const u32 used = reused(f, blocks, most);
         const u8 held = kHeld | kMedium | kTier;
         emit(f, f.medium, blocks, used == blocks ? held | kReused : held, out);
@@ -278,7 +278,7 @@ private:
                 out.best = out.hits.size();
         }
         if (out.hits.full()) out.hits.reserve(2 * out.hits.size() + 4);
-        out.hits.push({f.pod, f.rank, medium, blocks, f.verdict, says});
+        out.hits.push({f.pod, f.rank, medium, blocks, f.state, says});
     }
 
     // Where a walk is: before block `i` of the prompt, behind a block with this prefix hash and this set.
@@ -480,7 +480,7 @@ private:
     void answer_hybrid(const Index& ix, const Trail& t, u32 end, u32 most, bool only_exact, MatchResult& out) {
         const Worker& w = ix.registry().worker_at(t.worker);
         const Face& f = ix.registry().face(t.holder);
-        if (only_exact && f.verdict != Verdict::exact) return;
+        if (only_exact && f.state != State::exact) return;
         own_.clear();
         for (u32 m = t.last; m != kNone; m = marks_[m].before) own_.push_back(pieces_[marks_[m].piece]);
         std::reverse(own_.begin(), own_.end());

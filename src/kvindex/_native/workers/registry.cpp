@@ -15,8 +15,8 @@ bool has_bit(const std::vector<u64>& mask, u32 bit) {
 }
 
 bool same(const Face& a, const Face& b) {
-    return a.pod == b.pod && a.rank == b.rank && a.medium == b.medium && a.factor == b.factor &&
-           a.verdict == b.verdict && a.flags == b.flags && a.bits == b.bits;
+    return a.pod == b.pod && a.rank == b.rank && a.medium == b.medium && a.factor == b.factor && a.state == b.state &&
+           a.flags == b.flags && a.bits == b.bits;
 }
 
 }  // namespace
@@ -56,7 +56,7 @@ std::string Registry::check_worker(u32 id) const {
     for (u32 i = 0; i < std::max(mask.size(), w.mask.size()); ++i)
         if ((i < mask.size() ? mask[i] : 0) != (i < w.mask.size() ? w.mask[i] : 0))
             return broken("mask is wrong", id, i);
-    if (own_verdict(w) != w.verdict) return broken("verdict is out of date", id, static_cast<u64>(w.verdict));
+    if (own_state(w) != w.state) return broken("state is out of date", id, static_cast<u64>(w.state));
     if (w.shed && !w.sticky) return broken("something was shed, and it goes unsaid", id, 0);
     return check_faces(id);
 }

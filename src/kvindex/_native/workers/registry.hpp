@@ -98,7 +98,7 @@ public:
         pods_[pod].standing = Standing::followed;
         sum_up(pod);
     }
-    void mark(u32 pod, i64 rank, Verdict v) {
+    void mark(u32 pod, i64 rank, State v) {
         pods_[pod].streams[rank] = v;
         pods_[pod].standing = Standing::followed;
         judge(pod);
@@ -109,11 +109,11 @@ public:
         for (u32 id = 0; id < pods_.size(); ++id) {
             Pod& p = pods_[id];
             p.standing = Standing::cut_off;
-            for (auto& s : p.streams) s.second = Verdict::stale;
+            for (auto& s : p.streams) s.second = State::stale;
             try {
-                for (u32 w : p.workers) p.streams[workers_[w]->rank] = Verdict::stale;
+                for (u32 w : p.workers) p.streams[workers_[w]->rank] = State::stale;
                 // Of which nothing is held now: that, too, was so.
-                for (const auto& s : p.positions) p.streams[s.first] = Verdict::stale;
+                for (const auto& s : p.positions) p.streams[s.first] = State::stale;
             } catch (const std::bad_alloc&) {
                 p.refused.add_unknown();
             }
@@ -159,30 +159,30 @@ public:
     }
     // The worst of the states of streams and workers.
     void judge(u32 pod) {
-        for (u32 w : pods_[pod].workers) workers_[w]->verdict = own_verdict(*workers_[w]);
+        for (u32 w : pods_[pod].workers) workers_[w]->state = own_state(*workers_[w]);
         sum_up(pod);
     }
     // After a change of one worker: few changes affect its state, and a pod may have a thousand workers.
     void judge(Worker& w) {
-        const Verdict now = own_verdict(w);
-        if (now == w.verdict) return;
-        w.verdict = now;
+        const State now = own_state(w);
+        if (now == w.state) return;
+        w.state = now;
         sum_up(w.pod);
     }
     void sum_up(u32 pod) {
         Pod& p = pods_[pod];
-        Verdict v = p.standing == Standing::followed ? Verdict::exact : Verdict::stale;
+        State v = p.standing == Standing::followed ? State::exact : State::stale;
         for (const auto& s : p.streams) v = std::max(v, s.second);
-        if (p.refused.any || p.hybrid) v = std::max(v, Verdict::degraded);
-        for (u32 w : p.workers) v = std::max(v, workers_[w]->verdict);
-        if (v == p.verdict) return;
-        p.verdict = v;
+        if (p.refused.any || p.hybrid) v = std::max(v, State::degraded);
+        for (u32 w : p.workers) v = std::max(v, workers_[w]->state);
+        if (v == p.state) return;
+        p.state = v;
         for (u32 w : p.workers) {
-            for (u32 h : workers_[w]->holders) faces_[h].verdict = v;
-            if (workers_[w]->guess != kNone) faces_[workers_[w]->guess].verdict = v;
+            for (u32 h : workers_[w]->holders) faces_[h].state = v;
+            if (workers_[w]->guess != kNone) faces_[workers_[w]->guess].state = v;
         }
     }
-    Verdict own_verdict(const Worker& w) const {
+    State own_state(const Worker& w) const {
         bool degraded = w.sticky || w.in_doubt || !w.unsure.empty() || w.small_blocks || w.pending != 0;
         const Pod& p = pods_[w.pod];
         degraded |= p.hybrid;
@@ -192,7 +192,7 @@ public:
             degraded |=
                 (g.kind == Attention::chunked && !p.chunk_tokens) || (g.kind != Attention::full && p.set_presence);
         degraded |= unruled_tiers(w);
-        return degraded ? Verdict::degraded : Verdict::exact;
+        return degraded ? State::degraded : State::exact;
     }
     // Whether it has a tier of which vLLM 0.33.0 reuses another length than the answers here. Beside a window the
     // connector loads all but the last token of a prompt of whole blocks, and an answer is whole blocks: 4 of 1,050
@@ -256,7 +256,7 @@ public:
     }
     Face describe(const Worker& w) const {
         const Pod& p = pods_[w.pod];
-        Face f{p.uid, static_cast<u32>(w.rank), 0, 1, p.verdict, 0, 0};
+        Face f{p.uid, static_cast<u32>(w.rank), 0, 1, p.state, 0, 0};
         const bool ahead = looks_ahead(w);
         bool rootless = !w.groups.empty(), windows = false, drops = false, lookahead = false;
         for (const Group& g : w.groups) {
@@ -336,7 +336,7 @@ public:
         w.space = space;
         // The events of a worker without room are not known: its groups might limit every answer.
         w.shed = w.muted = w.sticky = pods_[pod].refused.of(rank);
-        w.verdict = own_verdict(w);
+        w.state = own_state(w);
         pods_[pod].workers.push_back(id);
         return id;
     }

@@ -187,7 +187,7 @@ void Registry::restore_pods(SectionReader& in, RestorePlan& plan, const Numbers&
             }
         }
         // No stream was followed since this was written: until its events are known, nothing is current.
-        for (u32 k = in.count(8); k; --k) p.streams[read_rank(in)] = Verdict::stale;
+        for (u32 k = in.count(8); k; --k) p.streams[read_rank(in)] = State::stale;
         for (u32 k = in.count(40); k; --k) {
             const i64 r = read_rank(in);
             Position at;

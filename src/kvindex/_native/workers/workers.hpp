@@ -16,7 +16,7 @@
 
 namespace kvindex {
 
-enum class Verdict : u8 { exact, degraded, stale };
+enum class State : u8 { exact, degraded, stale };
 
 enum class Attention : u8 { full, sliding, mamba, chunked };
 
@@ -57,7 +57,7 @@ struct Face {
     u32 rank = 0;
     u32 medium = 0;  // kNone: several
     u32 factor = 1;
-    Verdict verdict = Verdict::exact;
+    State state = State::exact;
     u8 flags = 0;
     std::uint16_t bits = 0;  // how many holders it has; 0: more than these have to be looked at
 };
@@ -101,9 +101,9 @@ struct Worker {
     bool shed = false;   // some of its blocks were evicted: no block waits for a parent that may have been one of them
     bool muted = false;  // the limits of its answers could not be kept: no block of it is, until it starts again
     Reason why_muted = Reason::over_budget;
-    Verdict verdict = Verdict::exact;  // its own state, a part of the pod's
-    u32 face = kNone;                  // the holder whose bit is all that a match needs, if one is
-    bool rootless = false;             // no group needs every block of a prefix
+    State state = State::exact;  // its own state, a part of the pod's
+    u32 face = kNone;            // the holder whose bit is all that a match needs, if one is
+    bool rootless = false;       // no group needs every block of a prefix
     u32 in_hybrid_list = kNone;
 
     void release(Memory& m) {
@@ -171,7 +171,7 @@ struct Pod {
     u64 uid = 0;  // slot and a count of all pods ever opened: a removed pod's number never means another pod
     std::string name;
     std::vector<u32> workers;
-    std::map<i64, Verdict> streams;     // per rank, from the stream layer
+    std::map<i64, State> streams;       // per rank, from the stream layer
     std::map<i64, Position> positions;  // per rank, where batches came with their sequence numbers
     bool busy = false;                  // a long change is under way; other changes of this pod wait for its end
     bool set_presence = false;
@@ -188,7 +188,7 @@ struct Pod {
     u64 max_blocks = 0;   // index blocks, over all workers, media and groups; 0: no limit
     u64 spare = 0;        // so many of them, or more, are free
     Standing standing = Standing::unheard;
-    Verdict verdict = Verdict::stale;  // the worst of all
+    State state = State::stale;  // the worst of all
 
     // Whether the engine drops the last block that it matches in this group. Draft models have neither a state nor
     // chunks, and vLLM's look-up of those drops nothing.
