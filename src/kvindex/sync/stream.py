@@ -1,28 +1,29 @@
 """One worker's stream as a pure state machine: messages and times in, actions out.
 
-The machine decides what is applied, in which order, and how far the result can be trusted. It has no socket, no clock
-and no thread: every method takes ``now`` (seconds of any steady clock) and gives a list of actions, which the caller
-carries out in order. Every path can therefore be tested in microseconds, and the thread around it only moves bytes.
+The machine decides which batches are applied, in which order, and how far the result can be trusted. It has no socket,
+no clock and no thread: every method takes ``now`` (seconds of any steady clock) and returns a list of actions, which
+the caller carries out in order. Every path can therefore be tested in microseconds, and the thread around it only moves
+bytes.
 
-What it guarantees:
+Guarantees:
 
-* a batch is applied at most once, and in the order of sequence numbers, whatever arrives twice, late or out of order;
-* the state is ``exact`` only when every batch since a clean start of the process behind the connection was applied;
-  anything that was given up makes it ``degraded``, anything that is not known at the moment makes it ``stale``;
-* an answer proves only what it shows. A replay endpoint that gives other bytes than the publisher under one number, or
-  ends before a batch that was published, is another process's; one that gives nothing shows nothing; one that no
-  published batch has confirmed counts only when the publisher is silent;
-* nothing grows without bound: what waits is limited in batches and bytes, tries are limited in number, replays in time.
+* A batch is applied at most once, and in the order of sequence numbers, whatever arrives twice, late or out of order.
+* The state is ``exact`` only when every batch since a clean start of the process behind the connection was applied. A
+  batch that was given up makes it ``degraded``; a batch that may be missing at the moment makes it ``stale``.
+* An answer proves only its own batches. A replay endpoint that has other bytes than the publisher under one number, or
+  ends before a published batch, belongs to another process. An empty answer proves nothing. An answer that no published
+  batch has confirmed counts only when the publisher is silent.
+* Nothing grows without bound: waiting batches are limited in number and bytes, tries in number, replays in time.
 
-How it decides whether a connection leads to the process it knew before: it keeps fingerprints of the last batches it
-has applied, asks for a replay from 0 and compares. Equal bytes under an equal sequence number mean the same process (a
-batch carries its time, so another process has other bytes). Other bytes, a newer time under an old number, an answer
-that ends before the last known number or starts behind it mean that what is known does not continue: the worker is
-cleared and rebuilt.
+To find out whether a connection leads to the same process as before, the machine keeps fingerprints of the last applied
+batches, requests a replay from 0 and compares. Equal bytes under an equal sequence number mean the same process: a
+batch contains its time, so another process has other bytes. Other bytes, a newer time under an old number, and an
+answer that ends before the last applied number or starts after it mean another process: the worker is cleared and
+rebuilt.
 
-Its parts: :mod:`.actions` and :mod:`.policy`, :mod:`.history` (what is applied), :mod:`.losses` (what is given up),
-:mod:`.pending` (what waits), :mod:`.replay` (a question, its tries, how long it is waited for), :mod:`.trust` (what
-answers are worth), :mod:`.waits` (when it asks by itself).
+Parts: :mod:`.actions` and :mod:`.policy`, :mod:`.history` (applied batches), :mod:`.losses` (batches that were given
+up), :mod:`.pending` (batches that wait), :mod:`.replay` (a question, its tries, and the patience with its answer),
+:mod:`.trust` (the worth of answers), :mod:`.waits` (the times of its own questions).
 """
 
 from __future__ import annotations
@@ -60,18 +61,17 @@ __all__ = ["WorkerStream"]
 
 
 class WorkerStream:
-    """The stream of one (pod, rank). See the module's text; belongs to one thread.
+    """The stream of one (pod, rank). Belongs to one thread.
 
-    ``replay`` says whether the publisher has a replay endpoint. ``endpoint`` and ``replay_endpoint`` are the addresses
-    that reasons name. ``uniform`` gives numbers in [0, 1), which jitter is made of. ``place`` is how far a stream was
-    applied by somebody before: if this one shows that batch again it goes on behind it, otherwise all of it is cleared.
+    ``replay``: whether the publisher has a replay endpoint. ``endpoint`` and ``replay_endpoint`` are the addresses in
+    reasons. ``uniform`` returns numbers in [0, 1), for jitter. ``place`` is the last batch that an earlier stream has
+    applied: if this stream contains it, the worker continues behind it; otherwise the worker is cleared.
 
     Feed it by :meth:`connected`, :meth:`disconnected`, :meth:`live`, :meth:`replay_sent`, :meth:`replay_reached`,
     :meth:`replayed`, :meth:`replay_refused`, :meth:`replay_ended`, :meth:`replay_lost`, :meth:`suspect`,
-    :meth:`distrust` and :meth:`tick`; after an :class:`Ingest` say :meth:`cleared` or
-    :meth:`rejected` where that is what happened. :meth:`deadline` says when the next tick is due. ``counts`` has every
-    counter by name, ``state`` and ``reason`` what the last :class:`Mark` said. A call is O(1) but for what it
-    applies.
+    :meth:`distrust` and :meth:`tick`. After an :class:`Ingest`, call :meth:`cleared` or :meth:`rejected` if that is
+    the outcome. :meth:`deadline` is the time of the next tick. ``counts`` has every counter by name; ``state`` and
+    ``reason`` are those of the last :class:`Mark`. A call is O(1), plus the batches that it applies.
     """
 
     __slots__ = (
@@ -97,25 +97,25 @@ class WorkerStream:
         self.mark = Mark("stale", Reason.NOT_CONNECTED.text())
         self._out: list[Action] = []
         self._marked: Verdict | None = None
-        self._steady = False  # the next batch can be applied without another thought
-        # What is applied, what is given up, and what waits.
-        self._known = False  # something of a process is applied or given up
+        self._steady = False  # the next batch can be applied without further checks
+        # Batches: applied, given up, waiting.
+        self._known = False  # batches of a process are applied or given up
         self._history = History(self.policy.memory)
         self._losses = Losses()
         self._pending = Pending(self.policy.max_pending, self.policy.max_pending_bytes)
-        self._hole_at: int | None = None  # where a hole was noticed that is neither filled nor given up
-        self._behind = False  # something has arrived that may not be taken yet
-        # What the connection is worth.
+        self._hole_at: int | None = None  # of a hole that is neither filled nor given up
+        self._behind = False  # messages have arrived that may not be taken yet
+        # The connection.
         self._connected_at = 0.0
         self._lost_at: float | None = None
         self._why_lost = self.mark.reason
         self._attempts = 0
-        self._verified = False  # what is applied is of the process behind this connection
-        self._verified_at = float("-inf")  # when that was asked for the last time, though nothing was lost
+        self._verified = False  # the applied batches are of the process behind this connection
+        self._verified_at = float("-inf")  # of the last such question that no loss had caused
         self._started = False  # and everything up to the first live batch is applied
-        self._mixed = False  # more than one process has come over this connection
-        self._blame = ""  # what the caller holds against this connection
-        # What is asked, when, and what the answers are worth.
+        self._mixed = False  # this connection has brought batches of more than one process
+        self._blame = ""  # the caller's objection to this connection
+        # Questions and answers.
         self._trust = Trust(replay, endpoint, replay_endpoint)
         self._replay: Question | None = None
         self._retry: Question | None = None
@@ -123,11 +123,11 @@ class WorkerStream:
         self._tries = Tries()
         self._patience = Patience(self.policy)
         self._waits = Waits(self.policy, uniform)
-        self._silent_at: float | None = None  # when silence will have told as much as a batch can
-        # An answer has stopped without its end marker: there may be more of it until another one shows its end, or a
-        # live batch behind this one is applied.
+        self._silent_at: float | None = None  # when silence counts as much as a batch
+        # An answer has stopped without its end marker. There may be more of it, until another answer has its end or a
+        # later live batch is applied.
         self._open: int | None = None
-        # The last batch of what was applied before this stream began, until it is recognised.
+        # The last batch that was applied before this stream began, until it is recognised.
         self._place = place
         if place is not None:
             self._known = True
@@ -139,22 +139,22 @@ class WorkerStream:
 
     @property
     def state(self) -> Verdict:
-        """What the last :class:`Mark` said."""
+        """State of the last :class:`Mark`."""
         return self.mark.state
 
     @property
     def reason(self) -> str:
-        """Why, for people."""
+        """The reason of the state, as text."""
         return self.mark.reason
 
     @property
     def last_ts(self) -> float | None:
-        """The time of the last applied batch that says one."""
+        """Time of the last applied batch with a time."""
         return self._history.ts
 
     @property
     def last_seq(self) -> int | None:
-        """The last sequence number that was applied or given up, None before the first."""
+        """The last sequence number that was applied or given up; None before the first."""
         return self._history.next - 1 if self._history.next else None
 
     @property
@@ -164,11 +164,11 @@ class WorkerStream:
 
     @property
     def replaying(self) -> bool:
-        """Whether a replay is running, or is going to be asked for again."""
+        """Whether a replay is running, or will be requested again."""
         return self._replay is not None or self._retry is not None
 
     def deadline(self) -> float | None:
-        """When :meth:`tick` is due, or None when nothing is waited for."""
+        """When :meth:`tick` is due; None if no time is planned."""
         if not self.is_connected:
             return None
         if self._replay is not None:
@@ -182,7 +182,7 @@ class WorkerStream:
     # ----------------------------------------------------------------------------------------------------- connection
 
     def connected(self, now: float) -> list[Action]:
-        """The subscription stands: live messages from here on are of the process behind this connection."""
+        """The subscription is connected: later live messages are of the process behind this connection."""
         if self.is_connected:
             return []
         if self._lost_at is not None:
@@ -199,12 +199,12 @@ class WorkerStream:
         self._history.connected()
         self._patience.calm()
         self._stop_replay()
-        # What waited came over the connection before: a replay brings it again, and nobody else could place it.
+        # Waiting batches came over the earlier connection. A replay brings them again, and only it can place them.
         self._drop_waiting()
         self._verified = not self._known
         if self._trust.asks:
             self._started = False
-            # What a snapshot goes back to may be most of the history: then its last batch has to do.
+            # A snapshot may contain most of the history: then its last batch is enough.
             start = 0 if self._place is None else self._place.seq
             self._ask(Purpose.VERIFY if self._known else Purpose.START, start)
         elif not self._known:
@@ -212,7 +212,7 @@ class WorkerStream:
         return self._settle(now)
 
     def disconnected(self, now: float, why: str = "the connection was lost") -> list[Action]:
-        """The connection is gone, or could not be made."""
+        """The connection is lost, or could not be made."""
         if self.is_connected:
             self.is_connected = False
             self._lost_at = now
@@ -235,8 +235,8 @@ class WorkerStream:
     # ------------------------------------------------------------------------------------------------------- messages
 
     def follows(self, seq: int, payload: bytes, now: float) -> float | None:
-        """The fast path of :meth:`live`: the time of a batch that is the next one of a stream that is well, which the
-        caller applies. None for any other batch, with nothing changed. No deadline changes by it."""
+        """The fast path of :meth:`live`: returns the time of a batch that continues a healthy stream, and the caller
+        applies it. Returns None for any other batch, without any change. No deadline changes."""
         history = self._history
         if not self._steady or seq != history.next:
             return None
@@ -267,7 +267,7 @@ class WorkerStream:
         elif seq < self._history.next:
             self._backwards(seq, payload, ts, now)
         elif seq == self._history.next and self._older(ts) and self._may_verify(now):
-            # A restarted engine that happens to be at the next number looks just like a clock that was set back.
+            # An engine that has restarted and is at this very number looks like a clock that was set back.
             self.counts["clock_steps"] += 1
             self._verified = self._started = False
             self._hold(seq, payload, ts)
@@ -279,26 +279,26 @@ class WorkerStream:
         return self._settle(now)
 
     def replay_sent(self, now: float) -> None:
-        """The request of the last :class:`RequestReplay` is on its way; its time counts from here."""
+        """The request of the last :class:`RequestReplay` is sent; its timeout starts here."""
         if self._replay is not None and self._replay.sent_at is None:
             self._replay.sent(max(now, self._waits.held_up_until), self.policy)
 
     def replay_reached(self, now: float) -> None:
-        """The publisher's side has taken the request: it will be answered in its turn, however late that is."""
+        """The publisher's socket has accepted the request. The answer may be late, but it comes."""
         if self._replay is not None and not self._replay.reached:
             self._replay.reached = True
-            # What was published while the request waited for a look-up or a connection is in the answer as well.
+            # Batches that were published while the request waited for its connection are in the answer as well.
             self._replay.shown = self._shown()
             self._replay.expires = max(now, self._waits.held_up_until) + self._waits.spread(self._patience.late)
 
     def replay_lost(self, now: float) -> list[Action]:
-        """The connection that the request went over is gone: nothing more of its answer comes."""
+        """The connection of the request is lost, and with it the rest of the answer."""
         if self._replay is not None:
             self._silence(self._replay, now)
         return self._settle(now)
 
     def replay_refused(self, now: float, why: str) -> list[Action]:
-        """A reply has arrived of which nothing can be taken, since it is of another stream: ``why``."""
+        """A reply is of another stream, and ignored: ``why``."""
         replay = self._replay
         if replay is not None:
             replay.heard(now, self._patience.pause, self.policy)
@@ -307,16 +307,16 @@ class WorkerStream:
         return []
 
     def replay_foreign(self, now: float, why: str) -> list[Action]:
-        """What replays have brought is of another stream than what is published: ``why``."""
+        """Replays have brought another stream than the published one: ``why``."""
         if self._trust.asks and self._history.next and not self._trust.agrees:
             self._trust.conflicts += 1
             self._disown(why)
         return self._settle(now)
 
     def start_anew(self, now: float, why: str) -> list[Action]:
-        """What is applied was applied wrongly: forget it and ask for all of it again."""
+        """The batches were applied wrongly: clear the worker, and request all of them again."""
         self.counts["rebuilds"] += 1
-        self._say("rebuild", f"{why}: cleared, building again")
+        self._say("rebuild", f"{why}: cleared, rebuilding")
         reached = self._history.next
         self._reset(why)
         if self._trust.asks:
@@ -327,15 +327,15 @@ class WorkerStream:
         return self._settle(now)
 
     def distrust(self, now: float, why: str) -> list[Action]:
-        """The caller has seen that not all of what comes is this worker's: ``why``, until the next connection."""
+        """Not all messages of this connection are this worker's: ``why``. Valid until the next connection."""
         if why and not self._blame:
             self._say("distrusted", why)
         self._blame = why
         return self._settle(now)
 
     def continues(self, seq: int, payload: bytes, now: float) -> float | None:
-        """The fast path of :meth:`replayed`, as :meth:`follows` is of :meth:`live`: the time of a batch that is the
-        next one of a history, while nothing has come live. Deadlines become later by it, and none sooner."""
+        """The fast path of :meth:`replayed`, as :meth:`follows` is of :meth:`live`: returns the time of the next batch
+        of a history, before the first live batch. Deadlines only become later."""
         replay, history = self._replay, self._history
         if (
             replay is None or replay.purpose is not Purpose.START or not replay.frames or seq != history.next
@@ -356,7 +356,7 @@ class WorkerStream:
         return ts
 
     def _bring(self, replay: Question, seq: int, payload: bytes) -> None:
-        """An answer has a batch that is applied by it."""
+        """A batch is applied that an answer has brought."""
         replay.brought = True
         self._trust.brought, self._trust.brought_mark = seq, fingerprint(payload)
 
@@ -381,7 +381,7 @@ class WorkerStream:
             replay.pos = seq
             replay.progress = True
         else:
-            # Left out by the publisher, or dropped by its full queue: the second time tells.
+            # Left out by the publisher, or dropped by its full queue: a second answer shows which.
             replay.jump = replay.pos
             self._later(replay, now)
             return self._settle(now)
@@ -410,19 +410,19 @@ class WorkerStream:
         return self._settle(now)
 
     def suspect(self, now: float) -> list[Action]:
-        """A message of this connection was not readable: look whether what was applied is what was published."""
+        """A message of this connection was unreadable: check whether the applied batches are the published ones."""
         self._plan_heal(now)
         return self._settle(now)
 
     def abandon(self, reason: str) -> None:
-        """Nobody feeds it any more."""
+        """The caller feeds it no longer."""
         self.mark = Mark("stale", reason)
 
     # ------------------------------------------------------------------------------------------------ limits of ours
 
     def hold_up(self, now: float, until: float) -> None:
-        """Nothing of this stream is taken before ``until``: what is late meanwhile is so by our own will, and the
-        publisher's silence is none."""
+        """No message of this stream is taken before ``until``, by our own choice: timeouts are extended, and the
+        publisher does not count as silent."""
         self.counts["throttled"] += 1
         more = until - max(now, self._waits.held_up_until)
         if more <= 0.0:
@@ -433,7 +433,7 @@ class WorkerStream:
             self._replay.hold_up(more)
 
     def behind(self, now: float, why: str) -> list[Action]:
-        """Something has arrived that may not be taken yet: ``why``. Nothing does any more where that is empty."""
+        """Messages have arrived that may not be taken yet: ``why``. An empty ``why`` ends this."""
         if bool(why) == self._behind:
             return []
         self._behind = bool(why)
@@ -442,8 +442,8 @@ class WorkerStream:
         return self._settle(now)
 
     def overlooked(self, seq: int, now: float) -> list[Action]:
-        """Batch ``seq`` has arrived and was let go, for want of room to wait in. What arrived before and was not let go
-        has been handed in."""
+        """Batch ``seq`` has arrived and was dropped, because the backlog was full. Earlier batches that were kept have
+        been handed in."""
         if seq > self._history.next + self.policy.seq_jump:
             return self.suspect(now)
         self._pending.seen = max(self._pending.seen, seq)
@@ -454,17 +454,17 @@ class WorkerStream:
     # --------------------------------------------------------------------------------------- what came of an Ingest
 
     def cleared(self, seq: int, now: float) -> list[Action]:
-        """Batch ``seq`` cleared the whole worker: what was given up before it does not matter any more."""
+        """Batch ``seq`` has cleared the whole worker: earlier losses no longer matter."""
         if seq >= self._losses.end - 1 and (self._losses.count or self._losses.unproven):
-            self._say("clean", f"batch {seq} cleared the worker, nothing that was given up before matters any more")
+            self._say("clean", f"batch {seq} cleared the worker, so earlier losses no longer matter")
             self._forget_holes()
             self._losses.unproven = False
         if self._history.came_live(seq):
-            self._trust.brought = -1  # what only answers have shown was before it
+            self._trust.brought = -1  # batches that only answers have shown were before it
         return self._settle(now)
 
     def rejected(self, seq: int, payload: bytes, now: float, why: str) -> list[Action]:
-        """Batch ``seq`` could not be applied at all: it counts as lost."""
+        """Batch ``seq`` could not be applied, and counts as lost."""
         self.counts["rejected"] += 1
         self.counts["lost_batches"] += 1
         self._say("rejected", f"batch {seq}: {why}")
@@ -475,7 +475,7 @@ class WorkerStream:
     # ----------------------------------------------------------------------------------------------------------- time
 
     def tick(self, now: float) -> list[Action]:
-        """Do what is due; harmless when nothing is."""
+        """Do what is due. Has no effect if nothing is."""
         replay = self._replay
         if not self.is_connected:
             pass
@@ -503,7 +503,7 @@ class WorkerStream:
                 self._waits.probe_at = self._waits.heard_at + self._waits.probe_wait
             else:
                 self._waits.probe_at = None
-                # A stream that is never silent would not find out that its replays are another's.
+                # A stream that is never silent would not notice that its replays are another process's.
                 self._trust.unconfirmed = self._trust.unconfirmed and self._shown() < 0
                 self._ask(Purpose.IDLE, self._witness())
         return self._settle(now)
@@ -515,11 +515,11 @@ class WorkerStream:
         self.counts["batches"] += 1
         if not self._known:
             self._known = True
-            self._losses.unproven = False  # seq is 0: whatever comes later has nothing before it that could be missing
+            self._losses.unproven = False  # seq is 0, so no batch before it can be missing
         self._out.append(Ingest(seq, payload, ts, seq != self._losses.guessed or not seq))
 
     def _accept(self, upto: int, why: str) -> None:
-        """Give up everything from the next batch to ``upto``, which is not included."""
+        """Give up the batches from the next one to ``upto``, exclusive."""
         at = self._history.next
         self.counts["gaps_accepted"] += 1
         self.counts["lost_batches"] += upto - at
@@ -534,7 +534,7 @@ class WorkerStream:
             self.counts[why] += 1
 
     def _drain(self) -> None:
-        """Apply what waits and is next."""
+        """Apply waiting batches as long as one is the next."""
         while len(self._pending) and (item := self._pending.pop(self._history.next)) is not None:
             self._apply(self._history.next, item.payload, item.ts, live=True)
         for seq, item in self._pending.outdated(self._history.next):
@@ -543,7 +543,7 @@ class WorkerStream:
         if self._missing():
             return
         if self._pending.seen >= 0 and not self._mixed:
-            self._started = True  # live and applied meet, so nothing before the live batches is missing
+            self._started = True  # applied batches reach the live ones, so none is missing between them
             self._meet(self._pending.seen)
         if self._hole_at is not None and self._hole_at < self._history.next:
             self._hole_at = None
@@ -554,7 +554,7 @@ class WorkerStream:
                 self._stop_replay()
 
     def _met(self, seq: int, payload: bytes, ts: float | None) -> None:
-        """A live batch that was applied already: is it what a replay gave under its number?"""
+        """A live batch was applied already: compare it with the replayed one of its number."""
         if not self._history.came_by_replay(seq):
             return
         if self._history.recall(seq) == fingerprint(payload):
@@ -562,11 +562,11 @@ class WorkerStream:
             self._agree()
         elif self._history.is_older_than(seq, ts):
             self._trust.contradiction = seq
-        elif ts is not None:  # or it was damaged on the way
+        elif ts is not None:  # without a time, it is damaged
             self._trust.suspect(seq)
 
     def _meet(self, seq: int) -> None:
-        """Everything up to this live batch is applied."""
+        """All batches up to this live one are applied."""
         if self._open is not None and seq > self._open and not self._mixed:
             self._open = None
             self._patience.calm()
@@ -579,23 +579,23 @@ class WorkerStream:
     # ----------------------------------------------------------------------------------------------------------- gaps
 
     def _shown(self) -> int:
-        """The last batch that was published over this connection, -1 when none was."""
+        """The last batch that was published over this connection; -1 before the first."""
         return max(self._pending.seen, self._history.lived)
 
     def _missing(self) -> bool:
         return self._pending.seen >= self._history.next
 
     def _look_at_hole(self, now: float) -> None:
-        """See to it that somebody is asked for what is missing."""
+        """Request missing batches, if there is a replay endpoint; otherwise give them up."""
         if not self._missing() or not self.is_connected:
             return
         if not self._trust.asks:
             self._accept_all("there is no replay to ask")
         elif self._started and (not self.replaying or self._background()):
             self._open_hole()
-            self._tries.reset()  # those of a question in silence were for nothing that is missing
+            self._tries.reset()  # earlier tries were probes of a silent stream
             if self._replay is not None and self._replay.purpose is Purpose.IDLE:
-                # It asks for what is missing, and a second request would cost the publisher the same again.
+                # Its answer contains the missing batches. A second request would cost the publisher the same again.
                 self._replay.purpose = Purpose.GAP
             else:
                 self._ask(Purpose.GAP, self._witness())
@@ -614,7 +614,7 @@ class WorkerStream:
             self.counts["heads_cut"] += 1
 
     def _accept_all(self, why: str) -> None:
-        # In one pass: thousands may wait, with a hole in front of each.
+        # In one pass: thousands of batches may wait, with a hole in front of each.
         for seq in [*(seq for seq, _ in self._pending.items()), self._pending.seen + 1]:
             if seq > self._history.next:
                 self._open_hole()
@@ -630,11 +630,11 @@ class WorkerStream:
             self._met(seq, payload, ts)
             self._meet(seq)
         elif known == LOST and not newer:
-            self.counts["late"] += 1  # what came after it is applied, so its time is over
+            self.counts["late"] += 1  # later batches are applied, so it is too late for this one
         elif known is None and not newer and ts is not None and seq < self._history.base:
-            # Older than anything remembered, in number and in time: a copy that comes very late, or a restart under a
-            # clock that was set back. Only the publisher can tell; and where all that is applied is what a replay has
-            # brought, that may be another process's, which would vouch for itself.
+            # Older than every remembered batch, in number and in time: a very late copy, or a restart with a clock that
+            # was set back. Only the publisher's replay distinguishes them. If all applied batches are of a replay, that
+            # may be another process's, which would confirm itself.
             if self._trust.is_hearsay:
                 self._trust.suspect(seq)
             if self._may_verify(now):
@@ -649,12 +649,12 @@ class WorkerStream:
             self._start_over(seq, payload, ts, now)
 
     def _start_over(self, seq: int, payload: bytes, ts: float | None, now: float) -> None:
-        """This batch is the first that we see of a new process."""
+        """This batch is the first known one of a new process."""
         reached = max(self._history.next, self._pending.seen + 1)
         self._restarted(f"batch {seq} came after {self._history.next - 1}")
         self._hold(seq, payload, ts)
-        # One connection leads to one process. If two lives come over it, something between mixes them, and what was
-        # taken for the old one's last batches may have been the new one's first.
+        # One connection leads to one process. If it brings two, something in between mixes them, and the last batches
+        # of the old process may have been the first ones of the new.
         self._mixed = True
         if self._trust.asks:
             self._ask(Purpose.START, 0)
@@ -662,7 +662,7 @@ class WorkerStream:
             self._drain()
             self._look_at_hole(now)
             self._started = self._losses.unproven = True
-            # And those are forgotten: a clear that comes before them does not make up for that.
+            # Those are dropped, and a clear that comes before them does not make up for that.
             self._losses.count += 1
             self._losses.end = max(self._losses.end, reached)
 
@@ -673,7 +673,7 @@ class WorkerStream:
         return ts is not None and last is not None and ts < last - self.policy.clock_step
 
     def _may_verify(self, now: float) -> bool:
-        # Rarely, for a publisher with an unsteady clock would otherwise be asked all the time.
+        # Rarely: otherwise a publisher with an unsteady clock would be asked all the time.
         if not self._trust.asks or (self.replaying and not self._background()):
             return False
         if now - self._verified_at < self.policy.idle_probe[1]:
@@ -682,16 +682,16 @@ class WorkerStream:
         return True
 
     def _judge(self, seq: int, payload: bytes, ts: float | None) -> None:
-        """After a reconnect with no replay to ask: is this the process we knew?"""
+        """After a reconnect without replays: is this the same process as before?"""
         self._recognise(seq, payload)
         if self._history.recall(seq) == fingerprint(payload):
             self.counts["duplicates"] += 1
             self._verified = self._started = True
             return
-        # A new process can only be ahead of the old one if it had the time to publish as much.
+        # A new process can be ahead of the old one only if there was time to publish as many batches.
         since = self._lost_at if self._lost_at is not None else self._connected_at
         ahead = seq > self._history.next and seq < (self._waits.heard_at - since) * self.policy.restart_rate
-        # And what was applied before this stream began has to be shown: nobody knows how long ago that was.
+        # Batches from before this stream began have to be shown: their age is unknown.
         if seq < self._history.next or ahead or self._older(ts) or self._place is not None:
             self._restarted(f"batch {seq} came after {self._history.next - 1}, over a new connection")
         else:
@@ -702,28 +702,28 @@ class WorkerStream:
         self._accept_all("no replay can be had")
 
     def _recognise(self, seq: int, payload: bytes) -> None:
-        """If this is the last batch of what was applied before, it is remembered like any other from here on."""
+        """Remember the last batch of the earlier stream like any other, if this is it."""
         place = self._place
         if place is not None and seq == place.seq and _xxh3_64(payload, 0) == place.fingerprint:
             self._place = None
             self._history.restore(seq, payload)
             self.counts["resumed"] += 1
-            self._say("resumed", f"batch {seq} is the last of what was there: going on behind it")
+            self._say("resumed", f"batch {seq} is the last one of the earlier stream: continuing behind it")
 
     def _compare(self, replay: Question, seq: int, payload: bytes, now: float) -> None:
-        """A replay brings a batch that is applied, or given up: is it the same?"""
+        """A replay brings a batch that is applied, or given up: compare the two."""
         known = self._trust.brought_mark if seq == self._trust.brought else self._history.recall(seq)
         mine = fingerprint(payload)
         waiting = self._pending.get(seq)
         if waiting is not None and waiting.ts is not None and batch_time(payload) is not None:
-            # It came live and is older than what is remembered: only this answer can tell whether it is the same.
+            # It came live and is older than the remembered ones: only this answer can be compared with it.
             if waiting.payload == payload:
                 self._agree()
             elif not self._trust.agrees and known in (None, mine):
                 self._disagree(seq)
                 return
         if self._losses.rejected(seq, mine):
-            replay.contiguous = False  # the publisher's own copy is as unreadable as ours
+            replay.contiguous = False  # the publisher's own copy is unreadable as well
         if known == mine:
             replay.matched = True
             self._verified = True
@@ -745,12 +745,12 @@ class WorkerStream:
             self._not_ours(replay, seq, payload, now, f"batch {seq} is another one than before")
 
     def _not_ours(self, replay: Question, seq: int, payload: bytes, now: float, why: str) -> None:
-        """A replay shows that what is applied is not of the process that answers."""
+        """A replay shows that the applied batches are not of the process that answers."""
         if self._too_many_conflicts(now):
             return
         if replay.purpose is Purpose.VERIFY and replay.frames == 1 and replay.first == seq and replay.start == 0:
-            # The first batch of an answer from 0: the worker is rebuilt from this very answer, and what has arrived
-            # live since the connection was made is of the same process.
+            # The first batch of an answer from 0: the worker is rebuilt from this answer, and the live batches since
+            # the connection was made are of the same process.
             with self._keeping():
                 self._restarted(why, keep_replay=True, against=seq)
             replay.purpose, replay.expect = Purpose.START, -1
@@ -766,7 +766,7 @@ class WorkerStream:
         return True
 
     def _agree(self) -> None:
-        """A batch has come live and in an answer: the replay endpoint is the publisher's."""
+        """A batch has come both live and in an answer: the replay endpoint is the publisher's."""
         self._trust.agrees = True
         self._trust.doubt = ""
         if self._trust.foreign:
@@ -776,12 +776,12 @@ class WorkerStream:
                 self._trust.asks, self._waits.heal_at, self._waits.heal_wait = True, None, self.policy.heal[0]
 
     def _disagree(self, seq: int) -> None:
-        """An answer is not of the process that publishes."""
+        """An answer is of another process than the publisher."""
         self._trust.conflicts += 1
         self._disown(self._trust.say(Reason.OTHER_BATCH, seq=seq))
 
     def _disown(self, why: str) -> None:
-        """Forget what replays have brought, and believe no more of them until they agree."""
+        """Drop the batches that replays have brought, and do not trust replays until they agree."""
         self.counts["replay_conflicts"] += 1
         self._say("replay_conflict", why)
         waiting, seen = self._pending.items(), self._pending.seen
@@ -791,22 +791,22 @@ class WorkerStream:
         self._started = self._losses.unproven = True
         for seq, item in waiting:
             self._hold(seq, item.payload, item.ts)
-        self._pending.seen = seen  # what did not fit is missing all the same
+        self._pending.seen = seen  # batches that did not fit are missing all the same
         self._drain()
         if self._missing():
             self._accept_all("there is no replay to ask")
 
     def _restarted(self, why: str, *, keep_replay: bool = False, against: int | None = None) -> None:
-        """Another process answers; ``against`` is a batch that it has another of, or none."""
-        # A batch of an earlier connection may be of an earlier process, but not where later ones have come live since.
+        """Another process answers; ``against`` is a batch with other bytes there, or None."""
+        # A batch of an earlier connection may be of an earlier process, unless later ones have come live since.
         history = self._history
         if self._shown() < 0 or (against is not None and not history.is_of_connection(against) and history.lived < 0):
             against = None
         lived, last = history.lived, history.recall(history.lived)
         self.counts["restarts"] += 1
-        self._say("restart", f"{why}: cleared, building again")
+        self._say("restart", f"{why}: cleared, rebuilding")
         self._reset(Reason.RESTARTED.text(), keep_replay=keep_replay)
-        if against is not None:  # what is of this connection is not of the one process that it leads to
+        if against is not None:  # the batches of this connection are of more than one process
             self._trust.suspect(against)
             if last is not None and last != LOST:
                 self._trust.witness = lived, last
@@ -818,14 +818,14 @@ class WorkerStream:
 
     @contextmanager
     def _keeping(self) -> Iterator[None]:
-        """What waits stays: it has arrived since the connection was made, and is of the process that answers."""
+        """Keep waiting batches: they arrived over this connection, and are of the process that answers."""
         kept = self._pending
         self._pending = Pending(self.policy.max_pending, self.policy.max_pending_bytes)
         yield
         self._pending = kept
 
     def _reset(self, reason: str, *, keep_replay: bool = False) -> None:
-        self._mark(Mark("stale", reason))  # before the Clear: nobody may read an exact answer while it is rebuilt
+        self._mark(Mark("stale", reason))  # before the Clear: no answer may be exact while the worker is rebuilt
         if not keep_replay:
             self._stop_replay()
         self._out.append(Clear())
@@ -854,13 +854,13 @@ class WorkerStream:
         self._out.append(RequestReplay(start))
 
     def _witness(self) -> int:
-        """From which batch on to ask for what comes next: the last that is known shows whether the answer continues it.
-        Where only an answer has shown something, the last of that: it may have come from another process than this one
-        comes from."""
+        """The start of a question for later batches: the last applied one, which shows whether the answer continues it.
+        If the last ones are unconfirmed, the last that an answer has brought: it may be of another process than the
+        next answer."""
         return max(0, self._trust.brought if self._trust.is_hearsay else self._history.next - 1)
 
     def _continue(self, replay: Question) -> None:
-        """Ask for the rest of an answer."""
+        """Request the rest of an answer."""
         last = self._witness()
         surveying = replay.purpose in (Purpose.VERIFY, Purpose.HEAL)
         replay.again(self._history.next - 1 if self._known else -1, self._shown())
@@ -879,23 +879,23 @@ class WorkerStream:
         self._retry_at = now + self._waits.spread(self._tries.wait(self.policy))
 
     def _tried(self, limit: int, at: int | None = None) -> bool:
-        """One more try at this place has failed: True when it was the last."""
+        """One more try at this place has failed. Returns whether it was the last."""
         if not self._tries.failed(self._history.next if at is None else at, limit):
             return False
         self.counts["replays_failed"] += 1
         return True
 
     def _take(self, replay: Question, seq: int, payload: bytes, now: float) -> None:
-        """A replay brings a batch that is not applied yet."""
+        """A replay has brought a batch that is not applied yet."""
         if not self._known and replay.purpose in (Purpose.START, Purpose.IDLE):
-            # Where it was given up before: somebody answers after all, and has more than this one batch.
+            # It was given up before: there is an answer after all, with more than this one batch.
             replay.purpose, self._started = Purpose.START, False
         if replay.purpose is Purpose.AGREE:
             return
         if seq > self._history.next:
             if replay.purpose is Purpose.HEAL:
                 return
-            # In an answer the order is the publisher's own: what it leaves out it does not have, or its queue was full.
+            # Answers are in the publisher's order: a batch that is left out is not there, or the queue was full.
             self._open_hole()
             if not self._tried(self.policy.hole_tries):
                 self._later(replay, now)
@@ -928,7 +928,7 @@ class WorkerStream:
         self._drain()
 
     def _end(self, replay: Question, now: float, *, marked: bool = True) -> None:
-        """The answer is complete; without its end marker, as far as anybody can tell."""
+        """The answer is complete; without ``marked``, its end marker is missing."""
         self._stop_replay()
         self._trust.answered()
         if marked and not replay.stalled:
@@ -937,7 +937,7 @@ class WorkerStream:
             return
         lacks = marked and not replay.refused and replay.pos < replay.shown and not self._trust.agrees
         if lacks and (replay.frames or self._trust.brought >= 0):
-            # The publisher had what it has published. Its queue may have been full, which the second time tells.
+            # The publisher has its published batches. Its queue may have been full: a second answer shows that.
             self._trust.presumed = False
             if replay.frames and not self._tried(self.policy.hole_tries, replay.start + 1):
                 self._later(replay, now)
@@ -951,13 +951,13 @@ class WorkerStream:
         short = replay.pos < replay.expect
         unlike = not replay.matched and (short or replay.purpose is Purpose.VERIFY)
         if replay.expect >= 0 and (not replay.frames or unlike):
-            # It does not have the last batch that is applied, or nothing at all that is.
+            # It lacks the last applied batch, or all of them.
             if replay.purpose is not Purpose.HEAL and not self._too_many_conflicts(now):
                 why = f"the replay does not have batch {replay.expect}"
                 self._replaced(replay, why, replay.expect)
             return
         if short and replay.purpose is not Purpose.HEAL:
-            # The same process, but its queue was full: the end of the answer is still to be had.
+            # The same process, but its queue was full: the end of the answer can be requested again.
             if self._tried(self.policy.replay_tries):
                 self._unanswered(replay, now, final=True)
             else:
@@ -981,7 +981,7 @@ class WorkerStream:
         self._drain()
         shown = self._pending.seen if self._hole_at is None else max(self._pending.seen, replay.pos)
         if shown >= self._history.next:
-            # Either the answer is older than what waits, or the publisher does not have it any more.
+            # The answer is older than the waiting batches, or the publisher has the missing ones no longer.
             self._open_hole()
             if not self._tried(self.policy.hole_tries):
                 self._later(replay, now)
@@ -991,8 +991,8 @@ class WorkerStream:
         self._hole_at = None
         self._started = True
         self._mixed = self._mixed and not marked
-        # An answer that matches what came after a guess alone says nothing of what was before, and one that has nothing
-        # of what was published before it was asked for says nothing at all.
+        # An answer that matches only batches after a guess proves nothing about earlier ones, and an answer without any
+        # batch that was published before the question proves nothing at all.
         self._losses.unproven = self._losses.guessed > 0 or (
             self._trust.is_hearsay and self._history.has_live and self._history.lived <= replay.shown
         )
@@ -1001,7 +1001,7 @@ class WorkerStream:
         self._look_at_hole(now)
 
     def _shows_nothing(self, replay: Question, now: float) -> None:
-        """An answer was complete, and nothing of it could be taken."""
+        """An answer was complete, without a batch that could be used."""
         why = self._trust.refusal if replay.refused else self._trust.say(Reason.EMPTY, seq=replay.shown)
         if not self._trust.doubt:
             self._say("replay_useless", why)
@@ -1012,34 +1012,34 @@ class WorkerStream:
             self._later(replay, now)
 
     def _healed(self, replay: Question) -> None:
-        """The publisher has shown its history: is it whole?"""
+        """The publisher has sent its history: check whether it is complete."""
         if not replay.contiguous or replay.pos < max(self._losses.end, self._losses.guessed) - 1:
             self._losses.hopeless = True
         elif self._losses.count or self._losses.guessed:
             self.counts["rebuilds"] += 1
-            self._say("rebuild", "the publisher still has every batch from 0 on: cleared, building again")
+            self._say("rebuild", "the publisher still has every batch from 0 on: cleared, rebuilding")
             self._reset(Reason.REBUILT.text())
             self._ask(Purpose.START, 0)
 
     def _silence(self, replay: Question, now: float) -> None:
         """A replay has stopped without its end marker."""
         if replay.progress:
-            # It may have been cut: a ROUTER drops what its queue does not take, the end marker included.
+            # It may be cut: a ROUTER drops messages beyond its queue, the end marker included.
             self.counts["cut_replays"] += 1
             replay.stalled = True
             self._patience.stalled()
             self._out.append(CancelReplay())
             self._continue(replay)
         elif replay.frames and replay.pos >= replay.expect:
-            # Just the batch that is known, and nothing behind it: as an end without its marker looks, and as an answer
-            # does that was cut at the same place again. It is not asked for ever, nor believed.
+            # Only the batch that was known. This is an end without its marker, or an answer that was cut at the same
+            # place again. It is neither requested forever, nor trusted.
             self.counts["missing_end_markers"] += 1
             self._end(replay, now, marked=False)
         else:
             self._unanswered(replay, now)
 
     def _late(self, replay: Question, now: float) -> None:
-        """The publisher has a request and does not begin to answer: others have their turn, or it is dead."""
+        """The publisher has a request and does not begin to answer: it serves others first, or is dead."""
         replay.waits += 1
         if replay.waits == 1:
             self._out.append(AwaitReplay())
@@ -1056,13 +1056,13 @@ class WorkerStream:
             self._silent()
 
     def _silent(self) -> None:
-        # Where it never answered the stream is degraded already, and silence tells nothing new.
+        # If it has never answered, the stream is degraded already, and silence shows nothing new.
         if self._trust.answers and not self._trust.unheard:
             self._trust.unheard = True
             self._say("silent", self._trust.say(Reason.SILENT))
 
     def _give_up_proof(self) -> None:
-        """Nobody answers any more who could confirm what answers have brought."""
+        """No later answer will confirm the batches that answers have brought."""
         self._losses.unproven = self._losses.unproven or (self._trust.is_hearsay and self._history.has_live)
 
     def _endless(self, why: str, now: float) -> None:
@@ -1072,7 +1072,7 @@ class WorkerStream:
             self._unanswered(self._replay, now)
 
     def _unanswered(self, replay: Question, now: float, *, final: bool = False) -> None:
-        """A replay has brought nothing that helps."""
+        """A replay was of no use."""
         self.counts["replays_unanswered"] += 1
         silent = replay.purpose is Purpose.IDLE and self._hole_at is None
         if replay.purpose in (Purpose.HEAL, Purpose.AGREE) or (silent and final):
@@ -1091,7 +1091,7 @@ class WorkerStream:
             self._stop_replay()
             self._say("replay_failed", f"no useful answer in {self.policy.replay_tries} tries")
             if not self._verified:
-                # Whether the process is the old one is for the live batches to show.
+                # The live batches have to show whether this is the old process.
                 waiting, seen = self._pending.items(), self._pending.seen
                 self._drop_waiting()
                 for seq, item in waiting:
@@ -1099,14 +1099,14 @@ class WorkerStream:
                         self._judge(seq, item.payload, item.ts)
                     elif seq >= self._history.next:
                         self._hold(seq, item.payload, item.ts)
-                self._pending.seen = max(self._pending.seen, seen)  # what did not fit is missing all the same
+                self._pending.seen = max(self._pending.seen, seen)  # batches that did not fit are missing
             else:
-                # Where the first batch of all came live there is nothing before it that could be shown.
+                # If batch 0 came live, there is none before it that could be missing.
                 seen_from_0 = self._known and self._trust.brought < 0 and not self._losses.count and not self._mixed
                 if replay.purpose is Purpose.VERIFY or (replay.purpose is Purpose.START and not seen_from_0):
                     self._losses.unproven = True
                 if self._hole_at is not None and not self._missing():
-                    # Only a replay has shown that there is more, and it cannot be had any more.
+                    # Only a replay has shown that there are more batches, and it is no longer available.
                     self._accept(replay.pos + 1, "no replay brings them")
                 self._started = True
             if self._missing():
@@ -1124,7 +1124,7 @@ class WorkerStream:
             self._waits.plan_heal(now)
 
     def _plan_probe(self, now: float) -> None:
-        """Keep a silent stream asking whether it has missed the end."""
+        """Let a silent stream ask whether it has missed the last batches."""
         idle = self._trust.asks and self._verified and self._started and not self.replaying
         if idle and self._waits.probe_at is None:
             self._waits.plan_probe(now)
@@ -1134,7 +1134,7 @@ class WorkerStream:
     # ---------------------------------------------------------------------------------------------------------- state
 
     def _judgement(self, now: float) -> Mark:
-        """What answers of this worker are worth at this moment: the first objection counts."""
+        """The state at this moment: the first objection counts."""
         self._silent_at = None
         if stale := self._unknown():
             return Mark("stale", stale)
@@ -1147,7 +1147,7 @@ class WorkerStream:
         return Mark("exact", "" if self._trust.answers else self._trust.say(Reason.NO_ANSWER))
 
     def _unknown(self) -> str:
-        """Why it is not known at this moment whether everything is applied, or nothing."""
+        """Why it is unknown at this moment whether all batches are applied; empty if it is known."""
         if not self.is_connected:
             return self._why_lost
         if self._behind:
@@ -1162,8 +1162,8 @@ class WorkerStream:
         return self._trust.say(Reason.SILENT) if self._trust.unheard else ""
 
     def _is_hearsay(self, now: float) -> bool:
-        """Whether what is applied, or that nothing is, rests on an answer alone, which may be another process's: until
-        a batch comes both ways, or the publisher is silent for a while: an engine that is idle shows no more."""
+        """Whether only an answer supports the state, which may be another process's. This ends when a batch comes both
+        ways, or when the publisher is silent for a while: an idle engine shows no more than that."""
         if not self._trust.asks or self._trust.presumed or (self._known and not self._trust.is_hearsay):
             return False
         if not self._history.has_live:
@@ -1172,7 +1172,7 @@ class WorkerStream:
         return not self._trust.presumed
 
     def _objection(self) -> str:
-        """Why what is applied may be wrong, or nothing."""
+        """Why the applied batches may be wrong or incomplete; empty if there is no objection."""
         trust = self._trust
         return (
             trust.foreign or self._blame or trust.doubt or trust.complaint() or self._losses.complaint()
@@ -1198,7 +1198,7 @@ class WorkerStream:
             self._disagree(self._trust.contradiction)
         if self.is_connected:
             self._plan_probe(now)
-            # That a history cannot be had any more is no reason not to ask who is there.
+            # A history that is no longer available is no reason not to verify the process.
             if (self._losses.can_heal or not self._verified or not self._trust.asks) and not self.replaying:
                 self._plan_heal(now)
         self._mark(self._judgement(now))

@@ -1,4 +1,4 @@
-"""One worker's stream, carried out: between its sockets, its :class:`WorkerStream` and the index."""
+"""Carries out the decisions of one worker's :class:`WorkerStream`, between its sockets and the index."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ __all__ = ["Index", "Setting", "Worker"]
 
 log = logging.getLogger("kvindex.sync")
 
-# What an operator has to look at; everything else is the stream looking after itself.
+# Incidents that need an operator, logged as warnings. The stream deals with all others by itself.
 _SERIOUS: Final = frozenset(
     {
         "bad_frames", "distrusted", "gap_accepted", "option_contradicted", "rejected", "replay_conflict",
@@ -56,7 +56,7 @@ _SERIOUS: Final = frozenset(
 
 
 class Index(Protocol):
-    """What a manager needs of a :class:`PrefixIndex`."""
+    """The part of :class:`PrefixIndex` that a manager uses."""
 
     @property
     def block_size(self) -> int: ...
@@ -84,19 +84,19 @@ class Index(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What all workers of a manager share."""
+    """Shared by all workers of a manager."""
 
     index: Index
     policy: StreamPolicy | None
     options: SocketOptions
     taps: list[Callable[[IndexChange], None]]
-    """Shown every change of the index before the index gets it; the list may change."""
+    """Called with every change of the index, before the change is made; the list may change."""
     tell: Callable[[StateChange], None]
-    """Told of every change of a worker's state."""
+    """Called with every change of a worker's state."""
     need: Callable[[], str]
-    """How many descriptors the manager needs, and how many there may be, for people."""
+    """Returns the required and the allowed number of descriptors, as text."""
     resolve: Callable[[str, Then], None]
-    """Looks the host of an endpoint up."""
+    """Looks up the host of an endpoint."""
     turns: Turns
     """For replays."""
     sockets: SharedSockets
@@ -121,8 +121,8 @@ def _named(topic: bytes) -> str:
 class Worker:
     """One (pod, rank): its stream, its sockets and its figures.
 
-    Whatever arrives is handed to the stream, and what the stream decides is carried out at once. Everything but
-    :meth:`describe` belongs to the loop's thread.
+    Messages go to the stream, and the stream's decisions are carried out at once. All methods except :meth:`describe`
+    belong to the loop's thread.
     """
 
     __slots__ = (
@@ -145,16 +145,16 @@ class Worker:
         self.at = at
         self.source = source
         self.model = source.model
-        # At a bound endpoint the manager tells ranks apart, for each comes by a connection of its own.
+        # At a bound endpoint, the manager separates the ranks: each has its own connection.
         siblings = {*(source.ranks or range(source.dp_size))} - {rank}
         self.ranks = None if at.endpoint is None else Ranks(rank, tuple(siblings))
         self._curve = source.curve()
         self._allowance = allowance
-        self._resume_at: float | None = None  # nothing is taken before
-        # Of a bound endpoint, which cannot wait for one pod. An empty deque takes 760 bytes.
+        self._resume_at: float | None = None  # no message is taken before
+        # Batches of a bound endpoint, which cannot wait for one pod. An empty deque takes 760 bytes.
         self._backlog: deque[tuple[int, bytes]] | None = None
         self._backlog_bytes = 0
-        self._overlooked = -1  # the highest that was let go for want of room there
+        self._overlooked = -1  # the highest batch that was dropped because the backlog was full
         self.stream = WorkerStream(
             replay=at.replay_endpoint is not None,
             policy=setting.policy,
@@ -171,35 +171,36 @@ class Worker:
         self._looking_up = False
         self.reconnect_at: float | None = None
         self.replay: Replay | Seat | None = None
-        self.attempt = 0  # connections are numbered, so that nothing of an old one is taken for the new one's
-        self.question = 0  # and so are replays
-        self._asking = False  # has one of the places for replays
+        # Connections and replays are numbered, so that a late callback of an earlier one has no effect.
+        self.attempt = 0
+        self.question = 0
+        self._asking = False  # holds one of the turns for replays
         self.due: float | None = None
         self.gone = False
         self.connection: int | None = None  # of a bound endpoint
-        self.rival: int | None = None  # an earlier one that speaks for this worker as well
-        # What is carried out: the stream itself is ahead of it while its actions are.
-        self.told: Verdict = "stale"  # to the index: the stream's state
+        self.rival: int | None = None  # an earlier connection that publishes for this worker as well
+        # As far as the actions are carried out; the stream itself may be ahead.
+        self.told: Verdict = "stale"  # the stream's state, as the index has it
         self.last_seq: int | None = None
-        self.state = "stale"  # the worse of that and the index's own
+        self.state = "stale"  # the worse of the stream's and the index's state
         self.lag: float | None = None
-        self._heard = -1  # the last that came live
+        self._heard = -1  # the last live batch
         self.stored = self.removed = 0
-        self.events: Counter[str] = Counter()  # those that are not in every batch
+        self.events: Counter[str] = Counter()  # events that are rare
         self.errors: Counter[str] = Counter()
         self.explained: frozenset[str] = frozenset()  # an empty set takes 216 bytes
-        self.unknown: str | None = None  # the kind of an event that nobody knows, until the worker starts anew
-        self._heard_at: float | None = None  # of the connection that stands: the last message, or its beginning
-        self._unbeaten = 0  # connections in a row that ended as heartbeats without an answer end them
-        self._blamed = False  # another rank's batches were found on this connection
-        self._uncleared = False  # the index still has what it was told to forget
-        self.tokens = 10.0  # of the log's bucket
+        self.unknown: str | None = None  # the kind of an unknown event, until the worker starts from scratch
+        self._heard_at: float | None = None  # the last message of this connection, or its beginning
+        self._unbeaten = 0  # consecutive connections that ended like those with unanswered heartbeats
+        self._blamed = False  # this connection has brought batches of another rank
+        self._uncleared = False  # the index could not clear this worker yet
+        self.tokens = 10.0  # token bucket of the log
         self.tokens_at = 0.0
         self.unsaid = 0
 
     @property
     def speaks_for(self) -> list[int]:
-        """The ranks that its stream brings: its own, and others that share its publisher."""
+        """The ranks in its stream: its own, and others that share its publisher."""
         return [self.rank] if self.ranks is None or not self.ranks.others else [self.rank, *self.ranks.others]
 
     @property
@@ -207,14 +208,14 @@ class Worker:
         return f"{self.pod}[{self.rank}]"
 
     def begin(self, now: float) -> None:
-        """Mark what nothing is known of, and connect if it is for us to do."""
+        """Mark the worker as unknown so far, and connect unless its pod connects to us."""
         self._carry(self.stream.tick(now), now)
         if self.at.endpoint is not None:
             self.reconnect_at = now
             self.schedule()
 
     def close(self) -> None:
-        """Close every socket; whatever is still on its way to this worker does nothing any more."""
+        """Close every socket. Later callbacks have no effect."""
         self.gone = True
         self.due = None
         self._end_replay()
@@ -246,7 +247,7 @@ class Worker:
             self._lost(attempt, now, error)
             return
         self.seen_topic, self.replay_topic = self.topic, None
-        self.opened_at = now  # from here on: a look-up takes as long as it takes
+        self.opened_at = now  # the time of the look-up does not count
         self.schedule()
         try:
             self.subscription = self._setting.sockets.subscribe(
@@ -265,12 +266,12 @@ class Worker:
             self._made(attempt, now)
 
     def connected(self, now: float) -> None:
-        """The subscription stands."""
+        """The subscription is connected."""
         self._carry(self.stream.connected(now), now)
         self.schedule()
 
     def disconnected(self, now: float, why: str) -> None:
-        """The connection is gone."""
+        """The connection is lost."""
         self._backlog, self._backlog_bytes, self._overlooked = None, 0, -1
         self._carry(self.stream.disconnected(now, why), now)
         self.schedule()
@@ -287,12 +288,12 @@ class Worker:
         if self.gone or self.attempt != attempt:
             return
         self.opened_at = None
-        self.attempt += 1  # a connection is lost once
+        self.attempt += 1  # each connection is lost once
         why += self._beatless(now)
         self.disconnected(now, f"{self.at.endpoint}: {why}")
 
     def _beatless(self, now: float) -> str:
-        """What to add to the reason of a loss, where connections are lost as if nobody answered heartbeats."""
+        """Addition to the reason of a loss, if connections end as they do when heartbeats are not answered."""
         beat = self._setting.options.heartbeat
         silent = None if self._heard_at is None else now - self._heard_at
         self._heard_at = None
@@ -314,7 +315,7 @@ class Worker:
         try:
             self.tick(now)
         except Exception:
-            log.exception("%s: its time could not be kept; trying again", self.who)
+            log.exception("%s: a timer has failed; trying again in 1 s", self.who)
             self.reconnect_at = now + 1.0
             self.schedule()
 
@@ -336,7 +337,7 @@ class Worker:
         self.schedule()
 
     def schedule(self) -> None:
-        """See to it that :meth:`tick` is called when something is due."""
+        """Let :meth:`tick` be called when something is due."""
         if self.gone:
             return
         due = self.stream.deadline()
@@ -346,21 +347,21 @@ class Worker:
                 due = at
         if due is None:
             self.due = None
-        elif self.due is None or due < self.due:  # one that comes too early finds nothing to do, and is set anew
+        elif self.due is None or due < self.due:  # a timer that is early finds nothing due, and is set again
             self.due = due
             self._loop.call_at(due, self._on_time)
 
     # -------------------------------------------------------------------------------------------------- messages
 
     def _admits(self, now: float) -> bool:
-        """Whether the pod's limit lets one more message be taken; :meth:`tick` comes when it does again."""
+        """Whether the pod's limit admits one more message. If not, :meth:`tick` is called when it does again."""
         assert self._allowance is not None
         if self._resume_at is not None:
             return False
         opens = self._allowance.opens()
         if opens <= now:
             return True
-        # Of several ranks none is always the first to be let in again.
+        # With jitter, so that not always the same rank is the first.
         self._resume_at = max(opens, now + PAUSE) + PAUSE * random.random()
         self.stream.hold_up(now, self._resume_at)
         self.schedule()
@@ -375,7 +376,7 @@ class Worker:
         self._allowance.charge(batch_events(frames[-1]), sum(map(len, frames)), now)
 
     def compete(self, connection: int | None, now: float) -> None:
-        """An earlier connection to a bound endpoint speaks for this worker too; None: it does no longer."""
+        """An earlier connection to a bound endpoint publishes for this worker as well; None: it has ended."""
         if connection == self.rival:
             return
         self.rival = connection
@@ -387,7 +388,7 @@ class Worker:
         return Reason.RIVAL.text(topic=f"{self.topic!r:.80}", rank=self.rank)
 
     def offer(self, frames: list[bytes], seq: int, payload: bytes, now: float) -> None:
-        """Hear a batch of a bound endpoint, which other pods share: what has to wait does so here."""
+        """Take a batch of a bound endpoint. Other pods share its socket, so batches over the limit wait here."""
         if self.gone:
             return
         if self._allowance is None:
@@ -411,7 +412,7 @@ class Worker:
             self._waiting(now, True)
 
     def _work_off(self, now: float) -> None:
-        """Hear what has waited here."""
+        """Take the batches that have waited here."""
         for _ in range(BUDGET):
             if not self._backlog:
                 self._backlog = None
@@ -426,7 +427,7 @@ class Worker:
             self._backlog_bytes -= len(payload)
             self._charge([payload], now)
             self.hear(seq, payload, now)
-        self._resume_at = now + PAUSE  # the other pods have their turn
+        self._resume_at = now + PAUSE  # the other pods get their turn
 
     def _live(self, frames: list[bytes], now: float) -> None:
         if self.gone:
@@ -440,7 +441,7 @@ class Worker:
             return
         if topic != self.seen_topic:
             if self.seen_topic is not None:
-                # ZMQ compares prefixes: kv@10.0.0.1 also gets what kv@10.0.0.10 publishes.
+                # ZMQ compares prefixes: a subscription to kv@10.0.0.1 also gets the messages of kv@10.0.0.10.
                 self._foreign(topic, self.seen_topic, now)
                 return
             self.seen_topic = topic
@@ -466,7 +467,7 @@ class Worker:
         self.schedule()
 
     def _apply(self, seq: int, payload: bytes, ts: float, now: float) -> None:
-        """Apply a batch that changes nothing but how far the stream is."""
+        """Apply a batch that changes only the stream's position."""
         actions: list[Action] = []
         self._ingest(seq, payload, ts, True, actions, now)
         if self.gone:
@@ -477,7 +478,7 @@ class Worker:
             self.schedule()
 
     def _note_topic(self, topic: bytes, now: float) -> None:
-        """The first message or reply of a connection has this topic, where none was named."""
+        """The first message or reply of a connection has this topic, and the source names no topic."""
         if self._first_topic is None:
             self._first_topic = topic
         if not same_model(self._first_topic, topic):
@@ -528,8 +529,8 @@ class Worker:
     # --------------------------------------------------------------------------------------------------- actions
 
     def _carry(self, actions: list[Action], now: float) -> None:
-        """Carry out the stream's decisions in order; their consequences are appended to ``actions``. A callback may
-        remove the pod in the middle: nothing is carried out after that."""
+        """Carry out the stream's decisions in order. Their consequences are appended to ``actions``. A callback may
+        remove the pod, which ends this."""
         for action in actions:
             if self.gone:
                 return
@@ -542,7 +543,7 @@ class Worker:
                     self._end_replay()
                     self.ask(start)
                 case AwaitReplay():
-                    self._setting.turns.leave(self)  # it costs nothing while it waits
+                    self._setting.turns.leave(self)  # a request that waits costs us nothing
                 case CancelReplay():
                     self._end_replay()
                 case Clear():
@@ -568,14 +569,14 @@ class Worker:
         self.last_seq = self.stream.last_seq
 
     def _shows(self, item: IndexChange) -> bool:
-        """Show a change of the index to the taps; whether it is still to be made, for a tap may remove the pod."""
+        """Show a change of the index to the taps. Returns whether to make it: a tap may remove the pod."""
         if self._setting.taps:
             self._setting.show(item)
         return not self.gone
 
     def _clear(self, now: float) -> bool:
-        """Forget what a former process held. Where the index cannot, nothing is applied and no more is claimed than
-        that it is stale, until it can: it is asked again before each batch."""
+        """Clear the blocks of a former process. If the index raises, the worker stays stale, no batch is applied, and
+        the index is asked again before each batch."""
         try:
             for rank in self.speaks_for:
                 self._setting.index.clear_worker(self.pod, rank)
@@ -589,7 +590,7 @@ class Worker:
         return True
 
     def _whose(self, ranks: Ranks, payload: bytes, actions: list[Action], now: float) -> int | None:
-        """The worker that a batch belongs to; None when the stream is applied anew."""
+        """The rank that a batch belongs to; None if the stream is applied again from its beginning."""
         known = len(ranks.others)
         rank = ranks.of(payload)
         if rank is None:
@@ -617,7 +618,7 @@ class Worker:
             if whose is None or self.gone:
                 return
             rank = whose
-        # Where several workers share one sequence none of them has all of it, so none may say how far it is.
+        # If several workers share one sequence, each has a part of it, and none has a position in it.
         joined = joined and (ranks is None or not ranks.several)
         if setting.taps:
             topic = self.replay_topic if self.seen_topic is None else self.seen_topic
@@ -637,7 +638,7 @@ class Worker:
             actions += self.stream.rejected(seq, payload, now, str(error))
             return
         except Exception as error:
-            # Whatever it is, the batch is not applied; the stream goes on and the worker is not exact any more.
+            # The batch is not applied, the stream goes on, and the worker is degraded.
             self.errors["refused"] += 1
             actions += self.stream.rejected(seq, payload, now, f"the index refuses it: {error!r}")
             return
@@ -663,13 +664,13 @@ class Worker:
         for reason, count in report.reasons.items():
             self.errors[reason] += count
             if reason not in self.explained and reason not in ("unknown_hash", "ignored_medium"):
-                # Once for each reason until the worker starts anew: the counters have the rest.
+                # Once for each reason until the worker starts from scratch. The counters have all of them.
                 self.explained |= {reason}
                 self._say(reason, self._explain(reason, payload), now)
 
     def _compare_eagle(self, now: float) -> None:
-        """The first blocks of its own show whether their hashes cover what is behind them: what then said of it is
-        said once."""
+        """Compare the option with the first stored blocks, which show whether hashes cover lookahead tokens. Logged
+        once."""
         ahead = self._lookahead(self._setting.index.worker_stats(self.pod))
         if ahead:
             self.explained |= {"eagle"}
@@ -690,7 +691,7 @@ class Worker:
         return f"its blocks have {named} tokens, the index counts in {self._setting.index.block_size}"
 
     def ask(self, start: int) -> None:
-        """Ask for a replay, now or when it is this worker's turn."""
+        """Request a replay, now or when it is this worker's turn."""
         if self.gone or self.at.replay_endpoint is None:
             return
         if not self._setting.turns.take(self, partial(self.ask, start)):
@@ -723,7 +724,7 @@ class Worker:
                 error = explained(failure, self._setting.need)
         if self.replay is None:
             self._say("replay_unreachable", error, now)
-        # Where it cannot be asked the question runs into its timeout like one that nobody answers.
+        # A request that could not be sent ends in the same timeout as one without an answer.
         self.stream.replay_sent(now)
         self.schedule()
 
@@ -747,7 +748,7 @@ class Worker:
     # --------------------------------------------------------------------------------------- what others get to know
 
     def compare_state(self) -> None:
-        """Tell about a worker's state when it has changed: the worse of the stream's and the index's own."""
+        """Report the worker's state if it has changed: the worse of the stream's and the index's."""
         if not self.gone:
             self._become(*self._judged())
 
@@ -760,8 +761,8 @@ class Worker:
         self._setting.tell(change)
 
     def abandon(self, reason: str) -> None:
-        """The manager ends, by a close or because its thread has failed: close, and tell that nothing is known any
-        more."""
+        """The manager ends, by a close or because its thread has failed: close the sockets, and mark the worker
+        stale."""
         self.close()
         self.told = "stale"
         self.stream.abandon(reason)
@@ -788,14 +789,14 @@ class Worker:
         return state, reason
 
     def _other_model(self, topic: bytes) -> str:
-        """What a topic says against the model that the pod was added with; an alias of it may be right."""
+        """The reason for a topic with another model than the pod was added with. It may be an alias."""
         said = parse_topic(topic)
         if said is None or not self.model or said[1] == self.model:
             return ""
         return Reason.OTHER_MODEL.text(topic=_named(topic), model=f"{self.model!r:.80}")
 
     def _state_of(self, figures: Mapping[int, dict[str, Any]]) -> tuple[str, str]:
-        if self.ranks is None or not self.ranks.others:  # as of nearly all workers
+        if self.ranks is None or not self.ranks.others:  # nearly all workers
             own = figures[self.rank]["state"] if self.rank in figures else self.told
         else:
             states = [figures[rank]["state"] for rank in self.speaks_for if rank in figures]
@@ -804,16 +805,16 @@ class Worker:
             return own, Reason.LAPSED.text() if own == "stale" else self._objection(figures)
         if self._uncleared:
             return self.told, Reason.UNCLEARED.text()
-        if self._looking_up and self.attempt == 1:  # later, the reason why the last attempt failed says more
+        if self._looking_up and self.attempt == 1:  # later, the reason of the last failure is more useful
             return self.told, Reason.LOOKED_UP.text(endpoint=self.at.endpoint)
         if self.rival is not None and self.told == "degraded":
             return self.told, self._rivalry()
         if self.told != self.stream.state:
-            return self.told, Reason.BEING_APPLIED.text()  # by the loop's thread, at this moment
+            return self.told, Reason.BEING_APPLIED.text()  # in the loop's thread, at this moment
         return self.told, self.stream.reason
 
     def _objection(self, figures: Mapping[int, dict[str, Any]]) -> str:
-        """Why the index takes the worker for worse than its stream is."""
+        """Why the index's state is worse than the stream's."""
         if self.unknown is not None:
             return Reason.UNKNOWN_EVENT.text(kind=self.unknown)
         if any(figures[rank]["in_doubt"] for rank in self.speaks_for if rank in figures):
@@ -821,8 +822,8 @@ class Worker:
         return (Reason.HYBRID if self.source.hybrid else Reason.NOT_PLACED).text()
 
     def describe(self, table: Mapping[int, dict[str, Any]], into: dict[int, WorkerStatus]) -> None:
-        """Enter the status of this worker, and of the workers that it speaks for besides, by rank. ``table`` has the
-        index's own figures by rank."""
+        """Enter the status of this worker, and of others that share its publisher, by rank. ``table`` has the index's
+        figures by rank."""
         into[self.rank] = own = self._described(table)
         if self.ranks is None or not self.ranks.others:
             return
@@ -836,12 +837,12 @@ class Worker:
         figures = table.get(self.rank, {})
         stream = self.stream
         counts = stream.counts
-        count = counts.get  # a Counter makes a call of what it does not have
+        count = counts.get  # a Counter's subscript calls __missing__ for zeros
         state, reason = self._judged(table)
         ignored = self.errors.get("unknown_event", 0)
         if state == "exact" and ignored and not figures.get("blocks"):
-            # What such an event means nobody knows, and there was nothing that it could take away; but a pod that
-            # speaks of blocks in them alone would look as well as one that holds nothing.
+            # There were no blocks that such an event could remove. But a pod that announces its blocks only in events
+            # of this kind would look like one without blocks.
             events = Reason.IGNORED_EVENT if ignored == 1 else Reason.IGNORED_EVENTS
             reason = events.text(count=f"{ignored:,}")
         return WorkerStatus(
@@ -876,7 +877,7 @@ class Worker:
         )
 
     def _say(self, kind: str, detail: str, now: float) -> None:
-        """One line per incident; a pod that has many of them every second gets a few, and a number."""
+        """Log an incident. Of many in a short time, a few are logged and the rest are counted."""
         self.tokens = min(10.0, self.tokens + (now - self.tokens_at) * 0.5)
         self.tokens_at = now
         if self.tokens < 1.0:
@@ -884,5 +885,5 @@ class Worker:
             return
         self.tokens -= 1.0
         more, self.unsaid = self.unsaid, 0
-        tail = f" ({more} incidents before it are only counted)" if more else ""
+        tail = f" ({more} earlier incidents were not logged)" if more else ""
         log.log(logging.WARNING if kind in _SERIOUS else logging.INFO, "%s: %s: %s%s", self.who, kind, detail, tail)
