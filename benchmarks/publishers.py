@@ -73,7 +73,7 @@ class _Server:
             for sock, _ in poller.poll():
                 if sock is self.control.socket:
                     self.control.answer()
-                else:
+                elif not sock.closed:  # by the command before, in the same turn
                     with self.lock:
                         self.routers[sock].serve()
                 for gone in [each for each in self.routers if each.closed]:
