@@ -8,9 +8,11 @@ import pytest
 from log_world import Faults, World, Wrong, one
 
 from kvindex.replication.collector import Collector
-from kvindex.replication.entries import Id
+from kvindex.replication.entries import Beat, Id, decode
 from kvindex.replication.follower import Follower
 from kvindex.replication.replica import Replica
+from kvindex.replication.requests import Append, ReplicationPolicy
+from kvindex.sync.status import Batch
 
 SEEDS = range(1, 5)
 
@@ -99,3 +101,23 @@ NOTHING = dict.fromkeys(Faults.__dataclass_fields__, 0.0)
 )
 def test_the_simulation_finds_a_machine_that_is_wrong(replica: type[Replica], faults: dict[str, float]) -> None:
     assert caught(replica, Faults(**(NOTHING | faults)))
+
+
+def appended(collector: Collector, now: float) -> Append:
+    while type(request := collector.next(now)) is not Append:
+        collector.answered(request, True, now)
+    collector.answered(request, True, now)
+    return request
+
+
+@pytest.mark.parametrize(("paused", "written"), [(0.02, [Beat]), (1.5, [])], ids=["at work", "after a pause"])
+def test_a_beat_that_waits_behind_an_entry_is_written_at_once_or_not_at_all(paused: float, written: list[type]) -> None:
+    """Of a process that was suspended between the two, what came meanwhile is not in the log yet."""
+    collector = Collector(ReplicationPolicy(), {}, "w", 5, (0, 0), [], None, 0.0)
+    appended(collector, 0.0)
+    collector.show(Batch("a", 0, "m", None, 0, b"payload"))
+    collector.show(Beat(0.1))
+    first = appended(collector, 0.1)
+    assert [type(item) for item in decode(first.data)] == [Batch]
+    second = appended(collector, 0.1 + paused)
+    assert (second.id, [type(item) for item in decode(second.data)]) == ((5, first.id[1] + 1), written)

@@ -75,6 +75,7 @@ class Collector:
         self._upload: Upload | None = None
         self._trim: Id | None = None
         self._beat_at: float | None = None  # when one was shown that is not written yet
+        self._beaten_at = now  # when the one was shown that was written last
         self._full = False  # the server has no memory
         self._kept = [] if kept is None else [kept]  # snapshots in the store, oldest first
         self._snapshot_at = now
@@ -147,12 +148,16 @@ class Collector:
             if self._open and (self._beat_at is not None or now >= self._open_since + policy.linger):
                 self._seal()
             if self._beat_at is not None:
-                self._beat_at = None
+                self._beaten_at, self._beat_at = self._beat_at, None
                 self._enter(_BEAT, _EMPTY)
         if self._full and self._trim is not None:
             return Trim(self._trim, policy.max_length)
         if self._unsent:
-            return Append(*self._unsent[0], self._make)
+            id, data = self._unsent[0]
+            # It may have waited for the entry before it through a pause.
+            if data is _BEAT and now >= self._beaten_at + policy.beat:
+                data = _EMPTY
+            return Append(id, data, self._make)
         if self._upload is not None and (request := self._upload.next()) is not None:
             return request
         if self._trim is not None:
