@@ -158,10 +158,8 @@ def warm_start(server: LogServer, blocks: int, batches: int) -> float:
     """Seconds from a new view to its exactness: a snapshot of so many blocks, and so many batches of log behind it."""
     policy = ReplicationPolicy(snapshot_every=NEVER, snapshot_bytes=1 << 40, max_backlog=1 << 30)
     with ReplicatedIndex(server.url, fleet="warm", block_size=BLOCK_SIZE, policy=policy) as view:
-        while view.role != "collector":
+        while (manager := view._manager) is None:
             time.sleep(0.01)
-        manager = view._manager
-        assert manager is not None
 
         def feed(first: int, count: int, blocks: int) -> None:
             for number in range(first, first + count):

@@ -11,7 +11,7 @@ from kvindex.replication.collector import Collector
 from kvindex.replication.entries import Beat, Id, decode
 from kvindex.replication.follower import Follower
 from kvindex.replication.replica import Replica
-from kvindex.replication.requests import Append, ReplicationPolicy
+from kvindex.replication.requests import Append, ReplicationPolicy, Wait
 from kvindex.sync.status import Batch
 
 SEEDS = range(1, 5)
@@ -121,3 +121,27 @@ def test_a_beat_that_waits_behind_an_entry_is_written_at_once_or_not_at_all(paus
     assert [type(item) for item in decode(first.data)] == [Batch]
     second = appended(collector, 0.1 + paused)
     assert (second.id, [type(item) for item in decode(second.data)]) == ((5, first.id[1] + 1), written)
+
+
+def test_entries_gather_longer_while_changes_come_fast() -> None:
+    policy = ReplicationPolicy(linger=0.001, busy_linger=0.005, busy=2500.0)
+    collector = Collector(policy, {}, "w", 5, (0, 0), [], None, 0.0)
+    appended(collector, 0.0)
+    sizes: dict[int, list[int]] = {}
+    now, number = 0.0, 0
+    for rate in (1000, 5000, 1000):
+        sizes[number] = found = []
+        end = now + 1.0
+        while now < end:
+            now += 1 / rate
+            collector.show(Batch("a", 0, "m", None, number, b"payload"))
+            number += 1
+            while type(request := collector.next(now)) is not Wait:
+                if type(request) is Append:
+                    found.append(len(decode(request.data)))
+                collector.answered(request, True, now)
+        del found[: len(found) // 2]  # until the rate is known
+    slow, fast, again = sizes.values()
+    assert max(slow) <= 3
+    assert min(fast) >= 20
+    assert max(again) <= 3

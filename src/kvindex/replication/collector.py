@@ -28,6 +28,8 @@ __all__ = ["Collector", "Cut"]
 
 # Of an item beside its payload.
 _ITEM_BYTES: Final = 64
+# Seconds.
+_RATE_OVER: Final = 0.1
 _BEAT: Final = encode([Beat(0.0)])
 _EMPTY: Final = encode([])
 
@@ -65,6 +67,8 @@ class Collector:
         self._open: list[Item] = list(first)  # the entry that gathers
         self._open_bytes = 0
         self._open_since = now
+        self._count, self._count_since = 0, now  # of changes, for their rate
+        self._is_busy = False
         self._ring: deque[tuple[Id, bytes]] = deque()  # the last entries, those that the log does not have among them
         self._ring_bytes = 0
         self._unsent: deque[tuple[Id, bytes]] = deque()
@@ -102,6 +106,7 @@ class Collector:
                 continue
             if not self._open:
                 self._open_since = now
+            self._count += 1
             if type(item) is Batch:
                 self._open_bytes += len(item.payload)
                 item = item._replace(topic=None)
@@ -109,6 +114,14 @@ class Collector:
             self._open_bytes += _ITEM_BYTES
             if self._open_bytes >= self.policy.max_entry:
                 self._seal()
+        if (passed := now - self._count_since) >= _RATE_OVER:
+            self._is_busy = self._count > self.policy.busy * passed
+            self._count, self._count_since = 0, now
+
+    @property
+    def _ripe_at(self) -> float:
+        """When the entry that gathers is written."""
+        return self._open_since + (self.policy.busy_linger if self._is_busy else self.policy.linger)
 
     def _seal(self, *before: Item) -> None:
         if not self._open and not before:
@@ -145,7 +158,7 @@ class Collector:
         if self._beat_at is not None and now >= self._beat_at + policy.beat:
             self._beat_at = None
         if not self._unsent:
-            if self._open and (self._beat_at is not None or now >= self._open_since + policy.linger):
+            if self._open and (self._beat_at is not None or now >= self._ripe_at):
                 self._seal()
             if self._beat_at is not None:
                 self._beaten_at, self._beat_at = self._beat_at, None
@@ -164,7 +177,7 @@ class Collector:
             return Trim(self._trim, policy.max_length)
         times = [self._renew_at]
         if self._open:
-            times.append(self._open_since + policy.linger)
+            times.append(self._ripe_at)
         if not self._snapshot_asked:
             times.append(self._snapshot_at)
         return Wait(min(times))

@@ -44,8 +44,13 @@ class ReplicationPolicy:
     """Interval of the entries by which the collector shows that it follows its engines."""
     silence: float = 1.0
     """Time without such an entry after which a follower's answers are ``stale``."""
-    linger: float = 0.002
-    """Time for which changes are collected into one entry. At 1,000 batches a second it halves the cost of an entry."""
+    linger: float = 0.001
+    """Time for which changes are collected into one entry."""
+    busy_linger: float = 0.005
+    """The same while more than ``busy`` changes come per second: to wake up for an entry costs a follower as much as
+    ten batches."""
+    busy: float = 2500.0
+    """See ``busy_linger``."""
     max_entry: int = 128 << 10
     """Bytes of an entry, except for a single larger change."""
     max_backlog: int = 64 << 20

@@ -467,7 +467,7 @@ class ReplicatedIndex:
             self._say()
 
     def _sleep(self, seconds: float) -> None:
-        if seconds <= self.policy.linger:
+        if seconds <= self.policy.busy_linger:
             # Changes gather: nobody has to wake this thread for each of them.
             if seconds > 0:
                 time.sleep(seconds)
