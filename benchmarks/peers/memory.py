@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from ..data import Chain, chain, own, payloads
-from ..machine import resident
+from ..process import resident
 from .contenders import CONTENDERS, Contender, DictOfSets, Dynamo, KVIndex
 
 __all__ = ["CASES"]

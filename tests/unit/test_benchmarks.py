@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -191,6 +192,12 @@ def test_asv_can_import_every_module() -> None:
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             for name in names:
                 assert name.split(".")[0].replace("zmq", "pyzmq") in there, f"{path}: {name}"
+
+
+def test_every_module_is_imported_as_asv_does() -> None:
+    modules = "pkgutil.walk_packages(benchmarks.__path__, 'benchmarks.')"
+    every = f"import benchmarks, pkgutil; [__import__(each.name) for each in {modules}]"
+    subprocess.run([sys.executable, "-c", every], cwd=ROOT, check=True)
 
 
 def test_a_name_that_is_alone_in_its_table_is_found_at_once_and_a_crowd_takes_little_more() -> None:
