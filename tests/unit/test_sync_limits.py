@@ -22,7 +22,7 @@ from kvindex.sim.publisher import Publisher
 from kvindex.sync.allowance import PAUSE, Allowance
 from kvindex.sync.frames import batch_events
 from kvindex.sync.policy import StreamPolicy
-from kvindex.sync.shared import SharedSockets
+from kvindex.sync.shared import Subscriptions
 from kvindex.sync.sockets import SocketOptions
 from kvindex.sync.source import Endpoints
 from kvindex.sync.status import Batch, IndexChange, WorkerStatus
@@ -110,7 +110,7 @@ class Fleet:
             lambda: "none",
             lambda endpoint, then: then(endpoint, ""),
             Turns(16),
-            SharedSockets(self.host, self.options, lambda: "none"),
+            Subscriptions(self.host, self.options, lambda: "none"),
         )  # fmt: skip
         self.workers: dict[str, Worker] = {}
         self.publishers: dict[str, Publisher] = {}

@@ -1,19 +1,18 @@
-"""Many pods on one socket: each message is of the connection that it came over, or of none."""
+"""Many publishers on one SUB socket: each message is of the connection that it came over, or of none."""
 
 from __future__ import annotations
 
 import random
 import struct
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import zmq
 
 from kvindex.sync import shared
-from kvindex.sync.frames import replay_request
-from kvindex.sync.shared import SEATS, Seat, SharedSockets
-from kvindex.sync.sockets import BUDGET, MixedMessage, SocketOptions, Subscription, Watched, receive_from
+from kvindex.sync.shared import SEATS, Seat, Subscriptions
+from kvindex.sync.sockets import BUDGET, SocketOptions, Subscription, Watched
 
 
 class Loop:
@@ -53,9 +52,9 @@ class Loop:
 class Peer:
     """What a worker is told of its connection, in order."""
 
-    def __init__(self, sockets: SharedSockets, endpoint: str, topic: bytes = b"", **options: Any) -> None:
+    def __init__(self, subscriptions: Subscriptions, endpoint: str, topic: bytes = b"", **options: Any) -> None:
         self.told: list[Any] = []
-        self.seat = sockets.subscribe(
+        self.seat = subscriptions.open(
             endpoint, topic, made=lambda now: self.told.append("made"),
             lost=lambda now, why: self.told.append(why), message=self.message, **options,
         )  # fmt: skip
@@ -83,9 +82,9 @@ def loop(context: zmq.Context) -> Iterator[Loop]:
 
 
 @pytest.fixture
-def sockets(loop: Loop) -> SharedSockets:
+def subscriptions(loop: Loop) -> Subscriptions:
     options = SocketOptions(heartbeat=0.0, connect_timeout=5.0, queue=0, max_message=1 << 20)
-    return SharedSockets(loop, options, lambda: "more of them")
+    return Subscriptions(loop, options, lambda: "more of them")
 
 
 def published(loop: Loop) -> tuple[zmq.Socket, str]:
@@ -96,10 +95,10 @@ def published(loop: Loop) -> tuple[zmq.Socket, str]:
     return publisher, publisher.last_endpoint.rstrip(b"\0").decode()
 
 
-def fleet(loop: Loop, sockets: SharedSockets, count: int) -> tuple[list, list[Peer]]:
-    """Publishers that have their sockets, and their peers."""
+def fleet(loop: Loop, subscriptions: Subscriptions, count: int) -> tuple[list, list[Peer]]:
+    """Publishers that have their subscriptions, and their peers."""
     publishers, ends = zip(*(published(loop) for _ in range(count)), strict=True)
-    peers = [Peer(sockets, endpoint) for endpoint in ends]
+    peers = [Peer(subscriptions, endpoint) for endpoint in ends]
     for publisher in publishers:
         assert publisher.poll(20_000)
         assert publisher.recv() == b"\x01"
@@ -107,8 +106,8 @@ def fleet(loop: Loop, sockets: SharedSockets, count: int) -> tuple[list, list[Pe
     return list(publishers), peers
 
 
-def test_each_message_is_of_its_own_publisher(loop, sockets):
-    publishers, peers = fleet(loop, sockets, 5)
+def test_each_message_is_of_its_own_publisher(loop, subscriptions):
+    publishers, peers = fleet(loop, subscriptions, 5)
     sent: list[list[list[bytes]]] = [[] for _ in publishers]
     for round in range(40):
         for number, publisher in enumerate(publishers):
@@ -117,12 +116,12 @@ def test_each_message_is_of_its_own_publisher(loop, sockets):
                 publisher.send_multipart(sent[number][-1])
     loop.until(lambda: sum(len(peer.told) for peer in peers) == sum(map(len, sent)) + len(peers))
     assert [peer.told for peer in peers] == [["made", *each] for each in sent]
-    assert len({peer.seat._socket for peer in peers}) == 1
+    assert len({peer.seat._group for peer in peers}) == 1
     assert len(loop.handlers) == 2  # a socket and its monitor
 
 
-def test_a_publisher_that_ends_is_lost_after_its_last_message_and_the_others_go_on(loop, sockets):
-    publishers, peers = fleet(loop, sockets, 3)
+def test_a_publisher_that_ends_is_lost_after_its_last_message_and_the_others_go_on(loop, subscriptions):
+    publishers, peers = fleet(loop, subscriptions, 3)
     publishers[1].linger = 10_000
     publishers[1].send_multipart([b"", b"last"])
     publishers[1].close()
@@ -133,18 +132,18 @@ def test_a_publisher_that_ends_is_lost_after_its_last_message_and_the_others_go_
     assert (peers[0].told, peers[2].told) == (["made"], ["made", [b"", b"on"]])
 
 
-def test_another_attempt_at_an_endpoint_goes_to_another_socket(loop, sockets):
-    _, (peer, other) = fleet(loop, sockets, 2)
+def test_another_attempt_at_an_endpoint_goes_to_another_socket(loop, subscriptions):
+    _, (peer, other) = fleet(loop, subscriptions, 2)
     peer.seat.close()
-    again = Peer(sockets, peer.seat.endpoint)
-    assert again.seat._socket is not other.seat._socket
+    again = Peer(subscriptions, peer.seat.endpoint)
+    assert again.seat._group is not other.seat._group
     loop.until(lambda: again.told == ["made"])
-    third = Peer(sockets, "tcp://127.0.0.1:1")
-    assert third.seat._socket is other.seat._socket  # there is room in the first one for all others
+    third = Peer(subscriptions, "tcp://127.0.0.1:1")
+    assert third.seat._group is other.seat._group  # there is room in the first one for all others
 
 
-def test_a_connection_that_is_left_ends_and_the_others_do_not(loop, sockets):
-    (publisher, other), (peer, beside) = fleet(loop, sockets, 2)
+def test_a_connection_that_is_left_ends_and_the_others_do_not(loop, subscriptions):
+    (publisher, other), (peer, beside) = fleet(loop, subscriptions, 2)
     peer.seat.close()
     loop.until(lambda: publisher.poll(0))
     assert publisher.recv() == b"\x00"  # nobody subscribes any more
@@ -154,8 +153,8 @@ def test_a_connection_that_is_left_ends_and_the_others_do_not(loop, sockets):
     assert (peer.told, beside.told) == (["made"], ["made", [b"", b"on"]])
 
 
-def test_a_socket_without_connections_is_closed(loop, sockets):
-    _, peers = fleet(loop, sockets, 3)
+def test_a_socket_without_connections_is_closed(loop, subscriptions):
+    _, peers = fleet(loop, subscriptions, 3)
     for peer in peers:
         assert loop.handlers
         peer.seat.close()
@@ -163,11 +162,11 @@ def test_a_socket_without_connections_is_closed(loop, sockets):
     assert not loop.handlers
 
 
-def test_a_socket_has_so_many_connections_and_no_more(loop, sockets):
-    seats = [Peer(sockets, f"tcp://127.0.0.1:{1 + number}").seat for number in range(2 * SEATS + 1)]
-    groups = {seat._socket for seat in seats}
+def test_a_socket_has_so_many_connections_and_no_more(loop, subscriptions):
+    seats = [Peer(subscriptions, f"tcp://127.0.0.1:{1 + number}").seat for number in range(2 * SEATS + 1)]
+    groups = {seat._group for seat in seats}
     assert len(groups) == 3
-    assert max(sum(seat._socket is group for seat in seats) for group in groups) == SEATS
+    assert max(sum(seat._group is group for seat in seats) for group in groups) == SEATS
     for seat in seats:
         seat.close()
 
@@ -183,19 +182,19 @@ def test_a_socket_has_so_many_connections_and_no_more(loop, sockets):
         ("tcp://127.0.0.1:5557", {"curve": (b"0" * 40,) * 3}),
     ],
 )
-def test_a_connection_that_cannot_be_shared_has_a_socket_of_its_own(sockets, endpoint, options):
+def test_a_connection_that_cannot_be_shared_has_a_socket_of_its_own(subscriptions, endpoint, options):
     if "curve" in options:
         public, secret = zmq.curve_keypair()
         options = {"curve": (public, public, secret)}
-    seat = Peer(sockets, endpoint, **options).seat
+    seat = Peer(subscriptions, endpoint, **options).seat
     assert isinstance(seat, Subscription)
     seat.close()
 
 
-def test_pods_with_other_topics_have_other_sockets(loop, sockets):
+def test_pods_with_other_topics_have_other_sockets(loop, subscriptions):
     publisher, endpoint = published(loop)
     other, beside = published(loop)
-    one, two = Peer(sockets, endpoint, b"a"), Peer(sockets, beside, b"b")
+    one, two = Peer(subscriptions, endpoint, b"a"), Peer(subscriptions, beside, b"b")
     for each, topic in ((publisher, b"a"), (other, b"b")):
         assert each.poll(20_000)
         assert each.recv() == b"\x01" + topic
@@ -206,8 +205,8 @@ def test_pods_with_other_topics_have_other_sockets(loop, sockets):
     assert two.told == ["made", [b"b", b"no"], [b"b", b"yes"]]
 
 
-def test_a_stream_that_fails_is_lost_alone(loop, sockets, caplog):
-    publishers, peers = fleet(loop, sockets, 2)
+def test_a_stream_that_fails_is_lost_alone(loop, subscriptions, caplog):
+    publishers, peers = fleet(loop, subscriptions, 2)
 
     def fails(frames: list[bytes], now: float) -> None:
         raise ZeroDivisionError("of one pod")
@@ -220,8 +219,8 @@ def test_a_stream_that_fails_is_lost_alone(loop, sockets, caplog):
     assert peers[1].told == ["made", [b"", b"x"]]
 
 
-def test_a_seat_that_is_left_while_messages_are_handed_over_gets_no_more(loop, sockets):
-    (publisher, other), (peer, beside) = fleet(loop, sockets, 2)
+def test_a_seat_that_is_left_while_messages_are_handed_over_gets_no_more(loop, subscriptions):
+    (publisher, other), (peer, beside) = fleet(loop, subscriptions, 2)
 
     def leaves(frames: list[bytes], now: float) -> None:
         peer.told.append(frames)
@@ -236,9 +235,9 @@ def test_a_seat_that_is_left_while_messages_are_handed_over_gets_no_more(loop, s
     assert peer.told == ["made", [b"", b"\0"]]
 
 
-def test_a_connection_is_taken_away_when_nothing_is_left_to_read(loop, sockets, monkeypatch):
-    peer, beside = (Peer(sockets, f"tcp://127.0.0.1:{port}") for port in (1, 2))
-    group = peer.seat._socket
+def test_a_connection_is_taken_away_when_nothing_is_left_to_read(loop, subscriptions, monkeypatch):
+    peer, beside = (Peer(subscriptions, f"tcp://127.0.0.1:{port}") for port in (1, 2))
+    group = peer.seat._group
     queue = [(7, [b"", b"seq", b"payload"])] * (BUDGET + 5)
     ended: list[tuple[str, int]] = []
 
@@ -249,7 +248,6 @@ def test_a_connection_is_taken_away_when_nothing_is_left_to_read(loop, sockets, 
 
     monkeypatch.setattr(shared, "receive_from", receive)
     monkeypatch.setattr(type(group), "_is_readable", lambda _: bool(queue))
-    monkeypatch.setattr(type(group), "_events", lambda _: [])  # nobody is at these ports
     monkeypatch.setattr(group._sock, "disconnect", lambda endpoint: ended.append((endpoint, len(queue))))
     peer.seat.close()
     assert group.ready(100.0)
@@ -259,9 +257,9 @@ def test_a_connection_is_taken_away_when_nothing_is_left_to_read(loop, sockets, 
     beside.seat.close()
 
 
-def test_connections_come_and_go_in_a_flood_and_no_message_is_anothers(loop, sockets):
+def test_connections_come_and_go_in_a_flood_and_no_message_is_anothers(loop, subscriptions):
     """Every queue has messages when one is taken away, so that libzmq would mix what it reads at the wrong moment."""
-    publishers, peers = fleet(loop, sockets, SEATS)
+    publishers, peers = fleet(loop, subscriptions, SEATS)
     rng = random.Random(7)
     number = 0
     for peer in rng.sample(peers, SEATS - 1):
@@ -278,115 +276,19 @@ def test_connections_come_and_go_in_a_flood_and_no_message_is_anothers(loop, soc
         assert all(len(frames) == 3 and frames[0] == frames[2] == b"%d" % place for frames in peer.told[1:])
 
 
-# Replays
-
-
-class Question:
-    """What a worker is told of its question, in order."""
-
-    def __init__(self, sockets: SharedSockets, endpoint: str, start: int = 0, **options: Any) -> None:
-        self.told: list[Any] = []
-        self.seat = sockets.ask(
-            endpoint, start, reached=lambda now: self.told.append("reached"),
-            lost=lambda now, why: self.told.append(why), message=lambda frames, now: self.told.append(frames),
-            **options,
-        )  # fmt: skip
-
-
-def answering(loop: Loop) -> tuple[zmq.Socket, str]:
-    router = loop.context.socket(zmq.ROUTER)
-    loop.publishers.append(router)
-    router.linger = 0
-    router.bind("tcp://127.0.0.1:*")
-    return router, router.last_endpoint.rstrip(b"\0").decode()
-
-
-def asked(loop: Loop, router: zmq.Socket) -> bytes:
-    """Who asks there, from 0 on."""
-    loop.until(lambda: router.poll(0))
-    who, *request = router.recv_multipart()
-    assert request == replay_request(0)
-    return who
-
-
-def test_each_answer_is_of_its_own_publisher(loop, sockets):
-    routers, ends = zip(*(answering(loop) for _ in range(5)), strict=True)
-    questions = [Question(sockets, end) for end in ends]
-    askers = [asked(loop, router) for router in routers]
-    replies = [[[b"", b"topic", b"%d" % part, b"%d" % place] for part in range(4)] for place in range(5)]
-    for part in range(4):
-        for place, (router, who) in enumerate(zip(routers, askers, strict=True)):
-            router.send_multipart([who, *replies[place][part]])
-    loop.until(lambda: all(len(question.told) == 5 for question in questions))
-    assert [question.told for question in questions] == [["reached", *each] for each in replies]
-    assert len({question.seat._socket for question in questions}) == 1
-    assert len(loop.handlers) == 2
-
-
-def test_an_answer_that_nobody_waits_for_is_not_the_next_questions(loop, sockets):
-    router, endpoint = answering(loop)
-    first = Question(sockets, endpoint)
-    who = asked(loop, router)
-    for part in range(300):
-        router.send_multipart([who, b"", b"%d" % part, b"old"])
-    loop.until(lambda: len(first.told) > 1)
-    first.seat.close()
-    seen = len(first.told)
-    second = Question(sockets, endpoint)
-    other = asked(loop, router)
-    assert other != who
-    router.send_multipart([other, b"", b"0", b"new"])
-    loop.until(lambda: len(second.told) == 2)
-    assert second.told == ["reached", [b"", b"0", b"new"]]
-    assert len(first.told) == seen
-
-
-def test_a_socket_answers_one_question_after_another(loop, sockets):
-    router, endpoint = answering(loop)
-    used = set()
-    for number in range(3 * 19):
-        question = Question(sockets, endpoint)
-        router.send_multipart([asked(loop, router), b"", b"%d" % number, b""])
-        loop.until(lambda question=question: len(question.told) == 2)
-        assert question.told == ["reached", [b"", b"%d" % number, b""]]
-        question.seat.close()
-        used.add(question.seat._socket)
-        loop.until(lambda question=question: not question.seat._socket._leaving)
-    assert len(used) == 1
-    assert not question.seat._socket._by_name
-
-
-def test_a_publisher_that_ends_before_it_answers_is_told_of_and_one_that_is_not_there_is_not(loop, sockets):
-    router, endpoint = answering(loop)
-    waits, nobody = Question(sockets, endpoint), Question(sockets, "tcp://127.0.0.1:1")
-    asked(loop, router)
-    router.close()
-    loop.until(lambda: len(waits.told) == 2)
-    assert waits.told == ["reached", "the connection was lost"]
-    loop.until(lambda: nobody.seat.closed)
-    assert nobody.told == []
-
-
-def test_questions_beyond_the_room_of_a_socket_go_to_another(loop, sockets):
-    questions = [Question(sockets, f"tcp://127.0.0.1:{port}") for port in range(1, 1 + 19 + 5)]
-    assert len({question.seat._socket for question in questions}) == 2
-    sockets.close()
-    assert not loop.handlers
-
-
 # What the system does at its pleasure: the events and messages that libzmq has at one look.
 
 
 class Scripted:
     """A shared socket whose messages and events are given."""
 
-    def __init__(self, loop: Loop, sockets: SharedSockets, count: int = 2) -> None:
+    def __init__(self, loop: Loop, subscriptions: Subscriptions, count: int = 2) -> None:
         # Nobody is at these ports, and nobody asks libzmq.
-        self.peers = [Peer(sockets, f"tcp://127.0.0.1:{port + 1}") for port in range(count)]
+        self.peers = [Peer(subscriptions, f"tcp://127.0.0.1:{port + 1}") for port in range(count)]
         self.irregular = False
         seats = [peer.seat for peer in self.peers]
         assert all(isinstance(seat, Seat) for seat in seats)
-        self.group = seats[0]._socket
+        self.group = seats[0]._group
         kind = type(self.group)
         self.events: list[tuple[int, int, str]] = []
         self.messages: list[tuple[int, list[bytes]]] = []
@@ -413,9 +315,9 @@ class Scripted:
 _CONNECTED, _MADE, _LOST = zmq.EVENT_CONNECTED, zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_DISCONNECTED
 
 
-def test_messages_of_a_descriptor_that_two_connections_had_are_of_neither(loop, sockets):
+def test_messages_of_a_descriptor_that_two_connections_had_are_of_neither(loop, subscriptions):
     """The system gives it to another connection before anybody could look at what the first one has brought."""
-    script = Scripted(loop, sockets)
+    script = Scripted(loop, subscriptions)
     first, second = script.peers
     script.look([(_CONNECTED, 7, 1), (_MADE, 0, 1)], [(7, b"of the first")])
     script.look([(_LOST, 7, 1), (_CONNECTED, 7, 2), (_MADE, 0, 2)], [(7, b"of whom?"), (7, b"of whom?")])
@@ -424,9 +326,9 @@ def test_messages_of_a_descriptor_that_two_connections_had_are_of_neither(loop, 
     assert not loop.handlers
 
 
-def test_a_descriptor_stays_nobodys_until_what_it_has_brought_is_gone(loop, sockets):
+def test_a_descriptor_stays_nobodys_until_what_it_has_brought_is_gone(loop, subscriptions):
     """Three connections have it in turn, and the first two are taken away only after the third has come."""
-    script = Scripted(loop, sockets, 4)
+    script = Scripted(loop, subscriptions, 4)
     beside = script.peers[3]
     script.irregular = True  # so that none is taken away
     script.look([(_CONNECTED, 7, 1), (_MADE, 0, 1)])
@@ -437,8 +339,8 @@ def test_a_descriptor_stays_nobodys_until_what_it_has_brought_is_gone(loop, sock
     beside.seat.close()
 
 
-def test_a_descriptor_whose_loss_was_carried_out_is_the_next_connections(loop, sockets):
-    script = Scripted(loop, sockets)
+def test_a_descriptor_whose_loss_was_carried_out_is_the_next_connections(loop, subscriptions):
+    script = Scripted(loop, subscriptions)
     first, second = script.peers
     script.look([(_CONNECTED, 7, 1), (_MADE, 0, 1)])
     script.look([(_LOST, 7, 1)], [(7, b"the last")])
@@ -448,47 +350,24 @@ def test_a_descriptor_whose_loss_was_carried_out_is_the_next_connections(loop, s
     second.seat.close()
 
 
-def test_frames_of_two_connections_in_one_message_end_the_socket(loop, sockets, monkeypatch):
-    class Frame:
-        def __init__(self, fd: int, more: bool) -> None:
-            self.fd, self.more, self.bytes = fd, more, b""
-
-        def get(self, _: int) -> int:
-            return self.fd
-
-    class Mixing:
-        frames: ClassVar = [Frame(7, True), Frame(7, True), Frame(8, False)]
-
-        def recv(self, *_: object) -> Frame:
-            return self.frames.pop(0)
-
-    with pytest.raises(MixedMessage, match="3 frames of more than one connection"):
-        receive_from(Mixing())
-
-    peers = [Peer(sockets, f"tcp://127.0.0.1:{port}") for port in (1, 2)]
-    peers[0].seat._socket.failed(100.0, MixedMessage("of more than one"))
-    assert [peer.told for peer in peers] == [["closed here: MixedMessage('of more than one')"]] * 2
-    assert not loop.handlers
-
-
-def test_messages_of_a_descriptor_that_nobody_is_known_to_have_are_of_nobody(loop, sockets):
-    script = Scripted(loop, sockets)
+def test_messages_of_a_descriptor_that_nobody_is_known_to_have_are_of_nobody(loop, subscriptions):
+    script = Scripted(loop, subscriptions)
     script.look([(_CONNECTED, 7, 1), (_MADE, 0, 1)], [(8, b"?"), (-1, b"?")])
     assert [peer.told for peer in script.peers] == [["made"], []]
     for peer in script.peers:
         peer.seat.close()
 
 
-def test_a_message_before_a_handshake_is_of_a_peer_that_cannot_be_followed(loop, sockets):
-    script = Scripted(loop, sockets)
+def test_a_message_before_a_handshake_is_of_a_peer_that_cannot_be_followed(loop, subscriptions):
+    script = Scripted(loop, subscriptions)
     script.look([(_CONNECTED, 7, 1)], [(7, b"early")])
     (why,) = script.peers[0].told
     assert "ZMTP 2 or older" in why
     script.peers[1].seat.close()
 
 
-def test_late_events_of_a_connection_that_was_left_are_nobodys(loop, sockets):
-    script = Scripted(loop, sockets)
+def test_late_events_of_a_connection_that_was_left_are_nobodys(loop, subscriptions):
+    script = Scripted(loop, subscriptions)
     script.look([(_CONNECTED, 7, 1)])
     script.peers[0].seat.close()
     script.look([(_MADE, 0, 1), (_LOST, 7, 1)], [(7, b"late")])

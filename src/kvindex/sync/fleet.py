@@ -20,7 +20,7 @@ from .allowance import Allowance
 from .loop import StreamLoop
 from .policy import StreamPolicy
 from .resolver import Resolver
-from .shared import SEATS, SharedSockets, may_share
+from .shared import SEATS, Subscriptions, may_share
 from .sockets import SocketOptions
 from .source import Endpoints, PodSource
 from .status import Configured, Forgotten, IndexChange, PodsChange, Removed, StateChange
@@ -107,7 +107,7 @@ class Fleet:
         )  # fmt: skip
         self._setting = Setting(
             index, policy, options, self.taps, self._tell, self._need, self._resolver.resolve, self._turns,
-            SharedSockets(self.loop, options, self._need),
+            Subscriptions(self.loop, options, self._need),
         )  # fmt: skip
         with _CLAIMING:
             _FLEETS.add(self)
@@ -312,6 +312,5 @@ class Fleet:
         for pod in list(self.pods.values()):
             for worker in list(pod.workers.values()):
                 worker.abandon(reason)
-        self._setting.sockets.close()
         for callback in self.at_end:
             callback()

@@ -23,8 +23,8 @@ from .loop import StreamLoop
 from .source import Curve
 
 __all__ = [
-    "BUDGET", "LOST_EVENTS", "MADE_EVENT", "OUTDATED", "TURN", "MixedMessage", "Replay", "SocketOptions",
-    "Subscription", "Watched", "explained", "receive_frames", "receive_from", "receive_reply", "why_lost",
+    "BUDGET", "LOST_EVENTS", "MADE_EVENT", "OUTDATED", "TURN", "Replay", "SocketOptions", "Subscription", "Watched",
+    "explained", "receive_frames", "receive_from", "why_lost",
 ]  # fmt: skip
 
 # What is taken from one socket before the others have their turn: so many messages, and none after so many seconds. By
@@ -117,10 +117,6 @@ def receive_frames(sock: zmq.Socket[bytes]) -> list[zmq.Frame]:
     return frames
 
 
-class MixedMessage(Exception):
-    """Frames of two connections in one message, which libzmq must not give."""
-
-
 def receive_from(sock: zmq.Socket[bytes]) -> tuple[int, list[bytes]]:
     """As :func:`receive_frames`: the descriptor that the message was read from, -1 if libzmq does not say, and bytes.
 
@@ -128,29 +124,15 @@ def receive_from(sock: zmq.Socket[bytes]) -> tuple[int, list[bytes]]:
     """
     recv = sock.recv
     frame: zmq.Frame = recv(_NOBLOCK, False)
-    fd = _descriptor(frame)
-    message = [frame.bytes]
-    if frame.more:
-        while frame.more:
-            frame = recv(_NOBLOCK, False)
-            message.append(frame.bytes)
-        if _descriptor(frame) != fd:
-            raise MixedMessage(f"{len(message)} frames of more than one connection")
-    return fd, message
-
-
-def receive_reply(sock: zmq.Socket[bytes]) -> tuple[bytes, list[bytes]]:
-    """As :func:`receive_from` from a ROUTER: the routing id, and the frames behind it."""
-    name: bytes = sock.recv(_NOBLOCK)
-    return name, receive_from(sock)[1]
-
-
-def _descriptor(frame: zmq.Frame) -> int:
     try:
         fd: int = frame.get(_SRCFD)
     except zmq.ZMQError:
-        return -1
-    return fd
+        fd = -1
+    message = [frame.bytes]
+    while frame.more:
+        frame = recv(_NOBLOCK, False)
+        message.append(frame.bytes)
+    return fd, message
 
 
 def _bytes(sock: zmq.Socket[bytes]) -> list[bytes]:
@@ -388,7 +370,7 @@ def why_lost(event: int, *, keyed: bool, stood: bool) -> str:
 class Replay(Watched):
     """One question of one DEALER. A new one for every question, so that no late answer is taken for another's.
 
-    Calls ``reached(now)`` when a ROUTER has taken the request, and ``lost(now, why)`` once when its connection is over.
+    Calls ``reached(now)`` when a ROUTER has taken the request, and ``lost(now)`` once when its connection is over.
     """
 
     __slots__ = ("_lost", "_message", "_reached", "_request")
@@ -398,7 +380,7 @@ class Replay(Watched):
 
     def __init__(
         self, loop: StreamLoop, context: zmq.Context[Any], options: SocketOptions, endpoint: str, start: int, *,
-        reached: Callable[[float], None], lost: Callable[[float, str], None],
+        reached: Callable[[float], None], lost: Callable[[float], None],
         message: Callable[[list[bytes], float], None], curve: Curve | None = None,
         admits: Callable[[float], bool] | None = None,
     ) -> None:  # fmt: skip
@@ -429,7 +411,7 @@ class Replay(Watched):
             return more
         events = _readiness(self._sock)
         if not events & (_POLLOUT | _POLLIN):
-            self._lost(now, "the connection was lost")
+            self._lost(now)
         # Asking for events takes the bell's ring: what has come since the last look would not ring again. Where nothing
         # may be taken, who said so comes back.
         return bool(events & _POLLIN) and (self._admits is None or self._admits(now))

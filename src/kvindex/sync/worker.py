@@ -35,7 +35,7 @@ from .policy import StreamPolicy
 from .ranks import Ranks
 from .reasons import Reason
 from .resolver import Then
-from .shared import Seat, SharedSockets
+from .shared import Seat, Subscriptions
 from .sockets import BUDGET, OUTDATED, Replay, SocketOptions, Subscription, Watched, explained
 from .source import Endpoints, Engine, PodSource, Presence
 from .status import WORST_FIRST, Batch, Forgotten, IndexChange, Marked, StateChange, WorkerStatus
@@ -99,7 +99,7 @@ class Setting:
     """Looks up the host of an endpoint."""
     turns: Turns
     """For replays."""
-    sockets: SharedSockets
+    subscriptions: Subscriptions
 
     def show(self, item: IndexChange) -> None:
         for tap in list(self.taps):
@@ -170,7 +170,7 @@ class Worker:
         self.opened_at: float | None = None
         self._looking_up = False
         self.reconnect_at: float | None = None
-        self.replay: Replay | Seat | None = None
+        self.replay: Replay | None = None
         # Connections and replays are numbered, so that a late callback of an earlier one has no effect.
         self.attempt = 0
         self.question = 0
@@ -250,7 +250,7 @@ class Worker:
         self.opened_at = now  # the time of the look-up does not count
         self.schedule()
         try:
-            self.subscription = self._setting.sockets.subscribe(
+            self.subscription = self._setting.subscriptions.open(
                 endpoint, self.topic or b"",
                 made=partial(self._made, attempt),
                 lost=partial(self._lost, attempt),
@@ -711,7 +711,10 @@ class Worker:
         now = self._loop.clock()
         if endpoint is not None:
             try:
-                self.replay = self._setting.sockets.ask(
+                self.replay = Replay(
+                    self._loop,
+                    self._loop.context,
+                    self._setting.options,
                     endpoint,
                     start,
                     reached=partial(self._reached, question),
@@ -733,7 +736,7 @@ class Worker:
             self.stream.replay_reached(now)
             self.schedule()
 
-    def _answer_lost(self, question: int, now: float, why: str) -> None:
+    def _answer_lost(self, question: int, now: float) -> None:
         if not self.gone and self.replay is not None and question == self.question:
             self._carry(self.stream.replay_lost(now), now)
             self.schedule()
