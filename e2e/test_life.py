@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 
 from kvindex.sim import Arrival
@@ -112,3 +114,25 @@ def test_from_one_pod_to_thirty_two_and_back(index: IndexProcess, pods: Pods, eq
     assert at_end["threads"] == small["threads"]
     assert at_end["index"]["blocks"] == small["index"]["blocks"]
     assert at_end["index"]["workers"] == small["index"]["workers"]
+
+
+def test_pods_that_come_and_go_again_and_again_are_exact_soon_after(index: IndexProcess, pods: Pods, equal) -> None:
+    """Each time the history is asked for anew, and nobody waits any more for the answers to what was asked before."""
+    names = "abcdef"
+    pods.start(*names, blocks=40_000)
+    pods.run(1500)
+    for pod in pods:
+        pod.ask("rate", rate=60.0)
+    random, followed = Random(1), set()
+    for _ in range(1000):
+        name = random.choice(names)
+        if name in followed:
+            index.forget(name)
+        else:
+            index.follow(pods[name])
+        followed ^= {name}
+    index.follow(*(pods[name] for name in names if name not in followed))
+    for pod in pods:
+        pod.ask("rate", rate=0.0)
+    at_rest(index, pods)
+    equal(index, pods, own_prompts(pods["a"].config, 30))
