@@ -18,9 +18,9 @@ import hostile
 SIZE = 1 << 18
 #: What waits for a parent takes most: 385 bytes for a name of 9 bytes, up to ``max_parked`` of them.
 MOST_BYTES = 48
-#: Slots that are looked at for each entry: 2.2 of a table that is 0.7 full; up to 3.2 where names are in arithmetic
-#: progression, by the process's secret. Names that a publisher has chosen against a known mixture take thousands.
-MOST_PROBES = 16.0
+#: Slots that are looked at for each entry: 2.2 of a table that is 0.7 full, whatever the process's secret. Names that a
+#: publisher has chosen against a known mixture take thousands.
+MOST_PROBES = 4.0
 #: What is kept of the memory in which a payload was decoded, and of that in which its blocks were placed: 1 MiB each.
 SCRATCH = 2 << 20
 PROMPT = np.arange(64, dtype=np.uint32)

@@ -26,7 +26,9 @@ inline const std::array<u64, 2> kSecret = secret();
 inline u64 mixed64(u64 key) {
     __extension__ typedef unsigned __int128 Wide;
     const Wide product = static_cast<Wide>(key ^ kSecret[0]) * kSecret[1];
-    return static_cast<u64>(product) ^ static_cast<u64>(product >> 64);
+    // The second multiplication is for keys in arithmetic progression, as numbers of chains are. The halves alone let
+    // them lie in one heap for 1.5 % of all secrets: 78 slots an entry, up to 1,282, in place of 1.8.
+    return (static_cast<u64>(product) ^ static_cast<u64>(product >> 64)) * 0x9E3779B97F4A7C15ull;
 }
 inline u32 mixed(u64 key) { return static_cast<u32>(mixed64(key) >> 32); }
 struct Mixed {
