@@ -155,11 +155,15 @@ ELSEWHERE_RUN := $(wildcard tests/sync_live/test_cli_*.py tests/sync_live/test_d
 	$(addprefix tests/unit/test_,benchmarks.py chaos.py cli.py imports.py pages.py pipelines.py \
 	replication_simulated.py text.py)
 
+# GCC's address sanitizer takes no lock of its allocator for a fork, so that a child hangs where another thread had one: once
+# in some ten runs of 40 forks. The test runs in `test`.
+FORKS := --deselect tests/threads/test_fork.py::test_a_child_has_an_index_that_works
+
 sanitized: $(SANITIZED)/.built
 
 sanitize sanitize-quick: .venv/.test-tools sanitized
 	$(SANITIZE_RUN) $(BIN)/python -c 'import kvindex._core as c; assert "$(SANITIZED)" in c.__file__, c.__file__'
-	HYPOTHESIS_PROFILE=sanitized $(SANITIZE_RUN) $(BIN)/python -m pytest -q $(SPREAD) $(JUNIT) -k 'not plot' \
+	HYPOTHESIS_PROFILE=sanitized $(SANITIZE_RUN) $(BIN)/python -m pytest -q $(SPREAD) $(JUNIT) -k 'not plot' $(FORKS) \
 		$(addprefix --ignore=,tests/packaging tests/typing $(if $(filter sanitize-quick,$@),$(ELSEWHERE_RUN)))
 
 # Every call of the shared index from six threads at once, with segments so small that tables grow all the time. Without one
