@@ -150,7 +150,14 @@ def applied(router: Router, pods: Pods) -> None:
             if (batches := found[f"kvindex_worker_batches_total {pod.config.name}"]) < (seqs := pod.seqs()[0])
         }
 
-    until(lambda: not late(), late)
+    # A pod may publish after it has answered: nothing new between two looks.
+    looks: list[list[int]] = [[], []]
+
+    def at_rest() -> bool:
+        looks[:] = looks[1], [pod.seqs()[0] for pod in pods]
+        return looks[0] == looks[1] and not late()
+
+    until(at_rest, late)
 
 
 @pytest.mark.quick
