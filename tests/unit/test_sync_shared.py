@@ -132,6 +132,25 @@ def test_a_publisher_that_ends_is_lost_after_its_last_message_and_the_others_go_
     assert (peers[0].told, peers[2].told) == (["made"], ["made", [b"", b"on"]])
 
 
+def test_a_last_message_that_comes_between_the_messages_and_the_monitor_is_handed_over(
+    loop, subscriptions, monkeypatch
+):
+    publishers, peers = fleet(loop, subscriptions, 3)
+    read_events = shared._Group._read_events
+
+    def late(group):
+        if not publishers[1].closed:
+            publishers[1].linger = 10_000
+            publishers[1].send_multipart([b"", b"last"])
+            publishers[1].close()
+            assert group._monitor.socket.poll(20_000)
+        read_events(group)
+
+    monkeypatch.setattr(shared._Group, "_read_events", late)
+    loop.until(lambda: len(peers[1].told) == 3)
+    assert peers[1].told == ["made", [b"", b"last"], "the connection was lost"]
+
+
 def test_another_attempt_at_an_endpoint_goes_to_another_socket(loop, subscriptions):
     _, (peer, other) = fleet(loop, subscriptions, 2)
     peer.seat.close()

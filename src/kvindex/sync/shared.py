@@ -164,8 +164,11 @@ class _Group(Watched):
         end = now + TURN
         more = True
         for _ in range(BUDGET // _AT_ONCE):
+            known = len(self._losses)
             messages, more = self._receive()
             self._attend(messages)
+            # A connection that was lost after the messages were received has brought its last ones by now.
+            more = more or len(self._losses) > known
             if self.closed or not more or self._loop.clock() >= end:
                 break
         losses, self._losses = self._losses, []
