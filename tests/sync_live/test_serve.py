@@ -20,6 +20,8 @@ import psutil
 import pytest
 import trustme
 from sync_support import until
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from kvindex import EventManager, PodSource, PrefixIndex, SnapshotError, local_hashes, prefix_hashes
 from kvindex.service import Limits, Service
@@ -699,6 +701,12 @@ def test_the_command_reads_a_token_and_refuses_bad_options(tmp_path, capsys):
     ):
         assert main(["serve", *map(str, arguments)]) == 2
         assert "kvindex serve: " in capsys.readouterr().err
+    Tokenizer(WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "latin-1").write_bytes(b"\xe9")
+    for template in ("none", "latin-1"):
+        given = ["--tokenizer", str(tmp_path / "tokenizer.json"), "--chat-template", str(tmp_path / template)]
+        assert main(["serve", *given]) == 2
+        assert f"kvindex serve: --chat-template {tmp_path / template}: " in capsys.readouterr().err
 
 
 def marked(name):

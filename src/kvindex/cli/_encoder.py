@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from ._terminal import CommandError
@@ -39,6 +40,8 @@ def encoder_of(args: argparse.Namespace) -> Any:
         raise CommandError(f"--tokenizer {args.tokenizer}: {error}") from None
     template = None
     if args.chat_template is not None:
-        with open(args.chat_template) as file:
-            template = file.read()
+        try:
+            template = Path(args.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CommandError(f"--chat-template {args.chat_template}: {error}") from None
     return PromptEncoder(tokenizer, template)
