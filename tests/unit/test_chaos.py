@@ -108,6 +108,17 @@ class Story:
         self.after = copy.deepcopy(self.before)
         self.differences: int | None = 0
 
+    def cycle(self, resources: dict[str, Any]) -> Cycle:
+        return Cycle(
+            injected=self.DIES,
+            healing=self.RETURNS,
+            healed=self.RETURNS,
+            ended=self.ENDS,
+            pods=["pod"],
+            cuts=True,
+            resources=resources,
+        )
+
     def judged(self, *, repetitions: int = 2) -> dict[str, bool]:
         where = self.where
         self._write("truth-pod.bin", truth_dtype, [
@@ -126,17 +137,7 @@ class Story:
         self._write("latency-1.bin", latency_dtype, [(at, self.question(at)) for at in times])
         self._write("metronome.bin", latency_dtype, [(at, self.machine(at)) for at in times])
         # Twice the same repetition: the 99th percentile of one is not judged.
-        cycles = repetitions * [
-            Cycle(
-                injected=self.DIES,
-                healing=self.RETURNS,
-                healed=self.RETURNS,
-                ended=self.ENDS,
-                pods=["pod"],
-                cuts=True,
-                resources=self.after,
-            )
-        ]
+        cycles = repetitions * [self.cycle(self.after)]
         verdicts = judge(
             Witness(where, ["pod"]), cycles, baseline=(0.0, self.DIES), resources=self.before,
             counters={"pod": self.counters}, differences=self.differences,
@@ -279,18 +280,7 @@ def test_a_slow_machine_fails_no_single_repetition(tmp_path):
 def test_memory_that_grows_with_repetition_is_found(tmp_path, held, rss, passed):
     story = Story(tmp_path)
     story.judged()
-    cycles = [
-        Cycle(
-            injected=story.DIES,
-            healing=story.RETURNS,
-            healed=story.RETURNS,
-            ended=story.ENDS,
-            pods=["pod"],
-            cuts=True,
-            resources={**story.before, "rss": (1 << 28) + rss(n), "held": (1 << 27) + held(n)},
-        )
-        for n in range(10)
-    ]
+    cycles = [story.cycle({**story.before, "rss": (1 << 28) + rss(n), "held": (1 << 27) + held(n)}) for n in range(10)]
     verdicts = judge(
         Witness(tmp_path, ["pod"]), cycles, baseline=(0.0, 2.0), resources=story.before, counters={}, differences=0
     )
