@@ -36,7 +36,7 @@ public:
         for (std::size_t i = 0; i < kHugePage; i += kSmallest) static_cast<volatile char*>(p)[i] = 0;
         if (void* const old = ready_.exchange(p, std::memory_order_acq_rel)) munmap(old, kHugePage);
     }
-    // Under the lock of who takes.
+    // Needs no lock either: an index that another one has replaced gives its memory back without one.
     void drop() noexcept {
         wanted_.store(false, std::memory_order_relaxed);
         if (void* const p = ready_.exchange(nullptr, std::memory_order_acquire)) munmap(p, kHugePage);
