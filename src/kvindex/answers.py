@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Final, Literal, NamedTuple, TypeAlias, TypedDict
 
 __all__ = ["IndexStats", "PodMatch", "StreamPlace", "Verdict", "WorkerStats"]
@@ -117,8 +117,17 @@ class WorkerStats(TypedDict):
     first stored event."""
 
 
-def pod_match(rows: Iterable[Row], block_size: int) -> PodMatch:
+def pod_match(rows: Sequence[Row], block_size: int) -> PodMatch:
     """Combines the rows of one pod."""
+    if len(rows) == 1:  # Most pods: half the time of what is below.
+        rank, medium, says, blocks, own = rows[0]
+        found = blocks * block_size
+        only = {medium.decode("utf-8", "surrogateescape"): found} if medium else {}
+        reused = found if says & REUSED else 0
+        return PodMatch(
+            reused, reused // block_size, only if says & MEDIUM else {}, {rank: found} if says & REUSED else {},
+            STATES[own], found if says & HELD else 0, dict(only) if says & TIER else {},
+        )  # fmt: skip
     media: dict[str, int] = {}
     ranks: dict[int, int] = {}
     reach: dict[int, dict[str, int]] = {}

@@ -112,3 +112,22 @@ def test_a_damaged_text_is_never_taken_for_a_sound_one(body, data) -> None:
         at = data.draw(st.integers(0, len(body)))
         body = body[:at] + data.draw(st.binary(max_size=3)) + body[at + data.draw(st.integers(0, 3)) :]
     agrees(body)
+
+
+@given(
+    st.lists(
+        st.integers(0, 200_000) | st.sampled_from([0, 9_999_999, 10_000_000, 4_294_967_295]), min_size=20, max_size=300
+    ),
+    st.sampled_from([", ", ",", ",\n", ",  "]),
+    st.data(),
+)
+def test_long_arrays_whole_and_with_one_byte_that_is_another(tokens, between, data) -> None:
+    """Longer than what is looked at in one step, in the forms that encoders write."""
+    body = json.dumps({"tokens": tokens, "model": "m"}, separators=(between, ": ")).encode()
+    assert agrees(body).tolist() == tokens
+    at = data.draw(st.integers(body.index(b"["), body.index(b"]")))
+    agrees(
+        body[:at]
+        + data.draw(st.sampled_from([bytes([each]) for each in b' ,0]["-.e\n/:']) | st.just(b""))
+        + body[at + 1 :]
+    )

@@ -90,7 +90,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     try:
         from ..service import Limits, Service
-        from ..service.server import Server, Snapshots
+        from ..service.server import Server, Snapshots, keep_freed_memory
     except ImportError as error:
         raise CommandError(str(error)) from None
     if args.snapshot_every is not None and args.snapshot is None:
@@ -100,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
     if args.log and (others := _beside_log(args)):
         raise CommandError(f"a log (--log or {URL}) has pods and an index of its own: leave out {others}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    keep_freed_memory()
     token = _token(args)
     encoder = encoder_of(args)
     index, registered = (None, []) if args.log else _index(args, token)

@@ -102,7 +102,11 @@ class Service:
         self._document = encode(document(self.calls, token is not None))
         self._app = Starlette(
             routes=[
-                *(Route(call.path, self._endpoint(call), methods=[call.method]) for call in self.calls),
+                # Routes are tried in turn: questions first.
+                *(
+                    Route(call.path, self._endpoint(call), methods=[call.method])
+                    for call in sorted(self.calls, key=lambda call: call.method != "POST")
+                ),
                 Route("/openapi.json", self._openapi, methods=["GET"]),
                 Route("/", _page("page.html"), methods=["GET"]),
                 *(Route(f"/{name}", _page(name), methods=["GET"]) for name in ("page.js", "page.css")),

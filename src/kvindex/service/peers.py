@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-import numpy as np
+import msgspec
 
 from ..errors import InvalidTypeError, InvalidValueError, StreamError, UnknownPodError
 from ..hashing import roll_hashes
@@ -205,12 +204,13 @@ class Peers:
     def _answer(self, asked: Any, group: Group, pods: Any, match: Any, tokens: int) -> bytes:
         best = match.best()
         self._figures.asked(tokens, best[1] if best else 0)
+        every = len(pods.pods) == len(group.members)
         held = {
             instance: self._held(members, match)
             for instance, members in group.instances.items()
-            if len(pods.pods) == len(group.members) or members[0].pod in pods.pods
+            if every or members[0].pod in pods.pods
         }
-        lower = {
+        lower: dict[str, dict[str, Any]] = {
             instance: {
                 "longest_matched": of.longest,
                 "gpu": of.gpu,
@@ -223,11 +223,7 @@ class Peers:
         }
         if asked.model_name is not None:
             scores = {instance: of["dp"] for instance, of in lower.items()}
-            blocks = sorted(
-                score // self._index.block_size
-                for ranks in scores.values()
-                for score in ranks.values()  # type: ignore[attr-defined]
-            )
+            blocks = [score // self._index.block_size for ranks in scores.values() for score in ranks.values()]
             return encode({"scores": scores, "frequencies": _frequencies(blocks), "instances": lower})
         for instance, of in held.items():
             lower[instance]["rank_matches"] = {
@@ -246,30 +242,35 @@ class Peers:
         }
         return encode({group.name: upper, "instances": lower})
 
-    def _held(self, members: Iterable[Member], match: Any) -> _Held:
-        gpu = cpu = disk = longest = 0
-        ranks: dict[str, tuple[int, int, int]] = {}
-        tiers: dict[str, int] = {}
-        states = []
-        for member in members:
-            if member.pod not in match:
-                states.append(self._fleet.state(member.pod))
-                ranks |= {str(rank): (0, 0, 0) for rank in member.ranks}
-                continue
-            found = match[member.pod]
-            states.append(found.state)
-            reach = _reach(found)
-            for tier, tokens in _by_tier(found).items():
-                tiers[tier] = max(tiers.get(tier, 0), tokens)
-            gpu, cpu, disk = max(gpu, reach[0]), max(cpu, reach[1]), max(disk, reach[2])
-            longest = max(longest, found.held, *reach)
-            if len(found.ranks) > 1 or len(member.ranks) > 1:
-                # The index says what a rank reuses over all media, and the media of the best rank only.
-                ranks |= {str(rank): (0, 0, 0) for rank in member.ranks}
-                ranks |= {str(rank): (tokens,) * 3 for rank, tokens in found.ranks.items()}
-            else:
-                ranks[str(next(iter(found.ranks or member.ranks)))] = reach
-        return _Held(gpu, cpu, disk, longest, ranks, tiers, _worst(states))
+    def _held(self, members: list[Member], match: Any) -> _Held:
+        if len(members) == 1:
+            return self._of_pod(members[0], match)
+        parts = [self._of_pod(member, match) for member in members]
+        return _Held(
+            max(part.gpu for part in parts),
+            max(part.cpu for part in parts),
+            max(part.disk for part in parts),
+            max(part.longest for part in parts),
+            {rank: reach for part in parts for rank, reach in part.ranks.items()},
+            {tier: max(part.tiers.get(tier, 0) for part in parts) for each in parts for tier in each.tiers},
+            _worst([part.state for part in parts]),
+        )
+
+    def _of_pod(self, member: Member, match: Any) -> _Held:
+        if member.pod not in match:
+            return _Held(0, 0, 0, 0, {str(rank): (0, 0, 0) for rank in member.ranks}, {}, self._fleet.state(member.pod))
+        found = match[member.pod]
+        tiers = _by_tier(found)
+        gpu = tiers.get("GPU", 0)
+        cpu = max(gpu, tiers.get("CPU", 0))
+        disk = max(cpu, tiers.get("DISK", 0))
+        if len(found.ranks) > 1 or len(member.ranks) > 1:
+            # The index has the tokens of a rank over all media, and the media of the best rank only.
+            ranks = {str(rank): (0, 0, 0) for rank in member.ranks}
+            ranks |= {str(rank): (tokens, tokens, tokens) for rank, tokens in found.ranks.items()}
+        else:
+            ranks = {str(next(iter(found.ranks or member.ranks))): (gpu, cpu, disk)}
+        return _Held(gpu, cpu, disk, max(found.held, disk), ranks, tiers, found.state)
 
     # ---- what is there
 
@@ -416,15 +417,11 @@ def _by_tier(found: Any) -> dict[str, int]:
     return tiers
 
 
-def _reach(found: Any) -> tuple[int, int, int]:
-    tiers = _by_tier(found)
-    gpu = tiers.get("GPU", 0)
-    cpu = max(gpu, tiers.get("CPU", 0))
-    return gpu, cpu, max(cpu, tiers.get("DISK", 0))
-
-
-def _frequencies(blocks: list[int]) -> list[int]:
-    """How many ranks hold each block of the prompt, from how many each holds, in ascending order."""
-    counts = np.bincount(blocks)[:0:-1] if blocks else np.zeros(0, dtype=np.int64)
-    found: list[int] = np.cumsum(counts)[::-1].tolist()
-    return found
+def _frequencies(blocks: list[int]) -> msgspec.Raw:
+    """How many ranks hold each block of a prompt, from how many each holds, as JSON. An array of some thousand numbers
+    that are mostly equal: a number object for each took as long as the match."""
+    text, upto = [], 0
+    for place, each in enumerate(blocks := sorted(blocks)):
+        text.append(b"%d," % (len(blocks) - place) * (each - upto))
+        upto = each
+    return msgspec.Raw(b"[" + b"".join(text)[:-1] + b"]")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ from ..sync.source import PodSource
 from .app import Service
 from .v1 import spelled_source
 
-__all__ = ["Server", "Snapshots", "fetched", "restored"]
+__all__ = ["Server", "Snapshots", "fetched", "keep_freed_memory", "restored"]
 
 log = logging.getLogger("kvindex.service")
 
@@ -103,6 +104,19 @@ class _Uvicorn(uvicorn.Server):
     def _protocol(self) -> asyncio.Protocol:
         protocol: Any = self.config.http_protocol_class
         return protocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)  # type: ignore[no-any-return]
+
+
+def keep_freed_memory(most: int = 32 << 20) -> None:
+    """Have the C library keep up to ``most`` freed bytes of this process for the next request.
+
+    Otherwise glibc gives the pages of each large body back, and takes them again: 0.1 of 0.23 ms of processor time for
+    a body of 230 kB that is only read. Does nothing with another C library.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, from malloc.h.
+        mallopt(-3, most)
+        mallopt(-1, most)
 
 
 def _listening(host: str, port: int) -> socket.socket:
