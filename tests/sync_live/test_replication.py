@@ -178,7 +178,29 @@ def test_another_fleet_under_the_same_name_is_named_and_neither_is_disturbed(
         assert knows(first, pod)
 
 
-def test_another_list_of_pods_under_the_same_name_is_named(server: Any, pod: LivePublisher) -> None:
+def test_a_silent_log_is_named_for_as_long_as_it_is(
+    server: Any, pod: LivePublisher, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody writes, and nothing fails: a follower hears of it by hearing nothing."""
+    with caplog.at_level(logging.INFO, "kvindex.replication"), view_of(server, collect=False) as second:
+        for _ in range(2):
+            with view_of(server) as first:
+                first.add_pod(source(pod))
+                pod.publish(3)
+                until(lambda: knows(second, pod) and second.status().reason == "")
+                assert second.status().trusted
+            until(lambda: second.index.pod_state("a") == "stale")
+            status = second.status()
+            assert not status.trusted
+            assert "the log is silent" in status.reason
+            assert "the log is silent" in second.pod_status()["a"].workers[0].reason
+            until(lambda: "the log is silent" in caplog.text)
+            caplog.clear()
+
+
+def test_another_list_of_pods_under_the_same_name_is_named(
+    server: Any, pod: LivePublisher, caplog: pytest.LogCaptureFixture
+) -> None:
     with view_of(server) as first:
         first.add_pod(source(pod))
         pod.publish(3)
@@ -186,6 +208,7 @@ def test_another_list_of_pods_under_the_same_name_is_named(server: Any, pod: Liv
         with view_of(server) as other:
             other.add_pod(PodSource("b", endpoint="tcp://127.0.0.1:1"))
             until(lambda: "does not follow b" in other.status().hindrance)
+            until(lambda: "does not follow b" in caplog.text)
 
 
 def test_an_entry_and_a_snapshot_of_a_newer_version_stop_the_reader(server: Any, pod: LivePublisher) -> None:

@@ -158,6 +158,12 @@ class ReplicatedIndex:
         self._closing = False
         self._until: float | None = 0.0
         self._said = ""
+        self._silent = (
+            f"the log is silent: no collector has written for {self.policy.silence:g} s that it follows the engines;"
+            " none may run, or the server may not let it write"
+        )
+        self._lacks = ""
+        self._look_at = 0.0
         self._beat_at = 0.0
         self._thread = threading.Thread(target=self._run, name="kvindex-replication", daemon=True)
 
@@ -360,15 +366,14 @@ class ReplicatedIndex:
         replica = machine if isinstance(machine, Replica) else None
         follower = None if replica is None else replica.follower
         collector = None if replica is None else replica.collector
-        until = self._until
         return ReplicationStatus(
             role=self.role,
-            reason=machine.reason if self._thread.is_alive() else "closed" if self._closing else "not started",
+            reason=self._reason if self._thread.is_alive() else "closed" if self._closing else "not started",
             hindrance=machine.hindrance or self._missing(),
             server=self._store.name,
             fleet=self.fleet,
             place=machine.place,
-            trusted=until is None or time.monotonic() < until,
+            trusted=self._is_trusted,
             entries=0 if follower is None else follower.entries,
             written=0 if collector is None else collector.written,
             refilled=0 if collector is None else collector.refilled,
@@ -408,6 +413,16 @@ class ReplicatedIndex:
                 workers[0] = _worker_status(name, 0, model, reason, status.trusted, missing)
             table[name] = pod_status(name, model, workers)
         return table
+
+    @property
+    def _is_trusted(self) -> bool:
+        until = self._until
+        return until is None or time.monotonic() < until
+
+    @property
+    def _reason(self) -> str:
+        # A machine hears of an entry that comes, not of the one that does not.
+        return self._machine.reason or ("" if self._is_trusted else self._silent)
 
     def _missing(self) -> str:
         if self.role != "follower" or self._until == 0.0:
@@ -464,7 +479,7 @@ class ReplicatedIndex:
             else:
                 answer = self._store.do(request)
                 self._carry(self._machine.answered(request, answer, now, clock()))
-            self._say()
+            self._say(now)
 
     def _sleep(self, seconds: float) -> None:
         if seconds <= self.policy.busy_linger:
@@ -483,8 +498,12 @@ class ReplicatedIndex:
         if self._is_idle:
             self._awake.set()
 
-    def _say(self) -> None:
-        reason = self._machine.hindrance or self._machine.reason
+    def _say(self, now: float) -> None:
+        if now >= self._look_at:
+            # O(pods), and this is done for each entry.
+            self._look_at = now + self.policy.silence
+            self._lacks = self._missing()
+        reason = self._machine.hindrance or self._lacks or self._reason
         if reason != self._said:
             self._said = reason
             level = logging.INFO if reason in ("", *BEGINNING) else logging.WARNING
