@@ -73,7 +73,8 @@ class PrefixIndex(Index):
     """
 
     # No wrapper around ingest, match_prefix and match_hashes, and no __dict__: a call costs the same as on Index.
-    __slots__ = ()
+    __slots__ = ("_owner",)
+    _owner: str  # who replaces the content as a whole; not there where nobody does
 
     # For inspect.signature and help(): a compiled class has no signature with types.
     def __new__(
@@ -582,7 +583,8 @@ class PrefixIndex(Index):
     def _restore(self, data: bytes, where: str) -> None:
         """Replaces the content by that of a snapshot, at once, and needs memory for both meanwhile. O(bytes).
 
-        Matches continue with the previous content until the new one is complete. Nothing may follow pods of this index.
+        Matches continue with the previous content until the new one is complete. No manager follows pods meanwhile, and
+        ``_owner`` is set, which keeps others from it.
 
         Raises:
             SnapshotError: The snapshot is damaged, or of an index with other settings. Nothing was changed.

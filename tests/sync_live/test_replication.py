@@ -22,7 +22,15 @@ import pytest
 import trustme
 from sync_support import BRISK, LivePublisher, nothing_left_behind, until
 
-from kvindex import InvalidValueError, PodSource, StreamError, UnknownPodError
+from kvindex import (
+    EventManager,
+    InvalidValueError,
+    PodSource,
+    PrefixIndex,
+    StreamError,
+    UnknownPodError,
+)
+from kvindex.aio import AsyncEventManager
 from kvindex.cli import main
 
 redis = pytest.importorskip("redis")
@@ -356,6 +364,26 @@ def test_what_people_get_wrong(server: Any, pod: LivePublisher) -> None:
     assert view.status().reason == "closed"
     with pytest.raises(StreamError, match="closed"):
         view.start()
+
+
+@pytest.mark.parametrize("log", [True, False])
+@pytest.mark.parametrize("kind", [EventManager, AsyncEventManager])
+def test_nobody_else_follows_pods_for_an_index_that_snapshots_replace(
+    server: Any, pod: LivePublisher, kind: type[Any], log: bool
+) -> None:
+    with view_of(server, log=log) as view:
+        for _ in range(2):
+            with pytest.raises(InvalidValueError, match=r"the ReplicatedIndex of fleet 't'.* its add_pod"):
+                kind(view.index)
+            view.add_pod(source(pod))
+            pod.publish(3)
+            until(lambda: knows(view, pod))
+            view.remove_pod(pod.name)
+    with pytest.raises(InvalidValueError, match="ReplicatedIndex"):
+        kind(view.index)
+    kept = PrefixIndex.loads(view.index.dumps())
+    with EventManager(kept):
+        assert kept.stats()["blocks"] == 0
 
 
 def test_a_failure_of_the_thread_is_logged_and_healed(

@@ -134,6 +134,7 @@ class ReplicatedIndex:
         self.policy = ReplicationPolicy() if policy is None else policy
         self._index = PrefixIndex(block_size, **index_options)
         self._index.trust(0.0)
+        self._index._owner = f"the ReplicatedIndex of fleet {fleet!r}"
         self._manager_options = manager_options or {}
         settings = {
             "block_size": self._index.block_size,
@@ -177,7 +178,7 @@ class ReplicatedIndex:
         """The index of this process, the same object at any time. O(1).
 
         A snapshot replaces the content as a whole: each match answers from the content before or after. Call methods
-        that read only.
+        that read only. An :class:`EventManager` refuses it: :meth:`add_pod` takes the pods.
         """
         return self._index
 
@@ -584,7 +585,7 @@ class ReplicatedIndex:
 
     def _collect(self) -> None:
         with self._lock:
-            manager = EventManager(self._index, **self._manager_options)
+            manager = _Manager(self._index, **self._manager_options)
             manager.tap(self._shown)
             manager.on_change(partial(_call, self._on_change))
             manager.on_pods(self._described)
@@ -655,6 +656,10 @@ class ReplicatedIndex:
             self._trust(0.0)
             manager.close()
         log.warning("%s: this process follows the engines no longer: %s", self.fleet, reason)
+
+
+class _Manager(EventManager):
+    _replaces = True
 
 
 _WITH_SNAPSHOTS = (Follower, Collector, Exchange)

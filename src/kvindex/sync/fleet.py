@@ -57,10 +57,15 @@ if hasattr(os, "register_at_fork"):
     )  # fmt: skip
 
 
-def check_index(index: object) -> None:
-    """Refuse what is no index."""
+def check_index(index: object, replaces: bool = False) -> None:
+    """Refuse what is no index, and one whose content somebody else ``replaces``."""
     if isinstance(index, type) or not all(callable(getattr(index, call, None)) for call in _CALLS):
         raise InvalidTypeError(f"an EventManager needs a PrefixIndex, not {type(index).__name__}")
+    if not replaces and (owner := getattr(index, "_owner", "")):
+        raise InvalidValueError(
+            f"an EventManager cannot follow pods for the index of {owner}, whose snapshots replace all of it: add the"
+            " pods to that, by its add_pod, or give the EventManager a PrefixIndex of its own"
+        )
 
 
 class FollowedPod:

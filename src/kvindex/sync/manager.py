@@ -70,14 +70,17 @@ class EventManager:
 
     Raises:
         InvalidTypeError: ``index`` is not an index, or another argument has the wrong type.
-        InvalidValueError: An argument is out of range.
+        InvalidValueError: An argument is out of range, or ``index`` belongs to a
+            :class:`~kvindex.replication.ReplicatedIndex`, whose :meth:`add_pod` takes the pods.
     """
+
+    _replaces = False  # whether it is closed before the content of the index is replaced
 
     def __init__(
         self, index: Index, *, policy: StreamPolicy | None = None, heartbeat: float = 0.7, connect_timeout: float = 3.0,
         queue: int = 2000, max_message: int = 32 << 20, max_replays: int = 16, context: zmq.Context[Any] | None = None,
     ) -> None:  # fmt: skip
-        check_index(index)
+        check_index(index, self._replaces)
         options = SocketOptions(
             heartbeat=heartbeat, connect_timeout=connect_timeout, queue=queue, max_message=max_message
         )
