@@ -32,6 +32,7 @@ from kvindex.sync.actions import (
     Ingest,
     Mark,
     Reconnect,
+    Renew,
     RequestReplay,
 )
 from kvindex.sync.policy import StreamPolicy
@@ -109,6 +110,8 @@ class World:
         self.requests: list[int] = []
         self.clears = 0
         self.reconnect_in: float | None = None
+        self.renewals: list[float] = []
+        self.deaf = False  # the publisher has no subscription of this connection
         self.names = 0
         self.owed = -1  # the last batch that an exact answer must include
         self.held_back = False  # something has arrived that may not be taken yet
@@ -150,6 +153,11 @@ class World:
                     self.answering = False
                 case Reconnect(delay):
                     self.reconnect_in = delay
+                case Renew():
+                    self.renewals.append(self.now)
+                    self.connection_open = False
+                    self.channel.clear()
+                    todo.extend(self.stream.disconnected(self.now))
                 case Incident() as incident:
                     self.incidents.append(incident)
 
@@ -183,7 +191,7 @@ class World:
             self.names += 1
             payload = batch(self.clock, self.names, clear=clear) if readable else GARBAGE
             message = self.process.publish(payload if encodable else None)
-            if message is not None and self.connection_open:
+            if message is not None and self.connection_open and not self.deaf:
                 self.channel.append(message)
 
     def deliver(self, count: int | None = None) -> None:

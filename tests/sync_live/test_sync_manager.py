@@ -1569,3 +1569,28 @@ def test_an_endpoint_that_can_not_be_bound(manager):
         manager.bind(taken)
     with pytest.raises(InvalidValueError):
         manager.bind("http://127.0.0.1:5557")
+
+
+def test_a_connection_that_brings_nothing_of_what_is_published_is_replaced(index, pod):
+    policy = replace(BRISK, renew=(0.3, 5.0))
+    with nothing_left_behind(), EventManager(index, policy=policy) as manager:
+        pod.publish(3)
+        manager.add_pod(source(pod))
+        until(lambda: index.pod_state(pod.name) == "exact")
+        pod.faults.mute = True
+
+        def replaced():
+            pod.publish(1)
+            time.sleep(0.05)
+            return manager.status()[pod.name].workers[0].reconnects
+
+        until(replaced)
+        pod.faults.mute = False
+
+        def exact():
+            pod.publish(1)
+            time.sleep(0.05)
+            return index.pod_state(pod.name) == "exact"
+
+        until(exact)
+        assert index.match_prefix(pod.chain(), model="m").tokens == {pod.name: len(pod.chain())}

@@ -851,6 +851,82 @@ def test_another_process_stays_one_over_a_new_connection():
     assert world.held == world.process.truth(5)
 
 
+def test_a_connection_that_brings_nothing_of_what_is_published_is_replaced():
+    world = well()
+    world.deaf = True
+    assert world.stream.mark == ("exact", "")
+    for _ in range(2):
+        world.publish(1)
+        world.wait(1.5)
+    assert world.state == "degraded"
+    assert "publishes nothing of what" in world.stream.reason
+    world.wait(10.0)
+    assert len(world.renewals) == 1
+    world.deaf = False
+    world.connect()
+    world.wait(10.0)
+    assert world.state == "degraded"  # the answers are those of before
+    world.publish(1)
+    world.deliver()
+    assert world.state == "exact"
+    assert world.held == world.process.truth(6)
+
+
+def test_connections_are_replaced_ever_more_rarely_until_the_stream_is_exact():
+    world = well()
+    world.deaf = True
+
+    def renewals(count):
+        start = len(world.renewals)
+        while len(world.renewals) < start + count:
+            if not world.connection_open:
+                world.connect()
+            world.publish(1)
+            world.wait(1.0)
+        return [after - before for before, after in zip(world.renewals[:-1], world.renewals[1:], strict=True)]
+
+    first, longest = world.stream.policy.renew
+    waits = renewals(12)
+    assert waits == sorted(waits)
+    assert waits[0] >= 2 * first
+    assert longest <= waits[-1] <= 2 * longest
+    world.deaf = False
+    world.connect()
+    world.publish(1)
+    world.deliver()
+    world.wait(5.0)
+    assert world.state == "exact"
+    world.deaf = True
+    start = world.now
+    renewals(1)
+    assert world.now - start < 4 * first
+
+
+def test_answers_of_changing_processes_are_no_reason_to_be_degraded_for_good():
+    world = World()
+    world.publish(3)
+    world.up()
+    assert world.state == "exact"
+    while "gives batches of more than one process" not in world.stream.reason:
+        assert world.now < 1500.0
+        world.liar = Process()
+        for number in range(3):
+            world.liar.publish(batch(world.clock + world.now + number, f"{world.now} {number}"))
+        world.wait(1.0)
+    assert world.state == "degraded"
+    world.liar = None
+    world.wait(10.0)
+    assert len(world.renewals) == 1
+    world.connect()
+    world.wait(1.0)
+    assert world.state == "degraded"  # nothing was published that would agree with the answers
+    world.publish(1)
+    world.deliver()
+    world.wait(5.0)
+    assert world.state == "exact"
+    assert world.held == world.process.truth(4)
+
+
 def test_an_answer_of_which_all_was_refused_shows_nothing():
     world = World()
     world.publish(3)
@@ -905,9 +981,14 @@ def test_a_stream_of_which_all_comes_by_replays_is_not_exact():
     """Its topic is another one, so nothing comes live, and replays of the old framing name none."""
     world = well()
     for _ in range(4):
+        if not world.connection_open:
+            world.connect()
         world.publish(1)
         world.channel.clear()
-        world.wait(8.0)
+        world.wait(4.0)
+    if not world.connection_open:
+        world.connect()
+    world.wait(1.0)
     assert world.state == "degraded"
     assert "topic" in world.stream.reason
     world.publish(1)
@@ -1704,3 +1785,20 @@ def test_incidents_are_few_however_many_batches_there_are():
         world.deliver()
     assert world.incidents == []
     assert all(isinstance(incident, Incident) for incident in world.incidents)
+
+
+def test_a_busy_stream_that_was_rebuilt_confirms_it_without_waiting_for_silence():
+    world = well()
+    world.wait(3.0)
+    world.publish(1)
+    world.deliver()
+    world.do(world.stream.start_anew(world.now, "wrongly applied"))
+    world.serve()
+    world.receive()
+    assert world.state == "stale"
+    for _ in range(20):
+        world.publish(1)
+        world.deliver()
+        world.wait(0.1)
+    assert world.state == "exact"
+    assert world.held == world.process.truth(24)

@@ -15,6 +15,7 @@ __all__ = [
     "Ingest",
     "Mark",
     "Reconnect",
+    "Renew",
     "RequestReplay",
     "Verdict",
 ]
@@ -66,6 +67,12 @@ class Reconnect(NamedTuple):
     delay: float
 
 
+class Renew(NamedTuple):
+    """Replace the connection, if this side makes it: only a new one can end this state."""
+
+    why: str
+
+
 class Incident(NamedTuple):
     """Something that a person may want to read in a log: once per incident, never once per batch."""
 
@@ -73,4 +80,4 @@ class Incident(NamedTuple):
     detail: str
 
 
-Action: TypeAlias = Ingest | RequestReplay | AwaitReplay | CancelReplay | Clear | Mark | Reconnect | Incident
+Action: TypeAlias = Ingest | RequestReplay | AwaitReplay | CancelReplay | Clear | Mark | Reconnect | Renew | Incident

@@ -47,6 +47,9 @@ class StreamPolicy:
     whether the replay endpoint is another process's, so a pod that publishes is not exact before it."""
     heal: tuple[float, float] = (2.0, 8.0)
     """Interval at which a degraded stream asks for its history again: first and longest."""
+    renew: tuple[float, float] = (5.0, 600.0)
+    """Interval at which a stream replaces a connection that stands and is of no use: its replays contradict it, or
+    bring batches that it does not. First and longest, doubled each time until the stream is exact."""
     clock_step: float = 1.0
     """A batch that is older than the one before by more than this makes the stream check whether the process was
     restarted."""

@@ -44,6 +44,7 @@ from .actions import (
     Ingest,
     Mark,
     Reconnect,
+    Renew,
     RequestReplay,
     Verdict,
 )
@@ -177,7 +178,7 @@ class WorkerStream:
             due = (self._retry_at, None)
         else:
             due = (self._waits.heal_at, self._waits.probe_at)
-        return min((at for at in (*due, self._silent_at) if at is not None), default=None)
+        return min((at for at in (*due, self._silent_at, self._waits.renew_at) if at is not None), default=None)
 
     # ----------------------------------------------------------------------------------------------------- connection
 
@@ -479,6 +480,9 @@ class WorkerStream:
         replay = self._replay
         if not self.is_connected:
             pass
+        elif self._waits.renew_at is not None and now >= self._waits.renew_at:
+            self._waits.renew_at = None
+            self._out.append(Renew("closed here, since another connection may be of more use"))
         elif replay is not None:
             if replay.bound is not None and now >= replay.bound:
                 self._endless(f"it was not over after {self.policy.replay_deadline:g} s", now)
@@ -967,9 +971,7 @@ class WorkerStream:
         if replay.matched or replay.brought:
             self._trust.doubt = ""
         if replay.purpose is Purpose.IDLE:
-            self._trust.tails = (
-                self._trust.tails + 1 if replay.brought and self._waits.heard_at <= self._connected_at else 0
-            )
+            self._trust.tails += replay.brought and not self._behind
         if marked:
             self._open = self._open if short else None
         elif replay.purpose in (Purpose.START, Purpose.VERIFY) or self._losses.unproven:
@@ -1201,7 +1203,14 @@ class WorkerStream:
             # A history that is no longer available is no reason not to verify the process.
             if (self._losses.can_heal or not self._verified or not self._trust.asks) and not self.replaying:
                 self._plan_heal(now)
+        # The bytes of a connection may have been damaged while it was made, and those of its replays under way.
+        if self.is_connected and (self._trust.conflicts > self.policy.max_conflicts or self._trust.tails > 1):
+            self._waits.plan_renewal(now)
+        else:
+            self._waits.renew_at = None
         self._mark(self._judgement(now))
+        if self.mark.state == "exact":
+            self._waits.renew_wait = self.policy.renew[0]
         whole = self._hole_at is None and not self._missing()
         well = self._known and self._verified and self._started and self._open is None
         heard = self._waits.probe_wait <= self.policy.idle_probe[0] and self._trust.is_heard

@@ -36,6 +36,8 @@ class Trust:
         """Why the last reply was refused."""
         self.contradiction: int | None = None
         """A live batch that was another one in an answer."""
+        self.tails = 0
+        """Answers that brought batches since the last live one."""
         self.connected()
 
     def connected(self) -> None:
@@ -50,9 +52,9 @@ class Trust:
         self.unheard = False
         """The publisher is silent, and so is the replay endpoint."""
         self.unconfirmed = True
-        """Since the last connection nothing was asked for behind a live batch."""
-        self.tails = 0
-        """Answers in a row that brought batches while none came live."""
+        """Nothing was asked for behind a live batch since the connection was made or the worker was cleared."""
+        if self.tails < 2:  # otherwise a live batch has to come before the next connection is believed
+            self.tails = 0
         self.doubt = ""
         """Why its last answer shows nothing."""
         self.witness: tuple[int, int] | None = None
@@ -61,6 +63,7 @@ class Trust:
     def forget(self) -> None:
         """Nothing that it has brought is applied any more."""
         self.agrees = self.presumed = False
+        self.unconfirmed = True
         self.brought = -1
         self.contradiction = None
         self.tails = 0

@@ -1,4 +1,5 @@
-"""When a stream asks by itself: in silence whether it has missed the end, and after losses for the whole history."""
+"""When a stream asks by itself: in silence whether it has missed the end, after losses for the whole history, and when
+nothing else helps for another connection."""
 
 from __future__ import annotations
 
@@ -10,10 +11,13 @@ __all__ = ["Waits"]
 
 
 class Waits:
-    """Two times that are planned, with growing waits between them. ``uniform`` gives numbers in [0, 1), which jitter is
-    made of. Times are seconds of any steady clock. Every call is O(1)."""
+    """Three times that are planned, with growing waits between them. ``uniform`` gives numbers in [0, 1), which jitter
+    is made of. Times are seconds of any steady clock. Every call is O(1)."""
 
-    __slots__ = ("_policy", "_uniform", "heal_at", "heal_wait", "heard_at", "held_up_until", "probe_at", "probe_wait")
+    __slots__ = (
+        "_policy", "_uniform", "heal_at", "heal_wait", "heard_at", "held_up_until", "probe_at", "probe_wait",
+        "renew_at", "renew_wait",
+    )  # fmt: skip
 
     def __init__(self, policy: StreamPolicy, uniform: Callable[[], float]) -> None:
         self._policy = policy
@@ -26,6 +30,8 @@ class Waits:
         self.probe_wait = 0.0
         self.heal_at: float | None = None
         self.heal_wait = policy.heal[0]
+        self.renew_at: float | None = None
+        self.renew_wait = policy.renew[0]
 
     def spread(self, wait: float) -> float:
         """A wait with jitter, so that a fleet does not come back in step."""
@@ -59,6 +65,11 @@ class Waits:
         if self.heal_at is None:
             self.heal_at = now + self.spread(self.heal_wait)
             self.heal_wait = min(self.heal_wait * 2.0, self._policy.heal[1])
+
+    def plan_renewal(self, now: float) -> None:
+        if self.renew_at is None:
+            self.renew_at = now + self.spread(self.renew_wait)
+            self.renew_wait = min(self.renew_wait * 2.0, self._policy.renew[1])
 
     def well(self) -> None:
         """Nothing has to be healed."""

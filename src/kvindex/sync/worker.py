@@ -25,6 +25,7 @@ from .actions import (
     Ingest,
     Mark,
     Reconnect,
+    Renew,
     RequestReplay,
     Verdict,
 )
@@ -219,16 +220,17 @@ class Worker:
         self.gone = True
         self.due = None
         self._end_replay()
-        if self.subscription is not None:
-            self.subscription.close()
-            self.subscription = None
+        self._hang_up()
 
     # ---------------------------------------------------------------------------------------------- connections
 
-    def _connect(self, now: float) -> None:
+    def _hang_up(self) -> None:
         if self.subscription is not None:
             self.subscription.close()
             self.subscription = None
+
+    def _connect(self, now: float) -> None:
+        self._hang_up()
         self.attempt += 1
         attempt = self.attempt
         assert self.at.endpoint is not None
@@ -564,6 +566,11 @@ class Worker:
                 case Reconnect(delay):
                     if self.at.endpoint is not None:
                         self.reconnect_at = now + delay
+                case Renew(why):
+                    if self.at.endpoint is not None:
+                        self._hang_up()
+                        self.attempt += 1
+                        actions += self.stream.disconnected(now, f"{self.at.endpoint}: {why}")
                 case Incident(what, detail):
                     self._say(what, detail, now)
         self.last_seq = self.stream.last_seq
