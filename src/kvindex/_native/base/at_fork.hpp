@@ -1,4 +1,4 @@
-// What becomes of things that threads share when their process forks.
+// Locks and indexes across a fork of their process.
 #pragma once
 
 #include <pthread.h>
@@ -9,9 +9,10 @@
 
 namespace kvindex {
 
-// The child has one thread, and whatever another one held or had half done stays so for ever. So the one that forks
-// takes every Thing first (`before_fork`), gives it back (`after_fork`), and tells the child's copy (`in_child`). From
-// C, not by os.register_at_fork: no other thread can get the interpreter lock in between and wait here with it.
+// The child has one thread. A lock that another thread held stays locked there, and a half-done change stays half done.
+// So the forking thread takes every Thing before the fork (`before_fork`), gives it back afterwards (`after_fork`), and
+// notifies the child's copy (`in_child`). These are handlers of pthread_atfork, not of os.register_at_fork: between the
+// latter, another thread could take the interpreter lock and wait here while it holds it.
 template <class Thing>
 class Forks {
 public:
@@ -30,7 +31,7 @@ private:
     Forks() {
         if (pthread_atfork(before, after, child)) throw std::bad_alloc();
     }
-    // Never taken down: processes fork until they end.
+    // Never destroyed: a process may fork until it ends.
     static Forks& all() {
         static Forks* const f = new Forks();
         return *f;

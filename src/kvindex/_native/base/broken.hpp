@@ -1,4 +1,4 @@
-// The sentence that names a broken invariant, for the parts' own checks.
+// The text of a broken invariant, for the check of each part.
 #pragma once
 
 #include <cstdint>

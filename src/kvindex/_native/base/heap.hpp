@@ -1,8 +1,8 @@
-// Memory for what is small or changes its size, in slabs that go back to the system when they are empty.
+// Memory for small and growing arrays, in slabs that return to the system when they are empty.
 //
-// malloc kept 274 of 875 MB after everything had been removed: what it gives back is the end of its heap, and anything
-// that lives there holds all below it. Here each slab of 64 KB holds items of one size, and who frees an item says how
-// large it was, so no item has a header.
+// malloc kept 274 of 875 MB after everything had been removed: it returns only the end of its heap, and one live item
+// there keeps all memory below it. Here, each slab of 64 KB holds items of one size. The caller passes the size to
+// `free`, so items have no header.
 #pragma once
 
 #include <sys/mman.h>
@@ -27,7 +27,7 @@ inline void* map_pages(std::size_t bytes) {
     if (got == MAP_FAILED) throw std::bad_alloc();
     return got;
 }
-// Begins at a multiple of the size of a large page, as these do. `bytes` are whole pages, or what is cut off stays.
+// Aligned to the size of a large page. `bytes` has to be a multiple of the page size, or munmap of the rest fails.
 inline void* map_aligned(std::size_t bytes) {
     char* const from = static_cast<char*>(map_pages(bytes + kHugePage));
     const std::size_t before = (kHugePage - reinterpret_cast<std::uintptr_t>(from) % kHugePage) % kHugePage;
@@ -36,9 +36,9 @@ inline void* map_aligned(std::size_t bytes) {
     return from + before;
 }
 
-// Address space straight from the system, of which only what is touched takes memory. `huge`: in large pages where the
-// system has them to give. In an index of 10 million blocks nearly every access is to a page of memory that the
-// processor has forgotten the way to, and finding it again was a quarter of the time of a short match.
+// Address space from the system, which takes memory only where it is touched. `huge`: in large pages, if the system has
+// some. In an index of 10 million blocks nearly every access misses the TLB, and page walks were a quarter of the time
+// of a short match.
 inline void* map_memory(std::size_t bytes, bool huge) {
     if (!huge) return map_pages(bytes);
     void* const p = map_aligned(bytes);
@@ -56,7 +56,7 @@ public:
         while (room_) unmap(room_);
     }
 
-    // What so many bytes take.
+    // The size of the item for so many bytes.
     static std::size_t room(std::size_t n) {
         if (n > kLargest) return (n + kPage - 1) / kPage * kPage;
         return n <= kFineBytes ? (n + 15) / 16 * 16 : size_of(class_of(n));
@@ -110,10 +110,10 @@ private:
     using u32 = std::uint32_t;
 
     static constexpr std::size_t kPage = 4096, kSlab = std::size_t{64} << 10, kLargest = std::size_t{8} << 10;
-    static constexpr std::size_t kHeader = 64, kItems = 128;  // where a slab's header and its first item begin
+    static constexpr std::size_t kHeader = 64, kItems = 128;  // offsets of a slab's header and of its first item
     static constexpr std::size_t kFineBytes = 256;
     static constexpr u32 kFine = kFineBytes / 16, kClasses = kFine + 5 * 8, kSlabs = kHugePage / kSlab, kSpare = 8;
-    // A sanitizer watches what malloc hands out. Its own test runs the slabs all the same.
+    // A sanitizer checks only memory of malloc. The heap's own test uses the slabs all the same.
 #if defined(__SANITIZE_ADDRESS__)
 #define KVINDEX_ADDRESSES 1
 #elif defined(__has_feature)
@@ -128,17 +128,17 @@ private:
 #endif
 
     struct Slab {
-        void* free;  // items that were given back, each with the next one's address
-        u32 fresh;   // where those begin that nobody has had
+        void* free;  // list of freed items, linked through their first bytes
+        u32 fresh;   // offset of the first item that was never handed out
         u32 used, most;
         u32 kind;
-        Slab *before, *after;  // of those of its kind with an item free
+        Slab *before, *after;  // in the list of slabs of this size with a free item
     };
-    // 2 MB with 32 slabs. Its header is before that of its first slab.
+    // 2 MB with 32 slabs. Its header lies before that of its first slab.
     struct Chunk {
         Chunk *before, *after;
         u32 free;     // a bit for each slab
-        u32 touched;  // of these, those that still have their memory
+        u32 touched;  // free slabs that still have memory
     };
     static_assert(sizeof(Chunk) <= kHeader && kHeader + sizeof(Slab) <= kItems, "headers lie before the items");
 
@@ -146,7 +146,7 @@ private:
         if (!p) throw std::bad_alloc();
         return p;
     }
-    // 16 sizes up to 256 bytes, then eight for each doubling.
+    // 16 sizes up to 256 bytes, then eight per doubling.
     static u32 class_of(std::size_t n) {
         if (n <= kFineBytes) return n ? static_cast<u32>((n - 1) / 16) : 0;
         const u32 lg = 63 - static_cast<u32>(__builtin_clzll(n - 1));
@@ -171,8 +171,8 @@ private:
         if (list) list->before = item;
         list = item;
     }
-    // Behind the first, which is taken from until it is full. Who took from the slab that something had just gone from
-    // put one new item into each as its old ones went, and then none became empty.
+    // Behind the first slab, from which items are taken until it is full. Taking from the slab with the last freed item
+    // kept every slab in use: each got a new item as its old ones went.
     static void link_behind(Slab*& list, Slab* s) {
         if (!list) return link(list, s);
         s->before = list;
@@ -212,7 +212,7 @@ private:
         link(open_[kind], s);
         return s;
     }
-    // A few empty slabs keep their memory for what comes next; a chunk goes as a whole.
+    // A few empty slabs keep their memory for later items. A chunk returns as a whole.
     void close(Slab* s) noexcept {
         unlink(open_[s->kind], s);
         Chunk* const c = chunk_of(s);
@@ -223,12 +223,12 @@ private:
         }
         c->free |= 1u << at;
         if (~c->free == 0) {
-            // All but the one that is being closed were counted.
+            // Every slab is counted but the one that is being closed.
             spare_ -= static_cast<u32>(__builtin_popcount(c->touched)) - 1;
             unlink(room_, c);
             munmap(c, kHugePage);
         } else if (spare_ < kSpare || at == 0) {
-            // The first one's page has the chunk's header.
+            // The page of the first slab contains the chunk's header.
             ++spare_;
         } else {
             c->touched &= ~(1u << at);
@@ -243,8 +243,8 @@ private:
 
     Slab* open_[kClasses] = {};
     Chunk* room_ = nullptr;  // chunks with a free slab
-    Chunk* all_ = nullptr;   // chunks without one
-    u32 spare_ = 0;          // free slabs that have their memory
+    Chunk* all_ = nullptr;   // chunks without a free slab
+    u32 spare_ = 0;          // free slabs that still have memory, in all chunks
     static_assert(kSlabs == 32, "a chunk's slabs are the bits of a word");
 };
 

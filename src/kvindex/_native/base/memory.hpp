@@ -1,4 +1,4 @@
-// Growable arrays that report what they allocate, so that the index knows its own size at any moment.
+// Growable arrays that count the bytes they allocate, so that the size of the index is exact at any moment.
 #pragma once
 
 #include <cassert>
@@ -26,18 +26,18 @@ using i64 = std::int64_t;
 
 inline constexpr u32 kNone = 0xFFFFFFFFu;
 
-// Blocks that are changed in one turn of the write lock, some 0.1 ms. What takes more goes on in the next turn. Fewer
-// than in earnest where tests are to see the turns.
+// Blocks that one turn of the write lock changes, about 0.1 ms. Longer changes continue in the next turn. Tests build
+// with a smaller number to see several turns.
 #ifndef KVINDEX_TURN_BLOCKS
 #define KVINDEX_TURN_BLOCKS 512
 #endif
 inline constexpr u32 kTurnBlocks = KVINDEX_TURN_BLOCKS;
 
-// For functions that only prefetch: GCC 12 takes one that it does not inline for a function without any effect, and
-// leaves out the call.
+// For functions that only prefetch: GCC 12 takes one that it does not inline for a function without effects, and drops
+// the call.
 #define KVINDEX_INLINE [[gnu::always_inline]] inline
 
-// One counter per index. Everything native goes through it, so `bytes` is exact.
+// The counter of an index. Every native allocation is counted, so `bytes` is exact.
 struct Memory {
     explicit Memory(Spare& s) : spare(s) {}
     std::size_t bytes = 0;
@@ -47,7 +47,7 @@ struct Memory {
         bytes -= n;
     }
 
-    // Counted as what it takes.
+    // Counted with the rounded size.
     void* take(std::size_t n) {
         void* const p = heap.take(n);
         add(Heap::room(n));
@@ -86,23 +86,22 @@ struct Memory {
     Segments segments;
 };
 
-// What was needed for one payload or event is kept for the next one, up to so many bytes: enough for an event of 10,000
-// blocks. Of a budget it is this part at most.
+// Scratch of one payload or event that is kept for the next one, in bytes: enough for an event of 10,000 blocks. With a
+// budget, at most this share of it is kept.
 inline constexpr std::size_t kMostScratch = std::size_t{1} << 20, kScratchShare = 64;
 
-// Whether a value may be moved as bytes, after which those that it left are forgotten: trivial types, and those that
-// name a type Relocatable.
+// Whether a value may be moved with memcpy, without a destructor call for its old place: trivial types, and types with
+// a member type Relocatable.
 template <class T, class = void>
 struct IsRelocatable : std::is_trivially_copyable<T> {};
 template <class T>
 struct IsRelocatable<T, std::void_t<typename T::Relocatable>> : std::true_type {};
 
-// 16 bytes against std::vector's 24, and growth of a quarter instead of doubling: chains keep several of these, and
-// half-empty tails would cost more than the copies do (a chain that grows block by block copies each element about five
-// times). Elements are moved as bytes, hence the restriction, and never
-// destroyed. The owner of a Buf releases it, for only the owner knows the counter: there is one owner, so it is moved
-// and not copied. The first kHere of them may lie in the place of the
-// pointer: most chains of a busy fleet are short, and each allocation is a cache miss for whoever reads.
+// A vector of 16 bytes (std::vector has 24) that grows by a quarter. Each chain has several: half-empty tails would
+// cost more than the copies (a chain that grows block by block copies each element about five times). Elements are
+// moved with memcpy and never destroyed, so their type must allow that. The owner releases a Buf, since only the owner
+// has the counter; a Buf has one owner, so it can be moved and not copied. Up to kHere elements lie in the place of the
+// pointer: most chains of a busy fleet are short, and each allocation is a cache miss for a reader.
 template <class T, u32 kHere = 0>
 class Buf {
     static_assert(IsRelocatable<T>::value, "Buf relocates bytes");
@@ -149,7 +148,7 @@ public:
         reserve(m, n_ + 1);
         new (static_cast<void*>(data() + n_++)) T(std::move(v));
     }
-    // Where there is room for one more.
+    // Requires room for one more element.
     void insert(u32 at, T v) {
         assert(at <= n_ && n_ < cap_);
         std::memmove(static_cast<void*>(data() + at + 1), static_cast<const void*>(data() + at), sizeof(T) * (n_ - at));
@@ -160,7 +159,7 @@ public:
         reserve(m, n);
         n_ = n;
     }
-    // Opens or closes a gap: `erase` elements at `at` become `insert` uninitialised ones.
+    // Replaces `erase` elements at `at` with `insert` uninitialised ones.
     void splice(Memory& m, u32 at, u32 erase, u32 insert) {
         assert(at + erase <= n_);
         const u32 tail = n_ - at - erase;
@@ -178,8 +177,7 @@ public:
         assert(n <= n_);
         n_ = n;
     }
-    // Gives back slack once half of the space is unused;
-    // called where things shrink, so that memory follows the content down.
+    // Returns slack once half of the space is unused. Called after removals, so that memory follows the content.
     void trim(Memory& m) {
         if (n_ == 0) {
             release(m);
@@ -187,7 +185,7 @@ public:
             shrink(m, n_ + n_ / 8);
         }
     }
-    // Stays as large as it is where there is no memory: what goes must not need any.
+    // Without memory it keeps its size: a removal must not fail.
     void shrink(Memory& m, u32 cap) {
         try {
             if (cap < cap_) regrow(m, cap);
@@ -209,7 +207,7 @@ private:
 
     bool here() const { return kHere && cap_ <= kHere; }
     bool owns() const { return cap_ > kHere; }
-    // Of a Buf that owns nothing.
+    // For a Buf that owns nothing.
     void steal(Buf& o) noexcept {
         std::memcpy(place_, o.place_, sizeof place_);
         n_ = o.n_;
@@ -233,7 +231,7 @@ private:
         regrow_heap(m, cap);
     }
     void regrow_heap(Memory& m, u32 cap) {
-        // As many as fit into what is taken anyway.
+        // As many as fit into the rounded size.
         const std::size_t bytes = sizeof(T) * cap;
         if (bytes <= kFitted) cap = static_cast<u32>(Heap::room(bytes) / sizeof(T));
         void* const q = owns() ? m.resize(heap(), sizeof(T) * cap_, bytes) : m.take(bytes);
@@ -241,8 +239,7 @@ private:
         cap_ = cap;
     }
 
-    // The pointer, or the items themselves; copied byte by byte,
-    // so that the compiler sees that the two are the same memory.
+    // The pointer, or the items themselves. Copied with memcpy: both are the same memory for the compiler.
     T* heap() const {
         T* p;
         std::memcpy(&p, place_, sizeof(T*));
@@ -255,18 +252,18 @@ private:
     u32 cap_ = kHere;
 };
 
-// Empties vectors and gives their memory back, which assigning {} to a vector does not.
+// Empties vectors and returns their memory. Assigning {} keeps it.
 template <class... V>
 void drop_all(V&... list) {
     (V().swap(list), ...);
 }
-// The bytes that vectors take.
+// Bytes of vectors.
 template <class... V>
 std::size_t bytes_of(const V&... list) {
     return (... + (list.capacity() * sizeof(typename V::value_type)));
 }
 
-// For containers of the standard library where they grow with what engines send.
+// An allocator for containers of the standard library that grow with the engines' events.
 template <class T>
 struct Counted {
     using value_type = T;
@@ -274,7 +271,7 @@ struct Counted {
 
     explicit Counted(Memory& memory) : m(&memory) {}
     template <class U>
-    Counted(const Counted<U>& o) : m(o.m) {}  // NOLINT(misc-explicit-constructor): containers turn one into another
+    Counted(const Counted<U>& o) : m(o.m) {}  // NOLINT(misc-explicit-constructor): containers convert allocators
     T* allocate(std::size_t n) { return static_cast<T*>(m->take(n * sizeof(T))); }
     void deallocate(T* p, std::size_t n) { m->give(p, n * sizeof(T)); }
     using propagate_on_container_move_assignment = std::true_type;

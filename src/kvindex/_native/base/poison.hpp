@@ -1,4 +1,4 @@
-// What the address sanitizer is told of memory that nobody has at the moment; nothing without it.
+// Marks unused memory for the address sanitizer. Without the sanitizer, the macros are empty.
 #pragma once
 
 #if defined(__SANITIZE_ADDRESS__)

@@ -1,4 +1,4 @@
-// Items of one kind with dense numbers and addresses that stay.
+// Items of one type with dense numbers and stable addresses.
 #pragma once
 
 #include <algorithm>
@@ -8,10 +8,9 @@
 
 namespace kvindex {
 
-// An item's number is its place in a few large arenas, so that finding it costs no access to memory that is not in the
-// cache anyway: with an array of pointers to slabs, a match of 10 million blocks waited for that array too. What is in
-// use is counted by slabs of 64 items; an arena is address space of which the touched part takes memory, and goes back
-// to the system when its last slab does.
+// An item's number is its place in a few large arenas, so that an access reads no other memory outside the cache: with
+// an array of pointers to slabs, a match in 10 million blocks waited for that array too. Memory is counted by slabs of
+// 64 items. An arena is address space that takes memory where it is touched, and returns with its last slab.
 template <class T>
 class Pool {
 public:
@@ -24,9 +23,9 @@ public:
     const T& operator[](u32 id) const { return arenas_[id >> kLg].items[id & kMask]; }
     bool alive(u32 id) const { return (id >> 6) < slabs_.size() && !(slabs_[id >> 6].free >> (id & 63) & 1); }
     u32 size() const { return n_; }
-    // How many of the numbers from `id` on are neighbours in memory, `most` at most.
+    // The numbers from `id` on that are neighbours in memory, at most `most`.
     u32 together(u32 id, u32 most) const { return most < kMask + 1 - (id & kMask) ? most : kMask + 1 - (id & kMask); }
-    // How many bytes more it takes to have so many items more.
+    // Bytes that so many more items take.
     std::size_t growth(u32 more) const {
         const u32 spare = (slabs_.size() - holes_.size()) * 64 - n_;
         return more > spare ? static_cast<std::size_t>((more - spare + 63) / 64) * (sizeof(T) * 64 + sizeof(Slab)) : 0;
@@ -34,8 +33,8 @@ public:
 
     u32 take() {
         if (open_.empty()) open();
-        // One slab until it is full. Who took from the slab that something had just gone from put one new item into
-        // each as its old ones went, and then none became empty.
+        // From one slab until it is full. Taking from the slab with the last freed item kept every slab in use: each
+        // got a new item as its old ones went.
         const u32 s = open_[0];
         Slab& slab = slabs_[s];
         const u32 id = s * 64 + static_cast<u32>(__builtin_ctzll(slab.free));
@@ -55,7 +54,7 @@ public:
             open_.push(m_, s);
         }
         const u64 free = slab.free | 1ull << (id & 63);
-        // First, since it may fail: clear() must know what has been counted.
+        // Before other changes, since it may fail: clear() relies on the count.
         if (!~free) holes_.push(m_, s);
         slab.free = free;
         ASAN_POISON_MEMORY_REGION(&(*this)[id], sizeof(T));
@@ -64,11 +63,11 @@ public:
         leave(slab);
         m_.sub(sizeof(T) * 64);
         Arena& arena = arenas_[id >> kLg];
-        // The first stays for the next item while little of it has been touched: emptying and filling a small index
-        // would be calls of the system otherwise.
+        // The first arena stays while little of it was touched, so that a small index can be emptied and filled without
+        // system calls.
         if (--arena.used == 0 && (id >> kLg || arena.touched > kKept)) unmap(arena);
-        // What shrinks while other things grow: of a budget of 64 MB that first had prompts of one block, then of 64,
-        // 78 were resident, most of it in arenas with a few chains each.
+        // A pool may shrink while others grow. With a budget of 64 MB, prompts of one block and then of 64 blocks left
+        // 78 MB resident, most of it in arenas with a few chains each.
         if (holes_.size() - cold_ > kKept + slabs_.size() / 32) cool(holes_[cold_++]);
         if (n_ == 0) {
             cold_ = 0;
@@ -77,14 +76,14 @@ public:
             holes_.release(m_);
         }
     }
-    // Without a look at the items.
+    // Does not visit the items.
     void clear() {
         for (u32 i = 0; i < slabs_.size(); ++i)
             if (~slabs_[i].free) m_.sub(sizeof(T) * 64);
         n_ = 0;
         shrink();
     }
-    // Gives back what is only kept for the next item.
+    // Returns memory that is kept for later items.
     void shrink() {
         if (n_) return;
         for (Arena& arena : arenas_)
@@ -112,10 +111,10 @@ private:
         u32 used;     // slabs
         u32 touched;  // slabs, ever
     };
-    // As many items as fit into a large page, rounded down to a power of two.
+    // Items that fit into a large page, rounded down to a power of two.
     static constexpr u32 kLg = 63 - static_cast<u32>(__builtin_clzll(kHugePage / sizeof(T))), kMask = (1u << kLg) - 1;
     static constexpr std::size_t kArenaBytes = sizeof(T) << kLg;
-    // Large pages take memory as a whole: only where three arenas are full before.
+    // Large pages take memory as a whole, so they are used only after three arenas.
     static constexpr u32 kHugeFrom = 3;
     static constexpr u32 kKept = 8;
     static constexpr std::size_t kSlabBytes = sizeof(T) * 64, kPageBytes = 4096;
@@ -152,7 +151,7 @@ private:
         slabs_[last].open_at = slab.open_at;
         open_.pop();
     }
-    // Gives back the pages of an empty slab, those that it shares with empty neighbours among them.
+    // Returns the pages of an empty slab, including those that it shares with empty neighbours.
     void cool(u32 s) {
         const Arena& arena = arenas_[s >> (kLg - 6)];
         if (!arena.items || kSlabBytes < kPageBytes) return;
@@ -169,7 +168,7 @@ private:
         ASAN_UNPOISON_MEMORY_REGION(arena.items, kArenaBytes);
         munmap(static_cast<void*>(arena.items), kArenaBytes);
         arena.items = nullptr;
-        // An index that shrinks needs no page for its growth.
+        // A shrinking index needs no page in reserve.
         m_.spare.drop();
     }
 
@@ -177,8 +176,8 @@ private:
     Buf<Arena> arenas_;
     Buf<Slab> slabs_;
     Buf<u32> open_;   // slabs with a free item
-    Buf<u32> holes_;  // slabs without an item, to use again
-    u32 cold_ = 0;    // of these, the first ones, which are the last to be used again: their memory has been given back
+    Buf<u32> holes_;  // slabs without an item, for reuse
+    u32 cold_ = 0;    // the first of these, which are reused last and whose memory was returned
     u32 n_ = 0;
 };
 

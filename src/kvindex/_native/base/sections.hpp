@@ -1,5 +1,5 @@
-// The bytes of a snapshot, in sections: what writes and what reads them. Which part writes which section is the part's
-// own business; the header before them is snapshot/format.hpp.
+// Writer and reader of the sections of a snapshot. Each part of the index writes and reads its own sections; the header
+// before them is in snapshot/format.hpp.
 #pragma once
 
 #include <algorithm>
@@ -16,14 +16,14 @@
 
 namespace kvindex {
 
-// What cannot be saved or is refused, in words. A standard exception, for these go through to Python as they are.
+// The index cannot be saved, or the snapshot is refused. Derived from a standard exception, which Cython translates.
 using SnapshotRefused = std::invalid_argument;
 
 [[noreturn]] inline void refuse_snapshot(const std::string& what, u64 offset) {
     throw SnapshotRefused(what + ", seen at byte " + std::to_string(offset));
 }
 
-// In the order in which they lie in the file, each from a multiple of 8 bytes on.
+// In the order of the file. Each section begins at a multiple of 8 bytes.
 enum class Section : u8 {
     media,
     models,
@@ -43,8 +43,8 @@ enum class Section : u8 {
 };
 inline constexpr u32 kSections = static_cast<u32>(Section::COUNT);
 
-// A worker's mask spans the holders up to its last one, so very many workers cost the square of their number. Real
-// fleets stay far below this; a file made up of workers does not.
+// A worker's mask spans the holders up to its last one, so memory grows with the square of the number of workers. Real
+// fleets stay far below this limit; a forged file may not.
 inline constexpr u64 kFreeMasks = 64ull << 20;
 
 class SnapshotBytes {
@@ -53,7 +53,7 @@ public:
     u64 size() const { return n_; }
     void reserve(u64 cap) {
         if (cap <= cap_) return;
-        // What is there need not be copied where the system can extend it.
+        // mremap extends the memory without a copy where the system can.
         u8* const q = static_cast<u8*>(std::realloc(p_.get(), cap));
         if (!q) throw std::bad_alloc();
         static_cast<void>(p_.release());
@@ -91,7 +91,7 @@ private:
     u64 n_ = 0, cap_ = 0;
 };
 
-// Writes sections, and where the sizes belong how long each is.
+// Writes sections, and the length of each into the header.
 class SectionWriter {
 public:
     // `sizes`: the offset of the first section's size in `out`.
@@ -105,7 +105,7 @@ public:
         const u64 bytes = out_.size() - from;
         std::memcpy(out_.at(sizes_ + u64{8} * static_cast<u32>(s)), &bytes, sizeof bytes);
     }
-    // Sections are about to have so many bytes in all, or some more.
+    // Reserves the expected bytes of all sections.
     void expect(u64 bytes) { out_.reserve(out_.size() + bytes); }
     u64 size() const { return out_.size(); }
 
@@ -114,7 +114,7 @@ private:
     const u64 sizes_;
 };
 
-// Reads sections of which nothing is believed: whatever does not fit is refused, with the place.
+// Reads sections of an untrusted file: each inconsistency is refused with its place.
 class SectionReader {
 public:
     // `sizes`: the offset of the first section's size in `data`; the first section begins at `head`.
@@ -136,7 +136,7 @@ public:
         if (!ok) refuse_snapshot(std::string("it contradicts itself: ") + what, at_);
     }
     u64 bytes() const { return bytes_; }
-    // Where what is verified next was read, for the message.
+    // The place of the value that is verified next, for the message.
     void stand_at(Section s, u64 offset) { at_ = from_[static_cast<u32>(s)] + offset; }
     void enter(Section s) {
         at_ = from_[static_cast<u32>(s)];
@@ -160,7 +160,8 @@ public:
         need(f <= 1, "a switch is neither on nor off");
         return f != 0;
     }
-    // How many entries follow, each of at least so many bytes: nothing is allocated for more than what is there.
+    // The number of entries that follow, each of at least so many bytes. A number that the file has no room for is
+    // refused before anything is allocated for it.
     u32 count(u64 each) {
         const u32 n = get<u32>();
         need(n <= left() / each, "there are fewer entries than it says");
@@ -172,7 +173,7 @@ public:
         at_ += n;
         return s;
     }
-    // A section that is one array: where it lies, and how many.
+    // A section with one array: its address and its length.
     template <class T>
     std::vector<T> all(Section s) {
         enter(s);
@@ -181,7 +182,7 @@ public:
         take(list.data(), left());
         return list;
     }
-    // A section of so many numbers, where it lies.
+    // The address of a section with so many numbers.
     const u8* raw(Section s, u64 n) {
         enter(s);
         need(left() == n * sizeof(u64), "a section is not as long as it must be");
@@ -203,7 +204,7 @@ private:
     u64 from_[kSections] = {}, to_[kSections] = {};
 };
 
-// A rank, which is never below 0.
+// A rank, which is at least 0.
 inline i64 read_rank(SectionReader& in) {
     const i64 r = in.get<i64>();
     in.need(r >= 0 && r <= (i64{1} << 31), "a rank is out of range");

@@ -1,8 +1,8 @@
 // Segments of tables, eight to a large page.
 //
-// A split moves half of a segment under the write lock. One of 2 MB held every match up for 7 to 14 ms where several
-// tables split in one turn. Segments of 256 KB take an eighth of that, and a lookup still finds its way in one step,
-// since they share large pages.
+// A split moves half of a segment under the write lock. With segments of 2 MB, matches waited 7 to 14 ms when several
+// tables split in one turn. Segments of 256 KB take an eighth of that. They share large pages, so that a lookup still
+// needs one page walk.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@
 #include "base/poison.hpp"
 #include "base/spare.hpp"
 
-// Smaller where tests are to see tables of many segments.
+// Tests build with a smaller number to see tables of many segments.
 #ifndef KVINDEX_SEGMENT_BYTES
 #define KVINDEX_SEGMENT_BYTES (std::size_t{256} << 10)
 #endif
@@ -31,11 +31,11 @@ public:
     Segments& operator=(const Segments&) = delete;
     ~Segments() { assert(pages_.empty()); }
 
-    // Lets the list of pages grow where the next segment needs a page of its own.
+    // Grows the list of pages if the next segment needs a new page.
     void reserve() {
         if (open_page() == pages_.end()) pages_.reserve(pages_.size() + 1);
     }
-    // Zeros. After reserve().
+    // A segment of zeros. Call reserve() before.
     void* take(Heap& heap, Spare& spare) {
         auto page = open_page();
         if (page == pages_.end()) page = open(heap, spare);
@@ -58,7 +58,7 @@ public:
         ASAN_UNPOISON_MEMORY_REGION(page->at, kPageBytes);
         if constexpr (kMapped) {
             munmap(page->at, kPageBytes);
-            // An index that shrinks needs no page for its growth.
+            // A shrinking index needs no page in reserve.
             spare.drop();
         } else {
             heap.give(page->at, kPageBytes);
@@ -66,15 +66,15 @@ public:
         pages_.erase(page);
         if (pages_.empty()) std::vector<Page>().swap(pages_);
     }
-    // What the list of pages takes.
+    // Bytes of the list of pages.
     std::size_t overhead() const { return pages_.capacity() * sizeof(Page); }
 
 private:
     static constexpr std::uint32_t kSegments = 8, kAll = (1u << kSegments) - 1;
     static constexpr std::size_t kPageBytes = kSegments * kSegmentBytes;
     static constexpr bool kMapped = kPageBytes % kHugePage == 0;
-    // A large page takes memory as a whole: only where a few are full before, and where 2 MB more than the index counts
-    // are no harm (Spare::on).
+    // A large page takes memory as a whole. So large pages are used only after a few full ones, and only if the index
+    // may take 2 MB that it does not count (Spare::on).
     static constexpr std::size_t kHugeFrom = 3;
 
     struct Page {
@@ -85,7 +85,7 @@ private:
     std::vector<Page>::iterator open_page() {
         return std::find_if(pages_.begin(), pages_.end(), [](const Page& p) { return p.free != 0; });
     }
-    // The first page behind the address. In the order of their addresses.
+    // The first page behind the address. Pages are ordered by address.
     std::vector<Page>::iterator above(const void* p) {
         return std::upper_bound(pages_.begin(), pages_.end(), p,
                                 [](const void* at, const Page& page) { return at < page.at; });

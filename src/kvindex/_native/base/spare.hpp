@@ -1,7 +1,7 @@
-// One large page, ready before it is needed.
+// One large page in reserve.
 //
-// The system makes a page of 2 MB at its first use, under the write lock: 0.2 ms, and 5 where a virtual machine has to
-// ask its host. A writer stocks the next one before it takes the lock.
+// The system clears a page of 2 MB at its first use, which would be under the write lock: 0.2 ms, and 5 ms in a virtual
+// machine that has to ask its host. So a writer prepares the next page before it takes the lock.
 #pragma once
 
 #include <atomic>
@@ -17,14 +17,14 @@ public:
     Spare& operator=(const Spare&) = delete;
     ~Spare() { drop(); }
 
-    // The page, or memory that has yet to be used. Nothing is stocked before the first call: a small index needs none.
+    // The prepared page, or fresh memory. No page is prepared before the first call: a small index needs none.
     void* take() {
         void* const p = ready_.exchange(nullptr, std::memory_order_acquire);
         if (on_) wanted_.store(true, std::memory_order_relaxed);
         return p ? p : map_memory(kHugePage, true);
     }
     bool wanted() const { return wanted_.load(std::memory_order_relaxed); }
-    // Needs no lock, and no memory: where there is none, the next to need a page is told.
+    // Needs no lock. Without memory it does nothing, and the next take() raises.
     void stock() noexcept {
         if (!wanted_.exchange(false, std::memory_order_relaxed)) return;
         char* p = nullptr;
@@ -36,7 +36,7 @@ public:
         for (std::size_t i = 0; i < kHugePage; i += kSmallest) static_cast<volatile char*>(p)[i] = 0;
         if (void* const old = ready_.exchange(p, std::memory_order_acq_rel)) munmap(old, kHugePage);
     }
-    // Needs no lock either: an index that another one has replaced gives its memory back without one.
+    // Needs no lock either: an index that was replaced returns its memory without one.
     void drop() noexcept {
         wanted_.store(false, std::memory_order_relaxed);
         if (void* const p = ready_.exchange(nullptr, std::memory_order_acquire)) munmap(p, kHugePage);

@@ -1,4 +1,4 @@
-// Open-addressing tables. None keeps tombstones: deleting shifts the cluster back, so churn never slows a probe.
+// Open-addressing tables without tombstones: a removal shifts its cluster back, so churn never slows a probe.
 #pragma once
 
 #include <algorithm>
@@ -10,15 +10,15 @@
 
 namespace kvindex {
 
-// Keys are what engines choose, so they are mixed with what no engine knows: of names that all have the same place,
-// 32,768 took 1.3 s instead of 2 ms, and other pods' batches beside them 160 times their time.
+// Engines choose the keys, so a secret of the process is mixed in. With 32,768 names for one slot, an event took 1.3 s
+// in place of 2 ms, and batches of other pods took 160 times as long.
 inline std::array<u64, 2> secret() noexcept {
     try {
         std::random_device random;
         const auto word = [&] { return u64{random()} << 32 | random(); };
         return {word(), word() | 1};
     } catch (const std::exception&) {
-        // No source of random numbers: what the golden ratio mixes is right, and as quick for names that nobody chose.
+        // No source of random numbers: the golden ratio is as fast for names without an attacker.
         return {0, 0x9E3779B97F4A7C15ull};
     }
 }
@@ -26,8 +26,8 @@ inline const std::array<u64, 2> kSecret = secret();
 inline u64 mixed64(u64 key) {
     __extension__ typedef unsigned __int128 Wide;
     const Wide product = static_cast<Wide>(key ^ kSecret[0]) * kSecret[1];
-    // The second multiplication is for keys in arithmetic progression, as numbers of chains are. The halves alone let
-    // them lie in one heap for 1.5 % of all secrets: 78 slots an entry, up to 1,282, in place of 1.8.
+    // The second multiplication spreads keys in arithmetic progression, such as numbers of chains. Without it, 1.5 % of
+    // all secrets put them into one cluster: 78 to 1,282 probes an entry in place of 1.8.
     return (static_cast<u64>(product) ^ static_cast<u64>(product >> 64)) * 0x9E3779B97F4A7C15ull;
 }
 inline u32 mixed(u64 key) { return static_cast<u32>(mixed64(key) >> 32); }
@@ -35,18 +35,18 @@ struct Mixed {
     std::size_t operator()(u64 key) const { return mixed64(key); }
 };
 
-// The part that all tables share. Up to one segment a table is a power of two of slots that doubles at once. A larger
-// table consists of segments, found by the low bits of the mixed key (extendible hashing), and grows by splitting the
-// one segment that is full. So no insertion moves more than one segment: doubling 5.9 million names at once stopped
-// every match for 433 ms, and for the time of the copy both tables were resident, 1.23 times a budget of 64 MB.
+// The common part of all tables. Up to the size of a segment, a table is a power of two of slots and doubles at once. A
+// larger table consists of segments, selected by the low bits of the mixed key (extendible hashing), and grows by a
+// split of the full segment. So an insertion moves at most one segment: doubling 5.9 million names at once stopped all
+// matches for 433 ms, and both tables were resident during the copy, 1.23 times a budget of 64 MB.
 //
-// At most kTenths tenths of a segment's slots are taken. A Slot has the mixed key (`half`), is `free` or not, and
-// `none` makes a free one: zeros, so that fresh memory from the system needs no filling.
+// At most kTenths tenths of a segment's slots are in use. A Slot has the mixed key (`half`) and `free()`. A free slot
+// is all zeros, so that fresh memory of the system needs no initialisation.
 template <class Slot, u32 kTenths, u32 kLeast>
 class Slots {
 public:
     Slots() = default;
-    // Its owner releases it, as a Buf's does.
+    // The owner releases it, as with Buf.
     ~Slots() { assert(!slots_); }
     Slots(const Slots&) = delete;
     Slots& operator=(const Slots&) = delete;
@@ -61,7 +61,7 @@ public:
     Slots& operator=(Slots&&) = delete;
 
     u32 size() const { return n_; }
-    // How many bytes are taken at most while so many entries are added. A table that doubles is there twice meanwhile.
+    // An upper bound of the bytes that so many more entries take. Both copies of a doubling table count.
     std::size_t growth(u32 more) const {
         if (parts_.empty()) {
             u32 lg = slots_ ? lg_ : kLeast;
@@ -71,7 +71,7 @@ public:
             return bytes(lg) + (2 * rest + most(kMostLg) - 1) / most(kMostLg) * kSegmentBytes;
         }
         if (fullest_ + more <= most(kMostLg)) return 0;
-        // The keys of one event are spread over all segments: more than these are never full at once.
+        // The keys of one event are spread over all segments, so no more than these are full at once.
         const u64 likely = 2 + 4 * u64{more} / most(kMostLg);
         u64 splits = more / most(kMostLg);
         for (const Part& p : parts_) {
@@ -80,7 +80,7 @@ public:
         }
         return std::min(splits, likely) * kSegmentBytes;
     }
-    // Slots that are looked at to find each entry once. O(slots).
+    // Probes to find each entry once, in all. O(slots).
     u64 probes() const {
         u64 n = 0;
         each_segment([&](const Slot* slots) {
@@ -94,7 +94,7 @@ public:
         const u32 h = mixed(key);
         __builtin_prefetch(segment(h) + home(h));
     }
-    // Makes room for so many entries at once in an empty table.
+    // Makes room for so many entries in an empty table.
     void reserve(Memory& m, u32 n) {
         u32 lg = kLeast;
         while (lg < kMostLg && crowded(n, lg)) ++lg;
@@ -109,10 +109,9 @@ public:
         n_ = lg_ = fullest_ = 0;
         ++stamp_;
     }
-    // A walk over all entries in steps, between which the table may change. The cursor rests on free slots only, which
-    // no entry moves across. A step looks at `slots` slots and goes on to the next free one; it returns false at the
-    // end. Where the table was rebuilt meanwhile the walk starts again. So what is there all the time comes at least
-    // once.
+    // A walk over all entries in steps, between which the table may change. A step visits `slots` slots and goes on to
+    // the next free one, since no entry moves across a free slot; it returns false at the end. The walk starts again if
+    // the table was rebuilt. So an entry that is present all the time is visited at least once.
     struct Cursor {
         u32 part = 0, slot = 0, stamp = 0;
     };
@@ -135,7 +134,7 @@ public:
     }
 
 protected:
-    // The first slot from the home of `half` on that is wanted, or free: then no slot is. Where there are slots.
+    // The first slot from the home of `half` on that is wanted, or free if no slot is. Requires slots.
     template <class Wanted>
     Slot* seek(u32 half, Wanted&& wanted) const {
         Slot* const slots = segment(half);
@@ -143,7 +142,7 @@ protected:
         while (!slots[i].free() && !wanted(slots[i])) i = next(i);
         return slots + i;
     }
-    // Room for one entry more at the place of `half`.
+    // Makes room for one more entry with this `half`.
     void make_room(Memory& m, u32 half) {
         if (parts_.empty()) {
             if (slots_ && !crowded(n_ + 1, lg_)) return;
@@ -163,7 +162,7 @@ protected:
             if (++p.n > fullest_) fullest_ = p.n;
         }
     }
-    // Where there is room, and nothing of that key.
+    // Requires room, and no entry with that key.
     void put(const Slot& s) {
         fill(seek(s.half(), [](const Slot&) { return false; }), s);
     }
@@ -188,7 +187,7 @@ protected:
                 rehash(m, lg_ - 1);
             }
         } catch (const std::bad_alloc&) {
-            // It stays as large as it is: what goes must not need memory.
+            // It keeps its size: a removal must not need memory.
             return;
         }
     }
@@ -205,11 +204,11 @@ private:
     static constexpr u32 kMostLg = lg_of(kSegmentBytes / sizeof(Slot));
     static_assert(kMostLg >= kLeast && kMostLg < 32, "a segment holds at least the smallest table");
 
-    // Distinct segments, and where each value of the keys' low bits leads to.
+    // The segments, and the segment for each value of the keys' low bits.
     struct Part {
         Slot* slots;
         u32 n;
-        u32 bits;  // how many low bits all its keys have in common
+        u32 bits;  // low bits that all its keys have in common
     };
     struct Way {
         Slot* slots;
@@ -252,11 +251,11 @@ private:
         lg_ = lg;
         ++stamp_;
     }
-    // Moves the keys of a segment with the next bit set to a segment of their own. What stays is put anew from the
-    // first gap on, each entry where it was or before.
+    // Moves the keys of a segment with the next bit set to a new segment. The others are inserted again from the first
+    // gap on, each at its old slot or before.
     void split(Memory& m, u32 half) {
         const u32 from = way(half).part, bit = parts_[from].bits;
-        // As many bits as a home slot does not use; 2^-32 of chance each time that a secret does not stop it before.
+        // All bits are in use that a home slot leaves. The secret makes so many keys with equal bits improbable.
         if (bit + lg_ >= 32) throw std::bad_alloc();
         const u32 ways = ways_.size();
         parts_.reserve(m, parts_.size() + 1);
@@ -269,8 +268,8 @@ private:
         Slot* const slots = parts_[from].slots;
         u32 i = 0, moved = 0;
         while (!slots[i].free()) ++i;
-        // Which slots are free and which entries move is as good as random: a branch on either is guessed wrong a
-        // third or half of the time, which was most of 1.7 ms for 2 MB of slots.
+        // Free slots and moving entries are random, so branches on them are mispredicted a third to half of the time:
+        // that was most of 1.7 ms for 2 MB of slots.
         Slot* const to[2] = {slots, fresh};
         constexpr u32 kAtOnce = 64;
         Slot taken[kAtOnce + 1];
@@ -296,7 +295,7 @@ private:
         for (const Part& p : parts_) fullest_ = std::max(fullest_, p.n);
         ++stamp_;
     }
-    // Makes one segment of two that were one before, once half of it is enough for both.
+    // Joins two segments of a former split once half a segment is enough for both.
     void merge(Memory& m, u32 half) {
         const u32 to = way(half).part;
         if (parts_[to].n > most(lg_) / 4 || !parts_[to].bits) return;
@@ -332,12 +331,12 @@ private:
     Buf<Part> parts_;        // of one of several
     Buf<Way> ways_;
     u32 n_ = 0;
-    u32 lg_ = 0;       // of the slots of each segment
-    u32 fullest_ = 0;  // no segment has more entries
-    u32 stamp_ = 0;    // changes when entries move otherwise than within a cluster
+    u32 lg_ = 0;       // log2 of the slots of a segment
+    u32 fullest_ = 0;  // an upper bound of the entries of a segment
+    u32 stamp_ = 0;    // changes when entries move across clusters
 };
 
-// 32 bits of the mixed key, 32 bits of reference, turned over so that none is zero.
+// 32 bits of the mixed key and the complement of a 32-bit reference, which is never zero.
 struct RefSlot {
     u64 both;
 
@@ -349,20 +348,19 @@ struct RefSlot {
     bool free() const { return static_cast<u32>(both) == 0; }
 };
 
-// Maps 64-bit keys that already stand somewhere else (in a page, in a set) to the 32-bit reference of that place. The
-// kept half is enough to find the home slot again, so neither deleting nor growing touches the places referred to; the
-// full key is compared there only when the halves agree (2^-32 by chance). It grows at 0.7: slots are small (8 to a
-// cache line), and 0.5 would cost 6 bytes a block more.
+// Maps 64-bit keys that are stored elsewhere (in a page, in a set) to the 32-bit reference of that place. The stored
+// half gives the home slot, so neither removal nor growth reads those places. The full key is compared there if the
+// halves agree (2^-32 by chance). Load factor 0.7: eight slots share a cache line, and 0.5 would cost 6 bytes a block.
 class RefTable : public Slots<RefSlot, 7, 3> {
 public:
-    // `same(ref)` tells whether the place holds the wanted key. Returns kNone when absent.
+    // `same(ref)`: whether the place has the wanted key. Returns kNone if the key is absent.
     template <class Same>
     u32 find(u64 key, Same&& same) const {
         if (!size()) return kNone;
         const u32 h = mixed(key);
         return seek(h, [&](const RefSlot& s) { return s.half() == h && same(s.ref()); })->ref();
     }
-    // Where a key that is there most probably is.
+    // The most likely reference of a present key.
     u32 guess(u64 key) const {
         if (!size()) return kNone;
         const u32 h = mixed(key);
@@ -374,7 +372,7 @@ public:
         make_room(m, h);
         put({h, ref});
     }
-    // Inserts unless a place with the same key is there already; false if so.
+    // Inserts unless the key is present. Returns false if it is.
     template <class Same>
     bool insert_new(Memory& m, u64 key, u32 ref, Same&& same) {
         const u32 h = mixed(key);
@@ -384,7 +382,7 @@ public:
         fill(at, {h, ref});
         return true;
     }
-    // Recognises the entry by its reference, without looking at the place: false if (key, ref) is not in the table.
+    // Finds the entry by its reference, without reading the place. Returns false if (key, ref) is absent.
     bool erase(Memory& m, u64 key, u32 ref) {
         RefSlot* const at = slot_of(key, ref);
         if (at) remove(m, at);
@@ -412,7 +410,7 @@ private:
 
 struct HeadSlot {
     u64 prefix;
-    u32 above, page;  // the chain's number and one
+    u32 above, page;  // number of the chain plus one
 
     HeadSlot() = default;
     HeadSlot(u64 prefix, u32 chain, u32 page) : prefix(prefix), above(chain + 1), page(page) {}
@@ -422,16 +420,17 @@ struct HeadSlot {
     bool free() const { return above == 0; }
 };
 
-// Maps the prefix hash of a chain's first block to the chain and to the page where it begins. All three in the slot,
-// since a match of a large index waits for memory once here, once for the chain and the page together, and no more.
+// Maps the prefix hash of a chain's first block to the chain and to its first page. The slot has all three, so that a
+// match of a large index waits for memory twice: for the slot, then for chain and page together.
 class HeadTable : public Slots<HeadSlot, 7, 2> {
 public:
-    // `chain` is kNone when absent. Of two chains whose prefix hashes collide, the one that was inserted first.
+    // `chain` is kNone if absent. Of two chains with colliding prefix hashes, returns the one inserted first.
     HeadSlot find(u64 prefix) const {
         if (!size()) return HeadSlot::none();
         return *seek(mixed(prefix), [&](const HeadSlot& s) { return s.prefix == prefix; });
     }
-    // Of those whose prefix hashes collide, the one that is `right`. Apart, since nobody comes here by chance.
+    // Of chains with colliding prefix hashes, the one that is `right`. A function of its own, since it is almost never
+    // called.
     template <class Right>
     [[gnu::noinline, gnu::cold]] HeadSlot find_among(u64 prefix, Right&& right) const {
         return *seek(mixed(prefix), [&](const HeadSlot& s) { return s.prefix == prefix && right(s); });
@@ -443,7 +442,7 @@ public:
     void erase(Memory& m, u64 prefix, u32 chain) {
         if (HeadSlot* const at = slot_of(prefix, chain)) remove(m, at);
     }
-    // The chain begins with another page now.
+    // Sets the first page of a chain.
     void turn(u64 prefix, u32 chain, u32 page) {
         if (HeadSlot* const at = slot_of(prefix, chain)) at->page = page;
     }
@@ -462,14 +461,14 @@ private:
 };
 
 struct ChainSlot {
-    u32 above;  // the chain's number and one
+    u32 above;  // number of the chain plus one
 
     static ChainSlot none() { return {0}; }
     u32 half() const { return mixed(above); }
     bool free() const { return above == 0; }
 };
 
-// Numbers of chains. In a table of counts they took 32 to 64 bytes each, of 307 for a prompt of one block.
+// A set of numbers of chains. In a table of counts, each took 32 to 64 bytes, of 307 for a prompt of one block.
 class ChainTable : public Slots<ChainSlot, 7, 2> {
 public:
     void add(Memory& m, u32 chain) {
@@ -503,7 +502,7 @@ struct CountSlot {
     bool free() const { return count == 0; }
 };
 
-// Counts small things by a 64-bit key (a chain and a depth). A count of zero is no entry.
+// Counts by a 64-bit key (a chain and a depth). A key with count 0 has no entry.
 class CountTable : public Slots<CountSlot, 5, 2> {
 public:
     u32 get(u64 key) const {
@@ -526,7 +525,6 @@ public:
         if (at->count > by) {
             at->count -= by;
         } else {
-            // The key must stand while its slot is looked for: a free one has another.
             remove(m, at);
         }
     }
