@@ -67,6 +67,28 @@ _WORKER_COUNTERS = (
     ("kvindex_worker_restarts", "restarts", "Times that another process was found behind the endpoint."),
     ("kvindex_worker_throttled", "throttled", "Times that the worker waited for its rate limit."),
 )
+# Of a ReplicationStatus. None has no series.
+_ROLES = ("collector", "follower", "direct")
+_LOG_GAUGES = (
+    ("kvindex_log_trusted", "trusted", "Whether the log is alive; if not, every pod is stale here."),
+    ("kvindex_log_age_seconds", "age", "Since the moment up to which this process has the log."),
+    ("kvindex_log_epoch_timestamp_seconds", "began", "When the log's epoch began, by its collector's clock."),
+    ("kvindex_log_lease_age_seconds", "lease_age", "Since the collector renewed its lease."),
+    ("kvindex_log_snapshot_age_seconds", "snapshot_age", "Since the last snapshot was loaded or made here."),
+    ("kvindex_log_snapshot_bytes", "snapshot_bytes", "Size of that snapshot."),
+)
+_LOG_COUNTERS = (
+    ("kvindex_log_entries_read", "entries", "Entries of the log that were read."),
+    ("kvindex_log_entries_written", "written", "Entries of the log that were written."),
+    ("kvindex_log_read_bytes", "read_bytes", "Bytes of entries that were read."),
+    ("kvindex_log_written_bytes", "written_bytes", "Bytes of entries that were written."),
+    ("kvindex_log_entries_refilled", "refilled", "Entries written again after the server had lost them."),
+    ("kvindex_log_entries_refused", "refused", "Entries that the log did not take."),
+    ("kvindex_log_snapshots", "snapshots", "Snapshots loaded and written."),
+    ("kvindex_log_holes", "holes", "Times that the log could not be continued without a snapshot."),
+    ("kvindex_log_takeovers", "takeovers", "Times that this process became the collector."),
+    ("kvindex_log_step_downs", "step_downs", "Times that another process replaced it as the collector."),
+)
 _PICKER_COUNTERS = (
     ("kvindex_picks", "picks", "Requests for which a pod was picked."),
     ("kvindex_unplaced_requests", "unplaced", "Requests for which no pod was ready."),
@@ -91,12 +113,15 @@ class KVIndexCollector(Collector):
     Args:
         index: The index.
         manager: The :class:`EventManager`, :class:`~kvindex.aio.AsyncEventManager` or
-            :class:`~kvindex.replication.ReplicatedIndex` that follows the pods, if any.
+            :class:`~kvindex.replication.ReplicatedIndex` that follows the pods, if any. The last one also has the
+            figures of its log, with the label ``fleet``.
         picker: The :class:`~kvindex.routing.EndpointPicker`, if any.
     """
 
     def __init__(self, index: PrefixIndex, manager: Any = None, picker: EndpointPicker | None = None) -> None:
         self._index, self._picker = index, picker
+        manager = getattr(manager, "view", manager)
+        self._log = manager.status if hasattr(manager, "pod_status") else None
         self._status = getattr(manager, "pod_status", None) or getattr(manager, "status", None)
 
     def describe(self) -> Iterable[Metric]:
@@ -108,6 +133,8 @@ class KVIndexCollector(Collector):
         yield from _single(self._index.stats(), _INDEX_GAUGES, _INDEX_COUNTERS)
         if self._status is not None:
             yield from self._streams(self._status())
+        if self._log is not None:
+            yield from _replication(self._log())
         if self._picker is not None:
             yield from self._routing(self._picker.stats())
 
@@ -153,6 +180,26 @@ class KVIndexCollector(Collector):
         picks = HistogramMetricFamily("kvindex_pick_seconds", "Time of picking a pod, the match included.")
         picks.add_metric([], _buckets(PICK_SECONDS, seconds["buckets"]), seconds["sum"])
         yield picks
+
+
+def _replication(status: Any) -> Iterable[Metric]:
+    role = GaugeMetricFamily("kvindex_log_role", "1 for the role of this process.", labels=["fleet", "role"])
+    for each in _ROLES:
+        role.add_metric([status.fleet, each], status.role == each)
+    yield role
+    failures = CounterMetricFamily(
+        "kvindex_log_failures", "Requests that the log's server failed or refused, by kind.", labels=["fleet", "kind"]
+    )
+    for kind, count in status.failures.items():
+        failures.add_metric([status.fleet, kind], count)
+    yield failures
+    kinds: tuple[tuple[Any, Any], ...] = ((GaugeMetricFamily, _LOG_GAUGES), (CounterMetricFamily, _LOG_COUNTERS))
+    for family, metrics in kinds:
+        for name, field, about in metrics:
+            made = family(name, about, labels=["fleet"])
+            if (value := getattr(status, field)) is not None:
+                made.add_metric([status.fleet], value)
+            yield made
 
 
 def _single(stats: Mapping[str, Any], gauges: Iterable[Any], counters: Iterable[Any]) -> Iterable[Metric]:

@@ -103,6 +103,19 @@ def test_followers_have_what_the_collector_has_and_one_takes_its_place(server: A
             status = third.status()
             assert (status.role, status.reason, status.holes) == ("follower", "", 0)
             assert second.status().takeovers == 1
+            agrees_with_its_collector(third, second)
+            assert third.status().snapshot_bytes > 0
+
+
+def agrees_with_its_collector(view: ReplicatedIndex, collector: ReplicatedIndex) -> None:
+    read, written = view.status(), collector.status()
+    assert read.read_bytes > 0
+    assert written.written_bytes > 0
+    assert (read.written_bytes, written.refused, read.lease_age, written.age) == (0, 0, None, 0.0)
+    assert 0 <= written.lease_age <= LONG
+    assert read.age is not None
+    assert abs(read.began - time.time()) < LONG
+    assert read.began == written.began
 
 
 def trimmed(client: Any) -> bool:
@@ -412,12 +425,27 @@ def test_one_that_is_not_closed_is_warned_of(server: Any, caplog: pytest.LogCapt
 def test_the_command_collects_and_ends_with_a_signal(server: Any, pod: LivePublisher) -> None:
     endpoint, replay = pod.ranks[0]
     command = [sys.executable, "-m", "kvindex", "collect", f"a={endpoint},{replay}", "--model", "m"]
-    options = ["--log", server.url, "--fleet", "t", "--block-size", "4", "--report-every", "0.2"]
+    port = free_port()
+    options = [
+        "--log",
+        server.url,
+        "--fleet",
+        "t",
+        "--block-size",
+        "4",
+        "--report-every",
+        "0.2",
+        "--metrics",
+        str(port),
+    ]
     process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         pod.publish(5)
         with view_of(server, collect=False, policy=ReplicationPolicy()) as view:
             until(lambda: knows(view, pod), 60.0)
+            told = metrics(port)
+            assert 'kvindex_log_role{fleet="t",role="collector"} 1.0' in told
+            assert 'kvindex_worker_blocks{pod="a",rank="0"} 5.0' in told
             process.terminate()
             out, errors = process.communicate(timeout=60.0)
             assert process.returncode == 0
@@ -427,6 +455,15 @@ def test_the_command_collects_and_ends_with_a_signal(server: Any, pod: LivePubli
     finally:
         process.kill()
         process.communicate()
+
+
+def metrics(port: int) -> str:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    try:
+        connection.request("GET", "/metrics")
+        return connection.getresponse().read().decode()
+    finally:
+        connection.close()
 
 
 def asked(port: int, path: str, body: Any = None) -> tuple[int, Any]:
@@ -464,6 +501,7 @@ def test_the_command_serves_a_log_and_says_what_it_is_worth(server: Any, pod: Li
             assert told["pods"]["a"]["last_seq"] == 4
             shown = asked(port, "/v1/fleet")[1]
             assert (shown["log"]["trusted"], [row["pod"] for row in shown["rows"]]) == (True, ["a"])
+            assert 'kvindex_log_trusted{fleet="t"} 1.0' in metrics(port)
             assert asked(port, "/workers")[1][0]["instance_id"] == 7
             worker = {"instance_id": 7, "endpoint": "tcp://127.0.0.1:9", "model_name": "m", "block_size": 4}
             for path in ("/register", "/unregister"):
@@ -497,6 +535,7 @@ def test_the_command_serves_a_log_or_something_else(beside: list[str], capsys: p
         (["--log", "redis://127.0.0.1:1"], "no pods"),
         (["a=tcp://127.0.0.1:1", "--log", "http://nowhere"], "URL"),
         (["a=tcp://127.0.0.1:1", "--log", "redis://127.0.0.1:1", "--fleet", "a:b"], "fleet"),
+        (["a=tcp://127.0.0.1:1", "--log", "redis://127.0.0.1:1", "--metrics", "192.0.2.1:9"], "cannot be listened at"),
     ],
 )
 def test_the_command_says_what_is_missing(

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,15 +88,50 @@ def test_a_pod_that_goes_takes_its_series_along(fleet):
     assert not any(("pod", pod) in key for key in samples(registry) for pod in ("a", "b"))
 
 
+@pytest.fixture
+def view(tmp_path):
+    """A follower that was never started: it has a status, and no server."""
+    pytest.importorskip("redis")
+    from kvindex.replication import ReplicatedIndex
+
+    return ReplicatedIndex(f"unix://{tmp_path}/nobody", fleet="prod")
+
+
+def test_the_figures_of_a_log_are_those_of_its_status(view, monkeypatch):
+    status = replace(
+        view.status(), role="collector", trusted=True, age=0.0, began=1.8e9, lease_age=0.4, snapshot_age=None,
+        snapshot_bytes=5, read_bytes=6, written_bytes=7, refused=8, entries=9, written=10, refilled=11, snapshots=12,
+        holes=13, takeovers=14, step_downs=15, failures={"full": 16},
+    )  # fmt: skip
+    monkeypatch.setattr(view, "status", lambda: status)
+    registry = CollectorRegistry()
+    registry.register(KVIndexCollector(view.index, view))
+    of = ("fleet", "prod")
+    found = {name: value for name, value in samples(registry).items() if name[0].startswith("kvindex_log_")}
+    roles = {"collector": 1, "follower": 0, "direct": 0}
+    assert found == {
+        **{("kvindex_log_role", of, ("role", role)): value for role, value in roles.items()},
+        ("kvindex_log_failures_total", of, ("kind", "full")): 16,
+        **{(f"kvindex_log_{name}", of): value for name, value in {
+            "trusted": 1, "age_seconds": 0, "epoch_timestamp_seconds": 1.8e9, "lease_age_seconds": 0.4,
+            "snapshot_bytes": 5, "read_bytes_total": 6, "written_bytes_total": 7, "entries_refused_total": 8,
+            "entries_read_total": 9, "entries_written_total": 10, "entries_refilled_total": 11, "snapshots_total": 12,
+            "holes_total": 13, "takeovers_total": 14, "step_downs_total": 15,
+        }.items()},
+    }  # fmt: skip
+
+
 def test_without_manager_and_picker():
     registry = CollectorRegistry()
     registry.register(KVIndexCollector(PrefixIndex()))
     assert {name for name, *_ in samples(registry)} >= {"kvindex_blocks", "kvindex_bytes"}
 
 
-def test_rules_and_dashboard_name_what_is_exported(fleet):
+def test_rules_and_dashboard_name_what_is_exported(fleet, view):
     *_, registry = fleet
-    text = generate_latest(registry).decode()
+    of_log = CollectorRegistry()
+    of_log.register(KVIndexCollector(view.index, view))
+    text = (generate_latest(registry) + generate_latest(of_log)).decode()
     exported = set(re.findall(r"^# TYPE (\w+)", text, re.M))
     helped = set(re.findall(r"^# HELP (\w+) \S", text, re.M))
     assert exported == helped
@@ -111,6 +147,15 @@ def test_rules_and_dashboard_name_what_is_exported(fleet):
 @pytest.fixture
 def promtool():
     return shutil.which("promtool") or pytest.skip("promtool is not installed (Debian: prometheus)")
+
+
+def test_promtool_accepts_the_metrics_of_a_log(view, promtool):
+    registry = CollectorRegistry()
+    registry.register(KVIndexCollector(view.index, view))
+    done = subprocess.run(
+        [promtool, "check", "metrics"], input=generate_latest(registry), capture_output=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
 def test_promtool_accepts_rules_and_metrics(fleet, promtool):

@@ -45,7 +45,34 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--lease", type=seconds, metavar="SECONDS", help="time until another takes over (default 2)")
     parser.add_argument("--report-every", type=seconds, default=60.0, metavar="SECONDS",
                         help="log the status so often, as JSON (default %(default)g)")  # fmt: skip
+    parser.add_argument("--metrics", type=address, metavar="[HOST:]PORT",
+                        help="serve metrics for Prometheus there (default: none; HOST 127.0.0.1)")  # fmt: skip
     parser.set_defaults(run=run)
+
+
+def address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port, and no HOST:PORT")
+    return host.strip("[]") or "127.0.0.1", int(port)
+
+
+def serve_metrics(stack: ExitStack, view: Any, host: str, port: int) -> None:
+    try:
+        from prometheus_client import CollectorRegistry, start_http_server
+
+        from ..metrics import KVIndexCollector
+    except ImportError as error:
+        raise CommandError(f"--metrics: {error}: pip install 'kvindex[metrics]'") from None
+    registry = CollectorRegistry()
+    registry.register(KVIndexCollector(view.index, view))
+    try:
+        server, thread = start_http_server(port, addr=host, registry=registry)
+    except OSError as error:
+        raise CommandError(f"--metrics: {host}:{port} cannot be listened at: {error}") from None
+    stack.callback(thread.join)
+    stack.callback(server.server_close)
+    stack.callback(server.shutdown)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
         stack.enter_context(followed_fleet(view, args))
         if not view.pods() and args.file is None and args.kubernetes is None:
             raise CommandError("no pods: name them as NAME=tcp://HOST:PORT,REPLAY_PORT, by --pods or by --kubernetes")
+        if args.metrics is not None:
+            serve_metrics(stack, view, *args.metrics)
         status = view.status()
         print(f"kvindex collect: fleet {status.fleet} at {status.server}", flush=True)
         while not ended.wait(args.report_every):

@@ -13,7 +13,7 @@ from ..sync.status import Batch, Configured, Forgotten, Marked, Removed
 
 __all__ = [
     "VERSION", "ZERO", "Beat", "Begun", "Described", "Id", "Item", "LogError", "Previous", "decode", "encode",
-    "id_text", "next_epoch", "parse_id",
+    "epoch_time", "id_text", "next_epoch", "parse_id",
 ]  # fmt: skip
 
 VERSION: Final = 1
@@ -95,6 +95,11 @@ def next_epoch(above: int, salt: str, wall: float = 0.0) -> int:
     """An epoch above another one and, in milliseconds, above the time of day. Its low bits are the salt's: two
     collectors that begin behind one place, in a server that has come back empty between, have different epochs."""
     return (max(above >> _SALTED, round(wall * 1e3)) + 1 << _SALTED) | zlib.crc32(salt.encode()) >> (32 - _SALTED)
+
+
+def epoch_time(epoch: int) -> float:
+    """When an epoch began, in seconds since 1970."""
+    return (epoch >> _SALTED) / 1e3
 
 
 def id_text(id: Id) -> str:

@@ -60,6 +60,8 @@ class Store:
             f"{prefix}{name}" for name in ("log", "lease", "snap", "snap:")
         )
         self._connection: Any = None
+        self.read_bytes = self.written_bytes = self.refused = 0
+        """Of entries: bytes of their data, and those that the server did not take."""
 
     @property
     def name(self) -> str:
@@ -132,16 +134,22 @@ class Store:
             case Read(after, most, block):
                 found = do("XREAD", "COUNT", most, "BLOCK", max(1, round(block * 1e3)), "STREAMS", self._log,
                            id_text(after))  # fmt: skip
-                return [(parse_id(id), fields.get(_FIELD, b"")) for id, fields in _entries(found)]
+                entries = [(parse_id(id), fields.get(_FIELD, b"")) for id, fields in _entries(found)]
+                self.read_bytes += sum(len(data) for _, data in entries)
+                return entries
             case Append(id, data, make):
                 try:
                     done = do("XADD", self._log, *(() if make else ("NOMKSTREAM",)), "MAXLEN", "~",
                               self._policy.max_length, id_text(id), _FIELD, data)  # fmt: skip
                 except exceptions.ResponseError as error:
-                    if "equal or smaller" in str(error):
-                        return Refused()
-                    raise
-                return Refused() if done is None else True
+                    if "equal or smaller" not in str(error):
+                        raise
+                    done = None
+                if done is None:
+                    self.refused += 1
+                    return Refused()
+                self.written_bytes += len(data)
+                return True
             case Tip():
                 return self._tip(do)
             case Claim(writer, seconds):

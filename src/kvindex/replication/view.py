@@ -34,11 +34,11 @@ from ..sync.status import (
     pod_status,
 )  # fmt: skip
 from .collector import Collector, Cut
-from .entries import Described
+from .entries import ZERO, Described, epoch_time, id_text, parse_id
 from .exchange import Exchange
 from .follower import BEGINNING, Follower
 from .replica import Replica
-from .requests import Collect, Load, ReplicationPolicy, Snapshot, StepDown, Trust, Wait
+from .requests import Claim, Collect, Load, Renew, ReplicationPolicy, Snapshot, StepDown, Trust, Wait
 from .snapshots import pack
 from .store import Store
 
@@ -71,6 +71,22 @@ class ReplicationStatus:
     """Id of the last entry of the log that this process has applied or written."""
     trusted: bool
     """Whether the log is alive; True for a collector."""
+    age: float | None
+    """Seconds since the moment up to which this process has the log; 0 for a collector, None if that is unknown."""
+    began: float | None
+    """When the log's current epoch began, in seconds since 1970 by its collector's clock; None without one."""
+    lease_age: float | None
+    """Seconds since this process renewed the lease; None unless it is the collector."""
+    snapshot_age: float | None
+    """Seconds since the last snapshot was loaded or made here; None without one."""
+    snapshot_bytes: int
+    """Its size."""
+    read_bytes: int
+    """Bytes of entries read."""
+    written_bytes: int
+    """Bytes of entries written."""
+    refused: int
+    """Entries that the log did not take, because it has them or those of another collector."""
     entries: int
     """Entries read."""
     written: int
@@ -166,6 +182,9 @@ class ReplicatedIndex:
         self._lacks = ""
         self._look_at = 0.0
         self._beat_at = 0.0
+        self._leased_at = 0.0
+        self._snapshot_at: float | None = None
+        self._snapshot_bytes = 0
         self._thread = threading.Thread(target=self._run, name="kvindex-replication", daemon=True)
 
     def __repr__(self) -> str:
@@ -367,6 +386,7 @@ class ReplicatedIndex:
         replica = machine if isinstance(machine, Replica) else None
         follower = None if replica is None else replica.follower
         collector = None if replica is None else replica.collector
+        now = time.monotonic()
         return ReplicationStatus(
             role=self.role,
             reason=self._reason if self._thread.is_alive() else "closed" if self._closing else "not started",
@@ -375,6 +395,14 @@ class ReplicatedIndex:
             fleet=self.fleet,
             place=machine.place,
             trusted=self._is_trusted,
+            age=self._age(now),
+            began=None if machine.place in ("", id_text(ZERO)) else epoch_time(parse_id(machine.place)[0]),
+            lease_age=None if collector is None else now - self._leased_at,
+            snapshot_age=None if self._snapshot_at is None else now - self._snapshot_at,
+            snapshot_bytes=self._snapshot_bytes,
+            read_bytes=self._store.read_bytes,
+            written_bytes=self._store.written_bytes,
+            refused=self._store.refused,
             entries=0 if follower is None else follower.entries,
             written=0 if collector is None else collector.written,
             refilled=0 if collector is None else collector.refilled,
@@ -419,6 +447,12 @@ class ReplicatedIndex:
     def _is_trusted(self) -> bool:
         until = self._until
         return until is None or time.monotonic() < until
+
+    def _age(self, now: float) -> float | None:
+        until = self._until
+        if until is None:
+            return 0.0
+        return None if until == 0.0 else now - (until - self.policy.silence)
 
     @property
     def _reason(self) -> str:
@@ -479,6 +513,8 @@ class ReplicatedIndex:
                 self._sleep(min(request.until, self._beat_at if self._manager is not None else request.until) - clock())
             else:
                 answer = self._store.do(request)
+                if answer is True and type(request) in _LEASES:
+                    self._leased_at = now
                 self._carry(self._machine.answered(request, answer, now, clock()))
             self._say(now)
 
@@ -575,6 +611,8 @@ class ReplicatedIndex:
         except (KVIndexError, MemoryError) as error:
             self._machine.loaded(f"the snapshot cannot be loaded: {error}")
             return
+        if load.data is not None:
+            self._snapshot_at, self._snapshot_bytes = time.monotonic(), len(load.data)
         self._machine.loaded(None)
         added = tuple(_source(described) for described in self._known.pods.values())
         removed = tuple(sorted(before - set(index.pods())))
@@ -637,6 +675,7 @@ class ReplicatedIndex:
             contents = None
             try:
                 contents = self._known.contents(self._index.dumps())
+                self._snapshot_at, self._snapshot_bytes = time.monotonic(), len(contents.data)
                 self._machine.shown(cut)
             except KVIndexError as error:
                 log.error("%s: no snapshot: %s", self.fleet, error)
@@ -656,6 +695,9 @@ class ReplicatedIndex:
             self._trust(0.0)
             manager.close()
         log.warning("%s: this process follows the engines no longer: %s", self.fleet, reason)
+
+
+_LEASES = (Claim, Renew)
 
 
 class _Manager(EventManager):

@@ -17,28 +17,28 @@ class ReplicatedPods:
     """The pods of a log. They are followed by its collector, so none can be added or removed here."""
 
     def __init__(self, view: Any) -> None:
-        self._view = view
+        self.view = view
 
     def pods(self) -> dict[str, PodSource]:
-        found: dict[str, PodSource] = self._view.pods()
+        found: dict[str, PodSource] = self.view.pods()
         return found
 
     def status(self) -> dict[str, PodStatus]:
-        found: dict[str, PodStatus] = self._view.pod_status()
+        found: dict[str, PodStatus] = self.view.pod_status()
         return found
 
     def on_pods(self, callback: Callable[[PodsChange], None]) -> Callable[[], None]:
-        end: Callable[[], None] = self._view.on_pods(callback)
+        end: Callable[[], None] = self.view.on_pods(callback)
         return end
 
     def log(self) -> dict[str, Any]:
         """The role and the state of the log, for JSON."""
-        return asdict(self._view.status())
+        return asdict(self.view.status())
 
     def refused(self) -> Refused:
         """The answer to a registration."""
         return Refused(
             409, "replicated",
-            f"this service follows the log of fleet {self._view.fleet!r}, which has the pods of its collector: change"
+            f"this service follows the log of fleet {self.view.fleet!r}, which has the pods of its collector: change"
             " those of kvindex collect (--pods, --kubernetes)",
         )  # fmt: skip
