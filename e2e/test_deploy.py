@@ -27,7 +27,8 @@ DOCUMENTS: dict[str, Any] = {
 
 
 REPLICATION: dict[str, Any] = {
-    each["metadata"]["name"]: each for each in yaml.safe_load_all((DEPLOY / "replication.yaml").read_text())
+    f"{each['kind']} {each['metadata']['name']}": each
+    for each in yaml.safe_load_all((DEPLOY / "replication.yaml").read_text())
 }
 
 
@@ -43,22 +44,49 @@ def test_kubernetes_accepts_replication(name: str, version: str) -> None:
     assert kubernetes_validate.validate(REPLICATION[name], version, strict=True)
 
 
-def test_collectors_may_see_pods_and_routers_have_another_secret() -> None:
-    pods = {name: each["spec"]["template"] for name, each in REPLICATION.items()}
-    keys = {}
-    for name, pod in pods.items():
-        (container,) = pod["spec"]["containers"]
-        assert REPLICATION[name]["spec"]["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
-        env = {each["name"]: each["valueFrom"] for each in container["env"]}
+def test_collectors_may_see_pods_and_followers_have_another_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    deployments = {each["metadata"]["name"]: each["spec"] for name, each in REPLICATION.items() if "Dep" in name}
+    containers, keys = {}, {}
+    for name, spec in deployments.items():
+        pod = spec["template"]
+        (containers[name],) = pod["spec"]["containers"]
+        assert spec["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+        env = {each["name"]: each["valueFrom"] for each in containers[name]["env"]}
         keys[name] = env["KVINDEX_LOG"]["secretKeyRef"]["key"]
-    assert keys == {"kvindex-collector": "collector", "router": "router"}
-    collector = pods["kvindex-collector"]["spec"]
-    assert collector["serviceAccountName"] == DOCUMENTS["ServiceAccount"]["metadata"]["name"]
-    args = parser().parse_args(collector["containers"][0]["args"])
-    assert (args.command, args.kubernetes, args.fleet) == ("collect", "", "prod")
+    assert keys == {"kvindex-collector": "collector", "router": "router", "kvindex-follower": "router"}
+    collector, follower = deployments["kvindex-collector"], deployments["kvindex-follower"]
+    account = DOCUMENTS["ServiceAccount"]["metadata"]["name"]
+    assert (collector["replicas"], collector["template"]["spec"]["serviceAccountName"]) == (2, account)
+    args = parser().parse_args(containers["kvindex-collector"]["args"])
+    assert (args.command, args.kubernetes, args.fleet, args.metrics) == ("collect", "", "prod", ("0.0.0.0", 9464))
+    listened_at(args.metrics[1], collector["template"], containers["kvindex-collector"])
+    monkeypatch.setenv("KVINDEX_LOG", "redis://log:6379")
+    args = parser().parse_args(containers["kvindex-follower"]["args"])
+    assert (args.command, args.log, args.fleet, args.kubernetes) == ("serve", "redis://log:6379", "prod", None)
+    listened_at(args.port, follower["template"], containers["kvindex-follower"])
+    service = REPLICATION["Service kvindex-follower"]["spec"]
+    assert service["selector"].items() <= follower["template"]["metadata"]["labels"].items()
+    assert service["ports"][0]["targetPort"] == containers["kvindex-follower"]["ports"][0]["name"]
+
+
+def listened_at(port: int, template: Any, container: Any) -> None:
+    """Prometheus and the probes ask where the process listens."""
+    (listed,) = container["ports"]
+    assert listed["containerPort"] == port == int(template["metadata"]["annotations"]["prometheus.io/port"])
+    probes = [each for name, each in container.items() if name.endswith("Probe")]
+    assert probes
+    assert {each["httpGet"]["port"] for each in probes} == {listed["name"]}
+
+
+def test_compose_starts_a_log_with_what_writes_and_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
     services = yaml.safe_load((DEPLOY / "compose-replication.yaml").read_text())["services"]
-    args = parser().parse_args(services["collector"]["command"])
-    assert PodSource.from_string(args.pods[0], model=args.model).workers()[0][0] == "tcp://engine:5557"
+    monkeypatch.setenv("KVINDEX_LOG", "redis://log:6379")
+    collect, serve = (parser().parse_args(services[name]["command"]) for name in ("collector", "follower"))
+    assert PodSource.from_string(collect.pods[0], model=collect.model).workers()[0][0] == "tcp://engine:5557"
+    assert collect.log == serve.log == services["follower"]["environment"]["KVINDEX_LOG"]
+    assert collect.fleet == serve.fleet
+    assert collect.block_size == serve.block_size
+    assert services["follower"]["ports"] == [f"127.0.0.1:{serve.port}:{serve.port}"]
 
 
 def test_the_deployment_is_reached_and_may_see_pods() -> None:
