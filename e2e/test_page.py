@@ -39,7 +39,8 @@ class Fleet:
         for number in range(silent):
             source = PodSource(f"silent-{number}", endpoint=f"tcp://127.0.0.1:{20000 + number}", model="sim")
             self.manager.add_pod(source)
-        self.server = Server(Service(self.index, self.manager, token=token), port=0)
+        self.service = Service(self.index, self.manager, token=token)
+        self.server = Server(self.service, port=0)
         self._thread = threading.Thread(target=self.server.run, daemon=True)
         self._thread.start()
 
@@ -101,6 +102,13 @@ def test_it_follows_the_fleet_and_asks_nobody_else(browser: Any, fleet: Fleet) -
     sync_api.expect(rows.first.locator(".stale")).to_have_text("stale")
     sync_api.expect(rows.first.locator(".reason")).not_to_be_empty()
     sync_api.expect(tab.locator("#summary")).to_have_text("2 pods: 1 exact, 1 stale")
+    squares = tab.locator("#map button")
+    assert [square.get_attribute("class") for square in squares.all()] == ["exact", "stale"]
+    squares.first.click()
+    sync_api.expect(rows).to_have_count(1)
+    sync_api.expect(rows).to_contain_text("live-a")
+    squares.first.click()
+    sync_api.expect(rows).to_have_count(2)
     assert {url.split("/")[2] for url in asked if url.startswith("http")} == {fleet.server.url.split("/")[2]}
     assert errors == []
     tab.close()
@@ -121,6 +129,27 @@ def test_a_prompt_block_by_block(browser: Any, fleet: Fleet) -> None:
     tab.click("#ask button")
     sync_api.expect(tab.locator("#answer")).to_contain_text("Expected `int`")
     assert [error for error in errors if "400" not in error] == []
+    tab.close()
+
+
+def test_an_example_until_another_prompt_is_typed(browser: Any, fleet: Fleet) -> None:
+    until(lambda: "live-a" in fleet.index.match_prefix(PROMPT, model="sim"))
+    fleet.service.v1.example = PROMPT[:33]
+    tab, _, errors = opened(browser, fleet)
+    sync_api.expect(tab.locator("#prompt")).to_have_value(", ".join(map(str, PROMPT[:33])))
+    row = tab.locator("#answer .row")
+    sync_api.expect(row).to_contain_text("32 tokens exact")
+    fleet.service.v1.example = PROMPT[:49]
+    sync_api.expect(row).to_contain_text("48 tokens exact")
+    tab.fill("#prompt", "1, 2")
+    sync_api.expect(tab.locator("#example")).to_be_hidden()
+    fleet.service.v1.example = PROMPT
+    with tab.expect_response("**/v1/fleet"):
+        pass
+    with tab.expect_response("**/v1/fleet"):
+        pass
+    sync_api.expect(tab.locator("#prompt")).to_have_value("1, 2")
+    assert errors == []
     tab.close()
 
 

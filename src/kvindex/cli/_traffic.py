@@ -7,6 +7,7 @@ import asyncio
 import json
 import logging
 from itertools import cycle
+from typing import Any
 
 from ..errors import KVIndexError
 from ..service import Service
@@ -28,7 +29,7 @@ class Traffic:
     """Coroutines for ``service.background``. Each belongs to the event loop of the service."""
 
     def __init__(self, service: Service, fleet: Fleet, kill_every: float) -> None:
-        self._v1, self._fleet, self._kill_every = service.v1, fleet, kill_every
+        self._v1, self._index, self._fleet, self._kill_every = service.v1, service.index, fleet, kill_every
         self._pods = {pod.name: pod for pod in fleet.pods}
         # The control socket of a pod takes one call at a time.
         self._turn = asyncio.Lock()
@@ -53,8 +54,14 @@ class Traffic:
         cached = None
         try:
             cached = await asyncio.to_thread(self._pods[picked["pod"]].serve, arrival)
+            # The page asks without a salt. A prompt that several pods hold shows more.
+            if prompt.cache_salt is None and self._holders(prompt.tokens) >= self._holders(self._v1.example):
+                self._v1.example = prompt.tokens.tolist()
         finally:
             self._v1.finished(Finished(id=picked["id"], cached_tokens=cached))
+
+    def _holders(self, tokens: Any) -> int:
+        return len(self._index.match_prefix(tokens, model=MODEL))
 
     async def accidents(self) -> None:
         """Kill the pods in turn, and start each again after a while; never ends."""

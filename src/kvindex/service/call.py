@@ -9,7 +9,9 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 from urllib.parse import parse_qsl
 
@@ -97,13 +99,27 @@ class Gate:
 
     async def read(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body; None where the client has gone."""
+        # asyncio.timeout in a few lines: it takes as long as the match of a prompt.
+        task = asyncio.current_task()
+        assert task is not None
+        late = False
+
+        def end() -> None:
+            nonlocal late
+            late = True
+            task.cancel()
+
+        timer = asyncio.get_running_loop().call_later(self.limits.body_seconds, end)
         try:
-            async with asyncio.timeout(self.limits.body_seconds):
-                return await self._read(scope, receive)
-        except TimeoutError:
+            return await self._read(scope, receive)
+        except asyncio.CancelledError:
+            if not late or task.uncancel():
+                raise
             raise Refused(
                 408, "too_slow", f"the body took more than {self.limits.body_seconds:g} s", headers=_CLOSE
             ) from None
+        finally:
+            timer.cancel()
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         most = self.limits.max_body
@@ -262,7 +278,7 @@ class Endpoint:
                 return None
             asked = (self._parsed(scope, data),)
         elif self._query is not None:
-            asked = (_queried(scope, self._query),)
+            asked = (_of_query(scope["query_string"], self._query),)
         if gate.in_flight >= gate.limits.max_in_flight:
             raise Refused(
                 503, "too_many_requests", f"{gate.in_flight:,} requests are being answered",
@@ -280,7 +296,7 @@ class Endpoint:
     def _parsed(self, scope: Scope, data: bytes) -> Any:
         assert self._decode is not None
         if self._binary is not None and (BINARY in (v for name, v in scope["headers"] if name == b"content-type")):
-            asked = _queried(scope, self._body)
+            asked = copy(_of_query(scope["query_string"], self._body))
             asked.tokens = self._binary(data)
             return asked
         # A list of ints takes four times as long as the array; whatever is no array of token ids, the decoder refuses.
@@ -299,11 +315,12 @@ class Endpoint:
             raise Refused(400, "invalid_json", f"the body is not JSON: {error}") from None
 
 
-def _queried(scope: Scope, struct: Any) -> Any:
-    """A query string as a struct. A name that is given twice is a list."""
+@lru_cache(256)
+def _of_query(query: bytes, struct: Any) -> Any:
+    """A query string as a struct, which is shared: clients repeat theirs, and reading it takes as long as the match."""
     given: dict[str, Any] = {}
     try:
-        pairs = parse_qsl(scope["query_string"].decode("ascii"), keep_blank_values=True, errors="strict")
+        pairs = parse_qsl(query.decode("ascii"), keep_blank_values=True, errors="strict")
     except (UnicodeDecodeError, ValueError) as error:
         raise Refused(400, "invalid_value", f"the query string cannot be read: {error}", field="query") from None
     for name, value in pairs:

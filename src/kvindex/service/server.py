@@ -65,7 +65,7 @@ class Server:
         config = uvicorn.Config(
             service, log_level="warning", lifespan="on", access_log=False, server_header=False, date_header=False,
             limit_concurrency=max_connections, backlog=2048, timeout_keep_alive=75,
-            timeout_graceful_shutdown=5, **given,
+            timeout_graceful_shutdown=5, proxy_headers=False, **given,
         )  # fmt: skip
         scheme = "https" if given else "http"
         self.url = f"{scheme}://{_shown(self._tcp)}" if self._tcp is not None else None

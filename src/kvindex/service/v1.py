@@ -83,6 +83,8 @@ class V1:
         self.ready_after = 30.0
         """Seconds after which a service is ready, whichever pods are stale."""
         self._shown: tuple[float, bytes] = (0.0, b"")
+        self.example: list[int] = []
+        """Token ids that the page asks about until somebody has typed others."""
 
     # ---- questions
 
@@ -235,6 +237,7 @@ class V1:
 
     def _rows(self) -> bytes:
         sources = self._fleet.view().sources
+        pods = self._manager.status()
         stats = self._picker.stats()
         requests: dict[str, int] = {}
         waiting: dict[str, int] = {}
@@ -258,7 +261,7 @@ class V1:
                 "waiting": waiting.get(name, 0),
                 "address": sources[name].address if name in sources else None,
             }
-            for name, status in self._manager.status().items()
+            for name, status in pods.items()
         ]
         index = self._index.stats()
         return encode(
@@ -268,7 +271,8 @@ class V1:
                 "blocks": index["blocks"],
                 "bytes": index["bytes"],
                 "text": self._encoder is not None,
-                "now": self._figures.latest(),
+                "now": self._figures.latest(pods),
+                **({"example": self.example} if self.example else {}),
                 **self._log(),
             }
         )

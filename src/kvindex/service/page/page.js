@@ -8,11 +8,14 @@ const COLUMNS = [
   ["pod", "pod"], ["state", "state"], ["model", "model"], ["blocks", "blocks", 1], ["lag", "lag ms", 1], ["requests", "requests", 1],
   ["waiting", "prefill tokens", 1], ["restarts", "restarts", 1], ["lost", "lost", 1], ["errors", "errors", 1], ["reason", "reason"],
 ];
+const MOST_ROWS = 32; // pods that a prompt's answer shows
 const WORST = { stale: 0, degraded: 1, exact: 2 };
 let fleet = { rows: [], now: {} };
 let samples = [];
 let sorted = ["state", 1];
 let timer = 0;
+let edited = false; // until then, the prompt box has the demo's example
+const kept = new Map(); // lines of the table by pod, with the row that each shows
 
 function make(tag, text, kind) {
   const made = document.createElement(tag);
@@ -20,6 +23,8 @@ function make(tag, text, kind) {
   if (kind) made.className = kind;
   return made;
 }
+const short = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
+const brief = (value) => (value >= 1e6 ? short.format(value) : number(value));
 const number = (value) => (value === null || value === undefined ? "" : value.toLocaleString("en"));
 
 async function call(path, body) {
@@ -50,15 +55,41 @@ function table() {
     return (x < y ? -way : x > y ? way : 0) || a.pod.localeCompare(b.pod, "en", { numeric: true });
   });
   $("shown").textContent = rows.length === fleet.rows.length ? "" : rows.length + " of " + fleet.rows.length;
-  const lines = rows.map((row) => {
-    const line = document.createElement("tr");
-    for (const [name, , numeric] of COLUMNS) {
-      const shown = name === "lag" ? (row.lag === null ? "" : number(Math.round(row.lag * 1000))) : numeric ? number(row[name]) : row[name];
-      line.append(make("td", shown, name === "state" ? row.state : name + (numeric ? " number" : "")));
-    }
-    return line;
+  $("pods").tBodies[0].replaceChildren(...rows.map(lineOf));
+}
+
+// Most rows of a large fleet are the same as two seconds ago.
+function lineOf(row) {
+  const said = JSON.stringify(row);
+  const known = kept.get(row.pod);
+  if (known && known.said === said) return known.line;
+  const line = document.createElement("tr");
+  for (const [name, , numeric] of COLUMNS) {
+    const shown = name === "lag" ? (row.lag === null ? "" : number(Math.round(row.lag * 1000))) : numeric ? number(row[name]) : row[name];
+    const kind = name === "state" ? row.state : name + (numeric ? " number" : "") + (shown === "0" ? " zero" : "");
+    line.append(make("td", shown, kind));
+  }
+  kept.set(row.pod, { said, line });
+  return line;
+}
+
+function map() {
+  const most = Math.max(...fleet.rows.map((row) => row.blocks), 1);
+  const rows = [...fleet.rows].sort((a, b) => a.pod.localeCompare(b.pod, "en", { numeric: true }));
+  const cells = $("map");
+  cells.className = rows.length > 60 ? "many" : "";
+  while (cells.children.length > rows.length) cells.lastChild.remove();
+  while (cells.children.length < rows.length) cells.append(make("button"));
+  rows.forEach((row, i) => {
+    const cell = cells.children[i];
+    const said = row.pod + ": " + row.state + ", " + number(row.blocks) + " blocks" + (row.reason ? "; " + row.reason : "");
+    if (cell.title === said) return;
+    cell.title = said;
+    cell.ariaLabel = said;
+    cell.className = row.state;
+    cell.dataset.pod = row.pod;
+    cell.style.opacity = row.state === "stale" ? 1 : 0.3 + (0.7 * row.blocks) / most;
   });
-  $("pods").tBodies[0].replaceChildren(...lines);
 }
 
 function heads() {
@@ -75,18 +106,23 @@ function heads() {
   $("pods").tHead.replaceChildren(line);
 }
 
-function line(values) {
+function line(values, said) {
   const NS = "http://www.w3.org/2000/svg";
-  const known = values.filter((each) => each !== null);
+  const points = values.map((each, i) => [i, each]).filter(([, each]) => each !== null);
   const svg = document.createElementNS(NS, "svg");
-  if (known.length < 2) return svg;
-  const top = Math.max(...known, 1e-9);
-  svg.setAttribute("viewBox", "0 0 " + (values.length - 1) + " 1");
+  if (points.length < 2) return svg;
+  const top = Math.max(...points.map(([, each]) => each), 1e-9);
+  svg.setAttribute("viewBox", points[0][0] + " 0 " + (points.at(-1)[0] - points[0][0]) + " 1");
   svg.setAttribute("preserveAspectRatio", "none");
-  const points = values.map((each, i) => (each === null ? null : i + "," + (0.97 - 0.94 * (each / top)))).filter(Boolean);
-  const drawn = document.createElementNS(NS, "polyline");
-  drawn.setAttribute("points", points.join(" "));
-  svg.append(drawn);
+  const drawn = points.map(([i, each]) => i + "," + (0.98 - 0.9 * (each / top))).join(" ");
+  for (const [tag, path] of [["polygon", points[0][0] + ",1 " + drawn + " " + points.at(-1)[0] + ",1"], ["polyline", drawn]]) {
+    const shape = document.createElementNS(NS, tag);
+    shape.setAttribute("points", path);
+    svg.append(shape);
+  }
+  const title = document.createElementNS(NS, "title");
+  title.textContent = "the last half hour, at most " + said(top);
+  svg.append(title);
   return svg;
 }
 
@@ -100,24 +136,29 @@ function shares(part, whole) {
 const last = (values) => values.filter((each) => each !== null).at(-1);
 const percent = (share) => (share === undefined ? "–" : (100 * share).toFixed(1) + " %");
 
+const sum = (part, seconds) => {
+  const from = samples.at(-1 - Math.round(seconds / 5)) || samples[0];
+  return from ? samples.at(-1)[part] - from[part] : 0;
+};
+
 function figures() {
   const now = fleet.now;
   const hit = shares("held", "tokens");
   const wrong = shares("wrong", "expected");
+  const steps = (part) => samples.slice(1).map((to, i) => to[part] - samples[i][part]);
+  const minute = sum("tokens", 60) > 0 ? sum("held", 60) / sum("tokens", 60) : undefined;
   const cards = [
-    ["pods", number(fleet.rows.length), null],
-    ["exact", number(now.exact), samples.map((each) => each.exact)],
-    ["distinct blocks", number(fleet.blocks), samples.map((each) => each.blocks)],
-    ["hit rate", percent(last(hit)), hit],
-    ["tokens saved", number(now.held), samples.slice(1).map((to, i) => to.held - samples[i].held)],
-    ["questions", number(now.questions), samples.slice(1).map((to, i) => to.questions - samples[i].questions)],
-    ["prediction error", percent(last(wrong)), wrong],
+    ["hit rate", percent(minute), "in the last minute", hit, percent],
+    ["tokens saved", brief(now.held), "since the start", steps("held"), (top) => brief(top) + " in 5 s"],
+    ["questions", brief(now.questions), "since the start", steps("questions"), (top) => brief(top) + " in 5 s"],
+    ["distinct blocks", brief(fleet.blocks), (fleet.bytes / 1e6).toFixed(1) + " MB", samples.map((each) => each.blocks), brief],
+    ["exact pods", number(now.exact), "of " + number(fleet.rows.length), samples.map((each) => each.exact), number],
+    ["prediction error", percent(last(wrong)), "of cached tokens", wrong, percent],
   ];
   $("figures").replaceChildren(
-    ...cards.map(([title, shown, values]) => {
+    ...cards.map(([title, shown, about, values, said]) => {
       const card = make("div");
-      card.append(make("span", title), make("b", shown));
-      if (values) card.append(line(values));
+      card.append(make("span", title), make("b", shown), make("small", about), line(values, said));
       return card;
     }),
   );
@@ -151,9 +192,12 @@ async function look() {
     samples = samples.concat(more).slice(-360);
     const counts = ["exact", "degraded", "stale"].filter((state) => fleet.now[state]).map((state) => fleet.now[state] + " " + state);
     $("summary").textContent = fleet.rows.length + " pods: " + (counts.join(", ") || "none yet") + told(fleet.log);
+    if (kept.size > 2 * fleet.rows.length) kept.clear();
     table();
+    map();
     figures();
     choices();
+    if (fleet.example && !edited) await example();
   } catch (error) {
     $("summary").textContent = "not up to date: " + error.message;
   }
@@ -162,12 +206,20 @@ async function look() {
   else timer = setTimeout(look, EVERY);
 }
 
+// The demo's latest prompt, so that there is something to see before anything was typed.
+async function example() {
+  $("example").hidden = false;
+  $("kind").value = "tokens";
+  $("prompt").value = fleet.example.join(", ");
+  show(await call("v1/match", { model: $("model").value, tokens: fleet.example }));
+}
+
 const tier = (medium) => (/^(GPU)?$/i.test(medium) ? "GPU" : /^CPU/i.test(medium) ? "CPU" : "DISK");
 
 function blocks(match, pod) {
   const cells = Math.min(match.blocks, MOST_BLOCKS);
   const reach = Object.entries(Object.keys(pod.tiers).length ? pod.tiers : pod.media);
-  const bar = make("div", undefined, "cells");
+  const bar = make("div", undefined, cells > 64 ? "cells dense" : "cells");
   for (let cell = 0; cell < cells; cell++) {
     const end = Math.ceil(((cell + 1) * match.blocks) / cells) * match.block_size;
     const held = reach.filter(([, tokens]) => tokens >= end).map(([medium]) => tier(medium));
@@ -184,13 +236,14 @@ function show(match) {
     key.append(each, " ");
   }
   const pods = Object.entries(match.pods).sort((a, b) => b[1].held - a[1].held);
-  const rows = pods.map(([name, pod]) => {
-    const row = make("div", undefined, "row");
+  const rows = pods.slice(0, MOST_ROWS).map(([name, pod]) => {
+    const row = make("div", undefined, match.best && name === match.best.pod ? "row best" : "row");
     const shown = make("span", number(pod.tokens) + " tokens");
     shown.append(" ", make("span", pod.state, pod.state));
     row.append(make("span", name), blocks(match, pod), shown);
     return row;
   });
+  if (pods.length > MOST_ROWS) rows.push(make("p", "and " + (pods.length - MOST_ROWS) + " pods that hold no more"));
   if (!rows.length) rows.push(make("p", "no pod holds a block of it"));
   const inexact = Object.keys(match.inexact).length;
   if (inexact) rows.push(make("p", (inexact === 1 ? "1 pod is" : inexact + " pods are") + " not exact, and may hold more or less"));
@@ -216,6 +269,16 @@ $("login").addEventListener("submit", (event) => {
   sessionStorage.setItem("token", $("token").value);
   samples = [];
   look();
+});
+$("prompt").addEventListener("input", () => {
+  edited = true;
+  $("example").hidden = true;
+});
+$("map").addEventListener("click", (event) => {
+  const pod = event.target.dataset.pod;
+  if (!pod) return;
+  $("filter").value = $("filter").value === pod ? "" : pod;
+  table();
 });
 $("filter").addEventListener("input", table);
 $("state").addEventListener("change", table);
