@@ -72,7 +72,7 @@ help:
 	@echo 'make sanitize          the tests with the core under the address and undefined-behaviour sanitizers'
 	@echo 'make sanitize-quick    the part of it that every change has to pass'
 	@echo 'make fuzz SECONDS=60   coverage-guided fuzzers on the event decoder and on snapshots; every allocation fails once'
-	@echo 'make simulate SECONDS=60  replication by seed: engines, a server, a network and processes that fail'
+	@echo 'make simulate SECONDS=60  replication and streams by seed: engines, a server, a network and processes that fail'
 	@echo 'make bench-peers       kvindex beside Dynamo, a dict of sets and the floor: one process, one table'
 	@echo 'make bench             the asv suite on what is committed; bench-quick: each of it once, to see that it runs'
 	@echo 'make bench-html        the history of it as pages in .asv/html'
@@ -153,7 +153,7 @@ ELSEWHERE_RUN := $(wildcard tests/sync_live/test_cli_*.py tests/sync_live/test_d
 	$(addprefix tests/property/test_,budget_machine.py index_machine.py snapshot.py text.py) \
 	$(addprefix tests/sync_live/test_,examples.py replication.py serve.py sim_http.py sync_processes.py) \
 	$(addprefix tests/unit/test_,benchmarks.py chaos.py cli.py imports.py pages.py pipelines.py \
-	replication_simulated.py text.py)
+	replication_simulated.py stream_simulated.py text.py)
 
 # GCC 12's address sanitizer takes no lock of its allocator for a fork: of a C program with three threads that allocate, 2 of
 # 400 children hung, and none without the sanitizer. The test runs in `test`.
@@ -429,10 +429,12 @@ ci: lint docs links test-unit test-wire coverage sanitize fuzz test-integrations
 FIRST ?= 1
 simulate: .venv/.test-tools
 	$(BIN)/python tests/log_world.py --seconds $(SECONDS) --first $(FIRST)
+	$(BIN)/python tests/stream_world.py --seconds $(SECONDS) --first $(FIRST)
 
 # Other seeds each night.
 simulate-nightly: .venv/.test-tools
 	$(BIN)/python tests/log_world.py --seconds 3600 --first $$(date +%s)
+	$(BIN)/python tests/stream_world.py --seconds 1800 --first $$(date +%s)
 
 tsan-nightly fuzz-nightly: %-nightly:
 	$(MAKE) $* SECONDS=$(if $(filter tsan,$*),600,1800)

@@ -113,6 +113,7 @@ class World:
         self.renewals: list[float] = []
         self.deaf = False  # the publisher has no subscription of this connection
         self.names = 0
+        self.inputs = 0  # calls of the machine that gave actions, or none
         self.owed = -1  # the last batch that an exact answer must include
         self.held_back = False  # something has arrived that may not be taken yet
         self.heard = False  # something was published over this connection
@@ -121,6 +122,7 @@ class World:
         self.do(self.stream.tick(self.now))
 
     def do(self, actions: list) -> None:
+        self.inputs += 1
         todo = deque(actions)
         while todo:
             match todo.popleft():
