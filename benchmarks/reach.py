@@ -70,6 +70,11 @@ GOALS: dict[str, Goal] = {
     "bytes 1 block": _at_most(150, 96),
     "stays": _at_most(5, 1),
     "peak": _at_most(1),
+    "query list": _times(2, 5),
+    "query tail": _at_most(10, 5),
+    "unix us": _at_most(100, 40),
+    "page core": _at_most(5, 2),
+    "replica s": _at_most(2, 0.5),
 }
 
 

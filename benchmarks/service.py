@@ -1,8 +1,9 @@
 """``kvindex serve`` beside Dynamo's standalone indexer, on the same publishers.
 
-Both are given the publishers by the same ``/register`` calls, and asked the same ``/query`` by wrk. Four simulated pods
-hold eight prompts of 2,048 blocks; for the rows beside ingest, sixteen more publish 2,000 batches a second. Where
-Dynamo's runtime is not installed, its rows are left out and said so.
+Both are given the publishers by the same ``/register`` calls, and asked the same ``/query`` by wrk, in turns. Four
+simulated pods hold eight prompts of 2,048 blocks, and nothing is measured before both services answer all of it. For
+the rows beside ingest, sixteen more publish 2,000 batches a second. Where Dynamo's runtime is not installed, its rows
+are left out, and a line says so.
 """
 
 from __future__ import annotations
@@ -25,10 +26,13 @@ from kvindex import PrefixIndex
 from kvindex.sim import SimProcess
 
 from .data import BLOCK, beginning, chains, fill
+from .interleave import Timings
 from .publishers import Publishers, until
+from .reach import Reached
 from .report import amount
 from .served import Served, free_url, started, wrk
 
+PACKAGES = ("uvicorn", "starlette", "ai-dynamo-runtime")
 DEPTH, PROMPTS, RATE = 2048, 8, 2000
 LUA = """
 local made, at = {}, 0
@@ -54,17 +58,17 @@ def ours(url: str, *more: str) -> list[str]:
     return ["-m", "kvindex", "serve", f"--port={url.rpartition(':')[2]}", *more]
 
 
-def measure(*, seconds: int = 5, connections: int = 4) -> Iterator[str]:
-    """``seconds`` of each row; ``connections`` of wrk."""
+def measure(*, seconds: int = 3, rounds: int = 3, connections: int = 4) -> Iterator[str | Reached]:
+    """``seconds`` of each turn, ``rounds`` of each service; ``connections`` of wrk."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        yield from beside(folder, seconds, connections, stack)
-    yield page(max(seconds // 2, 1))
+        yield from beside(folder, seconds, rounds, connections, stack)
+    yield from page(rounds)
     with tempfile.TemporaryDirectory() as place:
         yield from replica(Path(place))
 
 
-def beside(folder: Path, seconds: int, connections: int, stack: ExitStack) -> Iterator[str]:
+def beside(folder: Path, seconds: int, rounds: int, connections: int, stack: ExitStack) -> Iterator[str | Reached]:
     """Both services on the same publishers: answers, requests a second, and p99 beside ingest."""
     prompts = [beginning(1, number, DEPTH) for number in range(PROMPTS)]
     questions = [{"model_name": "sim", "token_ids": prompt.tolist()} for prompt in prompts]
@@ -105,32 +109,34 @@ def beside(folder: Path, seconds: int, connections: int, stack: ExitStack) -> It
         return wrk(f"{name} /{path}{about}", f"{urls[name]}/{path}{query}", processes[name].pid,
                    folder / path.rpartition("/")[2], seconds, connections)  # fmt: skip
 
-    lists = {name: asked(name, ", list of 2,048 blocks") for name in services}
-    yield from (each.text for each in lists.values())
-    if len(lists) == 2:
-        yield f"  kvindex / dynamo: {lists['kvindex'].rate / lists['dynamo'].rate:.2f}"
+    times, tails = Timings(), {name: list[float]() for name in services}
+    for _ in range(rounds):
+        for name in services:
+            found = asked(name, ", list of 2,048 blocks")
+            times.setdefault(name, []).append(1e9 / found.rate)
+            yield found.text
+    if len(services) == 2:
+        ratio = times.ratio("dynamo", "kvindex")
+        at = f"2,048 blocks as a list, {connections} connections"
+        yield Reached("requests a second against Dynamo's", at, "query list", ratio.median, ratio)
     yield asked("kvindex", ", bytes", "v1/match", "?model=sim").text
-    yield unix(uds, urls["kvindex"], prompts)
-    for name in services:
-        writers.send(RATE * (seconds + 2), RATE)
-        time.sleep(0.5)
-        found = asked(name, f" beside {RATE:,} batches a second")
-        yield f"{found.text}\n  p99 / p50: {found.p99 / found.p50:.1f}"
+    yield from unix(uds, urls["kvindex"], prompts, rounds)
+    for _ in range(rounds):
+        for name in services:
+            writers.send(RATE * (seconds + 2), RATE)
+            time.sleep(0.5)
+            found = asked(name, f" beside {RATE:,} batches a second")
+            tails[name].append(found.p99 / found.p50)
+            yield f"{found.text}; p99 / p50 {amount(tails[name][-1])}"
+    at = ", ".join(f"{name} {amount(statistics.median(tails[name]))}" for name in services)
+    yield Reached(
+        f"p99 against p50 beside {RATE:,} batches a second", at, "query tail", statistics.median(tails["kvindex"])
+    )
 
 
 def held(url: str, question: Any) -> list[int]:
     found = ask(f"{url}/query", question)["instances"].values()
     return [instance["longest_matched"] for instance in found if instance["longest_matched"]]
-
-
-class _Unix(http.client.HTTPConnection):
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost")
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.connect(self._path)
 
 
 def p50(call: Callable[[Any], object], inputs: list[Any], times: int = 1000) -> float:
@@ -142,46 +148,63 @@ def p50(call: Callable[[Any], object], inputs: list[Any], times: int = 1000) -> 
     return statistics.median(taken)
 
 
-def unix(path: str, url: str, prompts: list[Any]) -> str:
+def unix(path: str, url: str, prompts: list[Any], rounds: int) -> Iterator[str | Reached]:
     """A match over a Unix socket with binary tokens, beside the match alone on the same index, asked for by its
-    snapshot."""
+    snapshot. Bytes over a socket: a client library would be a part of the figure."""
     with urlopen(f"{url}/v1/snapshot") as answer:
         index = PrefixIndex.loads(answer.read())
-    connection = _Unix(path)
+    head = (
+        b"POST /v1/match?model=sim HTTP/1.1\r\nhost: x\r\ncontent-type: application/octet-stream\r\n"
+        b"content-length: %d\r\n\r\n"
+    )
+    requests = [head % prompt.nbytes + prompt.tobytes() for prompt in prompts]
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(path)
 
-    def over(prompt: bytes) -> None:
-        connection.request("POST", "/v1/match?model=sim", prompt, {"Content-Type": "application/octet-stream"})
-        connection.getresponse().read()
+        def over(request: bytes) -> None:
+            sock.sendall(request)
+            said = sock.recv(65536)
+            while (found := re.search(rb"content-length: (\d+)\r\n\r\n", said)) is None or (
+                len(said) < found.end() + int(found[1])
+            ):
+                said += sock.recv(65536)
 
-    whole = p50(over, [prompt.tobytes() for prompt in prompts])
-    alone = p50(lambda prompt: index.match_prefix(prompt, model="sim"), prompts)
-    return (f"Unix socket, bytes, 2,048 blocks: p50 {whole * 1e6:.0f} us, the match alone {alone * 1e6:.0f} us: "
-        f"{(whole - alone) * 1e6:.0f} us added, with http.client's share")  # fmt: skip
+        whole = min(p50(over, requests) for _ in range(rounds))
+        empty = min(p50(over, [b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"]) for _ in range(rounds))
+    alone = min(p50(lambda prompt: index.match_prefix(prompt, model="sim"), prompts) for _ in range(rounds))
+    yield f"Unix socket: GET /healthz takes {empty * 1e6:.0f} us, p50 of the best round"
+    at = f"2,048 blocks as bytes, {alone * 1e6:.0f} → {whole * 1e6:.0f} us"
+    yield Reached("us that a Unix socket adds to a match, p50", at, "unix us", (whole - alone) * 1e6)
 
 
-def page(times: int) -> str:
-    """Processor time of the service with 500 silent pods while one browser looks, and while none does."""
+def page(rounds: int, looks: int = 20) -> Iterator[Reached]:
+    """Processor time of the service with 500 silent pods, while one browser looks and while none does, in turns.
+
+    The page makes two requests every 2 seconds. Here they come every 0.6 seconds, because a look takes less than what
+    the rest varies by, and the answer is not made anew more often than every half second.
+    """
     url = free_url()
-    with started(ours(url), url) as served:
-        for number in range(500):
-            ask(f"{url}/register", {"instance_id": number + 1, "endpoint": f"tcp://127.0.0.1:{20000 + number}",
+    with Publishers(500, history=1) as publishers, started(ours(url), url) as served:
+        for number, (live, replay) in enumerate(publishers.ends, 1):
+            ask(f"{url}/register", {"instance_id": number, "endpoint": live, "replay_endpoint": replay,
                                     "model_name": "m", "block_size": BLOCK, "dp_rank": 0})  # fmt: skip
-        time.sleep(5)
-        spent = {True: 0.0, False: 0.0}
-        for looking in (True, False) * 4:  # in turns: what silent streams cost falls while they wait longer
+        until(lambda: json.dumps(ask(f"{url}/v1/fleet")).count('"state": "exact"') == len(publishers.ends))
+        browser = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
+        spent: dict[bool, float] = {True: 0.0, False: 0.0}
+        for looking in (True, False) * rounds:
             before = sum(served.cpu_times()[:2])
-            for _ in range(times):
-                if looking:
-                    ask(f"{url}/v1/fleet")
-                    ask(f"{url}/v1/history?since={time.time() - 2}")
-                time.sleep(2)
+            for _ in range(looks):
+                for path in ("/v1/fleet", f"/v1/history?since={time.time() - 2}") if looking else ():
+                    browser.request("GET", path)
+                    browser.getresponse().read()
+                time.sleep(0.6)
             spent[looking] += sum(served.cpu_times()[:2]) - before
-        shares = [spent[looking] / (4 * 2 * times) for looking in (False, True)]
-        return (f"the page with 500 pods: {100 * (shares[1] - shares[0]):.1f} % of a core while one browser looks, "
-            f"beside {100 * shares[0]:.1f} % while none does")  # fmt: skip
+        without, a_look = spent[False] / (0.6 * looks * rounds), (spent[True] - spent[False]) / (looks * rounds)
+        at = f"500 pods, {1000 * a_look:.0f} ms a look; {amount(100 * without)} % without it"
+        yield Reached("% of a core that one browser takes", at, "page core", 100 * a_look / 2)
 
 
-def replica(folder: Path) -> Iterator[str]:
+def replica(folder: Path) -> Iterator[str | Reached]:
     """Seconds until a new service answers, empty and from a living one with a million blocks."""
     index = PrefixIndex(block_size=BLOCK)
     fill(index, chains(7, 500, 2000), ["a"])
@@ -196,7 +219,9 @@ def replica(folder: Path) -> Iterator[str]:
                 blocks = re.search(r"^kvindex_blocks(?:\{.*\})? (\S+)", metrics(url), re.M)
                 yield (f"a new service, {what}: answers after {times[what]:.2f} s, "
                     f"{amount(float(blocks[1]) if blocks else 0)} blocks")  # fmt: skip
-        yield f"  {times['from a living one'] - times['empty']:.2f} s for the blocks"
+        taken = times["from a living one"]
+        at = f"1 M blocks, the start of the process included; an empty one: {amount(times['empty'])} s"
+        yield Reached("seconds until a new replica of a living one answers", at, "replica s", taken)
 
 
 def metrics(url: str) -> str:

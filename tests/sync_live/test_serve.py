@@ -448,6 +448,44 @@ def test_a_body_of_50_mb_is_refused_and_the_connection_goes_on(served):
     assert served.service.gate.receiving == 0
 
 
+@pytest.mark.parametrize("opening", ['{"messages":[{"a":', '{"more":', '{"token_ids":', '{"tokens":', ""])
+def test_10_mb_of_brackets_are_refused_where_they_are_found(opening):
+    nested = opening.encode() + b"[" * 10_000_000
+    with running(limits=Limits(max_body=16 << 20)) as served:
+        for path in ("/v1/match", "/query", "/register"):
+            status, said = served.ask("POST", path, nested)
+            # Whichever is met first: a field that is unknown, a token that is an array, or too deep a nesting.
+            assert (status, said["reason"] in ("invalid_json", "unknown_field", "invalid_type")) == (400, True), said
+        assert served.service.gate.receiving == 0
+    with running() as served:  # the default limit is below it
+        has(served, "POST", "/v1/match", nested, 413, "too_large", None)
+
+
+def test_a_registration_of_what_is_no_publisher_harms_nobody(served, pods):
+    """A port that accepts connections and speaks something else; then the same instance again."""
+    with socket.create_server(("127.0.0.1", 0)) as http_server:
+        endpoint = f"tcp://127.0.0.1:{http_server.getsockname()[1]}"
+        asked = {"instance_id": 7, "endpoint": endpoint, "model_name": "sim", "block_size": 16}
+        assert served.ask("POST", "/register", asked)[0] == 201
+        taken = http_server.accept()[0]
+        taken.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        has(served, "POST", "/register", asked, 409, "invalid_registration", "instance_id")
+        mooncake = {**MOONCAKE, "instance_id": "7", "modelname": "sim", "block_size": 16, "endpoint": endpoint}
+        has(served, "POST", "/register", mooncake, 400, "invalid_registration", "instance_id")
+        another = list(range(7000, 7064))
+        pods["a"].serve(another)
+        until(lambda: served.index.match_prefix(another, model="sim")["a"].held == 64)
+        (worker,) = (each for each in served.ask("GET", "/workers")[1] if each["instance_id"] == 7)
+        assert (worker["state"], worker["listeners"]["0"]["endpoint"]) == ("stale", endpoint)
+        assert worker["listeners"]["0"]["last_error"]
+        answer = served.ask("POST", "/query", {"model_name": "sim", "token_ids": another})[1]
+        assert {name: found["state"] for name, found in answer["instances"].items()} == {
+            "a": "exact", "b": "exact", "7": "stale"
+        }  # fmt: skip
+        assert served.ask("POST", "/unregister", {"instance_id": 7, "model_name": "sim"})[0] == 200
+        taken.close()
+
+
 def test_tokens_beyond_the_limit():
     with running(limits=Limits(max_tokens=4, max_body=1000)) as served:
         served.manager.add_pod(PodSource("a", endpoint=NO_PUBLISHER, model="m"))
@@ -604,6 +642,24 @@ def test_a_new_replica_starts_from_a_living_one(pods):
     assert fetched(served.server.url, "t", {}, 16) == (None, [])
 
 
+class Large(PrefixIndex):
+    """One whose snapshot is more than the buffers of a connection hold."""
+
+    def dumps(self):
+        return bytes(32_000_000)
+
+
+def test_a_client_that_leaves_a_snapshot_half_read_keeps_it_from_nobody():
+    with running(index=Large(block_size=16)) as served:
+        with socket.create_connection(("127.0.0.1", served.port), timeout=20) as one:
+            one.sendall(b"GET /v1/snapshot HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert one.recv(100).startswith(b"HTTP/1.1 200")
+            has(served, "GET", "/v1/snapshot", None, 503, "too_many_requests", None)
+        until(lambda: not served.service.v1._sending)
+        status, data, _ = served.ask.raw("GET", "/v1/snapshot")
+        assert (status, len(data)) == (200, 32_000_000)
+
+
 def test_a_restart_continues_from_its_snapshot(tmp_path, caplog):
     path = str(tmp_path / "index")
     assert restored(path, {}, 16) == (None, [])
@@ -740,6 +796,7 @@ def test_the_demo_loses_a_pod_gets_it_back_and_leaves_no_process():
         assert "pod-0" in exact
         until(lambda: look() or exact == {"pod-0", "pod-1"})
         until(lambda: (now := demo.ask("GET", "/v1/fleet")[1]["now"])["held"] > 0 and now["reported"] > 0)
+        until(lambda: len(demo.ask("GET", "/v1/fleet")[1].get("example", [])) > 16)
         status, page, _ = demo.ask.raw("GET", "/")
         assert (status, page[:15]) == (200, b"<!doctype html>")
         assert demo.process.pid in marked(mark)

@@ -105,7 +105,7 @@ class Service:
                 # Routes are tried in turn: questions first.
                 *(
                     Route(call.path, self._endpoint(call), methods=[call.method])
-                    for call in sorted(self.calls, key=lambda call: call.method != "POST")
+                    for call in sorted(self.calls, key=lambda call: not (call.binary or call.names))
                 ),
                 Route("/openapi.json", self._openapi, methods=["GET"]),
                 Route("/", _page("page.html"), methods=["GET"]),
