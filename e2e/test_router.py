@@ -32,6 +32,10 @@ SYSTEM = {"role": "system", "content": "You are a router's own test. " * 12}
 ENCODER = PromptEncoder(sim_tokenizer.tokenizer(), sim_tokenizer.TEMPLATE)
 
 
+def command(pods: Path, model: Path, *options: str) -> list[str]:
+    return [sys.executable, str(ROOT / "examples" / "http_router.py"), f"--pods={pods}", f"--model={model}", *options]
+
+
 @dataclass
 class Served:
     """An answer: the pod that gave it, the cached tokens that the router expected and the engine reported."""
@@ -46,21 +50,24 @@ class Served:
 class Router:
     """The example as a process, and a client of it."""
 
-    def __init__(self, pods: Path, model: Path) -> None:
+    def __init__(self, pods: Path, model: Path, *options: str, log: Any = None) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.http = urllib3.PoolManager(maxsize=32, retries=False, timeout=60.0)
-        command = [sys.executable, ROOT / "examples" / "http_router.py", f"--pods={pods}", f"--model={model}"]
-        self.process = subprocess.Popen([*command, f"--port={port}"])
-        until(self.healthy, "the router is not ready")
+        self.process = subprocess.Popen(command(pods, model, f"--port={port}", *options), stderr=log)
 
-    def healthy(self) -> bool:
+    def health(self) -> int | None:
+        """The status of its health, None before it listens."""
         assert self.process.poll() is None, "the router has ended"
         try:
-            return self.http.request("GET", f"{self.url}/health").status == 200
+            return self.http.request("GET", f"{self.url}/health").status
         except urllib3.exceptions.HTTPError:
-            return False
+            return None
+
+    def asked(self, **body: Any) -> tuple[int, Any]:
+        answer = self.http.request("POST", f"{self.url}/v1/completions", json={"prompt": "hello", **body})
+        return answer.status, answer.json()
 
     def post(self, path: str, **body: Any) -> Any:
         data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
@@ -125,9 +132,11 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pods, Path
 
 
 @contextmanager
-def started(listed: Path, model: Path) -> Iterator[Router]:
-    router = Router(listed, model)
+def started(listed: Path, model: Path, *options: str, log: Any = None, ready: bool = True) -> Iterator[Router]:
+    router = Router(listed, model, *options, log=log)
     try:
+        if ready:
+            until(lambda: router.health() == 200, "the router is not ready")
         yield router
     finally:
         router.close()
@@ -301,6 +310,92 @@ def test_what_is_wrong_is_refused_by_name_and_leaves_nothing_in_flight(router: R
     assert router.http.request("GET", f"{router.url}/v1/models").json()["data"] == [{"id": "sim", "object": "model"}]
     figures = router.metrics()
     assert all(figures[f"kvindex_worker_requests {name}"] == 0 for name in "abcd")
+
+
+def listed_as(pods: Path, path: Path, **changes: dict[str, Any]) -> Path:
+    """The fleet's list, of the pods that are named in ``changes`` only, with these changes."""
+    found = {item["name"]: item for item in yaml.safe_load(pods.read_text())}
+    path.write_text(yaml.safe_dump([{**found[name], **change} for name, change in changes.items()]))
+    return path
+
+
+@pytest.mark.quick
+def test_a_request_names_a_served_model_or_a_known_adapter(fleet: tuple[Pods, Path, Path], tmp_path: Path) -> None:
+    """Pod d is listed with another model, which its engine does not have: its own answer shows who was asked."""
+    listed = listed_as(fleet[1], tmp_path / "pods.yaml", a={}, d={"model": "other"})
+    with started(listed, fleet[2], "--lora=adapter-1=sim", "--lora=adapter-2=other") as router:
+        for body in ({"model": "gpt-4"}, {"model": "adapter-3"}, {"model": ["sim"]}, {}):
+            status, answer = router.asked(**body)
+            assert status == 404
+            assert set(answer["error"]) == {"message", "type", "param", "code"}
+            assert answer["error"]["code"] == "model_not_found"
+            assert "'adapter-1', 'adapter-2', 'other', 'sim'" in answer["error"]["message"]
+        names = [each["id"] for each in router.http.request("GET", f"{router.url}/v1/models").json()["data"]]
+        assert sorted(names) == ["adapter-1", "adapter-2", "other", "sim"]
+
+        def pod_of(model: str) -> str | None:
+            answer = router.post("/v1/completions", prompt="which of you?" * 20, model=model)
+            answer.drain_conn()
+            return answer.headers.get("x-kvindex-pod")
+
+        for _ in range(5):
+            assert [pod_of(name) for name in ("sim", "other", "adapter-1", "adapter-2")] == ["a", "d", "a", "d"]
+        # An adapter has blocks of its own, and so has the expectation.
+        ids = list(range(200)) * 2
+        for model in ("sim", "adapter-1"):
+            for expected in (0, 384):
+                answer = router.post("/v1/completions", prompt=ids, model=model, max_tokens=1)
+                usage = json.loads(answer.read())["usage"]["prompt_tokens_details"]
+                answer.release_conn()
+                assert usage["cached_tokens"] == int(answer.headers["x-kvindex-expected"]) == expected
+
+
+@pytest.mark.quick
+def test_a_router_without_a_ready_pod_gives_the_reason_of_each(fleet: tuple[Pods, Path, Path], tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, open(tmp_path / "log", "w+") as log:
+        nowhere = f"127.0.0.1:{silent.getsockname()[1]}"
+        listed = listed_as(
+            fleet[1], tmp_path / "pods.yaml", a={"address": "http://127.0.0.1:1"}, b={"endpoint": f"tcp://{nowhere}"}
+        )
+        with started(listed, fleet[2], log=log, ready=False) as router:
+            # It listens although b never answers, and is not ready until the wait for b is over.
+            until(lambda: router.health() == 503, "the router does not listen")
+
+            def refused() -> bool:
+                status, answer = router.asked(model="sim")
+                assert (status, answer["error"]["type"]) == (503, "server_error")
+                text = answer["error"]["message"]
+                return "'a': \"http://127.0.0.1:1/health: ConnectError(" in text and "'b': 'stale: " in text
+
+            until(refused, "the reasons are not named")
+        log.seek(0)
+        lines = [line for line in log if "kvindex.http_router" in line]
+        assert len(lines) == 1, "once, not with each check"
+        assert "pod a is not healthy: http://127.0.0.1:1/health" in lines[0]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("text", "options", "said"),
+    [
+        (None, (), "No such file"),
+        ("a: 3", (), "is not a list of pods"),
+        ('[{name: a, endpoint: "tcp://h:1", model: m}]', (), "pod 'a' has no address"),
+        ('[{name: a, endpoint: "tcp://h:1", address: "http://h"}]', (), "pod 'a' has no model"),
+        ("[]", ("--lora=sql",), "--lora sql: name the adapter's model"),
+        ("[]", ("--model=/nonexistent",), "/nonexistent/tokenizer.json"),
+    ],
+)
+def test_a_router_that_cannot_start_says_why_in_one_line(
+    fleet: tuple[Pods, Path, Path], tmp_path: Path, text: str | None, options: tuple[str, ...], said: str
+) -> None:
+    pods = tmp_path / "pods.yaml"
+    if text is not None:
+        pods.write_text(text)
+    ended = subprocess.run(command(pods, fleet[2], *options), stderr=subprocess.PIPE, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert said in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
 
 
 @pytest.fixture
