@@ -145,6 +145,17 @@ cdef class Index:
         report.ts = ts
         return report.done()
 
+    def _ingest_hashed(self, const uint8_t[::1] data not None):
+        """Applies batches of :func:`hash_batch`, one behind the other: ``(batches, those whose payload was no batch)``."""
+        cdef uint64_t batches = 0, unsound = 0
+        cdef cbool whole = True
+        if self.timed: self._expire(self.now())
+        if len(data):
+            with nogil: whole = self.ix.ingest_hashed(&data[0], len(data), batches, unsound)
+        if not whole:
+            raise EventDecodeError(f"no hashed batch follows the first {batches} in {len(data)} bytes", batches)
+        return batches, unsound
+
     def _apply(self, str kind, pod, int64_t rank, string model, const uint64_t[::1] hashes, int64_t group, bytes medium, object numbers,
                tuple stored):
         cdef IngestReport report = IngestReport.__new__(IngestReport)
@@ -424,6 +435,20 @@ def hash_tokens(tokens, block_size, hash_seed, lora_name, cache_salt, extra_keys
     if len(view):
         with nogil: hash_prompt(p, size, seed, rolled, &view[0])
     return out
+
+
+def hash_batch(pod, int64_t rank, model, seq, payload, uint32_t block_size, uint64_t hash_seed):
+    """A payload with hashes in place of tokens, for an index of this block size and seed; ``seq`` None: without a place in its stream."""
+    cdef _Ints b = _payload(payload)
+    cdef HashedHead head
+    cdef Batch scratch
+    cdef vector[uint8_t] out
+    cdef bytes name = arguments.utf8(pod, "pod"), space = arguments.utf8(model, "model")
+    _refer(name, &head.pod)
+    _refer(space, &head.model)
+    head.rank, head.seq = rank, -1 if seq is None else seq
+    hash_payload(block_size, hash_seed, head, <const uint8_t*>b.data, b.n, scratch, out)
+    return (<const char*>out.data())[:out.size()]
 
 
 def peek_batch(bytes data, cbool whole):

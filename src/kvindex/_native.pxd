@@ -135,6 +135,12 @@ cdef extern from "_native/concurrent_index.hpp" namespace "kvindex" nogil:
     cppclass Place:
         pass
 
+    struct HashedHead:
+        StrRef pod, model
+        int64_t rank, seq
+
+    void hash_payload(uint32_t block_size, uint64_t seed, HashedHead, const uint8_t*, size_t, Batch&, vector[uint8_t]&) except +
+
     struct StreamPlace:
         int64_t rank
         uint64_t seq, fingerprint
@@ -184,6 +190,7 @@ cdef extern from "_native/concurrent_index.hpp" namespace "kvindex" nogil:
         void clear_worker(uint64_t, int64_t rank) except +
         Taken ingest(uint64_t, const uint8_t*, uint64_t, const string& model, int64_t rank, int64_t seq, cbool wait, Report&, double& ts,
                      int64_t& dp_rank, DecodeFault&) except +
+        cbool ingest_hashed(const uint8_t*, uint64_t, uint64_t& batches, uint64_t& unsound) except +
         Taken apply(uint64_t, int64_t rank, const string& model, const Batch&, const Place&, Report&) except +
         cbool match(const Prompt&, const string& model, PodNames*, cbool only_exact, cbool wait, MatchResult&) except +
         cbool choose(NativeLoads&, const Hits&, uint64_t n_tokens, const string& model, PodNames*, double now, cbool wait, LoadChoice&) except +

@@ -10,6 +10,8 @@
 //   - every invariant that Index::check() knows;
 //   - what a worker's stream says about it does not depend on other workers: next to the index that gets everything
 //     stands one for each (pod, rank), and reports, answers, figures and states must be the same in both;
+//   - an index that gets hashed batches is the one that gets the payloads: half of the inputs feed those others so;
+//   - payloads that are read as hashed batches are refused, or leave an index that is in order;
 //   - a prompt and its prefix hashes have one answer; filters only leave out; an answer of L is an answer of L to the
 //     first L blocks alone, and no medium alone gives more than all;
 //   - when the pods are gone, so are the blocks, and the memory is what it was at the start.
@@ -96,6 +98,7 @@ public:
         max_parked_ = head_[1] >> 6 & 1 ? 6 : 65536;
         if (kShow) std::printf("start(%u, %d, %u)\n", size_, set_presence_, max_parked_);
         all_ = make();
+        wild_ = make();
         bytes_at_start_ = all_->stats().figures.bytes;
         for (u32 p = 0; p < kPods; ++p) open(p);
     }
@@ -149,8 +152,17 @@ public:
         if (!sound && (fault.offset > n || again.offset != fault.offset)) die("a fault outside the payload");
         if (used != at) die("another rank than the batch's");
         Solo& s = solo(pod, at);
-        s.index->ingest(s.uid, p, n, kModels[model], rank, -1, true, other, ts, ignored, again);
-        same(one, other);
+        if (by_hashes()) {
+            Batch scratch;
+            std::vector<u8> out;
+            hash_payload(size_, 1337, head(pod, at, model), p, n, scratch, out);
+            follow(s, out);
+        } else {
+            s.index->ingest(s.uid, p, n, kModels[model], rank, -1, true, other, ts, ignored, again);
+            same(one, other);
+        }
+        u64 batches = 0, unsound = 0;
+        wild_->ingest_hashed(p, n, batches, unsound);
         for (const Event& e : batch.events)
             if (sound && e.bad == Reason::none) remember(batch, e, model);
         ++steps_;
@@ -161,6 +173,7 @@ public:
         for (std::size_t i = 0; i < asked_.size() && i < 24; ++i) ask(asked_[i]);
         for (auto& s : solos_)
             if (const std::string bad = s.second.index->check(); !bad.empty()) die("alone: " + bad);
+        if (const std::string bad = wild_->check(); !bad.empty()) die("of any bytes: " + bad);
         for (u32 p = 0; p < kPods; ++p) {
             all_->remove_pod(pods_[p]);
             if (const std::string bad = all_->check(); !bad.empty()) die("after remove_pod: " + bad);
@@ -195,6 +208,20 @@ private:
 
     std::unique_ptr<ConcurrentIndex> make() const {
         return std::make_unique<ConcurrentIndex>(size_, 1337, set_presence_, max_parked_);
+    }
+    // Whether the indexes of one (pod, rank) get hashed batches.
+    bool by_hashes() const { return head_[6] & 1; }
+    static HashedHead head(u32 pod, i64 rank, u32 model) {
+        HashedHead h;
+        ref(h.pod, kPodNames[pod]);
+        ref(h.model, kModels[model]);
+        h.rank = rank;
+        return h;
+    }
+    static void follow(Solo& s, const std::vector<u8>& hashed) {
+        u64 batches = 0, unsound = 0;
+        if (!s.index->ingest_hashed(hashed.data(), hashed.size(), batches, unsound) || batches != 1)
+            die("what was written cannot be read");
     }
     // Followed from the start: of a pod that nobody follows nothing is exact, and the ranks alone are followed one by
     // one.
@@ -291,8 +318,17 @@ private:
         Report one, other;
         all_->apply(pods_[pod], rank, kModels[model], batch_, Place(), one);
         Solo& s = solo(pod, rank);
-        s.index->apply(s.uid, rank, kModels[model], batch_, Place(), other);
-        same(one, other);
+        if (by_hashes()) {
+            Batch hashed = batch_;
+            std::vector<u8> out;
+            const BlockHasher blocks(1337, size_);
+            ContentHasher(blocks).replace_tokens(hashed);
+            write_hashed(head(pod, rank, model), hashed, out);
+            follow(s, out);
+        } else {
+            s.index->apply(s.uid, rank, kModels[model], batch_, Place(), other);
+            same(one, other);
+        }
     }
     // Blocks cut..end of a path, below the name of what is before them.
     void stored_path(const u8* r) {
@@ -691,7 +727,7 @@ private:
     u32 size_, stretch_, max_parked_;
     bool set_presence_;
     std::size_t bytes_at_start_;
-    std::unique_ptr<ConcurrentIndex> all_;
+    std::unique_ptr<ConcurrentIndex> all_, wild_;
     u64 pods_[kPods] = {};
     std::map<std::pair<u32, i64>, Solo> solos_;
     Configuration configured_[kPods];

@@ -16,6 +16,7 @@
 #include "query/prompt.hpp"
 #include "snapshot/snapshot.hpp"
 #include "wire/batches.hpp"
+#include "wire/hashed.hpp"
 
 namespace kvindex {
 
@@ -166,6 +167,32 @@ public:
         dp_rank = rank >= 0 ? rank : batch.dp_rank >= 0 ? batch.dp_rank : 0;
         if (!uid) return Taken::unknown;
         return apply(uid, dp_rank, model, batch, place, r, wait);
+    }
+    // Hashed batches, one behind the other, each of its own pod. Counts them, and those of payloads that were no
+    // batches. False: the bytes from there on are no hashed batches.
+    bool ingest_hashed(const u8* p, u64 bytes, u64& batches, u64& unsound) {
+        const Batches::Lent lent(batches_);
+        Batch& batch = *lent;
+        for (HashedHead head; bytes; ++batches) {
+            const std::size_t n = read_hashed(p, bytes, head, batch);
+            if (!n) return false;
+            p += n;
+            bytes -= n;
+            const std::string pod(head.pod.p, head.pod.n), model(head.model.p, head.model.n);
+            const Place place{head.seq, head.ts, head.fingerprint};
+            u64 uid = pods_.find(pod);
+            if (head.sound) {
+                Report report;
+                if (!uid) uid = open_pod(pod);
+                apply(uid, head.rank, model, batch, place, report);
+            } else {
+                Writing w(*this);
+                ++unsound;
+                ++totals_.bad_payloads;
+                lose(uid, head.rank, model, place);
+            }
+        }
+        return true;
     }
     Taken apply(u64 uid, i64 rank, const std::string& model, const Batch& batch, const Place& place, Report& r,
                 bool wait = true) {

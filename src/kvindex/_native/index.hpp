@@ -33,8 +33,8 @@ public:
           speculation_(memory_, registry_, sets_, chains_, presence_, insertion_),
           pending_(memory_, registry_, chains_, presence_, insertion_, max_parked),
           eviction_(memory_, registry_, sets_, chains_, presence_, speculation_, pending_, max_bytes, ttl),
-          ingest_(memory_, registry_, sets_, chains_, presence_, insertion_, speculation_, pending_, eviction_, hasher_,
-                  block_size, seed) {}
+          ingest_(memory_, registry_, sets_, chains_, presence_, insertion_, speculation_, pending_, eviction_,
+                  hasher_) {}
     ~Index() = default;
     Index(const Index&) = delete;
     Index& operator=(const Index&) = delete;

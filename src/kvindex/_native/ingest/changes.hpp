@@ -22,12 +22,11 @@ inline void Ingest::prepare(const Batch& b, const Event& e, Change& c) const {
     c.sound = true;
     if (e.kind != EventKind::stored) return;
     c.n = distinct(e, c.ids.data());
-    if (e.hashed != Hashed::tokens || !of_whole_blocks(e) || e.block_size == 0 || e.block_size % block_size_) return;
-    const u64 factor = e.block_size / block_size_;
-    if (factor == 0 || factor > kMostFactor) return;
-    c.locals.resize(c.n * factor);
+    const u32 factor = content_.factor(e);
+    if (e.hashed != Hashed::tokens || !ContentHasher::of_whole_blocks(e) || factor == 0) return;
+    c.locals.resize(std::size_t{c.n} * factor);
     ExtraDigests extra;
-    c.sound = hash_event(b, e, c.n, static_cast<u32>(factor), c.locals.data(), extra);
+    c.sound = content_.locals(b, e, c.n, factor, c.locals.data(), extra);
 }
 
 // ---- beginnings -----------------------------------------------------------------------------------------------------

@@ -10,8 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "hash/extra_keys.hpp"
-#include "hash/identity.hpp"
+#include "hash/content.hpp"
 #include "ingest/eviction.hpp"
 #include "ingest/repeats.hpp"
 
@@ -115,8 +114,7 @@ struct Turn {
 class Ingest {
 public:
     Ingest(Memory& m, Registry& registry, SetPool& sets, Chains& chains, Presence& presence, Insertion& insertion,
-           Speculation& speculation, Pending& pending, Eviction& eviction, const BlockHasher& hasher, u32 block_size,
-           u64 seed)
+           Speculation& speculation, Pending& pending, Eviction& eviction, const BlockHasher& hasher)
         : mem_(m),
           registry_(registry),
           sets_(sets),
@@ -126,9 +124,8 @@ public:
           speculation_(speculation),
           pending_(pending),
           eviction_(eviction),
-          hasher_(hasher),
-          block_size_(block_size),
-          seed_(seed) {}
+          content_(hasher),
+          block_size_(hasher.block_tokens()) {}
     ~Ingest() = default;
     Ingest(const Ingest&) = delete;
     Ingest& operator=(const Ingest&) = delete;
@@ -378,6 +375,7 @@ private:
         }
     }
     // Neither tokens nor hashes of content: names alone.
+    static bool is_hashed(const Event& e) { return e.hashed == Hashed::local || e.hashed == Hashed::prefix; }
     static bool is_bare(const Event& e) { return e.n_tokens == 0 && e.hashed == Hashed::tokens; }
     // Whether the event's block size is a multiple of the index's: `factor` of its own. Others are
     // reported.
@@ -406,7 +404,7 @@ private:
         }
         const u64 k = e.block_size / block_size_;
         // Hashes of blocks of another size are not those of these.
-        if (k > kMostFactor || (e.hashed != Hashed::tokens && k != 1)) return mismatch();
+        if (k > ContentHasher::kMostFactor || (is_hashed(e) && k != e.factor)) return mismatch();
         factor = static_cast<u32>(k);
         return true;
     }
@@ -438,7 +436,7 @@ private:
     // the worker's own announcement of it may have been evicted, its names alone count, as copies of their blocks here
     // or not at all.
     bool places(u32 id, const Event& e, u32 h) const {
-        return of_whole_blocks(e) && !(registry_.worker_at(id).shed && registry_.holder(h).medium != 0);
+        return ContentHasher::of_whole_blocks(e) && !(registry_.worker_at(id).shed && registry_.holder(h).medium != 0);
     }
     // Events that only name blocks have no lookahead of their own.
     bool too_many_lengths(Worker& w, const Event& e) {
@@ -457,7 +455,7 @@ private:
         }
         if (whole && e.hashed != Hashed::tokens) {
             const auto given = b.hashes.begin() + e.hash_at + e.n_hashes;
-            change.locals.assign(given, given + n);
+            change.locals.assign(given, given + std::ptrdiff_t{n} * factor);
         }
         const bool refused = is_over || (whole && too_many_lengths(w, e));
         begin_store(change, id, h, e, factor, whole);
@@ -482,8 +480,8 @@ private:
         locals_.resize(std::size_t{n} * factor);
         if (e.hashed != Hashed::tokens) {
             const auto given = b.hashes.begin() + e.hash_at + e.n_hashes;
-            std::copy(given, given + n, locals_.begin());
-        } else if (!hash_event(b, e, n, factor, locals_.data(), extra_)) {
+            std::copy(given, given + std::ptrdiff_t{n} * factor, locals_.begin());
+        } else if (!content_.locals(b, e, n, factor, locals_.data(), extra_)) {
             r.skip(Reason::bad_event);
             registry_.spoil(id);
             return;
@@ -599,64 +597,12 @@ private:
         registry_.worker_at(id).muted = true;
         registry_.worker_at(id).why_muted = why;
     }
-    // Whether the event describes all its blocks, and not only names them.
-    static bool of_whole_blocks(const Event& e) {
-        if (e.hashed != Hashed::tokens) return true;
-        // LMCache 0.5 slices one token too many: 257 tokens for a block of 256. Where blocks are masked, tokens are a
-        // whole number of blocks.
-        const u64 spanned = static_cast<u64>(e.n_hashes) * e.block_size;
-        return e.n_tokens != 0 && e.block_size != 0 &&
-               (e.n_tokens == spanned || (e.n_tokens > spanned && e.n_tokens % e.block_size));
-    }
     // The number of engine blocks with distinct names, from the first on. A repeat of the parent counts as well: a
     // block cannot lie below itself.
     static u32 distinct(const Event& e, const u64* ids) {
         const u32 n = Repeats::first(ids, e.n_hashes);
-        if (!e.has_parent || !of_whole_blocks(e)) return n;
+        if (!e.has_parent || !ContentHasher::of_whole_blocks(e)) return n;
         return static_cast<u32>(std::find(ids, ids + n, name_of(e.parent)) - ids);
-    }
-    // Local hashes of the event's first n engine blocks, adapter and extra keys included.
-    bool hash_event(const Batch& b, const Event& e, u32 n, u32 factor, u64* locals, ExtraDigests& extra) const {
-        const u32* tokens = b.tokens.data() + e.token_at;
-        const u32 blocks = n * factor;
-        char digits[24];
-        StrRef adapter = e.lora_name;
-        if (!adapter.set() || adapter.n == 0) adapter = e.lora_id_name;
-        if ((!adapter.set() || adapter.n == 0) && e.lora_id > 0) {
-            const int len = std::snprintf(digits, sizeof digits, "%lld", static_cast<long long>(e.lora_id));
-            adapter.p = digits;
-            adapter.n = static_cast<u32>(len);
-        }
-        if (adapter.set() && adapter.n) {
-            BlockHasher(seed_, block_size_, xxh3_64(adapter.p, adapter.n, 0)).locals(tokens, blocks, locals);
-        } else {
-            hasher_.locals(tokens, blocks, locals);
-        }
-        if (!e.extra_keys && !e.cache_salt.set()) return look_ahead(b, e, n, factor, locals);
-        if (!extra_key_digests(e.extra_keys, e.extra_keys_bytes, adapter, e.cache_salt, !e.has_parent, seed_, n, extra))
-            return false;
-        if (extra.any)
-            for (u32 j = 0; j < n; ++j)
-                if (u64& h = locals[std::size_t{j} * factor]; extra.has[j]) h = mix_extra(h, extra.digest[j], seed_);
-        return look_ahead(b, e, n, factor, locals);
-    }
-    // The tokens behind an index block are partly in its own engine block.
-    bool look_ahead(const Batch& b, const Event& e, u32 n, u32 factor, u64* locals) const {
-        if (e.lookahead == 0) return true;
-        const u32* tokens = b.tokens.data() + e.token_at;
-        const u32* ahead = tokens + e.n_tokens;
-        const std::size_t size = std::size_t{block_size_} * factor;
-        std::vector<u32> behind;
-        for (u32 j = 0; j < n; ++j, tokens += size, ahead += e.lookahead) {
-            behind.assign(tokens, tokens + (factor > 1 ? size : 0));
-            behind.insert(behind.end(), ahead, ahead + e.lookahead);
-            for (u32 s = 0; s < factor; ++s) {
-                u64& h = locals[std::size_t{j} * factor + s];
-                h = mix_lookahead(h, behind.data() + (factor > 1 ? std::size_t{block_size_} * (s + 1) : 0), e.lookahead,
-                                  seed_);
-            }
-        }
-        return true;
     }
 
     // ---- removed, cleared -------------------------------------------------------------------------------------------
@@ -799,8 +745,6 @@ private:
     void finish_clear(Change& c);
 
     static constexpr i64 kEveryRank = -1;
-    // Blocks of the index in one engine block, which is never split: 65,536 tokens of the usual 16.
-    static constexpr u32 kMostFactor = 4096;
 
     std::size_t scratch_bytes() const {
         return bytes_of(ids_, locals_, extra_.digest, extra_.has, extra_.scratch) + insertion_.scratch_bytes() +
@@ -822,9 +766,8 @@ private:
     Speculation& speculation_;
     Pending& pending_;
     Eviction& eviction_;
-    const BlockHasher& hasher_;
+    const ContentHasher content_;
     const u32 block_size_;
-    const u64 seed_;
 
     // Changes when all content has gone.
     u32 epoch_ = 0;

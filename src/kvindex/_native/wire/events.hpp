@@ -76,8 +76,9 @@ inline const char* reason_name(Reason r) {
 }
 
 // The form of a stored event's content: tokens, or hashes of the interoperable scheme. Those follow the
-// event's names in Batch::hashes, one for each, and no payload of an engine has them.
-enum class Hashed : uint8_t { tokens, local, prefix };
+// event's names in Batch::hashes, `factor` for each, and no payload of an engine has them. Absent: there were tokens,
+// which no index of this block size places (wire/hashed.hpp).
+enum class Hashed : uint8_t { tokens, local, prefix, absent };
 
 struct Event {
     EventKind kind = EventKind::other;
@@ -105,6 +106,7 @@ struct Event {
     const uint8_t* extra_keys = nullptr;  // the list as it lies in the payload, header included; nullptr: nil or absent
     uint32_t extra_keys_bytes = 0;
     Hashed hashed = Hashed::tokens;
+    uint16_t factor = 1;  // blocks of the index in one of the event's, where hashes are given
 };
 
 struct Batch {
