@@ -10,8 +10,10 @@ import argparse
 import multiprocessing
 import resource
 import signal
+import struct
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from benchmarks.report import say, table
 from kvindex import EventManager, PodSource, PrefixIndex
 from kvindex._core import peek_batch
 from kvindex.replication import ReplicatedIndex, ReplicationPolicy
+from kvindex.replication.entries import Hashed
 from kvindex.sync.status import Batch
 
 from .log_server import LogServer, programs
@@ -44,7 +47,18 @@ class Timed(ReplicatedIndex):
 
 def _ages(items: list[Any]) -> list[float]:
     now = time.time()
-    return [now - peek_batch(each.payload, False)[0] for each in items if type(each) is Batch]
+    return [now - at for each in items for at in _times(each)]
+
+
+def _times(item: Any) -> Iterator[float]:
+    if type(item) is Batch:
+        yield peek_batch(item.payload, False)[0]
+    elif type(item) is Hashed:
+        at = 0
+        while at < len(item.data):
+            size, time_made = struct.unpack_from("<Id", item.data, at)
+            yield time_made
+            at += 4 + size
 
 
 def _cpu() -> float:

@@ -25,7 +25,7 @@ from typing import Any
 import msgpack
 
 from kvindex.replication.collector import Cut
-from kvindex.replication.entries import Described
+from kvindex.replication.entries import Described, Hashed
 from kvindex.replication.replica import Replica
 from kvindex.replication.requests import (
     Append,
@@ -49,7 +49,7 @@ from kvindex.replication.requests import (
     Wait,
 )  # fmt: skip
 from kvindex.replication.snapshots import pack
-from kvindex.sync.status import Batch, Configured, Forgotten, Marked, Removed
+from kvindex.sync.status import Configured, Forgotten, Marked, Removed
 
 SETTINGS = {"block_size": 16, "hash_seed": 1337}
 POLICY = ReplicationPolicy(
@@ -65,6 +65,11 @@ START = 1
 
 def mix(content: int, payload: bytes) -> int:
     return zlib.crc32(payload, content)
+
+
+def batch(pod: str, seq: int, payload: bytes, joined: bool) -> Hashed:
+    """As the model of the index reads it: what a core makes of one is another test's."""
+    return Hashed(msgpack.packb([pod, seq, payload, joined]))
 
 
 class Wrong(AssertionError):
@@ -215,11 +220,14 @@ class Index:
 
     def apply(self, item: Any) -> None:
         kind = type(item)
-        if kind is Batch:
-            run = int(item.payload.split()[0])
-            self.content[item.pod] = mix(self.content.get(item.pod, START), item.payload)
-            before = self.place.get(item.pod)
-            self.place[item.pod] = (run, item.seq, item.joined and (before is None or before[2]))
+        if kind is Hashed:
+            batches = msgpack.Unpacker()
+            batches.feed(item.data)
+            for pod, seq, payload, joined in batches:
+                run = int(payload.split()[0])
+                self.content[pod] = mix(self.content.get(pod, START), payload)
+                before = self.place.get(pod)
+                self.place[pod] = (run, seq, joined and (before is None or before[2]))
         elif kind is Forgotten:
             self.content[item.pod] = START
             self.place.pop(item.pod, None)
@@ -427,7 +435,7 @@ class Node:
         joined = place[1] + 1 >= first
         for seq, payload in engine.batches:
             if seq > place[1]:
-                self.show(Batch(engine.name, 0, "", None, seq, payload, joined))
+                self.show(batch(engine.name, seq, payload, joined))
                 joined = True
         state = "exact" if self.index.place.get(engine.name, place)[2] else "degraded"
         self.streams[engine.name] = (engine.run, engine.seq)
@@ -451,7 +459,7 @@ class Node:
             return
         assert seq == at[1] + 1, (self.name, run, seq, at, engine.run, engine.seq)
         self.streams[engine.name] = (run, seq)
-        self.show(Batch(engine.name, 0, "", None, seq, payload, True))
+        self.show(batch(engine.name, seq, payload, True))
         self.kick()
 
     def snapshot(self) -> None:

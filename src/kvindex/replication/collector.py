@@ -6,8 +6,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any, Final
 
-from ..sync.status import Batch
-from .entries import Beat, Begun, Id, Item, Previous, encode, id_text, next_epoch
+from .entries import Beat, Begun, Hashed, Id, Item, Previous, encode, id_text, next_epoch
 from .requests import (
     Append,
     Claim,
@@ -107,9 +106,8 @@ class Collector:
             if not self._open:
                 self._open_since = now
             self._count += 1
-            if type(item) is Batch:
-                self._open_bytes += len(item.payload)
-                item = item._replace(topic=None)
+            if type(item) is Hashed:
+                self._open_bytes += len(item.data)
             self._open.append(item)
             self._open_bytes += _ITEM_BYTES
             if self._open_bytes >= self.policy.max_entry:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping
+from itertools import groupby
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import msgpack
 
 from ..errors import KVIndexError
-from ..sync.status import Batch, Configured, Forgotten, Marked, Removed
+from ..sync.status import Configured, Forgotten, Marked, Removed
 
 __all__ = [
-    "VERSION", "ZERO", "Beat", "Begun", "Described", "Id", "Item", "LogError", "Previous", "decode", "encode",
-    "epoch_time", "id_text", "next_epoch", "parse_id",
+    "VERSION", "ZERO", "Beat", "Begun", "Described", "ForeignError", "Hashed", "Id", "Item", "LogError",
+    "Previous", "decode", "encode", "epoch_time", "id_text", "next_epoch", "parse_id",
 ]  # fmt: skip
 
-VERSION: Final = 1
+VERSION: Final = 2
 _SALTED: Final = 22  # bits; a server's ids have 64, and milliseconds since 1970 take 41
 
 Id: TypeAlias = tuple[int, int]
@@ -26,7 +27,11 @@ ZERO: Final[Id] = (0, 0)
 
 
 class LogError(KVIndexError, ValueError):
-    """An entry or a snapshot that cannot be read: damaged, of a newer version, or of another fleet."""
+    """An entry or a snapshot that cannot be read: damaged, of another version, or of another fleet."""
+
+
+class ForeignError(LogError):
+    """It is of a newer version or another fleet: nothing may be written there."""
 
 
 class Begun(NamedTuple):
@@ -61,11 +66,20 @@ class Described(NamedTuple):
     engine: str | None
 
 
-Item: TypeAlias = Batch | Beat | Begun | Configured | Described | Forgotten | Marked | Previous | Removed
+class Hashed(NamedTuple):
+    """Batches with hashes in place of tokens, one behind the other. In an entry, those that follow one another are one
+    item, which an index takes in one call."""
 
-# Numbers are for ever. A newer version may append fields to an item, and new kinds: both are skipped.
+    data: bytes
+    """As ``kvindex._core.hash_batch`` writes them."""
+
+
+Item: TypeAlias = Beat | Begun | Configured | Described | Forgotten | Hashed | Marked | Previous | Removed
+
+# Numbers are for ever (4 was a batch with its tokens, in version 1). A newer version may append fields to an item, and
+# new kinds: both are skipped.
 _KINDS: Final[dict[int, type[Any]]] = {
-    1: Begun, 2: Previous, 3: Beat, 4: Batch, 5: Forgotten, 6: Marked, 7: Configured, 8: Removed, 9: Described,
+    1: Begun, 2: Previous, 3: Beat, 5: Forgotten, 6: Marked, 7: Configured, 8: Removed, 9: Described, 10: Hashed,
 }  # fmt: skip
 _NUMBERS: Final = {kind: number for number, kind in _KINDS.items()}
 _FIELDS: Final = {number: len(kind._fields) for number, kind in _KINDS.items()}
@@ -75,15 +89,23 @@ _pack = msgpack.Packer(default=lambda value: sorted(value), unicode_errors="surr
 
 def encode(items: Iterable[Item]) -> bytes:
     """One entry. O(bytes)."""
-    packed: bytes = _pack([[_NUMBERS[type(item)], *item] for item in items])
+    listed: list[list[Any]] = []
+    for kind, run in groupby(items, type):
+        if kind is Hashed:
+            listed.append([_NUMBERS[Hashed], b"".join([item.data for item in run if isinstance(item, Hashed)])])
+        else:
+            listed += ([_NUMBERS[kind], *item] for item in run)
+    packed: bytes = _pack(listed)
     return bytes((VERSION,)) + packed
 
 
 def decode(data: bytes) -> list[Item]:
     """The items of an entry, without those of unknown kinds. Raises :class:`LogError`."""
-    if data[:1] != bytes((VERSION,)):
-        version = data[0] if data else None
-        raise LogError(f"an entry has version {version}, this kvindex reads {VERSION}: upgrade the readers first")
+    version = data[0] if data else 0
+    if version > VERSION:
+        raise ForeignError(f"an entry has version {version}, this kvindex reads {VERSION}: upgrade the readers first")
+    if version != VERSION:
+        raise LogError(f"an entry has version {version}, this kvindex reads {VERSION}: upgrade the collector")
     try:
         listed = msgpack.unpackb(memoryview(data)[1:], unicode_errors="surrogateescape", strict_map_key=False)
         return [_KINDS[number](*fields[: _FIELDS[number]]) for number, *fields in listed if number in _KINDS]

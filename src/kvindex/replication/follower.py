@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from ..sync.status import Batch
-from .entries import ZERO, Beat, Begun, Id, LogError, Previous, decode, id_text
+from .entries import ZERO, Beat, Begun, ForeignError, Hashed, Id, LogError, Previous, decode, id_text
 from .requests import Effect, Get, Load, Read, ReplicationPolicy, Request, Tip, Trust, Wait
 from .snapshots import Download, Pointer
 
@@ -89,7 +88,7 @@ class Follower:
         try:
             return self._got(answer, now)
         except LogError as error:
-            self.is_foreign = "version" in str(error) or "fleet" in str(error)
+            self.is_foreign = isinstance(error, ForeignError)
             self._useless = self._seen
             self.reason, self._download = str(error), None
             return []
@@ -122,7 +121,7 @@ class Follower:
                 return []
             self._download.pointer = found = Pointer.decode(data)
             if dict(found.settings) != self.settings:
-                raise LogError(_foreign(self.settings, found.settings))
+                raise ForeignError(_foreign(self.settings, found.settings))
             return []
         contents = self._download.got(data)
         if contents is None:
@@ -161,16 +160,16 @@ class Follower:
                 # An epoch that ended before it said what it continues leaves the question open for the next.
                 self.behind = self.place if self.behind is None else self.behind
             elif not self._is_next(id):
-                return effects + self._hole(f"entry {id_text(id)} follows {id_text(self.place)} in the log")
+                return effects + self.hole(f"entry {id_text(id)} follows {id_text(self.place)} in the log")
             try:
                 items = decode(data)
             except LogError as error:
-                self.is_foreign = "version" in str(error)
-                return effects + self._hole(f"{id_text(id)}: {error}")
+                self.is_foreign = isinstance(error, ForeignError)
+                return effects + self.hole(f"{id_text(id)}: {error}")
             self.place = id
             self.entries += 1
             for item in items:
-                if type(item) is Batch:  # nearly all
+                if type(item) is Hashed:  # nearly all
                     effects.append(item)
                 elif isinstance(item, Beat):
                     beaten = True
@@ -178,11 +177,11 @@ class Follower:
                     self.begun_by = item.writer
                     if dict(item.settings) != self.settings:
                         self.is_foreign = True
-                        return effects + self._hole(_foreign(self.settings, item.settings))
+                        return effects + self.hole(_foreign(self.settings, item.settings))
                 elif isinstance(item, Previous):
                     if self.behind is None or tuple(item) != self.behind:
                         before = id_text(self.behind or self.place)
-                        return effects + self._hole(
+                        return effects + self.hole(
                             f"epoch {id[0]} continues {id_text((item.epoch, item.number))}, this index is at {before}"
                         )
                     self.behind = None
@@ -206,7 +205,8 @@ class Follower:
         assert self.place is not None
         return id == (self.place[0], self.place[1] + 1)
 
-    def _hole(self, reason: str) -> list[Effect]:
+    def hole(self, reason: str) -> list[Effect]:
+        """What is behind this place cannot be applied: only a later snapshot helps."""
         self._useless = self._seen
         return self.reboot(reason)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ..sync.status import Batch, Marked, Removed
+from ..sync.status import Marked, Removed
 from .collector import Collector, Cut
-from .entries import Beat, Begun, Described, Id, Item, LogError, encode, id_text, next_epoch
+from .entries import Beat, Begun, Described, Hashed, Id, Item, LogError, encode, id_text, next_epoch
 from .follower import Follower
 from .requests import (
     Append,
@@ -185,7 +185,7 @@ class Replica:
         if self.follower.place is not None:
             self._highest = max(self._highest, self.follower.place[0])
         for effect in effects:
-            if type(effect) is Batch:  # nearly all
+            if type(effect) is Hashed:  # nearly all
                 continue
             if type(effect) is Load:
                 self.known.load(effect)
@@ -264,6 +264,10 @@ class Replica:
     def loaded(self, error: str | None) -> None:
         """Whether the index could be made of the last :class:`Load`."""
         self.follower.loaded(error)
+
+    def unfit(self, error: str) -> list[Effect]:
+        """An item that the index could not take, so that it is not what the log says."""
+        return self.follower.hole(error)
 
     def shown(self, item: Item | Cut) -> None:
         """A change of the index that is about to be made, while this process collects. Any one thread."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgpack
 
-from .entries import VERSION, Id, LogError, id_text
+from .entries import ForeignError, Id, LogError, id_text
 from .requests import Drop, Get, Put, Request
 
 __all__ = ["Contents", "Download", "Pointer", "Upload", "pack", "unpack"]
+
+_VERSION: Final = 1
 
 
 class Contents(NamedTuple):
@@ -34,7 +36,7 @@ class Pointer(NamedTuple):
     settings: Mapping[str, Any]
 
     def encode(self) -> bytes:
-        packed: bytes = msgpack.packb([VERSION, *self])
+        packed: bytes = msgpack.packb([_VERSION, *self])
         return packed + zlib.crc32(packed).to_bytes(4, "big")
 
     @classmethod
@@ -44,11 +46,13 @@ class Pointer(NamedTuple):
             raise LogError(f"the pointer to the snapshot is damaged: {len(data)} bytes do not fit their checksum")
         try:
             version, id, *rest = msgpack.unpackb(data[:-4])
-            if version == VERSION:
+            if version == _VERSION:
                 return cls(tuple(id), *rest[: len(cls._fields) - 1])
         except Exception as error:
             raise LogError(f"the pointer to the snapshot is damaged: {error!r}") from None
-        raise LogError(f"the snapshot has version {version}, this kvindex reads {VERSION}: upgrade the readers first")
+        raise ForeignError(
+            f"the snapshot has version {version}, this kvindex reads {_VERSION}: upgrade the readers first"
+        )
 
     def keys(self) -> tuple[str, ...]:
         return tuple(f"{self.key}:{number}" for number in range(self.pieces))

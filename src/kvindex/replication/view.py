@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
+from .._core import hash_batch
 from ..answers import WorkerStats
-from ..errors import InvalidValueError, KVIndexError, StreamError, UnknownPodError
+from ..errors import EventDecodeError, InvalidValueError, KVIndexError, StreamError, UnknownPodError
 from ..index import PrefixIndex
 from ..sync.manager import EventManager
 from ..sync.source import PodSource
@@ -34,7 +35,7 @@ from ..sync.status import (
     pod_status,
 )  # fmt: skip
 from .collector import Collector, Cut
-from .entries import ZERO, Described, epoch_time, id_text, parse_id
+from .entries import ZERO, Described, Hashed, epoch_time, id_text, parse_id
 from .exchange import Exchange
 from .follower import BEGINNING, Follower
 from .replica import Replica
@@ -549,15 +550,15 @@ class ReplicatedIndex:
     def _carry(self, effects: list[Any]) -> None:
         for effect in effects:
             kind = type(effect)
-            if kind is Batch:
+            if kind is Hashed:
                 try:
-                    self._index.ingest(
-                        effect.pod, effect.payload, model=effect.model, dp_rank=effect.rank,
-                        seq=effect.seq if effect.joined else None,
-                    )  # fmt: skip
-                except KVIndexError as error:
+                    _, unsound = self._index._ingest_hashed(effect.data)
+                except EventDecodeError as error:
+                    assert isinstance(self._machine, Replica)
+                    return self._carry(self._machine.unfit(f"an entry is damaged: {error}"))
+                if unsound:
                     # As for the collector: the index has seen that it lacks something.
-                    log.warning("%s: a batch of %s is not applied: %s", self.fleet, effect.pod, error)
+                    log.warning("%s: %d payloads that the collector got were no batches", self.fleet, unsound)
                 continue
             match effect:
                 case Trust(until):
@@ -640,6 +641,14 @@ class ReplicatedIndex:
 
     def _shown(self, item: Any) -> None:
         machine = self._machine
+        if type(item) is Batch:
+            if machine.role == "direct":
+                return
+            seq = item.seq if item.joined else None
+            index = self._index
+            item = Hashed(
+                hash_batch(item.pod, item.rank, item.model, seq, item.payload, index.block_size, index.hash_seed)
+            )
         machine.known.take(item)
         machine.shown(item)
         if self._is_idle:
