@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import http.server
 import io
+import itertools
 import json
 import random
 import re
 import signal
 import socket
 import threading
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from types import SimpleNamespace
 
@@ -24,7 +25,6 @@ from sync_support import BRISK, LivePublisher, listener, nothing_left_behind, un
 from kvindex import EventManager, PodSource, PrefixIndex
 from kvindex.cli import doctor, main
 from kvindex.cli._facts import Facts, Group
-from kvindex.sim.publisher import Publisher
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def ask(capsys, monkeypatch):
         with nothing_left_behind() if tidy else nullcontext():
             status = main(["doctor", "--block-size", "4", "--seconds", "0.05", *map(str, arguments)])
         lines = capsys.readouterr().out.splitlines()
-        findings = [re.match(r"(ok|note|WRONG) +(.*?) *$", line) for line in lines]
+        findings = [re.match(r"(ok|note|WRONG|so) +(.*?) *$", line) for line in lines]
         return status, [found.groups() for found in findings if found]
 
     return run
@@ -47,6 +47,12 @@ def ask(capsys, monkeypatch):
 
 def wrong(findings):
     return [text for level, text in findings if level == "WRONG"]
+
+
+def consequences(findings, cause):
+    """The findings below a cause that follow from it."""
+    behind = findings[findings.index(("WRONG", cause)) + 1 :]
+    return [text for _, text in itertools.takewhile(lambda found: found[0] == "so", behind)]
 
 
 def port(endpoint):
@@ -154,8 +160,9 @@ def test_replay_endpoints_that_are_none(ask, pod, refusing):
         for replay, expected in ((publisher, "is a publisher"), (speaks, "is HTTP"), (refusing, "nobody answers")):
             status, findings = ask(f"pod={endpoint}", "--replay", replay, tidy=False)
             assert status == 1
-            texts = wrong(findings)
-            assert expected in texts[0]
+            cause = wrong(findings)[0]
+            assert expected in cause
+            texts = consequences(findings, cause)
             assert any("did not answer" in text for text in texts)
             assert any("stream is degraded" in text for text in texts)
 
@@ -212,7 +219,7 @@ def test_another_topic(ask, pod):
         status, findings = ask(word(pod), "--topic", topic)
         assert status == 1
         (text,) = wrong(findings)
-        assert f"its topic is 'kv@pod@m', not {topic!r}" in text
+        assert text == f"its topic is 'kv@pod@m', not {topic!r}: a subscription to {topic!r} receives nothing"
 
 
 def test_another_rank(ask):
@@ -243,11 +250,11 @@ def test_the_port_behind_is_looked_at(ask, monkeypatch):
         status, findings = ask(f"pod={endpoint}")
         assert status == 1
         assert any(f"no replay endpoint was given ({behind} looks like one)" in text for text in wrong(findings))
-    with zmq.Context() as context, ExitStack() as stack:
+    with ExitStack() as stack:
 
         def both(endpoint, behind):
             with ExitStack() as opened:
-                other = opened.enter_context(closing(Publisher(context, behind)))
+                other = opened.enter_context(LivePublisher(name="other", endpoint=behind))
                 pod = opened.enter_context(LivePublisher(endpoint=endpoint))
                 stack.enter_context(opened.pop_all())
             return pod, other
@@ -257,32 +264,55 @@ def test_the_port_behind_is_looked_at(ask, monkeypatch):
         _, findings = ask(word(pod))
         assert (
             "note",
-            f"{other.endpoint} publishes as well: if that is a data-parallel rank of this pod, --ranks",
+            f"{other.ranks[0][0]} publishes events as well. If it is a data-parallel rank of this pod, add --ranks 2",
         ) in findings
+        with doctor.subscribed(other.ranks[0][0]) as sock:
+            until(lambda: other.publish() or doctor.topics_of(sock) == {"kv@other@m"})
         pod.publish(3)
         status, findings = ask(f"pod={pod.ranks[0][0]}", "--ranks", 2)
         assert any(text.startswith("rank 1: a publisher is at") for _, text in findings)
 
 
+@pytest.mark.parametrize(
+    ("topics", "noted"), [({"kv@other@m"}, False), ({"kv@pod@m"}, True), ({"", "kv@pod@m"}, True), (set(), True)]
+)
+def test_a_neighbour_with_another_topic_is_no_rank(topics, noted):
+    source = PodSource.from_string("pod=tcp://127.0.0.1:5557")
+    patient = doctor.Patient(0, source.workers()[0], next_answers="PUB", next_topics=topics)
+    patient.facts.add(payload(stored([1], range(4))))
+    patient.topics["kv@pod@m"] += 1
+    worker = SimpleNamespace(errors={}, state="exact", reason="")
+    found = list(doctor.events(patient, worker, None, SimpleNamespace(seconds=1.0), True, set()))
+    assert any(text.startswith("tcp://127.0.0.1:5558 publishes") for _, text, _ in found) == noted
+
+
+@contextmanager
+def live(pod):
+    stop = threading.Event()
+
+    def publish():
+        while not stop.wait(0.01):
+            pod.publish()
+
+    thread = threading.Thread(target=publish)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
 def test_without_a_replay_endpoint_history_is_missing(ask):
     with LivePublisher(replay_endpoint=None) as pod:
         pod.publish(5)
-        stop = threading.Event()
-
-        def publish():
-            while not stop.wait(0.01):
-                pod.publish()
-
-        thread = threading.Thread(target=publish)
-        thread.start()
-        try:
+        with live(pod):
             status, findings = ask(word(pod, replay=False), "--seconds", 0.5)
-        finally:
-            stop.set()
-            thread.join()
     assert status == 1
-    texts = wrong(findings)
-    for expected in ("batches were not seen", "wait for a parent", "no replay endpoint was given", "is degraded"):
+    (cause,) = wrong(findings)
+    assert cause.startswith("no replay endpoint was given")
+    texts = consequences(findings, cause)
+    for expected in ("are lost", "wait for a parent", "is degraded"):
         assert any(expected in text for text in texts), texts
 
 
@@ -295,7 +325,7 @@ def test_what_is_lost_or_unreadable(ask, pod):
     status, findings = ask(word(pod))
     assert status == 1
     texts = wrong(findings)
-    for expected in ("undecodable (", "unknown_event (1)", "bad_token (1)", "2 batches were not seen"):
+    for expected in ("undecodable (", "unknown_event (1)", "bad_token (1)", "2 batches are lost"):
         assert any(expected in text for text in texts), texts
 
 
@@ -346,6 +376,7 @@ def test_a_prompt_whose_tokens_are_shifted_is_recognised(ask, pod, tmp_path):
 
     assert about(tokens) == (0, [])
     status, (found,) = about([1, *tokens])
+    assert ("so", "nothing of the prompt's 41 tokens is found") in ask(word(pod), "--tokens", path)[1]
     assert (status, found.partition(";")[0]) == (
         1, "its tokens are shifted by 1: without its first token (1) 40 would be found"
     )  # fmt: skip
@@ -375,7 +406,10 @@ def test_a_prompt_is_looked_for(ask, pod, tmp_path, monkeypatch, capsys):
         ["nothing of the prompt's 10 tokens is found", "with lora_name='sql' 4 tokens would be found"],
     )
     assert about(range(70, 74))[1][1:] == ["with another tenant's cache_salt 4 tokens would be found"]
-    assert about(range(900, 910))[1] == ["nothing of the prompt's 10 tokens is found"]
+    assert about(range(900, 910))[1] == [
+        "nothing of the prompt's 10 tokens is found: the engine computes other token ids for it, or has evicted the "
+        "prompt. Send the prompt to the engine once more, and repeat this command"
+    ]
     assert about([1, 2, 3]) == (1, ["the prompt's 3 tokens are less than a block of 4"])
     monkeypatch.setattr("sys.stdin", io.StringIO("[0, 1, 2, 3]"))
     assert ask(word(pod), "--tokens", "-")[0] == 0
@@ -394,13 +428,13 @@ def test_what_happens_while_it_is_watched():
         until(lambda: manager.status()["pod"].batches == 1)
         worker = manager.status()["pod"].workers[0]
         patient = doctor.Patient(0, PodSource.from_string(word(pod)).workers()[0], live=1)
-    sound = [text for level, text in doctor.losses(patient, worker) if level != "ok"]
+    sound = [found.text for found in doctor.losses(patient, worker) if found.level != "ok"]
     assert sound == []
     ill = dataclasses.replace(
         worker, restarts=2, gaps=3, lag=-77.0, errors={"bad_frame_count": 4, "partial_block": 1, "novel": 1},
         counters={"disconnects": 5},
     )  # fmt: skip
-    text = "\n".join(text for _, text in doctor.losses(patient, ill))
+    text = "\n".join(found.text for found in doctor.losses(patient, ill))
     for expected in ("restarted 2 times", "3 gaps", "-77 s old", "bad_frame_count (4)", "novel (1)", "lost 5 times"):
         assert expected in text
     assert "partial_block" not in text
@@ -444,9 +478,9 @@ def told_of(options, *events):
     ],
 )  # fmt: skip
 def test_an_option_that_is_missing_or_contradicts_the_stream_is_named(options, events, level, expected):
-    ((found, text),) = told_of(options, *events)
-    assert found == level
-    assert expected in text
+    (found,) = told_of(options, *events)
+    assert found.level == level
+    assert expected in found.text
 
 
 @pytest.mark.parametrize(
@@ -474,7 +508,7 @@ def test_what_contradicts_an_option_is_told_of_a_live_pod(ask, pod):
     assert status == 0
     notes = [text for level, text in findings if level == "note"]
     assert any(text.startswith("eagle= is for hashes") for text in notes)
-    assert any("its stream is exact, as far as that goes: eagle has no effect" in text for text in notes)
+    assert any("its stream is exact, but eagle has no effect" in text for text in notes)
 
 
 # By the engine's own server
@@ -571,27 +605,22 @@ def test_the_block_size_is_the_smallest_of_the_usual_ones():
     assert facts.groups == {0: Group(None, None), 1: Group("mamba", None)}
 
 
-def test_a_replay_endpoint_that_is_another_pods_is_said(ask, pod):
-    with LivePublisher(name="other", topic=f"kv@{pod.name}@m") as other:
+@pytest.mark.parametrize("topic", ["kv@pod@m", "kv@other@m"])
+def test_a_replay_endpoint_that_is_another_pods_is_said(ask, pod, topic):
+    with LivePublisher(name="other", topic=topic) as other:
         other.publish(2)
         pod.publish(5)
-        stop = threading.Event()
-
-        def live():
-            while not stop.wait(0.02):
-                pod.publish(1)
-
-        thread = threading.Thread(target=live)
-        thread.start()
-        try:
+        with live(pod):
             status, findings = ask(f"pod={pod.ranks[0][0]},{other.ranks[0][1]}", "--seconds", "2", tidy=False)
-        finally:
-            stop.set()
-            thread.join()
     assert status == 1
-    (said,) = [text for text in wrong(findings) if "another process's replay endpoint" in text]
-    assert pod.ranks[0][0] in said
-    assert other.ranks[0][1] in said
+    (cause,) = wrong(findings)
+    assert cause.startswith("its stream is degraded: ")
+    assert other.ranks[0][1] in cause
+    if topic == "kv@pod@m":
+        assert "another process's replay endpoint" in cause
+        assert pod.ranks[0][0] in cause
+    assert not any(level == "ok" and "topic" in text and "," in text for level, text in findings)
+    assert any(re.fullmatch(r"[0-9,]+ batch(es are| is) lost", text) for text in consequences(findings, cause))
 
 
 def test_ranks_that_share_one_publisher_are_a_note(ask, pod):

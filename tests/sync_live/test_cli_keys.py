@@ -87,7 +87,7 @@ def test_a_clean_bill(command, pods):
 def test_an_encrypted_pod_asked_without_its_key(command, pod):
     status, out = command("doctor", word(pod), "--seconds", 0.1)
     assert status == 1
-    assert "is encrypted: who has not its public key gets nothing (--server-key" in out
+    assert "is encrypted: give its public key (--server-key" in out
     assert "the replay endpoint" in out
 
 

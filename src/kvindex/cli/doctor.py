@@ -9,8 +9,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import zmq
 
 from .. import EventManager, PodSource, PrefixIndex
 from ..sync.addresses import split_tcp
@@ -56,11 +59,14 @@ HARMLESS = frozenset({"partial_block", "unknown_hash", "block_size_mismatch", "i
 
 
 class Finding(NamedTuple):
-    level: Literal["ok", "note", "WRONG"]
+    level: Literal["ok", "note", "WRONG", "so"]
     text: str
+    replays: bool = False
+    """Whether the replay endpoint is the cause."""
 
 
-STYLES = {"ok": "green", "note": "cyan", "WRONG": "bold red"}
+# "so" is a consequence of the WRONG before it.
+STYLES = {"ok": "green", "note": "cyan", "WRONG": "bold red", "so": "red"}
 
 
 def add_parser(commands: Any) -> None:
@@ -96,14 +102,15 @@ def run(args: argparse.Namespace) -> int:
     tokens = None if args.tokens is None else read_tokens(args.tokens)
     # What it would say there is said here, in order.
     logging.getLogger("kvindex").addHandler(logging.NullHandler())
-    findings: list[Finding] = []
     patients = [Patient(rank, at, source.server_key is not None) for rank, at in source.workers().items()]
     for patient in patients:
         patient.probe()
-        findings += patient.labelled(addresses(patient), len(patients))
+        patient.findings += addresses(patient)
+    about_prompt: list[Finding] = []
     if any(patient.publishes for patient in patients):
-        findings += watch(out, source, patients, tokens, args)
-    return conclude(out, source, findings)
+        about_prompt += watch(out, source, patients, tokens, args)
+    findings = [found for patient in patients for found in patient.report(len(patients))]
+    return conclude(out, source, findings + about_prompt)
 
 
 def read_tokens(path: str) -> list[int]:
@@ -132,6 +139,9 @@ class Patient:
     facts: Facts = field(default_factory=Facts)
     topics: Counter[str] = field(default_factory=Counter)
     live: int = 0
+    next_topics: set[str] = field(default_factory=set)
+    """Topics of the publisher at the port behind."""
+    findings: list[Finding] = field(default_factory=list)
 
     def probe(self) -> None:
         self.answers = ask(self.at.endpoint)
@@ -147,9 +157,22 @@ class Patient:
         found = split_tcp(self.at.endpoint or "")
         return None if found is None or found[1] == 65535 else f"tcp://{found[0]}:{found[1] + 1}"
 
-    def labelled(self, findings: Iterator[Finding], ranks: int) -> list[Finding]:
+    def blames_replays(self, worker: WorkerStatus) -> bool:
+        """Whether the replay endpoint is the cause that this stream is not exact: none is given, something else
+        answers there, or the reason names it."""
+        replays = self.at.replay_endpoint
+        if worker.state == "exact":
+            return False
+        return replays is None or any(found.replays for found in self.findings) or replays in worker.reason
+
+    def report(self, ranks: int) -> list[Finding]:
+        """The findings, with the consequences behind their cause."""
+        found = [each for each in self.findings if each.level != "so"]
+        causes = [at for at, each in enumerate(found) if each.level == "WRONG"]
+        behind = next((at for at in causes if found[at].replays), causes[-1] if causes else len(found) - 1)
+        found[behind + 1 : behind + 1] = [each for each in self.findings if each.level == "so"]
         label = f"rank {self.rank}: " if ranks > 1 else ""
-        return [Finding(level, label + text) for level, text in findings]
+        return [each._replace(text=label + each.text) for each in found]
 
 
 def ask(endpoint: str | None) -> str:
@@ -157,10 +180,28 @@ def ask(endpoint: str | None) -> str:
     return "" if found is None else what_answers(*found, PROBE)
 
 
+@contextmanager
+def subscribed(endpoint: str) -> Iterator[zmq.Socket[bytes]]:
+    with zmq.Context() as context, context.socket(zmq.SUB) as sock:
+        sock.linger, sock.rcvhwm, sock.maxmsgsize, sock.ipv6 = 0, 64, 1 << 26, True
+        sock.subscribe(b"")
+        sock.connect(endpoint)
+        yield sock
+
+
+def topics_of(sock: zmq.Socket[bytes]) -> set[str]:
+    """The topics of the messages that have come, of 64 at most."""
+    found = set()
+    with suppress(zmq.Again):
+        for _ in range(64):
+            found.add(sock.recv_multipart(zmq.NOBLOCK)[0].decode("utf-8", "replace"))
+    return found
+
+
 def watch(
     out: Console, source: PodSource, patients: list[Patient], tokens: list[int] | None, args: argparse.Namespace
 ) -> Iterator[Finding]:
-    """Follow the streams for a while, and say what was seen."""
+    """Follow the streams for a while. Gives the findings about the prompt; each patient gets its own."""
     by_rank = {patient.rank: patient for patient in patients}
     current = False
 
@@ -174,8 +215,11 @@ def watch(
 
     index = PrefixIndex(block_size=args.block_size)
     expected = args.topic or source.topic
-    with EventManager(index) as manager:
+    with EventManager(index) as manager, ExitStack() as stack:
         manager.tap(show)
+        last = patients[-1]
+        behind = last.behind() if last.next_answers in PUBLISHERS else None
+        neighbour = None if behind is None else stack.enter_context(subscribed(behind))
         # Whatever topic it has, and whatever size of block: to be told, not to be refused.
         manager.add_pod(replace(source, topic=None, block_size=None))
         try:
@@ -186,13 +230,15 @@ def watch(
         except KeyboardInterrupt:
             pass
         status = manager.status()[source.name]
+        if neighbour is not None:
+            last.next_topics = topics_of(neighbour)
         for patient in patients:
             worker = status.workers[patient.rank]
             shared = set(status.workers) - set(by_rank)
-            yield from patient.labelled(events(patient, worker, expected, args, source.dp_size, shared), len(patients))
-            yield from patient.labelled(contents(patient, worker, source, args.block_size), len(patients))
-            yield from patient.labelled(engine(patient, source), len(patients))
-            yield from patient.labelled(losses(patient, worker), len(patients))
+            patient.findings += list(events(patient, worker, expected, args, patient is last, shared))
+            patient.findings += list(contents(patient, worker, source, args.block_size))
+            patient.findings += list(engine(patient, source))
+            patient.findings += list(losses(patient, worker))
         if tokens is not None:
             yield from prompt(index, source.model, tokens, patients)
 
@@ -211,8 +257,7 @@ def addresses(patient: Patient) -> Iterator[Finding]:
         "unknown host": f"{host!r} resolves to nothing",
         "silence": f"{endpoint} takes connections and says nothing: that is no ZMQ socket",
         "something else": f"what answers at {endpoint} is no ZMQ socket",
-        "CURVE": f"{endpoint} is encrypted: who has not its public key gets nothing (--server-key, or server_key= of "
-        "PodSource)",
+        "CURVE": f"{endpoint} is encrypted: give its public key (--server-key, or server_key= of PodSource)",
         "HTTP": f"{endpoint} speaks HTTP: the engine's API, not its events; kvindex doctor http://{host}:{port} "
         "asks it where they are",
         "ROUTER": f"{endpoint} is a ROUTER, as replay endpoints are: events come from another port, this is --replay",
@@ -231,19 +276,19 @@ def addresses(patient: Patient) -> Iterator[Finding]:
     answers = patient.replay_answers
     if answers and (answers == "CURVE") != patient.keyed and answers in ("ROUTER", "CURVE"):
         how = "has no keys, as the publisher should" if patient.keyed else "is encrypted, the publisher not"
-        yield Finding("WRONG", f"the replay endpoint {replays} {how}: nothing comes from it")
+        yield Finding("WRONG", f"the replay endpoint {replays} {how}: nothing comes from it", True)
     elif answers in ("ROUTER", "CURVE", ""):
         yield Finding("ok", f"replays are asked at {replays}")
     elif answers in PUBLISHERS:
-        yield Finding("WRONG", f"the replay endpoint {replays} is a publisher: a ROUTER should be there")
+        yield Finding("WRONG", f"the replay endpoint {replays} is a publisher: a ROUTER should be there", True)
     elif answers in ("refused", "no answer", "unknown host"):
-        yield Finding("WRONG", f"nobody answers at the replay endpoint {replays} ({answers}): is it configured?")
+        yield Finding("WRONG", f"nobody answers at the replay endpoint {replays} ({answers}): is it configured?", True)
     else:
-        yield Finding("WRONG", f"at the replay endpoint {replays} is {answers}, not a ZMQ ROUTER")
+        yield Finding("WRONG", f"at the replay endpoint {replays} is {answers}, not a ZMQ ROUTER", True)
 
 
 def events(
-    patient: Patient, worker: WorkerStatus, expected: str | None, args: argparse.Namespace, ranks: int,
+    patient: Patient, worker: WorkerStatus, expected: str | None, args: argparse.Namespace, last: bool,
     shared: set[int],
 ) -> Iterator[Finding]:  # fmt: skip
     """Whether events come, by which name, and for whom."""
@@ -274,7 +319,12 @@ def events(
     if patient.topics:
         seen = ", ".join(repr(topic) for topic in sorted(patient.topics))
         if expected is not None and expected not in patient.topics:
-            yield Finding("WRONG", f"its topic is {seen}, not {expected!r}: who subscribes to that gets nothing")
+            yield Finding(
+                "WRONG", f"its topic is {seen}, not {expected!r}: a subscription to {expected!r} receives nothing"
+            )
+        elif len(patient.topics) > 1:
+            level: Literal["so", "WRONG"] = "so" if patient.blames_replays(worker) else "WRONG"
+            yield Finding(level, f"its batches have topics of several engines: {seen}")
         else:
             yield Finding("ok", f"topic {seen}")
     strange = {rank for rank in facts.ranks if rank is not None and rank != patient.rank}
@@ -286,9 +336,13 @@ def events(
         )
     if others := sorted(strange & shared):
         yield Finding("note", f"rank {', '.join(map(str, others))} publishes here too, and is kept apart")
-    if patient.next_answers in PUBLISHERS and patient.rank == ranks - 1:
+    # The topic of another pod shows that it is no rank of this one.
+    others_topic = patient.next_topics and patient.topics and not patient.next_topics & set(patient.topics)
+    if last and patient.next_answers in PUBLISHERS and not others_topic:
         yield Finding(
-            "note", f"{patient.behind()} publishes as well: if that is a data-parallel rank of this pod, --ranks"
+            "note",
+            f"{patient.behind()} publishes events as well. If it is a data-parallel rank of this pod, add --ranks "
+            f"{patient.rank + 2}",
         )
 
 
@@ -394,9 +448,22 @@ def engine(patient: Patient, source: PodSource) -> Iterator[Finding]:
 def losses(patient: Patient, worker: WorkerStatus) -> Iterator[Finding]:
     """What went wrong with the stream, and how it stands at the end."""
     counters = worker.counters
+    replays = patient.at.replay_endpoint
+    blamed = patient.blames_replays(worker)
+    follows: Literal["so", "WRONG"] = "so" if blamed else "WRONG"
+    verdict = f"its stream is {worker.state}: {worker.reason}"
+    if replays is None:
+        hint = f" ({patient.behind()} looks like one)" if patient.next_answers == "ROUTER" else ""
+        yield Finding(
+            "note" if worker.state == "exact" else "WRONG",
+            f"no replay endpoint was given{hint}: what was cached before is not known, and what is lost stays lost",
+            True,
+        )
+    elif blamed and not any(found.replays for found in patient.findings):
+        yield Finding("WRONG", verdict, True)
+        verdict = ""
     if worker.lost_batches:
-        lost = counted(worker.lost_batches, "batch was", "batches were")
-        yield Finding("WRONG", f"{lost} not seen and cannot be had any more")
+        yield Finding(follows, f"{counted(worker.lost_batches, 'batch is', 'batches are')} lost")
     elif worker.gaps:
         yield Finding("note", f"{counted(worker.gaps, 'gap')} in the stream, healed by replays")
     if worker.restarts:
@@ -406,27 +473,24 @@ def losses(patient: Patient, worker: WorkerStatus) -> Iterator[Finding]:
     for reason, count in sorted(worker.errors.items()):
         if reason not in HARMLESS:
             known = ERRORS.get(reason.removeprefix("replay_"), "could not be applied")
-            yield Finding("WRONG", f"{reason} ({count:,}): {known}")
+            yield Finding(
+                follows if reason.startswith(("replay_", "foreign_topic")) else "WRONG",
+                f"{reason} ({count:,}): {known}",
+            )
     if worker.parked:
         waiting = counted(worker.parked, "block waits", "blocks wait")
-        yield Finding("WRONG", f"{waiting} for a parent whose event was before, or is lost")
-    if counters.get("replays_unanswered") and patient.at.replay_endpoint is not None:
-        unanswered = counted(counters["replays_unanswered"], "replay")
-        yield Finding("WRONG", f"{patient.at.replay_endpoint} did not answer {unanswered}")
-    if patient.at.replay_endpoint is None:
-        hint = f" ({patient.behind()} looks like one)" if patient.next_answers == "ROUTER" else ""
-        yield Finding(
-            "note" if worker.state == "exact" else "WRONG",
-            f"no replay endpoint was given{hint}: what was cached before is not known, and what is lost stays lost",
-        )
+        yield Finding("so" if worker.lost_batches else follows, f"{waiting} for a parent whose event is lost")
+    if counters.get("replays_unanswered") and replays is not None:
+        yield Finding(follows, f"{replays} did not answer {counted(counters['replays_unanswered'], 'replay')}")
     if worker.lag is not None and abs(worker.lag) > LATE and patient.live:
         yield Finding("note", f"the last event was {worker.lag:,.0f} s old: it is late, or the clocks do not agree")
     if worker.state == "exact" and worker.reason:
-        yield Finding("note", f"its stream is exact, as far as that goes: {worker.reason}")
+        yield Finding("note", f"its stream is exact, but {worker.reason}")
     elif worker.state == "exact":
         yield Finding("ok", f"its stream is exact: {counted(worker.blocks, 'block is', 'blocks are')} held")
-    else:
-        yield Finding("WRONG", f"its stream is {worker.state}: {worker.reason}")
+    elif verdict:
+        caused = blamed or any(found.level == "WRONG" for found in patient.findings)
+        yield Finding("so" if caused or worker.lost_batches or set(worker.errors) - HARMLESS else "WRONG", verdict)
 
 
 def prompt(index: PrefixIndex, model: str, tokens: list[int], patients: list[Patient]) -> Iterator[Finding]:
@@ -443,13 +507,26 @@ def prompt(index: PrefixIndex, model: str, tokens: list[int], patients: list[Pat
     if len(tokens) < index.block_size:
         yield Finding("WRONG", f"the prompt's {len(tokens)} tokens are less than a block of {index.block_size}")
         return
-    yield Finding("WRONG", f"nothing of the prompt's {len(tokens):,} tokens is found")
-    yield from shifted(index, model, tokens, [root for patient in patients for root in patient.facts.roots])
+    nothing = f"nothing of the prompt's {len(tokens):,} tokens is found"
+    roots = [root for patient in patients for root in patient.facts.roots]
+    if causes := list(shifted(index, model, tokens, roots)):
+        yield from causes
+        yield Finding("so", nothing)
+    under = []
     for name in sorted({name for patient in patients for name in patient.facts.adapters}):
         if count := found(lora_name=name):
-            yield Finding("note", f"with lora_name={name!r} {count:,} tokens would be found")
+            under.append(Finding("note", f"with lora_name={name!r} {count:,} tokens would be found"))
     if count := max((found(cache_salt=salt) for patient in patients for salt in patient.facts.salts), default=0):
-        yield Finding("note", f"with another tenant's cache_salt {count:,} tokens would be found")
+        under.append(Finding("note", f"with another tenant's cache_salt {count:,} tokens would be found"))
+    if under and not causes:
+        yield Finding("WRONG", nothing)
+    elif not causes:
+        yield Finding(
+            "WRONG",
+            f"{nothing}: the engine computes other token ids for it, or has evicted the prompt. Send the prompt to the "
+            "engine once more, and repeat this command",
+        )
+    yield from under
 
 
 def shifted(
@@ -498,11 +575,11 @@ def conclude(out: Console, source: PodSource, findings: list[Finding]) -> int:
     from rich.text import Text
 
     table = Table.grid(padding=(0, 2))
-    for level, text in findings:
+    for level, text, _ in findings:
         table.add_row(Text(level, STYLES[level]), Text(text))
     out.print(Text(source.name, "bold"))
     out.print(table)
-    wrong = sum(level == "WRONG" for level, _ in findings)
+    wrong = sum(found.level == "WRONG" for found in findings)
     if wrong:
         out.print(f"{counted(wrong, 'thing')} wrong: prompts are not found, or not always", style="bold red")
         return 1
