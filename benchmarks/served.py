@@ -43,8 +43,10 @@ def started(command: list[str], url: str) -> Iterator[psutil.Popen]:
     """What Python runs with these arguments: a service that answers ``/health``."""
 
     def answers() -> bool:
+        if served.poll() is not None:
+            sys.exit(f"{' '.join(command)} ended with status {served.returncode}")
         try:
-            urlopen(f"{url}/health").close()
+            urlopen(f"{url}/health", timeout=5).close()
         except OSError:
             return False
         return True
