@@ -597,7 +597,7 @@ def test_an_idle_engine_is_exact_after_the_silence_in_which_a_batch_would_have_s
     world.connect()
     world.wait(0.49)
     assert world.state == "stale"
-    assert world.stream.reason == "nothing that tcp://a:1 publishes has confirmed yet what tcp://b:2 gives"
+    assert world.stream.reason == "waiting for a live batch of tcp://a:1 to check the replay of tcp://b:2"
     world.wait(0.01)
     assert world.state == "exact"
     # Its first batch is asked for, once. It makes the answer more likely, so that it is no reason to doubt it.
@@ -859,7 +859,7 @@ def test_a_connection_that_brings_nothing_of_what_is_published_is_replaced():
         world.publish(1)
         world.wait(1.5)
     assert world.state == "degraded"
-    assert "publishes nothing of what" in world.stream.reason
+    assert "publishes no batch that" in world.stream.reason
     world.wait(10.0)
     assert len(world.renewals) == 1
     world.deaf = False
@@ -927,6 +927,23 @@ def test_answers_of_changing_processes_are_no_reason_to_be_degraded_for_good():
     assert world.held == world.process.truth(4)
 
 
+def test_a_replay_endpoint_without_a_listener_is_named_before_and_after_it_is_given_up():
+    world = World(endpoint="tcp://a:1", replay_endpoint="tcp://b:2")
+    world.publish(3)
+    world.connect()
+    world.publish(1)
+    world.deliver()
+    assert world.stream.reason == "replaying"
+    world.wait(2.5, serve=False)
+    assert world.stream.mark == ("stale", "tcp://b:2 accepts no connection, so the history cannot be replayed")
+    world.wait(10.0, serve=False)
+    assert world.state == "degraded"
+    assert world.stream.reason.endswith("lost; tcp://b:2 accepts no connection, so the history cannot be replayed")
+    assert any("tcp://b:2: no connection" in incident.detail for incident in world.incidents)
+    world.wait(10.0)
+    assert world.stream.mark == ("exact", "")
+
+
 def test_an_answer_of_which_all_was_refused_shows_nothing():
     world = World()
     world.publish(3)
@@ -956,7 +973,7 @@ def test_after_a_reconnect_the_reason_says_why_an_answer_shows_nothing():
         world.do(world.stream.replay_ended(world.now))
         world.wait(1.0, serve=False)
     assert world.state == "stale"
-    assert world.stream.reason.endswith("this is still the process it was: tcp://b:2 answers with another topic")
+    assert world.stream.reason.endswith("this is still the same process: tcp://b:2 answers with another topic")
     world.wait(30.0)
     assert (world.state, world.stream.reason) == ("exact", "")
 

@@ -21,19 +21,20 @@ class Reason(Enum):
     NOT_CONNECTED = "stale", "not connected yet"
     LOOKED_UP = "stale", "looking up the address of {endpoint}"
     LIMITED = "stale", "it sends more than its limit allows"
-    SAME_PROCESS_ASKED = "stale", "asking whether this is still the process it was"
-    SAME_PROCESS_UNSHOWN = "stale", "nothing has shown yet whether this is still the process it was"
+    SAME_PROCESS_ASKED = "stale", "checking whether this is still the same process"
+    SAME_PROCESS_UNSHOWN = "stale", "unknown yet whether this is still the same process"
     REPLAYING = "stale", "replaying"
+    UNREACHED = "stale", "{replay} accepts no connection, so the history cannot be replayed"
     QUEUED = "stale", "replaying: {replay} has the request and has not begun to answer"
     MISSING = "stale", "batch {seq} is missing"
     SILENT = "stale", "{replay} does not answer, and {endpoint} publishes nothing"
-    UNCONFIRMED = "stale", "nothing that {endpoint} publishes has confirmed yet what {replay} gives"
-    LAPSED = "stale", "the moment up to which the index was to be trusted is over"
-    BEING_APPLIED = "stale", "what has arrived is being applied"
-    UNCLEARED = "stale", "the index cannot forget what was before"
+    UNCONFIRMED = "stale", "waiting for a live batch of {endpoint} to check the replay of {replay}"
+    LAPSED = "stale", "the time limit of PrefixIndex.trust is over"
+    BEING_APPLIED = "stale", "batches are being applied"
+    UNCLEARED = "stale", "the index cannot clear the blocks of the former process"
     RESTARTED = "stale", "the engine has restarted"
-    REBUILT = "stale", "building again from the whole history"
-    DISOWNED = "stale", "what the replay brought was of another stream"
+    REBUILT = "stale", "rebuilding from the whole history"
+    DISOWNED = "stale", "the replay belonged to another stream"
     SHARED_SOCKET = "stale", "several ranks publish through one socket"
 
     # The stream: something is missing, or may be another process's.
@@ -64,7 +65,7 @@ class Reason(Enum):
     OTHER_TOPIC_BEFORE = "degraded", "{replay} answers with topic {topic}, {endpoint} publishes {expected}"
     ONLY_REPLAYS = (
         "degraded",
-        ("{endpoint} publishes nothing of what {replay} gives: its topic is another one, or it is another process"),
+        ("{endpoint} publishes no batch that {replay} returns: it has another topic, or is another process"),
     )
     OTHER_ENGINE = (
         "degraded",
@@ -87,15 +88,16 @@ class Reason(Enum):
             " name of its own"
         ),
     )
-    HOLES = "degraded", "{count} hole(s) in the stream had to be accepted"
-    UNPROVEN = "degraded", "no replay has shown what was before"
-    CUT_SHORT = "degraded", "a replay stopped without its end marker, there may be more than {seq}"
+    HOLES = "degraded", "{count} range(s) of batches are lost"
+    UNPROVEN = "degraded", "no replay has shown the batches before the first one"
+    CUT_SHORT = "degraded", "a replay stopped without its end marker: batches may be missing after {seq}"
 
     # The index: what the events say cannot be followed exactly.
     UNKNOWN_EVENT = "degraded", "an event of kind {kind}, which is not known, may have taken blocks away"
-    CLEAR_IN_DOUBT = "degraded", "a clear did not say whether it cleared the tiers behind the engine's own pool as well"
-    HYBRID = "degraded", "hybrid=True: what it evicts beside full attention is in no event"
-    NOT_PLACED = "degraded", "blocks could not be placed, or not be followed exactly"
+    CLEAR_IN_DOUBT = "degraded", "a clear did not say whether it includes the offloading tiers"
+    HYBRID = "degraded", "hybrid=True: evictions outside full attention are not published"
+    BLOCK_SIZE = "degraded", "its blocks have {sizes} tokens, the index has blocks of {block_size}"
+    NOT_PLACED = "degraded", "the index could not follow all events: {refusals}"
 
     # What cannot be known, or is not as it was told, though every batch is applied.
     NO_REPLAY = "exact", "without a replay endpoint the loss of the last batches cannot be noticed"

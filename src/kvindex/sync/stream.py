@@ -286,6 +286,7 @@ class WorkerStream:
 
     def replay_reached(self, now: float) -> None:
         """The publisher's socket has accepted the request. The answer may be late, but it comes."""
+        self._trust.unreached = False
         if self._replay is not None and not self._replay.reached:
             self._replay.reached = True
             # Batches that were published while the request waited for its connection are in the answer as well.
@@ -324,7 +325,7 @@ class WorkerStream:
             self._ask(Purpose.START, 0)
         else:
             self._started = self._losses.unproven = True
-            self._accept(reached, "there is no replay to ask")
+            self._accept(reached, self._why_unasked())
         return self._settle(now)
 
     def distrust(self, now: float, why: str) -> list[Action]:
@@ -575,6 +576,9 @@ class WorkerStream:
             self._open = None
             self._patience.calm()
 
+    def _why_unasked(self) -> str:
+        return f"{self._trust.replay_endpoint} is not asked" if self._trust.has else "there is no replay endpoint"
+
     def _drop_waiting(self) -> None:
         self._pending.clear()
         self._hole_at = None
@@ -594,7 +598,7 @@ class WorkerStream:
         if not self._missing() or not self.is_connected:
             return
         if not self._trust.asks:
-            self._accept_all("there is no replay to ask")
+            self._accept_all(self._why_unasked())
         elif self._started and (not self.replaying or self._background()):
             self._open_hole()
             self._tries.reset()  # earlier tries were probes of a silent stream
@@ -798,7 +802,7 @@ class WorkerStream:
         self._pending.seen = seen  # batches that did not fit are missing all the same
         self._drain()
         if self._missing():
-            self._accept_all("there is no replay to ask")
+            self._accept_all(self._why_unasked())
 
     def _restarted(self, why: str, *, keep_replay: bool = False, against: int | None = None) -> None:
         """Another process answers; ``against`` is a batch with other bytes there, or None."""
@@ -1076,6 +1080,7 @@ class WorkerStream:
     def _unanswered(self, replay: Question, now: float, *, final: bool = False) -> None:
         """A replay was of no use."""
         self.counts["replays_unanswered"] += 1
+        self._trust.unreached = not replay.reached
         silent = replay.purpose is Purpose.IDLE and self._hole_at is None
         if replay.purpose in (Purpose.HEAL, Purpose.AGREE) or (silent and final):
             self._stop_replay()
@@ -1091,7 +1096,8 @@ class WorkerStream:
             self._later(replay, now)
         else:
             self._stop_replay()
-            self._say("replay_failed", f"no useful answer in {self.policy.replay_tries} tries")
+            what = "no connection" if self._trust.unreached else "no useful answer"
+            self._say("replay_failed", f"{self._trust.replay_endpoint}: {what} in {self.policy.replay_tries} tries")
             if not self._verified:
                 # The live batches have to show whether this is the old process.
                 waiting, seen = self._pending.items(), self._pending.seen
@@ -1177,13 +1183,19 @@ class WorkerStream:
         """Why the applied batches may be wrong or incomplete; empty if there is no objection."""
         trust = self._trust
         return (
-            trust.foreign or self._blame or trust.doubt or trust.complaint() or self._losses.complaint()
+            trust.foreign or self._blame or trust.doubt or trust.complaint() or self._lost()
             or ("" if self._open is None else Reason.CUT_SHORT.text(seq=self.last_seq))
         )  # fmt: skip
+
+    def _lost(self) -> str:
+        lost = self._losses.complaint()
+        return f"{lost}; {self._trust.say(Reason.UNREACHED)}" if lost and self._trust.unreached else lost
 
     def _waits_for_replay(self) -> str:
         if self._replay is not None and self._replay.waits:
             return self._trust.say(Reason.QUEUED)
+        if self._trust.unreached:
+            return self._trust.say(Reason.UNREACHED)
         return Reason.REPLAYING.text()
 
     def _mark(self, mark: Mark) -> None:

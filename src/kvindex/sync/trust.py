@@ -15,7 +15,8 @@ class Trust:
 
     __slots__ = (
         "agrees", "answers", "asks", "brought", "brought_mark", "conflicts", "contradiction", "doubt", "endpoint",
-        "foreign", "has", "presumed", "refusal", "replay_endpoint", "tails", "unconfirmed", "unheard", "witness",
+        "foreign", "has", "presumed", "refusal", "replay_endpoint", "tails", "unconfirmed", "unheard", "unreached",
+        "witness",
     )  # fmt: skip
 
     def __init__(self, has: bool, endpoint: str, replay_endpoint: str) -> None:
@@ -38,6 +39,8 @@ class Trust:
         """A live batch that was another one in an answer."""
         self.tails = 0
         """Answers that brought batches since the last live one."""
+        self.unreached = False
+        """The last request found no connection."""
         self.connected()
 
     def connected(self) -> None:

@@ -56,6 +56,10 @@ _SERIOUS: Final = frozenset(
 )  # fmt: skip
 
 
+# Refusals of the index that are part of a healthy stream.
+_HARMLESS: Final = frozenset({"unknown_hash", "ignored_medium"})
+
+
 class Index(Protocol):
     """The part of :class:`PrefixIndex` that a manager uses."""
 
@@ -129,7 +133,7 @@ class Worker:
     __slots__ = (
         "_allowance", "_asking", "_backlog", "_backlog_bytes", "_blamed", "_curve", "_first_topic", "_heard",
         "_heard_at", "_looking_up", "_loop", "_overlooked", "_resume_at", "_setting", "_unbeaten", "_uncleared", "at",
-        "attempt", "connection", "due", "errors", "events", "explained", "gone", "lag", "last_seq", "model",
+        "attempt", "connection", "due", "errors", "events", "explained", "gone", "lag", "last_seq", "misfit", "model",
         "opened_at", "pod", "question", "rank", "ranks", "reconnect_at", "removed", "replay", "replay_topic",
         "rival", "seen_topic", "source", "state", "stored", "stream", "subscription", "tokens", "tokens_at", "told",
          "topic", "unknown", "unsaid",
@@ -190,7 +194,9 @@ class Worker:
         self.events: Counter[str] = Counter()  # events that are rare
         self.errors: Counter[str] = Counter()
         self.explained: frozenset[str] = frozenset()  # an empty set takes 216 bytes
-        self.unknown: str | None = None  # the kind of an unknown event, until the worker starts from scratch
+        # Until the worker starts from scratch: the kind of an unknown event, and blocks of another size.
+        self.unknown: str | None = None
+        self.misfit: str | None = None
         self._heard_at: float | None = None  # the last message of this connection, or its beginning
         self._unbeaten = 0  # consecutive connections that ended like those with unanswered heartbeats
         self._blamed = False  # this connection has brought batches of another rank
@@ -589,11 +595,11 @@ class Worker:
                 self._setting.index.clear_worker(self.pod, rank)
         except Exception as error:
             self.errors["refused"] += 1
-            self._say("refused", f"the index cannot forget what was before, and is asked again: {error!r}", now)
+            self._say("refused", f"the index cannot clear the blocks of the former process, and is asked again: {error!r}", now)
             return False
         self._uncleared = False
         self.explained = frozenset()
-        self.unknown = None
+        self.unknown = self.misfit = None
         return True
 
     def _whose(self, ranks: Ranks, payload: bytes, actions: list[Action], now: float) -> int | None:
@@ -657,7 +663,7 @@ class Worker:
             self.events["cleared"] += report.cleared
             whole = (isinstance(e, AllBlocksCleared) and e.medium is None for e in decode_batch(payload).events)
             if self.source.clear_media is None and (ranks is None or not ranks.several) and any(whole):
-                self.unknown = None
+                self.unknown = self.misfit = None
                 actions += self.stream.cleared(seq, now)
         if self.source.eagle and report.stored and "eagle" not in self.explained:
             self._compare_eagle(now)
@@ -670,10 +676,10 @@ class Worker:
         self._loop.call_soon(self.compare_state)
         for reason, count in report.reasons.items():
             self.errors[reason] += count
-            if reason not in self.explained and reason not in ("unknown_hash", "ignored_medium"):
+            if reason not in self.explained and reason not in _HARMLESS:
                 # Once for each reason until the worker starts from scratch. The counters have all of them.
                 self.explained |= {reason}
-                self._say(reason, self._explain(reason, payload), now)
+                self._say(reason, self._explain(reason, payload), now, logging.WARNING)
 
     def _compare_eagle(self, now: float) -> None:
         """Compare the option with the first stored blocks, which show whether hashes cover lookahead tokens. Logged
@@ -695,7 +701,8 @@ class Worker:
             return "an event could not be applied"
         sizes = {getattr(event, "block_size", None) for event in decode_batch(payload).events}
         named = ", ".join(str(size) for size in sorted(size for size in sizes if size))
-        return f"its blocks have {named} tokens, the index counts in {self._setting.index.block_size}"
+        self.misfit = Reason.BLOCK_SIZE.text(sizes=named, block_size=self._setting.index.block_size)
+        return self.misfit
 
     def ask(self, start: int) -> None:
         """Request a replay, now or when it is this worker's turn."""
@@ -829,7 +836,11 @@ class Worker:
             return Reason.UNKNOWN_EVENT.text(kind=self.unknown)
         if any(figures[rank]["in_doubt"] for rank in self.speaks_for if rank in figures):
             return Reason.CLEAR_IN_DOUBT.text()
-        return (Reason.HYBRID if self.source.hybrid else Reason.NOT_PLACED).text()
+        if self.misfit is not None:
+            return self.misfit
+        if self.source.hybrid:
+            return Reason.HYBRID.text()
+        return Reason.NOT_PLACED.text(refusals=", ".join(sorted(self.explained - {"eagle"})) or "see its errors")
 
     def describe(self, table: Mapping[int, dict[str, Any]], into: dict[int, WorkerStatus]) -> None:
         """Enter the status of this worker, and of others that share its publisher, by rank. ``table`` has the index's
@@ -886,7 +897,7 @@ class Worker:
             counters=dict(counts),
         )
 
-    def _say(self, kind: str, detail: str, now: float) -> None:
+    def _say(self, kind: str, detail: str, now: float, level: int | None = None) -> None:
         """Log an incident. Of many in a short time, a few are logged and the rest are counted."""
         self.tokens = min(10.0, self.tokens + (now - self.tokens_at) * 0.5)
         self.tokens_at = now
@@ -896,4 +907,6 @@ class Worker:
         self.tokens -= 1.0
         more, self.unsaid = self.unsaid, 0
         tail = f" ({more} earlier incidents were not logged)" if more else ""
-        log.log(logging.WARNING if kind in _SERIOUS else logging.INFO, "%s: %s: %s%s", self.who, kind, detail, tail)
+        if level is None:
+            level = logging.WARNING if kind in _SERIOUS else logging.INFO
+        log.log(level, "%s: %s: %s%s", self.who, kind, detail, tail)
