@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from . import arguments
 from ._core import Loads, PodSet
-from .errors import InvalidTypeError, InvalidValueError
+from .errors import InvalidTypeError, InvalidValueError, UnknownPodError
 from .index import PrefixIndex
 
 if TYPE_CHECKING:
@@ -270,7 +270,7 @@ class EndpointPicker:
             extra_keys: One entry per block, as for :meth:`PrefixIndex.match_prefix`.
 
         Returns:
-            The choice; None if no pod is ready.
+            The choice; None if no current pod serves the model. A model that no pod was added with is logged once.
 
         Raises:
             InvalidTypeError: An argument has the wrong type. Nothing was reserved.
@@ -382,6 +382,8 @@ class EndpointPicker:
             if choice._head is not None and cached_tokens:
                 reports.head = choice._head
             said = _reason(reports.recent, self._index.block_size, reports.said)
+            if said and not self._has_blocks(choice.pod):
+                said = "the index has no block of it: EventManager.status() has the reason (block size, model, topic)"
             if said == reports.said:
                 return
             reports.said = said
@@ -390,6 +392,12 @@ class EndpointPicker:
             log.warning("pod %s: cached tokens differ from what was expected: %s%s", choice.pod, said, shift)
         else:
             log.info("pod %s: cached tokens are as expected again", choice.pod)
+
+    def _has_blocks(self, pod: str) -> bool:
+        try:
+            return any(figures["blocks"] for figures in self._index.worker_stats(pod).values())
+        except UnknownPodError:
+            return False
 
     def stats(self) -> dict[str, Any]:
         """Returns counters since the picker was created, and the requests in flight. O(workers).
@@ -472,6 +480,12 @@ class EndpointPicker:
             if len(filters) >= _FILTERS:
                 filters.clear()
             filters[key] = found
+            if pods is None and self._sources and all(each.model != model for each in self._sources.values()):
+                served = ", ".join(sorted({repr(each.model) for each in self._sources.values()})[:8])
+                log.warning(
+                    "no pod serves model %s; the pods were added with %s: PodSource(model=...) is the requests' name",
+                    arguments.shown(model), served,
+                )  # fmt: skip
         return found
 
     # ---- reservations, with the lock --------------------------------------------------------------------------------

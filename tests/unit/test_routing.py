@@ -497,6 +497,33 @@ def test_roles_models_and_addresses_come_from_sources():
         picker.pick(SHARED, labels="decode")
 
 
+def test_a_model_that_no_pod_serves_is_logged_once(caplog):
+    index = PrefixIndex(block_size=SIZE)
+    manager = Manager(source("a", "sim"), source("b", "sim"))
+    exact(index, "a", "b")
+    picker = EndpointPicker(index, manager)
+    for _ in range(3):
+        assert picker.pick(SHARED) is None
+        assert picker.pick(SHARED, model="sim") is not None
+    (told,) = caplog.messages
+    assert "no pod serves model ''; the pods were added with 'sim'" in told
+    index.mark_worker("a", 0, "stale")
+    index.mark_worker("b", 0, "stale")
+    assert picker.pick(SHARED, model="sim") is None
+    assert len(caplog.messages) == 1
+
+
+def test_a_pod_of_which_the_index_has_no_block_is_explained_by_that(caplog):
+    index = PrefixIndex(block_size=SIZE)
+    exact(index, "a")
+    picker = EndpointPicker(index)
+    for prompt in grown():
+        choice = picker.pick(prompt)
+        picker.finished(choice, cached_tokens=SIZE)
+    (told,) = caplog.messages
+    assert "the index has no block of it" in told
+
+
 # ---- expected and reported ------------------------------------------------------------------------------------------
 
 

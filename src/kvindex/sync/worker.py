@@ -595,7 +595,7 @@ class Worker:
                 self._setting.index.clear_worker(self.pod, rank)
         except Exception as error:
             self.errors["refused"] += 1
-            self._say("refused", f"the index cannot clear the blocks of the former process, and is asked again: {error!r}", now)
+            self._say("refused", f"{Reason.UNCLEARED.text()}, and is asked again: {error!r}", now)
             return False
         self._uncleared = False
         self.explained = frozenset()
