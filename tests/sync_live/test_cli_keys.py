@@ -96,7 +96,7 @@ def test_another_pod_than_the_key_is_of(command, pod, monkeypatch):
     monkeypatch.setattr(doctor, "EventManager", partial(EventManager, policy=BRISK, connect_timeout=0.3))
     status, out = command("doctor", word(pod), "--server-key", OTHER, "--seconds", 0.1)
     assert status == 1
-    assert "not who has the server_key" in out
+    assert "does not have the server_key" in out
 
 
 def test_a_pod_without_keys_where_one_with_a_key_should_be(command, plain):

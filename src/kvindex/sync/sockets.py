@@ -339,7 +339,7 @@ class Subscription(Watched):
 
 # A handshake, of which libzmq tells, came with ZMTP 3; and heartbeats, without which a silent death is not noticed.
 OUTDATED: Final = (
-    "what answers there is no ZMQ publisher, or speaks ZMTP 2 or older, as libzmq before 4.0 does, which cannot be"
+    "the service there is not a ZMQ publisher, or speaks ZMTP 2 or older, as libzmq before 4.0 does, which cannot be"
     " followed"
 )
 
@@ -355,16 +355,16 @@ def why_lost(event: int, *, keyed: bool, stood: bool) -> str:
     """The reason for a lost connection, as text."""
     if event == zmq.EVENT_DISCONNECTED and not stood:
         return (
-            "what answers there ends the connection at once: it is no publisher, but another ZMQ socket (a replay"
-            " endpoint?), or no ZMQ socket"
+            "the service there closes the connection at once: it is not a publisher. If it is a replay endpoint, swap"
+            " the two ports"
         )
     if event == zmq.EVENT_DISCONNECTED:
         return "the connection was lost"
     if event == zmq.EVENT_CONNECT_RETRIED:
         return "nobody accepts connections there"
     if keyed:
-        return "what answers there is not who has the server_key, or does not answer"
-    return "what answers there is no ZMQ publisher, or one with keys, or does not answer"
+        return "the service there does not have the server_key, or hangs"
+    return "the service there is not a ZMQ publisher, or needs a key, or hangs"
 
 
 class Replay(Watched):
