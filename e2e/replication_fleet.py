@@ -108,7 +108,7 @@ def prompt(pod: int, number: int, run: int) -> list[int]:
 def publish(settings: Settings, shared: Shared, pipe: Any) -> None:
     """Every pod's publisher, in turn."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    counts, times, rate = shared.counts, shared.times, shared.rate
+    counts, times = shared.counts, shared.times
     with zmq.Context() as context:
         pods = [
             Publisher(context, "tcp://127.0.0.1:*", "tcp://127.0.0.1:*", topic=f"kv@{name}@m")
@@ -127,15 +127,16 @@ def publish(settings: Settings, shared: Shared, pipe: Any) -> None:
                 if shared.drops[pod]:
                     each.faults.drop += shared.drops[pod]
                     shared.drops[pod] = 0
-            if rate.value <= 0:
+            rate = shared.rate.value  # another process changes it
+            if rate <= 0:
                 due = now
-            while rate.value > 0 and due <= now:
+            while rate > 0 and due <= now:
                 pod, at = at, (at + 1) % len(pods)
                 number = counts[pod]
                 times[pod * _RING + number % _RING] = time.monotonic()
                 pods[pod].publish(batch(pod, number, run=shared.runs[pod]))
                 counts[pod] = number + 1
-                due += 1.0 / rate.value
+                due += 1.0 / rate
             for each in pods:
                 each.serve()
             time.sleep(0.0005)
@@ -239,8 +240,8 @@ class Member:
     settings: Settings
     role: str = "follower"
     exact: int = 0
-    log: list[tuple[float, bool, float]] = field(default_factory=list)
-    """Moments at which all pods became exact or not all of them were any more, and the worst age until then."""
+    log: list[tuple[float, bool, float, str]] = field(default_factory=list)
+    """Moments at which all pods became exact or not all of them were any more; the worst age until then; the role."""
     said: set[str] = field(default_factory=set)
     """Reasons that its status gave."""
     logged: set[str] = field(default_factory=set)
@@ -272,6 +273,8 @@ class Outcome:
     """The same from the end of the fault, and never less than nothing."""
     worst_age: float
     """Of all answers of followers that called themselves exact."""
+    way: float
+    """The same of the collector, which hears the engines themselves: how long a message of theirs was on its way."""
 
 
 class Fleet:
@@ -330,8 +333,9 @@ class Fleet:
         if kind == "raised":
             self.raised.append(what[0])
         elif kind == "state":
+            before = member.role
             at, all_exact, member.exact, member.role, said, worst, logged = what
-            member.log.append((at, all_exact, worst))
+            member.log.append((at, all_exact, worst, before))
             member.said |= {line for line in said.split("\n") if line}
             member.logged |= {line for line in logged.split("\n") if line}
 
@@ -382,12 +386,16 @@ class Fleet:
         for member in (self.members[number] for number in watched):
             since = [each for each in member.log if each[0] >= began]
             worst = max([worst, *(each[2] for each in since)])
-            left = [at for at, all_exact, _ in since if not all_exact]
+            left = [at for at, all_exact, *_ in since if not all_exact]
             if left:
                 stale.append(left[0] - began)
-                exact.append(next((at for at, all_exact, _ in since if all_exact and at > left[-1]), settled) - began)
+                exact.append(next((at for at, all_exact, *_ in since if all_exact and at > left[-1]), settled) - began)
         exact_after = max(exact, default=0.0)
-        return Outcome(max(stale, default=None), exact_after, max(0.0, exact_after - (ended - began)), worst)
+        way = [age for *_, age, role in self.collector.log if role == "collector"]
+        return Outcome(
+            stale_after=max(stale, default=None), exact_after=exact_after, worst_age=worst, way=max(way, default=0.0),
+            healed_after=max(0.0, exact_after - (ended - began)),
+        )  # fmt: skip
 
     def __enter__(self) -> Self:
         return self

@@ -35,7 +35,7 @@ SMALL: dict[str, Any] = {"pods": 8, "followers": 4, "rate": 200.0}
 def check(fleet: Fleet, name: str, fault: Fault) -> None:
     """How long it takes is printed, and not judged: everybody is well again at some time, and was never wrong."""
     found = measure(fleet, fault)
-    assert found.worst_age <= BOUND, f"{name}: an answer called exact was {found.worst_age:.2f} s old"
+    assert found.worst_age <= BOUND + found.way, f"{name}: an answer called exact was older than may be: {found}"
     print(f"{name}: {found}")
 
 
