@@ -168,7 +168,7 @@ class Load(NamedTuple):
 class Trust(NamedTuple):
     """``PrefixIndex.trust``."""
 
-    until: float | None
+    until: float
 
 
 class Collect(NamedTuple):

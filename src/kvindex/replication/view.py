@@ -71,9 +71,10 @@ class ReplicationStatus:
     place: str
     """Id of the last entry of the log that this process has applied or written."""
     trusted: bool
-    """Whether the log is alive; True for a collector."""
+    """Whether this process is up to date with the log, or with its engines if it follows them."""
     age: float | None
-    """Seconds since the moment up to which this process has the log; 0 for a collector, None if that is unknown."""
+    """Seconds since the moment up to which this process has the log, or the messages that its engines have sent to it;
+    None if that is unknown."""
     began: float | None
     """When the log's current epoch began, in seconds since 1970 by its collector's clock; None without one."""
     lease_age: float | None
@@ -174,15 +175,21 @@ class ReplicatedIndex:
         self._awake = threading.Event()
         self._is_idle = False
         self._closing = False
-        self._until: float | None = 0.0
+        self._until = 0.0
         self._said = ""
         self._silent = (
             f"the log is silent: no collector has written for {self.policy.silence:g} s that it follows the engines;"
             " none may run, or the server may not let it write"
         )
+        self._late = (
+            f"this process has not looked at its engines' messages for {self.policy.silence:g} s: it was suspended, or"
+            " needs more of a processor"
+        )
         self._lacks = ""
         self._look_at = 0.0
-        self._beat_at = 0.0
+        self._beats_end = threading.Event()
+        self._beaten_at = 0.0
+        self._is_late = False
         self._leased_at = 0.0
         self._snapshot_at: float | None = None
         self._snapshot_bytes = 0
@@ -446,18 +453,16 @@ class ReplicatedIndex:
 
     @property
     def _is_trusted(self) -> bool:
-        until = self._until
-        return until is None or time.monotonic() < until
+        return time.monotonic() < self._until
 
     def _age(self, now: float) -> float | None:
-        until = self._until
-        if until is None:
-            return 0.0
-        return None if until == 0.0 else now - (until - self.policy.silence)
+        return None if self._until == 0.0 else now - (self._until - self.policy.silence)
 
     @property
     def _reason(self) -> str:
         # A machine hears of an entry that comes, not of the one that does not.
+        if self._manager is not None:
+            return self._machine.reason or ("" if self._is_trusted else self._late)
         return self._machine.reason or ("" if self._is_trusted else self._silent)
 
     def _missing(self) -> str:
@@ -505,13 +510,12 @@ class ReplicatedIndex:
             now = clock()
             while self._inbox:
                 self._inbox.popleft()(now)
-            self._beat(now)
             request = self._machine.next(now, time.time())
             if type(request) is Wait:
                 if self._closing:
                     return
                 self._carry(self._machine.due(now))
-                self._sleep(min(request.until, self._beat_at if self._manager is not None else request.until) - clock())
+                self._sleep(request.until - clock())
             else:
                 answer = self._store.do(request)
                 if answer is True and type(request) in _LEASES:
@@ -574,7 +578,7 @@ class ReplicatedIndex:
                 case _:
                     self._apply(effect)
 
-    def _trust(self, until: float | None) -> None:
+    def _trust(self, until: float) -> None:
         self._until = until
         self._index.trust(until)
 
@@ -630,8 +634,12 @@ class ReplicatedIndex:
             manager.on_pods(self._described)
             manager.start()
             self._manager = manager
-            self._trust(None)
-            self._beat_at = 0.0
+            self._beaten_at, self._is_late = time.monotonic(), False
+            self._trust(self._beaten_at + self.policy.silence)
+            self._beats_end = threading.Event()
+            threading.Thread(
+                target=self._post_beats, args=(manager, self._beats_end), name="kvindex-replication-beats", daemon=True
+            ).start()
             for source in self._sources.values():
                 try:
                     manager.add_pod(source)
@@ -659,20 +667,28 @@ class ReplicatedIndex:
             self._shown(Described(source.name, source.model, source.address, dict(source.labels), source.engine))
         _call(self._on_pods, change)
 
-    def _beat(self, now: float) -> None:
-        """Posts a beat to the thread of the manager, behind all changes up to now."""
-        manager = self._manager
-        if manager is None or now < self._beat_at:
-            return
-        self._beat_at = now + self.policy.beat
-
-        def beat() -> None:
-            if self._manager is manager:
-                self._machine.beat(time.monotonic())
-                self._wake()
-
+    def _post_beats(self, manager: EventManager, end: threading.Event) -> None:
+        """Posts beats to the thread of the manager, behind all changes up to then. In a thread of its own, since the
+        view's waits for the server."""
         with suppress(StreamError):
-            manager.post(beat)
+            beaten = manager.post(partial(self._beat, manager))
+            while not end.wait(self.policy.beat):
+                # Never two at once, which would seem to have messages between them.
+                if beaten.done():
+                    beaten = manager.post(partial(self._beat, manager))
+
+    def _beat(self, manager: EventManager) -> None:
+        if self._manager is not manager:
+            return
+        now = time.monotonic()
+        is_late, was_late = now >= self._beaten_at + 2 * self.policy.beat, self._is_late
+        self._beaten_at, self._is_late = now, is_late
+        # The loop carries out what was posted before it reads its sockets: the beat after a late one may still be ahead
+        # of what has come during the pause.
+        if not (is_late or was_late):
+            self._trust(now + self.policy.silence)
+            self._machine.beat(now)
+        self._wake()
 
     def _snapshot(self) -> None:
         manager = self._manager
@@ -701,8 +717,9 @@ class ReplicatedIndex:
             manager, self._manager = self._manager, None
             if manager is None:
                 return
-            self._trust(0.0)
+            self._beats_end.set()
             manager.close()
+            self._trust(0.0)  # its last beat may have been under way
         log.warning("%s: this process follows the engines no longer: %s", self.fleet, reason)
 
 
