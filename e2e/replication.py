@@ -23,6 +23,7 @@ from typing import Any
 import msgpack
 
 from kvindex import PrefixIndex
+from kvindex.replication.entries import VERSION
 from kvindex.replication.snapshots import Pointer
 
 from .log_server import LogServer, Watched, programs
@@ -172,7 +173,7 @@ def _lose_piece(client: Any, pointer: Pointer) -> None:
 def _make_newer(client: Any, pointer: Pointer) -> None:
     import zlib
 
-    packed = msgpack.packb([2, *pointer])
+    packed = msgpack.packb([VERSION + 1, *pointer])
     client.set(SNAP, packed + zlib.crc32(packed).to_bytes(4, "big"))
 
 
@@ -228,6 +229,8 @@ DENY, ALLOW = ["ACL", "SETUSER", "default", "-xadd"], ["ACL", "SETUSER", "defaul
 FULL, ROOM = ["CONFIG", "SET", "maxmemory", "1"], ["CONFIG", "SET", "maxmemory", "0"]
 REPLICA, PRIMARY = ["REPLICAOF", "127.0.0.1", "1"], ["REPLICAOF", "NO", "ONE"]
 
+NEWER = f"version {VERSION + 1}"
+
 FAULTS: dict[str, Fault] = {
     "collector killed": Fault(_kill_collector, "silent"),
     "collector suspended for 4 s": Fault(_freeze_collector, "silent"),
@@ -241,7 +244,7 @@ FAULTS: dict[str, Fault] = {
     "a follower slower than the trimming": Fault(_slow_down, "follows .* in the log", is_brief=True),
     "snapshot: a bit flipped": Fault(partial(_damage, change=_flip, named="is damaged"), "is damaged"),
     "snapshot: a piece missing": Fault(partial(_damage, change=_lose_piece, named="is gone"), "is gone"),
-    "snapshot: of a newer version": Fault(partial(_damage, change=_make_newer, named="version 2"), "version 2"),
+    "snapshot: of a newer version": Fault(partial(_damage, change=_make_newer, named=NEWER), NEWER),
     "engines restarted in a takeover": Fault(_engines_in_takeover, "silent"),
     "another fleet under the same name": Fault(partial(_invite, block_size=32), "another fleet"),
     "another list of pods": Fault(_other_list, "does not follow", is_noticed=False),

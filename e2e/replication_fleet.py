@@ -272,7 +272,7 @@ class Outcome:
     healed_after: float
     """The same from the end of the fault, and never less than nothing."""
     worst_age: float
-    """Of all answers of followers that called themselves exact."""
+    """Of all answers that called themselves exact."""
     way: float
     """The same of the collector, which hears the engines themselves: how long a message of theirs was on its way."""
 
@@ -382,10 +382,12 @@ class Fleet:
 
     def outcome(self, began: float, ended: float, watched: list[int], settled: float) -> Outcome:
         """What became of it. ``watched``: the followers that are there all the time."""
-        stale, exact, worst = [], [], 0.0
+        stale, exact = [], []
+        worst = max(
+            (age for member in self.members.values() for at, _, age, _ in member.log if at >= began), default=0.0
+        )
         for member in (self.members[number] for number in watched):
             since = [each for each in member.log if each[0] >= began]
-            worst = max([worst, *(each[2] for each in since)])
             left = [at for at, all_exact, *_ in since if not all_exact]
             if left:
                 stale.append(left[0] - began)
