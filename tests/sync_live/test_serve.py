@@ -742,11 +742,17 @@ def test_the_command_reads_a_token_and_refuses_bad_options(tmp_path, capsys):
     from kvindex.cli import main
 
     (tmp_path / "token").write_text("secret\n")
+    without = Command()
+    assert without.process.stdout.readline() == "no pods yet: POST /register adds one\n"
+    assert without.end() == 0
     served = Command("--token-file", tmp_path / "token", "a=tcp://127.0.0.1:9")
     assert served.ask("GET", "/v1/pods")[0] == 401
     served.ask.headers["Authorization"] = "Bearer secret"
     assert list(served.ask("GET", "/v1/pods")[1]["pods"]) == ["a"]
-    assert served.end() == 0
+    served.ask.connection.close()
+    served.process.send_signal(signal.SIGTERM)
+    assert "no pods yet" not in served.process.communicate(timeout=30)[0]
+    assert served.process.returncode == 0
     (tmp_path / "empty").write_text("")
     for arguments in (
         ["--snapshot-every", "1"],

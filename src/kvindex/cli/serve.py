@@ -29,9 +29,8 @@ def add_parser(commands: Any) -> None:
         commands,
         "serve",
         help="the index as an HTTP service, with a live page",
-        description="Follow pods and answer questions about them over HTTP: the routes of kvindex, and those of "
-        "Mooncake's conductor and of Dynamo's standalone indexer for the clients that these have; /metrics. "
-        "/openapi.json describes every route.",
+        description="Follow pods and answer questions about them over HTTP. Serves kvindex's routes, the routes of "
+        "Mooncake and Dynamo, and /metrics. /openapi.json describes every route.",
         status="0 when it was ended by a signal",
         lines=[
             "kvindex serve --pods pods.yaml --port 8090",
@@ -69,9 +68,11 @@ def add_parser(commands: Any) -> None:
     network.add_argument("--token-file", metavar="FILE",
                          help=f"the bearer token that callers have to send (default: {TOKEN}, else none)")  # fmt: skip
     for name in ("ssl-certfile", "ssl-keyfile", "ssl-keyfile-password", "ssl-ca-certs"):
-        network.add_argument(f"--{name}", metavar="FILE" if "password" not in name else "TEXT", help="as of uvicorn")
+        network.add_argument(
+            f"--{name}", metavar="FILE" if "password" not in name else "TEXT", help="same as uvicorn's option"
+        )
     network.add_argument(
-        "--ssl-cert-reqs", type=int, metavar="N", help="as of uvicorn: 2 requires clients' certificates"
+        "--ssl-cert-reqs", type=int, metavar="N", help="same as uvicorn's option: 2 requires clients' certificates"
     )
 
     work = parser.add_argument_group("limits")
@@ -134,6 +135,8 @@ def run(args: argparse.Namespace) -> int:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: server.stop())
         print(f"kvindex serve: {' and '.join(filter(None, (server.url, server.uds)))}", flush=True)
+        if not (manager.pods() or args.log or args.file or args.kubernetes is not None):
+            print("no pods yet: POST /register adds one", flush=True)
         try:
             server.run()
         finally:
