@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -134,12 +134,13 @@ def connected(pods: Pods) -> list[int]:
             for each in psutil.Process(pod.pid).net_connections("tcp")
             if each.status == psutil.CONN_ESTABLISHED and each.laddr.port == publishes
         }
-    return [
-        child.pid
-        for child in psutil.Process().children(recursive=True)
-        for each in child.net_connections("tcp")
-        if each.laddr.port in ports and each.raddr
-    ]
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        # A worker that was killed may end between the two calls.
+        with suppress(psutil.NoSuchProcess):
+            connections = child.net_connections("tcp")
+            found += [child.pid for each in connections if each.laddr.port in ports and each.raddr]
+    return found
 
 
 def readers(server: LogServer) -> int:
