@@ -102,7 +102,7 @@ class Reason(Enum):
     # What cannot be known, or is not as it was told, though every batch is applied.
     NO_REPLAY = "exact", "without a replay endpoint the loss of the last batches cannot be noticed"
     NO_ANSWER = "exact", "{replay} has not answered: without replays the loss of the last batches cannot be noticed"
-    OTHER_MODEL = "exact", "its topic {topic} names another model than {model}"
+    OTHER_MODEL = "exact", "its topic names model {named}, not {model}"
     EAGLE_IDLE = (
         "exact",
         ("eagle has no effect: the hashes of its blocks have a lookahead of {lengths}, so no block is dropped"),

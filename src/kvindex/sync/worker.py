@@ -497,7 +497,7 @@ class Worker:
     def _foreign(self, topic: bytes, expected: bytes, now: float) -> None:
         self.errors["foreign_topic"] += 1
         if self.errors["foreign_topic"] == 1:
-            self._say("foreign_topic", f"ignoring topic {topic!r:.80}, this stream is {expected!r:.80}", now)
+            self._say("foreign_topic", f"ignoring topic {_named(topic)}, this stream is {_named(expected)}", now)
 
     def _fault(self, fault: FrameFault, now: float) -> None:
         self.errors[fault.reason] += 1
@@ -810,7 +810,7 @@ class Worker:
         said = parse_topic(topic)
         if said is None or not self.model or said[1] == self.model:
             return ""
-        return Reason.OTHER_MODEL.text(topic=_named(topic), model=f"{self.model!r:.80}")
+        return Reason.OTHER_MODEL.text(named=f"{said[1]!r:.80}", model=f"{self.model!r:.80}")
 
     def _state_of(self, figures: Mapping[int, dict[str, Any]]) -> tuple[str, str]:
         if self.ranks is None or not self.ranks.others:  # nearly all workers
