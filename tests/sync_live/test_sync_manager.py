@@ -911,7 +911,7 @@ def test_another_socket_at_the_endpoint_is_named_as_what_it_is(manager, kind):
         other = context.socket(kind)
         port = other.bind_to_random_port("tcp://127.0.0.1")
         manager.add_pod(PodSource("pod", endpoint=f"tcp://127.0.0.1:{port}"))
-        until(lambda: re.search("is no (ZMQ )?publisher", manager.status()["pod"].reason))
+        until(lambda: re.search("is not a (ZMQ )?publisher", manager.status()["pod"].reason))
     finally:
         context.destroy(linger=0)
 
