@@ -99,27 +99,13 @@ class Gate:
 
     async def read(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body; None where the client has gone."""
-        # asyncio.timeout in a few lines: it takes as long as the match of a prompt.
-        task = asyncio.current_task()
-        assert task is not None
-        late = False
-
-        def end() -> None:
-            nonlocal late
-            late = True
-            task.cancel()
-
-        timer = asyncio.get_running_loop().call_later(self.limits.body_seconds, end)
         try:
-            return await self._read(scope, receive)
-        except asyncio.CancelledError:
-            if not late or task.uncancel():
-                raise
+            async with asyncio.timeout(self.limits.body_seconds):
+                return await self._read(scope, receive)
+        except TimeoutError:
             raise Refused(
                 408, "too_slow", f"the body took more than {self.limits.body_seconds:g} s", headers=_CLOSE
             ) from None
-        finally:
-            timer.cancel()
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         most = self.limits.max_body
