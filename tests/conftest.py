@@ -19,7 +19,7 @@ pytest.register_assert_rewrite("support", "world")
 # Two cores shared with a build cannot promise a time per example, so no deadline: what is bounded is the count.
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 # The same examples in each run, so that a change fails for what it changed. The nightly draws new ones.
-settings.register_profile("default", max_examples=100, stateful_step_count=40, derandomize=True, **_COMMON)
+settings.register_profile("default", max_examples=60, stateful_step_count=40, derandomize=True, **_COMMON)
 # A sanitized core takes several times as long: its suite looks at memory, and leaves rare orders of events to others.
 settings.register_profile("sanitized", max_examples=15, stateful_step_count=40, derandomize=True, **_COMMON)
 # Hypothesis remembers every example that it tried: 5,000 of them were 3 GB a process. Each night tries others.
