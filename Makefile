@@ -286,6 +286,7 @@ bench-router: .venv/.test-tools
 bench-replication: .venv/.test-tools
 	$(call need,command -v redis-server,redis-server)
 	$(BIN)/python -m e2e.replication_cost
+	$(BIN)/python -m e2e.sharing_cost
 
 # The service beside Dynamo's indexer, asked by wrk.
 bench-service: .venv/.bench-tools $(PEERS)/.tried

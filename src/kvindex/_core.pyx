@@ -328,6 +328,27 @@ cdef class Index:
         if self.timed: self._expire(self.now())
         with nogil: self.ix.guess(uid, rank, model, p, until)
 
+    def _locals(self, pod, int64_t rank, string model, tokens, tuple keys):
+        """``[(lookahead, local hashes)]`` of a prompt, as the blocks of this worker have them."""
+        cdef _Ints t = _tokens(tokens)
+        cdef Prompt p
+        cdef vector[pair[uint32_t, vector[uint64_t]]] found
+        cdef uint64_t uid = self.known(pod)
+        _prompt(t, keys[0], keys[1], keys[2], self.block_size, self.hash_seed, p)
+        with nogil: found = self.ix.locals(uid, rank, model, p)
+        return [(each.first, (<const char*>each.second.data())[:8 * each.second.size()]) for each in found]
+
+    def _hint(self, pod, int64_t rank, string model, uint32_t lookahead, bytes locals, double until):
+        """As :meth:`add_prefix`, with another router's :meth:`_locals`; False if no such worker is followed."""
+        cdef vector[uint64_t] hashes
+        cdef uint64_t uid = self.known(pod)
+        cdef cbool taken
+        hashes.resize(len(locals) // 8)
+        memcpy(hashes.data(), <const char*>locals, 8 * hashes.size())
+        if self.timed: self._expire(self.now())
+        with nogil: taken = self.ix.hint(uid, rank, model, lookahead, hashes.data(), <uint32_t>hashes.size(), until)
+        return taken
+
     def _expire(self, double now):
         if self.ix.next_expiry() <= now:
             with nogil: self.ix.expire(now)

@@ -39,6 +39,17 @@ cdef class Loads:
         _prompt(t, lora_name, cache_salt, extra_keys, self.index.block_size, self.index.hash_seed, p)
         with nogil: self.index.ix.guess(pod, rank, space, p, until)
 
+    def reserve(self, pod, int64_t rank, uint64_t prefill, uint64_t context):
+        """``(row, pod's number)`` of a worker that got a request by another way, or None where there is no such worker."""
+        cdef string name
+        cdef uint32_t at
+        _text(pod, "pod", name)
+        cdef uint64_t uid = self.index.ix.directory().find(name)
+        if uid == 0:
+            return None
+        with nogil: at = self.index.ix.reserve(self.loads[0], uid, rank, prefill, context)
+        return None if at == NO_MEDIUM else (at, uid)
+
     def prefilled(self, uint32_t at, uint64_t pod, uint64_t prefill): self.loads.prefilled(at, pod, prefill)
 
     def finished(self, uint32_t at, uint64_t pod, uint64_t prefill, uint64_t context): self.loads.finished(at, pod, prefill, context)

@@ -194,8 +194,11 @@ cdef extern from "_native/concurrent_index.hpp" namespace "kvindex" nogil:
         Taken apply(uint64_t, int64_t rank, const string& model, const Batch&, const Place&, Report&) except +
         cbool match(const Prompt&, const string& model, PodNames*, cbool only_exact, cbool wait, MatchResult&) except +
         cbool choose(NativeLoads&, const Hits&, uint64_t n_tokens, const string& model, PodNames*, double now, cbool wait, LoadChoice&) except +
+        uint32_t reserve(NativeLoads&, uint64_t, int64_t rank, uint64_t prefill, uint64_t context) except +
         vector[WorkerLoad] loads(NativeLoads&) except +
         void guess(uint64_t, int64_t rank, const string& model, const Prompt&, double until) except +
+        vector[pair[uint32_t, vector[uint64_t]]] locals(uint64_t, int64_t rank, const string& model, const Prompt&) except +
+        cbool hint(uint64_t, int64_t rank, const string& model, uint32_t lookahead, const uint64_t*, uint32_t, double until) except +
         double next_expiry()
         double probes()
         void expire(double now) except +

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
@@ -73,8 +73,9 @@ class PrefixIndex(Index):
     """
 
     # No wrapper around ingest, match_prefix and match_hashes, and no __dict__: a call costs the same as on Index.
-    __slots__ = ("_owner",)
+    __slots__ = ("_owner", "_sharing")
     _owner: str  # who replaces the content as a whole; not there where nobody does
+    _sharing: Any  # with other routers; not there without
 
     # For inspect.signature and help(): a compiled class has no signature with types.
     def __new__(
@@ -232,7 +233,10 @@ class PrefixIndex(Index):
         began = arguments.moment(*((self._clock(), "what clock returns") if now is None else (now, "now")))
         until = arguments.seconds(ttl, "ttl") + began
         keys = (lora_name, cache_salt, extra_keys)
-        self._expect(pod, arguments.rank(dp_rank), arguments.utf8(model, "model"), tokens, keys, until)
+        rank, space = arguments.rank(dp_rank), arguments.utf8(model, "model")
+        self._expect(pod, rank, space, tokens, keys, until)
+        if (sharing := getattr(self, "_sharing", None)) is not None:
+            sharing.held(pod, rank, space, tokens, keys, until - self._clock())
 
     def configure_pod(
         self,

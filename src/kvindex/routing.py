@@ -235,6 +235,9 @@ class EndpointPicker:
         self._sources: dict[str, PodSource] | None = None
         self._stop: Callable[[], None] | None = None
         self._filters: dict[Any, PodSet] = {}
+        # Requests of other routers, which a ReplicatedIndex with share=True brings.
+        self._others: dict[Any, tuple[int, int, int, int]] = {}
+        self._line: Any = None
         if manager is not None:
             follow = getattr(manager, "manager", manager)
             if not callable(getattr(follow, "on_pods", None)):
@@ -242,6 +245,9 @@ class EndpointPicker:
             self._follow = follow
             self._stop = follow.on_pods(self._changed)
             self._changed()
+            sharing = getattr(follow, "_sharing", None)
+            if sharing is not None and sharing.index is index:
+                self._line = sharing.join(self)
 
     def pick(
         self,
@@ -324,6 +330,11 @@ class EndpointPicker:
             if not cached and n >= self._index.block_size:
                 choice._head = (list(tokens[: _HEAD * self._index.block_size]), model, lora_name, cache_salt)  # type: ignore[index]
             self._open[choice.id] = choice
+            if self._line is not None:
+                self._line.began(choice, self._reservation_ttl)
+                if self._speculative_ttl and not whole:
+                    keys = (lora_name, cache_salt, extra_keys)
+                    self._line.held(pod, rank, model, tokens, keys, self._speculative_ttl)
             if len(self._open) > self._max_in_flight:
                 self._forget(self._open.popitem(last=False)[1])
                 self._expired += 1
@@ -347,6 +358,8 @@ class EndpointPicker:
             if choice._waits and choice.id in self._open:
                 self._loads.prefilled(choice._row, choice._uid, choice._waits)
                 choice._waits = 0
+                if self._line is not None:
+                    self._line.prefilled(choice)
 
     def finished(self, choice: Choice, cached_tokens: int | None = None) -> None:
         """Reports the end of a request, successful or not, and ends its reservation. O(1).
@@ -408,9 +421,9 @@ class EndpointPicker:
             - ``picks``: requests for which a pod was picked; ``unplaced``: requests for which no pod was ready.
             - ``expired``: reservations that were not finished in time; ``late``: those of them that were finished
             later.
-            - ``in_flight``: running requests.
+            - ``in_flight``: running requests; ``others``: those of other routers (``ReplicatedIndex(share=True)``).
             - ``workers``: for each (pod, rank) ``requests``, ``prefill_tokens`` still to compute, and
-            ``context_tokens``.
+            ``context_tokens``; those of other routers are included.
             - ``pods``: for each pod that has reported cached tokens ``requests``, ``expected_tokens``,
                 ``reported_tokens``, ``over_tokens`` (expected and not reported), ``under_tokens``, ``error_buckets``
                 (bounds: ``ERROR_TOKENS``) and ``reason``.
@@ -425,6 +438,7 @@ class EndpointPicker:
                 "expired": self._expired,
                 "late": self._late,
                 "in_flight": len(self._open),
+                "others": len(self._others),
                 "workers": {
                     (pod, rank): {"requests": requests, "prefill_tokens": prefill, "context_tokens": context}
                     for pod, rank, prefill, context, requests in rows
@@ -441,6 +455,8 @@ class EndpointPicker:
         stop, self._stop = self._stop, None
         if stop is not None:
             stop()
+        if self._line is not None:
+            self._line.close()
 
     def __repr__(self) -> str:
         return f"EndpointPicker({self._picks} picks, {len(self._open)} in flight)"
@@ -502,6 +518,34 @@ class EndpointPicker:
 
     def _forget(self, choice: Choice) -> None:
         self._loads.finished(choice._row, choice._uid, choice._waits, choice._context)
+        if self._line is not None:
+            self._line.finished(choice)
+
+    # ---- those of other routers, from a thread that reads them ------------------------------------------------------
+
+    def _other_began(self, key: Any, pod: str, rank: int, prefill: int, context: int) -> bool:
+        """Counts a request of another router as the worker's; False if there is no such worker here."""
+        with self._lock:
+            found = self._loads.reserve(pod, rank, prefill, context)
+            if found is not None:
+                self._others[key] = (*found, prefill, context)
+            return found is not None
+
+    def _other_prefilled(self, key: Any) -> None:
+        with self._lock:
+            if (other := self._others.get(key)) is not None:
+                row, uid, prefill, context = other
+                self._loads.prefilled(row, uid, prefill)
+                self._others[key] = (row, uid, 0, context)
+
+    def _other_finished(self, key: Any) -> None:
+        with self._lock:
+            if (other := self._others.pop(key, None)) is not None:
+                self._loads.finished(*other)
+
+    def _open_ids(self) -> list[int]:
+        with self._lock:
+            return list(self._open)
 
     def _expire(self, now: float) -> None:
         while self._open:

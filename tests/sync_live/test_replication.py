@@ -599,7 +599,7 @@ def test_the_command_says_what_is_missing(
 def test_the_users_of_the_guide_may_do_their_work_and_nothing_else(program: str, pod: LivePublisher) -> None:
     page = (Path(__file__).parents[2] / "docs" / "guides" / "replication.md").read_text()
     lines = [line for line in page.splitlines() if line.startswith("ACL SETUSER ")]
-    assert len(lines) == 2
+    assert len(lines) == 3
     with log_server.LogServer(PROGRAMS[program]) as server, server.client() as admin:
         for line in lines:
             admin.execute_command(*line.replace("SECRET", "secret").replace("prod", "t").split())
@@ -607,12 +607,18 @@ def test_the_users_of_the_guide_may_do_their_work_and_nothing_else(program: str,
             name: redis.Redis(unix_socket_path=server.path, username=name, password="secret")
             for name in ("collector", "router")
         }
-        with view_of(users["collector"]) as first, view_of(users["router"], collect=False) as second:
+        with (
+            view_of(users["collector"]) as first,
+            view_of(users["router"], collect=False, share=True) as second,
+        ):
             first.add_pod(source(pod))
             pod.publish(5)
             until(lambda: knows(first, pod) and knows(second, pod))
             until(lambda: first.status().snapshots > 3)
             until(lambda: trimmed(admin) or not pod.publish(1))
+            second.index.add_prefix("a", range(8), ttl=2.0, model="m")
+            until(lambda: second.status().sharing.written == 1)
+            assert second.status().sharing.reason == ""
             assert first.status().failures == second.status().failures == {}
             first.close()
             assert first.status().failures == {}, "the lease was released"

@@ -298,6 +298,11 @@ public:
         if (!lapsed()) loads.choose(*ix_, hits, n_tokens, ix_->registry().find_space(model), filter.get(), now, out);
         return true;
     }
+    // The row of a worker that got one more request, from elsewhere; kNone: there is no such worker.
+    u32 reserve(Loads& loads, u64 pod, i64 rank, u64 prefill, u64 context) const {
+        Reading g(*this, true);
+        return loads.reserve(*ix_, pod, rank, prefill, context);
+    }
     // The load of each worker that is still there.
     std::vector<Loads::Load> loads(Loads& of) const {
         Reading g(*this, true);
@@ -314,13 +319,7 @@ public:
             const std::vector<u64> given(prompt.prefixes, prompt.prefixes + prompt.n_prefixes);
             return guess(uid, rank, model, given, until, 0);
         }
-        std::vector<u32> lengths;
-        {
-            Reading g(*this, true);
-            if (const u32 pod = ix_->registry().slot(uid); pod != kNone)
-                lengths = ix_->registry().lengths(pod, rank, model);
-        }
-        for (u32 lookahead : lengths) {
+        for (u32 lookahead : lengths(uid, rank, model)) {
             std::vector<u64> prefixes(prompt.n_tokens < lookahead ? 0 : (prompt.n_tokens - lookahead) / block_size_);
             hash_prompt(prompt, block_size_, seed_, true, prefixes.data(), lookahead);
             guess(uid, rank, model, prefixes, until, lookahead);
@@ -335,6 +334,28 @@ public:
                                       lookahead);
             });
         note_expiry();
+    }
+    // What the blocks of a prompt are called in events of this worker: local hashes by the length of lookahead.
+    std::vector<std::pair<u32, std::vector<u64>>> locals(u64 uid, i64 rank, const std::string& model,
+                                                         const Prompt& prompt) const {
+        std::vector<std::pair<u32, std::vector<u64>>> all;
+        for (u32 lookahead : lengths(uid, rank, model)) {
+            all.emplace_back(lookahead, prompt.n_tokens < lookahead ? 0 : (prompt.n_tokens - lookahead) / block_size_);
+            hash_prompt(prompt, block_size_, seed_, false, all.back().second.data(), lookahead);
+        }
+        return all;
+    }
+    // An entry of add_prefix that another router made, by its locals; they are chained here, so that whatever they are,
+    // they are a path. False where it would make more than an entry: a rank, a second model of it, another lookahead.
+    bool hint(u64 uid, i64 rank, const std::string& model, u32 lookahead, const u64* locals, u32 n, double until) {
+        std::vector<u64> prefixes(n);
+        BlockHasher(seed_, block_size_).chain(locals, n, nullptr, prefixes.data());
+        Writing w(*this);
+        const u32 pod = w.idle(uid);
+        if (pod == kNone || !ix_->registry().follows(pod, rank, model, lookahead)) return false;
+        whole([&] { ix_->eviction().guess(pod, rank, model, prefixes.data(), n, until, lookahead); });
+        note_expiry();
+        return true;
     }
     double next_expiry() const { return expiry_.load(std::memory_order_relaxed); }
     void expire(double now) {
@@ -514,6 +535,11 @@ public:
     }
 
 private:
+    std::vector<u32> lengths(u64 uid, i64 rank, const std::string& model) const {
+        Reading g(*this, true);
+        const u32 pod = ix_->registry().slot(uid);
+        return pod == kNone ? std::vector<u32>() : ix_->registry().lengths(pod, rank, model);
+    }
     bool lapsed() const {
         const i64 until = trusted_until_.load(std::memory_order_relaxed);
         return until != kForever &&

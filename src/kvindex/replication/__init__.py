@@ -2,11 +2,13 @@
 
 Data flows one way: engines, ``EventManager``, its ``tap``, ``Collector``, the log, ``Follower``, ``PrefixIndex``.
 ``entries`` is the wire format. ``collector``, ``follower``, ``replica`` and ``exchange`` are state machines without
-socket, clock or thread; ``store`` sends their requests to the server, and ``view`` applies their effects.
+socket, clock or thread; ``store`` sends their requests to the server, and ``view`` applies their effects. Requests that
+routers share travel in a stream beside the log: ``hints`` is its format and state machine, ``sharing`` has the threads.
 """
 
 from .aio import AsyncReplicatedIndex
 from .requests import ReplicationPolicy
+from .sharing import SharingStatus
 from .view import ReplicatedIndex, ReplicationStatus
 
-__all__ = ["AsyncReplicatedIndex", "ReplicatedIndex", "ReplicationPolicy", "ReplicationStatus"]
+__all__ = ["AsyncReplicatedIndex", "ReplicatedIndex", "ReplicationPolicy", "ReplicationStatus", "SharingStatus"]

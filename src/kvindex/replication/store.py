@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 from ..errors import InvalidValueError
 from .entries import Id, id_text, parse_id
@@ -18,7 +18,6 @@ from .requests import (
     Release,
     Renew,
     ReplicationPolicy,
-    Request,
     Tip,
     Trim,
 )
@@ -31,13 +30,15 @@ try:
 except ImportError as error:
     raise ImportError("kvindex.replication needs redis-py: pip install 'kvindex[redis]'") from error
 
-__all__ = ["Store"]
+__all__ = ["Store", "entries_of"]
+
+R = TypeVar("R")
 
 _OLDEST: Final = (6, 2)
 _FIELD: Final = b"e"
 
 
-class Store:
+class Store(Generic[R]):
     """One connection, one request at a time. ``server`` is a URL as of ``redis.Redis.from_url``, or a client of
     redis-py, such as ``Sentinel(...).master_for(...)``."""
 
@@ -71,7 +72,7 @@ class Store:
             return str(options["path"])
         return f"{options.get('host', 'sentinel')}:{options.get('port', '')}"
 
-    def do(self, request: Request) -> Any:
+    def do(self, request: R) -> Any:
         """The answer, or a :class:`Fail`; raises nothing that a server causes."""
         try:
             return self._do(request)
@@ -128,13 +129,13 @@ class Store:
             raise _Old(f"{self.name} is version {version}; {'.'.join(map(str, _OLDEST))} or later is needed")
         return connection
 
-    def _do(self, request: Request) -> Any:
+    def _do(self, request: Any) -> Any:
         do = (self._connection or self._connect()).execute_command
         match request:
             case Read(after, most, block):
                 found = do("XREAD", "COUNT", most, "BLOCK", max(1, round(block * 1e3)), "STREAMS", self._log,
                            id_text(after))  # fmt: skip
-                entries = [(parse_id(id), fields.get(_FIELD, b"")) for id, fields in _entries(found)]
+                entries = [(parse_id(id), fields.get(_FIELD, b"")) for id, fields in entries_of(found)]
                 self.read_bytes += sum(len(data) for _, data in entries)
                 return entries
             case Append(id, data, make):
@@ -199,7 +200,8 @@ class _Old(Exception):
     pass
 
 
-def _entries(found: Any) -> Any:
+def entries_of(found: Any) -> Any:
+    """The entries of an XREAD of one stream."""
     if not found:
         return ()
     (entries,) = found.values() if isinstance(found, dict) else (pair[1] for pair in found)

@@ -39,7 +39,8 @@ from .entries import ZERO, Described, Hashed, epoch_time, id_text, parse_id
 from .exchange import Exchange
 from .follower import BEGINNING, Follower
 from .replica import Replica
-from .requests import Claim, Collect, Load, Renew, ReplicationPolicy, Snapshot, StepDown, Trust, Wait
+from .requests import Claim, Collect, Load, Renew, ReplicationPolicy, Request, Snapshot, StepDown, Trust, Wait
+from .sharing import Sharing, SharingStatus
 from .snapshots import pack
 from .store import Store
 
@@ -105,6 +106,8 @@ class ReplicationStatus:
     """Times that another process replaced it as the collector."""
     failures: dict[str, int]
     """Failed requests to the server, by kind."""
+    sharing: SharingStatus | None
+    """Speculative entries and reservations that routers share; None without ``share``."""
 
 
 class ReplicatedIndex:
@@ -134,6 +137,9 @@ class ReplicatedIndex:
         collect: Whether this process may become the collector. All candidates need the same pods, by :meth:`add_pod`.
         log: False for the exchange of snapshots only: this process follows the engines itself, starts with a snapshot
             of its neighbours, and writes one every ``policy.snapshot_every`` seconds.
+        share: Whether routers see one another's requests: prefixes that :meth:`PrefixIndex.add_prefix` or an
+            ``EndpointPicker(view.index, view)`` adds, and the reservations of such a picker. Best effort, without an
+            effect on states.
         policy: Times and bounds.
         manager_options: Options of the collector's :class:`EventManager`.
         index_options: Further options of :class:`PrefixIndex`.
@@ -144,7 +150,8 @@ class ReplicatedIndex:
 
     def __init__(
         self, server: str | redis.Redis, *, fleet: str, block_size: int = 16, collect: bool = True, log: bool = True,
-        policy: ReplicationPolicy | None = None, manager_options: dict[str, Any] | None = None, **index_options: Any,
+        share: bool = False, policy: ReplicationPolicy | None = None,
+        manager_options: dict[str, Any] | None = None, **index_options: Any,
     ) -> None:  # fmt: skip
         if not fleet or any(letter in fleet for letter in "{}:"):
             raise InvalidValueError(f"fleet is {fleet!r:.60}; it must be a name without braces and colons")
@@ -165,7 +172,10 @@ class ReplicatedIndex:
             if log
             else Exchange(self.policy, settings, writer)
         )
-        self._store = Store(server, fleet, self.policy)
+        self._store: Store[Request] = Store(server, fleet, self.policy)
+        self._sharing = Sharing(server, fleet, self.policy, self._index) if share else None
+        if self._sharing is not None:
+            self._index._sharing = self._sharing
         self._manager: EventManager | None = None
         self._sources: dict[str, PodSource] = {}
         self._lock = threading.RLock()  # of the sources, and of the manager's coming and going
@@ -229,6 +239,8 @@ class ReplicatedIndex:
             raise StreamError("this ReplicatedIndex is closed")
         with suppress(RuntimeError):  # it runs already
             self._thread.start()
+            if self._sharing is not None:
+                self._sharing.start()
 
     def __enter__(self) -> Self:
         self.start()
@@ -247,6 +259,8 @@ class ReplicatedIndex:
         self._awake.set()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
+        if self._sharing is not None:
+            self._sharing.close()
         self._index.trust(0.0)
 
     def add_pod(self, source: PodSource) -> None:
@@ -421,6 +435,7 @@ class ReplicatedIndex:
             takeovers=0 if replica is None else replica.takeovers,
             step_downs=0 if replica is None else replica.step_downs,
             failures=dict(machine.failures),
+            sharing=None if self._sharing is None else self._sharing.status(),
         )  # fmt: skip
 
     def pod_status(self) -> dict[str, PodStatus]:

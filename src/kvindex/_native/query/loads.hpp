@@ -87,7 +87,19 @@ public:
         out.reused = std::min<u64>(u64{l.reused} * ix.block_size(), n_tokens);
         out.whole = l.held >= n_tokens / ix.block_size();
         out.cost = costs_[out.at];
-        begin(l, n_tokens - out.reused, n_tokens, now);
+        begin(l, n_tokens - out.reused, n_tokens);
+        give(l, n_tokens - out.reused, n_tokens, now);
+    }
+    // Counts a request that came to a worker by another way. It is no recent work: with equal figures of recent work,
+    // routers would break each tie alike, and eight requests at once would be on one worker.
+    u32 reserve(const Index& ix, u64 pod, i64 rank, u64 prefill, u64 context) {
+        follow(ix);
+        const u32 slot = static_cast<u32>(pod);
+        if (slot >= pods_.size() || pods_[slot].uid != pod) return kNone;
+        const u32 at = find(pods_[slot], rank);
+        if (at == kNone || !rows_[at].there) return kNone;
+        begin(rows_[at], prefill, context);
+        return at;
     }
     // The request has its first token. A row that belongs to another worker by now is left alone, here and below.
     void prefilled(u32 at, u64 pod, u64 prefill) {
@@ -143,10 +155,12 @@ private:
     };
 
     Load* row(u32 at, u64 pod) { return at < rows_.size() && rows_[at].pod == pod ? &rows_[at] : nullptr; }
-    void begin(Load& l, u64 prefill, u64 context, double now) {
+    static void begin(Load& l, u64 prefill, u64 context) {
         l.prefill += prefill;
         l.context += context;
         ++l.requests;
+    }
+    void give(Load& l, u64 prefill, u64 context, double now) {
         // Work decays because the unit of later work grows, so nothing is touched in between.
         double age = (now - epoch_) / weights_.half_life;
         if (!(std::fabs(age) < 512)) {

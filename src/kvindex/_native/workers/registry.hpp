@@ -612,6 +612,24 @@ public:
         const u32 id = space == kNone ? kNone : find_worker(pod, rank, space);
         return id == kNone || workers_[id]->lengths.empty() ? std::vector<u32>(1, 0) : workers_[id]->lengths;
     }
+    // Whether this worker is known, with blocks of this lookahead, or may be the only one of a rank that is followed.
+    bool follows(u32 pod, i64 rank, const std::string& model, u32 lookahead) const {
+        const Pod& p = pods_[pod];
+        const u32 space = find_space(model);
+        bool is_taken = false;
+        for (u32 w : p.workers) {
+            const Worker& each = *workers_[w];
+            if (each.rank != rank) continue;
+            if (each.space != space) {
+                is_taken = true;
+            } else if (each.lengths.empty()) {
+                return lookahead == 0;
+            } else {
+                return std::find(each.lengths.begin(), each.lengths.end(), lookahead) != each.lengths.end();
+            }
+        }
+        return !is_taken && lookahead == 0 && p.streams.count(rank) != 0;
+    }
 
     // From here on the pod's number and name lead to no pod; the name may be opened again.
     void close_pod(u32 id) {
