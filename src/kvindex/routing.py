@@ -62,6 +62,7 @@ class Choice:
     """The pod that was picked for one request, and the reservation of its work there. Read-only."""
 
     __slots__ = (
+        "__weakref__",
         "_context",
         "_expires",
         "_head",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib
 import sys
 import warnings
@@ -23,6 +24,7 @@ from talks import caught_up
 
 from kvindex import InvalidValueError, PodSource
 from kvindex.integrations.ray import PrefixRequestRouter, routing_stats, vllm_source
+from kvindex.routing import Choice
 from kvindex.sim.http import chat_ids, text_ids
 from kvindex.sim.tokenizer import save
 
@@ -93,6 +95,26 @@ def test_a_full_replica_is_passed_over(pods) -> None:
         assert router.picker.stats()["in_flight"] == 1
         router.on_request_completed(first.replica_id, "i1")
         assert router.picker.stats()["in_flight"] == 0
+        router.manager.close()
+
+    asyncio.run(main())
+
+
+def test_requests_of_which_no_end_is_reported_are_not_kept(pods) -> None:
+    pods["b"].serve(chat_ids(LONG))
+
+    async def main() -> None:
+        router = made(max_in_flight=2)
+        router.update_replicas(replica_set(pods))
+        caught_up(router.manager, named(pods))
+        for number in range(1, 6):
+            await router._choose_replica_for_request(asked(chat_ids(LONG), number))
+        gc.collect()
+        assert sum(isinstance(each, Choice) for each in gc.get_objects()) == 2
+        for number in range(1, 6):
+            router.on_request_completed(router.curr_replicas[next(iter(router.curr_replicas))].replica_id, f"i{number}")
+        stats = router.picker.stats()
+        assert (stats["in_flight"], stats["expired"], stats["late"]) == (0, 3, 0)
         router.manager.close()
 
     asyncio.run(main())

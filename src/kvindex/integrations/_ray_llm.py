@@ -45,7 +45,8 @@ class SelectionService:
         self.manager = EventManager(self.index)
         self.picker = EndpointPicker(self.index, self.manager, **options)
         self._pods = Reconciler(self.manager)
-        self._choices: dict[str, Choice] = {}
+        # Ray may never report the end of a request: its choice is dropped with the reservation, by the picker.
+        self._choices: weakref.WeakValueDictionary[str, Choice] = weakref.WeakValueDictionary()
         weakref.finalize(self, self.manager.close)
 
     async def upsert_worker(self, worker: dict[str, Any]) -> None:

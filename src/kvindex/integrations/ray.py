@@ -120,7 +120,8 @@ class PrefixRequestRouter(RequestRouter):
         self._pods = Reconciler(self.manager)
         self._engine = engine
         self._encoder = None if tokenizer is None else encoder_of(tokenizer)
-        self._choices: dict[str, Choice] = {}
+        # Ray may never report the end of a request: its choice is dropped with the reservation, by the picker.
+        self._choices: weakref.WeakValueDictionary[str, Choice] = weakref.WeakValueDictionary()
         weakref.finalize(self, self.manager.close)
 
     def tokens(self, request: PendingRequest) -> tuple[Any, Mapping[str, Any]]:
