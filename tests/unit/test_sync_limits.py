@@ -22,6 +22,7 @@ from kvindex.sim.publisher import Publisher
 from kvindex.sync.allowance import PAUSE, Allowance
 from kvindex.sync.frames import batch_events
 from kvindex.sync.policy import StreamPolicy
+from kvindex.sync.pulse import Pulse
 from kvindex.sync.shared import Subscriptions
 from kvindex.sync.sockets import SocketOptions
 from kvindex.sync.source import Endpoints
@@ -111,6 +112,7 @@ class Fleet:
             lambda endpoint, then: then(endpoint, ""),
             Turns(16),
             Subscriptions(self.host, self.options, lambda: "none"),
+            Pulse(None, lambda: None),
         )  # fmt: skip
         self.workers: dict[str, Worker] = {}
         self.publishers: dict[str, Publisher] = {}

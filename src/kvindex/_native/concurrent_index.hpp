@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <ctime>
 #include <limits>
 #include <set>
 #include <thread>
@@ -535,6 +536,15 @@ public:
     }
 
 private:
+    // The steady clock in nanoseconds, up to 4 ms (a tick) late: 4 ns here, where the exact one takes 20, which is 7 %
+    // of a match of 8 blocks.
+    static i64 steady() {
+#ifdef CLOCK_MONOTONIC_COARSE
+        timespec t;
+        if (clock_gettime(CLOCK_MONOTONIC_COARSE, &t) == 0) return i64{t.tv_sec} * 1000000000 + t.tv_nsec;
+#endif
+        return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
+    }
     std::vector<u32> lengths(u64 uid, i64 rank, const std::string& model) const {
         Reading g(*this, true);
         const u32 pod = ix_->registry().slot(uid);
@@ -542,8 +552,7 @@ private:
     }
     bool lapsed() const {
         const i64 until = trusted_until_.load(std::memory_order_relaxed);
-        return until != kForever &&
-               std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count() >= until;
+        return until != kForever && steady() >= until;
     }
     bool find(const Prompt& prompt, const std::string& model, PodNames* names, bool only_exact, bool wait,
               MatchResult& out) const {

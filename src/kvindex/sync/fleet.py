@@ -9,6 +9,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 
 import zmq
@@ -19,6 +20,7 @@ from .addresses import same_endpoint
 from .allowance import Allowance
 from .loop import StreamLoop
 from .policy import StreamPolicy
+from .pulse import Pulse
 from .resolver import Resolver
 from .shared import SEATS, Subscriptions, may_share
 from .sockets import SocketOptions
@@ -53,8 +55,14 @@ _FLEETS: Final[weakref.WeakSet[Fleet]] = weakref.WeakSet()
 _CLAIMING: Final = threading.Lock()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
-        before=_CLAIMING.acquire, after_in_parent=_CLAIMING.release, after_in_child=_CLAIMING.release
+        before=_CLAIMING.acquire, after_in_parent=_CLAIMING.release, after_in_child=lambda: _in_child()
     )  # fmt: skip
+
+
+def _in_child() -> None:
+    _CLAIMING.release()
+    for fleet in list(_FLEETS):
+        fleet.pulse.end()  # its loop is the parent's: what the child does with the index needs none
 
 
 def check_index(index: object, replaces: bool = False) -> None:
@@ -87,9 +95,11 @@ class Fleet:
 
     def __init__(
         self, index: Index, policy: StreamPolicy | None, options: SocketOptions, max_replays: int,
-        context: zmq.Context[Any] | None,
+        context: zmq.Context[Any] | None, is_alone: bool,
     ) -> None:  # fmt: skip
         self.index = index
+        limit = getattr(index, "_limit", None) if is_alone else None
+        self.pulse = Pulse(None if limit is None else partial(limit, self), self._resumed)
         self.pods: dict[str, FollowedPod] = {}
         self.removed: OrderedDict[str, None] = OrderedDict()  # oldest first
         self.topics: dict[bytes, str] = {}
@@ -108,11 +118,12 @@ class Fleet:
         self._turns = Turns(max_replays)
         self._resolver = Resolver()
         self.loop = StreamLoop(
-            context=context, hurries=self._turns.__bool__, ending=self._end, ended=self.wake_all
+            context=context, hurries=self._turns.__bool__, ending=self._end, ended=self.wake_all,
+            pulse=self.pulse,
         )  # fmt: skip
         self._setting = Setting(
             index, policy, options, self.taps, self._tell, self._need, self._resolver.resolve, self._turns,
-            Subscriptions(self.loop, options, self._need),
+            Subscriptions(self.loop, options, self._need), self.pulse,
         )  # fmt: skip
         with _CLAIMING:
             _FLEETS.add(self)
@@ -308,6 +319,12 @@ class Fleet:
             self.changed.notify_all()
         for waker in list(self.wakers):
             waker()
+
+    def _resumed(self) -> None:
+        for pod in list(self.pods.values()):
+            for worker in list(pod.workers.values()):
+                worker.compare_state()
+        self.wake_all()
 
     def _end(self) -> None:
         failure = self.loop.failure

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import logging
+import math
 import os
 import select
 import selectors
@@ -21,6 +22,7 @@ from typing import Any, Final, TypeVar
 import zmq
 
 from ..errors import StreamError
+from .pulse import Pulse
 
 __all__ = ["StreamLoop"]
 
@@ -59,7 +61,7 @@ class StreamLoop:
     :meth:`close` are for any thread, everything else is for its own.
 
     ``ending`` is called in the thread when it ends, however that comes, with the sockets still there; ``ended`` when it
-    is over. ``hurries`` says whether messages are taken as fast as they come.
+    is over. ``hurries`` says whether messages are taken as fast as they come. ``pulse`` gets its signs of life.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class StreamLoop:
         hurries: Callable[[], bool],
         ending: Callable[[], None],
         ended: Callable[[], None],
+        pulse: Pulse,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.clock = clock
@@ -77,6 +80,7 @@ class StreamLoop:
         self._hurries = hurries
         self._ending = ending
         self._ended = ended
+        self._pulse = pulse
         self._lock = threading.Lock()
         self._commands: deque[Callable[[], None]] = deque()
         self._thread: threading.Thread | None = None
@@ -236,6 +240,7 @@ class StreamLoop:
     def _run(self) -> None:
         try:
             self._start_io()
+            self._pulse.beat(self.clock())
             while not self._stopping:
                 self._turn()
         except Exception as error:
@@ -261,7 +266,8 @@ class StreamLoop:
             wait: float | None = 0.0
         else:
             now = self.clock()
-            wait = 0.0 if self._hot else max(0.0, self._timers[0][0] - now) if self._timers else None
+            due = min(self._timers[0][0], self._pulse.due) if self._timers else self._pulse.due
+            wait = 0.0 if self._hot else max(0.0, due - now) if due < math.inf else None
         self._flows = False
         hot, handlers = self._hot, self._handlers
         for fd, _ in self._poller.poll(wait):
@@ -277,6 +283,8 @@ class StreamLoop:
         now = self.clock()
         hot, self._hot = self._hot, set()
         for handler in hot:
+            if self.clock() >= self._pulse.due:  # a turn of many streams may take long
+                self._pulse.beat(self.clock())
             try:
                 if not handler.closed and handler.ready(now):
                     self._hot.add(handler)
@@ -284,6 +292,8 @@ class StreamLoop:
                 # One stream's trouble is not the others'.
                 log.exception("a stream has failed")
                 handler.failed(now, error)
+        if now >= self._pulse.due:
+            self._pulse.beat(now)
         while self._timers and self._timers[0][0] <= now:
             self._do(partial(heapq.heappop(self._timers)[2], now))
         if self._soon:
@@ -302,6 +312,7 @@ class StreamLoop:
         with self._lock:
             self._stopping = True
         self._do(self._ending)
+        self._pulse.end()
         with self._lock:
             self._stopped = True
             left, self._commands = self._commands, deque()

@@ -84,7 +84,7 @@ class EventManager:
         options = SocketOptions(
             heartbeat=heartbeat, connect_timeout=connect_timeout, queue=queue, max_message=max_message
         )
-        self._fleet = Fleet(index, policy, options, max_replays, context)
+        self._fleet = Fleet(index, policy, options, max_replays, context, is_alone=not self._replaces)
         self._bound = BoundEndpoints(self._fleet, options)
         self._loop = self._fleet.loop
 
@@ -350,7 +350,7 @@ class EventManager:
             workers = list(pod.workers.values())
             if not workers or self._loop.closed or any(worker.told == "stale" for worker in workers):
                 return False
-        return True
+        return not self._fleet.pulse.lapsed
 
     def wait_until_current(self, timeout: float | None = None, *, pods: Iterable[str] | None = None) -> bool:
         """Waits until :meth:`is_current`.
@@ -377,7 +377,7 @@ class EventManager:
         Raises:
             UnknownPodError: A pod is not followed.
         """
-        return not self._loop.closed and all(
+        return not (self._loop.closed or self._fleet.pulse.lapsed) and all(
             pod.workers and all(worker.state == "exact" for worker in list(pod.workers.values()))
             for pod in self._named(pods)
         )

@@ -30,6 +30,13 @@ class Reason(Enum):
     SILENT = "stale", "{replay} does not answer, and {endpoint} publishes nothing"
     UNCONFIRMED = "stale", "waiting for a live batch of {endpoint} to check the replay of {replay}"
     LAPSED = "stale", "the time limit of PrefixIndex.trust is over"
+    UNREAD = (
+        "stale",
+        (
+            "this process has not read its engines' messages for {seconds} s: it was suspended, or needs more of a"
+            " processor"
+        ),
+    )
     BEING_APPLIED = "stale", "batches are being applied"
     UNCLEARED = "stale", "the index cannot clear the blocks of the former process"
     RESTARTED = "stale", "the engine has restarted"

@@ -33,6 +33,7 @@ from .allowance import PAUSE, Allowance
 from .frames import END, FrameFault, batch_events, parse_live, parse_replay, parse_topic, same_model
 from .loop import StreamLoop
 from .policy import StreamPolicy
+from .pulse import SILENCE, Pulse
 from .ranks import Ranks
 from .reasons import Reason
 from .resolver import Then
@@ -105,6 +106,7 @@ class Setting:
     turns: Turns
     """For replays."""
     subscriptions: Subscriptions
+    pulse: Pulse
 
     def show(self, item: IndexChange) -> None:
         for tap in list(self.taps):
@@ -819,7 +821,11 @@ class Worker:
             states = [figures[rank]["state"] for rank in self.speaks_for if rank in figures]
             own = min(states, key=WORST_FIRST.index, default=self.told)
         if own != self.told and WORST_FIRST.index(own) < WORST_FIRST.index(self.told):
-            return own, Reason.LAPSED.text() if own == "stale" else self._objection(figures)
+            if own != "stale":
+                return own, self._objection(figures)
+            return own, (
+                Reason.UNREAD.text(seconds=f"{SILENCE:g}") if self._setting.pulse.lapsed else Reason.LAPSED.text()
+            )
         if self._uncleared:
             return self.told, Reason.UNCLEARED.text()
         if self._looking_up and self.attempt == 1:  # later, the reason of the last failure is more useful
