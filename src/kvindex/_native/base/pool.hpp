@@ -114,7 +114,8 @@ private:
     // Items that fit into a large page, rounded down to a power of two.
     static constexpr u32 kLg = 63 - static_cast<u32>(__builtin_clzll(kHugePage / sizeof(T))), kMask = (1u << kLg) - 1;
     static constexpr std::size_t kArenaBytes = sizeof(T) << kLg;
-    // Large pages take memory as a whole, so they are used only after three arenas.
+    // Large pages take memory as a whole, so they are used only after three arenas, and only if the index may take 2 MB
+    // that it does not count (Spare::on).
     static constexpr u32 kHugeFrom = 3;
     static constexpr u32 kKept = 8;
     static constexpr std::size_t kSlabBytes = sizeof(T) * 64, kPageBytes = 4096;
@@ -126,8 +127,9 @@ private:
         if (a == arenas_.size()) arenas_.push(m_, {nullptr, 0, 0});
         Arena& arena = arenas_[a];
         if (!arena.items) {
-            arena.items = static_cast<T*>(
-                a >= kHugeFrom && kArenaBytes == kHugePage ? m_.spare.take() : map_memory(kArenaBytes, a >= kHugeFrom));
+            const bool huge = a >= kHugeFrom && m_.spare.on();
+            arena.items =
+                static_cast<T*>(huge && kArenaBytes == kHugePage ? m_.spare.take() : map_memory(kArenaBytes, huge));
             arena.touched = 0;
             ASAN_POISON_MEMORY_REGION(arena.items, kArenaBytes);
         }
@@ -151,17 +153,22 @@ private:
         slabs_[last].open_at = slab.open_at;
         open_.pop();
     }
-    // Returns the pages of an empty slab, including those that it shares with empty neighbours.
+    // Returns the pages of an empty slab, including those that it shares with empty slabs only: eight slabs of small
+    // items share a page.
     void cool(u32 s) {
         const Arena& arena = arenas_[s >> (kLg - 6)];
-        if (!arena.items || kSlabBytes < kPageBytes) return;
-        constexpr u32 kSlabs = 1u << (kLg - 6);
-        const u32 at = s & (kSlabs - 1);
-        const auto empty = [&](u32 i) { return i < slabs_.size() && !~slabs_[i].free; };
-        std::size_t from = kSlabBytes * at, to = from + kSlabBytes;
-        from = at && empty(s - 1) ? from / kPageBytes * kPageBytes : (from + kPageBytes - 1) / kPageBytes * kPageBytes;
-        to = at + 1 < kSlabs && empty(s + 1) ? (to + kPageBytes - 1) / kPageBytes * kPageBytes
-                                             : to / kPageBytes * kPageBytes;
+        if (!arena.items) return;
+        constexpr std::size_t kSlabs = std::size_t{1} << (kLg - 6);
+        const u32 first = s & ~static_cast<u32>(kSlabs - 1);
+        const auto empty = [&](std::size_t from, std::size_t to) {
+            for (std::size_t i = from / kSlabBytes; i < std::min((to + kSlabBytes - 1) / kSlabBytes, kSlabs); ++i)
+                if (first + i < slabs_.size() && ~slabs_[first + i].free) return false;
+            return true;
+        };
+        const std::size_t start = kSlabBytes * (s - first), end = start + kSlabBytes;
+        std::size_t from = start / kPageBytes * kPageBytes, to = (end + kPageBytes - 1) / kPageBytes * kPageBytes;
+        if (!empty(from, start)) from += kPageBytes;
+        if (!empty(end, to)) to -= kPageBytes;
         if (from < to) madvise(reinterpret_cast<char*>(arena.items) + from, to - from, MADV_DONTNEED);
     }
     void unmap(Arena& arena) {
