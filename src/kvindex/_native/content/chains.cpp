@@ -21,10 +21,13 @@ std::string Chains::check_chain(u32 id) const {
         return broken("root chain does not start at 0", id, c.base);
     }
     u32 n = 0;
-    for (u32 k = c.first_kid, last = kNone; k != kNone; last = k, k = chains_[k].kid_after, ++n)
-        if (!chains_.alive(k) || chains_[k].parent != id || chains_[k].kid_before != last)
+    if ((c.branch != kNone) != (c.parent != kNone || c.named)) return broken("branch without a need", id, c.branch);
+    if (c.branch != kNone && (!branches_.alive(c.branch) || c.named == branches_[c.branch].own.empty()))
+        return broken("branch is gone, or its own names are not marked", id, c.branch);
+    for (u32 k = c.first_kid, last = kNone; k != kNone; last = k, k = next_kid(k), ++n)
+        if (!chains_.alive(k) || chains_[k].parent != id || branch_of(k).before != last)
             return broken("broken list of children", id, k);
-    if (n != c.kids) return broken("wrong number of children", id, n);
+    if (n != kids(c)) return broken("wrong number of children", id, n);
     if (c.pages.size() != ((c.end() - 1) >> kPageShift) - (c.base >> kPageShift) + 1)
         return broken("wrong number of pages", id, c.pages.size());
     u32 row = 0;
@@ -39,9 +42,10 @@ std::string Chains::check_chain(u32 id) const {
     }
     for (u32 d = c.base; d < c.end(); ++d)
         if (pos(ref(c, d)) != Pos{id, d}) return broken("reference does not lead back", id, d);
-    for (u32 i = 0; i < c.own.size(); ++i) {
-        const OwnNames& o = c.own[i];
-        if (i && o.worker <= c.own[i - 1].worker) return broken("own names out of order", id, o.worker);
+    const Buf<OwnNames>& own_names = own(c);
+    for (u32 i = 0; i < own_names.size(); ++i) {
+        const OwnNames& o = own_names[i];
+        if (i && o.worker <= own_names[i - 1].worker) return broken("own names out of order", id, o.worker);
         u32 used = 0;
         for (u32 k = 0; k < o.ids.size(); ++k) used += o.ids[k] != kNoName;
         if (used != o.used || !used) return broken("own names miscounted", id, o.worker);

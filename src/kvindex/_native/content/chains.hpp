@@ -54,27 +54,35 @@ struct OwnNames {
 inline constexpr u64 kNoName = 0x9B1D5A3C77E0F24Bull;
 inline constexpr u64 kNameless = 0x64E2A5C3881F0DB4ull;
 
-// The fields that a match reads come first.
+// The fields of a chain that hangs below another one, or of which a worker has names of its own. Most prompts of one
+// block need none of them.
+struct Branch {
+    u32 before = kNone, after = kNone;  // its neighbours among the parent's children
+    u32 kids = 0;                       // of a first child: how many children the parent has
+    Buf<OwnNames> own;                  // ordered by worker
+};
+
+// One cache line, which is all that a match reads of it.
 struct Chain {
     u32 parent = kNone;
     u32 base = 0;  // depth of the first block; the parent's block is at base - 1
     u32 len = 0;
-    u32 kids = 0;
+    u32 first_kid = kNone;
     Buf<u32, 2> pages;
     Buf<Run, 1> runs;
     Age age;
-    u32 space : 28, shared : 1;  // `shared`: its only block lies in a shared page
-    u32 shift : 3;               // how many slots behind those of its depths its blocks lie: 0 unless it is shared
-    u32 first_kid = kNone;
-    u32 kid_before = kNone, kid_after = kNone;
-    u16 lookahead = 0;  // tokens behind each block that are in its hash; the same in all chains below
-    u16 row = 0;        // how many of the first pages have consecutive numbers, which need no look-up
-    Buf<OwnNames> own;  // ordered by worker
+    u32 space : 27, named : 1;  // `named`: there are names of a worker's own
+    u32 shared : 1;             // its only block lies in a shared page
+    u32 shift : 3;              // how many slots behind those of its depths its blocks lie: 0 unless it is shared
+    u16 lookahead = 0;          // tokens behind each block that are in its hash; the same in all chains below
+    u16 row = 0;                // how many of the first pages have consecutive numbers, which need no look-up
+    u32 branch = kNone;
 
-    Chain() : space(0), shared(0), shift(0) {}
+    Chain() : space(0), named(0), shared(0), shift(0) {}
     u32 end() const { return base + len; }
     u32 slot(u32 depth) const { return (depth + shift) & (kPageBlocks - 1); }
 };
+static_assert(sizeof(Chain) == 64, "a chain is a cache line");
 
 struct Pos {
     u32 chain;
@@ -86,7 +94,7 @@ struct Pos {
 class Chains {
 public:
     Chains(Memory& m, SetPool& sets)
-        : m_(m), sets_(sets), chains_(m), pages_(m), homes_(m), shared_(m), ages_(m, chains_) {}
+        : m_(m), sets_(sets), chains_(m), branches_(m), pages_(m), homes_(m), shared_(m), ages_(m, chains_) {}
     ~Chains() { clear(); }
     Chains(const Chains&) = delete;
     Chains& operator=(const Chains&) = delete;
@@ -102,7 +110,8 @@ public:
     // without the reserve for a chain's length.
     std::size_t growth(u32 blocks, u32 chains) const {
         const u32 pages = blocks / kPageBlocks + 2;
-        return pages_.growth(pages) + homes_.growth(pages) + chains_.growth(chains) + shared_.growth(chains);
+        return pages_.growth(pages) + homes_.growth(pages) + chains_.growth(chains) + branches_.growth(chains) +
+               shared_.growth(chains) + ages_.growth(chains);
     }
     template <class F>
     void each(F&& f) const {
@@ -149,9 +158,7 @@ public:
     // Asks for a chain and for the first `pages` of its pages before it is known which they are: they are mostly
     // neighbours, since they were taken for one event.
     KVINDEX_INLINE void prefetch(const HeadSlot& head, u32 pages) const {
-        const Chain& c = chains_[head.chain()];
-        __builtin_prefetch(&c);
-        __builtin_prefetch(reinterpret_cast<const char*>(&c) + 64);
+        __builtin_prefetch(&chains_[head.chain()]);
         const Page* page = &pages_[head.page];
         pages = pages_.together(head.page, pages);
         for (u32 i = 0; i < pages; ++i) __builtin_prefetch(page[i].prefix);
@@ -168,9 +175,7 @@ public:
         if (!homes_.alive(ref >> kPageShift)) return;
         const PageHome& home = homes_[ref >> kPageShift];
         if (home.index == kNone) return;
-        const Chain& c = chains_[home.chain];
-        __builtin_prefetch(&c);
-        __builtin_prefetch(reinterpret_cast<const char*>(&c) + 64);
+        __builtin_prefetch(&chains_[home.chain]);
     }
     // Asks for pages of prefix hashes ahead of their use.
     KVINDEX_INLINE void prefetch(const Chain& c, u32 first, u32 from, u32 to) const {
@@ -179,14 +184,14 @@ public:
 
     u32 create(u32 space, u32 parent, u32 base, u32 lookahead) {
         const u32 id = chains_.take();
+        ages_.add(id);
         Chain& c = chains_[id];
         c.space = space;
-        c.parent = parent;
         c.base = base;
         c.lookahead = static_cast<u16>(lookahead);
-        if (parent != kNone) link(id);
-        ages_.add(id);
-        if (parent != kNone) touch(parent);
+        if (parent == kNone) return id;
+        link(id, parent);
+        touch(parent);
         return id;
     }
     // An event stores to the chain, and so it needs all that the chain hangs on.
@@ -259,8 +264,9 @@ public:
         Chain& c = chains_[id];
         if (c.len) cut(id, c.base);
         if (c.parent != kNone) unlink(id);
-        ages_.drop(id);
         release(c);
+        if (c.branch != kNone) branches_.give(c.branch);
+        ages_.drop(id);
         chains_.give(id);
     }
 
@@ -330,7 +336,7 @@ public:
     void join(u32 id, u32 kid, F&& moved) {
         Chain& c = chains_[id];
         Chain& k = chains_[kid];
-        assert(k.base == c.end() && !c.shared && !k.shared && k.own.empty() && !k.kids);
+        assert(k.base == c.end() && !c.shared && !k.shared && !k.named && k.first_kid == kNone);
         u32 i = 0;
         if (k.base & (kPageBlocks - 1)) {
             const u32 from = k.pages[0], to = c.pages.back();
@@ -361,44 +367,55 @@ public:
         k.runs.truncate(0);
         k.len = 0;
     }
-    void link(u32 id) {
+    // The child behind this one.
+    u32 next_kid(u32 id) const { return branches_[chains_[id].branch].after; }
+    u32 kids(const Chain& c) const { return c.first_kid == kNone ? 0 : branch_of(c.first_kid).kids; }
+    void link(u32 id, u32 parent) {
         Chain& c = chains_[id];
-        Chain& p = chains_[c.parent];
-        c.kid_before = kNone;
-        c.kid_after = p.first_kid;
-        if (p.first_kid != kNone) chains_[p.first_kid].kid_before = id;
+        Chain& p = chains_[parent];
+        if (c.branch == kNone) c.branch = branches_.take();
+        c.parent = parent;
+        Branch& b = branches_[c.branch];
+        b.kids = kids(p) + 1;
+        b.before = kNone;
+        b.after = p.first_kid;
+        if (b.after != kNone) branch_of(b.after).before = id;
         p.first_kid = id;
-        ++p.kids;
     }
     void unlink(u32 id) {
-        Chain& c = chains_[id];
-        Chain& p = chains_[c.parent];
-        if (c.kid_before != kNone) {
-            chains_[c.kid_before].kid_after = c.kid_after;
+        Chain& p = chains_[chains_[id].parent];
+        const Branch& b = branch_of(id);
+        const u32 left = kids(p) - 1;
+        if (b.before != kNone) {
+            branch_of(b.before).after = b.after;
         } else {
-            p.first_kid = c.kid_after;
+            p.first_kid = b.after;
         }
-        if (c.kid_after != kNone) chains_[c.kid_after].kid_before = c.kid_before;
-        --p.kids;
+        if (b.after != kNone) branch_of(b.after).before = b.before;
+        if (left) branch_of(p.first_kid).kids = left;
     }
 
-    // Own names. Returns kNoName where the worker uses the page's name.
+    // Own names, ordered by worker.
+    const Buf<OwnNames>& own(const Chain& c) const { return c.named ? branches_[c.branch].own : kNoOwnNames; }
+    // Returns kNoName where the worker uses the page's name.
     u64 own_name(const Chain& c, u32 worker, u32 depth) const {
-        if (c.own.empty()) return kNoName;
-        const u32 i = own_at(c, worker);
-        if (i == c.own.size() || c.own[i].worker != worker) return kNoName;
-        const OwnNames& o = c.own[i];
+        if (!c.named) return kNoName;
+        const Buf<OwnNames>& own = branches_[c.branch].own;
+        const u32 i = own_at(own, worker);
+        if (i == own.size() || own[i].worker != worker) return kNoName;
+        const OwnNames& o = own[i];
         return depth >= o.start && depth - o.start < o.ids.size() ? o.ids[depth - o.start] : kNoName;
     }
     void set_own_name(u32 id, u32 worker, u32 depth, u64 value) {
-        Chain& c = chains_[id];
-        u32 i = own_at(c, worker);
-        if (i == c.own.size() || c.own[i].worker != worker) {
+        if (value == kNoName && !chains_[id].named) return;
+        Buf<OwnNames>& own = named(id);
+        const u32 i = own_at(own, worker);
+        if (i == own.size() || own[i].worker != worker) {
             if (value == kNoName) return;
-            c.own.reserve(m_, c.own.size() + 1);
-            c.own.insert(i, OwnNames{worker, depth, 0, {}});
+            own.reserve(m_, own.size() + 1);
+            own.insert(i, OwnNames{worker, depth, 0, {}});
         }
-        OwnNames& o = c.own[i];
+        OwnNames& o = own[i];
         if (depth < o.start) {
             const u32 more = o.start - depth;
             o.ids.splice(m_, 0, 0, more);
@@ -410,28 +427,24 @@ public:
         if (slot == kNoName) ++o.used;
         slot = value;
         if (value != kNoName) return;
-        if (--o.used == 0) {
-            o.ids.release(m_);
-            c.own.splice(m_, i, 1, 0);
-            c.own.trim(m_);
-            return;
-        }
+        if (--o.used == 0) return drop_own_at(id, i);
         while (o.ids.back() == kNoName) o.ids.pop();
         o.ids.trim(m_);
     }
     // Own names of `kid`, which is about to become the end of `id`.
     void move_own(u32 id, u32 kid) {
-        Chain& c = chains_[id];
         Chain& k = chains_[kid];
-        for (OwnNames& o : k.own) {
-            const u32 i = own_at(c, o.worker);
-            if (i == c.own.size() || c.own[i].worker != o.worker) {
+        if (!k.named) return;
+        Buf<OwnNames>& own = named(id);
+        for (OwnNames& o : branches_[k.branch].own) {
+            const u32 i = own_at(own, o.worker);
+            if (i == own.size() || own[i].worker != o.worker) {
                 // First, so that nothing is lost if there is no memory for it.
-                c.own.reserve(m_, c.own.size() + 1);
-                c.own.insert(i, std::move(o));
+                own.reserve(m_, own.size() + 1);
+                own.insert(i, std::move(o));
                 continue;
             }
-            OwnNames& to = c.own[i];
+            OwnNames& to = own[i];
             while (to.start + to.ids.size() < o.start) to.ids.push(m_, kNoName);
             const u32 at = to.ids.size();
             to.ids.resize(m_, at + o.ids.size());
@@ -439,25 +452,31 @@ public:
             to.used += o.used;
             o.ids.release(m_);
         }
-        k.own.truncate(0);
+        branches_[k.branch].own.truncate(0);
+        k.named = 0;
     }
     bool has_own(const Chain& c, u32 worker) const {
-        const u32 i = own_at(c, worker);
-        return i < c.own.size() && c.own[i].worker == worker;
+        if (!c.named) return false;
+        const Buf<OwnNames>& own = branches_[c.branch].own;
+        const u32 i = own_at(own, worker);
+        return i < own.size() && own[i].worker == worker;
     }
     void drop_own(u32 id, u32 worker) {
+        if (has_own(chains_[id], worker)) drop_own_at(id, own_at(branch_of(id).own, worker));
+    }
+    // The own names of a chain that has some or is about to.
+    Buf<OwnNames>& named(u32 id) {
         Chain& c = chains_[id];
-        const u32 i = own_at(c, worker);
-        if (i == c.own.size() || c.own[i].worker != worker) return;
-        c.own[i].ids.release(m_);
-        c.own.splice(m_, i, 1, 0);
-        c.own.trim(m_);
+        if (c.branch == kNone) c.branch = branches_.take();
+        c.named = 1;
+        return branches_[c.branch].own;
     }
 
     // Everything, in any state.
     void clear() {
         chains_.each([&](u32 c) { release(chains_[c]); });
         chains_.clear();
+        branches_.clear();
         pages_.clear();
         homes_.clear();
         shared_.clear();
@@ -470,6 +489,8 @@ public:
     void shrink() {
         fresh_.release(m_);
         chains_.shrink();
+        branches_.shrink();
+        ages_.shrink();
         pages_.shrink();
         homes_.shrink();
         shared_.shrink();
@@ -480,6 +501,8 @@ public:
     std::string check() const;
 
 private:
+    static inline const Buf<OwnNames> kNoOwnNames{};
+
     std::string check_chain(u32 id) const;
     // A slot of a shared page for a chain's first block.
     void share(u32 id) {
@@ -527,11 +550,23 @@ private:
         if (c.row == at && at < 0xFFFF && (at == 0 || page == c.pages[0] + at)) ++c.row;
         c.pages.push(m_, page);
     }
-    static u32 own_at(const Chain& c, u32 worker) {
-        u32 lo = 0, hi = c.own.size();
+    Branch& branch_of(u32 id) { return branches_[chains_[id].branch]; }
+    const Branch& branch_of(u32 id) const { return branches_[chains_[id].branch]; }
+    void drop_own_at(u32 id, u32 i) {
+        Chain& c = chains_[id];
+        Buf<OwnNames>& own = branches_[c.branch].own;
+        own[i].ids.release(m_);
+        own.splice(m_, i, 1, 0);
+        own.trim(m_);
+        if (!own.empty()) return;
+        c.named = 0;
+        if (c.parent == kNone) branches_.give(std::exchange(c.branch, kNone));
+    }
+    static u32 own_at(const Buf<OwnNames>& own, u32 worker) {
+        u32 lo = 0, hi = own.size();
         while (lo < hi) {
             const u32 mid = (lo + hi) / 2;
-            if (c.own[mid].worker < worker) {
+            if (own[mid].worker < worker) {
                 lo = mid + 1;
             } else {
                 hi = mid;
@@ -540,8 +575,11 @@ private:
         return lo;
     }
     void release(Chain& c) {
-        for (OwnNames& o : c.own) o.ids.release(m_);
-        c.own.release(m_);
+        if (c.branch != kNone) {
+            Buf<OwnNames>& own = branches_[c.branch].own;
+            for (OwnNames& o : own) o.ids.release(m_);
+            own.release(m_);
+        }
         c.pages.release(m_);
         c.runs.release(m_);
     }
@@ -549,6 +587,7 @@ private:
     Memory& m_;
     SetPool& sets_;
     Pool<Chain> chains_;
+    Pool<Branch> branches_;
     Pool<Page> pages_;
     Pool<PageHome> homes_;
     Pool<SharedPage> shared_;

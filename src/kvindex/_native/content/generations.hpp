@@ -11,21 +11,20 @@
 
 #include <memory>
 
-#include "base/memory.hpp"
+#include "base/pool.hpp"
 
 namespace kvindex {
 
-// The age of a chain.
+// The age of a chain. Its neighbours in a list by age lie apart: only a writer needs them, and only with limits.
 struct Age {
-    mutable u32 touched = 0;           // generation
-    u32 older = kNone, newer = kNone;  // its neighbours in a list
+    mutable u32 touched = 0;  // generation
 };
 
 // Items: a container of things with a member `age`, addressed by number.
 template <class Items>
 class Ages {
 public:
-    Ages(Memory& m, Items& items) : m_(m), items_(items) {}
+    Ages(Memory& m, Items& items) : m_(m), items_(items), links_(m) {}
     ~Ages() {
         if (rings_) m_.sub(sizeof(Ring) * kRings);
     }
@@ -43,18 +42,29 @@ public:
         rings_[slot(now_)].began = kLongAgo;
     }
     bool on() const { return rings_ != nullptr; }
+    // Bytes that so many more items take.
+    std::size_t growth(u32 more) const { return on() ? links_.growth(more) : 0; }
     // All items are gone.
     void clear() {
+        links_.clear();
         for (u32 i = 0; on() && i < kRings; ++i) rings_[i].link.older = rings_[i].link.newer = kSentinel + i;
     }
 
+    // Gives back memory that is kept for later items.
+    void shrink() { links_.shrink(); }
+
+    // Called at once after an item was taken.
     void add(u32 id) {
         if (!on()) return;
+        if (links_.take() != id) __builtin_trap();  // both pools give the same ids for the same calls
         items_[id].age.touched = now_;
         put(id, newest_end(now_));
     }
+    // Called at once before an item is given back.
     void drop(u32 id) {
-        if (on()) unlink(id);
+        if (!on()) return;
+        unlink(id);
+        links_.give(id);
     }
     // Where everything that readers may not write is read too; any number of them at once.
     void seen(const Age& age) const {
@@ -143,40 +153,34 @@ private:
     static constexpr double kLongAgo = -1e300;
 
     struct Link {
-        u32 older, newer;
+        u32 older = kNone, newer = kNone;
     };
     struct Ring {
         double began = 0;
-        Link link{0, 0};
+        Link link;
     };
-    // A chain's neighbours, or a list's two ends. At an end "newer" is the first, so every list is a circle.
-    struct Ref {
-        u32& older;
-        u32& newer;
-    };
-
     static u32 slot(u32 generation) { return generation % kRings; }
-    Ref at(u32 id) const {
-        if (id >= kSentinel) return {rings_[id - kSentinel].link.older, rings_[id - kSentinel].link.newer};
-        return {items_[id].age.older, items_[id].age.newer};
-    }
+    // A chain's neighbours, or a list's two ends. At an end "newer" is the first, so every list is a circle.
+    Link& at(u32 id) { return id >= kSentinel ? rings_[id - kSentinel].link : links_[id]; }
+    const Link& at(u32 id) const { return id >= kSentinel ? rings_[id - kSentinel].link : links_[id]; }
     // After which item the newest of a generation is put.
     u32 newest_end(u32 generation) const { return at(kSentinel + slot(generation)).older; }
     void put(u32 id, u32 after) {
-        const Ref left = at(after), it = at(id);
+        Link &left = at(after), &it = at(id);
         it.older = after;
         it.newer = left.newer;
         at(it.newer).older = id;
         left.newer = id;
     }
     void unlink(u32 id) {
-        const Ref it = at(id);
+        const Link it = at(id);
         at(it.older).newer = it.newer;
         at(it.newer).older = it.older;
     }
 
     Memory& m_;
     Items& items_;
+    Pool<Link> links_;
     std::unique_ptr<Ring[]> rings_;
     double step_ = 0;
     u32 now_ = 0, oldest_ = 0;

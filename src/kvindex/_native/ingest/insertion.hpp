@@ -55,7 +55,7 @@ public:
                 chain = at.chain;
                 depth = at.depth + 1;
             } else {
-                if (at.chain != kNone && chains_[at.chain].kids == 0) return segs_;
+                if (at.chain != kNone && chains_[at.chain].first_kid == kNone) return segs_;
                 chain = presence_.child(space, at, prefixes[i], 1).chain();
                 if (chain == kNone) return segs_;
                 depth = chains_[chain].base;
@@ -222,7 +222,7 @@ private:
                 ++d;
             const u32 last = std::min(d, c.end() - 1);
             for (u32 k = p.depth + 1; k <= last; ++k) doubt(id, {p.chain, k});
-            for (u32 k = d > p.depth ? c.first_kid : kNone; k != kNone; k = chains_[k].kid_after) {
+            for (u32 k = d > p.depth ? c.first_kid : kNone; k != kNone; k = chains_.next_kid(k)) {
                 const u32 base = chains_[k].base;
                 if (base <= p.depth || base > d || !presence_.knows(w, chains_.set_at(chains_[k], base))) continue;
                 doubt(id, {k, base});

@@ -304,7 +304,7 @@ private:
         rootless_ = model.rootless != 0;
         while (head.chain() != kNone) {
             const u32 depth = walk_chain(ix, head, path, filter, at, out);
-            if (depth == kNone || at.i == path.n || ix.chains()[head.chain()].kids == 0) break;
+            if (depth == kNone || at.i == path.n || ix.chains()[head.chain()].first_kid == kNone) break;
             head = enter(ix, space, {head.chain(), depth - 1}, path, at.i, at.prefix);
         }
         return at.i;

@@ -55,7 +55,7 @@ std::string Presence::check_own_names() const {
         return {};
     };
     chains_.each([&](u32 id) {
-        for (const OwnNames& o : chains_[id].own)
+        for (const OwnNames& o : chains_.own(chains_[id]))
             if (error.empty()) error = check(id, chains_[id], o);
     });
     if (!error.empty()) return error;

@@ -78,13 +78,13 @@ public:
     bool knows_child(const Worker& w, Pos p) const {
         const Chain& c = chains_[p.chain];
         if (p.depth + 1 < c.end() && knows(w, chains_.set_at(c, p.depth + 1))) return true;
-        return c.kids && w.kids.get(kid_key(p.chain, p.depth)) != 0;
+        return c.first_kid != kNone && w.kids.get(kid_key(p.chain, p.depth)) != 0;
     }
     bool child_has(const Worker& w, Pos p, u32 holder) const {
         const Chain& c = chains_[p.chain];
         if (p.depth + 1 < c.end() && sets_.has(chains_.set_at(c, p.depth + 1), holder)) return true;
-        if (!c.kids || !w.kids.get(kid_key(p.chain, p.depth))) return false;
-        for (u32 k = c.first_kid; k != kNone; k = chains_[k].kid_after)
+        if (c.first_kid == kNone || !w.kids.get(kid_key(p.chain, p.depth))) return false;
+        for (u32 k = c.first_kid; k != kNone; k = chains_.next_kid(k))
             if (chains_[k].base == p.depth + 1 && sets_.has(chains_.set_at(chains_[k], p.depth + 1), holder))
                 return true;
         return false;
@@ -463,7 +463,7 @@ public:
                 if (c.len && c.runs.back().set == kEmptySet) continue;
             }
             if (c.len) {
-                if (c.kids) join_tail(chain);
+                if (c.first_kid != kNone) join_tail(chain);
                 return;
             }
             const u32 parent = c.parent;
@@ -475,7 +475,7 @@ public:
     // The depth below which no child hangs. O(children).
     u32 deepest_fork(const Chain& c) const {
         u32 depth = 0;
-        for (u32 k = c.first_kid; k != kNone; k = chains_[k].kid_after) depth = std::max(depth, chains_[k].base);
+        for (u32 k = c.first_kid; k != kNone; k = chains_.next_kid(k)) depth = std::max(depth, chains_[k].base);
         return depth;
     }
     // A chain whose only child at its end goes on where it ends is one chain with it:
@@ -483,15 +483,15 @@ public:
     // alone; joining costs time in their number, and gains one lookup per match.
     void join_tail(u32 chain) {
         Chain& c = chains_[chain];
-        if (c.kids > 16) return;
+        if (chains_.kids(c) > 16) return;
         u32 kid = kNone;
-        for (u32 k = c.first_kid; k != kNone; k = chains_[k].kid_after) {
+        for (u32 k = c.first_kid; k != kNone; k = chains_.next_kid(k)) {
             if (chains_[k].base != c.end()) continue;
             if (kid != kNone) return;
             kid = k;
         }
         // Nor is a long child moved page by page, which would take longer than a turn.
-        if (kid == kNone || chains_[kid].kids > 64 || chains_[kid].len > kTurnBlocks * 64) return;
+        if (kid == kNone || chains_.kids(chains_[kid]) > 64 || chains_[kid].len > kTurnBlocks * 64) return;
         Space& space = registry_.space_at(c.space);
         Chain& k = chains_[kid];
         if (k.runs[0].set == kEmptySet) return;
@@ -512,8 +512,7 @@ public:
                 w.kids.add(mem_, kid_key(chain, depth));
             });
             chains_.unlink(g);
-            chains_[g].parent = chain;
-            chains_.link(g);
+            chains_.link(g, chain);
         }
         chains_.move_own(chain, kid);
         u32 moved[kPageBlocks][2], n = 0;

@@ -35,10 +35,10 @@ void Presence::plan(SavePlan& plan) const {
         plan.chain_no[id] = static_cast<u32>(plan.chains.size());
         plan.chains.push_back(id);
         plan.records.push_back({c.space, parent, c.base, end - c.base, static_cast<u32>(plan.runs.size()) - first,
-                                c.own.size(), c.lookahead, 0});
+                                chains_.own(c).size(), c.lookahead, 0});
         plan.blocks += end - c.base;
         kids.clear();
-        for (u32 k = c.first_kid; k != kNone; k = chains_[k].kid_after) kids.push_back(k);
+        for (u32 k = c.first_kid; k != kNone; k = chains_.next_kid(k)) kids.push_back(k);
         stack.insert(stack.end(), kids.rbegin(), kids.rend());
     }
 }
@@ -82,7 +82,7 @@ void Presence::save(SectionWriter& to, const SavePlan& plan) const {
         std::vector<std::pair<u32, const OwnNames*>> list;
         for (u32 id : plan.chains) {
             list.clear();
-            for (const OwnNames& o : chains_[id].own) list.emplace_back(plan.worker_no[o.worker], &o);
+            for (const OwnNames& o : chains_.own(chains_[id])) list.emplace_back(plan.worker_no[o.worker], &o);
             std::sort(list.begin(), list.end());
             for (const auto& o : list) f(o.first, *o.second);
         }
@@ -264,9 +264,7 @@ private:
         }
         // Backwards, so that children stand in their order.
         for (u32 i = n; i-- > 0;) {
-            if (records_[i].parent == kNone) continue;
-            chains[i].parent = records_[i].parent;
-            chains.link(i);
+            if (records_[i].parent != kNone) chains.link(i, records_[i].parent);
         }
         bool unused = false;
         sets_.each_live([&](u32 set, u32 refs) { unused |= set != kEmptySet && refs == 0; });
@@ -348,16 +346,18 @@ private:
         }
         u64 next = 0;
         for (u32 i = 0; i < records_.size(); ++i) {
-            Chain& c = chains_[i];
-            c.own.reserve(mem_, records_[i].own);
+            if (!records_[i].own) continue;
+            const Chain& c = chains_[i];
+            Buf<OwnNames>& own = chains_.named(i);
+            own.reserve(mem_, records_[i].own);
             for (u32 k = 0; k < records_[i].own; ++k) {
                 in_.stand_at(Section::own, next * sizeof(OwnRecord));
                 const OwnRecord& o = list[next++];
-                in_.need(!k || o.worker > c.own.back().worker, "names are out of order");
+                in_.need(!k || o.worker > own.back().worker, "names are out of order");
                 in_.need(o.start >= c.base && o.n && u64{o.start} + o.n <= c.end(),
                          "names of blocks that are not there");
-                c.own.push(mem_, OwnNames{o.worker, o.start, 0, {}});
-                OwnNames& to = c.own.back();
+                own.push(mem_, OwnNames{o.worker, o.start, 0, {}});
+                OwnNames& to = own.back();
                 to.ids.resize(mem_, o.n);
                 std::memcpy(to.ids.data(), id, u64{8} * o.n);
                 id += u64{8} * o.n;
@@ -442,17 +442,18 @@ private:
             }
             if (!plan_.wide.empty()) whole(c);
             std::sort(ends.begin(), ends.end());
+            const Buf<OwnNames>& names = chains_.own(c);
             u32 o = 0;
             for (const auto& e : ends) {
                 const Worker& w = registry_.worker_at(e.first);
                 const Pos last{i, e.second - 1};
                 if (w.ghost != kNone && sets_.has(presence_.set_at(last), w.ghost))
                     in_.need(presence_.knows_child(w, last), "a block is remembered for nothing");
-                const bool own = o < c.own.size() && c.own[o].worker == e.first;
-                named(e.first, i, e.second, own ? &c.own[o] : nullptr, unnamed);
+                const bool own = o < names.size() && names[o].worker == e.first;
+                named(e.first, i, e.second, own ? &names[o] : nullptr, unnamed);
                 o += own;
             }
-            in_.need(o == c.own.size(), "names of a worker that does not know the chain");
+            in_.need(o == names.size(), "names of a worker that does not know the chain");
         }
     }
     // An engine block of several index blocks is held as one: a part of it is held exactly if a block below it is.
@@ -466,7 +467,7 @@ private:
         };
         for (u32 r = 0; r < c.runs.size(); ++r)
             join(below[chains_.run_end(c, r) - 1], r + 1 < c.runs.size() ? c.runs[r + 1].set : kEmptySet);
-        for (u32 k = c.first_kid; k != kNone; k = chains_[k].kid_after) {
+        for (u32 k = c.first_kid; k != kNone; k = chains_.next_kid(k)) {
             const u32 base = chains_[k].base;
             std::vector<u64>& to = below[base - 1];
             if (to.empty() && base < c.end()) join(to, chains_.set_at(c, base));
