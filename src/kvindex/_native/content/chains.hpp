@@ -13,6 +13,7 @@ namespace kvindex {
 
 inline constexpr u32 kPageBlocks = 8;
 inline constexpr u32 kPageShift = 3;
+inline constexpr u32 kMostChains = 1u << 30;  // ChainTable
 
 // Eight blocks: one cache line of prefix hashes, which is all that a match reads, and one of the engine hashes that
 // name them. Small pages rather than one array per chain: appending never copies, a block's reference never changes
@@ -185,6 +186,7 @@ public:
     u32 create(u32 space, u32 parent, u32 base, u32 lookahead) {
         const u32 id = chains_.take();
         ages_.add(id);
+        if (id >= kMostChains) throw std::bad_alloc();
         Chain& c = chains_[id];
         c.space = space;
         c.base = base;

@@ -479,9 +479,8 @@ inline void Ingest::clear_maps(Change& c) {
 inline void Ingest::collect_chains(Change& c) {
     const Worker& w = registry_.worker_at(c.workers[c.at]);
     const u32 stamp = c.cursor.stamp;
-    const bool more = w.chains.step(c.cursor, kTurnBlocks * 8, [&](const ChainSlot& s) {
-        const u32 chain = s.above - 1;
-        c.chains.push_back({chains_[chain].base, chain});
+    const bool more = w.chains.step(c.cursor, kTurnBlocks * 8 / ChainTable::kTogether, [&](const ChainSlot& s) {
+        s.each([&](u32 chain) { c.chains.push_back({chains_[chain].base, chain}); });
     });
     c.spend(kTurnBlocks / 4);
     if (stamp != c.cursor.stamp && stamp) {

@@ -190,8 +190,8 @@ public:
     bool holds_much(u32 pod, i64 rank) const {
         for (u32 id : registry_.pod_at(pod).workers)
             if (const Worker& w = registry_.worker_at(id);
-                w.rank == rank &&
-                (registry_.held(w) > kTurnBlocks || w.pending > kTurnBlocks || w.chains.size() > kTurnBlocks))
+                w.rank == rank && (registry_.held(w) > kTurnBlocks || w.pending > kTurnBlocks ||
+                                   w.chains.size() > kTurnBlocks / ChainTable::kTogether))
                 return true;
         return false;
     }
