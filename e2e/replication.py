@@ -24,12 +24,13 @@ import msgpack
 
 from kvindex import PrefixIndex
 from kvindex.replication.entries import VERSION
+from kvindex.replication.shard import shard_of
 from kvindex.replication.snapshots import Pointer
 
 from .log_server import LogServer, Watched, programs
 from .replication_fleet import BLOCK_SIZE, Fleet, Outcome, Settings, batch
 
-__all__ = ["FAILOVERS", "FAULTS", "Fault", "compare", "measure", "running"]
+__all__ = ["FAILOVERS", "FAULTS", "SHARDED", "Fault", "compare", "measure", "running"]
 
 LOG, SNAP = "{kv:e2e:0}:log", "{kv:e2e:0}:snap"
 #: By which an answer that calls itself exact may be behind what the collector has heard by then.
@@ -43,6 +44,8 @@ class Fault:
     """What somebody's status and log have to say of it: a pattern."""
     is_noticed: bool | None = True
     """Whether followers become stale; None where that may or may not be."""
+    prepare: Callable[[Fleet], None] | None = None
+    """Done before, in a fleet that is well."""
     is_brief: bool = False
     """Whether a snapshot may end it before anybody asks for the status, which then has counted it in ``holes``."""
 
@@ -59,6 +62,33 @@ def _freeze_collector(fleet: Fleet) -> None:
     os.kill(pid, signal.SIGSTOP)
     fleet.take(4.0)
     os.kill(pid, signal.SIGCONT)
+
+
+def _spread(fleet: Fleet) -> None:
+    """Let each candidate collect one shard."""
+    candidates = [number for number, each in fleet.members.items() if each.candidate]
+    while [fleet.members[number].role for number in candidates].count("collector") < fleet.settings.shards:
+        # One was there long before the others, and has several.
+        for number in candidates:
+            fleet.members[number].end()
+        for number in candidates:
+            fleet.restart(number)
+        fleet.take(2.0)
+        fleet.wait(fleet.all_exact)
+
+
+def _kill_one_collector(fleet: Fleet) -> None:
+    """That of one shard: the pods of the others stay exact in every process meanwhile."""
+    shards, names = fleet.settings.shards, fleet.settings.names
+    parts = [sum(shard_of(name, shards) == shard for name in names) for shard in range(shards)]
+    fleet.collector.end()
+    seen = set()
+    end = time.monotonic() + 1.5
+    while time.monotonic() < end:
+        fleet.take(0.005)
+        seen |= {each.exact for each in fleet.alive}
+    # A member counts one pod after another, so there are numbers between these.
+    assert min(seen) in {len(names) - part for part in parts}, f"others were not exact: {seen} of {parts}"
 
 
 # ------------------------------------------------------------------------------------------------------ the server
@@ -250,6 +280,10 @@ FAULTS: dict[str, Fault] = {
     "another list of pods": Fault(_other_list, "does not follow", is_noticed=False),
     "another fleet beside it": Fault(_neighbour, is_noticed=False),
 }
+#: With two shards, and a candidate for each.
+SHARDED: dict[str, Fault] = {
+    "collector of one of two shards killed": Fault(_kill_one_collector, "shard .*silent", prepare=_spread)
+}
 #: With a server that Sentinel watches, each with one of its own.
 FAILOVERS: dict[str, Fault] = {
     "primary killed, the replica current": Fault(partial(_fail_over, lagging=False), "cannot be reached"),
@@ -261,6 +295,8 @@ def measure(fleet: Fleet, fault: Fault) -> Outcome:
     """Cause one fault in a fleet that is well, and wait until it is well again. Raises AssertionError where the fault
     was not named, or a match raised."""
     fleet.wait(fleet.all_exact)
+    if fault.prepare is not None:
+        fault.prepare(fleet)
     fleet.take(0.5)
     watched = [number for number, each in fleet.members.items() if each.role != "collector"]
     for member in fleet.members.values():
@@ -298,23 +334,25 @@ def measure(fleet: Fleet, fault: Fault) -> Outcome:
 
 
 def compare(fleet: Fleet) -> list[str]:
-    """Stop publishing, and compare everybody with an index that was given every batch: differences."""
+    """Stop publishing, and compare everybody with an index of each shard that was given every batch: differences."""
     settings, shared = fleet.settings, fleet.shared
     rate, shared.rate.value = shared.rate.value, 0.0
     fleet.take(1.5)
     found: list[str] = []
-    own = PrefixIndex(block_size=BLOCK_SIZE)
+    own = [PrefixIndex(block_size=BLOCK_SIZE) for _ in range(settings.shards)]
     want = {}
     for pod, name in enumerate(settings.names):
         # The tokens and hashes of a batch, not its time, make blocks; the fingerprint is of the bytes.
         for number in range(max(0, shared.counts[pod] - 400), shared.counts[pod]):
-            own.ingest(name, batch(pod, number, run=shared.runs[pod]), model="m", dp_rank=0, seq=number)
+            index = own[shard_of(name, settings.shards)]
+            index.ingest(name, batch(pod, number, run=shared.runs[pod]), model="m", dp_rank=0, seq=number)
         want[name] = shared.counts[pod] - 1
     told = fleet.ask("places")
+    held = sum(index.stats()["blocks"] for index in own)
     prints: dict[str, Any] = {}
     for number, places, states, blocks, status in told:
-        if blocks != own.stats()["blocks"]:
-            found.append(f"{number} has {blocks} blocks, not {own.stats()['blocks']}")
+        if blocks != held:
+            found.append(f"{number} has {blocks} blocks, not {held}")
         for name in settings.names:
             place = places.get(name)
             if place is None or place[0] != want[name] or not place[2] or states.get(name) != "exact":
@@ -378,6 +416,11 @@ def main() -> int:
                 for name, fault in chosen.items():
                     row(fleet, name, fault)
                 check(fleet)
+        for name, fault in SHARDED.items():
+            if re.search(args.only, name):
+                with running(program, **options, shards=2) as fleet:
+                    row(fleet, name, fault)
+                    check(fleet)
         for name, fault in FAILOVERS.items():
             if re.search(args.only, name):
                 with running(program, Watched, **options) as fleet:

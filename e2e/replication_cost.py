@@ -34,15 +34,16 @@ _SPAWN = multiprocessing.get_context("spawn")
 NEVER = 1e6
 
 
-class Timed(ReplicatedIndex):
-    """Notes how old each batch is when it has been applied."""
+def note(view: ReplicatedIndex, ages: list[float]) -> None:
+    """Note how old each batch is when it has been applied, from now on."""
+    (shard,) = view._shards
+    carry = shard._carry
 
-    ages: list[float]
+    def noted(effects: list[Any]) -> None:
+        carry(effects)
+        ages.extend(_ages(effects))
 
-    def _carry(self, effects: list[Any]) -> None:
-        super()._carry(effects)
-        if (ages := getattr(self, "ages", None)) is not None:
-            ages += _ages(effects)
+    shard._carry = noted  # type: ignore[method-assign]
 
 
 def _ages(items: list[Any]) -> list[float]:
@@ -79,7 +80,7 @@ def _reader(kind: str, settings: Settings, ends: list[tuple[str, str]], pipe: An
         keeper: Any = EventManager(index)
         asked = lambda: index  # noqa: E731
     else:
-        keeper = Timed(settings.server, fleet="bench", block_size=BLOCK_SIZE, collect=kind == "collector")
+        keeper = ReplicatedIndex(settings.server, fleet="bench", block_size=BLOCK_SIZE, collect=kind == "collector")
         asked = lambda: keeper.index  # noqa: E731
     with keeper:
         if kind != "follower":
@@ -92,7 +93,7 @@ def _reader(kind: str, settings: Settings, ends: list[tuple[str, str]], pipe: An
                     # Before it is applied, which takes some microseconds.
                     keeper.tap(lambda each: ages.extend(_ages([each])))
                 else:
-                    keeper.ages = ages
+                    note(keeper, ages)
                 pipe.send(None)
             elif what == "percentiles":
                 pipe.send([float(each) * 1e3 for each in np.percentile(ages or [0.0], [50, 99])])
@@ -169,33 +170,33 @@ def warm_start(server: LogServer, blocks: int, batches: int) -> float:
     """Seconds from a new view to its exactness: a snapshot of so many blocks, and so many batches of log behind it."""
     policy = ReplicationPolicy(snapshot_every=NEVER, snapshot_bytes=1 << 40, max_backlog=1 << 30)
     with ReplicatedIndex(server.url, fleet="warm", block_size=BLOCK_SIZE, policy=policy) as view:
-        while (manager := view._manager) is None:
+        while (manager := view._shards[0].manager) is None:
             time.sleep(0.01)
 
         def feed(first: int, count: int, blocks: int) -> None:
             for number in range(first, first + count):
                 pod = number % 32
                 each = Batch(f"p{pod}", 0, "m", None, number // 32, batch(pod, number // 32 * 50 + 10**6, blocks))
-                view._shown(each)
+                view._shards[0]._shown(each)
                 view.index.ingest(each.pod, each.payload, model="m", dp_rank=0, seq=each.seq)
 
         def told() -> None:
             from kvindex.sync.status import Marked
 
             for pod in range(32):
-                view._shown(Marked(f"p{pod}", 0, "exact", ""))
+                view._shards[0]._shown(Marked(f"p{pod}", 0, "exact", ""))
                 view.index.mark_worker(f"p{pod}", 0, "exact")
 
         manager.post(lambda: feed(0, blocks // 1000, 1000)).result()
         manager.post(told).result()
         taken = view.status().snapshots
-        view._machine.collector._snapshot_at = 0.0  # now
+        view._shards[0].machine.collector._snapshot_at = 0.0  # now
         while view.status().snapshots == taken:
-            view._wake()
+            view._shards[0]._wake()
             time.sleep(0.01)
         for first in range(0, batches, 1000):
             manager.post(lambda first=first: feed(blocks // 1000 + first, 1000, 20)).result()
-        while view._machine.collector.shown or view._machine.collector._unsent:
+        while view._shards[0].machine.collector.shown or view._shards[0].machine.collector._unsent:
             time.sleep(0.01)
         time.sleep(0.2)
         began = time.monotonic()

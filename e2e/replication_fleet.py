@@ -45,6 +45,7 @@ class Settings:
     followers: int
     rate: float
     policy: dict[str, Any] = field(default_factory=dict)
+    shards: int = 1
     fleet: str = "e2e"
     block_size: int = BLOCK_SIZE
     prefix: str = "p"
@@ -166,7 +167,7 @@ def _replicate(
     logging.getLogger("kvindex.replication").setLevel(logging.INFO)
     with ReplicatedIndex(
         connected(settings.server), fleet=settings.fleet, block_size=settings.block_size, collect=candidate,
-        policy=ReplicationPolicy(**settings.policy),
+        shards=settings.shards, policy=ReplicationPolicy(**settings.policy),
     ) as view:  # fmt: skip
         if candidate:
             for name, (endpoint, replay) in zip(settings.names, ends, strict=True):
@@ -356,10 +357,8 @@ class Fleet:
 
     def all_exact(self) -> bool:
         alive = self.alive
-        return (
-            all(each.exact == self.settings.pods for each in alive)
-            and [each.role for each in alive].count("collector") == 1
-        )
+        collectors = [each.role for each in alive].count("collector")
+        return all(each.exact == self.settings.pods for each in alive) and 1 <= collectors <= self.settings.shards
 
     @property
     def collector(self) -> Member:

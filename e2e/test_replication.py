@@ -24,7 +24,7 @@ from kvindex.sim import tokenizer as sim_tokenizer
 
 from .fleet import ROOT, Pods, source, until
 from .log_server import LogServer, Watched, programs, too_old
-from .replication import BOUND, FAILOVERS, FAULTS, Fault, compare, measure, running
+from .replication import BOUND, FAILOVERS, FAULTS, SHARDED, Fault, compare, measure, running
 from .replication_fleet import Fleet
 
 PROGRAMS = programs()
@@ -46,6 +46,15 @@ def test_everybody_is_right_after_each_fault_and_nobody_was_wrong_meanwhile(serv
             check(fleet, name, fault)
         assert compare(fleet) == []
         assert subscribers(fleet) == {1}, "the collector's; the others read the log"
+
+
+@SERVERS
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_shard_that_loses_its_collector_leaves_the_others_exact(server: str, name: str) -> None:
+    with running(PROGRAMS[server], **SMALL, shards=2) as fleet:
+        check(fleet, name, SHARDED[name])
+        assert compare(fleet) == []
+        assert subscribers(fleet) == {1}, "whichever process has the pod's shard"
 
 
 @SERVERS

@@ -48,6 +48,7 @@ from kvindex.replication.requests import (
     Trust,
     Wait,
 )  # fmt: skip
+from kvindex.replication.shard import shard_of
 from kvindex.replication.snapshots import pack
 from kvindex.sync.status import Configured, Forgotten, Marked, Removed
 
@@ -96,7 +97,7 @@ class Engine:
         self.content = mix(self.content, payload)
         self.batches.append((self.seq, payload))
         for node in self.world.nodes:
-            if node.collects:
+            if node.collects and self in node.engines:
                 node.hear(self, self.run, self.seq, payload)
 
     def restart(self) -> None:
@@ -107,13 +108,13 @@ class Engine:
         self.past.pop(START, None)
         self.batches.clear()
         for node in self.world.nodes:
-            if node.collects:
+            if node.collects and self in node.engines:
                 node.hear(self, self.run, -1, b"")
         self.every = self.world.random.choice((0.005, 0.02, 0.1))
 
 
 class Server:
-    """What a Redis server does with the requests, and what becomes of it."""
+    """What a Redis server does with the requests of one shard, and what becomes of it."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -121,6 +122,7 @@ class Server:
         self.frozen_until = 0.0
         self.generation = 0
         self.undo: deque[Callable[[], None]] = deque(maxlen=400)  # of what a replica may lack
+        self.blocked: list[Any] = []
         self.empty()
 
     def empty(self) -> None:
@@ -193,7 +195,7 @@ class Server:
                 self.entries.pop()
 
         self.undo.append(undo)
-        self.world.written()
+        self.world.written(self)
         return True
 
     def behind(self, after: tuple[int, int], count: int) -> list[tuple[tuple[int, int], bytes]]:
@@ -250,10 +252,16 @@ class Index:
 
 
 class Node:
-    """A process: a replica, its index, and the streams that it follows while it collects."""
+    """A shard of a process: a replica, its index, and the streams that it follows while it collects. ``process`` has
+    all that are in one, which share its fate."""
 
-    def __init__(self, world: World, name: str, candidate: bool) -> None:
+    def __init__(self, world: World, name: str, candidate: bool, shard: int, process: list[Node]) -> None:
         self.world, self.name, self.candidate = world, name, candidate
+        self.server, self.process = world.servers[shard], process
+        process.append(self)
+        self.engines = [
+            engine for engine in world.engines.values() if shard_of(engine.name, len(world.servers)) == shard
+        ]
         self.alive = False
         self.incarnation = 0
         self.frozen_until = 0.0
@@ -267,7 +275,9 @@ class Node:
         self.incarnation += 1
         self.alive = True
         writer = f"{self.name}.{self.incarnation}"
-        self.replica: Replica = self.world.replica(POLICY, SETTINGS, writer, candidate=self.candidate)
+        count = len(self.world.servers)
+        settings = {**SETTINGS, **({"shards": count} if count > 1 else {})}
+        self.replica: Replica = self.world.replica(POLICY, settings, writer, candidate=self.candidate)
         self.index = Index()
         self.collects = False
         self.step_number = 0
@@ -316,6 +326,7 @@ class Node:
     def step(self) -> None:
         self.waits = False
         world = self.world
+        self.replica.defer_to([each.replica for each in self.process if each is not self])
         request = self.replica.next(self.clock, world.now + self.wall + 1e6)
         if type(request) is Wait:
             self.waits = True
@@ -326,7 +337,7 @@ class Node:
             self.do(self.replica.due(self.clock))
             return
         world.requests += 1
-        sent, server, generation = self.clock, world.server, world.server.generation
+        sent, server, generation = self.clock, self.server, self.server.generation
         incarnation = self.incarnation
 
         def reply(answer: Any, after: float) -> None:
@@ -351,7 +362,7 @@ class Node:
                 if found:
                     reply(found, world.delay())
                 else:
-                    world.blocked.append((self, request, reply, generation, incarnation))
+                    server.blocked.append((self, request, reply, generation, incarnation))
                     world.call(world.now + request.block, lambda: world.unblock(self, request))
             else:
                 answer = server.do(request)
@@ -397,7 +408,7 @@ class Node:
         self.index.until = None
         self.streams = {}
         self.arrived = self.world.now
-        for engine in self.world.engines.values():
+        for engine in self.engines:
             self.show(Described(engine.name, "", None, {}, None))
             self.show(Configured(engine.name, {}))
             self.show(Marked(engine.name, 0, "stale", "new"))
@@ -499,7 +510,7 @@ class Faults:
 class World:
     def __init__(
         self, seed: int, *, replica: Callable[..., Replica] = Replica, faults: Faults | None = None, nodes: int = 4,
-        pods: int = 3, trace: bool = False,
+        pods: int = 3, shards: int = 1, trace: bool = False,
     ) -> None:  # fmt: skip
         self.random = random.Random(seed)
         self.seed, self.replica, self.trace = seed, replica, trace
@@ -511,14 +522,15 @@ class World:
         self.faults = faults or Faults()
         self.loss, self.damage = self.faults.loss, self.faults.damage
         self.latency = self.random.choice((0.0002, 0.002, 0.01))
-        self.blocked: list[Any] = []
-        self.server = Server(self)
+        self.servers = [Server(self) for _ in range(shards)]
         self.nodes: list[Node] = []
         self.engines = {
             name: Engine(self, name, self.random.choice((20, 200, 5000))) for name in (f"p{n}" for n in range(pods))
         }
         for n in range(nodes):
-            self.nodes.append(Node(self, f"n{n}", candidate=n < 2 or self.random.random() < 0.3))
+            candidate, process = n < 2 or self.random.random() < 0.3, []
+            for shard in range(shards):
+                self.nodes.append(Node(self, f"n{n}" + f".{shard}" * (shards > 1), candidate, shard, process))
         for engine in self.engines.values():
             self.call(self.random.random() * 0.1, lambda engine=engine: self.publish(engine))
         for kind in ("crash", "freeze", "cut", "server_freeze", "server_restart", "server_empty", "fail_over",
@@ -550,24 +562,31 @@ class World:
             engine.publish()
         self.call(self.now + self.random.expovariate(1 / engine.every), lambda: self.publish(engine))
 
-    def written(self) -> None:
+    @property
+    def server(self) -> Server:
+        """That of the only shard."""
+        (server,) = self.servers
+        return server
+
+    def written(self, server: Server) -> None:
         """Wake who waits for entries."""
-        waiting, self.blocked = self.blocked, []
+        waiting, server.blocked = server.blocked, []
         for node, request, reply, generation, incarnation in waiting:
-            if generation != self.server.generation:
+            if generation != server.generation:
                 self.call(self.now + TIMEOUT, lambda reply=reply: reply(Fail("unreachable", "reset"), 0.0))
             elif incarnation == node.incarnation:
-                reply(self.server.behind(request.after, request.most), self.delay())
+                reply(server.behind(request.after, request.most), self.delay())
 
     def unblock(self, node: Node, request: Any) -> None:
-        for at, (other, asked, reply, generation, _) in enumerate(self.blocked):
+        server = node.server
+        for at, (other, asked, reply, generation, _) in enumerate(server.blocked):
             if other is node and asked is request:
-                del self.blocked[at]
-                gone = generation != self.server.generation or not self.server.up
-                if self.server.frozen_until > self.now + TIMEOUT:
+                del server.blocked[at]
+                gone = generation != server.generation or not server.up
+                if server.frozen_until > self.now + TIMEOUT:
                     reply(Fail("unreachable", "timeout"), TIMEOUT)
-                elif self.server.frozen_until > self.now:
-                    self.call(self.server.frozen_until, partial(reply, [], self.delay()))
+                elif server.frozen_until > self.now:
+                    self.call(server.frozen_until, partial(reply, [], self.delay()))
                 else:
                     reply(Fail("unreachable", "reset") if gone else [], self.delay())
                 return
@@ -583,30 +602,42 @@ class World:
             return
         self.call(self.now + self.random.expovariate(1 / mean), lambda: self.fault(kind, mean))
         self.happened[kind] += 1
-        rand, server = self.random, self.server
+        rand, servers = self.random, self.servers
         node = rand.choice(self.nodes)
         if rand.random() < 0.5:  # who collects is hit more often
             node = next((each for each in self.nodes if each.collects), node)
         self.say(f"{kind} {node.name}")
         match kind:
             case "crash" if node.alive:
-                node.crash()
-                self.call(self.now + rand.choice((0.05, 1.0, 4.0)), lambda: node.alive or node.start())
+                after = rand.choice((0.05, 1.0, 4.0))
+                for each in node.process:
+                    each.crash()
+                    self.call(self.now + after, lambda each=each: each.alive or each.start())
             case "freeze":
-                node.freeze(rand.choice((0.2, 0.9, 1.5, 4.0, 8.0)))
+                seconds = rand.choice((0.2, 0.9, 1.5, 4.0, 8.0))
+                for each in node.process:
+                    each.freeze(seconds)
             case "cut":
-                node.cut_until = self.now + rand.choice((0.2, 1.5, 5.0))
+                until = self.now + rand.choice((0.2, 1.5, 5.0))
+                for each in node.process:
+                    each.cut_until = until
             case "server_freeze":
-                server.frozen_until = self.now + rand.choice((0.1, 0.8, 3.0))
+                until = self.now + rand.choice((0.1, 0.8, 3.0))
+                for server in servers:
+                    server.frozen_until = until
             case "server_restart" | "server_empty":
-                server.up = False
-                server.generation += 1
-                if kind == "server_empty":
-                    server.empty()
-                self.call(self.now + rand.choice((0.02, 0.5, 3.0)), lambda: setattr(server, "up", True))
+                after = rand.choice((0.02, 0.5, 3.0))
+                for server in servers:
+                    server.up = False
+                    server.generation += 1
+                    if kind == "server_empty":
+                        server.empty()
+                    self.call(self.now + after, lambda server=server: setattr(server, "up", True))
             case "fail_over":
-                server.generation += 1
-                server.fail_over(rand.choice((0, 0, 1, 5, 50, 300)))
+                lost = rand.choice((0, 0, 1, 5, 50, 300))
+                for server in servers:
+                    server.generation += 1
+                    server.fail_over(lost)
             case "engine_restart":
                 engine = rand.choice([*self.engines.values()])
                 engine.restart()
@@ -614,7 +645,8 @@ class World:
                     engine.up = False
                     self.call(self.now + rand.choice((0.1, 2.0)), lambda: setattr(engine, "up", True))
             case "trim":
-                del server.entries[: len(server.entries) * 3 // 4]
+                for server in servers:
+                    del server.entries[: len(server.entries) * 3 // 4]
 
     # ---------------------------------------------------------------------------------------------------- answers
 
@@ -623,7 +655,8 @@ class World:
         for node in self.nodes:
             if not node.alive or node.frozen_until > self.now:
                 continue
-            for name, engine in self.engines.items():
+            for engine in node.engines:
+                name = engine.name
                 content = node.claims(name)
                 self.judged += 1
                 if content is None:
@@ -642,7 +675,8 @@ class World:
         """End all faults; then everybody has to be right, and soon."""
         self.quiet = True
         self.loss = self.damage = 0.0
-        self.server.up = True
+        for server in self.servers:
+            server.up = True
         for node in self.nodes:
             node.cut_until = 0.0
             node.frozen_until = min(node.frozen_until, self.now)
@@ -661,15 +695,20 @@ class World:
         raise Wrong(f"seed {self.seed}: not settled: {sorted(missing)}")
 
     def unsettled(self) -> set[str]:
-        collectors = [node for node in self.nodes if node.collects]
-        if len(collectors) != 1:
-            return {f"{len(collectors)} collectors"}
-        return {
-            f"{node.name} for {name}: {node.replica.reason!r}, marked {node.index.state.get(name)}"
-            for node in self.nodes
-            for name in self.engines
-            if not node.collects and collectors[0].index.state.get(name) == "exact" and node.claims(name) is None
-        }
+        missing: set[str] = set()
+        for shard, server in enumerate(self.servers):
+            nodes = [node for node in self.nodes if node.server is server]
+            collectors = [node for node in nodes if node.collects]
+            if len(collectors) != 1:
+                missing.add(f"{len(collectors)} collectors of shard {shard}")
+                continue
+            missing |= {
+                f"{node.name} for {name}: {node.replica.reason!r}, marked {node.index.state.get(name)}"
+                for node in nodes
+                for name in (engine.name for engine in node.engines)
+                if not node.collects and collectors[0].index.state.get(name) == "exact" and node.claims(name) is None
+            }
+        return missing
 
 
 def one(seed: int, seconds: float = 30.0, **options: Any) -> World:
@@ -696,7 +735,7 @@ def main() -> int:
         seed = args.seed if args.seed is not None else seed
         tried += 1
         try:
-            world = one(seed, trace=args.trace)
+            world = one(seed, shards=2 if seed % 4 == 0 else 1, trace=args.trace)
             steps, judged, exact = steps + world.steps, judged + world.judged, exact + world.exact
             happened += world.happened
         except Exception as wrong:

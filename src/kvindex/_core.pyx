@@ -41,6 +41,7 @@ cdef class Index:
     cdef dict uids, names
     cdef readonly object _clock
     cdef bint timed
+    cdef readonly tuple parts  # indexes that answer in its place: see replication/joined.py
 
     def __cinit__(self, block_size=16, *, hash_seed=1337, presence="count", max_parked=65536, max_bytes=None, ttl=None, clock=time.monotonic):
         self.block_size = arguments.whole(block_size, "block_size", 1, 65536)
@@ -88,7 +89,7 @@ cdef class Index:
         cdef cbool is_known = False
         cdef string text = self.ix.directory().name(uid, is_known)
         if not is_known:
-            return None
+            return _name_in(self.parts, uid)
         name = text.decode("utf-8", "surrogateescape")
         self.names[uid] = name
         if not self.ix.directory().has(uid):
@@ -385,6 +386,8 @@ cdef class Index:
         with nogil: self.ix.mark(uid, rank, state)
 
     def _trust(self, int64_t until): self.ix.trust(until)
+
+    def _join(self, *parts): _join(self, parts)
 
     def _pods(self):
         cdef size_t pods = 0

@@ -35,9 +35,12 @@ cdef class Loads:
         cdef _Ints t = _tokens(tokens)
         cdef Prompt p
         cdef string space
+        cdef Index index = self.index
+        for part in index.parts or ():
+            if (<Index>part).ix.directory().has(pod): index = part
         _text(model, "model", space)
         _prompt(t, lora_name, cache_salt, extra_keys, self.index.block_size, self.index.hash_seed, p)
-        with nogil: self.index.ix.guess(pod, rank, space, p, until)
+        with nogil: index.ix.guess(pod, rank, space, p, until)
 
     def reserve(self, pod, int64_t rank, uint64_t prefill, uint64_t context):
         """``(row, pod's number)`` of a worker that got a request by another way, or None where there is no such worker."""
@@ -45,6 +48,8 @@ cdef class Loads:
         cdef uint32_t at
         _text(pod, "pod", name)
         cdef uint64_t uid = self.index.ix.directory().find(name)
+        for part in self.index.parts or ():
+            uid = uid or (<Index>part).ix.directory().find(name)
         if uid == 0:
             return None
         with nogil: at = self.index.ix.reserve(self.loads[0], uid, rank, prefill, context)

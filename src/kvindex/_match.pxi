@@ -98,3 +98,18 @@ cdef class PrefixMatch:
 
     def __repr__(self):
         return f"PrefixMatch({self.tokens})"
+
+
+cdef int _join(Index index, tuple parts) except -1:
+    cdef vector[ConcurrentIndex*] joined
+    for part in parts: joined.push_back((<Index?>part).ix)
+    index.parts = parts
+    index.ix.join(joined)
+    return 0
+
+
+cdef str _name_in(tuple parts, uint64_t uid):
+    cdef str name = None
+    for part in parts or ():
+        if (name := (<Index>part).name(uid)) is not None: break
+    return name

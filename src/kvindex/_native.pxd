@@ -187,6 +187,7 @@ cdef extern from "_native/concurrent_index.hpp" namespace "kvindex" nogil:
         void engine(uint64_t, int engine, int eagle, const vector[int64_t]& groups, int hybrid) except +
         void mark(uint64_t, int64_t rank, int state) except +
         void trust(int64_t until)
+        void join(vector[ConcurrentIndex*]) except +
         void clear_worker(uint64_t, int64_t rank) except +
         Taken ingest(uint64_t, const uint8_t*, uint64_t, const string& model, int64_t rank, int64_t seq, cbool wait, Report&, double& ts,
                      int64_t& dp_rank, DecodeFault&) except +

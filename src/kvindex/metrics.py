@@ -114,7 +114,7 @@ class KVIndexCollector(Collector):
         index: The index.
         manager: The :class:`EventManager`, :class:`~kvindex.aio.AsyncEventManager` or
             :class:`~kvindex.replication.ReplicatedIndex` that follows the pods, if any. The last one also has the
-            figures of its log, with the label ``fleet``.
+            figures of its log, with the labels ``fleet`` and ``shard``.
         picker: The :class:`~kvindex.routing.EndpointPicker`, if any.
     """
 
@@ -183,22 +183,26 @@ class KVIndexCollector(Collector):
 
 
 def _replication(status: Any) -> Iterable[Metric]:
-    role = GaugeMetricFamily("kvindex_log_role", "1 for the role of this process.", labels=["fleet", "role"])
-    for each in _ROLES:
-        role.add_metric([status.fleet, each], status.role == each)
-    yield role
+    shards = [([status.fleet, str(number)], shard) for number, shard in enumerate(status.shards or (status,))]
+    labels = ["fleet", "shard"]
+    role = GaugeMetricFamily("kvindex_log_role", "1 for the role of this process.", labels=[*labels, "role"])
     failures = CounterMetricFamily(
-        "kvindex_log_failures", "Requests that the log's server failed or refused, by kind.", labels=["fleet", "kind"]
+        "kvindex_log_failures", "Requests that the log's server failed or refused, by kind.", labels=[*labels, "kind"]
     )
-    for kind, count in status.failures.items():
-        failures.add_metric([status.fleet, kind], count)
+    for of, shard in shards:
+        for each in _ROLES:
+            role.add_metric([*of, each], shard.role == each)
+        for kind, count in shard.failures.items():
+            failures.add_metric([*of, kind], count)
+    yield role
     yield failures
     kinds: tuple[tuple[Any, Any], ...] = ((GaugeMetricFamily, _LOG_GAUGES), (CounterMetricFamily, _LOG_COUNTERS))
     for family, metrics in kinds:
         for name, field, about in metrics:
-            made = family(name, about, labels=["fleet"])
-            if (value := getattr(status, field)) is not None:
-                made.add_metric([status.fleet], value)
+            made = family(name, about, labels=labels)
+            for of, shard in shards:
+                if (value := getattr(shard, field)) is not None:
+                    made.add_metric(of, value)
             yield made
 
 

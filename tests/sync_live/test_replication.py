@@ -28,6 +28,7 @@ from kvindex import (
     InvalidValueError,
     PodSource,
     PrefixIndex,
+    SnapshotError,
     StreamError,
     UnknownPodError,
 )
@@ -43,6 +44,7 @@ if not PROGRAMS:
 from kvindex.replication import AsyncReplicatedIndex, ReplicatedIndex, ReplicationPolicy  # noqa: E402
 from kvindex.replication.entries import Hashed  # noqa: E402
 from kvindex.replication.requests import Trust  # noqa: E402
+from kvindex.replication.shard import shard_of  # noqa: E402
 from kvindex.routing import EndpointPicker  # noqa: E402
 
 #: The same decisions with shorter waits.
@@ -130,7 +132,7 @@ def trimmed(client: Any) -> bool:
 
 
 def goes_back(view: ReplicatedIndex) -> bool:
-    follower = view._machine.follower
+    follower = view._shards[0].machine.follower
     if view.status().holes == 0 and (place := follower.place) is not None:
         follower.place = (place[0], place[1] - 50)
     return view.status().holes == 1
@@ -233,7 +235,7 @@ def test_who_follows_the_engines_is_stale_while_it_does_not_hear_them(
         pod.publish(3)
         until(lambda: knows(first, pod))
         goes_on = threading.Event()
-        held = first._manager.post(goes_on.wait)
+        held = first._shards[0].manager.post(goes_on.wait)
         try:
             pod.publish(3)
             until(lambda: first.index.pod_state("a") == "stale")
@@ -285,11 +287,121 @@ def test_a_log_of_an_older_version_is_named_and_begun_anew(server: Any, pod: Liv
                 until(lambda: knows(other, pod) and knows(view, pod))
 
 
+#: Of two shards, "a" is in the first and "e" in the second.
+IN_BOTH = ("a", "e")
+
+
+@pytest.fixture
+def both() -> Iterator[list[LivePublisher]]:
+    assert [shard_of(name, 2) for name in IN_BOTH] == [0, 1]
+    with LivePublisher(name="a") as first, LivePublisher(name="e") as second:
+        yield [first, second]
+
+
+def know(view: ReplicatedIndex, pods: list[LivePublisher]) -> bool:
+    """Whether each pod is exact, and each answer is that of an index that got every batch itself."""
+    return view.inexact() == {} and all(
+        view.index.match_prefix(pod.chain(), model="m", only_exact=True).tokens.get(pod.name) == len(pod.chain())
+        for pod in pods
+    )
+
+
+def test_each_candidate_collects_a_shard_and_a_silent_one_makes_its_own_pods_stale(
+    server: Any, both: list[LivePublisher]
+) -> None:
+    with nothing_left_behind(), view_of(server, shards=2, collect=False) as router:
+        views = [view_of(server, shards=2) for _ in range(2)]
+        for view in views:
+            for pod in both:
+                view.add_pod(source(pod))
+            view.start()
+        try:
+            for pod in both:
+                pod.publish(5)
+            until(lambda: all(know(view, both) for view in (router, *views)))
+            until(lambda: [status.role for status in router.status().shards] == ["follower"] * 2)
+            roles = [[status.role for status in view.status().shards] for view in views]
+            assert sorted(roles) == [["collector", "follower"], ["follower", "collector"]]
+            assert {view.role for view in views} == {"collector"}
+            assert router.role == "follower"
+            assert sorted(router.pods()) == sorted(router.pod_status()) == ["a", "e"]
+            picker = EndpointPicker(router.index, router)
+            choice = picker.pick(both[1].chain(), model="m")
+            assert choice is not None
+            assert choice.pod in IN_BOTH
+
+            gone = roles.index(["collector", "follower"])  # it has the shard of "a"
+            stays = views[1 - gone]
+            stays._shards[0].machine.candidate = False
+            views[gone].close()
+            until(lambda: router.index.pods() == {"a": "stale", "e": "exact"})
+            assert stays.index.pods() == {"a": "stale", "e": "exact"}
+            both[1].publish(3)
+            until(lambda: knows_now(router, both[1]) and knows_now(stays, both[1]))
+            assert router.index.match_prefix(both[0].chain(), model="m", only_exact=True).tokens.get("a") is None
+            status = router.status()
+            assert (status.trusted, [each.trusted for each in status.shards]) == (False, [False, True])
+            assert status.reason.startswith("shard 0: the log is silent")
+            assert status.hindrance == ""
+
+            both[0].publish(2)
+            stays._shards[0].machine.candidate = True
+            until(lambda: know(router, both) and know(stays, both))
+            assert [status.role for status in stays.status().shards] == ["collector"] * 2
+            assert router.status().reason == ""
+            assert router.status().shards[1].holes == 0
+        finally:
+            for view in views:
+                view.close()
+
+
+def knows_now(view: ReplicatedIndex, pod: LivePublisher) -> bool:
+    chain = pod.chain()
+    return view.index.match_prefix(chain, model="m", only_exact=True).tokens.get(pod.name) == len(chain)
+
+
+def test_the_snapshot_of_a_shard_replaces_that_shard_only(server: Any, both: list[LivePublisher]) -> None:
+    with view_of(server, shards=2) as first, view_of(server, shards=2, collect=False) as late:
+        for pod in both:
+            first.add_pod(source(pod))
+            pod.publish(80)
+        until(lambda: know(first, both) and know(late, both))
+        until(lambda: first.status().snapshots > 3)
+        kept = late._shards[1].index.dumps()
+        loaded = late.status().shards[0].snapshots
+        follower = late._shards[0].machine.follower
+        follower.place = (follower.place[0], 0)
+        until(lambda: late.status().shards[0].snapshots > loaded and know(late, both))
+        assert late.status().shards[0].holes == 1
+        assert (late._shards[1].index.dumps(), late.status().shards[1].holes) == (kept, 0)
+        with pytest.raises(SnapshotError, match="2 shards"):
+            late.index.dumps()
+
+
+@pytest.mark.parametrize("counts", [(1, 2), (2, 1), (2, 3)])
+def test_another_number_of_shards_under_the_same_name_is_named(
+    server: Any, both: list[LivePublisher], counts: tuple[int, int]
+) -> None:
+    with view_of(server, shards=counts[0]) as first:
+        for pod in both:
+            first.add_pod(source(pod))
+            pod.publish(3)
+        until(lambda: know(first, both))
+        with view_of(server, shards=counts[1]) as other:
+            for pod in both:
+                other.add_pod(source(pod))
+            until(lambda: f"shards {counts[0]} where this index has {counts[1]}" in other.status().reason)
+            time.sleep(3 * QUICK.patience)
+            assert other.role == "follower"
+            assert set(other.inexact()) == {"a", "e"}
+        assert know(first, both)
+
+
 def test_a_damaged_batch_is_a_hole(server: Any) -> None:
     view = view_of(server, collect=False)
-    follower = view._machine.follower
-    view._carry(follower.begin((7, 1)))
-    view._carry([Trust(None), Hashed(b"\x01"), Trust(None)])
+    follower = view._shards[0].machine.follower
+    view._shards[0]._carry(follower.begin((7, 1)))
+    view._shards[0]._carry([Trust(None), Hashed(b"\x01"), Trust(None)])
     assert not view.status().trusted
     assert "damaged" in view.status().reason or "damaged" in follower.reason
     assert (follower.place, follower.holes) == (None, 1)
@@ -407,6 +519,9 @@ def test_what_people_get_wrong(server: Any, pod: LivePublisher) -> None:
     for fleet in ("", "a{b}", "a:b"):
         with pytest.raises(InvalidValueError, match="fleet"):
             view_of(server, fleet=fleet)
+    for options in ({"shards": 0}, {"shards": 65}, {"shards": 2, "log": False}):
+        with pytest.raises(InvalidValueError, match="shards"):
+            view_of(server, **options)
     view = view_of(server)
     assert view.status().reason == "not started"
     with view:
@@ -456,7 +571,7 @@ def test_a_failure_of_the_thread_is_logged_and_healed(
         pod.publish(4)
         until(lambda: knows(view, pod))
         with monkeypatch.context() as patched:
-            patched.setattr(view._store, "_do", lambda request: 1 / 0)
+            patched.setattr(view._shards[0].store, "_do", lambda request: 1 / 0)
             until(lambda: "begins anew" in caplog.text)
             until(lambda: view.index.pods().get("a", "stale") == "stale")
         until(lambda: knows(view, pod))
@@ -493,7 +608,7 @@ def test_the_command_collects_and_ends_with_a_signal(server: Any, pod: LivePubli
         with view_of(server, collect=False, policy=ReplicationPolicy()) as view:
             until(lambda: knows(view, pod), 60.0)
             told = metrics(port)
-            assert 'kvindex_log_role{fleet="t",role="collector"} 1.0' in told
+            assert 'kvindex_log_role{fleet="t",role="collector",shard="0"} 1.0' in told
             assert 'kvindex_worker_blocks{pod="a",rank="0"} 5.0' in told
             process.terminate()
             out, errors = process.communicate(timeout=60.0)
@@ -550,7 +665,7 @@ def test_the_command_serves_a_log_and_says_what_it_is_worth(server: Any, pod: Li
             assert told["pods"]["a"]["last_seq"] == 4
             shown = asked(port, "/v1/fleet")[1]
             assert (shown["log"]["trusted"], [row["pod"] for row in shown["rows"]]) == (True, ["a"])
-            assert 'kvindex_log_trusted{fleet="t"} 1.0' in metrics(port)
+            assert 'kvindex_log_trusted{fleet="t",shard="0"} 1.0' in metrics(port)
             assert asked(port, "/workers")[1][0]["instance_id"] == 7
             worker = {"instance_id": 7, "endpoint": "tcp://127.0.0.1:9", "model_name": "m", "block_size": 4}
             for path in ("/register", "/unregister"):

@@ -97,22 +97,27 @@ def view(tmp_path):
     return ReplicatedIndex(f"unix://{tmp_path}/nobody", fleet="prod")
 
 
-def test_the_figures_of_a_log_are_those_of_its_status(view, monkeypatch):
+@pytest.mark.parametrize("shards", [1, 2])
+def test_the_figures_of_a_log_are_those_of_its_status(view, monkeypatch, shards):
     status = replace(
         view.status(), role="collector", trusted=True, age=0.0, began=1.8e9, lease_age=0.4, snapshot_age=None,
         snapshot_bytes=5, read_bytes=6, written_bytes=7, refused=8, entries=9, written=10, refilled=11, snapshots=12,
         holes=13, takeovers=14, step_downs=15, failures={"full": 16},
     )  # fmt: skip
-    monkeypatch.setattr(view, "status", lambda: status)
+    both = replace(status, shards=(status, replace(status, entries=90))) if shards > 1 else status
+    monkeypatch.setattr(view, "status", lambda: both)
     registry = CollectorRegistry()
     registry.register(KVIndexCollector(view.index, view))
-    of = ("fleet", "prod")
+    of = (("fleet", "prod"), ("shard", "0"))
     found = {name: value for name, value in samples(registry).items() if name[0].startswith("kvindex_log_")}
+    others = {name: found.pop(name) for name in [*found] if ("shard", "1") in name}
+    assert len(others) == (len(found) if shards > 1 else 0)
+    assert others.get(("kvindex_log_entries_read_total", ("fleet", "prod"), ("shard", "1")), 90) == 90
     roles = {"collector": 1, "follower": 0, "direct": 0}
     assert found == {
-        **{("kvindex_log_role", of, ("role", role)): value for role, value in roles.items()},
-        ("kvindex_log_failures_total", of, ("kind", "full")): 16,
-        **{(f"kvindex_log_{name}", of): value for name, value in {
+        **{("kvindex_log_role", *sorted([*of, ("role", role)])): value for role, value in roles.items()},
+        ("kvindex_log_failures_total", *sorted([*of, ("kind", "full")])): 16,
+        **{(f"kvindex_log_{name}", *of): value for name, value in {
             "trusted": 1, "age_seconds": 0, "epoch_timestamp_seconds": 1.8e9, "lease_age_seconds": 0.4,
             "snapshot_bytes": 5, "read_bytes_total": 6, "written_bytes_total": 7, "entries_refused_total": 8,
             "entries_read_total": 9, "entries_written_total": 10, "entries_refilled_total": 11, "snapshots_total": 12,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from log_world import Faults, World, Wrong, one
+from log_world import POLICY, Faults, World, Wrong, one
 
 from kvindex.replication.collector import Collector
 from kvindex.replication.entries import Beat, Hashed, Id, decode
@@ -14,11 +14,12 @@ from kvindex.replication.replica import Replica
 from kvindex.replication.requests import Append, ReplicationPolicy, Wait
 
 SEEDS = range(1, 5)
+NOTHING = dict.fromkeys(Faults.__dataclass_fields__, 0.0)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_no_answer_that_calls_itself_exact_is_older_than_it_may_be(seed: int) -> None:
-    world = one(seed, 10.0)
+@pytest.mark.parametrize(("seed", "shards"), [*((seed, 1) for seed in SEEDS), (4, 2)])
+def test_no_answer_that_calls_itself_exact_is_older_than_it_may_be(seed: int, shards: int) -> None:
+    world = one(seed, 10.0, shards=shards)
     assert world.exact > 100, "answers were looked at"
     assert len(world.happened) > 4, "and something had happened"
 
@@ -31,13 +32,51 @@ def test_a_seed_is_one_history() -> None:
 
 
 def test_without_faults_everything_is_exact_and_nobody_is_replaced() -> None:
-    never = Faults(**dict.fromkeys(Faults.__dataclass_fields__, 0.0))
-    world = World(1, faults=never)
+    world = World(1, faults=Faults(**NOTHING))
     world.run(20.0)
     assert world.exact / world.judged > 0.85
     assert sum(node.replica.takeovers for node in world.nodes) == 1
     assert sum(node.replica.follower.holes for node in world.nodes) == 0
     assert len(world.server.entries) < 15 / world.engines["p0"].every * 3, "the log is trimmed"
+
+
+def collecting(world: World) -> dict[str, str]:
+    """Which process collects which shard."""
+    return {node.name.partition(".")[2]: node.name.partition(".")[0] for node in world.nodes if node.collects}
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_two_candidates_collect_a_shard_each_and_one_takes_both_where_it_is_alone(seed: int) -> None:
+    world = World(seed, faults=Faults(**NOTHING), nodes=2, pods=6, shards=2)
+    world.run(10.0)
+    both = collecting(world)
+    assert {*both} == {"0", "1"}
+    assert len({*both.values()}) == 2
+    gone = both["0"]
+    for node in world.nodes:
+        if node.name.startswith(gone):
+            node.crash()
+    moment = world.now
+    while len(collecting(world)) < 2:
+        world.run(world.now + 0.05)
+    assert {*collecting(world).values()} == {"n0", "n1"} - {gone}
+    assert world.now < moment + POLICY.lease + 2.0
+    kept = {node.name: node.replica.takeovers for node in world.nodes if node.alive}
+    assert sorted(kept.values()) == [1, 1], "the shard that it had stays undisturbed"
+
+
+def test_a_silent_shard_makes_its_own_pods_stale_only() -> None:
+    world = World(5, faults=Faults(**NOTHING), nodes=2, pods=6, shards=2)
+    world.run(10.0)
+    for node in world.nodes:
+        node.replica.candidate = False
+    silent = next(node for node in world.nodes if node.collects)
+    silent.crash()
+    world.run(world.now + 5.0)
+    for node in world.nodes:
+        if node.alive:
+            lost = node.server is silent.server
+            assert {node.claims(engine.name) is None for engine in node.engines} == {lost}
 
 
 def caught(replica: type[Replica], faults: Faults, seeds: int = 60, **options: Any) -> str:
@@ -85,9 +124,6 @@ class WritesOn(Collector):
 
 class IgnoresFencing(Replica):
     collector_type = WritesOn
-
-
-NOTHING = dict.fromkeys(Faults.__dataclass_fields__, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -280,34 +280,57 @@ public:
 
     // `wait` false: gives up (and returns false) rather than wait for a writer,
     // so that a caller may try with the interpreter locked.
-    bool match(const Prompt& prompt, const std::string& model, PodNames* names, bool only_exact, bool wait,
-               MatchResult& out) const {
+    KVINDEX_INLINE bool match(const Prompt& prompt, const std::string& model, PodNames* names, bool only_exact,
+                              bool wait, MatchResult& out) const {
         if (!find(prompt, model, names, only_exact, wait, out)) return false;
+        if (trusted_until_.load(std::memory_order_relaxed) == kForever) return true;
+        if (!parts_.empty()) return match_parts(prompt, model, names, only_exact, wait, out);
         if (lapsed()) out.distrust(only_exact);
         return true;
     }
     // Every state is stale from this moment of the steady clock on, in nanoseconds; kForever: no limit.
     static constexpr i64 kForever = std::numeric_limits<i64>::max();
     void trust(i64 until) { trusted_until_.store(until, std::memory_order_relaxed); }
+    // From now on, matches and choices are those of other indexes together, each with locks and states of its own. They
+    // have no pod in common and outlive this one, which stays empty.
+    static constexpr u32 kMostParts = Hit::kMostParts;
+    void join(std::vector<ConcurrentIndex*> parts) {
+        for (u32 i = 0; i < parts.size(); ++i) parts[i]->part_ = i;
+        parts_ = std::move(parts);
+        // Any limits: a match without them looks no further, and so pays nothing for parts.
+        trust(kForever - 1);
+        expiry_.store(-1.0);
+    }
     // `wait` false: gives up, as match does.
     bool choose(Loads& loads, const Hits& hits, u64 n_tokens, const std::string& model, PodNames* names, double now,
                 bool wait, Loads::Choice& out) const {
+        if (!parts_.empty()) return choose_of_parts(loads, hits, n_tokens, model, names, now, wait, out);
         Reading g(*this, wait);
         if (!g.on) return false;
-        const std::shared_ptr<const Filter> filter = names ? names->compile(*ix_) : nullptr;
+        const std::shared_ptr<const Filter> filter = names ? names->compile(*ix_, part_) : nullptr;
         out = Loads::Choice();
-        if (!lapsed()) loads.choose(*ix_, hits, n_tokens, ix_->registry().find_space(model), filter.get(), now, out);
+        if (lapsed()) return true;
+        Loads::Search search{hits, n_tokens, block_size_};
+        loads.look({ix_.get(), ix_->registry().find_space(model), filter.get(), false}, search);
+        loads.settle(search, now, out);
         return true;
     }
     // The row of a worker that got one more request, from elsewhere; kNone: there is no such worker.
     u32 reserve(Loads& loads, u64 pod, i64 rank, u64 prefill, u64 context) const {
-        Reading g(*this, true);
-        return loads.reserve(*ix_, pod, rank, prefill, context);
+        for (u32 i = 0; i < parts_.size(); ++i)
+            if (const u32 at = parts_[i]->reserve_in(loads, i, pod, rank, prefill, context); at != kNone) return at;
+        return parts_.empty() ? reserve_in(loads, 0, pod, rank, prefill, context) : kNone;
     }
     // The load of each worker that is still there.
     std::vector<Loads::Load> loads(Loads& of) const {
-        Reading g(*this, true);
-        of.follow(*ix_);
+        for (u32 i = 0; i < parts_.size(); ++i) {
+            const Reading g(*parts_[i], true);
+            of.follow(*parts_[i]->ix_, i);
+        }
+        if (parts_.empty()) {
+            const Reading g(*this, true);
+            of.follow(*ix_, 0);
+        }
         return of.rows();
     }
     // How many of the prompt's complete blocks do not have its last token.
@@ -486,11 +509,11 @@ public:
     }
     // The names of the media of hits, but for those that have gone.
     std::map<u32, std::string> media(const Hits& hits) const {
-        Reading g(*this, true);
         std::map<u32, std::string> out;
-        for (const Hit& h : hits)
-            if (ix_->registry().media().has(h.medium) && !out.count(h.medium))
-                out.emplace(h.medium, ix_->registry().media().name(h.medium));
+        for (u32 i = 0; i < parts_.size(); ++i)
+            parts_[i]->name_media(
+                hits, [&](u32 m) { return Hit::part_of(m) == i ? Hit::medium_in_part(m) : kNone; }, out);
+        if (parts_.empty()) name_media(hits, [](u32 m) { return m; }, out);
         return out;
     }
     std::string check() {
@@ -550,15 +573,53 @@ private:
         const u32 pod = ix_->registry().slot(uid);
         return pod == kNone ? std::vector<u32>() : ix_->registry().lengths(pod, rank, model);
     }
+    u32 reserve_in(Loads& loads, u32 part, u64 pod, i64 rank, u64 prefill, u64 context) const {
+        const Reading g(*this, true);
+        return loads.reserve(*ix_, part, pod, rank, prefill, context);
+    }
+    // `own`: a hit's medium as this index has it, or kNone.
+    template <class F>
+    void name_media(const Hits& hits, F&& own, std::map<u32, std::string>& out) const {
+        const Reading g(*this, true);
+        const Media& media = ix_->registry().media();
+        for (const Hit& h : hits)
+            if (const u32 m = own(h.medium); media.has(m) && !out.count(h.medium)) out.emplace(h.medium, media.name(m));
+    }
+    // Kept out of the match of one index, which is inlined, with all that it calls, into its callers: 46 instructions.
+    __attribute__((noinline)) bool match_parts(const Prompt& prompt, const std::string& model, PodNames* names,
+                                               bool only_exact, bool wait, MatchResult& out) const {
+        static thread_local MatchResult theirs;
+        for (u32 i = 0; i < parts_.size(); ++i) {
+            if (!parts_[i]->find(prompt, model, names, only_exact, wait, theirs)) return false;
+            if (parts_[i]->lapsed()) theirs.distrust(only_exact);
+            out.add(theirs, i);
+        }
+        return true;
+    }
+    bool choose_of_parts(Loads& loads, const Hits& hits, u64 n_tokens, const std::string& model, PodNames* names,
+                         double now, bool wait, Loads::Choice& out) const {
+        Loads::Search search{hits, n_tokens, block_size_};
+        // One lock at a time: a process that forks takes all of them, in an order of its own.
+        for (u32 i = 0; i < parts_.size(); ++i) {
+            const ConcurrentIndex& part = *parts_[i];
+            const Reading g(part, wait);
+            if (!g.on) return false;
+            const std::shared_ptr<const Filter> filter = names ? names->compile(*part.ix_, i) : nullptr;
+            const u32 space = part.ix_->registry().find_space(model);
+            loads.look({part.ix_.get(), space, filter.get(), part.lapsed()}, i, search);
+        }
+        loads.settle(search, now, out);
+        return true;
+    }
     bool lapsed() const {
         const i64 until = trusted_until_.load(std::memory_order_relaxed);
         return until != kForever && steady() >= until;
     }
-    bool find(const Prompt& prompt, const std::string& model, PodNames* names, bool only_exact, bool wait,
-              MatchResult& out) const {
+    KVINDEX_INLINE bool find(const Prompt& prompt, const std::string& model, PodNames* names, bool only_exact,
+                             bool wait, MatchResult& out) const {
         Reading g(*this, wait);
         if (!g.on) return false;
-        const std::shared_ptr<const Filter> filter = names ? names->compile(*ix_) : nullptr;
+        const std::shared_ptr<const Filter> filter = names ? names->compile(*ix_, part_) : nullptr;
         const u32 space = ix_->registry().find_space(model);
         if (prompt.prefixes) {
             const u32 n = static_cast<u32>(prompt.n_prefixes);
@@ -825,6 +886,8 @@ private:
     Report report_;
     std::atomic<double> expiry_{1e300};
     std::atomic<i64> trusted_until_{kForever};
+    std::vector<ConcurrentIndex*> parts_;
+    u32 part_ = 0;  // its place among the parts of another one
     // Of saving: one at a time, and the threads that wait for its end.
     mutable std::mutex saver_, gate_;
     mutable std::condition_variable opened_, calm_;

@@ -39,6 +39,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--log", metavar="URL", default=os.environ.get(URL),
                         help=f"URL of the server, as of redis-py (default: {URL})")  # fmt: skip
     parser.add_argument("--fleet", default="default", metavar="NAME", help="name of the fleet (default %(default)s)")
+    parser.add_argument("--shards", type=positive, default=1, metavar="N",
+                        help="number of logs of the fleet, equal in all processes (default %(default)s)")  # fmt: skip
     parser.add_argument("--block-size", type=positive, default=16, metavar="TOKENS",
                         help="block size of the index, equal in all processes (default %(default)s)")  # fmt: skip
     parser.add_argument("--max-bytes", type=positive, metavar="N", help="limit of its memory (default: none)")
@@ -92,7 +94,12 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         view = stack.enter_context(
             ReplicatedIndex(
-                args.log, fleet=args.fleet, block_size=args.block_size, policy=policy, max_bytes=args.max_bytes
+                args.log,
+                fleet=args.fleet,
+                block_size=args.block_size,
+                shards=args.shards,
+                policy=policy,
+                max_bytes=args.max_bytes,
             )
         )
         stack.enter_context(followed_fleet(view, args))

@@ -50,6 +50,8 @@ def add_parser(commands: Any) -> None:
     log_of.add_argument("--log", metavar="URL", default=os.environ.get(URL),
                         help=f"follow the log in this Redis or Valkey server (default: {URL}, else none)")  # fmt: skip
     log_of.add_argument("--fleet", default="default", metavar="NAME", help="name of the fleet (default %(default)s)")
+    log_of.add_argument("--shards", type=positive, default=1, metavar="N",
+                        help="number of logs of the fleet, equal in all processes (default %(default)s)")  # fmt: skip
 
     index = parser.add_argument_group("the index")
     index.add_argument("--block-size", type=positive, default=16, metavar="TOKENS",
@@ -168,8 +170,9 @@ def _view(args: argparse.Namespace) -> Any:
     except ImportError as error:
         raise CommandError(str(error)) from None
     return ReplicatedIndex(
-        args.log, fleet=args.fleet, block_size=args.block_size, collect=False, max_bytes=args.max_bytes, ttl=args.ttl
-    )
+        args.log, fleet=args.fleet, block_size=args.block_size, shards=args.shards, collect=False,
+        max_bytes=args.max_bytes, ttl=args.ttl,
+    )  # fmt: skip
 
 
 def _fleet(number: int) -> Fleet:

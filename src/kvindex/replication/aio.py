@@ -8,7 +8,8 @@ from typing import Any, Self
 
 from ..index import PrefixIndex
 from ..sync.source import PodSource
-from .view import ReplicatedIndex, ReplicationStatus
+from .status import ReplicationStatus
+from .view import ReplicatedIndex
 
 __all__ = ["AsyncReplicatedIndex"]
 

@@ -11,6 +11,7 @@ from .snapshots import Download, Pointer
 
 __all__ = ["BEGINNING", "Follower"]
 
+_UNSAID: Final = {"shards": 1}
 BEGINNING: Final = ("starting", "reading the log")
 """Reasons that need nobody's attention."""
 
@@ -213,7 +214,7 @@ class Follower:
 
 def _foreign(own: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     differ = ", ".join(
-        f"{name} {other.get(name)!r} where this index has {own.get(name)!r}"
+        f"{name} {other.get(name, _UNSAID.get(name))!r} where this index has {own.get(name, _UNSAID.get(name))!r}"
         for name in sorted({*own, *other})
         if own.get(name) != other.get(name)
     )

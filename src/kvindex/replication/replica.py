@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, Literal
 
 from ..sync.status import Marked, Removed
 from .collector import Collector, Cut
@@ -28,6 +28,9 @@ from .requests import (
 from .snapshots import Contents, Pointer
 
 __all__ = ["Known", "Replica"]
+
+# Candidates ask for the lease after so many of its quarters at the latest.
+_LATEST_SHARE: Final = 1.25
 
 
 class Known:
@@ -84,8 +87,10 @@ class Replica:
         self.takeovers = self.step_downs = 0
         self.failures: dict[str, int] = {}
         self.closing = False
-        self._has_lease = False
+        self._has_lease = self._is_claiming = False
         self._claim_at = 0.0
+        self._ready_since: float | None = None  # since when the lease might be claimed
+        self._defers = 0.0
         self._takeover: Id | None = None  # the first entry of the epoch that is to begin here
         self._is_written = False
         self._afresh = False
@@ -97,7 +102,7 @@ class Replica:
         self._retry_at = -1e18
         self._delay = policy.retry[0]
         # Candidates that begin together do not ask together.
-        self._share = 0.75 + 0.5 * (sum(writer.encode()) % 64) / 64
+        self._share = 0.75 + (_LATEST_SHARE - 0.75) * (sum(writer.encode()) % 64) / 64
 
     @property
     def role(self) -> Literal["collector", "follower"]:
@@ -114,6 +119,7 @@ class Replica:
         if self.collector is not None:
             return self.collector.next(now)
         if self._takeover is None and self._may_claim(now):
+            self._is_claiming = True
             return (Renew if self._has_lease else Claim)(self.writer, self.policy.lease)
         if self._takeover is None and self._has_lease and self._is_ready(now):
             self._takeover = (self._epoch(wall), 1)
@@ -144,7 +150,31 @@ class Replica:
         return since is not None and now >= since + self.policy.patience
 
     def _may_claim(self, now: float) -> bool:
-        return self.candidate and now >= self._claim_at and not self._has_lease and self._is_ready(now)
+        if not self.candidate or now < self._claim_at or self._has_lease:
+            return False
+        if not self._is_ready(now):
+            self._ready_since = None
+            return False
+        if self._ready_since is None:
+            self._ready_since = now
+        return now >= self._ready_since + self._defers
+
+    def defer_to(self, mates: Iterable[Replica]) -> None:
+        """Leave this log to other candidates for a while if this process collects another shard, so that each collects
+        one where there are enough of them. Called before :meth:`next`, with the other replicas of this process."""
+        policy, mates = self.policy, [*mates]
+        self._defers = 0.0
+        if any(mate.follower.is_foreign for mate in mates):
+            # Another number of shards: here, nobody would read what this process writes.
+            self._defers = float("inf")
+        elif any(mate.is_engaged for mate in mates):
+            # Until others have noticed the end of the lease, which this process may know of for longer, and have asked.
+            self._defers = max(0.0, policy.lease - policy.silence) + policy.lease / 4 * _LATEST_SHARE + policy.beat
+
+    @property
+    def is_engaged(self) -> bool:
+        """Whether this process collects here, or is about to."""
+        return self.collector is not None or self._has_lease or self._is_claiming
 
     @property
     def _is_begun(self) -> bool:
@@ -166,7 +196,7 @@ class Replica:
         match request:
             case Claim() | Renew():
                 self._claim_at = now + self.policy.lease / 4 * self._share
-                self._has_lease = answer is True
+                self._has_lease, self._is_claiming = answer is True, False
                 self.hindrance = ""
                 return []
             case Append():
@@ -236,6 +266,7 @@ class Replica:
 
     def _failed(self, request: Request, fail: Fail, now: float) -> list[Effect]:
         self.failures[fail.kind] = self.failures.get(fail.kind, 0) + 1
+        self._is_claiming = False
         if type(request) is Release:
             self._has_lease = False
             return []

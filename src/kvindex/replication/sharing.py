@@ -97,7 +97,7 @@ class _Store(Store[_Clock | _Hear | _Tell]):
     """A connection of its own, so that a read that waits keeps nobody else from the server."""
 
     def __init__(self, server: str | redis.Redis, fleet: str, policy: ReplicationPolicy) -> None:
-        super().__init__(server, fleet, policy)
+        super().__init__(server, fleet, 0, policy)
         self._stream, self._block = f"{{kv:{fleet}}}:share", max(1, round(policy.beat * 1e3))
 
     def _do(self, request: Any) -> Any:

@@ -42,7 +42,9 @@ class Store(Generic[R]):
     """One connection, one request at a time. ``server`` is a URL as of ``redis.Redis.from_url``, or a client of
     redis-py, such as ``Sentinel(...).master_for(...)``."""
 
-    def __init__(self, server: str | redis.Redis, fleet: str, policy: ReplicationPolicy, timeout: float = 1.0) -> None:
+    def __init__(
+        self, server: str | redis.Redis, fleet: str, shard: int, policy: ReplicationPolicy, timeout: float = 1.0
+    ) -> None:
         if isinstance(server, str):
             try:
                 self._client = redis.Redis.from_url(
@@ -56,7 +58,7 @@ class Store(Generic[R]):
             self._client, self._is_own = server, False
         self._policy = policy
         # In braces, so that a cluster keeps them together.
-        prefix = f"{{kv:{fleet}:0}}:"
+        prefix = f"{{kv:{fleet}:{shard}}}:"
         self._log, self._lease, self._pointer, self._piece = (
             f"{prefix}{name}" for name in ("log", "lease", "snap", "snap:")
         )

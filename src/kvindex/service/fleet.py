@@ -57,12 +57,12 @@ class Fleet:
 
     def __init__(self, index: PrefixIndex, manager: Any) -> None:
         self._index, self._manager = index, manager
-        self._changes = 0
-        self._known: tuple[int, View] | None = None
+        self._changes = object()  # another one after each change, of whichever thread
+        self._known: tuple[object, View] | None = None
         manager.on_pods(self._changed)
 
     def _changed(self, _: object) -> None:
-        self._changes += 1
+        self._changes = object()
 
     def view(self) -> View:
         """O(1), and O(pods) after a change."""

@@ -14,7 +14,7 @@ import numpy as np
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ..errors import KVIndexError
+from ..errors import KVIndexError, SnapshotError
 from ..routing import Choice, EndpointPicker
 from ..sync.source import PodSource
 from .call import Limits, Refused, encode
@@ -308,6 +308,9 @@ class V1:
         self._sending = True
         try:
             data = await asyncio.to_thread(self._index.dumps)
+        except SnapshotError as error:
+            self._sending = False
+            raise Refused(409, "no_snapshot", str(error)) from None
         except BaseException:
             self._sending = False
             raise

@@ -35,6 +35,7 @@ public:
         u64 pod = 0;  // Pod::uid; 0: the row is free
         i64 rank = 0;
         u32 next = kNone;    // the pod's next row
+        u32 part = 0;        // the index of the pod
         bool there = false;  // the pod has this rank now
         State state = State::stale;
         u64 prefill = 0;  // tokens that requests before their first token still have to compute
@@ -49,32 +50,30 @@ public:
     // start: where the search begins among equals, so that several routers do not all begin with the same worker.
     Loads(Weights weights, u64 start) : weights_(std::move(weights)), start_(start) { gpu_ = credit_of("gpu"); }
 
-    // Chooses among the pods of `filter`, or among all that serve `space`, and counts the request as the worker's.
-    // O(workers + hits). The caller holds the index's lock in either mode.
-    void choose(const Index& ix, const Hits& hits, u64 n_tokens, u32 space, const Filter* filter, double now,
-                Choice& out) {
-        out = Choice();
-        follow(ix);
-        take(ix, hits);
-        const double per_block = ix.block_size();
-        const auto cost_of = [&](const Load& l) {
-            return static_cast<double>(n_tokens) - l.worth * per_block + static_cast<double>(l.prefill) +
-                   weights_.context * static_cast<double>(l.context) +
-                   weights_.request * static_cast<double>(l.requests);
-        };
-        costs_.resize(rows_.size());
+    // An index that is asked, alone or together with others.
+    struct Part {
+        const Index* ix;
+        u32 space;             // the model's number there
+        const Filter* filter;  // the pods that are asked for; nullptr: all that serve the model
+        bool lapsed;           // nothing is known of its workers at this moment, so none is a candidate
+    };
+
+    // The choice of a worker: `look` at every part, each under its lock in either mode, then `settle`, which counts the
+    // request as the worker's. O(workers + hits) for each part.
+    struct Search {
+        const Hits& hits;
+        u64 n_tokens;
+        u32 block_size;
+        u32 candidates = 0;
         double least = kNever;
-        for (u32 i = 0; i < rows_.size(); ++i) {
-            const Load& l = rows_[i];
-            costs_[i] = kNever;
-            if (!l.there || l.state == State::stale || (!weights_.degraded && l.state != State::exact)) continue;
-            if (filter ? !filter->pod(static_cast<u32>(l.pod)) : !l.held && !serves(ix, l, space)) continue;
-            ++out.candidates;
-            costs_[i] = cost_of(l);
-            least = std::min(least, costs_[i]);
-        }
-        if (!out.candidates) return;
-        const double limit = least + weights_.tie * static_cast<double>(n_tokens);
+    };
+    void look(const Part& one, Search& s) { look<false>(one, 0, s); }
+    void look(const Part& one, u32 at, Search& s) { look<true>(one, at, s); }
+    void settle(const Search& s, double now, Choice& out) {
+        out = Choice();
+        out.candidates = s.candidates;
+        if (!s.candidates) return;
+        const double limit = s.least + weights_.tie * static_cast<double>(s.n_tokens);
         const u32 n = static_cast<u32>(rows_.size()), first = static_cast<u32>(start_ % n);
         for (u32 k = 0; k < n; ++k) {
             const u32 i = first + k < n ? first + k : first + k - n;
@@ -84,19 +83,21 @@ public:
         Load& l = rows_[out.at];
         out.pod = l.pod;
         out.rank = l.rank;
-        out.reused = std::min<u64>(u64{l.reused} * ix.block_size(), n_tokens);
-        out.whole = l.held >= n_tokens / ix.block_size();
+        out.reused = std::min<u64>(u64{l.reused} * s.block_size, s.n_tokens);
+        out.whole = l.held >= s.n_tokens / s.block_size;
         out.cost = costs_[out.at];
-        begin(l, n_tokens - out.reused, n_tokens);
-        give(l, n_tokens - out.reused, n_tokens, now);
+        begin(l, s.n_tokens - out.reused, s.n_tokens);
+        give(l, s.n_tokens - out.reused, s.n_tokens, now);
     }
     // Counts a request that came to a worker by another way. It is no recent work: with equal figures of recent work,
-    // routers would break each tie alike, and eight requests at once would be on one worker.
-    u32 reserve(const Index& ix, u64 pod, i64 rank, u64 prefill, u64 context) {
-        follow(ix);
+    // routers would break each tie alike, and eight requests at once would be on one worker. kNone where the part does
+    // not have the worker.
+    u32 reserve(const Index& ix, u32 part, u64 pod, i64 rank, u64 prefill, u64 context) {
+        follow(ix, part);
+        const std::vector<Known>& pods = seen_[part].pods;
         const u32 slot = static_cast<u32>(pod);
-        if (slot >= pods_.size() || pods_[slot].uid != pod) return kNone;
-        const u32 at = find(pods_[slot], rank);
+        if (slot >= pods.size() || pods[slot].uid != pod) return kNone;
+        const u32 at = find(pods[slot], rank);
         if (at == kNone || !rows_[at].there) return kNone;
         begin(rows_[at], prefill, context);
         return at;
@@ -113,14 +114,17 @@ public:
         --l->requests;
     }
     // Where a pod was removed its rows are freed.
-    void follow(const Index& ix) {
+    void follow(const Index& ix, u32 part) {
         const u32 n = ix.registry().pod_slots();
+        if (seen_.size() <= part) seen_.resize(part + 1);
+        Seen& seen = seen_[part];
         // Of another index, the ranks of a pod are others, if as many.
-        const bool is_other = ix.registry().origin() != origin_;
-        origin_ = ix.registry().origin();
-        if (pods_.size() < n) pods_.resize(n);
-        for (u32 slot = 0; slot < pods_.size(); ++slot) {
-            Known& k = pods_[slot];
+        const bool is_other = ix.registry().origin() != seen.origin;
+        seen.origin = ix.registry().origin();
+        std::vector<Known>& pods = seen.pods;
+        if (pods.size() < n) pods.resize(n);
+        for (u32 slot = 0; slot < pods.size(); ++slot) {
+            Known& k = pods[slot];
             const Pod* p = slot < n ? &ix.registry().pod_at(slot) : nullptr;
             const u64 uid = p ? p->uid : 0;
             if (k.uid != uid) {
@@ -129,7 +133,7 @@ public:
             }
             if (!uid) continue;
             if (is_other || k.first == kNone || k.streams != p->streams.size() || k.workers != p->workers.size())
-                rank(ix, *p, k);
+                rank(ix, *p, k, part);
             for (u32 i = k.first; i != kNone; i = rows_[i].next) {
                 Load& l = rows_[i];
                 l.state = p->state;
@@ -146,6 +150,10 @@ private:
         u32 first = kNone;
         std::size_t streams = 0, workers = 0;
     };
+    struct Seen {
+        u64 origin = 0;
+        std::vector<Known> pods;  // by Pod's slot
+    };
     // A medium's reach in the prompt.
     struct Reach {
         u32 row;
@@ -154,6 +162,37 @@ private:
         double credit;
     };
 
+    template <bool kMany>
+    void look(const Part& part, u32 at, Search& s) {
+        const Index& ix = *part.ix;
+        const Filter* const filter = part.filter;
+        const u32 space = part.space;
+        follow(ix, at);
+        take<kMany>(ix, at, s.hits);
+        u32 candidates = 0;
+        const double per_block = s.block_size;
+        const auto cost_of = [&](const Load& l) {
+            return static_cast<double>(s.n_tokens) - l.worth * per_block + static_cast<double>(l.prefill) +
+                   weights_.context * static_cast<double>(l.context) +
+                   weights_.request * static_cast<double>(l.requests);
+        };
+        costs_.resize(rows_.size());
+        double least = s.least;
+        for (u32 i = 0; i < rows_.size(); ++i) {
+            const Load& l = rows_[i];
+            // A free row is nobody's.
+            if (kMany && l.pod && l.part != at) continue;
+            costs_[i] = kNever;
+            if (kMany && part.lapsed) continue;
+            if (!l.there || l.state == State::stale || (!weights_.degraded && l.state != State::exact)) continue;
+            if (filter ? !filter->pod(static_cast<u32>(l.pod)) : !l.held && !serves(ix, l, space)) continue;
+            ++candidates;
+            costs_[i] = cost_of(l);
+            least = std::min(least, costs_[i]);
+        }
+        s.least = least;
+        s.candidates += candidates;
+    }
     Load* row(u32 at, u64 pod) { return at < rows_.size() && rows_[at].pod == pod ? &rows_[at] : nullptr; }
     static void begin(Load& l, u64 prefill, u64 context) {
         l.prefill += prefill;
@@ -188,7 +227,7 @@ private:
     }
     // A new rank begins with the least work that any of the others was given, or every tie would be its
     // own until it had caught up.
-    void add(Known& k, i64 rank) {
+    void add(Known& k, i64 rank, u32 part) {
         u32 i = find(k, rank);
         if (i == kNone) {
             double least = kNever;
@@ -203,6 +242,7 @@ private:
             Load& l = rows_[i];
             l.pod = k.uid;
             l.rank = rank;
+            l.part = part;
             l.given = least == kNever ? 0 : least;
             l.next = k.first;
             k.first = i;
@@ -210,11 +250,11 @@ private:
         rows_[i].there = true;
     }
     // The ranks that a pod has: those whose streams are followed, and those of which something was stored.
-    void rank(const Index& ix, const Pod& p, Known& k) {
+    void rank(const Index& ix, const Pod& p, Known& k, u32 part) {
         for (u32 i = k.first; i != kNone; i = rows_[i].next) rows_[i].there = false;
-        for (const auto& s : p.streams) add(k, s.first);
-        for (const u32 w : p.workers) add(k, ix.registry().worker_at(w).rank);
-        if (p.streams.empty() && p.workers.empty()) add(k, 0);
+        for (const auto& s : p.streams) add(k, s.first, part);
+        for (const u32 w : p.workers) add(k, ix.registry().worker_at(w).rank, part);
+        if (p.streams.empty() && p.workers.empty()) add(k, 0, part);
         k.streams = p.streams.size();
         k.workers = p.workers.size();
     }
@@ -233,22 +273,26 @@ private:
         }
         return found;
     }
+    template <bool kMany>
     double credit(const Index& ix, u32 medium) const {
+        if (kMany) medium = Hit::medium_in_part(medium);
         if (medium == 0) return gpu_;
         std::string name = ix.registry().media().name(medium);
         for (char& c : name) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c + 'a' - 'A') : c;
         return credit_of(name);
     }
-    void take(const Index& ix, const Hits& hits) {
+    template <bool kMany>
+    void take(const Index& ix, u32 part, const Hits& hits) {
+        std::vector<Known>& pods = seen_[part].pods;
         reaches_.clear();
         for (const Hit& h : hits) {
             const u32 slot = static_cast<u32>(h.pod);
-            // Removed between the match and now.
-            if (slot >= pods_.size() || pods_[slot].uid != h.pod) continue;
-            u32 at = find(pods_[slot], h.rank);
+            // Of another part, or removed between the match and now.
+            if (slot >= pods.size() || pods[slot].uid != h.pod) continue;
+            u32 at = find(pods[slot], h.rank);
             if (at == kNone) {
-                rank(ix, ix.registry().pod_at(slot), pods_[slot]);
-                at = find(pods_[slot], h.rank);
+                rank(ix, ix.registry().pod_at(slot), pods[slot], part);
+                at = find(pods[slot], h.rank);
                 if (at == kNone) continue;
                 rows_[at].state = ix.registry().pod_at(slot).state;
             }
@@ -257,12 +301,12 @@ private:
             if (h.says == (kReused | kHeld | kMedium | kTier)) {
                 if (h.blocks <= l.reused) continue;
                 l.reused = h.blocks;
-                l.worth = h.blocks * credit(ix, h.medium);
+                l.worth = h.blocks * credit<kMany>(ix, h.medium);
                 continue;
             }
             if (h.says & kReused) l.reused = std::max(l.reused, h.blocks);
             if (h.medium == kNone || !(h.says & (kTier | kMedium))) continue;
-            const double c = credit(ix, h.medium);
+            const double c = credit<kMany>(ix, h.medium);
             if (h.says & kTier) reaches_.push_back({at, false, h.blocks, c});
             if (h.says & kMedium) reaches_.push_back({at, true, h.blocks, c});
         }
@@ -299,8 +343,8 @@ private:
 
     Weights weights_;
     double gpu_ = 1, epoch_ = 0;
-    u64 start_, origin_ = 0;
-    std::vector<Known> pods_;  // by Pod's slot
+    u64 start_;
+    std::vector<Seen> seen_;  // by part
     std::vector<Load> rows_;
     std::vector<u32> free_;
     std::vector<double> costs_;

@@ -28,6 +28,21 @@ struct Hit {
     u32 blocks;
     State state;
     u8 says;
+
+    // In an answer of several indexes, each of which counts media for itself, the number has the index's place.
+    static constexpr u32 kMediumBits = 26;
+    static constexpr u32 kMostParts = (kNone >> kMediumBits) + 1;
+    void tell_part(u32 part) {
+        if (medium >> kMediumBits) {
+            // All media together, or more than ever were: then the blocks count without their medium.
+            medium = kNone;
+            says &= kReused | kHeld;
+        } else {
+            medium |= part << kMediumBits;
+        }
+    }
+    static u32 part_of(u32 medium) { return medium >> kMediumBits; }
+    static u32 medium_in_part(u32 medium) { return medium & ((1u << kMediumBits) - 1); }
 };
 
 // A vector that neither clears memory before it is written nor checks at each step whether there is room:
@@ -83,6 +98,21 @@ struct MatchResult {
     void distrust(bool only_exact) {
         if (only_exact) return clear();
         for (Hit& h : hits) h.state = State::stale;
+    }
+    // Adds the hits of another index, whose pods have other numbers. `part`: its place among those that are asked.
+    void add(const MatchResult& other, u32 part) {
+        hits.reserve(hits.size() + other.hits.size());
+        const u32 first = hits.size();
+        for (Hit h : other.hits) {
+            h.tell_part(part);
+            hits.push(h);
+        }
+        compared += other.compared;
+        if (other.best == kNone) return;
+        const Hit& theirs = other.hits[other.best];
+        if (best == kNone || theirs.blocks > hits[best].blocks ||
+            (theirs.blocks == hits[best].blocks && theirs.pod < hits[best].pod))
+            best = first + other.best;
     }
 };
 

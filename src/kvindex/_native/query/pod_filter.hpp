@@ -1,6 +1,7 @@
 // The pods that a question is about.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -36,16 +37,19 @@ struct Filter {
 class PodNames {
 public:
     explicit PodNames(std::vector<std::string> names) : names_(std::move(names)) {}
-    std::shared_ptr<const Filter> compile(const Index& ix) {
+    // `part`: the index's place among several that are asked together, each of which has bits of its own.
+    std::shared_ptr<const Filter> compile(const Index& ix, u32 part) {
         std::lock_guard<std::mutex> g(m_);
-        if (!filter_ || !filter_->current(ix)) filter_ = std::make_shared<const Filter>(ix, names_);
-        return filter_;
+        std::shared_ptr<const Filter>& filter = part ? others_[part] : filter_;
+        if (!filter || !filter->current(ix)) filter = std::make_shared<const Filter>(ix, names_);
+        return filter;
     }
 
 private:
     std::mutex m_;
     std::vector<std::string> names_;
     std::shared_ptr<const Filter> filter_;
+    std::map<u32, std::shared_ptr<const Filter>> others_;  // of further parts
 };
 
 }  // namespace kvindex

@@ -41,9 +41,10 @@ public:
     u32 pod(const std::string& name) {
         if (const u32 found = find_pod(name); found != kNone) return found;
         const u32 id = free_pods_.empty() ? static_cast<u32>(pods_.size()) : free_pods_.back();
-        const u64 uid = ((pods_made_ + 1) << 32) | id;
+        // Of all indexes of the process: an answer may be of several.
+        static std::atomic<u64> made{0};
+        const u64 uid = (++made << 32) | id;
         open_pod(name, uid);
-        ++pods_made_;
         if (!free_pods_.empty()) free_pods_.pop_back();
         return id;
     }
@@ -52,13 +53,12 @@ public:
         std::unordered_map<std::string, u64> pods;
         std::vector<u32> free_pods;
         u32 pod_slots = 0;
-        u64 pods_version = 0, pods_made = 0;
+        u64 pods_version = 0;
         Media::Numbers media;
         Standing first_standing = Standing::unheard;
     };
     Numbers numbers() const {
-        return {directory_->all(), free_pods_,       pod_slots(),    pods_version_,
-                pods_made_,        media_.numbers(), first_standing_};
+        return {directory_->all(), free_pods_, pod_slots(), pods_version_, media_.numbers(), first_standing_};
     }
     // Whether nothing has been given a number since.
     bool as_of(const Numbers& n) const {
@@ -770,7 +770,6 @@ private:
     std::vector<Space> spaces_;
     std::unordered_map<std::string, u32> space_ids_;
     u64 pods_version_ = first_version();
-    u64 pods_made_ = 0;
     u64 holders_version_ = 1;
 };
 

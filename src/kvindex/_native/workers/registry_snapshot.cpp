@@ -149,7 +149,6 @@ void Registry::restore_pods(SectionReader& in, RestorePlan& plan, const Numbers&
     in.enter(Section::pods);
     const u32 n = in.count(32);
     first_standing_ = before.first_standing;
-    pods_made_ = before.pods_made;
     pods_.resize(before.pod_slots);
     free_pods_ = before.free_pods;
     u64 last = 0;
