@@ -59,6 +59,7 @@ cdef class PrefixMatch:
         return self.best_ranks(100, self.blocks)
 
     @property
+    @critical_section
     def hashes(self):
         """uint64[blocks]: the prefix hashes of the prompt.
 

@@ -11,9 +11,10 @@ from sync_support import until
 
 from kvindex import EventManager, PrefixIndex
 from kvindex.sync import pulse
+from kvindex.sync.loop import StreamLoop
 from kvindex.sync.pulse import Pulse
 
-MS = 0.001
+MS, NEVER = 0.001, float("-inf")
 
 
 class Told:
@@ -29,7 +30,7 @@ class Told:
 def test_a_loop_that_turns_is_believed_and_asked_for_twice_a_second() -> None:
     told, now = Told(), 100.0
     while now < 110.0:
-        told.pulse.beat(now)
+        told.pulse.beat(now, NEVER)
         assert told.limits[-1] == now + pulse.SILENCE
         assert now + 0.4 < told.pulse.due < now + pulse.SILENCE / 2
         now = told.pulse.due
@@ -39,36 +40,100 @@ def test_a_loop_that_turns_is_believed_and_asked_for_twice_a_second() -> None:
 @pytest.mark.parametrize("pause", [0.9, 1.5, 1.99])
 def test_a_pause_within_the_limit_ends_nothing(pause: float) -> None:
     told = Told()
-    told.pulse.beat(100.0)
-    told.pulse.beat(100.0 + pause)
+    told.pulse.beat(100.0, NEVER)
+    told.pulse.beat(100.0 + pause, NEVER)
     assert told.limits == [102.0, 102.0 + pause]
     assert told.resumed == 0
 
 
 def test_after_a_pause_the_messages_come_first() -> None:
     told = Told()
-    told.pulse.beat(100.0)
+    told.pulse.beat(100.0, NEVER)
     for now in (104.0, 104.1, 104.249):
-        told.pulse.beat(now)
+        told.pulse.beat(now, NEVER)
         assert told.limits == [102.0]
         assert told.pulse.due == 104.25
     assert told.pulse.lapsed
-    told.pulse.beat(104.25)
+    told.pulse.beat(104.25, NEVER)
     assert told.limits == [102.0, 106.25]
     assert told.resumed == 1
 
 
+def test_after_a_pause_all_messages_come_first() -> None:
+    told = Told()
+    told.pulse.beat(100.0, NEVER)
+    told.pulse.beat(104.0, NEVER)
+    now = 104.25
+    while now < 106.0:  # a backlog
+        told.pulse.beat(now, now - MS)
+        assert told.limits == [102.0]
+        assert now < told.pulse.due <= now + 0.1
+        now = told.pulse.due
+    told.pulse.beat(106.0, 105.99)
+    assert told.limits == [102.0]
+    told.pulse.beat(106.1, 105.99)
+    assert told.limits == [102.0, 108.1]
+
+
+def test_a_flood_is_not_waited_for_for_ever() -> None:
+    told, now = Told(), 104.0
+    told.pulse.beat(100.0, NEVER)
+    while now < 120.0 and not told.resumed:
+        told.pulse.beat(now, now)
+        now = told.pulse.due
+    assert 114.0 < now < 115.0
+    assert told.limits[-1] is not None
+
+
+def test_a_loop_tells_when_it_left_messages() -> None:
+    loop = StreamLoop(
+        context=None, hurries=lambda: True, ending=lambda: None, ended=lambda: None, pulse=Pulse(None, lambda: None)
+    )
+    seen: list[float] = []
+
+    class Backlog:
+        closed = False
+        left = 5
+
+        def ready(self, now: float) -> bool:
+            seen.append(loop.behind_at)
+            self.left -= 1
+            return self.left > 0
+
+    loop.start()
+    handler = Backlog()
+    began = time.monotonic()
+    loop.call(lambda: loop.again(handler))
+    until(lambda: not handler.left)
+    loop.close()
+    assert seen[0] == NEVER
+    assert began < seen[1] < seen[2] < seen[3] < seen[4] == loop.behind_at
+    assert len(seen) == 5
+
+
+def test_a_failing_callback_does_not_end_the_loop(caplog: pytest.LogCaptureFixture) -> None:
+    def fails() -> None:
+        raise RuntimeError("ours")
+
+    limits: list[float | None] = []
+    made = Pulse(limits.append, fails)
+    for now in (100.0, 104.0, 104.25):
+        made.beat(now, NEVER)
+    assert limits == [102.0, 106.25]
+    assert "ours" in caplog.text
+
+
 def test_a_pause_while_messages_are_read_begins_anew() -> None:
     told = Told()
-    told.pulse.beat(100.0)
-    told.pulse.beat(104.0)
-    told.pulse.beat(108.0)
+    told.pulse.beat(100.0, NEVER)
+    told.pulse.beat(104.0, NEVER)
+    told.pulse.beat(108.0, NEVER)
     assert (told.limits, told.pulse.due) == ([102.0], 108.25)
 
 
 def test_its_end_takes_the_limit_back() -> None:
     told = Told()
-    told.pulse.beat(time.monotonic())
+    told.pulse.beat(time.monotonic(), NEVER)
     assert not told.pulse.lapsed
     told.pulse.end()
     assert told.limits[-1] is None
@@ -78,7 +143,7 @@ def test_its_end_takes_the_limit_back() -> None:
 
 def test_an_index_without_limits_needs_no_signs_of_life() -> None:
     nothing = Pulse(None, lambda: None)
-    nothing.beat(1.0)
+    nothing.beat(1.0, NEVER)
     nothing.end()
     assert nothing.due == float("inf")
     assert not nothing.lapsed

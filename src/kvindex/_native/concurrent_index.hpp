@@ -563,7 +563,7 @@ private:
     // of a match of 8 blocks.
     static i64 steady() {
 #ifdef CLOCK_MONOTONIC_COARSE
-        timespec t;
+        timespec t{};
         if (clock_gettime(CLOCK_MONOTONIC_COARSE, &t) == 0) return i64{t.tv_sec} * 1000000000 + t.tv_nsec;
 #endif
         return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();

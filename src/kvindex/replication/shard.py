@@ -17,6 +17,7 @@ from ..answers import WorkerStats
 from ..errors import EventDecodeError, KVIndexError, StreamError, UnknownPodError
 from ..index import PrefixIndex
 from ..sync.manager import EventManager
+from ..sync.pulse import is_read
 from ..sync.source import PodSource
 from ..sync.status import (
     Batch,
@@ -103,7 +104,7 @@ class Shard:
         self._lacks = ""
         self._look_at = 0.0
         self._beats_end = threading.Event()
-        self._beaten_at = 0.0
+        self._beaten_at = self._late_at = 0.0
         self._is_late = False
         self._leased_at = 0.0
         self._snapshot_at: float | None = None
@@ -432,7 +433,7 @@ class Shard:
             self._shown(Described(source.name, source.model, source.address, dict(source.labels), source.engine))
         _call(self._on_pods, change)
 
-    def _post_beats(self, manager: EventManager, end: threading.Event) -> None:
+    def _post_beats(self, manager: _Manager, end: threading.Event) -> None:
         """Posts beats to the thread of the manager, behind all changes up to then. In a thread of its own, since the
         view's waits for the server."""
         with suppress(StreamError):
@@ -442,14 +443,17 @@ class Shard:
                 if beaten.done():
                     beaten = manager.post(partial(self._beat, manager))
 
-    def _beat(self, manager: EventManager) -> None:
+    def _beat(self, manager: _Manager) -> None:
         if self.manager is not manager:
             return
         now = time.monotonic()
-        is_late, was_late = now >= self._beaten_at + 2 * self.policy.beat, self._is_late
+        if is_late := now >= self._beaten_at + 2 * self.policy.beat:
+            self._late_at = now
+        was_late = self._is_late
+        is_late = is_late or (was_late and not is_read(now, self._late_at, manager.behind_at))
         self._beaten_at, self._is_late = now, is_late
         # The loop carries out what was posted before it reads its sockets: the beat after a late one may still be ahead
-        # of what has come during the pause.
+        # of what has come during the pause, and so is every other one until the loop has read all of that.
         if not (is_late or was_late):
             self._trust(now + self.policy.silence)
             self.machine.beat(now)
@@ -493,6 +497,10 @@ _LEASES = (Claim, Renew)
 
 class _Manager(EventManager):
     _replaces = True
+
+    @property
+    def behind_at(self) -> float:
+        return self._loop.behind_at
 
 
 _WITH_SNAPSHOTS = (Follower, Collector, Exchange)

@@ -90,6 +90,8 @@ class StreamLoop:
         """What has ended the thread, if it was not :meth:`close`."""
         self._handlers: dict[int, Any] = {}  # by file descriptor
         self._hot: set[Any] = set()
+        self.behind_at = -math.inf
+        """When a turn ended with messages left in a socket for the last time."""
         self._flows = False  # the last turn has found messages
         self._timers: list[tuple[float, int, Callable[[float], None]]] = []
         self._order = itertools.count()
@@ -240,7 +242,7 @@ class StreamLoop:
     def _run(self) -> None:
         try:
             self._start_io()
-            self._pulse.beat(self.clock())
+            self._pulse.beat(self.clock(), -math.inf)
             while not self._stopping:
                 self._turn()
         except Exception as error:
@@ -283,8 +285,8 @@ class StreamLoop:
         now = self.clock()
         hot, self._hot = self._hot, set()
         for handler in hot:
-            if self.clock() >= self._pulse.due:  # a turn of many streams may take long
-                self._pulse.beat(self.clock())
+            if (moment := self.clock()) >= self._pulse.due:  # a turn of many streams may take long
+                self._pulse.beat(moment, moment)
             try:
                 if not handler.closed and handler.ready(now):
                     self._hot.add(handler)
@@ -292,8 +294,10 @@ class StreamLoop:
                 # One stream's trouble is not the others'.
                 log.exception("a stream has failed")
                 handler.failed(now, error)
+        if self._hot:
+            self.behind_at = self.clock()
         if now >= self._pulse.due:
-            self._pulse.beat(now)
+            self._pulse.beat(now, self.behind_at)
         while self._timers and self._timers[0][0] <= now:
             self._do(partial(heapq.heappop(self._timers)[2], now))
         if self._soon:
