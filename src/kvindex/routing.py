@@ -25,6 +25,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import weakref
 from bisect import bisect_left
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
@@ -145,6 +146,19 @@ class _Reports:
         }
 
 
+_PICKERS: weakref.WeakSet[EndpointPicker] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    # Another thread may have held one at the fork, and nobody would release it in the child.
+    for each in list(_PICKERS):
+        each._lock = Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
+
+
 class EndpointPicker:
     """Picks the pod with the lowest cost for each request, and accounts for the requests in flight. Thread-safe.
 
@@ -228,6 +242,7 @@ class EndpointPicker:
         self._max_in_flight = arguments.whole(max_in_flight, "max_in_flight", 1, 2**31)
         # A pick is one step: of two requests with one new prefix, the second sees where the first goes.
         self._lock = Lock()
+        _PICKERS.add(self)
         self._open: OrderedDict[int, Choice] = OrderedDict()
         self._reports: dict[str, _Reports] = {}
         self._picks = self._unplaced = self._expired = self._late = 0

@@ -324,3 +324,40 @@ def test_the_outbox_drops_the_oldest_and_what_is_over() -> None:
     for _ in range(3):
         outbox.put(Held("a", 0, "m", 2.0, [(0, bytes(80))]), 0.0)
     assert [len(outbox.take(0.5)) for _ in range(4)] == [1, 1, 1, 0]
+
+
+def test_a_prefix_that_lasts_does_not_hold_the_budget_of_others() -> None:
+    peers, now = Peers(b"ourselfs", SETTINGS), 100.0
+    path = bytes(8 * 8192)
+    most = hints._MOST_HELD // 8192
+    peers.take(encode(b"another1", 0, SETTINGS, [Held("a", 0, "m", 60.0, [(0, path)])]), 0.0, now)
+    for number in range(1, 4 * most):
+        now += 2.0 / (most - 2)
+        assert (
+            len(peers.take(encode(b"another1", number, SETTINGS, [Held("a", 0, "m", 1.0, [(0, path)])]), 0.0, now)) == 1
+        )
+    assert peers.refused["full"] == 0
+
+
+def test_a_picker_that_joins_late_counts_no_prefill_that_is_over() -> None:
+    peers = Peers(b"ourselfs", SETTINGS)
+    peers.take(encode(b"another1", 0, SETTINGS, [Begun(1, "a", 0, 40, 64, 60.0), Prefilled(1)]), 0.0, 100.0)
+    (((_, id), begun),) = peers.open()
+    assert (id, begun.prefill, begun.context) == (1, 0, 64)
+
+
+def test_an_item_that_readers_refuse_is_dropped_alone() -> None:
+    outbox = Outbox()
+    outbox.put(Held("p" * 2000, 0, "m", 5.0, [(0, bytes(8))]), 100.0)
+    outbox.put(Finished(1), 100.0)
+    assert outbox.take(100.0) == [Finished(1)]
+    assert outbox.dropped == 1
+
+
+def test_prefixes_that_wait_are_bounded_in_bytes() -> None:
+    outbox = Outbox()
+    for number in range(5000):
+        outbox.put(Held("a", 0, "m", 60.0, [(0, bytes(64))]), 100.0)
+        outbox.put(Finished(number), 100.0)
+    assert len(outbox) == 4096
+    assert sum(type(each) is Held for _, each in outbox._items) <= 256

@@ -181,3 +181,34 @@ def test_every_pod_is_stale_in_a_child_whatever_was_known_of_it() -> None:
 
 def test_a_child_makes_event_managers_of_its_own() -> None:
     run(MANAGER)
+
+
+def test_a_child_asks_a_picker_that_the_parent_had_locked():
+    """In an interpreter of its own, as above."""
+    program = """
+import os, threading
+from kvindex import BlockStored, PrefixIndex
+from kvindex.routing import EndpointPicker
+
+index = PrefixIndex(block_size=1)
+index.process_block_stored(BlockStored(pod="a", block_hashes=[1], token_ids=[1], block_size=1))
+picker = EndpointPicker(index)
+held, over = threading.Event(), threading.Event()
+
+def hold():
+    with picker._lock:
+        held.set()
+        over.wait()
+
+threading.Thread(target=hold).start()
+held.wait()
+child = os.fork()
+if child == 0:
+    index.mark_worker("a", 0, "exact")
+    picker.finished(picker.pick([1]))
+    os._exit(0 if picker.stats()["picks"] == 1 else 1)
+over.set()
+assert os.waitpid(child, 0)[1] == 0
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -559,7 +559,7 @@ public:
     }
 
 private:
-    // The steady clock in nanoseconds, up to 4 ms (a tick) late: 4 ns here, where the exact one takes 20, which is 7 %
+    // The steady clock in nanoseconds, up to a tick (4 to 10 ms) late: 4 ns here, where the exact one takes 20, which is 7 %
     // of a match of 8 blocks.
     static i64 steady() {
 #ifdef CLOCK_MONOTONIC_COARSE

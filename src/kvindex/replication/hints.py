@@ -11,6 +11,7 @@ import sys
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from heapq import heappop, heappush
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import msgpack
@@ -19,7 +20,7 @@ from .entries import LogError
 
 __all__ = [
     "BEAT", "BLOCKS", "SILENT", "VERSION", "Begun", "Effect", "Finished", "Held", "Item", "Key", "Left",
-    "Open", "Outbox", "Peers", "Prefilled", "decode", "encode", "listed",
+    "Open", "Outbox", "Peers", "Prefilled", "decode", "encode", "is_sound", "listed",
 ]  # fmt: skip
 
 VERSION: Final = 1
@@ -147,6 +148,15 @@ _CHECKS: Final[dict[type[Any], Callable[[Any], bool]]] = {
 }  # fmt: skip
 
 
+def is_sound(item: Item) -> bool:
+    """Whether readers take it. They refuse an entry as a whole."""
+    return bool(_CHECKS[type(item)](item))
+
+
+# One has up to 64 KB, and is worth nothing after some seconds.
+_MOST_WAITING_HELD: Final = 256
+
+
 class Outbox:
     """Items on their way to the server, bounded: the oldest are dropped. Any thread may put, one takes."""
 
@@ -159,6 +169,9 @@ class Outbox:
         return len(self._items)
 
     def put(self, item: Item, now: float) -> None:
+        if not is_sound(item) or (type(item) is Held and len(self._items) >= _MOST_WAITING_HELD):
+            self.dropped += 1
+            return
         if len(self._items) >= self._most:
             with suppress(IndexError):  # taken meanwhile
                 self._items.popleft()
@@ -208,7 +221,7 @@ class Peers:
         """Items and entries that had no effect, by reason."""
         self._writers: OrderedDict[bytes, _Writer] = OrderedDict()
         self._open: OrderedDict[Key, Begun] = OrderedDict()
-        self._held: deque[tuple[float, int]] = deque()
+        self._held: list[tuple[float, int]] = []  # a heap: each has a time of its own
         self._blocks = 0
         self._looked_at = -math.inf
 
@@ -261,6 +274,7 @@ class Peers:
                     effects += self._begin(name, writer, item, age, now)
                 case Prefilled(id):
                     if id in writer.open:
+                        self._open[name, id] = self._open[name, id]._replace(prefill=0)
                         effects.append(((name, id), item))
                 case Finished(id):
                     effects += self._end(name, writer, [id])
@@ -294,12 +308,12 @@ class Peers:
             self.refused["late" if left <= 0 else "settings"] += 1
             return []
         while self._held and self._held[0][0] <= now:
-            self._blocks -= self._held.popleft()[1]
+            self._blocks -= heappop(self._held)[1]
         blocks = sum(len(path) // 8 for _, path in item.paths)
         if self._blocks + blocks > _MOST_HELD or len(self._held) >= _MOST_OPEN:
             self.refused["full"] += 1
             return []
-        self._held.append((now + left, blocks))
+        heappush(self._held, (now + left, blocks))
         self._blocks += blocks
         return [((name, 0), item._replace(ttl=left))]
 

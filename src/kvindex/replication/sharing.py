@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import threading
 import time
+import weakref
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -150,6 +152,21 @@ class Line:
         self._sharing.leave(self)
 
 
+_SHARING: weakref.WeakSet[Sharing] = weakref.WeakSet()
+
+
+def _in_child() -> None:
+    # Its threads and the locks that they held are the parent's.
+    for each in list(_SHARING):
+        each._lock, each._stop = threading.Lock(), threading.Event()
+        each._stop.set()
+        each._reasons = dict.fromkeys(each._reasons, "its threads are in the process that this one was forked from")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
+
+
 class Sharing:
     """One thread writes what the callers leave in a queue, another one reads. All that they do is best effort."""
 
@@ -172,6 +189,8 @@ class Sharing:
         self._number = 0
         self._reasons = {"written": "", "read": "not started"}
         self._stop = threading.Event()
+        _SHARING.add(self)
+        _SHARING.add(self)
         self._something, self._hurry = threading.Event(), threading.Event()
         self._threads = [
             threading.Thread(target=self._run, args=(work,), name=f"kvindex-share-{name}", daemon=True)
@@ -271,7 +290,8 @@ class Sharing:
             if now >= listed_at + BEAT:
                 # Before what follows it, which may be newer than the list.
                 ids = [id for line in self._lines for id in line.open()]
-                items += [listed(ids)] if ids or self._outbox else []
+                # After a failure also an empty one, to see whether the server is back.
+                items += [listed(ids)] if ids or self._outbox or self._reasons["written"] else []
                 listed_at = now
             items += self._outbox.take(now)
             items += [Left()] if is_last else []
