@@ -1,4 +1,5 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False, annotation_typing=False, freethreading_compatible=True
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+# cython: annotation_typing=False, freethreading_compatible=True
 """The compiled core: arguments and buffers in, objects and exceptions out. The algorithms are in _native."""
 
 import time

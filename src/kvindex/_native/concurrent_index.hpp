@@ -559,8 +559,8 @@ public:
     }
 
 private:
-    // The steady clock in nanoseconds, up to a tick (4 to 10 ms) late: 4 ns here, where the exact one takes 20, which is 7 %
-    // of a match of 8 blocks.
+    // The steady clock in nanoseconds, up to a tick (4 to 10 ms) late: 4 ns here, where the exact one takes 20, which
+    // is 7 % of a match of 8 blocks.
     static i64 steady() {
 #ifdef CLOCK_MONOTONIC_COARSE
         timespec t{};
