@@ -611,7 +611,7 @@ def test_an_index_that_fails_for_one_pod_is_asked_again_and_another_pod_notices_
             each.publish(5)
             manager.add_pod(source(each))
         assert manager.wait_until_current(20.0)
-        manager.on_change(lambda change: changes.append(change.pod))
+        manager.on_change(changes.append)
         index.failing, index.times = failing, 1
         pod.restart()
         pod.publish(3)
@@ -622,7 +622,8 @@ def test_an_index_that_fails_for_one_pod_is_asked_again_and_another_pod_notices_
         assert index.worker_stats("pod")[0]["blocks"] == 3
         for each in (pod, other):
             check_equal(index, each)
-        assert "other" not in changes
+        # Its first change to exact may come after it is current.
+        assert not [each for each in changes if each.pod == "other" and each.new != "exact"]
 
 
 def test_a_pod_that_can_not_be_cleared_claims_nothing_until_it_can(pod):
