@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -159,12 +159,12 @@ def applied(router: Router, pods: Pods) -> None:
             if (batches := found[f"kvindex_worker_batches_total {pod.config.name}"]) < (seqs := pod.seqs()[0])
         }
 
-    # A pod may publish after it has answered: nothing new between two looks.
-    looks: list[list[int]] = [[], []]
+    # A pod may publish after it has answered: nothing new in some looks. Two were too few once, on a busy machine.
+    looks: deque[list[int]] = deque(maxlen=8)
 
     def at_rest() -> bool:
-        looks[:] = looks[1], [pod.seqs()[0] for pod in pods]
-        return looks[0] == looks[1] and not late()
+        looks.append([pod.seqs()[0] for pod in pods])
+        return len(looks) == looks.maxlen and all(look == looks[0] for look in looks) and not late()
 
     until(at_rest, late)
 
