@@ -175,7 +175,8 @@ class EndpointPicker:
 
     A stale pod is never picked. Each pick reserves its work until :meth:`finished`, for at most ``reservation_ttl``
     seconds. It also adds the prompt to the index (:meth:`PrefixIndex.add_prefix`) for ``speculative_ttl`` seconds, so
-    that simultaneous requests with one new prefix go to one pod.
+    that the pod counts as holding it before events confirm it. Until the prefill is done, a copy of the prompt that
+    waits there costs as much as one that an idle pod computes, and goes to the idle pod.
 
     Args:
         index: The index.

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from ..errors import SnapshotError
+from ..errors import SnapshotError, StreamError
 from ..index import PrefixIndex
 
 __all__ = ["JoinedIndex"]
@@ -43,7 +43,7 @@ class JoinedIndex(PrefixIndex):
         return self._home(pod)._apply(kind, pod, *given)
 
     def _ingest_hashed(self, data: Any) -> NoReturn:
-        raise NotImplementedError("batches of a log are of one shard, and go to its index")
+        raise StreamError("hashed batches are of one shard: its index takes them")
 
     def _set_limit(self, owner: object, moment: int) -> None:
         for part in self.parts:
