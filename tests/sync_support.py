@@ -111,6 +111,7 @@ class World:
         self.clears = 0
         self.reconnect_in: float | None = None
         self.renewals: list[float] = []
+        self.back_at: float | None = None  # when the driver connects again, after the stream has closed a connection
         self.deaf = False  # the publisher has no subscription of this connection
         self.names = 0
         self.inputs = 0  # calls of the machine that gave actions, or none
@@ -155,6 +156,8 @@ class World:
                     self.answering = False
                 case Reconnect(delay):
                     self.reconnect_in = delay
+                    if self.renewals and self.renewals[-1] == self.now:
+                        self.back_at = self.now + delay
                 case Renew():
                     self.renewals.append(self.now)
                     self.connection_open = False
@@ -167,6 +170,7 @@ class World:
 
     def connect(self) -> None:
         self.connection_open = True
+        self.back_at = None
         self.channel.clear()
         self.held_back = self.heard = self.was_silent = False
         self.heard_from = max(self.heard_from, self.now)
@@ -260,11 +264,13 @@ class World:
                 self.receive()
             if self.now >= until:
                 return
-            due = self.stream.deadline()
+            due = self.stream.deadline() if self.back_at is None else self.back_at
             self.now = min(until, max(self.now + 1e-6, due) if due is not None else self.now + step)
             silent_at = self.heard_from + self.stream.policy.silence
             self.was_silent = self.was_silent or (not self.heard and self.now >= silent_at)
             self.do(self.stream.tick(self.now))
+            if self.back_at is not None and self.now >= self.back_at:
+                self.connect()
 
     def up(self) -> None:
         """Connected, everything answered and delivered."""
@@ -276,6 +282,12 @@ class World:
         self.wait(0.6)
 
     # What must be so
+
+    @property
+    def is_unheard(self) -> bool:
+        """Whether replays alone have brought the last batches, twice: only a published one shows that the two belong
+        together."""
+        return "publishes no batch that its replay endpoint returns" in self.stream.reason
 
     def applied_upto(self) -> int:
         return (self.stream.last_seq if self.stream.last_seq is not None else -1) + 1

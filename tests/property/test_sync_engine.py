@@ -212,6 +212,13 @@ class FaultyStream(RuleBasedStateMachine):
         world.deliver()
         world.wait(120.0)
         world.check()
+        if world.is_unheard:
+            while world.running:
+                self.finish(tokens=0, encodable=True)
+            self.reset()
+            world.deliver()
+            world.wait(30.0)
+            world.check()
         world.index._check()
         published = world.process.published
         if self.replay:

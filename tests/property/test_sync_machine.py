@@ -182,6 +182,11 @@ class FaultyChannel(RuleBasedStateMachine):
         world.deliver()
         world.wait(120.0)
         world.check()
+        if world.is_unheard:
+            world.publish()
+            world.deliver()
+            world.wait(30.0)
+            world.check()
         process = world.process
         if self.replay:
             assert world.state != "stale", world.stream.reason
