@@ -435,6 +435,27 @@ def test_a_long_answer_is_asked_for_its_end_again():
     assert world.held == world.process.truth(10)
 
 
+def test_long_answers_to_a_new_connection_come_to_an_end():
+    """Many live batches follow the last one that only an answer has shown, and the connection ends before any batch has
+    come both ways: each answer from that one on is as long as the one before."""
+    world = World(policy=StreamPolicy(replay_confirm=4))
+    world.publish(3)
+    world.connect()
+    world.serve()
+    world.receive()
+    world.publish(10)
+    world.deliver()
+    assert world.applied_upto() == 13
+    world.disconnect()
+    world.requests.clear()
+    world.connect()
+    world.wait(0.0)
+    assert world.requests == [0, 12]  # the whole history, and its end once more
+    world.wait(5.0)
+    assert world.state == "exact"
+    assert world.held == world.process.truth(13)
+
+
 def test_a_history_whose_first_batch_was_lost_on_the_way_is_not_taken_for_cut():
     world = World()
     world.connect()

@@ -404,7 +404,7 @@ class WorkerStream:
         replay = self._replay
         if replay is None:
             self.counts["late_replay"] += 1
-        elif replay.frames >= self.policy.replay_confirm:
+        elif replay.frames >= self.policy.replay_confirm and replay.progress:
             self.counts["long_replays"] += 1
             self._continue(replay)
         else:
@@ -869,12 +869,15 @@ class WorkerStream:
 
     def _continue(self, replay: Question) -> None:
         """Request the rest of an answer."""
-        last = self._witness()
-        surveying = replay.purpose in (Purpose.VERIFY, Purpose.HEAL)
+        start = self._witness()
+        if replay.purpose in (Purpose.VERIFY, Purpose.HEAL):
+            # Its own batches may continue behind the last one that an answer has brought, which it has compared:
+            # from there on, the answer would be as long each time, and never the last.
+            start = max(0, min(replay.pos, self._history.next - 1))
         replay.again(self._history.next - 1 if self._known else -1, self._shown())
         self._replay, self._retry = replay, None
         self.counts["replays_asked"] += 1
-        self._out.append(RequestReplay(max(0, min(replay.pos, last)) if surveying else last))
+        self._out.append(RequestReplay(start))
 
     def _stop_replay(self) -> None:
         if self._replay is not None:
