@@ -261,7 +261,8 @@ private:
     }
     // Types 0 and 3 are the same tokens; 3 has an extra key.
     // Extra keys belong to the first index block of an engine block.
-    void tokens(const u8* types, std::size_t n, std::vector<u32>& out) const {
+    template <class Tokens>
+    void tokens(const u8* types, std::size_t n, Tokens& out) const {
         for (std::size_t i = 0; i < n; ++i)
             for (u32 k = 0; k < size_; ++k) out.push_back(types[i] == 3 ? 7 : 7 + (k + 1 == size_ ? types[i] : 0));
     }
@@ -720,7 +721,7 @@ private:
         u8 who;
         i64 group;
         StrRef medium;
-        std::vector<u64> hashes;
+        Scratch<u64> hashes;
     };
 
     u8 head_[kRecord];

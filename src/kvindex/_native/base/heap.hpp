@@ -48,6 +48,20 @@ inline void* map_memory(std::size_t bytes, bool huge) {
 
 class Heap {
 public:
+    // A sanitizer checks only memory of malloc. The heap's own test uses the slabs all the same.
+#if defined(__SANITIZE_ADDRESS__)
+#define KVINDEX_ADDRESSES 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define KVINDEX_ADDRESSES 1
+#endif
+#endif
+#if defined(KVINDEX_ADDRESSES) && !defined(KVINDEX_SLABS)
+    static constexpr bool kPlain = true;
+#else
+    static constexpr bool kPlain = false;
+#endif
+
     Heap() = default;
     Heap(const Heap&) = delete;
     Heap& operator=(const Heap&) = delete;
@@ -113,19 +127,6 @@ private:
     static constexpr std::size_t kHeader = 64, kItems = 128;  // offsets of a slab's header and of its first item
     static constexpr std::size_t kFineBytes = 256;
     static constexpr u32 kFine = kFineBytes / 16, kClasses = kFine + 5 * 8, kSlabs = kHugePage / kSlab, kSpare = 8;
-    // A sanitizer checks only memory of malloc. The heap's own test uses the slabs all the same.
-#if defined(__SANITIZE_ADDRESS__)
-#define KVINDEX_ADDRESSES 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define KVINDEX_ADDRESSES 1
-#endif
-#endif
-#if defined(KVINDEX_ADDRESSES) && !defined(KVINDEX_SLABS)
-    static constexpr bool kPlain = true;
-#else
-    static constexpr bool kPlain = false;
-#endif
 
     struct Slab {
         void* free;  // list of freed items, linked through their first bytes

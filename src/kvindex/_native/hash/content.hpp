@@ -63,7 +63,7 @@ public:
     // Puts local hashes behind the names of each event, in place of its tokens, where an index of this block size would
     // need them.
     void replace_tokens(Batch& b) const {
-        std::vector<u64> all;
+        Scratch<u64> all;
         ExtraDigests extra;
         all.reserve(b.hashes.size() * 2);
         for (Event& e : b.events) {

@@ -51,7 +51,7 @@ struct Change {
     // Of an event, made without the lock.
     bool prepared = false, sound = true;
     u32 n = 0;  // engine blocks without repeats
-    std::vector<u64> ids, locals;
+    Scratch<u64> ids, locals;
 
     // Of a store.
     u32 holder = kNone, twin = kNone, factor = 1;

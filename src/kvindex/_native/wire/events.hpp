@@ -11,6 +11,7 @@
 #include <cstring>
 #include <vector>
 
+#include "base/scratch.hpp"
 #include "wire/msgpack.hpp"
 
 namespace kvindex {
@@ -113,8 +114,8 @@ struct Batch {
     double ts = 0.0;       // seconds
     int64_t dp_rank = -1;  // -1: unset
     std::vector<Event> events;
-    std::vector<uint32_t> tokens;
-    std::vector<uint64_t> hashes;
+    Scratch<uint32_t> tokens;
+    Scratch<uint64_t> hashes;
     uint32_t joined = 0;  // elements that have no Event of their own
 
     void reset() {
