@@ -293,10 +293,6 @@ bench-service: .venv/.bench-tools $(PEERS)/.tried
 	$(call need,command -v wrk,wrk)
 	$(BENCH) benchmarks service
 
-# The routers of others, with kvindex and with their own policies.
-bench-routers: $(INTEGRATIONS)/.installed
-	PYTHONPATH=src $(INTEGRATIONS)/bin/python -m benchmarks routers --out docs/performance/routers.md
-
 # Both revisions in environments of their own, taking turns. ASKED='--bench Match' measures some of it.
 bench-gate: .venv/.bench-tools .asv/.machine
 	@[ -n '$(BASE)' ] || { echo 'say what to compare with: make bench-gate BASE=REV' >&2; exit 2; }
@@ -512,6 +508,10 @@ $(INTEGRATIONS)/.installed: pyproject.toml | .venv/.installed
 test-integrations: $(INTEGRATIONS)/.installed
 	PYTHONPATH=src $(INTEGRATIONS)/bin/python -m pytest -q -W ignore -n $(JOBS) --dist loadfile $(JUNIT) \
 		--ignore tests/integrations/nightly -k integrations tests/integrations tests/unit/test_pages.py
+
+# The routers of others, with kvindex and with their own policies.
+bench-routers: $(INTEGRATIONS)/.installed
+	PYTHONPATH=src $(INTEGRATIONS)/bin/python -m benchmarks routers --out docs/performance/routers.md
 
 # Whole proxies and clusters.
 $(INTEGRATIONS)/.nightly: $(INTEGRATIONS)/.installed

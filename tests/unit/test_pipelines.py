@@ -65,6 +65,15 @@ def test_a_pipeline_here_is_the_workflow(target, workflow):
     assert stages.split() == [step["run"].removeprefix("make ") for step in hosted]
 
 
+@pytest.mark.parametrize("target", re.findall(r"^\t@echo 'make ([a-z0-9-]+)", MAKEFILE, re.MULTILINE))
+def test_make_knows_what_every_named_target_needs(target):
+    """A variable that is defined further down is empty among the things that a target needs."""
+    planned = subprocess.run(
+        ["make", "--dry-run", target, "BASE=HEAD", "TAG=v1"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert planned.returncode == 0, planned.stderr
+
+
 def test_the_summary_waits_for_every_job():
     jobs = yaml.safe_load((ROOT / ".github/workflows/complete-testing.yml").read_text())["jobs"]
     assert set(jobs["summary"]["needs"]) == set(jobs) - {"summary"}
