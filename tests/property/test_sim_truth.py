@@ -186,8 +186,8 @@ class Truth(RuleBasedStateMachine):
             for pod in self.pods if not named else ():
                 media = told.media.get(pod.name, {})
                 for medium in ("GPU", "CPU") if pod.name in told.tokens else ():
-                    # No tier alone is worth more than all of them together are.
-                    alone = min(pod.held(prompt, medium), truth[pod.name])
+                    # On no rank is a tier alone worth more than all of them together are.
+                    alone = max(min(e.held_prompt(prompt, medium), e.held_prompt(prompt)) for e in pod.ranks.values())
                     assert media.get(medium, 0) == alone, (self.form.name, medium)
 
     @invariant()
