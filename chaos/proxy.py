@@ -93,16 +93,18 @@ class Proxy:
 
     def close(self) -> None:
         """End every connection and the thread."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        # Here, where nothing goes on between the last of them and the end of the loop.
+        self._loop.run_until_complete(self._end())
+        self._loop.close()
 
-        async def end() -> None:
-            self._server.close()
-            # A connection that has just been accepted has its task only later.
+    async def _end(self) -> None:
+        self._server.close()
+        # A connection that has just been accepted has its task only after some turns of the loop.
+        for _ in range(8):
             while others := asyncio.all_tasks() - {asyncio.current_task()}:
                 for task in others:
                     task.cancel()
                 await asyncio.gather(*others, return_exceptions=True)
-
-        asyncio.run_coroutine_threadsafe(end(), self._loop).result(10)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+            await asyncio.sleep(0)
