@@ -285,9 +285,9 @@ class World:
 
     @property
     def is_unheard(self) -> bool:
-        """Whether replays alone have brought the last batches, twice: only a published one shows that the two belong
-        together."""
-        return "publishes no batch that its replay endpoint returns" in self.stream.reason
+        """Whether only a batch that is published now can show that publisher and replays belong together."""
+        doubts = ("publishes no batch that its replay endpoint returns", "the next one shows whether the engine")
+        return any(each in self.stream.reason for each in doubts)
 
     def applied_upto(self) -> int:
         return (self.stream.last_seq if self.stream.last_seq is not None else -1) + 1
