@@ -20,6 +20,8 @@ import numpy as np
 import psutil
 import pytest
 import trustme
+from starlette.applications import Starlette
+from starlette.routing import Mount
 from sync_support import until
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -441,6 +443,27 @@ def test_what_there_is_not(served):
     status, said = served.ask("POST", "/v1/match", b"12345", **{"content-type": "application/octet-stream"})
     assert (status, said["field"]) == (400, "tokens")
     assert served.ask("GET", "/v1/history?since=x")[1]["field"] == "since"
+
+
+def test_a_mounted_service_has_its_routes_below_the_path_of_the_mount(served):
+    app = Starlette(routes=[Mount("/v1", served.service)])
+
+    async def asked(method, path):
+        said = []
+
+        async def receive():
+            return {"type": "http.request", "body": b"{}", "more_body": False}
+
+        async def send(message):
+            said.append(message)
+
+        scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": [], "root_path": ""}
+        await app(scope, receive, send)
+        return said[0]["status"]
+
+    # The second path is a route of a service that is not mounted.
+    statuses = [asyncio.run(asked(*each)) for each in (("GET", "/v1/healthz"), ("POST", "/v1/match"))]
+    assert statuses == [200, 404]
 
 
 def test_a_body_of_50_mb_is_refused_and_the_connection_goes_on(served):
