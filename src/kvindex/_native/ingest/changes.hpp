@@ -362,7 +362,8 @@ inline void Ingest::settle_piece(Change& c) {
 
 inline void Ingest::take_piece(Change& c, Report& r) {
     for (; c.at < c.n && c.left; ++c.at, c.spend(1)) {
-        if (remove_one(c.worker, c.tier, c.ids[c.at], c.stay ? c.stay + c.at : nullptr, &c)) {
+        const u32 ref = presence_.find(c.worker, c.ids[c.at]);
+        if (remove_one(c.worker, c.tier, c.ids[c.at], ref, c.stay ? c.stay + c.at : nullptr, &c)) {
             ++r.removed;
         } else {
             r.skip(Reason::unknown_hash);

@@ -412,6 +412,25 @@ public:
         climb(id, p);
         trim(bottom);
     }
+    // `take_copy` of all blocks in [from, to) of a chain, which have the same holders. The chain has no children, and
+    // this worker has one name and no list of copies of each block.
+    void take_row(u32 id, u32 h, u32 chain, u32 from, u32 to) {
+        Worker& w = registry_.worker_at(id);
+        const Chain& c = chains_[chain];
+        const bool goes = !knows_besides(w, chains_.set_at(c, from), h);
+        if (goes && to < c.end() && knows(w, chains_.set_at(c, to))) {
+            const u32 g = registry_.ghost(id);
+            chains_.change(chain, from, to, [&](u32 x, u32 k) { return with(x, g, k, h); });
+            return;
+        }
+        const Pos up = before({chain, from});
+        for (u32 d = to; goes && c.named && d-- > from;) drop_names(id, {chain, d}, chains_.ref(c, d));
+        chains_.change(chain, from, to, [&](u32 x, u32 k) { return without(x, h, k); });
+        if (!goes) return;
+        if (from == c.base) lose_chain(w, chain);
+        climb(id, up);
+        trim(chain);
+    }
     // The worker no longer holds this block so; it may hold it otherwise, or have to remember it.
     void lose_bit(u32 id, u32 h, Pos p) {
         const Worker& w = registry_.worker_at(id);
@@ -454,6 +473,7 @@ public:
                 left -= dead;
                 const u32 from = c.end() - dead;
                 Space& s = registry_.space_at(c.space);
+                for (u32 d = from; d < c.end(); ++d) s.names.prefetch(chains_.name(chains_.ref(c, d)));
                 for (u32 d = from; d < c.end(); ++d) {
                     const u32 ref = chains_.ref(c, d);
                     if (chains_.name(ref) != kNoName) s.names.erase(mem_, chains_.name(ref), ref);
