@@ -320,10 +320,14 @@ private:
                 if (at != kNone && at != ref) return a.ids + j;
             }
         }
-        for (u32 k = j; k < a.n && k < j + kPlacesAhead; ++k) names.prefetch(a.ids[k]);
+        const auto expect = [&](u64 name) {
+            names.prefetch(name);
+            w.own.prefetch(name);
+        };
+        for (u32 k = j; k < a.n && k < j + kPlacesAhead; ++k) expect(a.ids[k]);
         taken_.resize(a.n);
         for (; j < a.n; ++j) {
-            if (j + kPlacesAhead < a.n) names.prefetch(a.ids[j + kPlacesAhead]);
+            if (j + kPlacesAhead < a.n) expect(a.ids[j + kPlacesAhead]);
             const u32 shared = presence_.find_shared(w, a.ids[j]);
             if (presence_.find_own(a.worker, a.ids[j]) != kNone ||
                 presence_.find_not_own(a.worker, a.ids[j], shared) != kNone)

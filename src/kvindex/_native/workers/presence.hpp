@@ -424,7 +424,10 @@ public:
             return;
         }
         const Pos up = before({chain, from});
-        for (u32 d = to; goes && c.named && d-- > from;) drop_names(id, {chain, d}, chains_.ref(c, d));
+        if (goes && chains_.has_own(c, id)) {
+            for (u32 d = from; d < to; ++d) w.own.prefetch(chains_.own_name(c, id, d));
+            for (u32 d = to; d-- > from;) drop_names(id, {chain, d}, chains_.ref(c, d));
+        }
         chains_.change(chain, from, to, [&](u32 x, u32 k) { return without(x, h, k); });
         if (!goes) return;
         if (from == c.base) lose_chain(w, chain);
