@@ -26,6 +26,9 @@ class Proxy:
         self.delay = self.flip = self.cut = 0.0
         self.counts: Counter[str] = Counter()
         self._to = (host, port)
+        # A loop has weak references to tasks, and selects none of the two sockets of a connection that is being closed:
+        # a collection of garbage at that moment took its task.
+        self._serving: set[asyncio.Task[None] | None] = set()
         self._dice = random.Random(seed)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="chaos-proxy", daemon=True)
@@ -36,6 +39,7 @@ class Proxy:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         ends = [writer]
+        self._serving.add(asyncio.current_task())
         # A pod that is not there, or an end that is gone: so is the connection.
         with contextlib.suppress(OSError, asyncio.CancelledError):
             back, away = await asyncio.open_connection(*self._to)
@@ -49,6 +53,7 @@ class Proxy:
                 await asyncio.gather(*ways, return_exceptions=True)
         for end in ends:
             end.close()
+        self._serving.discard(asyncio.current_task())
 
     async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(65536):

@@ -28,7 +28,6 @@ from tokenizers.models import WordLevel
 
 from kvindex import EventManager, PodSource, PrefixIndex, SnapshotError, local_hashes, prefix_hashes
 from kvindex.service import Limits, Service
-from kvindex.service.call import Deadline
 from kvindex.service.server import Server, Snapshots, fetched, pods_file, restored
 from kvindex.sim import SimProcess
 from kvindex.sim.http import text_ids
@@ -530,39 +529,6 @@ def test_a_body_that_takes_too_long_and_one_whose_client_goes_away():
                     assert b'"reason":"too_slow"' in said
         assert served.ask("GET", "/healthz")[0] == 200
         assert served.service.gate.receiving == 0
-
-
-def test_tasks_with_one_timer_end_each_in_its_time():
-    async def run():
-        deadline = Deadline(0.2)
-        never = asyncio.get_running_loop().create_future
-
-        async def later():
-            await asyncio.sleep(0.1)
-            return await deadline.within(never())
-
-        async def nested():
-            try:
-                await never()
-            except asyncio.CancelledError:
-                return "ended"
-
-        async def short():
-            return await deadline.within(asyncio.sleep(0, "done"))
-
-        begun = [asyncio.create_task(each) for each in (deadline.within(never()), later(), short(), short())]
-        stopped = asyncio.create_task(deadline.within(never()))
-        await asyncio.sleep(0)
-        stopped.cancel()
-        found = await asyncio.gather(*begun, stopped, return_exceptions=True)
-        assert [type(each) for each in found] == [TimeoutError, TimeoutError, str, str, asyncio.CancelledError]
-        # The timer starts again for the next one, and what a task does with its cancellation is its own affair.
-        with pytest.raises(TimeoutError):
-            await deadline.within(never())
-        assert await deadline.within(nested()) == "ended"
-        assert await short() == "done"
-
-    asyncio.run(run())
 
 
 def test_bodies_on_their_way_are_bounded_together():

@@ -8,10 +8,10 @@ import inspect
 import logging
 import re
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 from urllib.parse import parse_qsl
 
 import msgspec
@@ -21,11 +21,10 @@ from starlette.types import Receive, Scope, Send
 from .._core import lift_tokens
 from ..errors import CapacityError, InvalidTypeError, InvalidValueError, KVIndexError
 
-__all__ = ["Deadline", "Endpoint", "Gate", "Limits", "Refused", "encode", "refusal"]
+__all__ = ["Endpoint", "Gate", "Limits", "Refused", "encode", "refusal"]
 
 log = logging.getLogger("kvindex.service")
 
-T = TypeVar("T")
 encode: Final = msgspec.json.Encoder().encode
 JSON: Final = (b"content-type", b"application/json")
 BINARY: Final = b"application/octet-stream"
@@ -85,49 +84,12 @@ def _header(scope: Scope, wanted: bytes) -> bytes:
     return b""
 
 
-class Deadline:
-    """A number of seconds for each of many tasks, with one timer. asyncio.timeout starts a timer for each task, and
-    took 8 of the 118 us of a match over a Unix socket."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._ends: dict[asyncio.Task[Any], float] = {}  # the earliest first
-        self._timer: asyncio.TimerHandle | None = None
-
-    async def within(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of ``work``. Raises TimeoutError."""
-        loop, task = asyncio.get_running_loop(), asyncio.current_task()
-        assert task is not None
-        self._ends[task] = end = loop.time() + self._seconds
-        if self._timer is None:
-            self._timer = loop.call_at(end, self._cancel_late, loop)
-        try:
-            return await work
-        except asyncio.CancelledError:
-            if task in self._ends or task.uncancel():
-                raise
-            raise TimeoutError from None
-        finally:
-            self._ends.pop(task, None)
-
-    def _cancel_late(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._timer = None
-        now = loop.time()
-        for task, end in list(self._ends.items()):
-            if end > now:
-                self._timer = loop.call_at(end, self._cancel_late, loop)
-                return
-            del self._ends[task]
-            task.cancel()
-
-
 class Gate:
     """What all endpoints of a service share: its limits, its token, and what is on the way."""
 
     def __init__(self, limits: Limits, token: str | None) -> None:
         self.limits = limits
         self._token = None if token is None else b"Bearer " + token.encode()
-        self._bodies = Deadline(limits.body_seconds)
         self.in_flight = 0
         self.receiving = 0
 
@@ -145,7 +107,8 @@ class Gate:
     async def read(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body; None where the client has gone."""
         try:
-            return await self._bodies.within(self._read(scope, receive))
+            async with asyncio.timeout(self.limits.body_seconds):
+                return await self._read(scope, receive)
         except TimeoutError:
             raise Refused(
                 408, "too_slow", f"the body took more than {self.limits.body_seconds:g} s", headers=_CLOSE
