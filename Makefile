@@ -89,7 +89,7 @@ help:
 	@echo 'make headers           each header of the core by itself'
 	@echo 'make coverage          which lines the tests run, Python and native'
 	@echo 'make ci                everything that a pull request has to pass, in the order of the pipeline'
-	@echo 'make nightly           the long runs, and everything that is measured; HOUR=300: the same with shorter runs'
+	@echo 'make nightly           the long runs, and everything that is measured; HOUR=300: with 2 hours less of drawn inputs'
 	@echo 'make wheel-check       the tests against the wheel in an empty environment'
 	@echo 'make docs              this documentation as a site, in .build/site; docs-serve: at http://127.0.0.1:8000, rebuilt on changes'
 	@echo 'make links             every link of every page, by its form where it leads elsewhere; links-outside: all the way'
@@ -437,7 +437,7 @@ simulate: .venv/.test-tools
 	$(BIN)/python tests/log_world.py --seconds $(SECONDS) --first $(FIRST)
 	$(BIN)/python tests/stream_world.py --seconds $(SECONDS) --first $(FIRST)
 
-# An hour of the nightly, in seconds: HOUR=300 runs the same stages with a twelfth of their seeds and inputs.
+# An hour of the nightly, in seconds: with HOUR=300, simulators, fuzzers and ThreadSanitizer run for a twelfth of it.
 HOUR ?= 3600
 # Other seeds each night.
 simulate-nightly: .venv/.test-tools

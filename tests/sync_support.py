@@ -284,7 +284,7 @@ class World:
     # What must be so
 
     @property
-    def is_unheard(self) -> bool:
+    def waits_for_batch(self) -> bool:
         """Whether only a batch that is published now can show that publisher and replays belong together."""
         doubts = ("publishes no batch that its replay endpoint returns", "the next one shows whether the engine")
         return any(each in self.stream.reason for each in doubts)

@@ -212,7 +212,7 @@ class FaultyStream(RuleBasedStateMachine):
         world.deliver()
         world.wait(120.0)
         world.check()
-        if world.is_unheard:
+        if world.waits_for_batch:
             while world.running:
                 self.finish(tokens=0, encodable=True)
             self.reset()

@@ -182,7 +182,7 @@ class FaultyChannel(RuleBasedStateMachine):
         world.deliver()
         world.wait(120.0)
         world.check()
-        if world.is_unheard:
+        if world.waits_for_batch:
             world.publish()
             world.deliver()
             world.wait(30.0)

@@ -9,6 +9,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
@@ -289,7 +290,7 @@ class Endpoint:
     def _parsed(self, scope: Scope, data: bytes) -> Any:
         assert self._decode is not None
         if self._binary is not None and _header(scope, b"content-type") == BINARY:
-            asked = _of_query(scope["query_string"], self._body).__copy__()
+            asked = copy(_of_query(scope["query_string"], self._body))
             asked.tokens = self._binary(data)
             return asked
         # A list of ints takes four times as long as the array; whatever is no array of token ids, the decoder refuses.

@@ -7,7 +7,6 @@
 #include <cstddef>
 #include <new>
 #include <type_traits>
-#include <utility>
 #include <vector>
 
 #include "base/heap.hpp"
@@ -38,10 +37,6 @@ public:
     template <class U>
     void construct(U* p) {
         ::new (static_cast<void*>(p)) U;
-    }
-    template <class U, class... Args>
-    void construct(U* p, Args&&... args) {
-        ::new (static_cast<void*>(p)) U(std::forward<Args>(args)...);
     }
     bool operator==(const ScratchAllocator&) const { return true; }
     bool operator!=(const ScratchAllocator&) const { return false; }
