@@ -134,13 +134,14 @@ def run(program: str, kind: str, requests: list[list[Request]]) -> Outcome:
         server.client() as client,
         ReplicatedIndex(server.url, fleet="bench", policy=_POLICY) as view,
     ):
-        while (manager := view._manager) is None:
+        (shard,) = view._shards
+        while (manager := shard.manager) is None:
             time.sleep(0.01)
 
         def fill() -> None:
             for pod in range(PODS):
-                view._shown(Described(f"p{pod}", "m", None, {}, None))
-                view._shown(Marked(f"p{pod}", 0, "exact", ""))
+                shard._shown(Described(f"p{pod}", "m", None, {}, None))
+                shard._shown(Marked(f"p{pod}", 0, "exact", ""))
                 view.index.mark_worker(f"p{pod}", 0, "exact")
 
         manager.post(fill).result()
