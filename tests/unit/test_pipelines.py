@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -68,9 +69,12 @@ def test_a_pipeline_here_is_the_workflow(target, workflow):
 @pytest.mark.parametrize("target", re.findall(r"^\t@echo 'make ([a-z0-9-]+)", MAKEFILE, re.MULTILINE))
 def test_make_knows_what_every_named_target_needs(target):
     """A variable that is defined further down is empty among the things that a target needs."""
+    # Sanitized tests preload the address sanitizer, which ends GNU make 4.3 for a read beyond a buffer of its own.
+    own = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     planned = subprocess.run(
-        ["make", "--dry-run", target, "BASE=HEAD", "TAG=v1"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+        ["make", "--dry-run", target, "BASE=HEAD", "TAG=v1"],
+        cwd=ROOT, env=own, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert planned.returncode == 0, planned.stderr
 
 
