@@ -22,8 +22,7 @@ from typing import Any
 from kvindex import EventManager, PodSource, PrefixIndex
 from kvindex.routing import EndpointPicker
 from kvindex.sim import SimProcess
-from kvindex.sim.http import chat_ids, text_ids
-from kvindex.sim.tokenizer import save
+from kvindex.sim.tokenizer import chat_ids, save, text_ids
 
 from .report import say, table
 

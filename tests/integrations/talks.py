@@ -8,7 +8,7 @@ from typing import Any
 
 from kvindex import EventManager
 from kvindex.sim import SimProcess
-from kvindex.sim.http import chat_ids, text_ids
+from kvindex.sim.tokenizer import chat_ids, text_ids
 
 
 class Talks:

@@ -34,8 +34,7 @@ from talks import caught_up
 
 from kvindex import EventManager, PodSource, PrefixIndex
 from kvindex.integrations.envoy import DESTINATION, HINT, NAMESPACE, SERVED, SERVICE, SUBSET, EndpointPickerService
-from kvindex.sim.http import chat_ids
-from kvindex.sim.tokenizer import TEMPLATE, save, tokenizer
+from kvindex.sim.tokenizer import TEMPLATE, chat_ids, save, tokenizer
 from kvindex.text import PromptEncoder
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("error:unclosed EventManager")]

@@ -18,8 +18,7 @@ litellm = pytest.importorskip("litellm", reason="LiteLLM is not installed: make 
 from talks import caught_up
 
 from kvindex.integrations.litellm import KVIndexHandler
-from kvindex.sim.http import chat_ids, text_ids
-from kvindex.sim.tokenizer import save
+from kvindex.sim.tokenizer import chat_ids, save, text_ids
 
 # LiteLLM's own; a manager that is not closed stays an error.
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("error:unclosed EventManager")]

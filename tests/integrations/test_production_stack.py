@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from talks import caught_up
 
-from kvindex.sim.http import chat_ids, text_ids
+from kvindex.sim.tokenizer import chat_ids, text_ids
 
 LAUNCHER = Path(__file__).resolve().parents[2] / "examples" / "production_stack.py"
 

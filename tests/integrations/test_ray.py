@@ -25,8 +25,7 @@ from talks import caught_up
 from kvindex import InvalidValueError, PodSource
 from kvindex.integrations.ray import PrefixRequestRouter, routing_stats, vllm_source
 from kvindex.routing import Choice
-from kvindex.sim.http import chat_ids, text_ids
-from kvindex.sim.tokenizer import save
+from kvindex.sim.tokenizer import chat_ids, save, text_ids
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("error:unclosed EventManager")]
 

@@ -30,7 +30,7 @@ from kvindex import EventManager, PodSource, PrefixIndex, SnapshotError, local_h
 from kvindex.service import Limits, Service
 from kvindex.service.server import Server, Snapshots, fetched, pods_file, restored
 from kvindex.sim import SimProcess
-from kvindex.sim.http import text_ids
+from kvindex.sim.tokenizer import text_ids
 
 NO_PUBLISHER = "tcp://127.0.0.1:9"
 

@@ -18,7 +18,7 @@ from kvindex import EventManager, PodSource, PrefixIndex, StreamError
 from kvindex.routing import EndpointPicker
 from kvindex.sim import SimProcess
 from kvindex.sim import tokenizer as sim_tokenizer
-from kvindex.sim.http import chat_ids
+from kvindex.sim.tokenizer import chat_ids
 from kvindex.text import EncodeError, PromptEncoder, RemoteEncoder
 
 HTTP = urllib3.PoolManager()
@@ -173,7 +173,7 @@ def test_the_written_files_are_those_of_a_models_directory(tmp_path):
 
 
 def test_what_is_not_installed_says_what_to_install(monkeypatch):
-    monkeypatch.delitem(sys.modules, "kvindex.sim.http")
+    monkeypatch.delitem(sys.modules, "kvindex.sim.http", raising=False)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(ImportError, match=r"pip install 'kvindex\[sim\]'"):
         import kvindex.sim.http  # noqa: F401

@@ -30,9 +30,9 @@ try:
 except ImportError:
     raise ImportError("kvindex sim --http needs starlette and uvicorn: pip install 'kvindex[sim]'") from None
 
-from .tokenizer import END, ROLES
+from .tokenizer import chat_ids, text_ids
 
-__all__ = ["HttpServer", "chat_ids", "text_ids"]
+__all__ = ["HttpServer"]
 
 _WORDS = ("the", "cache", "holds", "a", "prefix", "of", "this", "prompt", "and", "reads", "what", "is", "new")
 _LONGEST = 1 << 20
@@ -42,32 +42,6 @@ class _Refused(Exception):
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
         self.status = status
-
-
-def text_ids(text: str) -> list[int]:
-    """The token ids of a text."""
-    try:
-        return list(text.encode())
-    except UnicodeEncodeError:
-        raise _Refused("a text has a lone surrogate") from None
-
-
-def chat_ids(messages: Any, add_generation_prompt: bool = True) -> list[int]:
-    """The token ids of a conversation."""
-    if not isinstance(messages, list) or not messages:
-        raise _Refused("messages must be a list of messages")
-    ids: list[int] = []
-    for message in messages:
-        role = message.get("role") if isinstance(message, dict) else None
-        if role not in ROLES:
-            raise _Refused(f"no role {role!r}; there are {', '.join(ROLES)}")
-        content = message.get("content") or ""
-        if isinstance(content, list):
-            content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-        if not isinstance(content, str):
-            raise _Refused("content must be a text or a list of parts")
-        ids += [256 + ROLES.index(role), *text_ids(content), END]
-    return [*ids, 256 + ROLES.index("assistant")] if add_generation_prompt else ids
 
 
 def _answer(ids: list[int], tokens: int) -> str:
@@ -223,11 +197,14 @@ async def _body(request: Request) -> dict[str, Any]:
 
 
 def _prompt(body: dict[str, Any]) -> list[int]:
-    if "messages" in body:
-        return chat_ids(body["messages"], bool(body.get("add_generation_prompt", True)))
     prompt = body.get("prompt")
-    if isinstance(prompt, str):
-        return text_ids(prompt)
+    try:
+        if "messages" in body:
+            return chat_ids(body["messages"], bool(body.get("add_generation_prompt", True)))
+        if isinstance(prompt, str):
+            return text_ids(prompt)
+    except ValueError as error:
+        raise _Refused(str(error)) from None
     if isinstance(prompt, list) and all(type(token) is int and 0 <= token < 2**32 for token in prompt):
         return prompt
     raise _Refused("prompt must be a text or a list of token ids")

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["END", "ROLES", "TEMPLATE", "save", "tokenizer"]
+__all__ = ["TEMPLATE", "chat_ids", "save", "text_ids", "tokenizer"]
 
 ROLES = ("system", "user", "assistant", "tool")
 END = 256 + len(ROLES)
@@ -32,6 +32,40 @@ TEMPLATE = """\
     {{- "<|end|>" }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ "<|assistant|>" }}{% endif %}"""
+
+
+def text_ids(text: str) -> list[int]:
+    """The token ids of a text.
+
+    Raises:
+        ValueError: The text has a lone surrogate.
+    """
+    try:
+        return list(text.encode())
+    except UnicodeEncodeError:
+        raise ValueError("a text has a lone surrogate") from None
+
+
+def chat_ids(messages: Any, add_generation_prompt: bool = True) -> list[int]:
+    """The token ids of a conversation, by ``TEMPLATE``.
+
+    Raises:
+        ValueError: The conversation has no message, a role that is not in ``ROLES``, or content that is no text.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("messages must be a list of messages")
+    ids: list[int] = []
+    for message in messages:
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in ROLES:
+            raise ValueError(f"no role {role!r}; there are {', '.join(ROLES)}")
+        content = message.get("content") or ""
+        if isinstance(content, list):
+            content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+        if not isinstance(content, str):
+            raise ValueError("content must be a text or a list of parts")
+        ids += [256 + ROLES.index(role), *text_ids(content), END]
+    return [*ids, 256 + ROLES.index("assistant")] if add_generation_prompt else ids
 
 
 def tokenizer() -> Tokenizer:

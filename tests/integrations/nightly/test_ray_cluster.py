@@ -21,7 +21,7 @@ with warnings.catch_warnings():
 from kvindex import PodSource
 from kvindex.integrations.ray import KVEvents, PrefixRequestRouter
 from kvindex.sim import SimProcess
-from kvindex.sim.http import chat_ids, text_ids
+from kvindex.sim.tokenizer import chat_ids, text_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
