@@ -90,10 +90,16 @@ async def _serve(service: Any, manager: EventManager, args: argparse.Namespace) 
     except RuntimeError as error:
         raise CommandError(f"{args.host}:{args.port}: {error}") from None
     print(f"kvindex epp: {args.host}:{port}", flush=True)
-    waiting = asyncio.create_task(asyncio.to_thread(manager.wait_until_current, args.wait))
-    waiting.add_done_callback(lambda _: asyncio.ensure_future(service.ready()))
+
+    async def announce() -> None:
+        await asyncio.to_thread(manager.wait_until_current, args.wait)
+        if not ended.is_set():
+            await service.ready()
+
+    announced = asyncio.create_task(announce())
     await ended.wait()
     await service.ready(False)
     await server.stop(5.0)
-    # Ends what still waits in a thread.
+    # Ends the wait in the thread.
     manager.close()
+    await announced
