@@ -89,7 +89,7 @@ help:
 	@echo 'make headers           each header of the core by itself'
 	@echo 'make coverage          which lines the tests run, Python and native'
 	@echo 'make ci                everything that a pull request has to pass, in the order of the pipeline'
-	@echo 'make nightly           the long runs, and everything that is measured; HOUR=300: with 2 hours less of drawn inputs'
+	@echo 'make nightly           the long runs, and everything that is measured; HOUR=300: a twelfth of the drawn inputs'
 	@echo 'make wheel-check       the tests against the wheel in an empty environment'
 	@echo 'make docs              this documentation as a site, in .build/site; docs-serve: at http://127.0.0.1:8000, rebuilt on changes'
 	@echo 'make links             every link of every page, by its form where it leads elsewhere; links-outside: all the way'
@@ -405,13 +405,17 @@ coverage: .venv/.coverage-tools $(COVERED)/.built
 		--exclude-throw-branches --html-details $(COVERED)/report/native.html --txt --json-summary $(REPORTS)/coverage-native.json --gcov-ignore-parse-errors=suspicious_hits.warn \
 		--fail-under-line 98
 
+# An hour of the nightly, in seconds: with HOUR=300, simulators, fuzzers and ThreadSanitizer run for a twelfth of the time,
+# and property tests draw a twelfth of the examples.
+HOUR ?= 3600
+
 # The long runs of what `make test` does in minutes.
 .venv/.nightly-tools: .venv/.test-tools
 	$(call listed,["project"]["optional-dependencies"]["nightly"])
 	touch $@
 
 test-nightly: .venv/.nightly-tools
-	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -q -n $(JOBS) $(JUNIT) tests/property tests/threads
+	HYPOTHESIS_PROFILE=nightly EXAMPLES=$$(( 2000 * $(HOUR) / 3600 )) $(BIN)/python -m pytest -q -n $(JOBS) $(JUNIT) tests/property tests/threads
 
 # What a release would be made of: the sdist, and the wheel that is built from it, installed where there is nothing else
 # and tested by the tests that the sdist brings, without the sources beside them.
@@ -437,8 +441,6 @@ simulate: .venv/.test-tools
 	$(BIN)/python tests/log_world.py --seconds $(SECONDS) --first $(FIRST)
 	$(BIN)/python tests/stream_world.py --seconds $(SECONDS) --first $(FIRST)
 
-# An hour of the nightly, in seconds: with HOUR=300, simulators, fuzzers and ThreadSanitizer run for a twelfth of it.
-HOUR ?= 3600
 # Other seeds each night.
 simulate-nightly: .venv/.test-tools
 	$(BIN)/python tests/log_world.py --seconds $(HOUR) --first $$(date +%s)

@@ -23,7 +23,8 @@ settings.register_profile("default", max_examples=60, stateful_step_count=40, de
 # A sanitized core takes several times as long: its suite looks at memory, and leaves rare orders of events to others.
 settings.register_profile("sanitized", max_examples=15, stateful_step_count=40, derandomize=True, **_COMMON)
 # Hypothesis remembers every example that it tried: 5,000 of them were 3 GB a process. Each night tries others.
-settings.register_profile("nightly", max_examples=2000, stateful_step_count=80, **_COMMON)
+_EXAMPLES = int(os.environ.get("EXAMPLES", "2000"))
+settings.register_profile("nightly", max_examples=_EXAMPLES, stateful_step_count=80, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
