@@ -687,10 +687,38 @@ def test_the_command_serves_a_log_and_says_what_it_is_worth(server: Any, pod: Li
         process.communicate()
 
 
+def test_the_command_shares_its_picks(server: Any, pod: LivePublisher) -> None:
+    command = [sys.executable, "-m", "kvindex", "serve", "--port", "0", "--block-size", "4", "--fleet", "t"]
+    command += ["--log", server.url, "--share"]
+    with (
+        view_of(server, share=True) as view,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process,
+    ):
+        try:
+            view.add_pod(source(pod))
+            picker = EndpointPicker(view.index, view)
+            assert process.stdout is not None
+            port = int(process.stdout.readline().rpartition(":")[2])
+            pod.publish(5)
+            until(lambda: asked(port, "/readyz")[0] == 200)
+            picked = asked(port, "/v1/pick", {"tokens": [*pod.chain(), 1]})[1]
+            until(lambda: picker.stats()["others"] == 1)
+            assert asked(port, "/v1/finished", {"id": picked["id"]})[0] == 200
+            until(lambda: picker.stats()["others"] == 0)
+            picker.close()
+        finally:
+            process.kill()
+
+
 @pytest.mark.parametrize("beside", [["a=tcp://127.0.0.1:9"], ["--kubernetes"], ["--snapshot", "f"], ["--demo"]])
 def test_the_command_serves_a_log_or_something_else(beside: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", *beside, "--log", "redis://127.0.0.1:1"]) == 2
     assert "leave out" in capsys.readouterr().err
+
+
+def test_the_command_shares_nothing_without_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--share"]) == 2
+    assert "--share needs a log" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

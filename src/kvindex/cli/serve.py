@@ -52,6 +52,8 @@ def add_parser(commands: Any) -> None:
     log_of.add_argument("--fleet", default="default", metavar="NAME", help="name of the fleet (default %(default)s)")
     log_of.add_argument("--shards", type=positive, default=1, metavar="N",
                         help="number of logs of the fleet, equal in all processes (default %(default)s)")  # fmt: skip
+    log_of.add_argument("--share", action="store_true",
+                        help="exchange picks with the other routers of the fleet that share theirs")  # fmt: skip
 
     index = parser.add_argument_group("the index")
     index.add_argument("--block-size", type=positive, default=16, metavar="TOKENS",
@@ -102,6 +104,8 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"--demo has pods and an index of its own: leave out {others}")
     if args.log and (others := _beside_log(args)):
         raise CommandError(f"a log (--log or {URL}) has pods and an index of its own: leave out {others}")
+    if args.share and not args.log:
+        raise CommandError(f"--share needs a log (--log or {URL}), by which the requests are exchanged")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     keep_freed_memory()
     token = _token(args)
@@ -170,8 +174,8 @@ def _view(args: argparse.Namespace) -> Any:
     except ImportError as error:
         raise CommandError(str(error)) from None
     return ReplicatedIndex(
-        args.log, fleet=args.fleet, block_size=args.block_size, shards=args.shards, collect=False,
-        max_bytes=args.max_bytes, ttl=args.ttl,
+        args.log, fleet=args.fleet, block_size=args.block_size, shards=args.shards, share=args.share,
+        collect=False, max_bytes=args.max_bytes, ttl=args.ttl,
     )  # fmt: skip
 
 

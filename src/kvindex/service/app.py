@@ -89,10 +89,10 @@ class Service:
                 f"token has {len(token)} characters; it must have printable ASCII and no blanks around"
             )
         limits = limits or Limits()
+        self.picker = EndpointPicker(index, manager) if picker is None else picker
         if hasattr(manager, "pod_status"):
             manager = ReplicatedPods(manager)
         self.index, self.manager = index, manager
-        self.picker = EndpointPicker(index, manager) if picker is None else picker
         self.fleet = Fleet(index, manager)
         self.gate = Gate(limits, token)
         self.figures = Figures(index, manager, self.picker, lambda: peers.counts())
