@@ -380,6 +380,7 @@ headers:
 # Which lines the tests run, of Python and of the native core, and whether they are enough: the floor of Python's stands
 # in pyproject.toml, and what may stay below in docs/testing/README.md. The core is built apart, with counters in it, as for the
 # sanitizers; -O0, since an optimiser moves what is counted.
+# gcovr counts a line of a template once for each instantiation unless --merge-lines is given.
 COVERED := .build/coverage
 COUNTED := --coverage -O0 -g
 COVERAGE_FLAGS := $(COUNTED) -UNDEBUG -fprofile-update=atomic
@@ -402,7 +403,7 @@ coverage: .venv/.coverage-tools $(COVERED)/.built
 	PYTHONPATH=$(CURDIR)/$(COVERED)/lib $(BIN)/python -m pytest -q $(SPREAD) $(JUNIT) --ignore tests/packaging --ignore tests/typing \
 		--cov=kvindex --cov-report=html:$(COVERED)/report/python --cov-report=json:$(REPORTS)/coverage-python.json --cov-report=term
 	$(BIN)/gcovr --root . --object-directory $(COVERED) --filter 'src/kvindex/_native/' --filter 'src/kvindex/_tokens.hpp' \
-		--exclude-throw-branches --html-details $(COVERED)/report/native.html --txt --json-summary $(REPORTS)/coverage-native.json --gcov-ignore-parse-errors=suspicious_hits.warn \
+		--merge-lines --exclude-throw-branches --html-details $(COVERED)/report/native.html --txt --json-summary $(REPORTS)/coverage-native.json --gcov-ignore-parse-errors=suspicious_hits.warn \
 		--fail-under-line 98
 
 # An hour of the nightly, in seconds: with HOUR=300, simulators, fuzzers and ThreadSanitizer run for a twelfth of the time,
