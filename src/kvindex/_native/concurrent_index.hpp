@@ -30,7 +30,7 @@ struct PodFigures {
     std::set<u32> lookahead;
 };
 
-// Where a batch stands in its stream; seq -1: not given.
+// The position of a batch in its stream. seq -1: not given.
 struct Place {
     i64 seq = -1;
     double ts = 0;
@@ -45,7 +45,7 @@ struct StreamPlace {
     std::string model;
 };
 
-// There was no memory for a change, and all content is gone.
+// There was no memory for a change, and all content has been dropped.
 struct OutOfMemory : std::bad_alloc {
     const char* what() const noexcept override {
         return "no memory for a change of the index: what it knew of all pods is forgotten, and they are degraded until "
@@ -53,7 +53,8 @@ struct OutOfMemory : std::bad_alloc {
     }
 };
 
-// The outcome of a payload. Not applied yet: busy, another thread has the index; unknown, the pod is not there.
+// The outcome of a payload. Two outcomes leave it unapplied: busy, another thread has the index; unknown, the pod does
+// not exist.
 enum class Taken : u8 { yes, no_batch, busy, unknown };
 
 struct Totals {
@@ -61,7 +62,7 @@ struct Totals {
     u64 blocks_stored, blocks_removed, blocks_parked, skipped, errors;
 };
 
-// All figures of one moment.
+// All figures, taken at one moment.
 struct Stats {
     Index::Figures figures;
     Totals totals;
@@ -70,7 +71,7 @@ struct Stats {
 
 class ConcurrentIndex {
 public:
-    // max_bytes 0, ttl 0: without a limit.
+    // max_bytes 0, ttl 0: no limit.
     ConcurrentIndex(u32 block_size, u64 seed, bool set_presence, u32 max_parked, u64 max_bytes = 0, double ttl = 0)
         : block_size_(block_size),
           seed_(seed),
@@ -80,7 +81,8 @@ public:
           set_presence_(set_presence),
           ix_(made(pods_)),
           batches_(max_bytes ? std::min(kMostScratch, max_bytes / kScratchShare) : kMostScratch) {
-        // What is kept back of a budget is for scratch and the page in reserve.
+        // The reserved share of a budget is for scratch and the spare page. If it is too small for both, no page is
+        // prepared.
         if (max_bytes && max_bytes / kScratchShare < kMostScratch + kHugePage) spare_.turn_off();
         note_expiry();
         Forks<ConcurrentIndex>::add(this);
@@ -93,7 +95,7 @@ public:
         Writing w(*this);
         return ix_->registry().pod_at(ix_->registry().pod(name)).uid;
     }
-    // The name may be opened again before the last of the pod's blocks has gone.
+    // The name may be opened again before the last of the pod's blocks has been removed.
     bool remove_pod(u64 uid) {
         const bool gone = change(uid, [&](u32 pod, Change& c) { ix_->ingest().begin_end(c, pod); });
         if (gone) {
@@ -115,8 +117,8 @@ public:
     void ignore_media(u64 uid, const std::vector<std::string>& media) {
         change(uid, [&](u32 pod, Change& c) { ix_->ingest().ignore_media(pod, media, c); });
     }
-    // engine -1: as it was; eagle -1: as it was, 0: nothing is dropped, 1: in these groups, or in all if there are
-    // none.
+    // engine, eagle or hybrid -1: unchanged. eagle 0: the engine drops no block; 1: it drops the last matched block in
+    // these groups, or in all groups if the list is empty.
     void engine(u64 uid, int engine, int eagle, const std::vector<i64>& groups, int hybrid) {
         Writing w(*this);
         const u32 pod = ix_->registry().slot(uid);
@@ -137,10 +139,10 @@ public:
 
     const PodDirectory& directory() const { return pods_; }
 
-    // The whole payload is decoded before the lock is taken, and nothing is applied if
-    // it is no batch. rank -1: the batch's own. `wait` false: gives up rather than wait
-    // for others, so that a caller may try a small one with the interpreter locked.
-    // A pod that is gone before anything was waited for is unknown; one that goes meanwhile takes the batch with it.
+    // The whole payload is decoded before the lock is taken, and nothing is applied if it is no batch. rank -1: the
+    // batch's own rank. `wait` false: gives up instead of waiting for other threads, so that a caller may try a small
+    // batch while it holds the interpreter lock. A pod that was removed before the call waited for anything is
+    // `unknown`. If the pod is removed while the call waits, the batch is dropped.
     Taken ingest(u64 uid, const u8* payload, u64 bytes, const std::string& model, i64 rank, i64 seq, bool wait,
                  Report& r, double& ts, i64& dp_rank, DecodeFault& fault) {
         const Batches::Lent lent(batches_);
@@ -151,7 +153,7 @@ public:
         try {
             whole = decode_batch(payload, bytes, batch, fault, false);
         } catch (const std::bad_alloc&) {
-            // Content is as it was, and this worker's is not that of its engine any more.
+            // The content is unchanged, so it differs from now on from the content of this worker's engine.
             batch = Batch();
             Writing w(*this);
             lose(uid, rank < 0 ? 0 : rank, model, place);
@@ -169,8 +171,8 @@ public:
         if (!uid) return Taken::unknown;
         return apply(uid, dp_rank, model, batch, place, r, wait);
     }
-    // Hashed batches, one behind the other, each of its own pod. Counts them, and those of payloads that were no
-    // batches. False: the bytes from there on are no hashed batches.
+    // Applies consecutive hashed batches, each to its own pod. Counts them, and in `unsound` those whose payload was no
+    // batch. Returns false at the first bytes that are no hashed batch.
     bool ingest_hashed(const u8* p, u64 bytes, u64& batches, u64& unsound) {
         const Batches::Lent lent(batches_);
         Batch& batch = *lent;
@@ -197,8 +199,8 @@ public:
     }
     Taken apply(u64 uid, i64 rank, const std::string& model, const Batch& batch, const Place& place, Report& r,
                 bool wait = true) {
-        // The lock is given up between events, so that a reader waits for about this many blocks at most (some
-        // microseconds); taking it for each one-block event would double their cost.
+        // The lock is released between events, so a reader waits for about this many blocks at most (some
+        // microseconds). Taking it for each one-block event would double the cost of such an event.
         constexpr u64 kTurn = 128;
         const std::size_t n = batch.events.size();
         std::size_t i = 0;
@@ -220,7 +222,7 @@ public:
             } else if (!wait) {
                 if (saving_.load(std::memory_order_relaxed) || !lock_.try_lock()) return Taken::busy;
             } else {
-                // A change that has begun goes on: saving waits for its end.
+                // A change that has begun goes on: a save waits for its end.
                 wait_for_saver();
                 lock_.lock();
             }
@@ -235,7 +237,7 @@ public:
             }
             if (pod == kNone) {
                 if (!wait && !on) return Taken::unknown;
-                // Removed while this was on its way: never resurrected.
+                // The pod was removed while the batch waited. A batch never opens a removed pod again.
                 r.skip(Reason::pod_removed, n - i + batch.joined);
                 return Taken::yes;
             }
@@ -246,7 +248,7 @@ public:
                 for (u64 work = 0; i < n && work < kTurn; ++i) {
                     if (!change.on()) {
                         const Event& e = batch.events[i];
-                        // Prepared before the next turn.
+                        // A long event is prepared before the next turn, without the lock.
                         if (Ingest::is_long(e) && !change.prepared) break;
                         ix_->ingest().expect(turn, batch, i);
                         work += 1 + e.n_hashes;
@@ -278,8 +280,8 @@ public:
         } while (true);
     }
 
-    // `wait` false: gives up (and returns false) rather than wait for a writer,
-    // so that a caller may try with the interpreter locked.
+    // `wait` false: gives up (and returns false) instead of waiting for a writer, so that a caller may try while it
+    // holds the interpreter lock.
     KVINDEX_INLINE bool match(const Prompt& prompt, const std::string& model, PodNames* names, bool only_exact,
                               bool wait, MatchResult& out) const {
         if (!find(prompt, model, names, only_exact, wait, out)) return false;
@@ -288,20 +290,21 @@ public:
         if (lapsed()) out.distrust(only_exact);
         return true;
     }
-    // Every state is stale from this moment of the steady clock on, in nanoseconds; kForever: no limit.
+    // From this moment of the steady clock on, in nanoseconds, every state is stale. kForever: no limit.
     static constexpr i64 kForever = std::numeric_limits<i64>::max();
     void trust(i64 until) { trusted_until_.store(until, std::memory_order_relaxed); }
-    // From now on, matches and choices are those of other indexes together, each with locks and states of its own. They
-    // have no pod in common and outlive this one, which stays empty.
+    // From now on, matches and choices cover several other indexes, each with locks and states of its own. These have
+    // no pod in common and outlive this index, which stays empty.
     static constexpr u32 kMostParts = Hit::kMostParts;
     void join(std::vector<ConcurrentIndex*> parts) {
         for (u32 i = 0; i < parts.size(); ++i) parts[i]->part_ = i;
         parts_ = std::move(parts);
-        // Any limits: a match without them looks no further, and so pays nothing for parts.
+        // Any limits do: a match without limits returns before it looks for parts, so a single index pays nothing for
+        // them.
         trust(kForever - 1);
         expiry_.store(-1.0);
     }
-    // `wait` false: gives up, as match does.
+    // `wait` false: gives up, as match() does.
     bool choose(Loads& loads, const Hits& hits, u64 n_tokens, const std::string& model, PodNames* names, double now,
                 bool wait, Loads::Choice& out) const {
         if (!parts_.empty()) return choose_of_parts(loads, hits, n_tokens, model, names, now, wait, out);
@@ -315,13 +318,14 @@ public:
         loads.settle(search, now, out);
         return true;
     }
-    // The row of a worker that got one more request, from elsewhere; kNone: there is no such worker.
+    // Counts one more request, which reached the worker in another way, and returns the worker's row. kNone: there is
+    // no such worker.
     u32 reserve(Loads& loads, u64 pod, i64 rank, u64 prefill, u64 context) const {
         for (u32 i = 0; i < parts_.size(); ++i)
             if (const u32 at = parts_[i]->reserve_in(loads, i, pod, rank, prefill, context); at != kNone) return at;
         return parts_.empty() ? reserve_in(loads, 0, pod, rank, prefill, context) : kNone;
     }
-    // The load of each worker that is still there.
+    // The load of each worker that still exists.
     std::vector<Loads::Load> loads(Loads& of) const {
         for (u32 i = 0; i < parts_.size(); ++i) {
             const Reading g(*parts_[i], true);
@@ -333,7 +337,7 @@ public:
         }
         return of.rows();
     }
-    // How many of the prompt's complete blocks do not have its last token.
+    // The number of complete blocks of the prompt that do not contain its last token.
     u32 before_last(const Prompt& p) const {
         if (p.n_tokens) return static_cast<u32>((p.n_tokens - 1) / ix_->block_size());
         return static_cast<u32>(p.n_prefixes ? p.n_prefixes - 1 : 0);
@@ -359,7 +363,7 @@ public:
             });
         note_expiry();
     }
-    // What the blocks of a prompt are called in events of this worker: local hashes by the length of lookahead.
+    // The local hashes of the prompt's blocks as events of this worker have them, by length of lookahead.
     std::vector<std::pair<u32, std::vector<u64>>> locals(u64 uid, i64 rank, const std::string& model,
                                                          const Prompt& prompt) const {
         std::vector<std::pair<u32, std::vector<u64>>> all;
@@ -369,8 +373,9 @@ public:
         }
         return all;
     }
-    // An entry of add_prefix that another router made, by its locals; they are chained here, so that whatever they are,
-    // they are a path. False where it would make more than an entry: a rank, a second model of it, another lookahead.
+    // An entry of add_prefix that another router made, given by its local hashes. They are chained here, so any list of
+    // them is a path. Returns false if the call would create more than an entry: a rank, a second model of a rank, or
+    // another lookahead.
     bool hint(u64 uid, i64 rank, const std::string& model, u32 lookahead, const u64* locals, u32 n, double until) {
         std::vector<u64> prefixes(n);
         BlockHasher(seed_, block_size_).chain(locals, n, nullptr, prefixes.data());
@@ -435,23 +440,21 @@ public:
 
     // ---- snapshots --------------------------------------------------------------------------------------------------
 
-    // Matches go on meanwhile. Writers wait at a gate: one that waited for
-    // the lock would keep new readers out of it. Saving waits for batches that have
-    // been applied in part, since the rest would be replayed as a whole.
+    // Matches continue meanwhile. Writers wait at a gate: a writer that waited for the lock would keep new readers out
+    // of it. A save waits for batches that have been applied in part, since a replay would repeat them as a whole.
     void save(SnapshotBytes& out) const {
         std::lock_guard<std::mutex> one(saver_);
         copy(out);
         seal_snapshot(out);
     }
-    // In place of everything that is known, at once: matches go on with what was known before until all of it is read
-    // and found sound, and what is refused changes nothing. Who would write waits meanwhile, as for a snapshot. A pod
-    // that was there and is in the snapshot keeps its number, and so does a medium: answers, filters and loads of
-    // before stay what they are.
+    // Replaces all content at once. Matches use the old content until the snapshot has been read and verified, and a
+    // refused snapshot changes nothing. Writers wait meanwhile, as during a save. A pod or medium that exists now and
+    // in the snapshot keeps its number, so earlier answers, filters and loads stay valid.
     void load(const u8* data, u64 bytes) {
         const std::lock_guard<std::mutex> one(saver_);
         const Gate gate(*this);
-        // Of before, given back without the lock. Who is past the gate may still open a pod: then numbers are given
-        // anew.
+        // The new index, and after the swap the old one, whose memory is returned without the lock. A caller that has
+        // passed the gate may still open a pod. Then the snapshot is read again, with new numbers.
         std::shared_ptr<Index> other;
         for (bool done = false; !done;) {
             Registry::Numbers before;
@@ -507,7 +510,7 @@ public:
         Reading g(*this, true);
         return ix_->registry().probes();
     }
-    // The names of the media of hits, but for those that have gone.
+    // The names of the hits' media, without the media that have been removed.
     std::map<u32, std::string> media(const Hits& hits) const {
         std::map<u32, std::string> out;
         for (u32 i = 0; i < parts_.size(); ++i)
@@ -528,7 +531,8 @@ public:
 
     // ---- a process that forks ---------------------------------------------------------------------------------------
 
-    // A child gets the index as a snapshot would have it, between batches, and with no other thread inside.
+    // The child gets the index in the state that a snapshot would have: between batches, and with no other thread
+    // inside.
     void before_fork() {
         saver_.lock();
         saving_.store(true);
@@ -545,8 +549,8 @@ public:
         open_gate();
         saver_.unlock();
     }
-    // The threads that waited for a lock or held one are not here. Nor are those that followed streams: from now on,
-    // events go to the parent.
+    // The child has no thread that waited for a lock or held one, and no thread that followed a stream: from now on,
+    // events reach only the parent.
     void in_child() {
         new (&lock_) TurnLock();
         new (&saver_) std::mutex();
@@ -559,8 +563,8 @@ public:
     }
 
 private:
-    // The steady clock in nanoseconds, up to a tick (4 to 10 ms) late: 4 ns here, where the exact one takes 20, which
-    // is 7 % of a match of 8 blocks.
+    // The steady clock in nanoseconds, up to a tick (4 to 10 ms) late. It takes 4 ns here; the exact clock takes 20,
+    // which is 7 % of a match of 8 blocks.
     static i64 steady() {
 #ifdef CLOCK_MONOTONIC_COARSE
         timespec t{};
@@ -577,7 +581,7 @@ private:
         const Reading g(*this, true);
         return loads.reserve(*ix_, part, pod, rank, prefill, context);
     }
-    // `own`: a hit's medium as this index has it, or kNone.
+    // `own` maps the medium of a hit to its number in this index, or to kNone.
     template <class F>
     void name_media(const Hits& hits, F&& own, std::map<u32, std::string>& out) const {
         const Reading g(*this, true);
@@ -585,7 +589,8 @@ private:
         for (const Hit& h : hits)
             if (const u32 m = own(h.medium); media.has(m) && !out.count(h.medium)) out.emplace(h.medium, media.name(m));
     }
-    // Kept out of the match of one index, which is inlined, with all that it calls, into its callers: 46 instructions.
+    // Kept out of the match of a single index, which is inlined into its callers with everything that it calls: 46
+    // instructions.
     __attribute__((noinline)) bool match_parts(const Prompt& prompt, const std::string& model, PodNames* names,
                                                bool only_exact, bool wait, MatchResult& out) const {
         static thread_local MatchResult theirs;
@@ -599,7 +604,7 @@ private:
     bool choose_of_parts(Loads& loads, const Hits& hits, u64 n_tokens, const std::string& model, PodNames* names,
                          double now, bool wait, Loads::Choice& out) const {
         Loads::Search search{hits, n_tokens, block_size_};
-        // One lock at a time: a process that forks takes all of them, in an order of its own.
+        // One lock at a time: a fork takes all of them, in an order of its own.
         for (u32 i = 0; i < parts_.size(); ++i) {
             const ConcurrentIndex& part = *parts_[i];
             const Reading g(part, wait);
@@ -658,7 +663,7 @@ private:
         Written(const Written&) = delete;
         Written& operator=(const Written&) = delete;
         ~Written() { s_.lock_.unlock(); }
-        // The pod with this number, once no long change of it is under way; kNone: it has been removed.
+        // The pod with this number, once no long change of it is in progress. kNone: the pod has been removed.
         u32 idle(u64 uid) {
             for (;;) {
                 const u32 pod = s_.ix_->registry().slot(uid);
@@ -691,7 +696,7 @@ private:
         const ConcurrentIndex& s_;
         bool on;
     };
-    // A change that leaves the index in order also where there is no memory for it.
+    // Runs a change that leaves the index consistent even if there is no memory for it.
     template <class F>
     void whole(F&& f) {
         try {
@@ -701,7 +706,7 @@ private:
             throw OutOfMemory();
         }
     }
-    // Does a turn's worth of a change; true if that is all of it.
+    // Does a turn's worth of a change. Returns true if the change is complete.
     bool finish_now(Change& c, Report& r, u32 pod) {
         if (!c.on()) return true;
         if (!ix_->ingest().go_on(c, r)) {
@@ -712,7 +717,8 @@ private:
         calm_.notify_all();
         return true;
     }
-    // The part of a long event that needs no lock. Without memory for it, the event is lost as any change is.
+    // Does the part of a long event that needs no lock. Without memory for this part, the event is lost, like any other
+    // change.
     void prepare(u64 uid, i64 rank, const std::string& model, const Batch& batch, std::size_t i, bool on,
                  Change& change) {
         std::shared_ptr<Index> here;
@@ -733,16 +739,16 @@ private:
             throw OutOfMemory();
         }
     }
-    // There was no memory for a change.
+    // Drops all content, since there was no memory for a change.
     void give_up(Change& c, u32 pod) {
         ix_->start_over();
-        // What clears goes on without content, which needs no memory.
+        // A clear continues without content, which needs no memory.
         Report unused;
         if (c.on()) ix_->ingest().go_through(c, unused);
         ix_->ingest().set_busy(pod, false);
         calm_.notify_all();
     }
-    // A change of one pod that no event has begun.
+    // Runs a change of one pod that did not begin with an event.
     template <class F>
     bool change(u64 uid, F&& begin) {
         Change c;
@@ -781,7 +787,7 @@ private:
             ++half_;
         }
     }
-    // Whether the batch may take longer than threads wait that have the interpreter.
+    // Whether the batch may take longer than a thread may wait that holds the interpreter lock.
     bool is_much(u32 pod, i64 rank, const Batch& b) const {
         u64 work = 0;
         for (const Event& e : b.events) {
@@ -790,7 +796,7 @@ private:
         }
         return work > kTurnBlocks || ix_->ingest().parks_much(pod, rank);
     }
-    // Nothing is half done.
+    // Finishes loose work. Returns true if no batch is half done.
     bool at_rest() {
         while (half_ == 0 && ix_->loose()) ix_->tie_up();
         return half_ == 0;
@@ -816,7 +822,7 @@ private:
         const Written w(s);
         if (half_ == 0 && ix_->loose()) s.ix_->tie_up();
     }
-    // Holds off new writers.
+    // Keeps new writers out.
     struct Gate {
         explicit Gate(const ConcurrentIndex& s) : s_(s) { s_.saving_.store(true); }
         Gate(const Gate&) = delete;
@@ -834,7 +840,7 @@ private:
         std::unique_lock<std::mutex> g(gate_);
         opened_.wait(g, [&] { return !saving_.load(); });
     }
-    // A payload of this stream could not be read.
+    // Records that a payload of this stream could not be read.
     void lose(u64 uid, i64 rank, const std::string& model, const Place& at) {
         const u32 pod = ix_->registry().slot(uid);
         if (pod == kNone) return;
@@ -848,7 +854,7 @@ private:
             ix_->registry().advance(pod, rank, model, static_cast<u64>(at.seq), at.ts, at.fingerprint, clean, lost);
         }
     }
-    // Everything that has been counted since the start, in the order in which a snapshot has it.
+    // All counters since the start, in the order that a snapshot has them.
     static std::vector<u64*> counted(Totals& t, Report& r, Losses& shed, Losses& expired) {
         std::vector<u64*> all{&t.batches,        &t.bad_payloads, &t.events_stored, &t.events_removed,
                               &t.events_cleared, &r.stored,       &r.removed,       &r.cleared,
@@ -879,7 +885,7 @@ private:
     const bool set_presence_;
     PodDirectory pods_;
     Spare spare_;
-    std::shared_ptr<Index> ix_;  // another one after a load; whoever has no lock keeps it
+    std::shared_ptr<Index> ix_;  // replaced by a load; a thread without the lock keeps its own reference
     Batches batches_;
     mutable TurnLock lock_;
     Totals totals_ = {};
@@ -887,12 +893,12 @@ private:
     std::atomic<double> expiry_{1e300};
     std::atomic<i64> trusted_until_{kForever};
     std::vector<ConcurrentIndex*> parts_;
-    u32 part_ = 0;  // its place among the parts of another one
-    // Of saving: one at a time, and the threads that wait for its end.
+    u32 part_ = 0;  // its place among the parts of another index
+    // For saving: one save at a time, and the threads that wait for its end.
     mutable std::mutex saver_, gate_;
     mutable std::condition_variable opened_, calm_;
     mutable std::atomic<bool> saving_{false};
-    u64 half_ = 0;  // batches of which a part has been applied
+    u64 half_ = 0;  // batches that have been applied in part
 };
 
 }  // namespace kvindex

@@ -1,4 +1,4 @@
-// Functions that concern all parts and are seldom called.
+// Functions that concern all parts and are rarely called.
 #include "index.hpp"
 
 #include <string>

@@ -1,7 +1,7 @@
-// The index: the parts that it is composed of, from the ground up, and the functions that concern all of them.
+// The index: its parts, from the ground up, and the functions that concern all of them.
 //
-// Each part owns its state and has references to the parts below it. Nothing here is for several threads:
-// concurrent_index.hpp is.
+// Each part owns its state and has references to the parts below it. Nothing here is thread-safe; concurrent_index.hpp
+// adds the locks.
 #pragma once
 
 #include <string>
@@ -18,7 +18,7 @@ class SectionWriter;
 
 class Index {
 public:
-    // max_bytes 0, ttl 0: without a limit. `pods` and `spare` are the caller's, and outlive this.
+    // max_bytes 0, ttl 0: no limit. `pods` and `spare` belong to the caller and outlive the index.
     Index(u32 block_size, u64 seed, bool set_presence, u32 max_parked, u64 max_bytes, double ttl, PodDirectory& pods,
           Spare& spare)
         : hasher_(seed, block_size),
@@ -42,12 +42,12 @@ public:
     u32 block_size() const { return block_size_; }
     u64 seed() const { return seed_; }
     const BlockHasher& hasher() const { return hasher_; }
-    // Complete blocks of a prompt that have so many tokens behind them.
+    // The number of complete blocks among so many tokens, if each needs `lookahead` further tokens behind it.
     u32 blocks(u64 tokens, u32 lookahead) const {
         return tokens < lookahead ? 0 : static_cast<u32>((tokens - lookahead) / block_size_);
     }
 
-    // Read by queries.
+    // For queries.
     const SetPool& sets() const { return sets_; }
     const Chains& chains() const { return chains_; }
     const Registry& registry() const { return registry_; }
@@ -57,21 +57,21 @@ public:
 
     u32 max_parked() const { return pending_.max_parked(); }
 
-    // Changed.
+    // For changes.
     Registry& registry() { return registry_; }
     Ingest& ingest() { return ingest_; }
     const Ingest& ingest() const { return ingest_; }
     Eviction& eviction() { return eviction_; }
     const Eviction& eviction() const { return eviction_; }
 
-    // Whether a turn has left something to the next one, and a turn's worth of that.
+    // Whether a turn has left work to the next one. tie_up() does a turn's worth of this work.
     bool loose() const { return presence_.loose(); }
     void tie_up() { presence_.tie_up(); }
 
-    // Memory ended in the middle of a change, which may be half done. So all content goes, of all workers, as if it had
-    // been evicted: the known blocks of a worker stay a part of the true ones, and every pod is degraded. The
-    // properties of workers stay (their groups limit their answers), since they are made as a whole or not at all.
-    // Needs no memory, and reads nothing that may be half done.
+    // Memory ran out in the middle of a change, which may be half done. So all content of all workers is dropped, as if
+    // it had been evicted: the known blocks of a worker are still a subset of the true ones, and every pod is degraded.
+    // The properties of workers stay, since each is set as a whole or not at all, and the groups among them limit the
+    // worker's answers. Needs no memory, and reads nothing that may be half done.
     void start_over() noexcept {
         eviction_.shed_everything();
         speculation_.start_over();
@@ -82,7 +82,7 @@ public:
         registry_.forget_content();
         ingest_.start_over();
     }
-    // Gives back memory that was kept for the next pod, once the last one has gone.
+    // Returns memory that was kept for the next pod, once the last pod has been removed.
     void shrink() {
         if (!registry_.deserted() || loose()) return;
         memory_.spare.drop();
@@ -106,11 +106,11 @@ public:
                 expired.blocks, expired.chains, expired.guesses};
         // clang-format on
     }
-    // Walks everything and returns the first broken invariant, or an empty string. O(size of the index).
+    // Walks the whole index and returns the first broken invariant, or an empty string. O(size of the index).
     std::string check() const;
 
-    // The sections of a snapshot, but for the caller's counters. An index that is restored has to be empty, and what is
-    // refused leaves it half filled. It is to take the place of the one that the numbers are of.
+    // The sections of a snapshot, without the caller's counters. restore() needs an empty index, and a refused snapshot
+    // leaves it half filled. The restored index takes the place of the one that the numbers belong to.
     void save(SectionWriter& to) const;
     void restore(SectionReader& in, const Registry::Numbers& before);
 

@@ -48,7 +48,8 @@ inline void* map_memory(std::size_t bytes, bool huge) {
 
 class Heap {
 public:
-    // A sanitizer checks only memory of malloc. The heap's own test uses the slabs all the same.
+    // The address sanitizer checks only memory from malloc, so the heap uses malloc there. The heap's own test uses the
+    // slabs all the same.
 #if defined(__SANITIZE_ADDRESS__)
 #define KVINDEX_ADDRESSES 1
 #elif defined(__has_feature)
@@ -130,7 +131,7 @@ private:
 
     struct Slab {
         void* free;  // list of freed items, linked through their first bytes
-        u32 fresh;   // offset of the first item that was never handed out
+        u32 fresh;   // offset of the first item that has never been handed out
         u32 used, most;
         u32 kind;
         Slab *before, *after;  // in the list of slabs of this size with a free item

@@ -33,8 +33,8 @@ inline constexpr u32 kNone = 0xFFFFFFFFu;
 #endif
 inline constexpr u32 kTurnBlocks = KVINDEX_TURN_BLOCKS;
 
-// For functions that only prefetch: GCC 12 takes one that it does not inline for a function without effects, and drops
-// the call.
+// For functions that only prefetch. If GCC 12 does not inline such a function, it treats the function as one without
+// effects and drops the call.
 #define KVINDEX_INLINE [[gnu::always_inline]] inline
 
 // The counter of an index. Every native allocation is counted, so `bytes` is exact.
@@ -86,12 +86,12 @@ struct Memory {
     Segments segments;
 };
 
-// Scratch of one payload or event that is kept for the next one, in bytes: enough for an event of 10,000 blocks. With a
+// Bytes of scratch that are kept from one payload or event to the next: enough for an event of 10,000 blocks. With a
 // budget, at most this share of it is kept.
 inline constexpr std::size_t kMostScratch = std::size_t{1} << 20, kScratchShare = 64;
 
-// Whether a value may be moved with memcpy, without a destructor call for its old place: trivial types, and types with
-// a member type Relocatable.
+// Whether a value may be moved with memcpy, without a destructor call for its old place. This holds for trivial types
+// and for types with a member type Relocatable.
 template <class T, class = void>
 struct IsRelocatable : std::is_trivially_copyable<T> {};
 template <class T>
@@ -99,9 +99,9 @@ struct IsRelocatable<T, std::void_t<typename T::Relocatable>> : std::true_type {
 
 // A vector of 16 bytes (std::vector has 24) that grows by a quarter. Each chain has several: half-empty tails would
 // cost more than the copies (a chain that grows block by block copies each element about five times). Elements are
-// moved with memcpy and never destroyed, so their type must allow that. The owner releases a Buf, since only the owner
-// has the counter; a Buf has one owner, so it can be moved and not copied. Up to kHere elements lie in the place of the
-// pointer: most chains of a busy fleet are short, and each allocation is a cache miss for a reader.
+// moved with memcpy and never destroyed, so their type must allow that. A Buf can be moved but not copied, and its
+// owner releases it, since only the owner has the counter. Up to kHere elements lie in the place of the pointer: most
+// chains of a busy fleet are short, and each allocation is a cache miss for a reader.
 template <class T, u32 kHere = 0>
 class Buf {
     static_assert(IsRelocatable<T>::value, "Buf relocates bytes");
@@ -185,7 +185,7 @@ public:
             shrink(m, n_ + n_ / 8);
         }
     }
-    // Without memory it keeps its size: a removal must not fail.
+    // If there is no memory, the capacity stays: a removal must not fail.
     void shrink(Memory& m, u32 cap) {
         try {
             if (cap < cap_) regrow(m, cap);
@@ -207,7 +207,7 @@ private:
 
     bool here() const { return kHere && cap_ <= kHere; }
     bool owns() const { return cap_ > kHere; }
-    // For a Buf that owns nothing.
+    // Requires a Buf that owns nothing.
     void steal(Buf& o) noexcept {
         std::memcpy(place_, o.place_, sizeof place_);
         n_ = o.n_;
@@ -231,7 +231,7 @@ private:
         regrow_heap(m, cap);
     }
     void regrow_heap(Memory& m, u32 cap) {
-        // As many as fit into the rounded size.
+        // The capacity fills the rounded size.
         const std::size_t bytes = sizeof(T) * cap;
         if (bytes <= kFitted) cap = static_cast<u32>(Heap::room(bytes) / sizeof(T));
         void* const q = owns() ? m.resize(heap(), sizeof(T) * cap_, bytes) : m.take(bytes);
@@ -239,7 +239,7 @@ private:
         cap_ = cap;
     }
 
-    // The pointer, or the items themselves. Copied with memcpy: both are the same memory for the compiler.
+    // The pointer, or the items themselves. Copied with memcpy, since both are the same memory for the compiler.
     T* heap() const {
         T* p;
         std::memcpy(&p, place_, sizeof(T*));
@@ -257,7 +257,7 @@ template <class... V>
 void drop_all(V&... list) {
     (V().swap(list), ...);
 }
-// Bytes of vectors.
+// The bytes that vectors have allocated.
 template <class... V>
 std::size_t bytes_of(const V&... list) {
     return (... + (list.capacity() * sizeof(typename V::value_type)));

@@ -8,9 +8,9 @@
 
 namespace kvindex {
 
-// An item's number is its place in a few large arenas, so that an access reads no other memory outside the cache: with
-// an array of pointers to slabs, a match in 10 million blocks waited for that array too. Memory is counted by slabs of
-// 64 items. An arena is address space that takes memory where it is touched, and returns with its last slab.
+// An item's number is its place in a few large arenas, so an access reads no other memory outside the cache. With an
+// array of pointers to slabs, a match in 10 million blocks waited for that array too. Memory is counted by slabs of 64
+// items. An arena is address space that takes memory where it is touched, and it is returned with its last slab.
 template <class T>
 class Pool {
 public:
@@ -23,7 +23,7 @@ public:
     const T& operator[](u32 id) const { return arenas_[id >> kLg].items[id & kMask]; }
     bool alive(u32 id) const { return (id >> 6) < slabs_.size() && !(slabs_[id >> 6].free >> (id & 63) & 1); }
     u32 size() const { return n_; }
-    // The numbers from `id` on that are neighbours in memory, at most `most`.
+    // How many numbers from `id` on are neighbours in memory, at most `most`.
     u32 together(u32 id, u32 most) const { return most < kMask + 1 - (id & kMask) ? most : kMask + 1 - (id & kMask); }
     // Bytes that so many more items take.
     std::size_t growth(u32 more) const {
@@ -33,8 +33,8 @@ public:
 
     u32 take() {
         if (open_.empty()) open();
-        // From one slab until it is full. Taking from the slab with the last freed item kept every slab in use: each
-        // got a new item as its old ones went.
+        // Items come from one slab until it is full. Taking from the slab with the last freed item kept every slab in
+        // use: each got a new item as its old ones went.
         const u32 s = open_[0];
         Slab& slab = slabs_[s];
         const u32 id = s * 64 + static_cast<u32>(__builtin_ctzll(slab.free));
@@ -54,7 +54,7 @@ public:
             open_.push(m_, s);
         }
         const u64 free = slab.free | 1ull << (id & 63);
-        // Before other changes, since it may fail: clear() relies on the count.
+        // Before the other changes, since it may fail: clear() relies on the count.
         if (!~free) holes_.push(m_, s);
         slab.free = free;
         ASAN_POISON_MEMORY_REGION(&(*this)[id], sizeof(T));

@@ -33,7 +33,7 @@ public:
         if (!is_mapped(bytes)) return ::operator delete(p);
         munmap(p, Heap::room(bytes));
     }
-    // An element that is given no value gets none.
+    // Default-initialises an element, so numbers stay uninitialised.
     template <class U>
     void construct(U* p) {
         ::new (static_cast<void*>(p)) U;

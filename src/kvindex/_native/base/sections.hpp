@@ -114,7 +114,7 @@ private:
     const u64 sizes_;
 };
 
-// Reads sections of an untrusted file: each inconsistency is refused with its place.
+// Reads the sections of an untrusted file. Each inconsistency is refused, with its place in the message.
 class SectionReader {
 public:
     // `sizes`: the offset of the first section's size in `data`; the first section begins at `head`.
@@ -160,8 +160,8 @@ public:
         need(f <= 1, "a switch is neither on nor off");
         return f != 0;
     }
-    // The number of entries that follow, each of at least so many bytes. A number that the file has no room for is
-    // refused before anything is allocated for it.
+    // The number of entries that follow, each of at least `each` bytes. A number that the file has no room for is
+    // refused before any allocation.
     u32 count(u64 each) {
         const u32 n = get<u32>();
         need(n <= left() / each, "there are fewer entries than it says");
@@ -173,7 +173,7 @@ public:
         at_ += n;
         return s;
     }
-    // A section with one array: its address and its length.
+    // The array that is the whole content of a section.
     template <class T>
     std::vector<T> all(Section s) {
         enter(s);
@@ -182,7 +182,7 @@ public:
         take(list.data(), left());
         return list;
     }
-    // The address of a section with so many numbers.
+    // The address of a section that consists of `n` numbers.
     const u8* raw(Section s, u64 n) {
         enter(s);
         need(left() == n * sizeof(u64), "a section is not as long as it must be");

@@ -35,7 +35,7 @@ public:
     void reserve() {
         if (open_page() == pages_.end()) pages_.reserve(pages_.size() + 1);
     }
-    // A segment of zeros. Call reserve() before.
+    // A segment of zeros. Requires a call of reserve() before.
     void* take(Heap& heap, Spare& spare) {
         auto page = open_page();
         if (page == pages_.end()) page = open(heap, spare);
@@ -66,7 +66,7 @@ public:
         pages_.erase(page);
         if (pages_.empty()) std::vector<Page>().swap(pages_);
     }
-    // Bytes of the list of pages.
+    // The bytes of the list of pages.
     std::size_t overhead() const { return pages_.capacity() * sizeof(Page); }
 
 private:

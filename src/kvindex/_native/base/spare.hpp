@@ -24,7 +24,7 @@ public:
         return p ? p : map_memory(kHugePage, true);
     }
     bool wanted() const { return wanted_.load(std::memory_order_relaxed); }
-    // Needs no lock. Without memory it does nothing, and the next take() raises.
+    // Needs no lock. Without memory, it prepares nothing, and the next take() raises.
     void stock() noexcept {
         if (!wanted_.exchange(false, std::memory_order_relaxed)) return;
         char* p = nullptr;
@@ -36,7 +36,7 @@ public:
         for (std::size_t i = 0; i < kHugePage; i += kSmallest) static_cast<volatile char*>(p)[i] = 0;
         if (void* const old = ready_.exchange(p, std::memory_order_acq_rel)) munmap(old, kHugePage);
     }
-    // Needs no lock either: an index that was replaced returns its memory without one.
+    // Needs no lock either: an index that has been replaced returns its memory without a lock.
     void drop() noexcept {
         wanted_.store(false, std::memory_order_relaxed);
         if (void* const p = ready_.exchange(nullptr, std::memory_order_acquire)) munmap(p, kHugePage);

@@ -61,7 +61,7 @@ public:
     Slots& operator=(Slots&&) = delete;
 
     u32 size() const { return n_; }
-    // An upper bound of the bytes that so many more entries take. Both copies of a doubling table count.
+    // An upper bound of the bytes that so many more entries take. While a table doubles, both copies count.
     std::size_t growth(u32 more) const {
         if (parts_.empty()) {
             u32 lg = slots_ ? lg_ : kLeast;
@@ -80,7 +80,7 @@ public:
         }
         return std::min(splits, likely) * kSegmentBytes;
     }
-    // Probes to find each entry once, in all. O(slots).
+    // The probes that finding each entry once takes, in all. O(slots).
     u64 probes() const {
         u64 n = 0;
         each_segment([&](const Slot* slots) {
@@ -94,7 +94,7 @@ public:
         const u32 h = mixed(key);
         __builtin_prefetch(segment(h) + home(h));
     }
-    // Makes room for so many entries in an empty table.
+    // Makes room for this number of entries in an empty table.
     void reserve(Memory& m, u32 n) {
         u32 lg = kLeast;
         while (lg < kMostLg && crowded(n, lg)) ++lg;
@@ -187,7 +187,7 @@ protected:
                 rehash(m, lg_ - 1);
             }
         } catch (const std::bad_alloc&) {
-            // It keeps its size: a removal must not need memory.
+            // The table keeps its size: a removal must not need memory.
             return;
         }
     }
@@ -255,7 +255,7 @@ private:
     // gap on, each at its old slot or before.
     void split(Memory& m, u32 half) {
         const u32 from = way(half).part, bit = parts_[from].bits;
-        // All bits are in use that a home slot leaves. The secret makes so many keys with equal bits improbable.
+        // A home slot uses all the remaining bits. The secret makes so many keys with equal bits improbable.
         if (bit + lg_ >= 32) throw std::bad_alloc();
         const u32 ways = ways_.size();
         parts_.reserve(m, parts_.size() + 1);
@@ -268,8 +268,8 @@ private:
         Slot* const slots = parts_[from].slots;
         u32 i = 0, moved = 0;
         while (!slots[i].free()) ++i;
-        // Free slots and moving entries are random, so branches on them are mispredicted a third to half of the time:
-        // that was most of 1.7 ms for 2 MB of slots.
+        // Free slots and moving entries are random, so branches on them are mispredicted a third to half of the time.
+        // These branches were most of 1.7 ms for 2 MB of slots.
         Slot* const to[2] = {slots, fresh};
         constexpr u32 kAtOnce = 64;
         Slot taken[kAtOnce + 1];
@@ -327,8 +327,8 @@ private:
         }
     }
 
-    Slot* slots_ = nullptr;  // of a table of one segment
-    Buf<Part> parts_;        // of one of several
+    Slot* slots_ = nullptr;  // of a table with one segment
+    Buf<Part> parts_;        // of a table with several segments
     Buf<Way> ways_;
     u32 n_ = 0;
     u32 lg_ = 0;       // log2 of the slots of a segment
@@ -353,7 +353,7 @@ struct RefSlot {
 // halves agree (2^-32 by chance). Load factor 0.7: eight slots share a cache line, and 0.5 would cost 6 bytes a block.
 class RefTable : public Slots<RefSlot, 7, 3> {
 public:
-    // `same(ref)`: whether the place has the wanted key. Returns kNone if the key is absent.
+    // `same(ref)`: whether the place contains the wanted key. Returns kNone if the key is absent.
     template <class Same>
     u32 find(u64 key, Same&& same) const {
         if (!size()) return kNone;
@@ -382,7 +382,8 @@ public:
         fill(at, {h, ref});
         return true;
     }
-    // Finds the entry by its reference, without reading the place. Returns false if (key, ref) is absent.
+    // Finds the entry by its reference, without reading the place that it refers to. Returns false if (key, ref) is
+    // absent.
     bool erase(Memory& m, u64 key, u32 ref) {
         RefSlot* const at = slot_of(key, ref);
         if (at) remove(m, at);
@@ -420,10 +421,10 @@ struct HeadSlot {
     bool free() const { return above == 0; }
 };
 
-// Maps the prefix hash of a chain's first block to the chain and to its first page. The slot has all three, so that a
-// match of a large index waits for memory twice: for the slot, then for chain and page together. Load factor 0.8: it is
-// asked once a chain, not once a block. With 0.7 it doubled together with the table of names, and a prompt of one block
-// took 156 bytes at most, now 149.
+// Maps the prefix hash of a chain's first block to the chain and to its first page. Since the slot has all three, a
+// match of a large index waits for memory only twice: for the slot, then for chain and page together. Load factor 0.8,
+// since the table is read once a chain, not once a block. With 0.7 it doubled together with the table of names, and a
+// prompt of one block took 156 bytes at most, now 149.
 class HeadTable : public Slots<HeadSlot, 8, 2> {
 public:
     // `chain` is kNone if absent. Of two chains with colliding prefix hashes, returns the one inserted first.
@@ -431,7 +432,7 @@ public:
         if (!size()) return HeadSlot::none();
         return *seek(mixed(prefix), [&](const HeadSlot& s) { return s.prefix == prefix; });
     }
-    // Of chains with colliding prefix hashes, the one that is `right`. A function of its own, since it is almost never
+    // Of chains with colliding prefix hashes, the one that is `right`. A separate function, since it is almost never
     // called.
     template <class Right>
     [[gnu::noinline, gnu::cold]] HeadSlot find_among(u64 prefix, Right&& right) const {
@@ -462,7 +463,7 @@ private:
     }
 };
 
-// Four consecutive numbers of chains: what they have in common, and a bit for each.
+// Four consecutive numbers of chains: their common bits, and a bit for each number.
 struct ChainSlot {
     u32 both;
 
@@ -476,8 +477,9 @@ struct ChainSlot {
     }
 };
 
-// A set of numbers of chains below 2^30. One pod's numbers are consecutive: a slot for each took 5.7 to 11.4 bytes of a
-// prompt of one block, a slot for four takes 1.4 to 2.9. Numbers that are far apart take what they took.
+// A set of numbers of chains below 2^30. The numbers of one pod are consecutive. A slot for each number took 5.7 to
+// 11.4 bytes of a prompt of one block; a slot for four takes 1.4 to 2.9. Numbers that are far apart still take a slot
+// each.
 class ChainTable : public Slots<ChainSlot, 7, 2> {
 public:
     static constexpr u32 kTogether = 4;
