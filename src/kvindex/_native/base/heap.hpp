@@ -27,7 +27,7 @@ inline void* map_pages(std::size_t bytes) {
     if (got == MAP_FAILED) throw std::bad_alloc();
     return got;
 }
-// Aligned to the size of a large page. `bytes` has to be a multiple of the page size, or munmap of the rest fails.
+// Aligned to the size of a large page. `bytes` must be a multiple of the page size, or munmap of the rest fails.
 inline void* map_aligned(std::size_t bytes) {
     char* const from = static_cast<char*>(map_pages(bytes + kHugePage));
     const std::size_t before = (kHugePage - reinterpret_cast<std::uintptr_t>(from) % kHugePage) % kHugePage;
@@ -71,7 +71,7 @@ public:
         while (room_) unmap(room_);
     }
 
-    // The size of the item for so many bytes.
+    // The size of the item that holds this many bytes.
     static std::size_t room(std::size_t n) {
         if (n > kLargest) return (n + kPage - 1) / kPage * kPage;
         return n <= kFineBytes ? (n + 15) / 16 * 16 : size_of(class_of(n));

@@ -1,8 +1,8 @@
 // Segments of tables, eight to a large page.
 //
 // A split moves half of a segment under the write lock. With segments of 2 MB, matches waited 7 to 14 ms when several
-// tables split in one turn. Segments of 256 KB take an eighth of that. They share large pages, so that a lookup still
-// needs one page walk.
+// tables split in one turn. Segments of 256 KB take an eighth of that time. They share large pages, so a lookup still
+// needs only one page walk.
 #pragma once
 
 #include <algorithm>

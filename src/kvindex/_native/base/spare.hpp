@@ -1,6 +1,6 @@
 // One large page in reserve.
 //
-// The system clears a page of 2 MB at its first use, which would be under the write lock: 0.2 ms, and 5 ms in a virtual
+// The system clears a page of 2 MB at its first use. Under the write lock, this would take 0.2 ms, or 5 ms in a virtual
 // machine that has to ask its host. So a writer prepares the next page before it takes the lock.
 #pragma once
 

@@ -1,6 +1,5 @@
-// Chains: content stored once. A chain is a run of blocks, each the child of the
-// one before; it hangs below a block of its parent chain, and forks only where
-// content does. Which holders have which blocks is kept as runs over interned sets.
+// Chains: content stored once. A chain is a run of blocks, each the child of the one before. It hangs below a block of
+// its parent chain and forks only where content does. The holders of its blocks are kept as runs over interned sets.
 #pragma once
 
 #include <string>
@@ -16,7 +15,7 @@ inline constexpr u32 kPageShift = 3;
 inline constexpr u32 kMostChains = 1u << 30;  // ChainTable
 
 // Eight blocks: one cache line of prefix hashes, which is all that a match reads, and one of the engine hashes that
-// name them. Small pages rather than one array per chain: appending never copies, a block's reference never changes
+// name them. Small pages instead of one array per chain: appending never copies, a block's reference never changes
 // while its chain grows, and the mean loss at both ends of a chain is one page.
 struct alignas(64) Page {
     u64 prefix[kPageBlocks];
@@ -24,15 +23,15 @@ struct alignas(64) Page {
 };
 
 struct PageHome {
-    u32 chain;  // of a shared page its number among these
+    u32 chain;  // of a shared page: its number among the shared pages
     u32 index;  // depth / kPageBlocks of the page's first slot; kNone: the page is shared
 };
 
-// A page of which each slot belongs to another chain, of one block each.
+// A page whose slots belong to different chains, of one block each.
 struct SharedPage {
     u32 chains[kPageBlocks];
     u32 page;
-    u32 open_at;  // its place among those with a free slot
+    u32 open_at;  // its place among the shared pages with a free slot
     u32 free;     // a bit for each slot
 };
 
@@ -41,7 +40,7 @@ struct Run {
     u32 set;
 };
 
-// Engine hashes of one worker in one chain, where they are not the ones that the pages carry.
+// The engine hashes of one worker in one chain, where they differ from the ones in the pages.
 struct OwnNames {
     using Relocatable = void;
     u32 worker;
@@ -51,19 +50,19 @@ struct OwnNames {
 };
 
 // "No name" in a page or in OwnNames, and "this worker knows the block, but has no name for it". Both are legal engine
-// hashes too: a reader of one looks it up in the table of names before using it.
+// hashes too, so a reader looks such a name up in the table of names before using it.
 inline constexpr u64 kNoName = 0x9B1D5A3C77E0F24Bull;
 inline constexpr u64 kNameless = 0x64E2A5C3881F0DB4ull;
 
-// The fields of a chain that hangs below another one, or of which a worker has names of its own. Most prompts of one
-// block need none of them.
+// The fields of a chain that hangs below another one, or for which a worker has names of its own. Most prompts of one
+// block need none of these fields.
 struct Branch {
     u32 before = kNone, after = kNone;  // its neighbours among the parent's children
-    u32 kids = 0;                       // of a first child: how many children the parent has
+    u32 kids = 0;                       // of a first child: the number of the parent's children
     Buf<OwnNames> own;                  // ordered by worker
 };
 
-// One cache line, which is all that a match reads of it.
+// One cache line, which is all that a match reads of a chain.
 struct Chain {
     u32 parent = kNone;
     u32 base = 0;  // depth of the first block; the parent's block is at base - 1
@@ -72,11 +71,11 @@ struct Chain {
     Buf<u32, 2> pages;
     Buf<Run, 1> runs;
     Age age;
-    u32 space : 27, named : 1;  // `named`: there are names of a worker's own
+    u32 space : 27, named : 1;  // `named`: some worker has names of its own here
     u32 shared : 1;             // its only block lies in a shared page
-    u32 shift : 3;              // how many slots behind those of its depths its blocks lie: 0 unless it is shared
+    u32 shift : 3;              // by how many slots its block lies behind the slot of its depth: 0 unless it is shared
     u16 lookahead = 0;          // tokens behind each block that are in its hash; the same in all chains below
-    u16 row = 0;                // how many of the first pages have consecutive numbers, which need no look-up
+    u16 row = 0;                // how many of the first pages have consecutive numbers, so that no look-up is needed
     u32 branch = kNone;
 
     Chain() : space(0), named(0), shared(0), shift(0) {}
@@ -107,8 +106,8 @@ public:
     u64 blocks() const { return blocks_; }
     Ages<Pool<Chain>>& ages() { return ages_; }
     const Ages<Pool<Chain>>& ages() const { return ages_; }
-    // How many bytes more so many blocks more in so many chains more would take at most,
-    // without the reserve for a chain's length.
+    // An upper bound of the bytes that this many further blocks in this many further chains take, without the reserve
+    // for a chain's length.
     std::size_t growth(u32 blocks, u32 chains) const {
         const u32 pages = blocks / kPageBlocks + 2;
         return pages_.growth(pages) + homes_.growth(pages) + chains_.growth(chains) + branches_.growth(chains) +
@@ -146,8 +145,7 @@ public:
     u64 prefix(Pos p) const { return prefix(ref(p)); }
     u64 head(u32 c) const { return prefix(ref(chains_[c], chains_[c].base)); }
     u32 first_page(u32 c) const { return chains_[c].pages[0]; }
-    // The part of a page that belongs to the chain from `depth` on:
-    // a pointer to its prefix hashes, and how many there are.
+    // The page with the chain's block at `depth`.
     const Page& page(const Chain& c, u32 depth) const {
         return pages_[c.pages[(depth >> kPageShift) - (c.base >> kPageShift)]];
     }
@@ -156,15 +154,15 @@ public:
     static u32 page_number(const Chain& c, u32 first, u32 i) { return i < c.row ? first + i : c.pages[i]; }
     const u64* prefixes(u32 page) const { return pages_[page].prefix; }
 
-    // Asks for a chain and for the first `pages` of its pages before it is known which they are: they are mostly
-    // neighbours, since they were taken for one event.
+    // Prefetches a chain and its first `pages` pages before their numbers are known. The pages are mostly neighbours,
+    // since they were taken for one event.
     KVINDEX_INLINE void prefetch(const HeadSlot& head, u32 pages) const {
         __builtin_prefetch(&chains_[head.chain()]);
         const Page* page = &pages_[head.page];
         pages = pages_.together(head.page, pages);
         for (u32 i = 0; i < pages; ++i) __builtin_prefetch(page[i].prefix);
     }
-    // Prefetches a block's page and its holders; and, when that has come, for the chain.
+    // Prefetches a block's page and its holders. When those have arrived, prefetch_chain() prefetches the chain.
     KVINDEX_INLINE void prefetch_block(u32 ref) const {
         const Page& page = pages_[ref >> kPageShift];
         __builtin_prefetch(page.prefix);
@@ -172,13 +170,13 @@ public:
         __builtin_prefetch(&homes_[ref >> kPageShift]);
     }
     KVINDEX_INLINE void prefetch_chain(u32 ref) const {
-        // The block may have gone since its page was prefetched.
+        // The block may have been removed since its page was prefetched.
         if (!homes_.alive(ref >> kPageShift)) return;
         const PageHome& home = homes_[ref >> kPageShift];
         if (home.index == kNone) return;
         __builtin_prefetch(&chains_[home.chain]);
     }
-    // Asks for pages of prefix hashes ahead of their use.
+    // Prefetches pages of prefix hashes ahead of their use.
     KVINDEX_INLINE void prefetch(const Chain& c, u32 first, u32 from, u32 to) const {
         for (u32 i = from; i < to; ++i) __builtin_prefetch(prefixes(page_number(c, first, i)));
     }
@@ -196,13 +194,13 @@ public:
         touch(parent);
         return id;
     }
-    // An event stores to the chain, and so it needs all that the chain hangs on.
+    // An event that stores to the chain also needs all the chains above it.
     void touch(u32 id) {
         if (!ages_.on()) return;
         for (; id != kNone && !ages_.fresh(id); id = chains_[id].parent) ages_.renew(id);
     }
-    // Adds nameless blocks held by `set` at the end, of a chain that is not shared. `all`: how many it will have. A
-    // page of its own took 128 bytes for a prompt of one block.
+    // Appends nameless blocks that `set` holds to a chain that is not shared. `all`: how many blocks the chain will
+    // have. A page of its own took 128 bytes for a prompt of one block.
     void append(u32 id, const u64* prefix, u32 n, u32 set, u32 all) {
         Chain& c = chains_[id];
         assert(n && c.len + n <= all && !c.shared);
@@ -241,7 +239,7 @@ public:
         c.len += n;
         blocks_ += n;
     }
-    // Forgets the blocks from depth `end` on; the caller has seen to their names.
+    // Removes the blocks from depth `end` on. The caller has removed their names.
     void cut(u32 id, u32 end) {
         Chain& c = chains_[id];
         assert(end >= c.base && end <= c.end());
@@ -287,7 +285,7 @@ public:
     u32 set_at(const Chain& c, u32 depth) const { return c.runs[run_at(c, depth)].set; }
     u32 run_end(const Chain& c, u32 run) const { return run + 1 < c.runs.size() ? c.runs[run + 1].start : c.end(); }
 
-    // Replaces the set of every block in [from, to) by f(set, blocks), and joins runs that became equal.
+    // Replaces the set of every block in [from, to) by f(set, blocks), and joins runs that have become equal.
     template <class F>
     void change(u32 id, u32 from, u32 to, F&& f) {
         Chain& c = chains_[id];
@@ -319,7 +317,7 @@ public:
         if (stop - lo > fresh_.size()) c.runs.trim(m_);
     }
 
-    // Gives a chain a page of its own, so that it may grow. The reference of its block changes.
+    // Gives a chain a page of its own, so that it can grow. The reference of its block changes.
     void unshare(u32 id) {
         Chain& c = chains_[id];
         const u32 page = pages_.take();
@@ -331,9 +329,8 @@ public:
         leave(c);
         add_page(c, page);
     }
-    // Moves all of `kid`, which starts where `id` ends, to the end of `id`.
-    // moved(from_ref, to_ref) is called for every block whose reference changes: at most
-    // those of one page. The caller has moved names, kids and own names.
+    // Moves all of `kid`, which starts where `id` ends, to the end of `id`. moved(from_ref, to_ref) is called for every
+    // block whose reference changes: at most those of one page. The caller has moved names, kids and own names.
     template <class F>
     void join(u32 id, u32 kid, F&& moved) {
         Chain& c = chains_[id];
@@ -369,7 +366,7 @@ public:
         k.runs.truncate(0);
         k.len = 0;
     }
-    // The child behind this one.
+    // The next child of the same parent.
     u32 next_kid(u32 id) const { return branches_[chains_[id].branch].after; }
     u32 kids(const Chain& c) const { return c.first_kid == kNone ? 0 : branch_of(c.first_kid).kids; }
     void link(u32 id, u32 parent) {
@@ -433,7 +430,7 @@ public:
         while (o.ids.back() == kNoName) o.ids.pop();
         o.ids.trim(m_);
     }
-    // Own names of `kid`, which is about to become the end of `id`.
+    // Moves the own names of `kid`, which is about to become the end of `id`.
     void move_own(u32 id, u32 kid) {
         Chain& k = chains_[kid];
         if (!k.named) return;
@@ -441,7 +438,7 @@ public:
         for (OwnNames& o : branches_[k.branch].own) {
             const u32 i = own_at(own, o.worker);
             if (i == own.size() || own[i].worker != o.worker) {
-                // First, so that nothing is lost if there is no memory for it.
+                // First, so that nothing is lost if there is no memory for the entry.
                 own.reserve(m_, own.size() + 1);
                 own.insert(i, std::move(o));
                 continue;
@@ -466,7 +463,7 @@ public:
     void drop_own(u32 id, u32 worker) {
         if (has_own(chains_[id], worker)) drop_own_at(id, own_at(branch_of(id).own, worker));
     }
-    // The own names of a chain that has some or is about to.
+    // The own names of a chain that has some or is about to have some.
     Buf<OwnNames>& named(u32 id) {
         Chain& c = chains_[id];
         if (c.branch == kNone) c.branch = branches_.take();
@@ -474,7 +471,7 @@ public:
         return branches_[c.branch].own;
     }
 
-    // Everything, in any state.
+    // Drops everything, in any state.
     void clear() {
         chains_.each([&](u32 c) { release(chains_[c]); });
         chains_.clear();
@@ -487,7 +484,7 @@ public:
         fresh_.release(m_);
         blocks_ = 0;
     }
-    // Gives back memory that only changes need.
+    // Returns memory that only changes need.
     void shrink() {
         fresh_.release(m_);
         chains_.shrink();

@@ -1,10 +1,10 @@
-// The time at which each chain was last stored to or matched, roughly: the order of eviction.
+// The approximate time at which each chain was last stored to or matched, which gives the order of eviction.
 //
-// Time is divided into generations. A touch of a chain writes the generation's number into it, if
-// another one stands there: a reader writes nothing else, at most once per chain and generation.
-// The lists by age belong to the writer. It moves a chain to the list of its number only when it meets
-// the chain at the old end. So a touch costs a comparison, and finding the oldest is O(1) amortised:
-// each chain is moved at most once per generation in which it was touched.
+// Time is divided into generations. A touch of a chain writes the generation's number into it, unless the number is
+// there already. A reader writes nothing else, and at most once per chain and generation. The lists by age belong to
+// the writer. It moves a chain to the list of its number only when it meets the chain at the old end. So a touch costs
+// a comparison, and finding the oldest chain is O(1) amortised: each chain is moved at most once per generation in
+// which it was touched.
 //
 // A parent is never older than its children: a touch of a chain touches its parents, too.
 #pragma once
@@ -31,8 +31,7 @@ public:
     Ages(const Ages&) = delete;
     Ages& operator=(const Ages&) = delete;
 
-    // Call it before the first item. span: seconds that the generations
-    // must be able to tell apart in steps of a hundredth, or 0.
+    // Call it before the first item. span: the seconds that the generations must cover in steps of a hundredth, or 0.
     void open(double span) {
         rings_ = std::make_unique<Ring[]>(kRings);
         m_.add(sizeof(Ring) * kRings);
@@ -42,37 +41,37 @@ public:
         rings_[slot(now_)].began = kLongAgo;
     }
     bool on() const { return rings_ != nullptr; }
-    // Bytes that so many more items take.
+    // The bytes that this many further items take.
     std::size_t growth(u32 more) const { return on() ? links_.growth(more) : 0; }
-    // All items are gone.
+    // Removes all items.
     void clear() {
         links_.clear();
         for (u32 i = 0; on() && i < kRings; ++i) rings_[i].link.older = rings_[i].link.newer = kSentinel + i;
     }
 
-    // Gives back memory that is kept for later items.
+    // Returns memory that is kept for later items.
     void shrink() { links_.shrink(); }
 
-    // Called at once after an item was taken.
+    // Must be called directly after an item was taken.
     void add(u32 id) {
         if (!on()) return;
         if (links_.take() != id) __builtin_trap();  // both pools give the same ids for the same calls
         items_[id].age.touched = now_;
         put(id, newest_end(now_));
     }
-    // Called at once before an item is given back.
+    // Must be called directly before an item is returned.
     void drop(u32 id) {
         if (!on()) return;
         unlink(id);
         links_.give(id);
     }
-    // Where everything that readers may not write is read too; any number of them at once.
+    // Called under the read lock, by any number of threads at once.
     void seen(const Age& age) const {
         if (__atomic_load_n(&age.touched, __ATOMIC_RELAXED) != now_)
             __atomic_store_n(&age.touched, now_, __ATOMIC_RELAXED);
     }
     bool fresh(u32 id) const { return __atomic_load_n(&items_[id].age.touched, __ATOMIC_RELAXED) == now_; }
-    // A chain that the writer touches is the newest at once.
+    // Makes a chain that the writer touches the newest at once.
     void renew(u32 id) {
         if (!on()) return;
         items_[id].age.touched = now_;
@@ -80,11 +79,11 @@ public:
         put(id, newest_end(now_));
     }
 
-    // A new generation begins.
+    // Begins a new generation.
     void advance(double time) {
         ++now_;
         if (now_ - oldest_ == kRings) {
-            // The oldest two become one, in their order.
+            // The two oldest lists become one, and keep their order.
             const u32 end = kSentinel + slot(oldest_), into = kSentinel + slot(oldest_ + 1);
             const u32 first = at(end).newer, last = at(end).older, then = at(into).newer;
             if (first != end) {
@@ -98,14 +97,14 @@ public:
         }
         rings_[slot(now_)].began = time;
     }
-    // By the clock: hundredths of the span are distinguished, so that an age is at most one of them too old.
+    // By the clock: a generation is a hundredth of the span, so an age is at most that much too large.
     bool due(double time) const { return time >= next_step(); }
     double next_step() const { return rings_[slot(now_)].began + step_; }
     double began_newest() const { return rings_[slot(now_)].began; }
     double began_oldest() const { return rings_[slot(oldest_)].began; }
 
-    // The one that was touched longest ago, or kNone.
-    // Of two in one generation, the one that was so in the one before, or came first.
+    // The item that was touched longest ago, or kNone. Of two items in one generation, the one that was older in the
+    // generation before, or that came first.
     u32 oldest() {
         for (;;) {
             const u32 end = kSentinel + slot(oldest_), id = at(end).newer;
@@ -120,9 +119,9 @@ public:
             put(id, newest_end(now_ - age));
         }
     }
-    // Whether nothing is older than this generation.
+    // Whether no item is older than this generation.
     bool all_fresh() { return oldest() == kNone || oldest_ == now_; }
-    // `id` is as old as the oldest: it is that now.
+    // Makes `id`, which is as old as the oldest item, the oldest.
     void next(u32 id) {
         unlink(id);
         put(id, kSentinel + slot(oldest_));
@@ -132,7 +131,7 @@ public:
     bool younger(u32 id, u32 than) const {
         return on() && now_ - items_[id].age.touched < now_ - items_[than].age.touched;
     }
-    // For _check(): how many are in the lists; false if a list is broken.
+    // For _check(): the number of items in the lists. Returns false if a list is broken.
     bool count(u32& n) const {
         n = 0;
         if (!on()) return true;
@@ -147,7 +146,7 @@ public:
     }
 
 private:
-    // Enough for the hundred steps of a span. Without a span it is the number of distinct generations.
+    // Enough for the hundred steps of a span. Without a span, it is the number of distinct generations.
     static constexpr u32 kRings = 128;
     static constexpr u32 kSentinel = kNone - kRings;
     static constexpr double kLongAgo = -1e300;
@@ -163,7 +162,7 @@ private:
     // A chain's neighbours, or a list's two ends. At an end "newer" is the first, so every list is a circle.
     Link& at(u32 id) { return id >= kSentinel ? rings_[id - kSentinel].link : links_[id]; }
     const Link& at(u32 id) const { return id >= kSentinel ? rings_[id - kSentinel].link : links_[id]; }
-    // After which item the newest of a generation is put.
+    // The item behind which the newest of a generation is put.
     u32 newest_end(u32 generation) const { return at(kSentinel + slot(generation)).older; }
     void put(u32 id, u32 after) {
         Link &left = at(after), &it = at(id);

@@ -40,8 +40,8 @@ public:
         if (--recs_[set].refs == 0 && set != kEmptySet) drop(set);
     }
 
-    // The set without holder `less` and with holder `plus` (kNone for neither).
-    // The answer may be new and unreferenced: the caller refs it.
+    // The set without holder `less` and with holder `plus` (kNone for neither). The result may be new and unreferenced:
+    // the caller references it.
     u32 change(u32 set, u32 less, u32 plus) {
         Memo& memo = memo_at(set, less, plus);
         if (memo.set == set && memo.less == less && memo.plus == plus && memo.from_gen == recs_[set].gen &&
@@ -54,14 +54,14 @@ public:
         memo = Memo{set, less, plus, to, recs_[set].gen, recs_[to].gen};
         return to;
     }
-    // The set without any of `mask`, and with `plus` (kNone for none).
+    // The set without any holder of `mask`, and with `plus` (kNone for none).
     u32 minus(u32 set, const u64* mask, u32 words, u32 plus = kNone) {
         load(set, plus == kNone ? 0 : (plus >> 6) + 1);
         for (u32 i = 0; i < words && i < scratch_.size(); ++i) scratch_[i] &= ~mask[i];
         if (plus != kNone) scratch_[plus >> 6] |= 1ull << (plus & 63);
         return intern();
     }
-    // The set with these bits, new and unreferenced unless there is one already.
+    // The set with these bits: new and unreferenced, unless it exists already.
     u32 intern(const u64* words, u32 n) {
         scratch_.resize(m_, n);
         if (n) std::memcpy(scratch_.data(), words, sizeof(u64) * n);
@@ -73,21 +73,21 @@ public:
         for (u32 i = 0; i < r.n; ++i)
             for (u64 w = r.w[i]; w; w &= w - 1) f(i * 64 + static_cast<u32>(__builtin_ctzll(w)));
     }
-    // For _check(): every live set and how often it is referenced.
+    // For _check(): every live set and the number of its references.
     template <class F>
     void each_live(F&& f) const {
         for (u32 i = 0; i < recs_.size(); ++i)
             if (recs_[i].refs) f(i, recs_[i].refs);
     }
     bool interned(u32 set) const { return set == kEmptySet || find(recs_[set].w, recs_[set].n) == set; }
-    // Gives back the slack of the tables once nothing but the empty set is left.
+    // Returns the slack of the tables once only the empty set is left.
     void shrink() {
         if (live_ == 1) clear();
     }
-    // Regardless of users.
+    // Drops all sets, regardless of users.
     void clear() {
         for (u32 i = 1; i < recs_.size(); ++i) drop_words(recs_[i]);
-        // The memo speaks of sets that are gone, and generations start over.
+        // The memo refers to sets that no longer exist, and generations start again.
         memo_.reset();
         recs_.truncate(1);
         recs_.shrink(m_, 1);

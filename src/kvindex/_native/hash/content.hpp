@@ -1,4 +1,4 @@
-// The local hashes of an event's blocks: tokens, adapter, extra keys, salt and the tokens behind them.
+// The local hashes of an event's blocks, from tokens, adapter, extra keys, salt and the tokens behind the blocks.
 #pragma once
 
 #include <cstdio>
@@ -14,28 +14,28 @@ namespace kvindex {
 
 class ContentHasher {
 public:
-    // Blocks of the index in one engine block, which is never split: 65,536 tokens of the usual 16.
+    // The most index blocks in one engine block, which is never split: 65,536 tokens with the usual 16 tokens a block.
     static constexpr u32 kMostFactor = 4096;
 
-    // Of blocks without an adapter; it has to outlive this.
+    // `hasher` is for blocks without an adapter, and must outlive this object.
     explicit ContentHasher(const BlockHasher& hasher)
         : hasher_(hasher), block_size_(hasher.block_tokens()), seed_(hasher.seed()) {}
 
-    // Whether the event describes all its blocks, and not only names them.
+    // Whether the event describes all its blocks instead of only naming them.
     static bool of_whole_blocks(const Event& e) {
         if (e.hashed != Hashed::tokens) return e.hashed != Hashed::absent;
-        // LMCache 0.5 slices one token too many: 257 tokens for a block of 256. Where blocks are masked, tokens are a
+        // LMCache 0.5 slices one token too many: 257 tokens for a block of 256. If blocks are masked, the tokens are a
         // whole number of blocks.
         const u64 spanned = static_cast<u64>(e.n_hashes) * e.block_size;
         return e.n_tokens != 0 && e.block_size != 0 &&
                (e.n_tokens == spanned || (e.n_tokens > spanned && e.n_tokens % e.block_size));
     }
-    // Blocks of the index in one of the event's; 0: these are not of such a size.
+    // The number of index blocks in one of the event's blocks. 0: the block size does not fit.
     u32 factor(const Event& e) const {
         const u64 k = e.block_size / block_size_;
         return e.block_size % block_size_ || k > kMostFactor ? 0 : static_cast<u32>(k);
     }
-    // Local hashes of the event's first n engine blocks, adapter and extra keys included.
+    // Local hashes of the event's first n engine blocks, including adapter and extra keys.
     bool locals(const Batch& b, const Event& e, u32 n, u32 factor, u64* locals, ExtraDigests& extra) const {
         const u32* tokens = b.tokens.data() + e.token_at;
         const u32 blocks = n * factor;
@@ -60,8 +60,8 @@ public:
                 if (u64& h = locals[std::size_t{j} * factor]; extra.has[j]) h = mix_extra(h, extra.digest[j], seed_);
         return look_ahead(b, e, n, factor, locals);
     }
-    // Puts local hashes behind the names of each event, in place of its tokens, where an index of this block size would
-    // need them.
+    // Replaces the tokens of each event that an index of this block size can place by local hashes, behind the event's
+    // names.
     void replace_tokens(Batch& b) const {
         Scratch<u64> all;
         ExtraDigests extra;
@@ -89,7 +89,7 @@ public:
     }
 
 private:
-    // The tokens behind an index block are partly in its own engine block.
+    // The tokens behind an index block are partly in the same engine block.
     bool look_ahead(const Batch& b, const Event& e, u32 n, u32 factor, u64* locals) const {
         if (e.lookahead == 0) return true;
         const u32* tokens = b.tokens.data() + e.token_at;
@@ -113,8 +113,8 @@ private:
     const u64 seed_;
 };
 
-// Appends the hashed batch of a payload, for indexes of this block size and seed, and takes the rest of its head from
-// there.
+// Appends the hashed batch of a payload, for indexes of this block size and seed. The rest of its head is taken from
+// the payload.
 inline void hash_payload(u32 block_size, u64 seed, HashedHead head, const uint8_t* payload, std::size_t bytes,
                          Batch& scratch, std::vector<uint8_t>& out) {
     DecodeFault unused;

@@ -1,11 +1,11 @@
 // The keys that an engine hashed into a block besides its tokens (multimodal items, cache salt, prompt-embedding
 // digests), as one 64-bit digest for each block that has any.
 //
-// vLLM's events carry these keys without their meanings, so the digest is of the list as it stands:
-// strings, integers, bytes and (id, offset) pairs are encoded one after the other, each with a letter for its type and
-// its length, so that no two lists have the same encoding. Two keys are treated on their own. The LoRA name is left
-// out, because the seed of the block's local hash has it already. And the salt, where it comes as a field of its own
-// (SGLang, and every query), is put where vLLM has it: behind the multimodal keys, before the prompt-embedding digests.
+// vLLM's events carry these keys without their meanings, so the digest covers the list as it is. Strings, integers,
+// bytes and (id, offset) pairs are encoded one after the other, each with a letter for its type and with its length, so
+// no two lists have the same encoding. Two keys are treated separately. The LoRA name is left out, because the seed of
+// the block's local hash contains it already. A salt that comes as a separate field (from SGLang, and in every query)
+// is put where vLLM has it: behind the multimodal keys, before the prompt-embedding digests.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,7 @@
 namespace kvindex {
 
 struct ExtraDigests {
-    bool any = false;              // false: no block has extra keys, and the vectors hold nothing that means anything
+    bool any = false;              // false: no block has extra keys, and the contents of the vectors are meaningless
     std::vector<uint64_t> digest;  // for each block
     std::vector<uint8_t> has;      // for each block: 0 or 1
     std::vector<uint8_t> scratch;
@@ -43,7 +43,7 @@ inline void put_bytes(std::vector<uint8_t>& out, uint8_t type, const uint8_t* p,
     out.insert(out.end(), p, p + n);
 }
 
-// Appends one value, of a list only its head: its items follow and are appended in their turn.
+// Appends one value. Of a list, only the head: its items follow and are appended in turn.
 inline bool put(std::vector<uint8_t>& out, const MsgValue& v) {
     switch (v.type) {
         case MsgType::str: put_bytes(out, 's', v.data, v.n); return true;
@@ -70,7 +70,8 @@ inline bool put(std::vector<uint8_t>& out, const MsgValue& v) {
     }
 }
 
-// Appends the keys of one block, the LoRA name at the head left out. `tail`: where the bytes keys at the end begin.
+// Appends the keys of one block, without the LoRA name at the head. `tail`: the place where the bytes keys at the end
+// begin.
 inline bool put_entry(MsgReader& r, uint32_t keys, StrRef lora_name, std::vector<uint8_t>& out, size_t& tail) {
     for (uint32_t k = 0; k < keys; ++k) {
         MsgValue v;
@@ -94,10 +95,10 @@ inline bool put_entry(MsgReader& r, uint32_t keys, StrRef lora_name, std::vector
 
 // The digests of n_blocks blocks.
 //
-// raw, bytes: a msgpack list with nil or a list of keys for each block (nullptr, or nil: none have any; missing entries
-// are nil, entries beyond n_blocks are not read). lora_name: left out of a block's keys where it is the first of
-// them. cache_salt: goes to block 0, and only where block 0 is the first of its prompt (starts_at_root); an empty salt
-// counts as no salt, as in vLLM. False: `raw` is not such a list.
+// raw, bytes: a msgpack list with nil or a list of keys for each block (nullptr, or nil: no block has keys; missing
+// entries are nil, entries beyond n_blocks are not read). lora_name: left out of a block's keys if it is the first of
+// them. cache_salt: goes to block 0, and only if block 0 is the first of its prompt (starts_at_root); an empty salt
+// counts as no salt, as in vLLM. Returns false if `raw` is not such a list.
 inline bool extra_key_digests(const uint8_t* raw, size_t bytes, StrRef lora_name, StrRef cache_salt,
                               bool starts_at_root, uint64_t seed, size_t n_blocks, ExtraDigests& out) {
     out.any = false;
@@ -110,7 +111,7 @@ inline bool extra_key_digests(const uint8_t* raw, size_t bytes, StrRef lora_name
         if (v.type != MsgType::array && !v.is_nil()) return false;
         if (v.type == MsgType::array) entries = v.n < n_blocks ? v.n : n_blocks;
     }
-    // A text request without a salt has nils only, one for each block.
+    // A text request without a salt has only nils, one for each block.
     size_t i = nil_run(r.p, r.left() < entries ? r.left() : entries);
     if (i == entries && !salted) return true;
 
@@ -139,7 +140,7 @@ inline bool extra_key_digests(const uint8_t* raw, size_t bytes, StrRef lora_name
         size_t tail = 0;
         if (!extra_keys_detail::put_entry(r, v.n, lora_name, enc, tail)) return false;
         if (i == 0 && salted) {
-            // Encoded behind the digests first and then turned to the front of them: no second buffer.
+            // Encoded behind the digests first and then rotated to their front, so no second buffer is needed.
             const size_t before = enc.size();
             extra_keys_detail::put_bytes(enc, 's', salt, cache_salt.n);
             const auto at = [&](size_t k) { return enc.begin() + static_cast<std::ptrdiff_t>(k); };

@@ -1,9 +1,9 @@
 // XXH3-64 and the block hashes built on it.
 //
-// Written from the published description (xxHash fast digest algorithm, section "XXH3"), because an index that installs
-// with nothing but a compiler can neither vendor the reference header nor ask for a system package.
-// Everything here is reentrant: no mutable globals, no allocation, no exceptions; a BlockHasher is immutable once built
-// and may be shared by any number of threads.
+// Written from the published description (xxHash fast digest algorithm, section "XXH3"): an index that installs with
+// nothing but a compiler can neither vendor the reference header nor require a system package. Everything here is
+// reentrant: no mutable globals, no allocation, no exceptions. A BlockHasher is immutable once built and may be shared
+// by any number of threads.
 //
 // KVINDEX_PORTABLE, when defined, leaves out every intrinsic and the 128-bit integer type, so that one machine can test
 // the code of all others.
@@ -39,7 +39,8 @@
 #define KVINDEX_XXH3_FLATTEN
 #endif
 
-// Without it -O2 keeps the accumulators of the long form in memory (GCC 12, SSE2: 16 ns for 256 bytes instead of 8).
+// Without unrolling, -O2 keeps the accumulators of the long form in memory (GCC 12, SSE2: 16 ns for 256 bytes instead
+// of 8).
 #if defined(__GNUC__) && !defined(__clang__)
 #define KVINDEX_XXH3_UNROLL _Pragma("GCC unroll 8")
 #else
@@ -48,12 +49,12 @@
 
 namespace kvindex {
 
-/// Which code runs for inputs over 240 bytes (blocks of more than 60 tokens). Shorter inputs need 64 x 64 -> 128 bit
+/// The code path for inputs over 240 bytes (blocks of more than 60 tokens). Shorter inputs need 64 x 64 -> 128 bit
 /// multiplications, which these vector units do not have, and take the same scalar code everywhere. Architectures other
-/// than x86-64 are always `portable`. All give the same hashes.
+/// than x86-64 are always `portable`. All paths give the same hashes.
 enum class Isa : std::uint8_t { portable, sse2, avx2 };
 
-/// The best this build can use on this processor, which is asked once.
+/// The best path that this build can use on this processor. The processor is queried once.
 inline Isa best_isa() noexcept {
 #if defined(KVINDEX_XXH3_AVX2)
     static const Isa best = __builtin_cpu_supports("avx2") ? Isa::avx2 : Isa::sse2;
@@ -116,7 +117,8 @@ alignas(64) inline constexpr Byte SECRET[SECRET_BYTES] = {
 alignas(32) inline constexpr std::uint64_t INITIAL[8] = {PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3,
                                                          PRIME64_4, PRIME32_2, PRIME64_5, PRIME32_1};
 
-// memcpy and not a cast: token buffers and the secret's odd offsets are unaligned, and compilers make one load of it.
+// memcpy instead of a cast: token buffers and the secret's odd offsets are unaligned, and compilers turn the copy into
+// one load.
 KVINDEX_XXH3_INLINE std::uint64_t load64(const Byte* p) noexcept {
     std::uint64_t word;
     std::memcpy(&word, p, sizeof word);
@@ -201,8 +203,8 @@ inline std::uint64_t hash_0_to_16(const Byte* p, std::size_t n, std::uint64_t se
         return avalanche(n + swap_bytes(low) + high + multiply_fold(low, high));
     }
     if (n >= 4) {
-        // Reversing all eight bytes of a word whose upper half is zero leaves its reversed lower half on top, where
-        // the description has it.
+        // Reversing all eight bytes of a word whose upper half is zero leaves its reversed lower half on top, where the
+        // description has it.
         const std::uint64_t modified = seed ^ swap_bytes(seed & 0xFFFFFFFFU);
         const std::uint64_t combined = load32(p + n - 4) | (static_cast<std::uint64_t>(load32(p)) << 32);
         std::uint64_t x = ((load64(SECRET + 8) ^ load64(SECRET + 16)) - modified) ^ combined;
@@ -238,8 +240,8 @@ inline std::uint64_t hash_17_to_240(const Byte* p, std::size_t n, std::uint64_t 
     return avalanche(acc + mix16_seeded(p + n - 16, 119, seed));
 }
 
-/// The 192 secret bytes that a seed gives. In 16-byte steps they are also, word for word, the seeded secret that inputs
-/// of 17 to 128 bytes use, so one copy serves every block size.
+/// The 192 bytes of secret that a seed gives. In 16-byte steps they are also, word for word, the seeded secret for
+/// inputs of 17 to 128 bytes, so one copy serves every block size.
 struct Secret {
     alignas(64) std::uint64_t words[SECRET_BYTES / 8];
 
@@ -347,8 +349,8 @@ struct LanesSse2 {
 
 #if defined(KVINDEX_XXH3_AVX2)
 #define KVINDEX_XXH3_TARGET __attribute__((target("avx2")))
-// Not always_inline, and vectors pass by reference only: compilers look at a call from kernel_one on its own too, where
-// AVX2 is not switched on, and refuse a forced inlining or warn of a vector in an argument there.
+// Not always_inline, and vectors are passed by reference only. Compilers also look at a call from kernel_one in
+// isolation, where AVX2 is not switched on. There they would refuse a forced inlining or warn about a vector argument.
 struct LanesAvx2 {
     __m256i acc[2], sum[2];
 
@@ -396,15 +398,15 @@ struct LanesAvx2 {
 };
 #endif
 
-// A pack and not a loop: -O2 does not unroll a loop of seven, and the secret's offsets are to be constants.
+// A pack instead of a loop: -O2 does not unroll a loop of seven, and the offsets of the secret must be constants.
 template <class Lanes, std::size_t... I>
 KVINDEX_XXH3_INLINE void stripes(Lanes& lanes, const Byte* p, const Byte* secret, std::index_sequence<I...>) noexcept {
     (lanes.stripe(p + STRIPE_BYTES * I, secret + 8 * I), ...);
 }
 
-/// The long form (over 240 bytes) for any instruction set; BYTES = 0 takes the length from `bytes`.
-/// One text for all of them works because it is forced into the function below that carries the instruction set and is
-/// flattened: only there do the lanes' own functions fit, and only there are they inlined.
+/// The long form (over 240 bytes) for any instruction set. BYTES = 0 takes the length from `bytes`. One source serves
+/// all of them because it is forced into the function below that carries the instruction set and is flattened: only
+/// there do the functions of the lanes fit, and only there are they inlined.
 template <class Lanes, std::size_t BYTES>
 KVINDEX_XXH3_INLINE std::uint64_t kernel_one(const Byte* p, std::size_t bytes, const Byte* secret) noexcept {
     static_assert(BYTES == 0 || (BYTES > SHORT_MAX && BYTES <= ROUND_BYTES && BYTES % STRIPE_BYTES == 0),
@@ -434,8 +436,8 @@ KVINDEX_XXH3_INLINE std::uint64_t kernel_one(const Byte* p, std::size_t bytes, c
     return avalanche(result);
 }
 
-// The loop over blocks lies inside the instruction set's function: the choice is made once per call, and since no block
-// waits for another, the processor overlaps one block's final multiplications with the next block's stripes.
+// The loop over blocks lies inside the function of the instruction set, so the choice is made once per call. Since no
+// block waits for another, the processor overlaps one block's final multiplications with the next block's stripes.
 template <class Lanes, std::size_t BYTES>
 KVINDEX_XXH3_INLINE void kernel(const Byte* p, std::size_t bytes, std::size_t n, const Byte* secret,
                                 std::uint64_t* out) noexcept {
@@ -451,7 +453,7 @@ KVINDEX_XXH3_TARGET KVINDEX_XXH3_FLATTEN inline void kernel_avx2(const Byte* p, 
 }
 #endif
 
-/// Hashes n inputs of the same length over 240 bytes that lie one behind the other.
+/// Hashes n consecutive inputs of the same length over 240 bytes.
 template <std::size_t BYTES>
 inline void hash_long(const Byte* p, std::size_t bytes, std::size_t n, const Byte* secret, Isa isa,
                       std::uint64_t* out) noexcept {
@@ -488,7 +490,7 @@ inline std::uint64_t xxh3_64(const void* p, std::size_t n, std::uint64_t seed) n
     return xxh3_64(p, n, seed, best_isa());
 }
 
-/// Hashes of token blocks, with everything that depends on seed and block size only computed in advance.
+/// Hashes of token blocks. Everything that depends only on seed and block size is computed in advance.
 ///
 ///     local(block)      = XXH3(the block's tokens as little-endian u32, seed + lora)
 ///     roll(prev, local) = XXH3(prev || local as little-endian u64, seed)
@@ -497,8 +499,8 @@ inline std::uint64_t xxh3_64(const void* p, std::size_t n, std::uint64_t seed) n
 /// blocks. An `isa` that this processor or this build lacks means best_isa(). Immutable and trivially copyable;
 /// building one costs about two block hashes.
 ///
-/// Tokens are a plain uint32_t array (4-byte aligned); blocks lie one behind the other, block_tokens apart. Nothing but
-/// the blocks asked for is read. Every function is linear in tokens, allocates nothing and may run in any thread.
+/// Tokens are a plain uint32_t array (4-byte aligned). Blocks lie one behind the other, block_tokens apart, and only
+/// the requested blocks are read. Every function is linear in tokens, allocates nothing and may run in any thread.
 class BlockHasher {
 public:
     explicit BlockHasher(std::uint64_t seed, std::uint32_t block_tokens, std::uint64_t lora = 0,
@@ -517,7 +519,7 @@ public:
     Isa isa() const noexcept { return isa_; }
 
     /// Calls f(std::integral_constant<unsigned, BT>) with BT = 16, 32, 64 or 128 if that is the block size, else 0, and
-    /// returns its result: one choice in front of a loop that is then compiled for the size.
+    /// returns its result: one choice in front of a loop that is compiled for that size.
     template <class F>
     decltype(auto) visit(F&& f) const {
         switch (block_tokens_) {
@@ -529,9 +531,9 @@ public:
         }
     }
 
-    /// Local hash of one block. BT must be block_tokens(), or 0 for "whatever it is". 16 and 32 are inlined into the
-    /// caller; for 64 and 128, locals_fixed over a few blocks spares a call and a choice per block (256 bytes: 4.0 ns
-    /// instead of 5.7).
+    /// Local hash of one block. BT must be block_tokens(), or 0 for any size. 16 and 32 are inlined into the caller;
+    /// for 64 and 128, locals_fixed over a few blocks saves a call and a choice per block (256 bytes: 4.0 ns instead of
+    /// 5.7).
     template <unsigned BT>
     KVINDEX_XXH3_INLINE std::uint64_t local_fixed(const std::uint32_t* block) const noexcept {
         const xxh3::Byte* p = reinterpret_cast<const xxh3::Byte*>(block);
@@ -586,8 +588,9 @@ public:
         for (std::size_t i = 1; i < n_blocks; ++i) prev = out[i] = roll(prev, locals[i]);
     }
 
-    /// locals and chain in one pass. Each roll waits for the one before, local hashes wait for nothing: they fill the
-    /// time that the rolls leave the multiplier idle, and 16-token blocks cost little more than their rolls.
+    /// locals and chain in one pass. Each roll waits for the roll before, while local hashes wait for nothing. They
+    /// fill the time in which the rolls leave the multiplier idle, so 16-token blocks cost little more than their
+    /// rolls.
     void prefixes(const std::uint32_t* tokens, std::size_t n_blocks, const std::uint64_t* parent,
                   std::uint64_t* out) const noexcept {
         visit([&](auto bt) { prefixes_fixed<decltype(bt)::value>(tokens, n_blocks, parent, out); });
@@ -596,8 +599,8 @@ public:
     template <unsigned BT>
     void prefixes_fixed(const std::uint32_t* tokens, std::size_t n_blocks, const std::uint64_t* parent,
                         std::uint64_t* out) const noexcept {
-        // Inlined hashes overlap best one by one (15 cycles a 16-token block, 18 in groups of four); those behind a
-        // call pay for it once per group.
+        // Inlined hashes overlap best one by one (15 cycles a 16-token block, 18 in groups of four). Hashes behind a
+        // call pay for the call once per group.
         constexpr std::size_t GROUP = BT == 16 || BT == 32 ? 1 : 4;
         const std::size_t step = BT ? BT : block_tokens_;
         if (n_blocks == 0) return;
@@ -615,7 +618,7 @@ public:
 private:
     template <std::size_t BYTES, std::size_t... I>
     KVINDEX_XXH3_INLINE std::uint64_t medium(const xxh3::Byte* p, std::index_sequence<I...>) const noexcept {
-        // Left alone, GCC adds up at the end and spills the products on the way, and in a caller's loop it moves the
+        // By itself, GCC adds up at the end and spills the products on the way. In a caller's loop it also moves the
         // secret out of this object onto the stack: 16 to 17 cycles instead of 14 for 128 bytes.
         const std::uint64_t* s = xxh3::settle(&secret_.words[0]);
         std::uint64_t acc = BYTES * xxh3::PRIME64_1;

@@ -1,10 +1,9 @@
 // The whole index as bytes, and back.
 //
-// A snapshot has everything that cannot be computed: content, names, holders, pending blocks. Tables, counts,
-// masks and lists of children are made again while it is read, so that most of the structure's
-// invariants hold by construction; the rest is verified. Checksums are no protection against intent:
-// an accepted file passes Index::check(), whatever its bytes, and memory is allocated in
-// proportion to the file. Nothing is replayed: content goes back into its pages by memcpy.
+// A snapshot has everything that cannot be computed: content, names, holders, pending blocks. Tables, counts, masks and
+// lists of children are rebuilt while it is read, so most of the structure's invariants hold by construction; the rest
+// is verified. Checksums are no protection against intent: any file that is accepted passes Index::check(), and memory
+// is allocated in proportion to the file. Nothing is replayed: content goes back into its pages by memcpy.
 //
 //   header    magic, version, file size, XXH3 of all that follows, seed, block size ..., sizes of the sections
 //   sections  in the order of `Section`, each from a multiple of 8 bytes on; little-endian
@@ -33,7 +32,7 @@ inline constexpr u64 kChecksumFrom = 32;
 
 inline constexpr u64 kSnapshotHead = sizeof(SnapshotHeader) + u64{8} * kSections;
 
-// The last step of writing. It reads nothing but the bytes, so no lock is needed for it.
+// The last step of writing. It reads only the bytes, so it needs no lock.
 inline void seal_snapshot(SnapshotBytes& out) {
     SnapshotHeader h{};
     std::memcpy(&h, out.data(), sizeof h);
@@ -41,7 +40,7 @@ inline void seal_snapshot(SnapshotBytes& out) {
     std::memcpy(out.at(0), &h, sizeof h);
 }
 
-// The header, which is checked before the rest is read: whether it is a snapshot, its size, the kind of its index.
+// The header, which is checked before the rest is read: the magic, the size, and the kind of the index.
 inline SnapshotHeader snapshot_head(const u8* data, u64 bytes, u64 file_bytes) {
     SnapshotHeader h = {};
     if (bytes) std::memcpy(&h, data, std::min<u64>(bytes, sizeof h));

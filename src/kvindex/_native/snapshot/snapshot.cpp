@@ -1,4 +1,4 @@
-// The header, the checksum and the counters; everything between is written and read by the parts of the index.
+// The header, the checksum and the counters. The parts of the index write and read everything in between.
 #include "snapshot/snapshot.hpp"
 
 #include <cstring>

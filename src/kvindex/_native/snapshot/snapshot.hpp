@@ -1,4 +1,5 @@
-// An index as the bytes of a snapshot, and back. Both are cold, and compiled apart from everything that is counted.
+// An index as the bytes of a snapshot, and back. Both directions run rarely, and are compiled apart from the measured
+// code.
 #pragma once
 
 #include <vector>
@@ -10,15 +11,15 @@ namespace kvindex {
 
 class Index;
 
-// Everything but the seal, which needs no lock (seal_snapshot). The counters are the caller's, and come back as they
-// are.
+// Writes everything but the seal, which needs no lock (seal_snapshot). The counters belong to the caller, and are read
+// back unchanged.
 void write_snapshot(const Index& ix, const std::vector<u64>& counters, SnapshotBytes& out);
 
-// Into an index that is empty, and is to take the place of the one that the numbers are of. What is refused leaves that
-// index half filled: throw it away.
+// Reads into an empty index that will take the place of the one that the numbers belong to. A refused snapshot leaves
+// the index half filled: throw it away.
 void read_snapshot(Index& ix, const Registry::Numbers& before, const u8* data, u64 bytes, std::vector<u64>& counters);
 
-// Evicts from an index that was read the content that does not fit into its budget.
+// Evicts the content that does not fit into the budget from an index that was read.
 void fit_loaded(Index& ix);
 
 }  // namespace kvindex
