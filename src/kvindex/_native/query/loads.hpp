@@ -1,5 +1,5 @@
-// The load of each worker, and the worker at which one more prompt costs least. A match has the blocks that a prompt
-// can reuse; nothing here changes the index.
+// The load of each worker, and the worker that takes one more prompt at the least cost. A match has the blocks that a
+// prompt can reuse. Nothing here changes the index.
 #pragma once
 
 #include <cmath>
@@ -12,7 +12,7 @@ namespace kvindex {
 
 // The value of a token of each tier, and the weight of work against one token of prefill.
 struct Weights {
-    std::vector<std::pair<std::string, double>> credits;  // by medium in lower case; "gpu", "cpu" and "disk" are there
+    std::vector<std::pair<std::string, double>> credits;  // by medium in lower case; contains "gpu", "cpu" and "disk"
     double context = 0;                                   // for each token of a running request's prompt
     double request = 0;                                   // for each running request
     double tie = 0;                                       // share of the prompt within which costs are equal
@@ -35,31 +35,32 @@ public:
         u64 pod = 0;  // Pod::uid; 0: the row is free
         i64 rank = 0;
         u32 next = kNone;    // the pod's next row
-        u32 part = 0;        // the index of the pod
-        bool there = false;  // the pod has this rank now
+        u32 part = 0;        // the place of the pod's index among several
+        bool there = false;  // whether the pod has this rank now
         State state = State::stale;
-        u64 prefill = 0;  // tokens that requests before their first token still have to compute
+        u64 prefill = 0;  // tokens that requests without a first token still have to compute
         u64 context = 0;  // tokens of all running requests' prompts
         u64 requests = 0;
         double given = 0;  // decayed work, in units that all rows share
-        // Tokens of the present prompt.
+        // Tokens of the prompt at hand.
         u32 reused = 0, held = 0;
         double worth = 0;
     };
 
-    // start: where the search begins among equals, so that several routers do not all begin with the same worker.
+    // start: where the search begins among equal workers, so that several routers do not all begin with the same
+    // worker.
     Loads(Weights weights, u64 start) : weights_(std::move(weights)), start_(start) { gpu_ = credit_of("gpu"); }
 
-    // An index that is asked, alone or together with others.
+    // An index that is searched, alone or together with others.
     struct Part {
         const Index* ix;
-        u32 space;             // the model's number there
-        const Filter* filter;  // the pods that are asked for; nullptr: all that serve the model
-        bool lapsed;           // nothing is known of its workers at this moment, so none is a candidate
+        u32 space;             // the model's number in this index
+        const Filter* filter;  // the pods that are allowed; nullptr: all pods that serve the model
+        bool lapsed;           // its states have lapsed at this moment, so none of its workers is a candidate
     };
 
-    // The choice of a worker: `look` at every part, each under its lock in either mode, then `settle`, which counts the
-    // request as the worker's. O(workers + hits) for each part.
+    // The choice of a worker: `look` at every part, each under its lock in either mode, then `settle`, which adds the
+    // request to the worker. O(workers + hits) for each part.
     struct Search {
         const Hits& hits;
         u64 n_tokens;
@@ -89,9 +90,9 @@ public:
         begin(l, s.n_tokens - out.reused, s.n_tokens);
         give(l, s.n_tokens - out.reused, s.n_tokens, now);
     }
-    // Counts a request that came to a worker by another way. It is no recent work: with equal figures of recent work,
-    // routers would break each tie alike, and eight requests at once would be on one worker. kNone where the part does
-    // not have the worker.
+    // Counts a request that reached a worker in another way. It does not count as recent work: with equal figures of
+    // recent work, all routers would break a tie alike, and eight simultaneous requests would go to one worker. Returns
+    // kNone if the part does not have the worker.
     u32 reserve(const Index& ix, u32 part, u64 pod, i64 rank, u64 prefill, u64 context) {
         follow(ix, part);
         const std::vector<Known>& pods = seen_[part].pods;
@@ -102,7 +103,7 @@ public:
         begin(rows_[at], prefill, context);
         return at;
     }
-    // The request has its first token. A row that belongs to another worker by now is left alone, here and below.
+    // The request has its first token. Here and below, a row that now belongs to another worker is left unchanged.
     void prefilled(u32 at, u64 pod, u64 prefill) {
         if (Load* l = row(at, pod)) l->prefill -= prefill;
     }
@@ -113,12 +114,12 @@ public:
         l->context -= context;
         --l->requests;
     }
-    // Where a pod was removed its rows are freed.
+    // Takes over the pods of an index, and frees the rows of removed pods.
     void follow(const Index& ix, u32 part) {
         const u32 n = ix.registry().pod_slots();
         if (seen_.size() <= part) seen_.resize(part + 1);
         Seen& seen = seen_[part];
-        // Of another index, the ranks of a pod are others, if as many.
+        // In another index, a pod may have other ranks, even if their number is the same.
         const bool is_other = ix.registry().origin() != seen.origin;
         seen.origin = ix.registry().origin();
         std::vector<Known>& pods = seen.pods;
@@ -154,10 +155,10 @@ private:
         u64 origin = 0;
         std::vector<Known> pods;  // by Pod's slot
     };
-    // A medium's reach in the prompt.
+    // How far a medium reaches in the prompt.
     struct Reach {
         u32 row;
-        bool medium;  // alone, independent of other media; otherwise a tier, from where the one before ends
+        bool medium;  // true: alone, independent of other media; false: as a tier, from the end of the tier before
         u32 blocks;
         double credit;
     };
@@ -180,7 +181,7 @@ private:
         double least = s.least;
         for (u32 i = 0; i < rows_.size(); ++i) {
             const Load& l = rows_[i];
-            // A free row is nobody's.
+            // A free row belongs to no part.
             if (kMany && l.pod && l.part != at) continue;
             costs_[i] = kNever;
             if (kMany && part.lapsed) continue;
@@ -200,7 +201,7 @@ private:
         ++l.requests;
     }
     void give(Load& l, u64 prefill, u64 context, double now) {
-        // Work decays because the unit of later work grows, so nothing is touched in between.
+        // Work decays because the unit of later work grows, so no row changes in between.
         double age = (now - epoch_) / weights_.half_life;
         if (!(std::fabs(age) < 512)) {
             const double shrink = age > 0 ? std::exp2(-std::min(age, 4096.0)) : 1;
@@ -225,8 +226,8 @@ private:
         while (i != kNone && rows_[i].rank != rank) i = rows_[i].next;
         return i;
     }
-    // A new rank begins with the least work that any of the others was given, or every tie would be its
-    // own until it had caught up.
+    // A new rank begins with the least work that any other rank was given. With no work, it would win every tie until
+    // it had caught up.
     void add(Known& k, i64 rank, u32 part) {
         u32 i = find(k, rank);
         if (i == kNone) {
@@ -249,7 +250,7 @@ private:
         }
         rows_[i].there = true;
     }
-    // The ranks that a pod has: those whose streams are followed, and those of which something was stored.
+    // Updates the ranks of a pod: those whose streams are followed, and those with stored blocks.
     void rank(const Index& ix, const Pod& p, Known& k, u32 part) {
         for (u32 i = k.first; i != kNone; i = rows_[i].next) rows_[i].there = false;
         for (const auto& s : p.streams) add(k, s.first, part);
@@ -258,7 +259,7 @@ private:
         k.streams = p.streams.size();
         k.workers = p.workers.size();
     }
-    // A pod of which nothing is stored may serve any model.
+    // A pod without stored blocks may serve any model.
     static bool serves(const Index& ix, const Load& l, u32 space) {
         const Pod& p = ix.registry().pod_at(static_cast<u32>(l.pod));
         return p.workers.empty() || std::any_of(p.workers.begin(), p.workers.end(),
@@ -287,7 +288,7 @@ private:
         reaches_.clear();
         for (const Hit& h : hits) {
             const u32 slot = static_cast<u32>(h.pod);
-            // Of another part, or removed between the match and now.
+            // The pod belongs to another part, or was removed between the match and now.
             if (slot >= pods.size() || pods[slot].uid != h.pod) continue;
             u32 at = find(pods[slot], h.rank);
             if (at == kNone) {
@@ -311,8 +312,8 @@ private:
             if (h.says & kMedium) reaches_.push_back({at, true, h.blocks, c});
         }
         if (reaches_.empty()) return;
-        // Tiers before media. Tiers are cumulative, so the order of their reaches is that in which they are read; of
-        // media, the best of those that reach so far is read.
+        // Tiers before media. Tiers are cumulative, so they are read in the order of their reaches. Of several media
+        // that reach far enough, the best is read.
         std::sort(reaches_.begin(), reaches_.end(), [](const Reach& a, const Reach& b) {
             return std::tie(a.row, a.medium, a.blocks, a.credit) < std::tie(b.row, b.medium, b.blocks, b.credit);
         });
@@ -333,7 +334,7 @@ private:
                 if (to > at) l.worth += (to - at) * i->credit;
                 at = std::max(at, to);
             }
-            // Where no medium alone holds it, the prefix lies in several.
+            // If no single medium holds the rest of the prefix, several media hold it together.
             l.worth += (l.reused - at) * worst;
             while (i != reaches_.end() && i->row == row) ++i;
         }

@@ -1,8 +1,8 @@
 // The question: how many leading blocks of this prompt does each worker hold?
 //
-// A prompt is walked along the chains it shares content with. Work is done per run of equal holder sets, not per block
-// or per pod, and blocks are hashed only as far as a worker still holds them. A reader writes
-// nothing but the generation of the chains that it passes.
+// A prompt is walked along the chains whose content it shares. The work is per run of equal holder sets, not per block
+// or per pod, and blocks are hashed only as far as some worker still holds them. A reader writes only the generation of
+// the chains that it passes.
 #pragma once
 
 #include <algorithm>
@@ -14,13 +14,13 @@
 
 namespace kvindex {
 
-// The meanings of a hit. One hit has all of them if a worker has one medium and reuses all that it holds.
+// The meanings of a hit. A hit has all of them if the worker has one medium and reuses everything that it holds.
 inline constexpr u8 kReused = 1;  // blocks that the engine reuses
 inline constexpr u8 kHeld = 2;    // the prefix that all media together hold
 inline constexpr u8 kMedium = 4;  // the prefix that this medium holds alone
-inline constexpr u8 kTier = 8;    // how far this medium reaches, read where the one before ends
+inline constexpr u8 kTier = 8;    // how far this medium reaches if it is read where the one before ends
 
-// One worker's answer; medium kNone: all media together.
+// One worker's answer. medium kNone: all media together.
 struct Hit {
     u64 pod;  // Pod::uid
     u32 rank;
@@ -29,12 +29,13 @@ struct Hit {
     State state;
     u8 says;
 
-    // In an answer of several indexes, each of which counts media for itself, the number has the index's place.
+    // In an answer of several indexes, the number of a medium includes the index's place, since each index numbers its
+    // media separately.
     static constexpr u32 kMediumBits = 26;
     static constexpr u32 kMostParts = (kNone >> kMediumBits) + 1;
     void tell_part(u32 part) {
         if (medium >> kMediumBits) {
-            // All media together, or more than ever were: then the blocks count without their medium.
+            // All media together, or a number that is too large: then the blocks count without their medium.
             medium = kNone;
             says &= kReused | kHeld;
         } else {
@@ -45,8 +46,8 @@ struct Hit {
     static u32 medium_in_part(u32 medium) { return medium & ((1u << kMediumBits) - 1); }
 };
 
-// A vector that neither clears memory before it is written nor checks at each step whether there is room:
-// at 256 pods that is half of the time.
+// A vector that neither clears memory before it is written nor checks at each step for room: at 256 pods, these were
+// half of the time.
 class Hits {
 public:
     u32 size() const { return n_; }
@@ -65,7 +66,7 @@ public:
         p_.reset(p);
         room_ = n;
     }
-    // Hits that were written from room() on, where room is reserved, count up to `end`.
+    // Counts the hits that were written from room() up to `end`. Their room must have been reserved.
     Hit* room() { return p_.get() + n_; }
     void grow(const Hit* end) {
         assert(end <= p_.get() + room_);
@@ -94,12 +95,12 @@ struct MatchResult {
         best = kNone;
         compared = 0;
     }
-    // Nothing is known of any worker at this moment.
+    // Makes all states stale, since they have lapsed at this moment.
     void distrust(bool only_exact) {
         if (only_exact) return clear();
         for (Hit& h : hits) h.state = State::stale;
     }
-    // Adds the hits of another index, whose pods have other numbers. `part`: its place among those that are asked.
+    // Adds the hits of another index, whose pods have other numbers. `part`: the index's place among several.
     void add(const MatchResult& other, u32 part) {
         hits.reserve(hits.size() + other.hits.size());
         const u32 first = hits.size();
@@ -116,7 +117,7 @@ struct MatchResult {
     }
 };
 
-// A prompt as tokens. BT: tokens of a block if known when compiling, else 0.
+// A prompt as tokens. BT: the tokens of a block if the compiler knows them, else 0.
 template <unsigned BT>
 struct TokenPath {
     const BlockHasher& roll;
@@ -132,10 +133,9 @@ struct TokenPath {
         if (extra && i < extra->has.size() && extra->has[i]) h = mix_extra(h, extra->digest[i], ix.seed());
         return i ? roll.roll(prev, h) : h;
     }
-    // How many of the blocks i, i+1, ... have the prefix hashes `expect`. Each step
-    // takes its predecessor from `expect`, not from the step before: once that one
-    // agreed they are the same number, and so the steps do not wait for one another. i is
-    // not 0: a chain's first block is not compared, the chain was found by it.
+    // The number of blocks i, i+1, ... that have the prefix hashes `expect`. Each step takes its predecessor from
+    // `expect` instead of the step before: once that step agreed, both are the same number, so the steps do not wait
+    // for one another. i is not 0: the first block of a chain is not compared, since the chain was found by it.
     u32 agree(const u64* expect, u32 i, u32 count, u64 prev) const {
         const std::size_t step = BT ? BT : local.block_tokens();
         u32 k = 0;
@@ -151,8 +151,8 @@ struct TokenPath {
     }
 };
 
-// The same where the tokens behind each block are in its hash. The last blocks, without tokens behind them, match
-// nothing.
+// The same for blocks whose hash covers the tokens behind them. The last blocks, without tokens behind them, match no
+// block.
 template <unsigned BT>
 struct LookaheadPath {
     TokenPath<BT> plain;
@@ -191,7 +191,8 @@ struct HashPath {
 class Matcher {
 public:
     template <class Path>
-    // `most`: how many of the path's blocks do not have the prompt's last token. `more`: beside what `out` has already.
+    // `most`: the number of the path's blocks that do not contain the prompt's last token. `more`: adds to the hits in
+    // `out`.
     void match(const Index& ix, u32 space, const Path& path, u32 most, const Filter* filter, bool only_exact,
                MatchResult& out, bool more = false) {
         if (!more) out.clear();
@@ -240,9 +241,9 @@ public:
     }
 
 private:
-    // Pages of a chain that a walk asks for before it is there: 16 take longer to compare than memory takes to answer.
+    // Pages that a walk prefetches before it reaches them: comparing 16 takes longer than an answer of memory.
     static constexpr u32 kAhead = 16;
-    // Pages of a chain that a walk asks for before it knows which they are.
+    // Pages of a chain that a walk prefetches before their numbers are known.
     static constexpr u32 kGuessed = 8;
 
     struct Ended {
@@ -250,20 +251,20 @@ private:
         u32 blocks;
     };
     struct Piece {
-        u32 start;  // in blocks of the prompt; ends where the next one starts
+        u32 start;  // in blocks of the prompt; the piece ends where the next one starts
         u32 set;
     };
     // A worker with several groups or media, along the prompt.
     struct Trail {
         u32 worker;
-        u32 holder;     // one of its own
+        u32 holder;     // one of the worker's holders
         u32 last;       // its newest mark
-        u32 began;      // how many of its holders have the first block
-        u32 on;         // and how many the block at hand
-        u32 rooted;     // of those, how many are such as a prefix needs
+        u32 began;      // the number of its holders that have the first block
+        u32 on;         // the number of its holders that have the current block
+        u32 rooted;     // of these, the number that a prefix needs
         bool rootless;  // it may go on after a hole
     };
-    // A worker whose engine has rules, and the prefix that it holds.
+    // A worker whose engine has rules for reuse, and the prefix that it holds.
     struct Odd {
         const Face* face;
         u32 blocks;
@@ -271,17 +272,17 @@ private:
     // A group in vLLM's look-up with a draft model.
     struct Try {
         u32 group;
-        bool drops;    // the block that it matches last
-        bool dropped;  // at the length that is tried
-        u32 found;     // how far it has come, or kNone
+        bool drops;    // whether it drops the last block that it matches
+        bool dropped;  // whether it has done so at the length that is tried
+        u32 found;     // how far its look-up has come, or kNone
     };
-    // A piece with which something changes for a worker.
+    // A piece at which the holders of a worker change.
     struct Mark {
         u32 piece;
         u32 before;  // the mark before, or kNone
     };
 
-    // How much is reused by a worker that holds a prefix and nothing else of the prompt.
+    // The blocks that a worker reuses if it holds a prefix and nothing else of the prompt.
     static u32 reused(const Face& f, u32 blocks, u32 most) {
         u32 used = blocks;
         if (f.flags & kCutsLast && used > most) used = most - most % f.factor;
@@ -289,7 +290,7 @@ private:
         if (f.flags & kDropsEach) used = std::min(used, blocks - f.factor);
         return used;
     }
-    // Apart from the loop that shows everybody else: there the two kinds of hit would cost each of 256 pods five
+    // Kept out of the loop that shows all other workers: there, the two kinds of hit would cost each of 256 pods five
     // instructions.
     __attribute__((noinline)) void set_aside(const Face& f, u32 blocks) { odd_.push_back({&f, blocks}); }
     static void answer_odd(const Face& f, u32 blocks, u32 most, bool only_exact, MatchResult& out) {
@@ -311,13 +312,13 @@ private:
         out.hits.push({f.pod, f.rank, medium, blocks, f.state, says});
     }
 
-    // Where a walk is: before block `i` of the prompt, behind a block with this prefix hash and this set.
+    // The state of a walk: before block `i` of the prompt, behind a block with this prefix hash and this set.
     struct Step {
         u32 i = 0;
         u32 set = kNone;
         u64 prefix = 0;
     };
-    // Walks the prompt as far as there is content with a holder; fills pieces_, ended_, alive_ and trails_.
+    // Walks the prompt as far as there is content with a holder. Fills pieces_, ended_, alive_ and trails_.
     template <class Path>
     u32 walk(const Index& ix, u32 space, const Path& path, const Filter* filter, MatchResult& out) {
         pieces_.clear();
@@ -339,7 +340,7 @@ private:
         }
         return at.i;
     }
-    // Along one chain. Returns the depth at which the prompt leaves it, or kNone if no worker is left.
+    // Walks along one chain. Returns the depth at which the prompt leaves it, or kNone if no worker is left.
     template <class Path>
     KVINDEX_INLINE u32 walk_chain(const Index& ix, const HeadSlot& head, const Path& path, const Filter* filter,
                                   Step& at, MatchResult& out) {
@@ -356,8 +357,8 @@ private:
         chains.prefetch(c, head.page, std::min<u32>(c.row, kGuessed), std::min(kAhead, pages));
         for (u32 r = 0; depth < stop; ++r) {
             if (const u32 set = c.runs[r].set; set != at.set) {
-                // The set matters to the prompt only if its block is the prompt's: the path may leave the
-                // chain just here, though not at its first block, by which it was found.
+                // The set counts only if its block belongs to the prompt. The path may leave the chain right here, but
+                // not at the chain's first block, by which it was found.
                 if (depth != c.base && !path.agree(prefixes(depth), at.i, 1, at.prefix)) return depth;
                 if (!meet(ix, set, at, filter)) return kNone;
             }
@@ -373,8 +374,8 @@ private:
         }
         return depth;
     }
-    // Block by block, page by page, up to `stop` or the first block that is not the prompt's. Changing values are in
-    // local variables meanwhile: seven instructions a page less than through `at` and `out`.
+    // Compares block by block and page by page, up to `stop` or the first block that differs from the prompt. Changing
+    // values are kept in local variables meanwhile: seven instructions a page fewer than through `at` and `out`.
     template <class Path>
     KVINDEX_INLINE static void compare(const Chains& chains, const Chain& c, u32 first, const Path& path, u32 pages,
                                        u32 stop, u32& from, Step& at, MatchResult& out) {
@@ -399,7 +400,7 @@ private:
         at.i = i;
         at.prefix = prefix;
     }
-    // The next block has another set than the one before. Whether anybody is left.
+    // The next block has another set than the block before. Returns whether any worker is left.
     KVINDEX_INLINE bool meet(const Index& ix, u32 set, Step& at, const Filter* filter) {
         const bool some = narrow(ix, set, at.i, at.set == kNone, filter);
         if (hybrids_) follow(ix, at.set == kNone ? kEmptySet : at.set, set, filter);
@@ -454,8 +455,8 @@ private:
         }
         return any != 0;
     }
-    // Marks the workers with several groups or media of which a holder comes or goes with this piece: each is looked at
-    // where something changes for it, and not once a piece (256 of them, 50 pieces: 241 us).
+    // Marks the workers with several groups or media for which this piece adds or removes a holder. So each worker is
+    // examined where something changes for it, instead of once a piece (256 workers, 50 pieces: 241 us).
     void follow(const Index& ix, u32 before, u32 set, const Filter* filter) {
         const SetPool& sets = ix.sets();
         const u64 *was = sets.data(before), *now = sets.data(set);
@@ -485,7 +486,7 @@ private:
         }
         Trail& t = trails_[at];
         if (marks_[t.last].piece != piece) {
-            // Beyond a hole in a group that needs every block, nothing counts.
+            // Beyond a hole in a group that needs every block, no block counts.
             if (!t.rooted && !t.rootless) return;
             marks_.push_back({piece, t.last});
             t.last = static_cast<u32>(marks_.size() - 1);
@@ -500,13 +501,14 @@ private:
         }
     }
 
-    // Whether all that the worker holds of the prompt, in every group, is a beginning that ends at one place: then no
-    // group objects.
+    // Whether the blocks of the prompt that the worker holds are, in every group, a beginning with the same end. Then
+    // no group objects.
     bool at_once(const Trail& t) const {
         const Mark& m = marks_[t.last];
         return m.before == kNone || (t.on == 0 && marks_[m.before].before == kNone);
     }
-    // Several groups, media or kinds of attention: the rule of semantics.md, group by group, until none objects.
+    // Several groups, media or kinds of attention: applies the rule of concepts.md ("Hybrid models") group by group,
+    // until no group objects.
     void answer_hybrid(const Index& ix, const Trail& t, u32 end, u32 most, bool only_exact, MatchResult& out) {
         const Worker& w = ix.registry().worker_at(t.worker);
         const Face& f = ix.registry().face(t.holder);
@@ -523,7 +525,7 @@ private:
             const u32 m = ix.registry().holder(h).medium;
             if (std::find(media_.begin(), media_.end(), m) == media_.end()) media_.push_back(m);
         }
-        // No medium alone gives more than all of them together, and the only one gives as much.
+        // No medium alone gives more than all media together, and a single medium gives as much.
         if (media_.size() == 1 && w.guess == kNone && !ruled)
             return emit(f, media_[0], all, kReused | kHeld | kMedium | kTier, out);
         emit(f, kNone, all, ruled ? kHeld : kReused | kHeld, out);
@@ -544,13 +546,13 @@ private:
 
     // ---- reuse by the engine ----------------------------------------------------------------------------------------
 
-    // The prefix that the engine's own pool holds, and from there the blocks of each further medium.
+    // The prefix that the engine's own pool holds, continued by the blocks of each further medium.
     u32 reused(const Index& ix, const Worker& w, const Face& f, u32 end, u32 most) {
         const u32 cut = f.flags & kCutsLast ? std::min(end, most) : end;
         const bool windows =
             std::any_of(w.groups.begin(), w.groups.end(), [](const Group& g) { return g.kind != Attention::full; });
         const bool drops = f.flags & (kDropsLast | kDropsEach);
-        // Engines look groups up in the order of their numbers, events introduce them in any.
+        // Engines look up groups in the order of their numbers, while events introduce them in any order.
         if (drops) {
             order_.resize(w.groups.size());
             std::iota(order_.begin(), order_.end(), 0);
@@ -562,15 +564,16 @@ private:
                 length = drops ? dropped(ix, w, end, cut) : agreed(ix, w, cut, 0, true);
                 continue;
             }
-            // Connectors cut the last token off only where a window needs it, and drop the same blocks as the engine.
+            // Connectors leave out the last token only if a window needs it, and drop the same blocks as the engine.
             u32 to = beyond(ix, w, m, length, windows ? cut : end);
             if (drops && to > length) to -= std::min(to - length, in_medium(ix, w, order_[0], m).factor);
             length = to;
         }
         return length;
     }
-    // A group with the block size that it has in this medium: a connector's chunks are larger than its engine's blocks,
-    // and each is reused in its own. Where no engine's rules are asked for, the largest counts everywhere.
+    // A group with the block size that it has in this medium. The chunks of a connector are larger than its engine's
+    // blocks, and each medium is reused in its own size. If no engine's rules apply, the largest size counts
+    // everywhere.
     Group in_medium(const Index& ix, const Worker& w, u32 g, u32 medium) const {
         Group group = g < w.groups.size() ? w.groups[g] : Group();
         if (!per_medium_) return group;
@@ -585,7 +588,7 @@ private:
         if (factor) group.factor = factor;
         return group;
     }
-    // How far a medium reaches that is read from block `from` on.
+    // How far a medium reaches if it is read from block `from` on.
     u32 beyond(const Index& ix, const Worker& w, u32 medium, u32 from, u32 length) {
         if (medium == 0) return agreed(ix, w, length, 0, true);
         if (from >= length) return from;
@@ -599,8 +602,9 @@ private:
         base_ = 0;
         return std::max(from, to);
     }
-    // vLLM's own look-up (HybridKVCacheCoordinator of 0.33) where a draft model makes groups drop the block that they
-    // match last: each looks one block further for it than the others have come, once for every length that is tried.
+    // vLLM's own look-up (HybridKVCacheCoordinator of 0.33) if a draft model makes groups drop the block that they
+    // match last. Each such group looks one block further than the others have come, once for every length that is
+    // tried.
     u32 dropped(const Index& ix, const Worker& w, u32 end, u32 cut) {
         const Pod& pod = ix.registry().pod_at(w.pod);
         const u32 n = static_cast<u32>(w.groups.size());
@@ -608,7 +612,7 @@ private:
             const u32 run = agreed(ix, w, cut, 0, true);
             return run - std::min(run, in_medium(ix, w, 0, 0).factor);
         }
-        // Groups of one kind are looked up together, full attention first.
+        // Groups of one kind are looked up together, and full attention comes first.
         tries_.clear();
         u32 align = 1, kinds = 0;
         for (int full = 1; full >= 0; --full) {
@@ -671,7 +675,7 @@ private:
                 length = now;
             }
         }
-        // A window, and behind it the block that is dropped.
+        // The window, and behind it the block that is dropped.
         const u32 need = window_blocks(ix, group) + group.factor;
         for (u32 at = length;;) {
             if (at < group.factor) return 0;
@@ -686,7 +690,7 @@ private:
             const u32 start = run_start(at);
             if (at - start >= need) return left;
             if (start == 0) {
-                // A beginning that is shorter than the window: vLLM aligns it once more before it drops.
+                // A beginning that is shorter than the window. vLLM aligns it once more before it drops a block.
                 at -= at % align;
                 at -= std::min(at, group.factor);
                 return at - at % align;
@@ -694,20 +698,19 @@ private:
             at = start;
         }
     }
-    // Blocks before a length that a sliding window asks for. vLLM looks for cached blocks from the right and counts
-    // them, so a window of one token still asks for one block.
+    // The blocks before a length that a sliding window needs. vLLM looks for cached blocks from the right and counts
+    // them, so a window of one token still needs one block.
     static u32 window_blocks(const Index& ix, const Group& group) {
         const u64 own = static_cast<u64>(ix.block_size()) * group.factor;
         return static_cast<u32>(std::max<u64>(1, (group.window - 1 + own - 1) / own) * group.factor);
     }
 
-    // ---- which length a worker's groups agree on
-    // ----------------------------------------------------------------------
+    // ---- the length that a worker's groups agree on -----------------------------------------------------------------
 
-    // `every`: groups that this medium has nothing of object, too.
+    // `every`: groups without a block in this medium object, too.
     u32 agreed(const Index& ix, const Worker& w, u32 length, u32 medium, bool every = false) {
         const u32 groups = std::max<u32>(1, static_cast<u32>(w.groups.size()));
-        // A speculative entry has the medium GPU and no group: where it stands alone, any group's rule will do.
+        // A speculative entry has the medium GPU and no group. If it stands alone, the rule of any group applies.
         const bool only_guess = std::none_of(w.holders.begin(), w.holders.end(), [&](u32 h) {
             return medium == kNone || ix.registry().holder(h).medium == medium;
         });
@@ -724,8 +727,8 @@ private:
                 length = now;
                 last_held |= g >= w.groups.size() || w.groups[g].kind != Attention::chunked;
             }
-            // Rules that ask for no block at all (chunked attention at
-            // the end of a chunk) must not count the blocks of other pods.
+            // A rule that needs no block at all (chunked attention at the end of a chunk) must not count the blocks of
+            // other pods.
             if (last_held) continue;
             const u32 now = back_to_some(ix, w, medium, length);
             changed |= now != length;
@@ -741,7 +744,7 @@ private:
         }
         return back_to_held(length);
     }
-    // group kNone: any.
+    // group kNone: any group.
     bool holds(const Index& ix, const Worker& w, u32 group, u32 medium, u32 set) const {
         if (w.guess != kNone && (medium == kNone || medium == 0) && ix.sets().has(set, w.guess)) return true;
         for (u32 h : w.holders) {
@@ -806,7 +809,7 @@ private:
         while (length && !held_[piece_of(length - 1)]) length = own_[piece_of(length - 1)].start;
         return length;
     }
-    // Where the held run that ends at `length` starts.
+    // The start of the held run that ends at `length`.
     u32 run_start(u32 length) const {
         if (!length) return 0;
         u32 i = piece_of(length - 1);
@@ -817,13 +820,13 @@ private:
     std::vector<u64> alive_, with_guesses_;
     std::vector<Ended> ended_;
     std::vector<Piece> pieces_;
-    std::vector<Piece> own_;  // those that change something for the worker at hand
+    std::vector<Piece> own_;  // the pieces that change something for the current worker
     std::vector<Trail> trails_;
-    std::vector<u32> trail_of_;  // by worker; right where the trail is the worker's
+    std::vector<u32> trail_of_;  // by worker; valid only if the trail belongs to the worker
     std::vector<Mark> marks_;
     bool hybrids_ = false,
-         rootless_ = false;  // whether the model has workers with several groups; such as go on after a hole
-    u32 following_ = 0;      // workers with several groups or media for which the prefix goes on
+         rootless_ = false;  // whether the model has workers with several groups, and such that go on after a hole
+    u32 following_ = 0;      // workers with several groups or media whose prefix goes on
     std::vector<const Trail*> mixed_;
     std::vector<Odd> odd_;
     std::vector<u32> media_;

@@ -1,4 +1,4 @@
-// The pods that a question is about.
+// The pods that a question covers.
 #pragma once
 
 #include <map>
@@ -11,7 +11,7 @@
 
 namespace kvindex {
 
-// Which pods may be named in the answer, as bits for one state of the index's pods and holders.
+// The pods that an answer may contain, as bits for one state of the index's pods and holders.
 struct Filter {
     std::vector<u64> pods;
     std::vector<u64> holders;
@@ -33,11 +33,11 @@ struct Filter {
     }
 };
 
-// Names of pods, compiled into bits when a match needs them and kept for as long as they are right.
+// Names of pods, compiled into bits when a match needs them, and kept while the bits are current.
 class PodNames {
 public:
     explicit PodNames(std::vector<std::string> names) : names_(std::move(names)) {}
-    // `part`: the index's place among several that are asked together, each of which has bits of its own.
+    // `part`: the index's place among several that answer together, each of which has bits of its own.
     std::shared_ptr<const Filter> compile(const Index& ix, u32 part) {
         std::lock_guard<std::mutex> g(m_);
         std::shared_ptr<const Filter>& filter = part ? others_[part] : filter_;

@@ -1,4 +1,4 @@
-// A prompt as a caller gives it, and its hashes.
+// A prompt as the caller gives it, and its hashes.
 #pragma once
 
 #include <string>
@@ -10,7 +10,7 @@
 
 namespace kvindex {
 
-// A prompt: its tokens, its adapter, its extra keys; or its prefix hashes.
+// A prompt: its tokens, adapter and extra keys, or its prefix hashes.
 struct Prompt {
     const u64* prefixes = nullptr;
     u64 n_prefixes = 0;
@@ -22,8 +22,7 @@ struct Prompt {
     ExtraDigests extra;
 };
 
-// Local (or, `rolled`, prefix) hashes of a prompt's complete blocks, of those that have so many tokens behind
-// them.
+// The local (`rolled`: prefix) hashes of the prompt's complete blocks that are followed by `lookahead` tokens.
 inline void hash_prompt(const Prompt& p, u32 block_size, u64 seed, bool rolled, u64* out, u32 lookahead = 0) {
     const u64 n = p.n_tokens < lookahead ? 0 : (p.n_tokens - lookahead) / block_size;
     const BlockHasher h(seed, block_size, p.adapted ? xxh3_64(p.adapter.data(), p.adapter.size(), 0) : 0);
@@ -36,13 +35,12 @@ inline void hash_prompt(const Prompt& p, u32 block_size, u64 seed, bool rolled, 
     if (rolled) h.chain(out, n, nullptr, out);
 }
 
-// Extra keys as a prompt gives them, packed by msgpack; false if they are malformed.
+// Reads the extra keys of a prompt, which are packed by msgpack. Returns false if they are malformed.
 inline bool read_extra(const u8* packed, u64 bytes, const std::string& salt, u64 seed, u64 blocks, Prompt& p) {
     StrRef s;
     s.p = salt.data();
     s.n = static_cast<u32>(salt.size());
-    // Events may name the adapter first among the keys, and a caller that passes these keys on for a prompt means the
-    // same.
+    // The keys of an event may begin with the adapter. A caller that passes these keys on for a prompt means the same.
     StrRef adapter;
     adapter.p = p.adapted ? p.adapter.data() : nullptr;
     adapter.n = static_cast<u32>(p.adapter.size());

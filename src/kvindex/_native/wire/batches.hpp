@@ -1,4 +1,4 @@
-// Batches to decode into: one is kept for the next payload, counted, and only while it is small.
+// Batches to decode into. One is kept for the next payload and counted, but only while it is small.
 #pragma once
 
 #include <atomic>

@@ -1,9 +1,8 @@
 // One event batch, as an engine wrote it, decoded into flat scratch arrays.
 //
-// A whole payload is decoded before anything of it is applied: a payload that turns out to be cut short in its
-// last event must not have changed the index by its first. That needs somewhere to keep the decoded batch, and the
-// batch below is that place: events point into two shared arrays (hashes, tokens) and into the payload (strings),
-// so a scratch batch that is used again costs no allocation at all.
+// A whole payload is decoded before any of it is applied: if its last event is cut short, its first must not have
+// changed the index. The batch below holds the decoded payload. Its events point into two shared arrays (hashes,
+// tokens) and into the payload (strings), so a scratch batch that is used again costs no allocation at all.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +15,7 @@
 
 namespace kvindex {
 
-// A string of the payload. It is valid as long as the payload's buffer is; it may hold any bytes, not only UTF-8.
+// A string of the payload, valid as long as the payload's buffer. It may contain any bytes, not only UTF-8.
 struct StrRef {
     const char* p = nullptr;
     uint32_t n = 0;
@@ -24,13 +23,13 @@ struct StrRef {
     bool set() const { return p != nullptr; }
 };
 
-// Tokens behind a block that may be in its hash: multi-token prediction looks some ahead.
+// The most tokens behind a block that its hash may cover: multi-token prediction looks some tokens ahead.
 inline constexpr uint32_t kMostLookahead = 64;
 
 enum class EventKind : uint8_t { stored, removed, cleared, other };
 
-// Why an event, or a part of it, was not applied. The first four after `none` are found by decoding, the others by
-// placing; they share one enum because reports count them side by side.
+// The reason why an event, or a part of it, was not applied. Decoding finds the first four after `none`, placing finds
+// the others. They share one enum because reports count them side by side.
 enum class Reason : uint8_t {
     none,
     unknown_event,
@@ -76,24 +75,24 @@ inline const char* reason_name(Reason r) {
     return "?";
 }
 
-// The form of a stored event's content: tokens, or hashes of the interoperable scheme. Those follow the
-// event's names in Batch::hashes, `factor` for each, and no payload of an engine has them. Absent: there were tokens,
-// which no index of this block size places (wire/hashed.hpp).
+// The form of a stored event's content: tokens, or hashes of the interoperable scheme. The hashes follow the event's
+// names in Batch::hashes, `factor` for each, and no payload of an engine has them. Absent: the event had tokens, which
+// no index of this block size places (wire/hashed.hpp).
 enum class Hashed : uint8_t { tokens, local, prefix, absent };
 
 struct Event {
     EventKind kind = EventKind::other;
-    Reason bad = Reason::none;  // not `none`: nothing of the event is to be applied, and it has no hashes and no tokens
+    Reason bad = Reason::none;  // not `none`: nothing of the event is applied, and it has no hashes and no tokens
     bool has_parent = false;
-    bool many = false;    // several of kind `other`: `parent` of them are unknown, `block_size` bad
-    bool like = false;    // equal to the event before but for hashes, parent and tokens
-    uint32_t offset = 0;  // where the event starts in the payload, and how long it is there
+    bool many = false;    // several events of kind `other`: `parent` of them are unknown, `block_size` bad
+    bool like = false;    // equal to the event before except for hashes, parent and tokens
+    uint32_t offset = 0;  // the place of the event in the payload, and its length there
     uint32_t bytes = 0;
     uint32_t hash_at = 0;  // its part of Batch::hashes
     uint32_t n_hashes = 0;
-    uint32_t token_at = 0;  // its part of Batch::tokens; of a removed event the copies that stay of each hash, if given
+    uint32_t token_at = 0;  // its part of Batch::tokens; of a removed event: the remaining copies of each hash
     uint32_t n_tokens = 0;
-    uint32_t lookahead = 0;  // tokens behind each block that are in its hash: behind the event's tokens, block by block
+    uint32_t lookahead = 0;  // tokens behind each block that its hash covers: behind the event's tokens, block by block
     uint64_t parent = 0;
     uint64_t block_size = 0;  // 0: nil, absent or 0
     int64_t group = -1;       // -1: unset
@@ -101,13 +100,13 @@ struct Event {
     int64_t lora_id = 0;      // 0: unset
     StrRef medium;
     StrRef lora_name;
-    StrRef lora_id_name;  // a lora_id that is a string is a name
+    StrRef lora_id_name;  // a lora_id that is a string, which is a name
     StrRef spec_kind;
     StrRef cache_salt;
-    const uint8_t* extra_keys = nullptr;  // the list as it lies in the payload, header included; nullptr: nil or absent
+    const uint8_t* extra_keys = nullptr;  // the list as it is in the payload, with its header; nullptr: nil or absent
     uint32_t extra_keys_bytes = 0;
     Hashed hashed = Hashed::tokens;
-    uint16_t factor = 1;  // blocks of the index in one of the event's, where hashes are given
+    uint16_t factor = 1;  // index blocks in one of the event's blocks, if hashes are given
 };
 
 struct Batch {
@@ -116,7 +115,7 @@ struct Batch {
     std::vector<Event> events;
     Scratch<uint32_t> tokens;
     Scratch<uint64_t> hashes;
-    uint32_t joined = 0;  // elements that have no Event of their own
+    uint32_t joined = 0;  // elements without an Event of their own
 
     void reset() {
         joined = 0;
@@ -126,7 +125,7 @@ struct Batch {
         tokens.clear();
         hashes.clear();
     }
-    // Whether an event of it clears a worker, and not one medium of it.
+    // Whether any of its events clears a whole worker instead of one medium.
     bool clears() const {
         for (const Event& e : events)
             if (e.kind == EventKind::cleared && e.bad == Reason::none && !e.medium.set()) return true;
@@ -134,7 +133,7 @@ struct Batch {
     }
 };
 
-// The fault of a payload that is not a batch, and its byte.
+// The fault of a payload that is not a batch, and its offset.
 struct DecodeFault {
     const char* what = nullptr;
     size_t offset = 0;
@@ -174,7 +173,7 @@ bool is(const uint8_t* p, const char (&name)[N]) {
     return std::memcmp(p, name, N - 1) == 0;
 }
 
-// The lengths of the names distinguish them almost completely, so a key costs a jump and one or two comparisons whose
+// The lengths of the names distinguish them almost completely, so a key costs a jump and one or two comparisons, whose
 // length the compiler knows.
 inline Field field_of(const uint8_t* p, uint32_t n) {
     switch (n) {
@@ -208,8 +207,8 @@ inline EventKind kind_of(const uint8_t* p, uint32_t n) {
     }
 }
 
-// An engine hash as u64. Bytes (vLLM's sha256 and xxhash digests, of 16, 32 or 64) count by their last eight, because
-// vLLM itself makes its integers of these; so a stream in either form names the same blocks.
+// An engine hash as u64. Of bytes (vLLM's sha256 and xxhash digests, of 16, 32 or 64) the last eight count, because
+// vLLM itself makes its integers from these. So a stream in either form names the same blocks.
 inline bool fold_hash(const MsgValue& v, uint64_t& hash) {
     switch (v.type) {
         case MsgType::uint:
@@ -228,12 +227,9 @@ inline bool fold_hash(const MsgValue& v, uint64_t& hash) {
     }
 }
 
-// Reads one batch. Every member returns false only when the payload itself is unsound (the reader then holds the
-// fault); a fault of one field is kept in bad_ and judged when the event's type is known: a map may name its
-// type last, and a fault of a field that this type does not have does not matter.
-// A batch's time in seconds. False: it is not a number.
+// A batch's time in seconds. Returns false if it is not a number.
 inline bool seconds(const MsgValue& v, double& ts) {
-    // Seconds reach 1e11 in the year 5138, milliseconds did in 1973: an integer above it is the millisecond form.
+    // Seconds reach 1e11 in the year 5138, milliseconds did in 1973. So a larger integer is in milliseconds.
     constexpr uint64_t ms_from = 100000000000u;
     switch (v.type) {
         case MsgType::real: ts = v.d; return true;
@@ -245,13 +241,16 @@ inline bool seconds(const MsgValue& v, double& ts) {
     }
 }
 
-// The data-parallel rank that a batch names, -1 for nil. False: it is not a rank.
+// The data-parallel rank that a batch names, or -1 for nil. Returns false if it is not a rank.
 inline bool rank_of(const MsgValue& v, int64_t& rank) {
     if (!v.is_nil() && (!v.is_uint() || v.u > INT32_MAX)) return false;
     rank = v.is_nil() ? -1 : static_cast<int64_t>(v.u);
     return true;
 }
 
+// Reads one batch. Every member returns false only if the payload itself is unsound (the reader then has the fault). A
+// fault of one field is kept in bad_ and judged when the event's type is known. A map may name its type last, and a
+// fault in a field that this type does not have does not matter.
 class BatchDecoder {
 public:
     BatchDecoder(const uint8_t* p, size_t n, Batch& out, bool others) : r_(p, n), out_(out), others_(others) {}
@@ -372,8 +371,8 @@ private:
         parts_ = Parts();
     }
 
-    // Consecutive events of unknown kinds that name no medium are kept as one. Two million nils, in 1.9 MB, took 320
-    // MB.
+    // Consecutive events of unknown kinds that name no medium are kept as one. Kept separately, two million nils in 1.9
+    // MB took 320 MB.
     void join_others() {
         const bool unknown = e_->bad == Reason::unknown_event;
         const size_t n = out_.events.size();
@@ -389,8 +388,9 @@ private:
         ++(unknown ? all.parent : all.block_size);
     }
 
-    // The events of a batch differ in hashes, parent and tokens, and are the same bytes otherwise. Comparing those with
-    // the event before is quicker than reading them: of 217 ns for one block an event, all included, it saves 39.
+    // The events of a batch differ in hashes, parent and tokens, and their other bytes are the same. Comparing those
+    // bytes with the event before is faster than reading them: it saves 39 of 217 ns for one block an event, all
+    // included.
     bool alike() {
         if (patience_ != 0) return --patience_, false;
         const uint8_t* const at = r_.p;
@@ -417,7 +417,7 @@ private:
             before_ = at;
             return true;
         }
-        // Where groups take turns, no two events that follow one another are alike.
+        // If groups take turns, no two consecutive events are alike.
         patience_ = 8;
         r_.p = at;
         r_.fault = nullptr;
@@ -435,7 +435,7 @@ private:
         MsgValue tag;
         if (!r_.next(tag)) return false;
         if (!set_kind(tag)) return r_.skip(tag.children() + n - 1);
-        // Up to block_size every release writes every element, so a shorter array was cut by something.
+        // Every release writes every element up to block_size, so a shorter array was cut.
         if (e_->kind == EventKind::stored && n < 5) e_->bad = Reason::bad_event;
         const Field* fields = stored_fields;
         size_t known = 1;
@@ -454,7 +454,7 @@ private:
     bool event_map(uint32_t pairs) {
         for (uint32_t i = 0; i < pairs; ++i) {
             MsgValue key;
-            // The names are all shorter than 32 bytes and every encoder writes such a header in one byte.
+            // All names are shorter than 32 bytes, and every encoder writes such a header in one byte.
             if (r_.p != r_.end && (*r_.p & 0xe0) == 0xa0 && r_.left() > (*r_.p & 0x1fu)) {
                 key.type = MsgType::str;
                 key.n = *r_.p & 0x1fu;
@@ -475,7 +475,8 @@ private:
                 return false;
             }
         }
-        // Mooncake's store publishes maps that name their kind differently: not broken, but none of ours.
+        // Mooncake's store publishes maps that name their kind differently. They are not broken, but of an unknown
+        // kind.
         if (!(seen_ & bit(f_type))) e_->bad = Reason::unknown_event;
         return true;
     }
@@ -487,7 +488,7 @@ private:
         return text;
     }
 
-    // Keeps the valid part of an event, now that its type and all its fields are known.
+    // Keeps the valid part of an event, now that its type and all its fields have been read.
     void judge() {
         Event& e = *e_;
         if (e.bad == Reason::none) {
@@ -508,7 +509,7 @@ private:
         if (e.lookahead) e.n_tokens -= e.n_hashes * e.lookahead;
     }
 
-    // A key that comes twice counts as it came last, as in every decoder that fills a dictionary.
+    // Of a repeated key, the last value counts, as in every decoder that fills a dictionary.
     bool field(Field f) {
         repeated_ |= (seen_ & bit(f)) != 0;
         seen_ |= bit(f);
@@ -527,7 +528,7 @@ private:
             case f_window: return number(f, e_->window, 0);
             case f_cache_salt: return text(f, e_->cache_salt);
             case f_remaining:
-                // Read when it is known that the event is a removal: a map may name its type last.
+                // Read once the event is certain to be a removal: a map may name its type last.
                 remaining_ = r_.take_nil() ? nullptr : r_.p;
                 if (!remaining_) return true;
                 break;
@@ -546,7 +547,7 @@ private:
         return sound;
     }
 
-    // Element 7 of BlockStored's array form is the LoRA name in vLLM's; SGLang puts a map with the cache salt there.
+    // In BlockStored's array form, element 7 is the LoRA name in vLLM; SGLang puts a map with the cache salt there.
     bool array_element_7() {
         if (r_.p == r_.end || ((*r_.p & 0xf0) != 0x80 && *r_.p != 0xde && *r_.p != 0xdf)) return field(f_lora_name);
         MsgValue v;
@@ -639,7 +640,7 @@ private:
         out_.hashes.resize(e_->hash_at + size_t{n});
         uint64_t* const hash = out_.hashes.data() + e_->hash_at;
         for (uint32_t i = 0; i < n; ++i) {
-            // Hashes fill the range, so all but one in 2^32 of the unsigned ones come in this form.
+            // Hashes fill the range, so all unsigned ones but one in 2^32 come in this form.
             if (r_.left() >= 9 && *r_.p == 0xcf) {
                 hash[i] = load_be64(r_.p + 1);
                 r_.p += 9;
@@ -667,7 +668,7 @@ private:
         for (uint32_t i = 0; i < n;) {
             i += static_cast<uint32_t>(read_u32s(r_.p, r_.begin, r_.end, token + i, n - i));
             if (i == n) break;
-            // A longer form than the number needs, a pair, a string, a sign: or the end of the payload.
+            // A form that is longer than the number needs, a pair, a string or a sign; or the payload ends here.
             if (!r_.next(v)) return false;
             if (i == 0 && v.type == MsgType::array && v.n == 2) return pairs(n);
             if (!v.is_uint() || v.u > UINT32_MAX) {
@@ -679,8 +680,8 @@ private:
         return true;
     }
 
-    // SGLang with EAGLE writes a token and the one behind it; the header of the first pair has been read. The first of
-    // each is kept, and the second of the last.
+    // SGLang with EAGLE writes pairs of a token and the token behind it. The header of the first pair has been read.
+    // The first token of each pair is kept, and the second token of the last pair.
     bool pairs(uint32_t n) {
         uint32_t* const token = out_.tokens.data() + e_->token_at;
         MsgValue v;
@@ -708,8 +709,8 @@ private:
         lookahead_ = r_.take_nil() ? nullptr : r_.p;
         return !lookahead_ || r_.skip(1);
     }
-    // Appends the lookahead tokens of every block to the event's tokens. False: they are not one list for each block,
-    // all of one length.
+    // Appends the lookahead tokens of every block to the event's tokens. Returns false unless there is one list for
+    // each block and all lists have the same length.
     bool look_ahead() {
         e_->lookahead = 0;
         const uint32_t hashes = static_cast<uint32_t>(out_.hashes.size()) - e_->hash_at;
@@ -741,7 +742,7 @@ private:
         return true;
     }
 
-    // The number of copies that stay of each removed hash, if given.
+    // The remaining copies of each removed hash, if given.
     bool remaining() {
         if (remaining_ == nullptr) return true;
         MsgReader r = r_;
@@ -755,8 +756,8 @@ private:
         return true;
     }
 
-    // A list with nil or a list for each block. The keys are read where they are used; here it is made sure that they
-    // can be: strings, integers, bytes, floats, nil and lists of these.
+    // A list with nil or a list for each block. The keys are read where they are used. This function verifies that they
+    // can be read: strings, integers, bytes, floats, nil and lists of these.
     bool extra_keys() {
         e_->extra_keys = nullptr;
         e_->extra_keys_bytes = 0;
@@ -792,7 +793,7 @@ private:
         return true;
     }
 
-    // Begin and end of the hashes, of the parent, of the tokens and of the lookahead tokens of an event.
+    // The beginning and end of an event's hashes, parent, tokens and lookahead tokens.
     struct Parts {
         const uint8_t* at[8] = {};
         bool ordered() const {
@@ -807,23 +808,23 @@ private:
     uint32_t seen_ = 0;
     uint32_t bad_ = 0;
     bool bad_token_ = false;
-    bool repeated_ = false;               // a field came twice
-    const uint8_t* remaining_ = nullptr;  // the list of copies that stay, if there is one
+    bool repeated_ = false;               // a field occurred twice
+    const uint8_t* remaining_ = nullptr;  // the list of remaining copies, if there is one
     const uint8_t* lookahead_ = nullptr;  // the lists of lookahead tokens, if there are any
-    bool pairs_ = false;                  // the tokens came as pairs
-    uint32_t behind_ = 0;                 // the second of the last pair
-    const uint8_t* before_ = nullptr;     // the event before, if the next may be compared with it
-    Parts parts_;                         // of the event that is or was read
-    uint32_t patience_ = 0;               // events that are read without comparing first
+    bool pairs_ = false;                  // the tokens are pairs
+    uint32_t behind_ = 0;                 // the second token of the last pair
+    const uint8_t* before_ = nullptr;     // the event before, if the next event may be compared with it
+    Parts parts_;                         // of the event that was read last or is being read
+    uint32_t patience_ = 0;               // events that are read without a comparison first
 };
 
 }  // namespace events_detail
 
 // Decodes one payload, [ts, events, data_parallel_rank] or a map of them, into `out`, in one pass over the bytes.
-// Events are arrays that start with their tag or maps with a key `type`, in any mixture, and each is judged by itself:
-// one that is sound msgpack but not a sound event has `bad` set and costs its siblings nothing. False: the bytes are
-// not a batch, `fault` has the reason and the place, and `out` is not to be used. `others` false: events of unknown
-// kinds are counted and not kept.
+// Events are arrays that start with their tag or maps with a key `type`, in any mixture. Each event is judged
+// separately: sound msgpack that is no sound event has `bad` set and does not affect the other events. Returns false if
+// the bytes are not a batch: then `fault` has the reason and the place, and `out` must not be used. `others` false:
+// events of unknown kinds are counted but not kept.
 inline bool decode_batch(const uint8_t* p, size_t n, Batch& out, DecodeFault& fault, bool others = true) {
     out.reset();
     events_detail::BatchDecoder decoder(p, n, out, others);

@@ -1,5 +1,6 @@
-// One field of one event as it lies in the payload. The decoder keeps the fields that an index needs: nil, 0 and -1
-// are one LoRA id to it, and it has no session. Tools that show an event as it was written find the difference here.
+// One field of one event as it is in the payload. The decoder keeps only the fields that an index needs: to the index,
+// nil, 0 and -1 are one LoRA id, and a session does not exist. Tools that show an event as it was written find the
+// difference here.
 #pragma once
 
 #include <cstddef>
@@ -11,8 +12,8 @@
 
 namespace kvindex {
 
-// The value of the field `name` in the event of `n` bytes at `p`, which is sound msgpack: the last one of that name in
-// a map, the one at the name's place in an array. Unset if it is missing.
+// The value of the field `name` in the event of `n` bytes at `p`, which is sound msgpack: of a map, the last value with
+// that name; of an array, the value at the name's place. Unset if it is missing.
 inline StrRef event_field(const uint8_t* p, size_t n, EventKind kind, const char* name, size_t name_bytes) {
     using namespace events_detail;
     MsgReader r(p, n);
@@ -48,7 +49,7 @@ inline StrRef event_field(const uint8_t* p, size_t n, EventKind kind, const char
     return found;
 }
 
-// The same where it is a string: its characters.
+// The characters of the field, if it is a string.
 inline StrRef event_text(const uint8_t* p, size_t n, EventKind kind, const char* name, size_t name_bytes) {
     const StrRef found = event_field(p, n, kind, name, name_bytes);
     MsgReader r(reinterpret_cast<const uint8_t*>(found.p), found.n);

@@ -1,16 +1,16 @@
-// Hashed batches: what an index reads of a payload, with local hashes in place of tokens, extra keys, adapters and
-// salts. A log has them, so that no prompt is in it and its readers hash nothing. The form is ours: no engine writes
-// it.
+// Hashed batches: the data that an index reads from a payload, with local hashes in place of tokens, extra keys,
+// adapters and salts. A log consists of them, so no prompt is in it and its readers hash nothing. The form is ours: no
+// engine writes it.
 //
-//   batch   u32 bytes behind it, f64 time, u64 fingerprint of the payload, pod, model, rank, number + 1 or 0, sound,
-//           joined, number of events, events
-//   event   head (bits of kHead...), fields unless `like`, bad, number of hashes, number of tokens, parent, names,
-//           local hashes (of a removal: the copies that stay)
+//   batch   u32 bytes behind it, f64 time, u64 fingerprint of the payload, pod, model, rank, number + 1 or 0;
+//           sound, joined, number of events, events
+//   event   head (bits h_...), fields unless `like`, bad, number of hashes, number of tokens;
+//           parent, names, local hashes (of a removal: the copies that stay)
 //
-// Numbers are little-endian in seven bits a byte (LEB128), hashes in eight bytes, texts behind their length and one (0:
-// unset). A payload that is no batch is not sound: its worker has lost something. The decoder of payloads has judged
-// everything else already, and what is read here is held to the same bounds: bytes of any kind give a Batch that an
-// index can take, or a fault.
+// Numbers are little-endian in seven bits a byte (LEB128), hashes in eight bytes, and texts follow their length plus
+// one (0: unset). A payload that is no batch is not sound: its worker has lost events. The decoder of payloads has
+// verified everything else already, and the reader here applies the same bounds: any bytes give a Batch that an index
+// can take, or a fault.
 #pragma once
 
 #include <string>
@@ -72,12 +72,12 @@ public:
         fail();
         return 0;
     }
-    // A number that may be this large.
+    // A number up to `most`.
     uint64_t number(uint64_t most) {
         const uint64_t x = number();
         return x <= most ? x : fail();
     }
-    // Whether there are so many, which are behind `take` then.
+    // Copies `n` items and steps over them. Returns false if there are not as many.
     template <class T>
     bool raw(T* to, size_t n) {
         if (n > left() / sizeof(T)) return fail();
@@ -101,7 +101,7 @@ private:
 
 inline uint32_t hashes_of(const Event& e) { return e.n_hashes * (e.hashed == Hashed::local ? 1u + e.factor : 1u); }
 
-// Whether both have the same fields, so that one place serves both.
+// Whether both events have the same fields, which are then written once.
 inline bool are_alike(const Event& e, const Event& before) {
     return e.like && e.bad == Reason::none && before.bad == Reason::none && e.lookahead == before.lookahead &&
            e.factor == before.factor;
@@ -139,7 +139,7 @@ inline bool read_event(Reader& from, Batch& b) {
     e.has_parent = (head & h_parent) != 0;
     e.many = (head & h_many) != 0;
     if (e.like) {
-        // An event like one of another kind, or like a bad one, is not written.
+        // No writer marks an event as like one of another kind, or as like a bad one.
         if (e.bad != Reason::none || (head & (h_bad | h_many)) || (head & h_kind) != static_cast<unsigned>(e.kind))
             return from.fail();
     } else {
@@ -166,7 +166,7 @@ inline bool read_event(Reader& from, Batch& b) {
     const bool stored = e.kind == EventKind::stored, removed = e.kind == EventKind::removed;
     if ((e.bad != Reason::none || !(stored || removed)) && (e.n_hashes || e.n_tokens)) return from.fail();
     if ((head & h_hashed) && !stored) return from.fail();
-    // Of blocks that no index of this block size places, there is no content.
+    // Blocks that no index of this block size places have no content.
     e.hashed = (head & h_hashed) ? Hashed::local : stored && e.n_tokens ? Hashed::absent : Hashed::tokens;
     const size_t hashes = size_t{e.n_hashes} * (e.hashed == Hashed::local ? size_t{1} + e.factor : 1);
     if (hashes > from.left() / sizeof(uint64_t)) return from.fail();
@@ -205,7 +205,8 @@ inline void write_hashed(const HashedHead& head, const Batch& b, std::vector<uin
     std::memcpy(out.data() + at, &bytes, sizeof bytes);
 }
 
-// Reads the batch at `p`, whose strings are those bytes. The bytes that it takes; 0: they are not such a batch.
+// Reads the batch at `p`. Its strings point into these bytes. Returns the number of bytes read; 0: they are not such a
+// batch.
 inline size_t read_hashed(const uint8_t* p, size_t n, HashedHead& head, Batch& b) {
     using namespace hashed_detail;
     b.reset();

@@ -1,9 +1,9 @@
-// A reader of msgpack (https://github.com/msgpack/msgpack/blob/master/spec.md) over a buffer that may hold anything.
+// A reader of msgpack (https://github.com/msgpack/msgpack/blob/master/spec.md) over a buffer that may contain anything.
 //
-// It never reads past the end, never throws, never recurses and never allocates. It returns either one scalar
-// or the header of a container, whose items the caller then reads one after the other. Every length is compared with
-// the rest of the buffer before it is returned: an item takes at least one byte, so a container that declares more
-// items than there are bytes left is refused while it is still only a number.
+// It never reads past the end, never throws, never recurses and never allocates. It returns either one scalar or the
+// header of a container, whose items the caller then reads one after the other. Every length is compared with the rest
+// of the buffer before it is returned. An item takes at least one byte, so a container that declares more items than
+// there are bytes left is refused while it is still only a number.
 #pragma once
 
 #include <cstddef>
@@ -92,8 +92,8 @@ struct MsgReader {
         return next_long(v, t, at);
     }
 
-    // Steps over so many values with all that is inside them. Depth is a number here, not a stack: only the
-    // number of items that are still to come matters, so no depth can hurt.
+    // Steps over this many values, with everything inside them. Depth is a number here, not a stack: only the number of
+    // remaining items matters, so any depth is safe.
     bool skip(uint64_t items) {
         MsgValue v;
         while (items != 0) {
@@ -210,8 +210,8 @@ private:
     }
 };
 
-// The number of nils at p, from the first of n bytes on. vLLM >= 0.23 sends one nil per block for every plain text
-// request, so almost every extra_keys list consists of these.
+// The number of nils at p, among the first n bytes. vLLM >= 0.23 sends one nil per block for every plain text request,
+// so almost every extra_keys list consists of nils.
 inline size_t nil_run(const uint8_t* p, size_t n) {
     constexpr uint64_t eight_nils = 0xc0c0c0c0c0c0c0c0u;
     size_t i = 0;
@@ -225,7 +225,7 @@ inline size_t nil_run(const uint8_t* p, size_t n) {
 
 namespace msgpack_detail {
 
-// Bytes that an unsigned integer of at most 32 bits takes, by its first byte; 0: something else starts here.
+// The bytes that an unsigned integer of at most 32 bits takes, by its first byte. 0: another value starts here.
 struct LengthTable {
     uint8_t at[256];
     constexpr LengthTable() : at() {
@@ -244,8 +244,8 @@ inline constexpr uint32_t u32_mask[6] = {0, 0xffu, 0xffu, 0xffffu, 0, 0xffffffff
 
 inline const bool has_ssse3 = __builtin_cpu_supports("ssse3") != 0;
 
-// Length of the integer that would start at each of 16 bytes. A shuffle looks up the low four bits of an index and
-// gives 0 where its top bit is set; the saturating addition sets that bit for every byte outside 0xc0..0xcf.
+// The length of the integer that would start at each of 16 bytes. A shuffle looks up the low four bits of an index and
+// gives 0 if its top bit is set. The saturating addition sets that bit for every byte outside 0xc0..0xcf.
 __attribute__((target("ssse3"), always_inline)) inline __m128i lengths_at(const uint8_t* p) {
     const __m128i table = _mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 3, 5, 0);
     const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -254,7 +254,7 @@ __attribute__((target("ssse3"), always_inline)) inline __m128i lengths_at(const 
     return _mm_sub_epi8(tagged, _mm_cmpgt_epi8(x, _mm_set1_epi8(-1)));
 }
 
-// step[i] + step[i + step[i]] for 16 positions, where `after` holds the 16 that follow `step`.
+// step[i] + step[i + step[i]] for 16 positions, where `after` holds the 16 positions that follow `step`.
 __attribute__((target("ssse3"), always_inline)) inline __m128i two_steps(__m128i step, __m128i after) {
     const __m128i iota = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m128i to = _mm_add_epi8(iota, step);
@@ -263,15 +263,15 @@ __attribute__((target("ssse3"), always_inline)) inline __m128i two_steps(__m128i
     return _mm_add_epi8(step, _mm_or_si128(here, there));
 }
 
-// Where an integer starts is known only when the one before it has been read: one at a time that is a chain of two
-// dependent loads and an addition for each (2.3 ns a token), or, with branches, a misprediction for every second token
-// (3.5-5 ns for ids drawn from a vocabulary of 152 thousand). Here the step over *four* integers is worked out for
-// every byte of a stretch at once, whether or not one starts there, so that the chain is one load for four (0.97 ns a
-// token, whatever the ids; all measured on Zen 5). Three bytes before p must be readable.
+// The start of an integer is known only when the integer before it has been read. One at a time, that is a chain of two
+// dependent loads and an addition for each (2.3 ns a token). With branches, it is a misprediction for every second
+// token (3.5-5 ns for ids drawn from a vocabulary of 152 thousand). Here, the step over *four* integers is computed for
+// every byte of a stretch at once, whether or not an integer starts there. So the chain is one load for four integers
+// (0.97 ns a token for any ids; all measured on Zen 5). Three bytes before p must be readable.
 __attribute__((target("ssse3"))) inline size_t read_u32s_ssse3(const uint8_t*& p, const uint8_t* end, uint32_t* out,
                                                                size_t n) {
-    constexpr size_t stretch = 64;  // integers a time: their at most 320 bytes are whole vectors
-    constexpr size_t slack = 48;    // the last vectors start before the integers end, and reach over it
+    constexpr size_t stretch = 64;  // integers at a time: their at most 320 bytes are whole vectors
+    constexpr size_t slack = 48;    // the last vectors start before the integers end, and reach beyond them
     alignas(16) uint8_t one[5 * stretch];
     alignas(16) uint8_t four[5 * stretch];
     size_t done = 0;
@@ -302,7 +302,7 @@ __attribute__((target("ssse3"))) inline size_t read_u32s_ssse3(const uint8_t*& p
             const size_t l1 = one[e0], e1 = e0 + l1;
             const size_t l2 = one[e1], e2 = e1 + l2;
             const size_t l3 = one[e2], e3 = e2 + l3;
-            if (l3 == 0) {  // a length of 0 stays where it is, so the fourth shows it for all
+            if (l3 == 0) {  // a length of 0 stays where it is, so the fourth length shows it for all
                 p += at;
                 return done + k;
             }
@@ -323,8 +323,8 @@ __attribute__((target("ssse3"))) inline size_t read_u32s_ssse3(const uint8_t*& p
 
 }  // namespace msgpack_detail
 
-// Reads up to n unsigned integers of at most 32 bits, as engines write token ids, and stops early at the first value
-// that is anything else or is cut short (which MsgReader::next then reads or refuses). Returns how many were read.
+// Reads up to n unsigned integers of at most 32 bits, as engines write token ids. Stops early at the first value that
+// is anything else or is cut short (which MsgReader::next then reads or refuses). Returns the number of integers read.
 inline size_t read_u32s(const uint8_t*& p, const uint8_t* begin, const uint8_t* end, uint32_t* out, size_t n) {
     size_t done = 0;
     if (p - begin >= 3) {

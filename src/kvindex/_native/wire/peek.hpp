@@ -1,5 +1,5 @@
-// The little that a stream needs of a batch before it is decoded: when it was made, how many events it has, and whose
-// it is. By the decoder's own rules for a time and a rank, so that no batch is of one worker here and of another there.
+// The few fields that a stream needs from a batch before it is decoded: its time, its number of events and its rank.
+// Time and rank follow the decoder's own rules, so no batch belongs to one worker here and to another there.
 #pragma once
 
 #include <cmath>
@@ -14,19 +14,19 @@ namespace kvindex {
 struct BatchPeek {
     bool timed = false;   // it has a time that is a number
     double ts = 0.0;      // seconds
-    uint64_t events = 0;  // the declared number, and no more than there is room for
-    int64_t rank = -1;    // -1: none is named, or the payload is no sound batch
+    uint64_t events = 0;  // the declared number, but at most as many as there is room for
+    int64_t rank = -1;    // -1: no rank is named, or the payload is no sound batch
 };
 
-// Reads time and number of events, O(1) where the batch is an array, as in every released engine; with
-// `whole` also the rank, which lies behind the events: O(bytes), without looking into them.
+// Reads the time and the number of events. O(1) if the batch is an array, as in every released engine. `whole`: also
+// reads the rank, which lies behind the events: O(bytes), without reading the events themselves.
 inline BatchPeek peek_batch(const uint8_t* p, size_t n, bool whole) {
     using namespace events_detail;
     BatchPeek found;
     MsgReader r(p, n);
     MsgValue outer;
     if (!r.next(outer)) return found;
-    // Every reader leaves `r` behind its value.
+    // Each of these readers leaves `r` behind its value.
     bool listed = false;
     const auto time = [&] {
         MsgValue v;
@@ -74,7 +74,7 @@ inline BatchPeek peek_batch(const uint8_t* p, size_t n, bool whole) {
             }
         }
     }
-    // Damage must not be taken for another worker's batch.
+    // A damaged batch must not be taken for another worker's batch.
     if (!sound || !listed || r.p != r.end) found.rank = -1;
     return found;
 }
