@@ -1,11 +1,11 @@
 // Changes that take more than one turn of the write lock: events of very many blocks, clears, removals of pods, and
-// pending blocks whose parent has come.
+// pending blocks whose parent has arrived.
 //
-// No match sees half of one. A long store gives its blocks to a hidden holder, which is shown when all of them are
-// there and then folded into the worker's own. A long removal moves the last copies to a second holder, which is hidden
-// when all of them are found, and then removes its blocks. A clear hides all holders first. So matches
-// see one step of O(1), and all work that is proportional to the number of blocks happens before or after it.
-// Other changes of the same pod wait meanwhile (Pod::busy); other pods' go on between the turns.
+// No match sees half of such a change. A long store gives its blocks to a hidden holder, which is shown when it has all
+// of them, and is then folded into the worker's own holder. A long removal moves the last copies to a second holder,
+// which is hidden when it has all of them, and then removes the blocks. A clear hides all holders first. So matches see
+// one step of O(1), and all work in proportion to the number of blocks happens before or after it. Other changes of the
+// same pod wait meanwhile (Pod::busy), while changes of other pods run between the turns.
 #pragma once
 
 #include "ingest/ingest.hpp"
@@ -56,7 +56,7 @@ inline void Ingest::begin_removal(Change& c, u32 id, const Holder& tier, const u
     c.step = Change::Step::take;
     c.epoch = epoch_;
 }
-// Clears the workers of one rank or of every one, of some media or (nullptr) altogether.
+// Clears the workers of one rank or of every rank, in some media or (nullptr) in all media.
 inline void Ingest::begin_clear(Change& c, u32 pod, i64 rank, const std::vector<u32>* media) {
     c.workers.clear();
     for (u32 w : registry_.pod_at(pod).workers)
@@ -68,7 +68,7 @@ inline void Ingest::begin_clear(Change& c, u32 pod, i64 rank, const std::vector<
     c.goes = false;
     start_clear(c, pod, rank);
 }
-// Removes a pod. Begins without memory, so that it can be done when memory has ended.
+// Removes a pod. Needs no memory to begin, so it also works after memory has run out.
 inline void Ingest::begin_end(Change& c, u32 pod) noexcept {
     try {
         c.workers = registry_.pod_at(pod).workers;
@@ -99,11 +99,12 @@ inline void Ingest::begin_attach(Change& c, u32 id) {
 
 // ---- one turn -------------------------------------------------------------------------------------------------------
 
-// Does a turn's worth; false: there is more to do.
+// Does one turn's worth. Returns false if there is more to do.
 inline bool Ingest::go_on(Change& c, Report& r) {
     using Step = Change::Step;
     if (c.epoch != epoch_) {
-        // Memory ended in another change, and all content has gone. A clear has less to do; other changes were lost.
+        // Memory ran out in another change, and all content was dropped. A clear has less to do; other changes are
+        // lost.
         c.epoch = epoch_;
         if (c.step < Step::guesses) {
             abandon(c);
@@ -148,11 +149,11 @@ inline void Ingest::do_step(Change& c, Report& r) {
         case Step::finish: finish_clear(c); break;
     }
 }
-// For callers that cannot wait, or have little to do.
+// For callers that cannot wait, or whose change is small.
 inline void Ingest::go_through(Change& c, Report& r) {
     while (!go_on(c, r)) c.relax();
 }
-// A long store or removal ends before its time; its blocks are gone, or go with everything else.
+// Ends a long store or removal early. Its blocks have been dropped, or are dropped with all other content.
 inline void Ingest::abandon(Change& c) noexcept {
     const auto drop = [&](u32 h) {
         if (h != kNone && h < registry_.holder_slots() && registry_.holder(h).worker == c.worker)
@@ -219,7 +220,7 @@ inline void Ingest::orphaned(Change& c, Report& r) {
         c.step = Change::Step::park;
     }
 }
-// Copies of blocks that are known by name, or will be.
+// Copies of blocks whose names are known, or will be.
 inline void Ingest::copy_piece(Change& c, Report& r) {
     const u32 m = piece(c);
     c.spend(m * c.factor);
@@ -271,12 +272,12 @@ inline void Ingest::turn_away_piece(Change& c, Report& r) {
     c.step = Change::Step::show;
 }
 inline void Ingest::show_store(Change& c) {
-    // Turning a name away, or another one's eviction, may have taken all of it again.
+    // The twin may have lost all its blocks again: names were turned away, or a change of another worker evicted them.
     c.at = registry_.holder(c.twin).blocks ? c.n : 0;
     registry_.show(c.worker, c.twin);
     c.step = Change::Step::fold;
 }
-// The worker's blocks in [from, to) of a chain that the twin has become the holder's.
+// Gives the twin's blocks in [from, to) of a chain to the holder.
 inline void Ingest::fold(Change& c, u32 chain, u32 from, u32 to) {
     const u32 id = c.worker, twin = c.twin, h = c.holder;
     Worker& w = registry_.worker_at(id);
@@ -311,7 +312,7 @@ inline void Ingest::fold(Change& c, u32 chain, u32 from, u32 to) {
         if (two) chains_.change(chain, d, d + 1, [&](u32 x, u32 k) { return presence_.without(x, twin, k); });
     }
 }
-// From the last block that was placed towards the first.
+// Folds from the last placed block towards the first.
 inline void Ingest::fold_piece(Change& c) {
     while (c.at && c.left) {
         const u32 ref = presence_.find(c.worker, c.ids[c.at - 1]);
@@ -374,7 +375,7 @@ inline void Ingest::take_piece(Change& c, Report& r) {
     c.at = 0;
     c.step = Change::Step::forget;
 }
-// The last copy in `h` of the engine block that ends at `p` is to go; until then the twin has it.
+// The last copy in `h` of the engine block that ends at `p` will be removed. Until then, the twin holds it.
 inline void Ingest::leave(Change& c, u32 h, Pos p) {
     const Worker& w = registry_.worker_at(c.worker);
     auto t = std::find_if(c.twins.begin(), c.twins.end(), [&](const auto& x) { return x.first == h; });
@@ -388,7 +389,7 @@ inline void Ingest::leave(Change& c, u32 h, Pos p) {
     const u32 twin = t->second, factor = registry_.holder(h).factor;
     bool shared = false;
     for (u32 s = 0; s < factor; ++s) {
-        // Content may fork inside an engine block; another one that shares this part of it holds it too.
+        // Content may fork inside an engine block: another engine block that shares this part also holds it.
         shared = shared || (s != 0 && presence_.child_has(w, p, h));
         chains_.change(p.chain, p.depth, p.depth + 1,
                        [&](u32 x, u32 k) { return presence_.with(x, twin, k, shared ? kNone : h); });
@@ -433,7 +434,7 @@ inline void Ingest::drop_guess_of(Change& c) {
     c.at = 0;
     c.step = Change::Step::hide;
 }
-// From here on no match counts anything of it.
+// From here on, no match counts the cleared blocks.
 inline void Ingest::hide_all(Change& c) {
     for (u32 id : c.workers)
         widen(registry_.worker_at(id).hidden,
@@ -456,11 +457,11 @@ inline void Ingest::clear_lot(Change& c) {
     const auto cleared = [&](u32 h) { return cleared_by(c, h); };
     if (pending_.clear(c.workers[c.at], !c.some, cleared, c.serial, c.left)) c.step = Change::Step::dead;
 }
-// Records that only a cleared copy was waiting in.
+// Drops the records in which only cleared copies waited.
 inline void Ingest::clear_dead(Change& c) {
     if (pending_.drop_cleared(c.workers[c.at], c.serial, c.left)) c.step = Change::Step::maps;
 }
-// Names and copies mean nothing any more; the maps have an allocation for each.
+// Names and copies have no meaning any more. The maps have an allocation for each, so they are emptied in pieces.
 inline void Ingest::clear_maps(Change& c) {
     Worker& w = registry_.worker_at(c.workers[c.at]);
     if (!c.some) {
@@ -485,15 +486,15 @@ inline void Ingest::collect_chains(Change& c) {
     });
     c.spend(kTurnBlocks / 4);
     if (stamp != c.cursor.stamp && stamp) {
-        // The table was rebuilt meanwhile, and the walk has begun again.
+        // The table was rebuilt meanwhile, and the walk has started again.
         c.chains.clear();
         c.cursor = {};
         return;
     }
     if (!more) c.step = Change::Step::sort;
 }
-// Chains from the deepest to the root, so that a parent does not lose its last holder while a child hangs on it.
-// Joining may have made a child part of its parent, which comes later.
+// Sweeps chains from the deepest to the root, so that a parent does not lose its last holder while a child hangs on it.
+// A join may have made a child a part of its parent, which comes later.
 inline void Ingest::sweep_piece(Change& c) {
     const u32 id = c.workers[c.at];
     Worker& w = registry_.worker_at(id);
@@ -530,7 +531,7 @@ inline void Ingest::sweep_piece(Change& c) {
         }
     }
 }
-// Where the part of a chain that the worker knows ends: that is its beginning, or nothing.
+// The end of the part of a chain that the worker knows. This part is a beginning of the chain, or empty.
 inline u32 Ingest::known_end(const Worker& w, const Chain& c) const {
     u32 lo = 0, hi = c.runs.size();
     while (lo < hi) {
@@ -543,7 +544,7 @@ inline u32 Ingest::known_end(const Worker& w, const Chain& c) const {
     }
     return lo ? chains_.run_end(c, lo - 1) : c.base;
 }
-// The position of a block that only cleared media hold is kept if a block below it is known, and removed otherwise.
+// Keeps the position of a block that only cleared media hold if a block below it is known. Otherwise, removes it.
 inline void Ingest::clear_some_of(const Change& c, u32 id, u32 chain, u32 from, u32 end) {
     Worker& w = registry_.worker_at(id);
     if (end == from) return;

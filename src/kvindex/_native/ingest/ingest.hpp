@@ -1,8 +1,8 @@
 // The meaning of events: the effect of each on its worker, in one turn of the write lock or (changes.hpp) in several.
 //
-// An event is applied as a whole or not at all, and the report counts refused events. It is `apply`d within a Turn,
-// which keeps the values that need not be looked up for each event of a stream. A Change has the work that a turn does
-// not end, and `go_on` does another turn's worth of it.
+// An event is applied as a whole or not at all, and the report counts refused events. `apply` runs within a Turn, which
+// keeps the values that need not be looked up for each event of a stream. A Change has the work that a turn does not
+// finish, and `go_on` does another turn's worth of it.
 #pragma once
 
 #include <algorithm>
@@ -16,9 +16,9 @@
 
 namespace kvindex {
 
-// A change that goes on over several turns of the write lock (changes.hpp).
+// A change that takes several turns of the write lock (changes.hpp).
 struct Change {
-    // In the order in which they come: of a store, of the blocks that waited for it, of a removal, of a clear.
+    // In the order in which they run: of a store, of the blocks that waited for it, of a removal, of a clear.
     enum class Step : u8 {
         none,
         place,
@@ -46,9 +46,9 @@ struct Change {
     u32 epoch = 0;
     u32 pod = kNone, worker = kNone;
     i64 rank = 0;
-    u32 at = 0;  // how far the step has come, in engine blocks or workers
+    u32 at = 0;  // the progress of the step, in engine blocks or workers
 
-    // Of an event, made without the lock.
+    // Of an event: prepared without the lock.
     bool prepared = false, sound = true;
     u32 n = 0;  // engine blocks without repeats
     Scratch<u64> ids, locals;
@@ -58,14 +58,14 @@ struct Change {
     bool has_parent = false, rolled = false, whole = false;
     u64 parent = 0;
     u32 lookahead = 0;
-    u32 placed = kNone;  // engine blocks that have been placed, where the others were not
+    u32 placed = kNone;  // engine blocks that have been placed, if the others were not
     Reason reason = Reason::none;
 
-    // Of blocks that waited.
+    // Of the blocks that waited.
     Attaching waits;
 
-    // Of a removal: how many copies stay, if the event has it, and the holder that got the blocks to remove
-    // from each of the worker's.
+    // Of a removal: the number of copies that stay, if the event has it; and for each of the worker's holders, the
+    // holder that got its blocks to remove.
     Holder tier;
     const u32* stay = nullptr;
     std::vector<std::pair<u32, u32>> twins;
@@ -73,11 +73,11 @@ struct Change {
     // Of a clear.
     std::vector<u32> workers, media;
     std::vector<u8> doubts;  // by worker: whether it will be in doubt
-    bool some = false;       // these media only
-    bool forgives = false;   // the rank holds nothing afterwards, of no model
-    bool goes = false;       // the pod goes too
+    bool some = false;       // only these media
+    bool forgives = false;   // afterwards, the rank holds no block of any model
+    bool goes = false;       // the pod is removed too
     u64 serial = 0;
-    std::vector<std::pair<u32, u32>> chains;  // base and number
+    std::vector<std::pair<u32, u32>> chains;  // base and number of each
     ChainTable::Cursor cursor;
     u32 swept = kNone;
 
@@ -93,19 +93,19 @@ struct Change {
     }
 };
 
-// Events of one stream that are applied under one lock, one after the other, and the values that need not be looked up
-// for each.
+// Events of one stream that are applied one after the other under one lock, and the values that need not be looked up
+// for each event.
 struct Turn {
     u32 pod;
     i64 rank;
     const std::string& model;
     u32 space;
     u32 worker = kNone;
-    u32 holder = kNone;  // where the event before stored to, while the fields are the same
+    u32 holder = kNone;  // the holder that the event before stored to, while the fields are the same
     // The probable parents of the next events, by the number of the event.
     static constexpr std::size_t kParents = 4;
     u32 parents[kParents] = {kNone, kNone, kNone, kNone};
-    Change& change;  // work that an event begins and a turn does not end
+    Change& change;  // work that an event begins and the turn does not finish
 
     Turn(u32 pod, i64 rank, const std::string& model, u32 space, Change& change)
         : pod(pod), rank(rank), model(model), space(space), change(change) {}
@@ -130,10 +130,10 @@ public:
     Ingest(const Ingest&) = delete;
     Ingest& operator=(const Ingest&) = delete;
 
-    // All content is about to go: changes under way notice it when they go on.
+    // All content is about to be dropped. Changes in progress notice it when they continue.
     void start_over() noexcept { ++epoch_; }
-    // Gives back the memory that a large event needed, and counts the rest. Scratch grows in these four; the rest
-    // follows them.
+    // Returns the memory that a large event needed, and counts the rest. Scratch grows in these four containers; the
+    // others follow them.
     void tidy() {
         const std::size_t seen = ids_.capacity() + insertion_.scratch() + extra_.scratch.capacity();
         if (seen == seen_) return;
@@ -147,8 +147,8 @@ public:
         seen_ = n ? seen : 0;
         eviction_.fit();
     }
-    // Events of this stream from `i` on were lost. If they had something new of its groups and media, no block
-    // of the worker is kept any more: an unknown group would object to nothing.
+    // The events of this stream from `i` on were lost. If they had new groups or media, no block of the worker is kept
+    // any more: an unknown group would object to nothing.
     void missed(const Turn& turn, const Batch& b, std::size_t i) {
         const u32 id = registry_.find_worker(turn.pod, turn.rank, registry_.find_space(turn.model));
         for (; i < b.events.size(); ++i) {
@@ -159,12 +159,12 @@ public:
             try {
                 known = learned(registry_.worker_at(id), e, static_cast<u32>(e.block_size / block_size_));
             } catch (const std::bad_alloc&) {
-                // A medium's name is compared in lower case.
+                // Comparing the name of a medium in lower case needs memory.
                 known = false;
             }
             Worker& w = registry_.worker_at(id);
             if (!known) w.muted = true;
-            // A clear before it in the batch has forgiven what was lost until then.
+            // Set here, since an earlier clear in the batch has reset the flags of all losses before it.
             w.shed = w.sticky = true;
             registry_.judge(w);
         }
@@ -172,7 +172,7 @@ public:
 
     // ---- long changes (changes.hpp) ---------------------------------------------------------------------------------
 
-    // Whether an event is prepared without the lock, and applied in pieces.
+    // Whether an event is prepared without the lock and applied in pieces.
     static bool is_long(const Event& e) {
         return e.bad == Reason::none && (e.kind == EventKind::stored || e.kind == EventKind::removed) &&
                (e.n_hashes > kTurnBlocks || e.n_tokens > u64{kTurnBlocks} * 4096);
@@ -200,7 +200,7 @@ public:
             if (registry_.worker_at(id).rank == rank && pending_.size(id) > kTurnBlocks) return true;
         return false;
     }
-    // Gives back all scratch, of an index that is deserted.
+    // Returns all scratch, once the index has no pod.
     void shrink() {
         drop_scratch();
         mem_.sub(scratch_);
@@ -225,9 +225,9 @@ public:
         eviction_.fit();
     }
     static constexpr std::size_t kNamesAhead = 6;
-    // Prefetches the memory that event `i` will need: the places of its names, then its parent's page, then
-    // the chain. Each is known only when the one before has come, so several events are on their way at a time. One
-    // block an event, each in another chain, after the processor has done other work: 255 ns a block became 190.
+    // Prefetches the memory that event `i` will need: the places of its names, then its parent's page, then the chain.
+    // Each of them is known only when the one before has arrived, so several events are prefetched at a time. For one
+    // block an event, each in another chain, after the processor has done other work, 255 ns a block became 190.
     KVINDEX_INLINE void expect_names(const Turn& turn, const Batch& b, std::size_t i) const {
         if (i >= b.events.size() || turn.space == kNone) return;
         const Event& e = b.events[i];
@@ -253,7 +253,7 @@ public:
     KVINDEX_INLINE void expect_first(const Turn& turn, const Batch& b, std::size_t i) const {
         for (std::size_t k = i; k < i + kNamesAhead; ++k) expect_names(turn, b, k);
     }
-    // The worker's cache is empty, or its part in the medium that the event names.
+    // The engine has cleared the worker's cache, or its part in the medium that the event names.
     void cleared(Change& c, u32 pod, i64 rank, StrRef medium) {
         Pod& p = registry_.pod_at(pod);
         if (medium.set()) {
@@ -263,9 +263,9 @@ public:
             begin_clear(c, pod, rank, &p.clear_media);
         } else {
             begin_clear(c, pod, rank, nullptr);
-            // vLLM's reset_prefix_cache leaves an offloading tier alone; with reset_external, a sleep or a pause the
-            // tier goes too. The events are the same. SGLang clears its tree and the host's pool in one step (0.5.23,
-            // UnifiedRadixCache._reset_full), and leaves its storage alone.
+            // vLLM's reset_prefix_cache leaves an offloading tier alone. With reset_external, and in a sleep or a
+            // pause, the tier is cleared too. The events are the same. SGLang clears its tree and the host's pool in
+            // one step (0.5.23, UnifiedRadixCache._reset_full), and leaves its storage alone.
             for (std::size_t i = 0; i < c.workers.size(); ++i) {
                 const u32 id = c.workers[i];
                 c.doubts[i] = registry_.worker_at(id).in_doubt || held_elsewhere(id);
@@ -273,7 +273,7 @@ public:
             if (p.refused.elsewhere) c.forgives = false;
         }
     }
-    // Events of these media are left out from now on, and blocks of earlier ones go.
+    // Ignores events of these media from now on, and drops the blocks of earlier events.
     void ignore_media(u32 pod, const std::vector<std::string>& media, Change& c) {
         registry_.set_media(registry_.pod_at(pod).ignore_media, media);
         begin_clear(c, pod, kEveryRank, &registry_.pod_at(pod).ignore_media);
@@ -285,7 +285,7 @@ public:
     }
 
 private:
-    // The two marks of pages are not available as names; 2^-63 by chance, and then a neighbour's name.
+    // The two marks of pages cannot be names. Such a name becomes its neighbour: 2^-63 by chance.
     static u64 name_of(u64 id) { return id == kNoName || id == kNameless ? id + 1 : id; }
 
     KVINDEX_INLINE u32 known_worker(Turn& turn) const {
@@ -302,7 +302,7 @@ private:
             if (!e.many) r.skip(e.bad);
             if (e.many && e.parent) r.skip(Reason::unknown_event, e.parent);
             if (e.many && e.block_size) r.skip(Reason::bad_event, e.block_size);
-            // An event of a kind that is not known may have taken blocks away.
+            // An event of an unknown kind may have removed blocks.
             if (e.kind == EventKind::stored) {
                 registry_.spoil(worker_of(turn));
             } else if (const u32 w = known_worker(turn); w != kNone) {
@@ -329,7 +329,7 @@ private:
         }
     }
 
-    // A rank for whose worker there is no room holds more than is known.
+    // A rank whose worker has no room holds more than is known.
     void refuse(u32 pod, i64 rank, const Event& e) {
         registry_.pod_at(pod).refused.add(rank, registry_.media().find(e.medium.p, e.medium.n) != 0);
         registry_.judge(pod);
@@ -343,9 +343,9 @@ private:
 
     // ---- stored -----------------------------------------------------------------------------------------------------
 
-    // `known`: the holder that events like this one store to, if it is known.
+    // `known`: the holder that events like this one store to, if it has been found already.
     void stored(Turn& turn, const Batch& b, const Event& e, u32 known, Report& r) {
-        // It has no block, not even a masked one.
+        // The event has no block, not even a masked one.
         if (is_bare(e) && e.n_hashes == 0) return;
         const u32 id = worker_of(turn);
         if (const Worker& w = registry_.worker_at(id); w.muted) return r.skip(w.why_muted, e.n_hashes);
@@ -365,8 +365,8 @@ private:
         if (known == kNone) known = learn(id, e, factor, ids, n, r);
         if (known == kNone) return;
         turn.holder = known;
-        // All its blocks are masked: it shows only that the group exists,
-        // which limits the blocks that the worker can reuse.
+        // All its blocks are masked. The event shows only that the group exists, which limits the blocks that the
+        // worker can reuse.
         if (n == 0) return;
         if (change.prepared) {
             store_long(turn, b, e, known, n, r);
@@ -374,11 +374,10 @@ private:
             store(turn, b, e, known, n, r);
         }
     }
-    // Neither tokens nor hashes of content: names alone.
+    // Hashed: hashes of content in place of tokens. Bare: neither tokens nor hashes of content, only names.
     static bool is_hashed(const Event& e) { return e.hashed == Hashed::local || e.hashed == Hashed::prefix; }
     static bool is_bare(const Event& e) { return e.n_tokens == 0 && e.hashed == Hashed::tokens; }
-    // Whether the event's block size is a multiple of the index's: `factor` of its own. Others are
-    // reported.
+    // Whether the event's block size is a multiple of the index's, `factor` times as large. Other sizes are reported.
     bool takes_size(u32 id, const Event& e, u32& factor, Report& r) {
         Worker& w = registry_.worker_at(id);
         const auto mismatch = [&] {
@@ -387,8 +386,8 @@ private:
             return false;
         };
         if (e.block_size == 0) return is_bare(e) || mismatch();
-        // The unfinished end of a prompt: vLLM announces it and again when it is complete, LMCache if it is configured
-        // so.
+        // The unfinished end of a prompt. vLLM announces it, and announces it again when it is complete. LMCache does
+        // so if it is configured to.
         const bool cut = e.n_tokens && e.n_tokens < e.block_size && e.block_size <= u64{block_size_} * 0xFFFF;
         const bool partial = e.n_hashes == 1 && (cut || e.block_size < u64{block_size_} * largest_factor(w));
         if (e.block_size % block_size_ || (partial && cut)) {
@@ -403,12 +402,13 @@ private:
             return false;
         }
         const u64 k = e.block_size / block_size_;
-        // Hashes of blocks of another size are not those of these.
+        // Hashes of blocks of another size are not the hashes of these blocks.
         if (k > ContentHasher::kMostFactor || (is_hashed(e) && k != e.factor)) return mismatch();
         factor = static_cast<u32>(k);
         return true;
     }
-    // The holder that the event stores to, with the group of the event. kNone: it cannot have one, which is reported.
+    // The holder that the event stores to, with the event's group. kNone: the worker cannot have such a holder, which
+    // is reported.
     u32 learn(u32 id, const Event& e, u32 factor, const u64* ids, u32 n, Report& r) {
         Worker& w = registry_.worker_at(id);
         if (eviction_.bounded() && !can_learn(w, e, factor)) {
@@ -418,7 +418,7 @@ private:
         }
         const u32 g = registry_.group(w, {e.group, e.spec_kind.p, e.spec_kind.n, e.window}, factor);
         if (g == kNone) {
-            // A group that is not known would object to nothing, so the answers of the others would be too large.
+            // An unknown group would object to nothing, so the answers of the other groups would be too large.
             r.skip(Reason::over_limit, std::max(n, 1u));
             mute(id, Reason::over_limit);
             return kNone;
@@ -432,9 +432,9 @@ private:
         }
         return h;
     }
-    // Whether the event's content is to be placed. A tier's event may lack the salt, adapter or image of a block: where
-    // the worker's own announcement of it may have been evicted, its names alone count, as copies of their blocks here
-    // or not at all.
+    // Whether the event's content is to be placed. A tier's event may lack the salt, adapter or image of a block. If
+    // the worker's own announcement of the block may have been evicted, only the names count: as copies of their blocks
+    // here, or not at all.
     bool places(u32 id, const Event& e, u32 h) const {
         return ContentHasher::of_whole_blocks(e) && !(registry_.worker_at(id).shed && registry_.holder(h).medium != 0);
     }
@@ -464,7 +464,7 @@ private:
             change.step = Change::Step::turn_away;
         }
     }
-    // Inlined, as `place`: a call each was 65 of the instructions of an event of one block.
+    // Inlined, like `place`: a call of each was 65 of the instructions of an event of one block.
     KVINDEX_INLINE void store(Turn& turn, const Batch& b, const Event& e, u32 h, u32 n, Report& r) {
         const u32 id = turn.worker, factor = registry_.holder(h).factor;
         Worker& w = registry_.worker_at(id);
@@ -490,7 +490,7 @@ private:
         note_full(w);
         place(turn.change, id, h, e, n, r);
     }
-    // It has placed a block of a size that fits.
+    // Records that the worker has placed a block of a size that fits.
     void note_full(Worker& w) {
         if (w.placed_full && !w.small_blocks) return;
         w.placed_full = true;
@@ -544,8 +544,8 @@ private:
         r.stored -= refused;
         if (refused) r.skip(Reason::over_limit, refused);
     }
-    // Whether so many blocks more are more than this pod may have. A block that it announces again counts as new, and
-    // a pending one as placed, which it will be without another check.
+    // Whether so many further blocks exceed the pod's limit. A block that is announced again counts as new, and a
+    // pending block counts as placed, since it will be placed without another check.
     bool over_limit(u32 pod, u64 more) {
         Pod& p = registry_.pod_at(pod);
         return p.max_blocks != 0 && over_limit(p, more);
@@ -555,7 +555,7 @@ private:
             p.spare -= more;
             return false;
         }
-        // At the limit each event counts again; below it, only one of many.
+        // At the limit, every event counts the blocks again; below it, only one of many events does.
         for (u32 id : p.workers) {
             const Worker& w = registry_.worker_at(id);
             more += registry_.held(w) + u64{w.pending} * largest_factor(w);
@@ -570,7 +570,7 @@ private:
     }
     bool make_room_for(u32 id, const Event& e, u32 n, u32 factor, bool whole) {
         if (!eviction_.on()) return true;
-        // An announcement by name alone costs a place in a list of copies, or in a lot.
+        // An announcement by name alone takes a place in a list of copies, or in a lot.
         if (!whole) return eviction_.make_room(id, 0, 0, static_cast<std::size_t>(n) * 128, kNone);
         const u32 parent = e.has_parent ? presence_.find(id, name_of(e.parent)) : kNone;
         if (e.has_parent && parent == kNone)
@@ -578,7 +578,7 @@ private:
                    eviction_.make_room(id, 0, 0, pending_.parked_weight(n, u64{n} * factor), kNone);
         return eviction_.make_room(id, n, n * factor, 0, parent);
     }
-    // Whether the event's group and medium are known, or may be kept for good.
+    // Whether the event's group and medium are known, or may be kept permanently.
     bool can_learn(const Worker& w, const Event& e, u32 factor) const {
         return eviction_.admits(Registry::kHolderBytes + sizeof(Group) + 192 + u64{2} * e.medium.n) ||
                learned(w, e, factor);
@@ -597,8 +597,8 @@ private:
         registry_.worker_at(id).muted = true;
         registry_.worker_at(id).why_muted = why;
     }
-    // The number of engine blocks with distinct names, from the first on. A repeat of the parent counts as well: a
-    // block cannot lie below itself.
+    // The number of engine blocks before the first repeated name. A repeat of the parent's name counts as well: a block
+    // cannot lie below itself.
     static u32 distinct(const Event& e, const u64* ids) {
         const u32 n = Repeats::first(ids, e.n_hashes);
         if (!e.has_parent || !ContentHasher::of_whole_blocks(e)) return n;
@@ -607,11 +607,11 @@ private:
 
     // ---- removed, cleared -------------------------------------------------------------------------------------------
 
-    // `left`: the number of copies that stay of each, if the event has it.
+    // `left`: the number of copies of each block that stay, if the event has it.
     void removed(Change& change, u32 id, const Event& e, const u64* ids, const u32* left, Report& r) {
         Holder tier;
         tier.medium = registry_.media().find(e.medium.p, e.medium.n);
-        // No worker holds a block there.
+        // No worker holds a block in this medium.
         if (tier.medium == kNone) return r.skip(Reason::unknown_hash, e.n_hashes);
         tier.group = registry_.find_group(registry_.worker_at(id), e.group);
         if (change.prepared) return begin_removal(change, id, tier, left);
@@ -631,10 +631,10 @@ private:
             }
         }
     }
-    // Removes the first of these blocks and those that follow it in the same chain, down or up, as long as all have the
-    // same holders and one name. Returns how many; 0: fewer than two. One at a time, a block above others was kept for
-    // them and looked at again after each: a removal of 20 blocks from the first on takes 36 thousand instructions less
-    // together.
+    // Removes the first of these blocks and those that follow it in the same chain, down or up, while all have the same
+    // holders and one name. Returns the number of removed blocks; 0: fewer than two. One at a time, a block above
+    // others was kept for them and examined again after each removal. Together, a removal of 20 blocks from the first
+    // on takes 36 thousand instructions less.
     u32 remove_row(u32 id, const Holder& tier, u32 ref, const u64* ids, u32 n) {
         const Worker& w = registry_.worker_at(id);
         if (ref == kNone || n < 2 || !w.copies.empty() || !w.second.empty() || !w.unsure.empty()) return 0;
@@ -664,20 +664,19 @@ private:
         }
         return 0;
     }
-    // Of a name that has no copy nothing is known that could stay.
+    // Removes all copies of a name but `left`. Returns false if the name has no copy, placed or pending.
     bool leave_copies(u32 id, const Holder& tier, u64 name, u32 ref, u32 left, Change* change) {
         if (remove_copy(id, tier, name, ref, &left, change)) return true;
         const u32 waiting = pending_.parked_copies(id, tier, name);
         for (u32 n = waiting; n > left; --n) pending_.cancel(id, tier, name);
         return waiting != 0;
     }
-    // The removal of a block by its name and (kNone: unknown) reference: `left` copies stay, or (nullptr) one goes.
+    // Removes a block by its name and reference (kNone: unknown). `left` copies stay, or (nullptr) one copy is removed.
     bool remove_one(u32 id, const Holder& tier, u64 name, u32 ref, const u32* left, Change* change) {
         return left ? leave_copies(id, tier, name, ref, *left, change)
                     : remove_copy(id, tier, name, ref, nullptr, change) || pending_.cancel(id, tier, name);
     }
-    // Takes away one copy, or, where `left` is the number that stays, all others. In a long removal, a block waits for
-    // the others.
+    // Removes one copy, or all copies but `left`. In a long removal, a block waits for the others.
     bool remove_copy(u32 id, const Holder& tier, u64 name, u32 ref, const u32* left, Change* change) {
         const auto take = [&](u32 h, Pos at) {
             if (change) {
@@ -724,7 +723,7 @@ private:
         return false;
     }
     bool counts_once(const Worker& w) const { return registry_.pod_at(w.pod).set_presence; }
-    // Whether a medium that the engine's clears may leave alone holds a block, also one that was evicted here.
+    // Whether a medium that the engine's clears may leave alone holds a block, including blocks that were evicted here.
     bool held_elsewhere(u32 id) const {
         const Worker& w = registry_.worker_at(id);
         const bool sglang = registry_.pod_at(w.pod).engine == Engine::sglang;
@@ -808,13 +807,13 @@ private:
     const ContentHasher content_;
     const u32 block_size_;
 
-    // Changes when all content has gone.
+    // Changes when all content is dropped.
     u32 epoch_ = 0;
 
-    // Scratch of the one writer.
+    // Scratch of the single writer.
     std::vector<u64> ids_, locals_;
     ExtraDigests extra_;
-    std::size_t scratch_ = 0, seen_ = 0;  // its bytes as they are counted, and its growth until then
+    std::size_t scratch_ = 0, seen_ = 0;  // its counted bytes, and its growth when they were counted
 };
 
 }  // namespace kvindex

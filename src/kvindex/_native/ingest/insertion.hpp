@@ -1,8 +1,8 @@
-// Puts blocks where they belong: below their parent, on content that exists already or on new content.
+// Puts blocks below their parent, on content that exists already or on new content.
 //
-// A path is a list of prefix hashes: `locate` finds the part of it that is content, `extend` adds the rest. `place`
-// does both for blocks of an event and gives them to its worker; it looks everything up before it changes anything, so
-// that a refused event has changed only names that meant other content.
+// A path is a list of prefix hashes: `locate` finds the part of it that exists as content, `extend` adds the rest.
+// `place` does both for the blocks of an event and gives them to its worker. It looks everything up before it changes
+// anything, so a refused event has changed only names that meant other content.
 #pragma once
 
 #include <unordered_set>
@@ -17,11 +17,11 @@ namespace kvindex {
 struct Segment {
     u32 chain;
     u32 depth;
-    u32 at;  // which block of the path is the first
+    u32 at;  // the number of its first block in the path
     u32 n;
 };
 
-// Consecutive engine blocks of one event, to be put below their parent.
+// Consecutive engine blocks of one event that are put below their parent.
 struct Placing {
     u32 worker, holder;
     bool has_parent;
@@ -29,8 +29,8 @@ struct Placing {
     const u64* ids;
     u32 n;  // engine blocks
     const u64* locals;
-    const u8* live;  // nullptr: all
-    bool rolled;     // `locals` are prefix hashes already
+    const u8* live;  // nullptr: all are live
+    bool rolled;     // `locals` are already prefix hashes
     u32 lookahead;
 };
 enum class Placed : u8 { yes, orphan, misaligned, mixed };
@@ -44,7 +44,7 @@ public:
     Insertion(const Insertion&) = delete;
     Insertion& operator=(const Insertion&) = delete;
 
-    // The part of a path that exists as content already. Valid until the next call.
+    // The part of a path that exists as content. Valid until the next call.
     const std::vector<Segment>& locate(u32 space, Pos at, const u64* prefixes, u32 n) {
         segs_.clear();
         u32 i = 0;
@@ -62,7 +62,7 @@ public:
             }
             const Chain& c = chains_[chain];
             const u32 most = std::min(n - i, c.end() - depth);
-            u32 k = depth == c.base;  // It was found by this one.
+            u32 k = depth == c.base;  // The chain was found by this block.
             while (k < most) {
                 const u64* page = chains_.page(c, depth + k).prefix;
                 u32 s = (depth + k) & (kPageBlocks - 1);
@@ -75,7 +75,7 @@ public:
         }
         return segs_;
     }
-    // Adds new content below `at` and returns the position of its first block.
+    // Appends new content below `at` and returns the position of its first block.
     Pos extend(u32 space, Pos at, const u64* prefixes, u32 n, u32 set, u32 lookahead) {
         u32 chain = at.chain;
         u32 depth = 0;
@@ -93,9 +93,9 @@ public:
         return {chain, depth};
     }
 
-    // Puts consecutive engine blocks below their parent. Where a name that the worker holds means other content, the
-    // engine's own pool decides: connectors leave out salts, adapters and multimodal keys (vLLM 0.33's
-    // self-describing offloading events, Mooncake's, LMCache's).
+    // Puts consecutive engine blocks below their parent. If a name that the worker holds means other content, the
+    // engine's own pool decides: connectors leave out salts, adapters and multimodal keys (vLLM 0.33's self-describing
+    // offloading events, Mooncake's, LMCache's).
     Placed place(const Placing& a) {
         conflicts_ = 0;
         const u32 parent = a.has_parent ? presence_.find(a.worker, a.parent) : kNone;
@@ -114,10 +114,10 @@ public:
             for (u32 j = 0; j < a.n; ++j) presence_.sure_of(registry_.worker_at(a.worker), a.ids[j]);
         return Placed::yes;
     }
-    // Names of the event at hand that the same medium holds for other content.
+    // The number of the current event's names that the same medium holds for other content.
     u32 conflicts() const { return conflicts_; }
-    // One more copy, of a block that the worker knows under this name. False: it is not the end of a block of that
-    // size.
+    // Adds one more copy of a block that the worker knows under this name. Returns false if it is not the end of a
+    // block of that size.
     bool add_known(u32 id, u32 h, u64 name, u32 ref) {
         const u32 factor = registry_.holder(h).factor;
         Pos p = chains_.pos(ref);
@@ -128,15 +128,15 @@ public:
         presence_.add_copy(id, h, path_.data(), name, true);
         return true;
     }
-    // The scratch of a large event: its growth, its bytes, and its end.
+    // The scratch of a large event: its growth, its bytes, and its release.
     std::size_t scratch() const { return prefixes_.capacity() + path_.capacity(); }
     std::size_t scratch_bytes() const { return bytes_of(prefixes_, taken_, segs_, pieces_, path_); }
     void drop_scratch() { drop_all(prefixes_, taken_, segs_, pieces_, path_); }
 
 private:
     u32 lookahead_of(u32 ref) const { return chains_[chains_.pos(ref).chain].lookahead; }
-    // Fills prefixes_ and segs_ for blocks whose parent is known. Returns the first of the names that mean something
-    // else, or nullptr.
+    // Fills prefixes_ and segs_ for blocks whose parent is known. Returns the first of the names that mean another
+    // block, or nullptr.
     const u64* find_place(const Placing& a, u32 factor, u32 parent) {
         const u32 blocks = a.n * factor;
         at_ = {kNone, kNone};
@@ -156,8 +156,8 @@ private:
         locate(registry_.worker_at(a.worker).space, at_, prefixes_.data(), blocks);
         return conflict(a, factor);
     }
-    // The event decides the meaning of its names. Copies in other media, which were announced before, move along. False
-    // if the parent's place went with the former block of a name.
+    // The event decides the meaning of its names. Copies in other media that were announced before move along. Returns
+    // false if the parent's place was removed with the former block of a name.
     bool decide(const Placing& a, u32 factor) {
         moved_.clear();
         expanded_.clear();
@@ -170,10 +170,10 @@ private:
             }
             const u64* other = find_place(a, factor, parent);
             if (!other) break;
-            // From the start again: the name may have been the parent's, and blocks may have
-            // gone with it. All such names at once: one at a time, an event whose names all
-            // mean something else now would cost the square of its length. The first in any
-            // case, for where prefix hashes collide the same hash may be another block's.
+            // Starts again: the name may have been the parent's, and blocks may have been removed with it. All such
+            // names are removed at once. One at a time, an event whose names all mean other content now would cost the
+            // square of its length. The first is always removed, since the same prefix hash may belong to another block
+            // if prefix hashes collide.
             const u32 first = static_cast<u32>(other - a.ids);
             others_.clear();
             for (u32 j = first; j < a.n; ++j) {
@@ -198,8 +198,9 @@ private:
         }
         return true;
     }
-    // Copies that the name has now, but for those of the engine's own pool: two meanings there are an error of a
-    // publisher. Blocks below were placed by the former meaning and are in doubt until the engine announces more.
+    // Collects the copies that the name has now, without those of the engine's own pool: two meanings there are an
+    // error of a publisher. Blocks below were placed by the former meaning and are in doubt until the engine announces
+    // more.
     void take_along(u32 id, u64 name, u32 ref) {
         Worker& w = registry_.worker_at(id);
         const bool unsure = w.unsure.count(name) != 0;
@@ -238,13 +239,13 @@ private:
             if (!presence_.held_in(id, name, ref, 0)) w.unsure.emplace(name, u8{1});
         });
     }
-    // The event is of a tier, and some of its names are held for other content: they are copies of that, and the
-    // following ones hang below that.
+    // The event belongs to a tier, and some of its names are held for other content. They are copies of that content,
+    // and the names that follow hang below it.
     Placed place_copies(const Placing& a, u32 factor) {
         u64 prev = a.has_parent ? chains_.prefix(presence_.find(a.worker, a.parent)) : 0;
         const Holder& tier = registry_.holder(a.holder);
         known_.assign(a.n, 0);
-        bool off = false;  // the block before is one of another lookahead
+        bool off = false;  // the block before has another lookahead
         for (u32 j = 0; j < a.n; ++j) {
             const u64* locals = a.locals + std::size_t{j} * factor;
             u64 here = prev;
@@ -293,19 +294,19 @@ private:
             run.n = end - j;
             run.locals += std::size_t{j} * factor;
             if (run.live) run.live += j;
-            // Blocks that were removed while they waited keep their positions for the blocks below, and the next one
-            // hangs elsewhere.
+            // Blocks that were removed while they waited keep their positions for the blocks below. The next known
+            // block hangs elsewhere.
             while (run.n && run.live && !run.live[run.n - 1]) --run.n;
             if (run.n && !decide(run, factor)) return Placed::orphan;
             j = end;
         }
         return Placed::yes;
     }
-    // Names whose places are prefetched. All names at once would be as good for an event of 64, but of a million the
-    // first would leave the cache again.
+    // The number of names ahead whose places are prefetched. For an event of 64 names, all names at once would be as
+    // good. With a million, the first would leave the cache again.
     static constexpr u32 kPlacesAhead = 64;
-    // The first of the names that this worker already knows for another block, or nullptr.
-    // Notes of the blocks that are new content whether anybody has their names.
+    // The first of the names that this worker already knows for another block, or nullptr. For blocks that are new
+    // content, records in taken_ whether any worker has their names.
     const u64* conflict(const Placing& a, u32 factor) {
         const Worker& w = registry_.worker_at(a.worker);
         const RefTable& names = registry_.space_at(w.space).names;
@@ -363,7 +364,7 @@ private:
             presence_.add_copy(a.worker, a.holder, path_.data() + (blocks - (j + 1) * factor), a.ids[j],
                                !a.live || a.live[j]);
     }
-    // Blocks of size 1 that exist already: whole runs at a time where the worker's state is the same.
+    // Holds existing blocks of size 1: whole runs at a time while the worker's state is the same.
     void hold_old(const Placing& a, const Segment& s) {
         Worker& w = registry_.worker_at(a.worker);
         pieces_.clear();
@@ -376,7 +377,7 @@ private:
                 d = stop;
             }
         }
-        // Blocks of several sizes in one medium and group have one presence together where it does not count.
+        // If copies do not count, blocks of several sizes in one medium and group share one presence.
         const bool one_of_sizes = registry_.pod_at(w.pod).set_presence &&
                                   std::any_of(w.holders.begin(), w.holders.end(),
                                               [&](u32 o) { return o != a.holder && presence_.same_tier(o, a.holder); });
@@ -439,15 +440,15 @@ private:
     Presence& presence_;
     const BlockHasher& hasher_;
 
-    // Scratch of the one writer.
+    // Scratch of the single writer.
     std::vector<u64> prefixes_;
-    std::vector<u8> taken_;  // by block of the event: a worker, whichever, has its name
+    std::vector<u8> taken_;  // by block of the event: whether any worker has its name
     std::vector<Segment> segs_, pieces_;
     std::vector<Pos> path_;
-    Pos at_{kNone, kNone};     // the parent of the event at hand
+    Pos at_{kNone, kNone};     // the parent of the current event
     std::vector<Copy> moved_;  // copies of names that mean other content now
     std::vector<u64> others_;  // those names
-    std::vector<u8> known_;    // by block of an event of a tier: its name is held for other content
+    std::vector<u8> known_;    // by block of a tier's event: whether its name is held for other content
     std::unordered_set<u64> expanded_;
     u32 conflicts_ = 0;
 };

@@ -1,8 +1,8 @@
 // Stored blocks that cannot be placed yet: orphans wait for their parent, copies without content for their own name.
 //
-// A worker that has any has a lot, with every record under the name that it waits for and each of its blocks under its
-// own name. `Worker::pending` is the number of blocks that are alive in it, and the worker is degraded while that is
-// not zero. Of a worker of which something was evicted nothing waits.
+// A worker with such blocks has a lot. The lot has every record under the name that it waits for, and each block under
+// its own name. `Worker::pending` is the number of live blocks in the lot, and the worker is degraded while it is not
+// zero. Blocks of a worker with evicted blocks do not wait.
 #pragma once
 
 #include <algorithm>
@@ -18,21 +18,21 @@
 
 namespace kvindex {
 
-// Stored blocks that cannot be placed yet. An orphan event waits for its parent, anything else for its own hash.
+// Stored blocks that cannot be placed yet. An orphan event waits for its parent, any other event for its own hash.
 struct Parked {
     u64 waits_for = 0;
     bool orphan = false;
     u32 lookahead = 0;
     bool rolled = false;  // `locals` are prefix hashes
     u32 holder = 0;
-    u32 left = 0;  // how many are live
+    u32 left = 0;  // number of live entries
     std::vector<u64> ids;
     std::vector<u64> locals;  // orphans: ids.size() * factor local hashes
-    std::vector<u8> live;     // 0: its copy has been removed since, the position still counts
+    std::vector<u8> live;     // 0: its copy has been removed since, but its position still counts
 };
 
-// One hash of one record, ordered so that the latest live one of a medium and group is found without looking at others:
-// a lot may have thousands of one hash, in one record or each.
+// One hash of one record, in an order that finds the latest live hash of a medium and group without looking at others:
+// a lot may have thousands of one hash, in one record or in one record each.
 struct ParkedHash {
     u64 name;
     bool dead;
@@ -50,16 +50,16 @@ struct ParkedHash {
 struct ParkingLot {
     u64 next = 0;
     std::map<u64, Parked> records;
-    std::set<std::pair<u64, u64>> waiting;  // hash that is waited for, record
-    std::map<ParkedHash, u32> by_id;        // parked hash -> which of the record's
+    std::set<std::pair<u64, u64>> waiting;  // awaited hash, record
+    std::map<ParkedHash, u32> by_id;        // parked hash -> its place in the record
     std::set<u64> dead;                     // records without a live entry
 };
 
-// The blocks that waited for those of an event, and the progress of placing them.
+// The blocks that waited for the blocks of an event, and the progress of placing them.
 struct Attaching {
     std::vector<u64> fresh;  // names that became known
     std::vector<u64> ends;   // the last name of each record that was placed
-    std::vector<u64> moved;  // names for which something waited
+    std::vector<u64> moved;  // names that something waited for
 };
 
 class SectionReader;
@@ -84,30 +84,30 @@ public:
     // The blocks of all workers, and the bytes of all records.
     u64 blocks() const { return parked_; }
     std::size_t bytes() const { return lot_bytes_; }
-    // Blocks of a worker's records, those that were cancelled among them.
+    // The blocks in a worker's records, including cancelled ones.
     std::size_t size(u32 id) const { return any(id) ? lots_[id]->by_id.size() : 0; }
     // Whether a worker has records.
     bool any(u32 id) const { return id < lots_.size() && lots_[id]; }
-    // Whether any of a worker's blocks waits in a medium of these.
+    // Whether any of a worker's blocks waits in one of the wanted media.
     template <class F>
     bool waits_in(u32 id, F&& wanted) const {
         return any(id) && std::any_of(lots_[id]->by_id.begin(), lots_[id]->by_id.end(),
                                       [&](const auto& hash) { return !hash.first.dead && wanted(hash.first.medium); });
     }
-    // The worker with the most, or kNone.
+    // The worker with the most such blocks, or kNone.
     u32 fullest() const {
         u32 found = kNone;
         for (u32 id = 0; id < lots_.size(); ++id)
             if (lots_[id] && (found == kNone || size(id) > size(found))) found = id;
         return found;
     }
-    // A block without content of its own: one more copy of the block that the worker knows by this name.
+    // A block without content of its own is one more copy of the block that the worker knows by this name.
     void place_known(u32 id, u32 h, u64 name, Report& r) {
         const u32 ref = presence_.find(id, name);
         if (ref == kNone) {
             park_bare(id, h, name, r);
         } else if (registry_.worker_at(id).shed && !presence_.held_anywhere(id, name, ref)) {
-            // A name without a held block may have a new meaning, which was not read.
+            // A name without a held block may have a new meaning, which has not been read.
             turn_away(id, &name, 1, Reason::shed, r);
         } else if (insertion_.add_known(id, h, name, ref)) {
             ++r.stored;
@@ -120,9 +120,9 @@ public:
         return sizeof(Parked) + 160 + ids * (sizeof(u64) + 1 + 96) + locals * sizeof(u64);
     }
 
-    // Blocks of a worker after an eviction do not wait: their parent was most likely evicted, and the engine will not
-    // announce it again. The names have another meaning now than here, if any: keeping the former blocks would make
-    // answers too large.
+    // After an eviction, new blocks of the worker do not wait: their parent was most likely evicted, and the engine
+    // will not announce it again. If the names have a meaning here, it is outdated: keeping the former blocks would
+    // make answers too large.
     void turn_away(u32 id, const u64* ids, u32 n, Reason why, Report& r) {
         for (u32 i = 0; i < n; ++i) presence_.forget_name(id, ids[i]);
         r.skip(why, n);
@@ -133,7 +133,7 @@ public:
         while (!lots_[id]->records.empty()) unpark(id, lots_[id]->records.begin()->first);
         lots_[id].reset();
     }
-    // All content is about to go.
+    // All content is about to be dropped.
     void start_over() noexcept {
         for (u32 id = 0; id < lots_.size(); ++id) {
             if (!lots_[id]) continue;
@@ -144,8 +144,8 @@ public:
         lot_bytes_ = parked_ = 0;
         fresh_.clear();
     }
-    // A part of clearing a lot, of media that `cleared` names by a record's holder or (`all`) altogether: work of at
-    // most `left`, of which the rest is left. False: there is more, from record `serial` on.
+    // One part of clearing a lot, of the media that `cleared` selects by a record's holder, or (`all`) of all media.
+    // Does work of at most `left`, and reduces `left` by it. Returns false if there is more, from record `serial` on.
     template <class Cleared>
     bool clear(u32 id, bool all, Cleared&& cleared, u64& serial, u32& left) {
         const auto spend = [&](std::size_t n) { left -= std::min(left, static_cast<u32>(n)); };
@@ -169,7 +169,7 @@ public:
         serial = rec == l.records.end() ? 0 : rec->first;
         return rec == l.records.end();
     }
-    // And of dropping the records in which only cleared blocks were.
+    // The other part: drops the records that had only cleared blocks.
     bool drop_cleared(u32 id, u64& serial, u32& left) {
         for (; any(id) && left; left -= std::min(left, 8u)) {
             const auto next = lots_[id]->dead.lower_bound(serial);
@@ -222,7 +222,7 @@ public:
     }
     bool room(u32 id, u32 h, const u64* ids, u32 n) const {
         const Worker& w = registry_.worker_at(id);
-        // With those that were cancelled and are kept for the blocks below them.
+        // Including the blocks that were cancelled and are kept for the blocks below them.
         if (size(id) + n > u64{2} * max_parked_ + 4096) return false;
         u64 after = u64{w.pending} + n;
         if (after <= max_parked_) return true;
@@ -239,8 +239,8 @@ public:
             ++n;
         return n;
     }
-    // A removal that found no counted copy takes back the latest pending one.
-    // Its position stays for the blocks behind it.
+    // A removal that found no counted copy cancels the latest pending copy. Its position stays for the blocks behind
+    // it.
     bool cancel(u32 id, const Holder& tier, u64 name) {
         if (!any(id)) return false;
         const ParkedCopy copy = find_parked(*lots_[id], tier, name);
@@ -251,8 +251,8 @@ public:
         registry_.judge(registry_.worker_at(id));
         return true;
     }
-    // Attaches the blocks that waited for the fresh names, and those that waited for them, until nothing moves or so
-    // many blocks have been placed: then it returns false.
+    // Attaches the blocks that waited for the fresh names, then those that waited for these blocks, until nothing
+    // moves. Returns false if `left` blocks have been placed before that.
     bool attach(u32 id, Attaching& to, u32 left) {
         while (any(id) && !to.fresh.empty()) {
             const u64 name = to.fresh.back();
@@ -288,7 +288,8 @@ public:
                     to.ends.push_back(p.ids.back());
                     break;
                 case Placed::orphan:
-                    // Its parent has gone again. Still in its place under the bound, which it passed when it came.
+                    // Its parent has been removed again. The record keeps its place under the limit, which it passed
+                    // when it arrived.
                     shelve(id, std::move(p));
                     break;
                 case Placed::misaligned:
@@ -298,8 +299,8 @@ public:
         to.fresh.clear();
         return true;
     }
-    // Cancelled blocks at a record's end were placed for the blocks that wait for them; without those they go again.
-    // Only now.
+    // Cancelled blocks at a record's end were placed for the blocks that wait for them. Without such blocks they are
+    // removed again, but not before now.
     bool settle_ends(u32 id, Attaching& to, u32 left) {
         for (; left && !to.ends.empty(); --left) {
             if (const u32 ref = presence_.find(id, to.ends.back()); ref != kNone)
@@ -308,7 +309,7 @@ public:
         }
         return to.ends.empty();
     }
-    // Cancelled records that were kept for one that has its place now need not wait on.
+    // Drops cancelled records that were kept for a record that has its place now.
     bool drop_spent(u32 id, Attaching& to, u32 left) {
         for (; left && any(id) && !lots_[id]->dead.empty() && !to.moved.empty(); --left) {
             std::vector<u64> dead;
@@ -322,7 +323,7 @@ public:
         registry_.judge(registry_.worker_at(id));
         return true;
     }
-    // All that waits for these names at once, where little waits.
+    // Attaches everything that waits for these names at once, if little waits.
     void work_off(u32 id, const u64* names, u32 n) {
         fresh_.assign(names, names + n);
         Attaching to;
@@ -335,12 +336,12 @@ public:
 
     std::size_t scratch_bytes() const { return bytes_of(fresh_); }
     void drop_scratch() { drop_all(fresh_); }
-    // Gives back memory that was kept for the next worker.
+    // Returns memory that was kept for the next worker.
     void shrink() { drop_all(lots_); }
 
     // The first broken invariant, or an empty string.
     std::string check() const;
-    // A snapshot's sections of this part, which are verified while they are read.
+    // The snapshot sections of this part, which are verified while they are read.
     void save(SectionWriter& to, const SavePlan& plan) const;
     void restore(SectionReader& in, const RestorePlan& plan);
 
@@ -387,9 +388,10 @@ private:
         --registry_.worker_at(id).pending;
         --parked_;
     }
-    // A record without live copies is only kept while a live one hangs below it, directly or through other dead ones.
-    // Where many hang on one another, removals one by one would search all of them each time: after so many steps the
-    // rest stays, and the worker is degraded, since names that it frees are not those of its engine.
+    // A record without live copies is kept only while a live record hangs below it, directly or through other dead
+    // records. If many records hang on one another, removals one by one would search all of them each time. So the rest
+    // stays after this many steps, and the worker is degraded, since the names that it frees are not those of its
+    // engine.
     void drop_dead(u32 id, u64 serial) {
         ParkingLot& l = *lots_[id];
         std::vector<u64> todo(1, serial);
@@ -431,7 +433,7 @@ private:
              k != l.by_id.end() && k->first.name == name && todo.size() < kMostSteps; ++k)
             todo.push_back(k->first.serial);
     }
-    // Parks a new announcement. Where copies do not count, it takes the place of the one before.
+    // Parks a new announcement. If copies do not count, it replaces the announcement before.
     void park_new(u32 id, Parked&& p, Report& r) {
         Worker& w = registry_.worker_at(id);
         std::vector<u64> replaced;
@@ -464,7 +466,7 @@ private:
     void drop_empty(u32 id) {
         if (any(id) && lots_[id]->records.empty()) lots_[id].reset();
     }
-    // Records and names that are looked at for one that was cancelled.
+    // The most records and names that are examined for one cancelled record.
     static constexpr std::size_t kMostSteps = 1024;
 
     Memory& mem_;
@@ -476,7 +478,7 @@ private:
     std::vector<std::unique_ptr<ParkingLot>> lots_;  // by worker
     u64 parked_ = 0;
     std::size_t lot_bytes_ = 0;
-    std::vector<u64> fresh_;  // names that became known by the event at hand
+    std::vector<u64> fresh_;  // names that became known by the current event
 };
 
 }  // namespace kvindex

@@ -14,8 +14,8 @@ public:
     }
 
 private:
-    // A bitmap with 32 bits or more for each name rules most repeats out, and a scan of the names before decides the
-    // rest: of 512 distinct names 8 are looked at again, which is 4 comparisons a name.
+    // A bitmap with 32 bits or more for each name rules out most repeats, and a scan of the names before decides the
+    // rest: of 512 distinct names 8 are examined again, which is 4 comparisons a name.
     static constexpr u32 kFew = 512, kLgBits = 14;
 
     static u32 among_few(const u64* names, u32 n) {
@@ -33,12 +33,12 @@ private:
         }
         return n;
     }
-    // Above that a table of numbers, half full at most, that is gone after the call. A bitmap of 2^24 bits took 12.6 s
-    // for a million names, and 12.3 s for 300,000 that were chosen against the constant which mixed them.
+    // For more names, a table of numbers that is at most half full and is dropped after the call. A bitmap of 2^24 bits
+    // took 12.6 s for a million names, and 12.3 s for 300,000 names that were chosen against its mixing constant.
     static u32 among_many(const u64* names, u32 n) {
         const u32 lg = 64 - static_cast<u32>(__builtin_clzll(u64{n} * 2 - 1));
         const u64 mask = (u64{1} << lg) - 1;
-        const Zeros<u32> table(u64{1} << lg);  // a name's number and one
+        const Zeros<u32> table(u64{1} << lg);  // a name's number plus one
         for (u32 i = 0; i < n; ++i) {
             if (i + kAhead < n) __builtin_prefetch(table.data() + (mixed64(names[i + kAhead]) >> (64 - lg)), 1);
             u64 at = mixed64(names[i]) >> (64 - lg);

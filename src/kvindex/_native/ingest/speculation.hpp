@@ -1,8 +1,8 @@
-// Entries of add_prefix: prefixes that no event announced, until a time. One holder for each worker has all of them.
+// Entries of add_prefix: prefixes that no event has announced, valid until a time. Each worker has one holder for all
+// of its entries.
 //
-// They are no announcements of an engine, so they change no state. Each is kept with its whole path, so that it is
-// found again after any change of the chains; a block stays while any live entry of the worker
-// covers it.
+// They are no announcements of an engine, so they change no state. Each entry is kept with its whole path, so it is
+// found again after any change of the chains. A block stays while any live entry of the worker covers it.
 #pragma once
 
 #include <algorithm>
@@ -24,10 +24,10 @@ struct Guess {
     u32 worker;
     std::vector<u64> prefixes;
 };
-using Guesses = std::multimap<double, Guess>;  // by when they end
+using Guesses = std::multimap<double, Guess>;  // by the time at which they end
 
-// Along how many blocks two paths are one. A prefix hash stands for all blocks before it,
-// so the place where they part is found by halving.
+// The number of blocks that two paths have in common. A prefix hash stands for all blocks before it, so halving finds
+// the place where the paths part.
 inline std::size_t together(const std::vector<u64>& a, const std::vector<u64>& b) {
     std::size_t same = 0;
     for (std::size_t end = std::min(a.size(), b.size()); same < end;) {
@@ -41,7 +41,7 @@ inline std::size_t together(const std::vector<u64>& a, const std::vector<u64>& b
     return same;
 }
 
-// In this order, the entry that shares most of a path stands next to it, and those that go on from a path follow it.
+// In this order, the entry that shares most of a path is next to it, and the entries that continue a path follow it.
 struct ByPath {
     using is_transparent = void;
     bool operator()(Guesses::const_iterator x, Guesses::const_iterator y) const {
@@ -70,9 +70,9 @@ public:
 
     std::size_t size() const { return entries_.size(); }
     bool empty() const { return entries_.empty(); }
-    // The cost of all of them.
+    // The cost of all entries.
     std::size_t bytes() const { return bytes_; }
-    // An entry of this worker, along the whole path.
+    // Adds an entry of this worker, along the whole path.
     void add(u32 pod, i64 rank, const std::string& model, const u64* prefixes, u32 n, double until, u32 lookahead) {
         const u32 id = registry_.worker(pod, rank, registry_.space(model));
         Worker& w = registry_.worker_at(id);
@@ -104,7 +104,7 @@ public:
         bytes_ += cost(n);
     }
     double next_expiry() const { return entries_.empty() ? kNever : entries_.begin()->first; }
-    // Drops a turn's worth of expired entries. False: there are more.
+    // Drops a turn's worth of expired entries. Returns false if there are more.
     bool expire(double now) {
         const auto over = [&] { return !entries_.empty() && entries_.begin()->first <= now; };
         for (u32 left = kTurnBlocks; left && over();) {
@@ -114,14 +114,14 @@ public:
         return !over();
     }
 
-    // False if the worker has no entry.
+    // Drops one entry of the worker. Returns false if it has no entry.
     bool drop_one(u32 id) {
         const auto all = paths_.find(id);
         if (all == paths_.end()) return false;
         drop(*all->second.begin());
         return true;
     }
-    // Those of a worker that go through this block.
+    // Drops the worker's entries that go through this block.
     void drop_through(u32 id, Pos through) {
         std::vector<u64> path;
         for (Pos p = through; p.chain != kNone; p = presence_.before(p)) path.push_back(chains_.prefix(p));
@@ -133,13 +133,13 @@ public:
         }
     }
 
-    // The one that ends first. False if there is no entry.
+    // Drops the entry that ends first. Returns false if there is no entry.
     bool drop_first() {
         if (entries_.empty()) return false;
         drop(entries_.begin());
         return true;
     }
-    // All content is about to go.
+    // All content is about to be dropped.
     void start_over() noexcept {
         for (const auto& g : entries_) mem_.sub(kEntryBytes + g.second.prefixes.size() * sizeof(u64));
         paths_.clear();
@@ -147,15 +147,15 @@ public:
         bytes_ = 0;
     }
 
-    // The cost of one, with the content, as if it were the only holder: a chain, its runs and its place in tables, and
-    // its blocks.
+    // The cost of one entry with its content, as if it were the only holder: a chain, with its runs and its places in
+    // tables, and the blocks.
     static std::size_t cost(std::size_t blocks) {
         return kEntryBytes + sizeof(Chain) + 256 +
                blocks * (sizeof(u64) + (sizeof(Page) + sizeof(PageHome)) / kPageBlocks);
     }
 
 private:
-    // With the nodes of the containers that it stands in.
+    // With the nodes of the containers that hold the entry.
     static constexpr std::size_t kEntryBytes = sizeof(Guess) + sizeof(double) + 88;
 
     void drop(Guesses::iterator it) {
@@ -163,7 +163,8 @@ private:
         Worker& w = registry_.worker_at(id);
         const auto all = paths_.find(id);
         const auto at = all->second.find(it);
-        // Blocks that another live entry of the worker covers stay; its neighbours cover most.
+        // Blocks that another live entry of the worker covers stay. The neighbours share more of the path than any
+        // other entry.
         std::size_t keep = 0;
         if (at != all->second.begin()) keep = together((*std::prev(at))->second.prefixes, it->second.prefixes);
         if (std::next(at) != all->second.end())
@@ -194,8 +195,8 @@ private:
     }
 
     Guesses entries_;
-    std::size_t bytes_ = 0;                                               // the cost of all of them
-    std::unordered_map<u32, std::set<Guesses::iterator, ByPath>> paths_;  // each worker's
+    std::size_t bytes_ = 0;                                               // the cost of all entries
+    std::unordered_map<u32, std::set<Guesses::iterator, ByPath>> paths_;  // by worker
 
     Memory& mem_;
     Registry& registry_;
