@@ -1,4 +1,4 @@
-// Which pods there are: the one map from names to numbers, and back.
+// The existing pods: the one map from names to numbers, and back.
 #pragma once
 
 #include <cstdint>
@@ -10,15 +10,15 @@
 
 namespace kvindex {
 
-// A number is never used twice, so "number 5 was given to pod a" stays true, and a caller may keep it; this class
-// knows whether the pod is still there. The map changes under the index's write lock, and under a mutex of its own, so
-// that a call finds its pod before it waits for the index: a batch that waits while its pod is removed is dropped, and
-// a call that begins after the removal opens the pod again.
+// A number is never used twice, so "number 5 was given to pod a" stays true, and a caller may keep the number. This
+// class reports whether the pod still exists. The map changes under the index's write lock and under a mutex of its
+// own, so a call finds its pod before it waits for the index. A batch that waits while its pod is removed is dropped. A
+// call that begins after the removal opens the pod again.
 class PodDirectory {
 public:
     using Uid = std::uint64_t;  // 0: no pod
 
-    // Without the mutex, if the caller holds the index's lock in either mode.
+    // Needs no mutex if the caller holds the index's lock in either mode.
     Uid uid(const std::string& name) const {
         const auto it = uids_.find(name);
         return it == uids_.end() ? 0 : it->second;
@@ -35,7 +35,7 @@ public:
         const auto it = names_.find(uid);
         return it != names_.end() && it->second.open;
     }
-    // Also of a pod that has been removed, while few others have been removed since; otherwise empty, with `known`
+    // Also finds a removed pod while few others have been removed since. Otherwise, the name is empty and `known` is
     // false.
     std::string name(Uid uid, bool& known) const {
         const std::lock_guard<std::mutex> g(m_);
@@ -43,7 +43,7 @@ public:
         known = it != names_.end();
         return known ? it->second.name : std::string();
     }
-    // Some names, for a message.
+    // Up to `most` names, for a message.
     std::vector<std::string> some(std::size_t most, std::size_t& all) const {
         const std::lock_guard<std::mutex> g(m_);
         std::vector<std::string> out;
@@ -54,7 +54,7 @@ public:
 
     std::unordered_map<std::string, Uid> all() const { return uids_; }
 
-    // Has the pods of another one from now on, or as before where memory ends.
+    // Takes over the pods of another directory. If memory runs out, nothing changes.
     void become(const PodDirectory& other) {
         const std::lock_guard<std::mutex> g(m_);
         PodDirectory next;
@@ -72,7 +72,7 @@ public:
         next_ = next.next_;
     }
 
-    // Either is there afterwards as a whole or, where memory ends, not at all.
+    // Adds both entries or, if memory runs out, neither.
     void open(const std::string& name, Uid uid) {
         const std::lock_guard<std::mutex> g(m_);
         names_.emplace(uid, Entry{name, true});
@@ -105,13 +105,13 @@ public:
         next_ = (next_ + 1) % kRemembered;
     }
 
-    // A process that forks: see base/at_fork.hpp.
+    // A fork of the process: see base/at_fork.hpp.
     void before_fork() { m_.lock(); }
     void after_fork() { m_.unlock(); }
     void in_child() { new (&m_) std::mutex(); }
 
 private:
-    // Removed pods whose names answers from before still find.
+    // The number of removed pods whose names earlier answers can still find.
     static constexpr std::size_t kRemembered = 1024;
     struct Entry {
         std::string name;

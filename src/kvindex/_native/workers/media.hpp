@@ -1,4 +1,4 @@
-// The media that copies lie in, by number.
+// The media of copies, by number.
 #pragma once
 
 #include <cstring>
@@ -10,7 +10,7 @@
 
 namespace kvindex {
 
-// Media are compared without case; the known ones are shown in upper case, others as first seen.
+// Media are compared without case. The known ones are shown in upper case, others as first seen.
 inline std::string lower(const char* p, std::size_t n) {
     std::string s(p, n);
     for (char& c : s)
@@ -18,8 +18,8 @@ inline std::string lower(const char* p, std::size_t n) {
     return s;
 }
 
-// Names of media, each for as long as a holder or a pod's configuration has it. A number is never used twice, so an
-// answer that names a medium which has gone since names nothing else.
+// Names of media, each kept while a holder or a pod's configuration uses it. A number is never used twice, so an
+// earlier answer with a removed medium never names another one.
 class Media {
 public:
     explicit Media(Memory& m) : m_(m) {
@@ -30,7 +30,7 @@ public:
     Media(const Media&) = delete;
     Media& operator=(const Media&) = delete;
 
-    // The numbers that have been given, for an index that takes the place of this one's.
+    // The numbers that have been assigned, for an index that takes the place of this one's.
     struct Numbers {
         std::map<u32, std::string> names;
         u32 next = 1;
@@ -42,14 +42,16 @@ public:
         return out;
     }
     u32 numbers_given() const { return next_; }
-    // Of one that has no name yet but "GPU". Those that nobody takes go with the next sweep.
+    // Takes over the numbers of another index. Requires that only "GPU" has a name yet. Names without a user are
+    // removed by the next sweep.
     void follow(const Numbers& before) {
         for (const auto& n : before.names)
             if (n.first) put(lower(n.second.data(), n.second.size()), n.second, n.first);
         next_ = before.next;
     }
 
-    // A new one goes again unless somebody takes it; kNone when all numbers have been used.
+    // The number of a name. A new name is removed by the next sweep unless it gets a user. Returns kNone when all
+    // numbers have been used.
     u32 id(const char* p, std::size_t n) {
         const u32 known = find(p, n);
         if (known != kNone) return known;
@@ -87,20 +89,20 @@ public:
             if (here->second.users == 0) forget(here);
         }
     }
-    // Its place in the order in which an engine reads them; the last for all others.
+    // The medium's place in the order in which an engine reads tiers. All other media come last.
     u32 tier(u32 id) const {
         const auto it = names_.find(id);
         u32 n = 0;
         while (n < kTiers && (it == names_.end() || it->second.shown != kKnown[n])) ++n;
         return n;
     }
-    // Memory of the host: CPU, CPU_PINNED, CPU_TIER1, ...
+    // Host memory: CPU, CPU_PINNED, CPU_TIER1, ...
     bool is_host(u32 id) const {
         const auto it = names_.find(id);
         return it != names_.end() && it->second.key.compare(0, 3, "cpu") == 0;
     }
     std::size_t bytes() const { return bytes_; }
-    // Empty when it has gone.
+    // Empty if the medium has been removed.
     std::string name(u32 id) const {
         const auto it = names_.find(id);
         return it == names_.end() ? std::string() : it->second.shown;
@@ -114,8 +116,8 @@ public:
     }
 
 private:
-    // As engines write them. The first are tiers, in the order in which an engine reads them: its own pool,
-    // memory of the host, then slower media.
+    // As engines write them. The first are tiers, in the order in which an engine reads them: its own pool, host
+    // memory, then slower media.
     static constexpr const char* kKnown[] = {"GPU",     "CPU",      "CPU_PINNED", "DISK",
                                              "STORAGE", "EXTERNAL", "CPU_TIER1",  "CPU_TIER2"};
     static constexpr u32 kTiers = 6;
@@ -125,7 +127,7 @@ private:
         u64 users;
     };
     struct Seen {
-        const std::string* name = nullptr;  // as it is shown, which is how engines write it
+        const std::string* name = nullptr;  // the shown name, which is how engines write it
         u32 id = 0;
     };
     using Names = std::map<u32, Name>;
@@ -150,7 +152,7 @@ private:
         ids_.erase(it->second.key);
         names_.erase(it);
     }
-    // "GPU" is there in any case, and counts for nothing.
+    // "GPU" always exists, so its bytes are not counted.
     void count(u32 id, std::size_t n) {
         if (id == 0) return;
         bytes_ += n;

@@ -8,7 +8,7 @@
 
 namespace kvindex {
 
-// Names in pages and heads of chains stand in the tables of their space, and nothing else does.
+// The tables of each space contain the names in pages and the heads of chains, and nothing else.
 std::string Presence::check_names() const {
     std::string error;
     std::vector<u64> names(registry_.space_slots(), 0), heads(registry_.space_slots(), 0);
@@ -36,7 +36,7 @@ std::string Presence::check_names() const {
     return {};
 }
 
-// Names of a worker's own are of blocks that it knows, and stand in its table.
+// A worker has names of its own only for blocks that it knows, and they are in its table.
 std::string Presence::check_own_names() const {
     std::string error;
     std::vector<u64> own(registry_.worker_slots(), 0);
@@ -65,7 +65,7 @@ std::string Presence::check_own_names() const {
     return {};
 }
 
-// Holders count the blocks whose sets have them.
+// Each holder counts the blocks whose sets contain it.
 std::string Presence::check_holders() const {
     std::string error;
     std::vector<u64> held(registry_.holder_slots(), 0);
@@ -117,7 +117,8 @@ std::string Presence::check_chains(u32 id, std::map<u64, u32>& known) const {
     return {};
 }
 
-// A block that a worker knows: names lead to it, it is remembered for something, bits and lists of copies agree.
+// For a block that a worker knows: names lead to it, there is a reason to remember it, and bits and lists of copies
+// agree.
 std::string Presence::check_block(u32 id, Pos p) const {
     const Worker& w = registry_.worker_at(id);
     const u32 set = set_at(p), ref = chains_.ref(p);

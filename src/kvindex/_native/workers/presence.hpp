@@ -1,11 +1,11 @@
-// The blocks that each worker knows, by which names, in how many copies.
+// The blocks that each worker knows, with their names and the number of copies.
 //
-// They are a tree closed towards the root: a block is only ever attached below a block that its worker knows by name,
-// and a position stays known while anything below it is. Most questions become local through that: "does this worker
-// have something below this block" is "does it know a child", in a chain its blocks are a prefix of the chain, and a
-// block that no worker knows is the last one of its chain and has no children.
+// They are a tree that is closed towards the root: a block is only ever attached below a block that its worker knows by
+// name, and a position stays known while any block below it is. So most questions become local. "Does this worker have
+// a block below this one" is "does it know a child". In a chain, a worker's blocks are a prefix of the chain. A block
+// that no worker knows is the last one of its chain and has no children.
 //
-// Content goes when no worker knows it any more (`trim`), and forks that have gone leave no trace. Both stop after a
+// Content is dropped when no worker knows it any more (`trim`), and removed forks leave no trace. Both stop after a
 // turn's worth: the rest is `loose` until `tie_up` has done it.
 #pragma once
 
@@ -32,7 +32,7 @@ public:
     Presence(const Presence&) = delete;
     Presence& operator=(const Presence&) = delete;
 
-    // The chain that begins with this block below `parent`, and its first page; `pages` of them may be wanted.
+    // The chain that begins with this block below `parent`, and its first page. `pages`: how many pages may be needed.
     HeadSlot child(u32 space, Pos parent, u64 prefix, u32 pages) const {
         const HeadTable& heads = registry_.space_at(space).heads;
         const HeadSlot head = heads.find(prefix);
@@ -42,8 +42,9 @@ public:
             const Chain& k = chains_[slot.chain()];
             return k.parent == parent.chain && k.base == parent.depth + 1;
         };
-        // A different place for the same 64-bit prefix hash would be a collision; never follow it. But the content here
-        // is found all the same: a speculative entry is known by its path only, and would stay after its end.
+        // The same 64-bit prefix hash in another place is a collision, which is never followed. But the content in this
+        // place must be found: a speculative entry is known only by its path, and its blocks would otherwise stay after
+        // its end.
         return here(head) ? head : heads.find_among(prefix, here);
     }
 
@@ -56,7 +57,7 @@ public:
             if (words[i] & w.mask[i]) return true;
         return false;
     }
-    // Whether the worker knows a block with this set by anything but `holder`.
+    // Whether the worker knows a block with this set through any holder but `holder`.
     bool knows_besides(const Worker& w, u32 set, u32 holder) const {
         const u32 n = std::min<u32>(static_cast<u32>(w.mask.size()), sets_.words(set));
         const u64* words = sets_.data(set);
@@ -124,7 +125,7 @@ public:
         const u32 own = find_own(id, name);
         return own != kNone ? own : find_not_own(id, name, find_shared(w, name));
     }
-    // The block under this name in the pages, whichever worker knows it.
+    // The block with this name in the pages, for any worker that knows it.
     u32 find_shared(const Worker& w, u64 name) const {
         return registry_.space_at(w.space).names.find(name, [&](u32 ref) { return chains_.name(ref) == name; });
     }
@@ -145,14 +146,14 @@ public:
         }
         return kNone;
     }
-    // The name that the worker's copies have where bits alone count them; false if it has none.
+    // The name of the worker's copies if bits alone count them. Returns false if there is no such name.
     bool first_name(u32 id, Pos p, u32 ref, u64& out) const {
         const u64 own = own_name(id, p);
         if (own == kNameless) return false;
         out = own == kNoName ? chains_.name(ref) : own;
         return out != kNoName;
     }
-    // Gives a block its first name in this worker, which knows none for it.
+    // Gives a block its first name in this worker, which has no name for it yet.
     void give_name(u32 id, Pos p, u32 ref, u64 name) {
         Worker& w = registry_.worker_at(id);
         RefTable& names = registry_.space_at(w.space).names;
@@ -185,13 +186,13 @@ public:
             }
         drop_copies(w, it);
     }
-    // The maps keep their tables when they are emptied; new ones have none.
+    // An emptied map keeps its table, so an empty map is replaced by a new one, which has no table.
     void drop_copies(Worker& w, CountedMap<u32, Copies>::iterator it) {
         w.copies.erase(it);
         if (w.copies.empty()) w.copies = CountedMap<u32, Copies>(Counted<char>(mem_));
         if (w.second.empty() && w.second.bucket_count() > 1) w.second = CountedMap<u64, u32>(Counted<char>(mem_));
     }
-    // The worker's holders of an engine block that ends at `p`, those of a long change among them.
+    // The worker's holders of an engine block that ends at `p`, including those of a long change.
     template <class F>
     void each_holder(const Worker& w, Pos p, F&& f) const {
         const u32 set = set_at(p);
@@ -199,7 +200,7 @@ public:
             for (u32 h : *list)
                 if (sets_.has(set, h) && (p.depth + 1) % registry_.holder(h).factor == 0) f(h);
     }
-    // The explicit list of a block's copies, made from the bits when it is first needed.
+    // The explicit list of a block's copies. It is made from the bits when it is first needed.
     Copies& list_copies(u32 id, Pos p, u32 ref) {
         Worker& w = registry_.worker_at(id);
         const auto it = w.copies.find(ref);
@@ -210,7 +211,7 @@ public:
         each_holder(w, p, [&](u32 h) { list.push_back({name, h, 1}); });
         return list;
     }
-    // Back to bits when they are enough.
+    // Returns to bits if they are enough.
     void tidy_copies(u32 id, Pos p, u32 ref) {
         Worker& w = registry_.worker_at(id);
         const auto it = w.copies.find(ref);
@@ -225,13 +226,13 @@ public:
             if (c.holder == kNone || c.count > 1 || !named || c.id != name) return;
         drop_copies(w, it);
     }
-    // The name has one meaning again, or none any more.
+    // The name no longer has two meanings.
     void sure_of(Worker& w, u64 name) {
         if (w.unsure.empty() || !w.unsure.erase(name) || !w.unsure.empty()) return;
         w.unsure = CountedMap<u64, u8>(Counted<char>(mem_));
         registry_.judge(w);
     }
-    // Every copy that the worker holds of a block under this name: f(holder, count).
+    // Calls f(holder, count) for every copy that the worker holds of a block under this name.
     template <class F>
     void each_copy(u32 id, u64 name, u32 ref, F&& f) const {
         const Worker& w = registry_.worker_at(id);
@@ -256,7 +257,7 @@ public:
         each_copy(id, name, ref, [&](u32, u32) { any = true; });
         return any;
     }
-    // The names that the worker has for a block: f(name).
+    // Calls f(name) for each name that the worker has for a block.
     template <class F>
     void each_name(u32 id, Pos p, F&& f) const {
         const Worker& w = registry_.worker_at(id);
@@ -269,7 +270,7 @@ public:
         for (const Copy& c : it->second)
             if (c.holder == kNone) f(c.id, ref);
     }
-    // The worker announces this name for something else: the name and its copies go.
+    // The worker announces this name for another block. Removes the name and its copies.
     void forget_name(u32 id, u64 name) {
         Worker& w = registry_.worker_at(id);
         const u32 ref = find(id, name);
@@ -296,15 +297,15 @@ public:
             chains_.set_own_name(p.chain, id, p.depth, kNameless);
         }
         tidy_copies(id, p, ref);
-        // Last, since the block itself may go now.
+        // Last, since this may remove the block itself.
         for (u32 h : gone) take_copy(id, h, p);
         if (gone.empty()) settle(id, p);
     }
 
     // ---- copies -----------------------------------------------------------------------------------------------------
 
-    // Sets or clears no counts: makes the worker hold (or, `live` false, only know) one engine block that ends at
-    // `path[0]`, whose index blocks are path[0], path[1], ... towards the root.
+    // Makes the worker hold (`live` false: only know) one engine block that ends at `path[0]`, whose index blocks are
+    // path[0], path[1], ... towards the root. Changes no counts of copies.
     void hold(u32 id, u32 h, const Pos* path, u32 factor, bool live) {
         Worker& w = registry_.worker_at(id);
         for (u32 s = factor; s-- > 0;) {
@@ -327,8 +328,8 @@ public:
         return registry_.holder(a).medium == registry_.holder(b).medium &&
                registry_.holder(a).group == registry_.holder(b).group;
     }
-    // Whether a block of another size has a copy under this name in the same medium and group:
-    // where copies do not count, that is it.
+    // Whether a block of another size has a copy under this name in the same medium and group. If copies do not count,
+    // that is the same copy.
     bool counted_otherwise(u32 id, u32 h, Pos p, u32 ref, u64 name) const {
         const Worker& w = registry_.worker_at(id);
         const auto list = w.copies.find(ref);
@@ -345,7 +346,7 @@ public:
         }
         return false;
     }
-    // Counts one copy of a block under a name. The block may be new to the worker.
+    // Counts one copy of a block under a name. The worker may not know the block yet.
     void add_copy(u32 id, u32 h, const Pos* path, u64 name, bool live) {
         Worker& w = registry_.worker_at(id);
         const u32 factor = registry_.holder(h).factor;
@@ -384,7 +385,7 @@ public:
         }
         if (!held) hold(id, h, path, factor, true);
     }
-    // Of this block there is one copy or name more than is kept: the worker holds more than is known.
+    // This block has one copy or name more than are kept, so the worker holds more than is known.
     void refuse_copy(u32 id, Pos p, u32 ref) {
         ++refused_copies_;
         registry_.spoil(id);
@@ -397,13 +398,13 @@ public:
         chains_.change(p.chain, p.depth, p.depth + 1, [&](u32 x, u32 k) { return without(x, less, k); });
         if (p.depth == chains_[p.chain].base) lose_chain(w, p.chain);
     }
-    // The last counted copy of an engine block ending at `p` in this holder is gone.
+    // Handles the removal of the last counted copy of an engine block ending at `p` in this holder.
     void take_copy(u32 id, u32 h, Pos p) {
         Worker& w = registry_.worker_at(id);
         const u32 bottom = p.chain;
         const u32 factor = registry_.holder(h).factor;
         for (u32 s = 0; s < factor; ++s) {
-            // Content may fork inside an engine block; another one that shares this part of it holds it too.
+            // Content may fork inside an engine block: another engine block that shares this part also holds it.
             if (s != 0 && child_has(w, p, h)) break;
             const Pos up = before(p);
             lose_bit(id, h, p);
@@ -413,7 +414,7 @@ public:
         trim(bottom);
     }
     // `take_copy` of all blocks in [from, to) of a chain, which have the same holders. The chain has no children, and
-    // this worker has one name and no list of copies of each block.
+    // this worker has one name for each block and no list of copies.
     void take_row(u32 id, u32 h, u32 chain, u32 from, u32 to) {
         Worker& w = registry_.worker_at(id);
         const Chain& c = chains_[chain];
@@ -434,7 +435,8 @@ public:
         climb(id, up);
         trim(chain);
     }
-    // The worker no longer holds this block so; it may hold it otherwise, or have to remember it.
+    // The worker no longer holds this block through `h`. It may hold it through another holder, or may have to remember
+    // it.
     void lose_bit(u32 id, u32 h, Pos p) {
         const Worker& w = registry_.worker_at(id);
         if (knows_besides(w, set_at(p), h)) {
@@ -446,7 +448,7 @@ public:
             forget_block(id, p, h);
         }
     }
-    // From `p` towards the root: removes positions that were only kept for a block below them.
+    // Removes positions that were kept only for a block below them, from `p` towards the root.
     void climb(u32 id, Pos p) {
         const Worker& w = registry_.worker_at(id);
         if (w.ghost == kNone) return;
@@ -463,13 +465,13 @@ public:
         climb(id, p);
         trim(p.chain);
     }
-    // Drops the blocks at the chain's end that no worker knows, then the chain, then looks at its parent.
+    // Drops the blocks at the chain's end that no worker knows, then the chain itself, and continues with its parent.
     void trim(u32 chain) {
         for (u32 left = kTurnBlocks; chain != kNone;) {
             Chain& c = chains_[chain];
             if (c.len && c.runs.back().set == kEmptySet) {
                 const u32 live = std::max(c.runs.back().start, loose_chains_.empty() ? 0 : deepest_fork(c));
-                // A child that no worker knows either is being dropped, and dropping goes on here after it.
+                // A child that no worker knows is also being dropped. After it, dropping continues here.
                 if (live == c.end()) return;
                 if (left == 0) return loose_chains_.push_back(chain);
                 const u32 dead = std::min(left, c.end() - live);
@@ -495,15 +497,14 @@ public:
             chain = parent;
         }
     }
-    // The depth below which no child hangs. O(children).
+    // The depth below which there is no child. O(children).
     u32 deepest_fork(const Chain& c) const {
         u32 depth = 0;
         for (u32 k = c.first_kid; k != kNone; k = chains_.next_kid(k)) depth = std::max(depth, chains_[k].base);
         return depth;
     }
-    // A chain whose only child at its end goes on where it ends is one chain with it:
-    // forks that have gone leave no trace. Chains with very many children are left
-    // alone; joining costs time in their number, and gains one lookup per match.
+    // Joins a chain with the only child at its end, so removed forks leave no trace. Chains with very many children are
+    // left alone: joining costs time in their number, and saves one lookup per match.
     void join_tail(u32 chain) {
         Chain& c = chains_[chain];
         if (chains_.kids(c) > 16) return;
@@ -513,7 +514,7 @@ public:
             if (kid != kNone) return;
             kid = k;
         }
-        // Nor is a long child moved page by page, which would take longer than a turn.
+        // A long child is left alone too: moving it page by page would take longer than a turn.
         if (kid == kNone || chains_.kids(chains_[kid]) > 64 || chains_[kid].len > kTurnBlocks * 64) return;
         Space& space = registry_.space_at(c.space);
         Chain& k = chains_[kid];
@@ -556,7 +557,7 @@ public:
         space.heads.turn(chains_.head(chain), chain, chains_.first_page(chain));
         rename(space, from, chains_.ref(c, c.base));
     }
-    // A block has a new reference: every table that had the old one follows.
+    // A block has a new reference. Every table with the old one is updated.
     void rename(Space& space, u32 from, u32 to) {
         const u64 name = chains_.name(to);
         if (name != kNoName) space.names.move(name, from, to);
@@ -575,7 +576,7 @@ public:
             w.copies.insert_or_assign(to, std::move(list));
         });
     }
-    // Every worker that knows a block with this set, once.
+    // Calls f once for every worker that knows a block with this set.
     template <class F>
     void each_knower(u32 set, F&& f) {
         scratch_ids_.clear();
@@ -592,8 +593,8 @@ public:
 
     // Whether a turn has left work to the next one.
     bool loose() const { return !loose_blocks_.empty() || !loose_chains_.empty(); }
-    // A turn's worth of it. Changes of a block or chain meanwhile do not matter: if there is nothing to do for the one
-    // that has its number now, nothing is done.
+    // Does a turn's worth of this work. Blocks and chains may have changed meanwhile: if a number now belongs to
+    // another one without any work to do, nothing is done.
     void tie_up() {
         if (!loose_blocks_.empty()) {
             const LooseBlock at = loose_blocks_.back();
@@ -606,12 +607,12 @@ public:
         }
     }
 
-    // A chain that is followed through joins for as long as it is there; kNone once it has gone.
+    // Follows a chain through joins while it exists. followed() is kNone once the chain has been removed.
     void follow(u32 chain) { followed_ = chain; }
     u32 followed() const { return followed_; }
-    // How many copies were refused since this was asked last.
+    // The number of refused copies since the last call.
     u32 take_refused() { return std::exchange(refused_copies_, 0); }
-    // All content is about to go.
+    // All content is about to be dropped.
     void start_over() noexcept {
         followed_ = kNone;
         loose_blocks_.clear();
@@ -619,7 +620,7 @@ public:
     }
     // The first broken invariant, or an empty string.
     std::string check() const;
-    // A snapshot's sections of this part, which are verified while they are read.
+    // The snapshot sections of this part, which are verified while they are read.
     void save(SectionWriter& to, const SavePlan& plan) const;
     void restore(SectionReader& in, const RestorePlan& plan);
     void plan(SavePlan& plan) const;
@@ -633,8 +634,8 @@ private:
     std::string check_block(u32 id, Pos p) const;
     std::string check_worker(u32 id) const;
 
-    // Names and counts of one block on one worker. Engines have as many as it has holders; a stream that announced
-    // 100,000 names for one block had all of them searched each time.
+    // The most names and counts of one block on one worker. Engines have as many as the block has holders. A stream
+    // that announced 100,000 names for one block had all of them searched each time.
     static constexpr u32 kMostCopies = 2 * kMostHolders;
 
     struct LooseBlock {
@@ -644,12 +645,12 @@ private:
     Registry& registry_;
     SetPool& sets_;
     Chains& chains_;
-    std::vector<LooseBlock> loose_blocks_;  // up from where a worker remembers more than it must
-    std::vector<u32> loose_chains_;         // with blocks at their ends that no worker knows
+    std::vector<LooseBlock> loose_blocks_;  // where a worker may remember more positions than it must, from there up
+    std::vector<u32> loose_chains_;         // chains with blocks at their ends that no worker knows
     u32 refused_copies_ = 0;
     u32 followed_ = kNone;
     std::vector<u32> scratch_ids_;
-    std::vector<u64> marks_;  // by worker: the last time that it was met
+    std::vector<u64> marks_;  // by worker: the mark of its last visit
     u64 mark_ = 0;
 };
 

@@ -10,7 +10,7 @@
 
 namespace kvindex {
 
-// Parents before their children, so that reading needs to look back only.
+// Parents come before their children, so that a reader needs to look back only.
 void Presence::plan(SavePlan& plan) const {
     std::vector<u32> stack, kids;
     chains_.each([&](u32 c) {
@@ -78,7 +78,7 @@ void Presence::save(SectionWriter& to, const SavePlan& plan) const {
         }
     };
     const auto each_own = [&](auto&& f) {
-        // In the order of the new numbers, which need not be that of the ids.
+        // In the order of the new numbers, which may differ from the order of the ids.
         std::vector<std::pair<u32, const OwnNames*>> list;
         for (u32 id : plan.chains) {
             list.clear();
@@ -131,7 +131,7 @@ void Presence::save(SectionWriter& to, const SavePlan& plan) const {
 
 namespace {
 
-// Everything is verified: where it is read, or at the end where it needs everything else.
+// Everything is verified: when it is read, or at the end if it depends on everything else.
 class PresenceReader {
 public:
     PresenceReader(Memory& m, Registry& registry, SetPool& sets, Chains& chains, const Presence& presence,
@@ -163,7 +163,8 @@ private:
             in_.need(n <= registry_.holder_slots() / 64 + 1 && top < registry_.holder_slots(),
                      "a set has holders that are not there");
             in_.need(sets_.intern(words.data(), static_cast<u32>(n)) == i, "a set is there twice");
-            // Workers with holders are numbered as those are, so that these bits need no more room than those.
+            // Workers with holders are numbered in the order of their holders, so these bits need no more room than the
+            // set.
             const std::size_t at = knowers_.size();
             set_at_.push_back(at);
             knowers_.resize(at + n, 0);
@@ -241,7 +242,7 @@ private:
                 in_.need(at.start < stop && stop <= end && (k || at.start == r.base), "runs are out of order");
                 in_.need(at.set != kEmptySet && at.set <= n_sets_, "a set is not there");
                 in_.need(!k || c.runs.back().set != at.set, "equal runs are not joined");
-                // Aligned: sections are, and so are the bytes that come from Python and from files.
+                // Aligned: sections are aligned, and so are the bytes that come from Python and from files.
                 assert(reinterpret_cast<std::uintptr_t>(prefix) % alignof(u64) == 0);
                 chains.append(i, reinterpret_cast<const u64*>(prefix), stop - at.start, at.set, r.len);
                 prefix += u64{8} * (stop - at.start);
@@ -249,8 +250,8 @@ private:
             }
             Space& space = registry_.space_at(r.space);
             const u64 head = chains.head(i);
-            // Where prefix hashes collide, it is the same content only in the same place. A publisher that has the seed
-            // can make them collide, and a table that is full of such is slow: more than these are no accident.
+            // If prefix hashes collide, only the same place means the same content. A publisher that has the seed can
+            // make them collide, and a table full of collisions is slow. More than these are no accident.
             const auto same = [&](const HeadSlot& s) {
                 return records_[s.chain()].parent == r.parent && records_[s.chain()].base == r.base;
             };
@@ -262,7 +263,7 @@ private:
             name += u64{8} * r.len;
             attach(i, r);
         }
-        // Backwards, so that children stand in their order.
+        // In reverse, so that children keep their order.
         for (u32 i = n; i-- > 0;) {
             if (records_[i].parent != kNone) chains.link(i, records_[i].parent);
         }
@@ -288,7 +289,8 @@ private:
                 "a name is there twice");
         }
     }
-    // Below its parent, which has been read; and known blocks are closed towards the root.
+    // Attaches a chain below its parent, which has been read, and verifies that known blocks are closed towards the
+    // root.
     void attach(u32 i, const ChainRecord& r) {
         const Chain& c = chains_[i];
         u32 above = kNone;
@@ -423,10 +425,10 @@ private:
         }
         in_.done();
     }
-    // Once everything is in place: each worker's names lead to its blocks,
-    // nothing is remembered for nothing, and blocks of larger sizes are whole.
+    // Verifies, once everything is in place, that each worker's names lead to its blocks, that no block is remembered
+    // without a reason, and that blocks of larger sizes are whole.
     void look_around() {
-        std::vector<std::pair<u32, u32>> ends;  // workers that know something of a chain, and where that ends
+        std::vector<std::pair<u32, u32>> ends;  // workers that know a part of a chain, and the end of that part
         for (u32 i = 0; i < records_.size(); ++i) {
             in_.stand_at(Section::chains, u64{i} * sizeof(ChainRecord));
             const Chain& c = chains_[i];
@@ -456,8 +458,8 @@ private:
             in_.need(o == names.size(), "names of a worker that does not know the chain");
         }
     }
-    // An engine block of several index blocks is held as one: a part of it is held exactly if a block below it is.
-    // Where nothing changes from a block to the next and nothing forks, that is so.
+    // An engine block of several index blocks is held as a whole: a part of it is held exactly if a block below it is.
+    // This is certain where the set does not change from a block to the next and no chain forks off.
     void whole(const Chain& c) const {
         std::map<u32, std::vector<u64>> below;  // depth -> the workers that have a block below it
         const auto join = [&](std::vector<u64>& to, u32 set) {
@@ -519,8 +521,8 @@ private:
     SectionReader& in_;
     const RestorePlan& plan_;
     u64 n_sets_ = 0;
-    std::vector<std::size_t> set_at_;  // where a set's words begin in
-    std::vector<u64> knowers_;         // the workers that know a block with this set, as bits
+    std::vector<std::size_t> set_at_;  // the start of each set's words in knowers_
+    std::vector<u64> knowers_;         // the workers that know a block with a set, as bits
     std::vector<ChainRecord> records_;
 };
 

@@ -61,7 +61,7 @@ std::string Registry::check_worker(u32 id) const {
     return check_faces(id);
 }
 
-// The counts of workers in spaces.
+// The numbers of workers in spaces.
 std::string Registry::check_spaces() const {
     std::vector<u32> rootless(spaces_.size());
     std::vector<std::map<u32, u32>> lengths(spaces_.size());

@@ -1,8 +1,8 @@
-// The pods, workers, holders and models that there are, and the state of each. No block.
+// The existing pods, workers, holders and models, and the state of each, without any block.
 //
-// A pod's state is always the worst of its streams' and workers' states, a worker's own state that of its flags
-// (`judge` after each change of one). A match reads the faces of a worker's holders, and masks of the
-// holders that stand for the whole worker (`refresh` after each change of its holders, groups or speculative entry).
+// A pod's state is always the worst of the states of its streams and workers, and a worker's own state follows from its
+// flags (`judge` after each change of one). A match reads the faces of a worker's holders, and masks of the holders
+// that stand for the whole worker (`refresh` after each change of its holders, groups or speculative entry).
 #pragma once
 
 #include <algorithm>
@@ -41,14 +41,14 @@ public:
     u32 pod(const std::string& name) {
         if (const u32 found = find_pod(name); found != kNone) return found;
         const u32 id = free_pods_.empty() ? static_cast<u32>(pods_.size()) : free_pods_.back();
-        // Of all indexes of the process: an answer may be of several.
+        // Unique among all indexes of the process: an answer may combine several.
         static std::atomic<u64> made{0};
         const u64 uid = (++made << 32) | id;
         open_pod(name, uid);
         if (!free_pods_.empty()) free_pods_.pop_back();
         return id;
     }
-    // What an index has given numbers to, and no other may give these to.
+    // The numbers that an index has assigned. No other index may assign them to anything else.
     struct Numbers {
         std::unordered_map<std::string, u64> pods;
         std::vector<u32> free_pods;
@@ -60,11 +60,11 @@ public:
     Numbers numbers() const {
         return {directory_->all(), free_pods_, pod_slots(), pods_version_, media_.numbers(), first_standing_};
     }
-    // Whether nothing has been given a number since.
+    // Whether no number has been assigned since.
     bool as_of(const Numbers& n) const {
         return n.pods_version == pods_version_ && n.media.next == media_.numbers_given();
     }
-    // Takes the place of an index that these are of. What was filled in beside it becomes what its callers ask.
+    // Takes the place of the index that these numbers belong to. From now on, its callers find the pods of this one.
     void settle(PodDirectory& directory) {
         directory.become(*directory_);
         directory_ = &directory;
@@ -73,10 +73,10 @@ public:
         const auto it = space_ids_.find(model);
         return it == space_ids_.end() ? kNone : it->second;
     }
-    // Whether announcements count once, of pods that are opened from now on.
+    // Whether announcements count once, for pods that are opened from now on.
     bool counts_once() const { return set_presence_; }
     u64 pods_version() const { return pods_version_; }
-    // Which index this is of all that there were.
+    // A number that distinguishes this index from all others of the process.
     u64 origin() const { return pods_version_ >> 32; }
     bool any_pods() const { return directory_->size() != 0; }
     u32 pod_slots() const { return static_cast<u32>(pods_.size()); }
@@ -92,7 +92,7 @@ public:
 
     const PodDirectory& directory() const { return *directory_; }
 
-    // An event has come.
+    // An event has arrived.
     void heard(u32 pod) {
         if (pods_[pod].standing != Standing::unheard) return;
         pods_[pod].standing = Standing::followed;
@@ -103,7 +103,7 @@ public:
         pods_[pod].standing = Standing::followed;
         judge(pod);
     }
-    // No stream is followed any more: all pods are out of date from now on.
+    // No stream is followed any more, so all pods are stale from now on.
     void nobody_listens() {
         first_standing_ = Standing::cut_off;
         for (u32 id = 0; id < pods_.size(); ++id) {
@@ -112,7 +112,7 @@ public:
             for (auto& s : p.streams) s.second = State::stale;
             try {
                 for (u32 w : p.workers) p.streams[workers_[w]->rank] = State::stale;
-                // Of which nothing is held now: that, too, was so.
+                // Ranks without blocks are stale too: that they are empty is also out of date.
                 for (const auto& s : p.positions) p.streams[s.first] = State::stale;
             } catch (const std::bad_alloc&) {
                 p.refused.add_unknown();
@@ -157,12 +157,12 @@ public:
         pods_[pod].max_blocks = most;
         pods_[pod].spare = 0;
     }
-    // The worst of the states of streams and workers.
+    // Updates the state of a pod: the worst of the states of its streams and workers.
     void judge(u32 pod) {
         for (u32 w : pods_[pod].workers) workers_[w]->state = own_state(*workers_[w]);
         sum_up(pod);
     }
-    // After a change of one worker: few changes affect its state, and a pod may have a thousand workers.
+    // After a change of one worker. Few changes affect its state, and a pod may have a thousand workers.
     void judge(Worker& w) {
         const State now = own_state(w);
         if (now == w.state) return;
@@ -186,18 +186,18 @@ public:
         bool degraded = w.sticky || w.in_doubt || !w.unsure.empty() || w.small_blocks || w.pending != 0;
         const Pod& p = pods_[w.pod];
         degraded |= p.hybrid;
-        // Where announcements are not counted, blocks that a window has left cannot be told from those that it holds:
-        // vLLM 0.33.0 announces both, and 69 of 1,050 recorded answers were too high.
+        // If announcements are not counted, blocks that a window has left cannot be distinguished from those that it
+        // holds: vLLM 0.33.0 announces both, and 69 of 1,050 recorded answers were too high.
         for (const Group& g : w.groups)
             degraded |=
                 (g.kind == Attention::chunked && !p.chunk_tokens) || (g.kind != Attention::full && p.set_presence);
         degraded |= unruled_tiers(w);
         return degraded ? State::degraded : State::exact;
     }
-    // Whether it has a tier of which vLLM 0.33.0 reuses another length than the answers here. Beside a window the
-    // connector loads all but the last token of a prompt of whole blocks, and an answer is whole blocks: 4 of 1,050
-    // were too low. Where a draft model makes some of several groups drop a block, pool and connector look that up each
-    // in a way of its own: 193 to 312 of 1,050 differed, in both directions.
+    // Whether vLLM 0.33.0 reuses another length of one of the worker's tiers than the answers here. Beside a window,
+    // the connector loads all but the last token of a prompt of whole blocks, while an answer is whole blocks: 4 of
+    // 1,050 were too low. If a draft model makes some of several groups drop a block, pool and connector look it up in
+    // different ways: 193 to 312 of 1,050 differed, in both directions.
     bool unruled_tiers(const Worker& w) const {
         const Pod& p = pods_[w.pod];
         if (p.engine != Engine::vllm) return false;
@@ -208,14 +208,14 @@ public:
         for (u32 h : w.holders) tiered |= holders_[h].medium != 0;
         return unruled && tiered;
     }
-    // Its hashes cover what a draft model reads already: nothing is dropped.
+    // Whether the worker's hashes cover the tokens that a draft model reads. Then no block is dropped.
     static bool looks_ahead(const Worker& w) {
         return std::any_of(w.lengths.begin(), w.lengths.end(), [](u32 length) { return length != 0; });
     }
     const Space& space_at(u32 id) const { return spaces_[id]; }
     Space& space_at(u32 id) { return spaces_[id]; }
     u32 space_slots() const { return static_cast<u32>(spaces_.size()); }
-    // Slots that are looked at for every name and every beginning of a chain that is there, by the number of these.
+    // The slots that a search for each existing name and chain head reads, as a mean.
     double probes() const {
         u64 looked = 0, found = 0;
         const auto count = [&](const auto& table) {
@@ -239,7 +239,7 @@ public:
     Holder& holder(u32 id) { return holders_[id]; }
     u32 holders() const { return static_cast<u32>(holders_.size() - free_holders_.size()); }
     u32 holder_slots() const { return static_cast<u32>(holders_.size()); }
-    // The holders that have a face, and the speculative ones that stand for one of them.
+    // The holders that have a face, and the speculative holders that stand for one of them.
     const std::vector<u64>& simple() const { return simple_; }
     const std::vector<u64>& guessed() const { return guessed_; }
     // The holders of workers that no single bit describes, and those among them without which a prefix ends.
@@ -247,8 +247,8 @@ public:
     const std::vector<u64>& rooted() const { return rooted_; }
     const Face& face(u32 holder) const { return faces_[holder]; }
     u32 stands_for(u32 guess) const { return stands_for_[guess]; }
-    // The holder whose bit stands for the whole worker, or kNone if its groups and media matter. A speculative entry is
-    // on the GPU, so beside copies on the GPU it is one more bit for the same.
+    // The holder whose bit stands for the whole worker, or kNone if the worker's groups and media matter. A speculative
+    // entry is on the GPU, so beside copies on the GPU it is one more bit for the same blocks.
     u32 face_of(const Worker& w) const {
         if (w.holders.empty()) return w.groups.empty() ? w.guess : kNone;
         if (w.holders.size() != 1 || w.groups.size() != 1 || w.groups[0].kind != Attention::full) return kNone;
@@ -281,7 +281,7 @@ public:
         if (w.guess != kNone && f.medium != 0) f.medium = kNone;  // A speculative entry is on the GPU.
         for (const Group& g : w.groups) alike &= g.factor == f.factor;
         if (alike) f.bits = static_cast<std::uint16_t>(w.holders.size());
-        // vLLM's connectors load a whole prompt, unless a window needs that its last token can be computed again.
+        // vLLM's connectors load a whole prompt, unless a window requires that its last token can be computed again.
         if (p.engine == Engine::vllm && (f.medium == 0 || f.medium == kNone || windows)) f.flags |= kCutsLast;
         if (drops) f.flags |= w.groups.size() == 1 ? kDropsLast : kDropsEach;
         if (f.factor != 1 || f.flags & kRuled) f.flags |= kOdd;
@@ -334,7 +334,7 @@ public:
         w.pod = pod;
         w.rank = rank;
         w.space = space;
-        // The events of a worker without room are not known: its groups might limit every answer.
+        // The events of a refused worker are unknown: its groups might limit every answer.
         w.shed = w.muted = w.sticky = pods_[pod].refused.of(rank);
         w.state = own_state(w);
         pods_[pod].workers.push_back(id);
@@ -370,7 +370,7 @@ public:
         free_holders_.push_back(id);
         ++holders_version_;
     }
-    // A second holder for the same as `h`, which no match counts until it is shown.
+    // A second holder like `h`, which no match counts until it is shown.
     u32 hidden_like(u32 id, u32 h) {
         Worker& w = *workers_[id];
         widen(w.hidden, w.hidden.size() + 1);
@@ -379,7 +379,7 @@ public:
         w.hidden.push_back(twin);
         return twin;
     }
-    // The holder's blocks count from now on, all at once. Needs no memory.
+    // From now on, the holder's blocks count, all at once. Needs no memory.
     void show(u32 id, u32 h) {
         Worker& w = *workers_[id];
         assert(w.holders.size() < w.holders.capacity());
@@ -397,7 +397,7 @@ public:
         for (std::vector<u64>* mask : {&simple_, &grouped_, &rooted_}) set_bit(*mask, h, false);
         refresh(id);
     }
-    // A holder that holds nothing goes, hidden or not.
+    // Removes a holder without blocks, hidden or not.
     void drop_holder(u32 id, u32 h) noexcept {
         Worker& w = *workers_[id];
         pods_[w.pod].holders -= static_cast<u32>(std::count(w.holders.begin(), w.holders.end(), h));
@@ -415,14 +415,14 @@ public:
         }
         return w.ghost;
     }
-    // The worker's group of that number, or how many it has.
+    // The index of the worker's group with this number, or the number of its groups.
     static u32 find_group(const Worker& w, i64 number) {
         const i64 id = number < 0 ? 0 : number;
         u32 g = 0;
         while (g < w.groups.size() && w.groups[g].id != id) ++g;
         return g;
     }
-    // The group of an event. kNone: it would be one too many.
+    // The group of an event. kNone: the worker would have one too many.
     u32 group(Worker& w, const GroupSpec& spec, u32 factor) {
         const i64 id = spec.id < 0 ? 0 : spec.id;
         const u32 g = find_group(w, id);
@@ -448,7 +448,7 @@ public:
         if (before.factor != to.factor) pods_[w.pod].spare = 0;
         return g;
     }
-    // kNone: it would be one too many.
+    // kNone: the worker or pod would have one too many.
     u32 holder_for(u32 id, const char* medium, u32 length, u32 group, u32 factor) {
         Worker& w = *workers_[id];
         const u32 known = media_.find(medium, length);
@@ -484,7 +484,7 @@ public:
         set_bit(w.mask, h, true);
         ++pods_[w.pod].holders;
     }
-    // Sorts the worker into "a bit says all" or "its groups and media must be looked at".
+    // Classifies the worker as "a bit describes it" or "its groups and media must be examined".
     void refresh(u32 id) {
         Worker& w = *workers_[id];
         for (u32 h : w.holders) set_bit(simple_, h, false);
@@ -527,8 +527,8 @@ public:
             w.in_hybrid_list = kNone;
         }
     }
-    // The worker has blocks with so many lookahead tokens. False: its model has too many lengths already, and each
-    // costs every question a pass.
+    // Records that the worker has blocks with so many lookahead tokens. Returns false if its model has too many lengths
+    // already: each of them costs every question one more pass.
     bool learn_length(Worker& w, u32 lookahead) {
         if (std::find(w.lengths.begin(), w.lengths.end(), lookahead) == w.lengths.end()) {
             Space& s = spaces_[w.space];
@@ -568,10 +568,10 @@ public:
         free_workers_.push_back(id);
     }
 
-    // Memory that streams take and that only a clear or the pod's end gives back:
-    // in a bounded index it must not fill the budget.
+    // The memory that streams take and that only a clear or the end of the pod returns. In a bounded index, it must not
+    // fill the budget.
     std::size_t fixed() const { return fixed_ + media_.bytes(); }
-    // Each with its places in lists, pods and masks.
+    // Including their places in lists, pods and masks.
     static constexpr std::size_t kWorkerBytes = sizeof(Worker) + sizeof(void*) + 64;
     static constexpr std::size_t kHolderBytes = sizeof(Holder) + 64;
     void charge(std::size_t n) {
@@ -587,7 +587,7 @@ public:
         w.groups.clear();
     }
 
-    // A batch of this stream has been applied. `clean`: earlier losses do not matter any more.
+    // Records that a batch of this stream has been applied. `clean`: earlier losses do not matter any more.
     void advance(u32 pod, i64 rank, const std::string& model, u64 seq, double ts, u64 fingerprint, bool clean,
                  bool lost) {
         std::map<i64, Position>& all = pods_[pod].positions;
@@ -597,7 +597,7 @@ public:
         const Position at{seq, ts, fingerprint, space(model), !lost && (clean || whole)};
         all[rank] = at;
     }
-    // An event came in without a number: the position of the stream is not known any more.
+    // An event without a number has arrived, so the position of the stream is unknown from now on.
     void lose_place(u32 pod, i64 rank) {
         if (!pods_[pod].positions.empty()) pods_[pod].positions.erase(rank);
     }
@@ -606,13 +606,14 @@ public:
         for (u32 w : pods_[pod].workers)
             if (workers_[w]->rank == rank) spoil(w);
     }
-    // The lengths of lookahead that a worker's blocks have; none where nothing is known of it.
+    // The lengths of lookahead of a worker's blocks. Only 0 if no block of it is known.
     std::vector<u32> lengths(u32 pod, i64 rank, const std::string& model) const {
         const u32 space = find_space(model);
         const u32 id = space == kNone ? kNone : find_worker(pod, rank, space);
         return id == kNone || workers_[id]->lengths.empty() ? std::vector<u32>(1, 0) : workers_[id]->lengths;
     }
-    // Whether this worker is known, with blocks of this lookahead, or may be the only one of a rank that is followed.
+    // Whether this worker is known and has blocks with this lookahead, or may be the only worker of a rank that is
+    // followed.
     bool follows(u32 pod, i64 rank, const std::string& model, u32 lookahead) const {
         const Pod& p = pods_[pod];
         const u32 space = find_space(model);
@@ -631,7 +632,7 @@ public:
         return !is_taken && lookahead == 0 && p.streams.count(rank) != 0;
     }
 
-    // From here on the pod's number and name lead to no pod; the name may be opened again.
+    // From here on, the pod's number and name lead to no pod. The name may be opened again.
     void close_pod(u32 id) {
         Pod& p = pods_[id];
         directory_->close(p.name);
@@ -648,7 +649,7 @@ public:
     }
     // Whether no pod is left.
     bool deserted() const { return free_pods_.size() == pods_.size(); }
-    // Gives back memory that was kept for the next pod.
+    // Returns memory that was kept for the next pod.
     void shrink() {
         assert(deserted());
         pods_.clear();
@@ -667,7 +668,7 @@ public:
         faces_.clear();
         stands_for_.clear();
     }
-    // Everything but the worker's own properties: no block of it is known any more.
+    // Resets everything but the worker's own properties, since no block of it is known any more.
     void reset_worker(u32 id) {
         Worker& w = *workers_[id];
         w.forget(mem_);
@@ -687,8 +688,8 @@ public:
         refresh(id);
         judge(w);
     }
-    // All content has gone, of all workers; each holds more than is known now. Needs no memory. The properties of
-    // workers stay (their groups limit their answers).
+    // All content of all workers has been dropped, so each worker now holds more than is known. Needs no memory. The
+    // properties of workers stay, since their groups limit their answers.
     void forget_content() noexcept {
         for (const auto& worker : workers_) {
             if (!worker) continue;
@@ -712,7 +713,7 @@ public:
 
     // The first broken invariant, or an empty string.
     std::string check() const;
-    // A snapshot's sections of this part, which are verified while they are read.
+    // The snapshot sections of this part, which are verified while they are read.
     void number(SavePlan& plan) const;
     void save(SectionWriter& to, SavePlan& plan) const;
     void restore(SectionReader& in, RestorePlan& plan, const Numbers& before);
@@ -730,8 +731,8 @@ private:
         p.standing = first_standing_;
         p.uid = uid;
         directory_->open(name, uid);
-        // Here and where else something is made: from now on no memory is needed, so that it is there as a whole or
-        // not.
+        // Here and in all other functions that create something, no memory is needed from a certain point on. So the
+        // pod is created as a whole or not at all.
         if (id == pods_.size()) pods_.emplace_back();
         pods_[id] = std::move(p);
         ++pods_version_;
@@ -745,8 +746,8 @@ private:
     std::string check_spaces() const;
     std::string check_media() const;
 
-    // No two indexes have a version in common: a filter that was compiled for one must not be taken for another's,
-    // such as one that was loaded in its place.
+    // No two indexes have a version in common: a filter that was compiled for one index must not pass as another's,
+    // such as that of an index loaded in its place.
     static u64 first_version() {
         static std::atomic<u64> made{0};
         return ++made << 32;
@@ -758,7 +759,7 @@ private:
     Media media_;
     std::vector<Pod> pods_;
     PodDirectory* directory_;
-    Standing first_standing_ = Standing::unheard;  // of a pod that is opened
+    Standing first_standing_ = Standing::unheard;  // of a newly opened pod
     std::vector<u32> free_pods_;
     std::vector<std::unique_ptr<Worker>> workers_;
     std::vector<u32> free_workers_;

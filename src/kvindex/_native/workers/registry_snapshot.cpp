@@ -17,8 +17,8 @@ bool factor(u32 f) { return f >= 1 && f <= 0xFFFF; }
 
 }  // namespace
 
-// Pods in the order in which they were opened (which decides between equals), their workers, and each worker's holders
-// one after another, its ghost last.
+// Pods in the order in which they were opened (which breaks ties), their workers, and each worker's holders one after
+// another, its ghost last.
 void Registry::number(SavePlan& plan) const {
     u32 n_holders = 0;
     for (u32 i = 0; i < pods_.size(); ++i)
@@ -109,8 +109,8 @@ void Registry::save(SectionWriter& to, SavePlan& plan) const {
                 out.put(holders_[h].group);
                 out.put(holders_[h].factor);
             }
-            // The blocks that are left need not have every length that was announced, and one with lookahead decides
-            // whether the engine drops a block for its draft model.
+            // The remaining blocks need not have every announced length, and a length of lookahead decides whether the
+            // engine drops a block for its draft model.
             out.put(static_cast<u32>(w.lengths.size()));
             for (u32 length : w.lengths) out.put(length);
             std::vector<u64> unsure;
@@ -155,8 +155,8 @@ void Registry::restore_pods(SectionReader& in, RestorePlan& plan, const Numbers&
     for (u32 i = 0; i < n; ++i) {
         const std::string name = in.text();
         in.need(find_pod(name) == kNone, "a pod is there twice");
-        // A pod that was there keeps its number, which what is on its way and the loads of workers have, unless one
-        // before it was opened since: numbers say which pod was opened first.
+        // A pod that exists keeps its number, since calls in progress and the loads of workers have this number. The
+        // exception is a pod that follows one opened since: numbers give the order in which pods were opened.
         const auto was = before.pods.find(name);
         if (was != before.pods.end() && was->second > last) {
             open_pod(name, was->second);
@@ -185,7 +185,7 @@ void Registry::restore_pods(SectionReader& in, RestorePlan& plan, const Numbers&
                 media_.take(m = plan.media[m]);
             }
         }
-        // No stream was followed since this was written: until its events are known, nothing is current.
+        // No stream has been followed since the snapshot was written, so all are stale until their events are known.
         for (u32 k = in.count(8); k; --k) p.streams[read_rank(in)] = State::stale;
         for (u32 k = in.count(40); k; --k) {
             const i64 r = read_rank(in);

@@ -17,13 +17,13 @@ struct OwnRecord {
 };
 
 struct SavePlan {
-    // Of the registry.
-    std::vector<u32> pods, workers;         // those that are written, in order
+    // For the registry.
+    std::vector<u32> pods, workers;         // the ones that are written, in order
     std::vector<u32> worker_no, holder_no;  // by id; kNone: left out
     std::map<u32, u32> medium_no;
     u64 masks = 0;         // bytes of all workers' masks
     bool guesses = false;  // whether sets have holders that are left out
-    // Of content.
+    // For content.
     std::vector<u32> chains, chain_no, set_no;
     std::vector<ChainRecord> records;
     std::vector<Run> runs;
@@ -35,9 +35,9 @@ struct SavePlan {
 
 struct RestorePlan {
     std::vector<u32> pods, media;        // by their numbers in the file
-    std::vector<u32> first;              // a worker's first holder; its others follow, then its ghost
+    std::vector<u32> first;              // a worker's first holder, which its other holders and its ghost follow
     std::vector<u64> wide;               // holders of blocks of several index blocks
-    std::vector<u32> knower, knower_no;  // workers that have holders, and which of them a worker is
+    std::vector<u32> knower, knower_no;  // workers that have holders, and a worker's number among them
 };
 
 // A holder of this worker, by its number in the file.
