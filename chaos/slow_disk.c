@@ -1,8 +1,8 @@
-/* A disk that takes its time: preloaded into a process, delays what it does with files below a directory.
+/* A slow disk: preloaded into a process, this library delays its operations on files below a directory.
  *
- * CHAOS_DISK names the directory, CHAOS_DISK_DELAY a file with the milliseconds, read at each call, so that the delay
- * can be changed while the process runs (no file: none). This is what Chaos Mesh's IOChaos does with a file system of
- * its own; a library needs no rights.
+ * CHAOS_DISK names the directory, and CHAOS_DISK_DELAY names a file with the milliseconds (no file: no delay). The file
+ * is read at each call, so that the delay can be changed while the process runs. Chaos Mesh's IOChaos has the same
+ * effect through a file system of its own; a library needs no privileges.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>

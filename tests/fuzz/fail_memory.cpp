@@ -1,12 +1,12 @@
-// Every allocation that a history of events makes fails once, and then the index must be whole.
+// Every allocation that a history of events makes fails once, and the index must be consistent afterwards.
 //
-// No fuzzer, though it stands among them (`make fuzz` runs it): histories are drawn from seeds, and what fails is not
-// chosen but tried, one allocation after the other, alone and with all that follow until the call returns. Next to the
-// index stands a twin that never lacks memory. What is demanded:
-//   - every invariant that Index::check() knows holds after the failure, after each call that follows, and at the end;
-//   - no answer is ever larger than the twin's (where no hash means two contents), and pods that know less than theirs
-//   say that they are degraded;
-//   - when the pods are gone, so are the blocks, and the memory is what it was at the start.
+// This is not a fuzzer, though `make fuzz` runs it: histories are drawn from seeds, and the failures are not chosen but
+// tried exhaustively. Allocations fail one after the other, alone and with all that follow until the call returns. A
+// twin of the index never lacks memory. The requirements:
+//   - every invariant of Index::check() holds after the failure, after each call that follows, and at the end;
+//   - no answer is ever larger than the twin's (if no hash means two contents), and pods that know less than the twin's
+//     are degraded;
+//   - when the pods have been removed, no block is left, and the memory is the same as at the start.
 // Linked with --wrap for malloc, calloc, realloc, mmap and mremap (see the Makefile).
 
 #include <cstdio>
@@ -23,7 +23,7 @@
 namespace {
 
 bool g_watched = false, g_for_good = false;
-long g_left = -1;  // allocations until one fails; -1: none does
+long g_left = -1;  // allocations until one fails; -1: none of them does
 long g_made = 0, g_failed = 0;
 
 bool fails() {
@@ -82,7 +82,7 @@ const char* const kMedia[3] = {"", "cpu", "Tape"};
     std::abort();
 }
 
-// What one call does, drawn once and done to both.
+// The effect of one call, drawn once and applied to the index and the twin.
 struct Call {
     enum Kind : u8 { events, clear_worker, remove_pod, guess, expire, reload } kind = events;
     u32 pod = 0;
@@ -105,15 +105,15 @@ History draw(u64 seed) {
     History h;
     if (seed % 4 == 3) h.budget = 1u << 16;
     for (u32 i = 0; i < kPrompts; ++i) {
-        // Prompts begin alike, and fork where the one before them says.
+        // Each prompt begins like an earlier one, and forks at a random place.
         std::vector<u32> p = i ? h.prompts[below(i)] : std::vector<u32>();
         p.resize(below(p.size() + 1));
         while (p.size() < 60 && below(24)) p.push_back(static_cast<u32>(below(3)));
         if (p.empty()) p.push_back(7);
         h.prompts.push_back(p);
     }
-    // Pod a and b call a prefix the same, c has names of its own; in every second history a few small numbers mean
-    // something else each time.
+    // Pods a and b have the same name for a prefix, and c has names of its own. In every second history, a few small
+    // numbers have another meaning each time.
     h.ambiguous = seed % 2 == 1;
     const auto name = [&](u32 pod, const std::vector<u32>& p, std::size_t n) {
         const u64 full = xxh3_64(p.data(), n * sizeof(u32), pod == 2 ? 5 : 0);
@@ -170,7 +170,7 @@ History draw(u64 seed) {
                 e.block_size = factor;
                 for (std::size_t k = cut + factor; k <= p.size(); k += factor)
                     c.batch.hashes.push_back(name(c.pod, p, k));
-                // Announced by their names alone, now and then.
+                // Now and then, blocks are announced by name alone.
                 if (kind < 18) c.batch.tokens.insert(c.batch.tokens.end(), p.begin() + static_cast<long>(cut), p.end());
             }
             e.n_hashes = static_cast<u32>(c.batch.hashes.size()) - e.hash_at;
@@ -187,7 +187,7 @@ public:
     explicit World(u64 budget) : ix_(1, 1337, false, 40, budget, 0), bytes_(ix_.stats().figures.bytes) {
         for (u32 p = 0; p < kPods; ++p) pods_[p] = ix_.open_pod(kPodNames[p]);
     }
-    // False if there was no memory.
+    // Returns false if there was no memory.
     bool act(const Call& c) {
         SnapshotBytes saved;
         if (c.kind == Call::reload) ix_.save(saved);
@@ -246,7 +246,7 @@ private:
     i64 seq_ = -1;
 };
 
-// How many allocations the history makes; the one with number `at` fails.
+// Runs the history, in which the allocation with number `at` fails. Returns the number of its allocations.
 long run(u64 seed, const History& h, long at) {
     World world(h.budget), twin(0);
     g_left = at;
@@ -260,7 +260,8 @@ long run(u64 seed, const History& h, long at) {
         g_left = now ? -1 : g_left;
         const long left = g_left, made = g_made;
         g_left = -1;
-        // Who guesses is told that it is not counted, and who loads that everything is as it was, guesses included.
+        // The caller of a failed add_prefix learns that the entry does not count. The caller of a failed load() learns
+        // that nothing has changed, including the speculative entries.
         if (done || (h.calls[i].kind != Call::guess && h.calls[i].kind != Call::reload)) twin.act(h.calls[i]);
         g_left = left;
         g_made = made;
@@ -269,8 +270,8 @@ long run(u64 seed, const History& h, long at) {
         for (const auto& prompt : h.prompts) {
             const auto got = world.ask(prompt), most = twin.ask(prompt);
             for (const auto& g : got)
-                // Where a hash means two contents, what was never parked here may have taken its name away from another
-                // block there.
+                // If a hash means two contents, a block that was never parked here may have taken its name away from
+                // another block in the twin.
                 if (const auto m = most.find(g.first); !h.ambiguous && (m == most.end() || m->second < g.second))
                     die("answers too much after call " + std::to_string(i) + ": " + std::to_string(g.second) + " for " +
                             kPodNames[g.first.first] + "/" + std::to_string(g.first.second),
@@ -289,7 +290,7 @@ long run(u64 seed, const History& h, long at) {
 
 }  // namespace
 
-// NOLINTNEXTLINE(bugprone-exception-escape): whatever escapes is what is looked for.
+// NOLINTNEXTLINE(bugprone-exception-escape): an exception that escapes is a finding.
 int main(int argc, char** argv) {
     const u64 seeds = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 4;
     long tried = 0;

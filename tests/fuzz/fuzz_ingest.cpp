@@ -1,20 +1,21 @@
-// A coverage-guided fuzzer of everything that changes the index and everything that asks it.
+// A coverage-guided fuzzer of everything that changes the index and of everything that queries it.
 //
-// An input is a header of eight bytes and a list of operations. Bit 0 of the header chooses how they are read:
-//   raw         payloads as they come over the wire, one msgpack value each or prefixed by a length, between records
-//   structured  records of eight bytes, each one event or call over a handful of contents, hashes, groups and media
-// Structured records reach what bytes rarely do (a hole, a fork that goes away again, an orphan of an orphan), and the
-// mutator below moves whole records about.
+// An input is a header of eight bytes and a list of operations. Bit 0 of the header chooses their form:
+//   raw         payloads as on the wire, each one msgpack value or prefixed by a length, between records;
+//   structured  records of eight bytes, each one event or call over a handful of contents, hashes, groups and media.
+// Structured records reach cases that bytes rarely reach (a hole, a fork that is removed again, an orphan of an
+// orphan), and the mutator below moves whole records about.
 //
-// There is no model of the index here (tests/model.py is one, and the property tests use it). What is demanded instead:
-//   - every invariant that Index::check() knows;
-//   - what a worker's stream says about it does not depend on other workers: next to the index that gets everything
-//     stands one for each (pod, rank), and reports, answers, figures and states must be the same in both;
-//   - an index that gets hashed batches is the one that gets the payloads: half of the inputs feed those others so;
-//   - payloads that are read as hashed batches are refused, or leave an index that is in order;
+// There is no model of the index here (tests/model.py is one, and the property tests use it). The requirements instead:
+//   - every invariant of Index::check() holds;
+//   - the effect of a worker's stream does not depend on other workers: beside the index that gets everything, there is
+//     one index for each (pod, rank), and reports, answers, figures and states must be the same in both;
+//   - an index that gets hashed batches equals one that gets the payloads: in half of the inputs, the indexes of one
+//     (pod, rank) get hashed batches;
+//   - payloads that are read as hashed batches are refused, or leave a consistent index;
 //   - a prompt and its prefix hashes have one answer; filters only leave out; an answer of L is an answer of L to the
 //     first L blocks alone, and no medium alone gives more than all;
-//   - when the pods are gone, so are the blocks, and the memory is what it was at the start.
+//   - when the pods have been removed, no block is left, and the memory is the same as at the start.
 // KVINDEX_FUZZ_SHOW=1 prints each operation as a line of Python.
 
 #include <cmath>
@@ -52,7 +53,7 @@ const bool kShow = std::getenv("KVINDEX_FUZZ_SHOW") != nullptr;
     std::abort();
 }
 
-// What is asked: a prompt's tokens with all that goes into their hashes.
+// A question: a prompt's tokens with everything else that goes into their hashes.
 struct Query {
     std::vector<u32> tokens;
     std::string lora, salt;
@@ -60,7 +61,7 @@ struct Query {
     u32 model = 0;
 };
 
-// Answers without what differs between two indexes that mean the same: numbers of pods and media.
+// Answers without the parts that may differ between two equivalent indexes: numbers of pods and media.
 using Line = std::tuple<u32, i64, std::string, u32>;  // pod, rank, medium ("*": all), blocks
 using Answer = std::multiset<Line>;
 
@@ -74,7 +75,7 @@ std::string text(const Answer& a) {
 
 std::string python(const StrRef& s) { return s.set() ? "'" + std::string(s.p, s.n) + "'" : "None"; }
 
-// A field as it lies in the payload says what the decoder has read.
+// A field in the payload must equal the field that the decoder has read.
 void check_fields(const u8* payload, const Event& e) {
     if (e.many || e.bad != Reason::none) return;
     const auto text = [&](const char* name) {
@@ -105,7 +106,7 @@ public:
 
     void record(const u8* r) {
         switch (r[0] % 20) {
-            default: stored_path(r); break;  // 0 to 5, and whatever has no case
+            default: stored_path(r); break;  // 0 to 5, and all values without a case
             case 6: stored_at_will(r); break;
             case 7: masked(r); break;
             case 8: removed_path(r); break;
@@ -122,7 +123,8 @@ public:
             case 19: odd(r); break;
         }
         ++steps_;
-        // Each step at first, where a failure is easiest to read, then now and then: checking costs more than doing.
+        // Every step at first, since a failure is easiest to read there, then now and then: checks cost more than the
+        // steps.
         if (steps_ <= 12 || steps_ % 6 == 0) verify();
     }
     void payload(u32 who, const u8* p, std::size_t n) {
@@ -200,7 +202,7 @@ private:
         std::vector<std::string> media;
         i64 chunk = -1;
     };
-    // One path of contents, as a record says it.
+    // One path of contents, as a record describes it.
     struct Path {
         std::vector<u8> types;
         bool lora = false, salt = false;
@@ -223,8 +225,8 @@ private:
         if (!s.index->ingest_hashed(hashed.data(), hashed.size(), batches, unsound) || batches != 1)
             die("what was written cannot be read");
     }
-    // Followed from the start: of a pod that nobody follows nothing is exact, and the ranks alone are followed one by
-    // one.
+    // Followed from the start: a pod is not exact without a stream that is followed, and each rank is marked
+    // separately.
     void open(u32 pod) {
         pods_[pod] = all_->open_pod(kPodNames[pod]);
         all_->mark(pods_[pod], 0, static_cast<int>(State::exact));
@@ -241,7 +243,7 @@ private:
         return s;
     }
 
-    // ---- what a record means ----------------------------------------------------------------------------------------
+    // ---- the meaning of a record ------------------------------------------------------------------------------------
 
     static u32 pod_of(const u8* r) { return r[1] % kPods; }
     static i64 rank_of(const u8* r) { return (r[1] >> 2 & 7) == 7; }
@@ -259,8 +261,8 @@ private:
         p.salt = r[5] >> 7;
         return p;
     }
-    // Types 0 and 3 are the same tokens; 3 has an extra key.
-    // Extra keys belong to the first index block of an engine block.
+    // Types 0 and 3 are the same tokens; 3 has an extra key. Extra keys belong to the first index block of an engine
+    // block.
     template <class Tokens>
     void tokens(const u8* types, std::size_t n, Tokens& out) const {
         for (std::size_t i = 0; i < n; ++i)
@@ -284,10 +286,10 @@ private:
         const u64 h = xxh3_64(p.types.data(), blocks, seed);
         return style == 3 ? h % 24 : h;
     }
-    // A group's kind is the input's choice, and told with some events only.
+    // The input chooses a group's kind, and only some events contain it.
     void describe(Event& e, const u8* r) const {
         const u32 group = r[5] & 3;
-        if (head_[4] & 1) {  // groups at all
+        if (head_[4] & 1) {  // whether there are groups
             e.group = group == 0 && (r[6] & 1) ? -1 : static_cast<i64>(group);
             const u32 kind = group == 0 ? (head_[4] >> 1 & 3) * (head_[4] >> 3 & 1) : (group + (head_[4] >> 4)) & 3;
             if (r[6] & 6) ref(e.spec_kind, kKinds[kind]);
@@ -331,7 +333,7 @@ private:
             same(one, other);
         }
     }
-    // Blocks cut..end of a path, below the name of what is before them.
+    // Blocks cut..end of a path, below the name of the block before them.
     void stored_path(const u8* r) {
         begin(EventKind::stored);
         Event& e = batch_.events[0];
@@ -346,7 +348,7 @@ private:
             e.parent = name(pod_of(r), p, cut, r[2] >> 7);
         }
         for (u32 j = 0; j < n; ++j) batch_.hashes.push_back(name(pod_of(r), p, cut + (j + 1) * factor, alias));
-        // A hash from elsewhere in the middle, sometimes: repeated, moved, or its own parent.
+        // Sometimes, a hash from elsewhere in the middle: repeated, moved, or its own parent.
         if (n && (r[7] >> 4) == 15) batch_.hashes[r[6] % n] = name(pod_of(r), p, 1 + (r[6] >> 3) % all, false);
         if (n && (r[7] >> 4) == 14) e.parent = batch_.hashes[r[6] % n];
         content(e, p, cut, n * factor, factor);
@@ -364,7 +366,7 @@ private:
         e.extra_keys = reinterpret_cast<const u8*>(keys_.data());
         e.extra_keys_bytes = static_cast<u32>(keys_.size());
     }
-    // Any of 24 hashes for anything, below any of them.
+    // Any of 24 hashes for any content, below any of them.
     void stored_at_will(const u8* r) {
         begin(EventKind::stored);
         Event& e = batch_.events[0];
@@ -381,7 +383,7 @@ private:
         apply(r);
         question(r, q);
     }
-    // Some hashes of a path, with the tokens of all of it or with none.
+    // Some hashes of a path, with the tokens of the whole path or without tokens.
     void masked(const u8* r) {
         begin(EventKind::stored);
         Event& e = batch_.events[0];
@@ -418,7 +420,7 @@ private:
         describe(batch_.events[0], r);
         apply(r);
     }
-    // Everything that this input has named so far, in one order or the other, so that what was forked goes again.
+    // Everything that this input has named so far, in one order or the other, so that forks are removed again.
     void evicted(const u8* r) {
         const u32 pod = pod_of(r);
         const std::size_t n = told_[pod].size();
@@ -497,7 +499,7 @@ private:
         for (auto& s : solos_)
             if (s.first.first == pod_of(r))
                 s.second.index->configure(s.second.uid, c.presence, c.has_media, c.media, c.chunk, -1);
-        // What a later worker's own index has to be told is all that was said so far, not only the last of it.
+        // The index of a later worker must get the whole configuration so far, not only the last change.
         Configuration& said = configured_[pod_of(r)];
         if (c.presence >= 0) said.presence = c.presence;
         if (c.has_media) said.media = c.media;
@@ -530,7 +532,7 @@ private:
         apply(r);
     }
 
-    // ---- what must hold ---------------------------------------------------------------------------------------------
+    // ---- the requirements -------------------------------------------------------------------------------------------
 
     void same(const Report& a, const Report& b) const {
         bool equal = a.stored == b.stored && a.removed == b.removed && a.cleared == b.cleared && a.parked == b.parked &&
@@ -574,7 +576,7 @@ private:
         q.model = model_of(r);
         return q;
     }
-    // A path that an operation was about is a prompt, and so is the same path with another end.
+    // The path of an operation becomes a prompt, and so does the same path with another end.
     void question(const u8* r, Path p) {
         if (batch_.events.size() && batch_.events[0].kind == EventKind::stored && !batch_.hashes.empty())
             told_[pod_of(r)].push_back({r[1], batch_.events[0].group, batch_.events[0].medium, batch_.hashes});
@@ -585,7 +587,7 @@ private:
             asked_[steps_ % 64] = query(r, p);
         }
     }
-    // The prompts that payloads spell: what each engine hash stands for, as far as that is known.
+    // The prompts that payloads contain: the content of each engine hash, if it is known.
     void remember(const Batch& b, const Event& e, u32 model) {
         if (e.kind != EventKind::stored || !e.n_hashes || e.n_tokens % e.n_hashes || e.n_tokens > 4096) return;
         Query q;
@@ -614,7 +616,7 @@ private:
         p.n_tokens = q.tokens.size();
         p.adapter = q.lora;
         p.adapted = !q.lora.empty();
-        // Keys that come from a payload are sound there, but may start with a name of its adapter: still sound here.
+        // Keys from a payload are sound there, but may start with a name of its adapter. They are still sound here.
         if (!read_extra(reinterpret_cast<const u8*>(q.extra.data()), q.extra.size(), q.salt, 1337,
                         q.tokens.size() / size_, p))
             die("extra keys of an event cannot be read as a prompt's");
@@ -677,7 +679,7 @@ private:
         for (const Line& l : got) {
             const bool whole = std::get<2>(l) == "*";
             if (whole) lengths.insert(std::get<3>(l));
-            // No medium alone gives more than all of them together.
+            // No medium alone gives more than all media together.
             if (!whole && std::none_of(got.begin(), got.end(), [&](const Line& o) {
                     return std::get<2>(o) == "*" && std::get<0>(o) == std::get<0>(l) &&
                            std::get<1>(o) == std::get<1>(l) && std::get<3>(o) >= std::get<3>(l);
@@ -750,7 +752,8 @@ void run_structured(World& world, const u8* p, std::size_t n) {
     for (std::size_t i = 0; i < kMostSteps && n >= kRecord; ++i, p += kRecord, n -= kRecord) world.record(p);
 }
 
-// One byte says what follows: a payload that ends by itself, one with its length before it, or a record.
+// The first byte determines the next operation: a payload that ends by itself, one with its length before it, or a
+// record.
 void run_raw(World& world, const u8* p, std::size_t n) {
     for (std::size_t i = 0; i < kMostSteps && n >= 2; ++i) {
         const u8 what = p[0];
@@ -774,7 +777,7 @@ void run_raw(World& world, const u8* p, std::size_t n) {
             MsgReader reader(p, n);
             if (reader.skip(1)) length = n - reader.left();
         }
-        // A copy of its own size, so that the sanitizer sees the first byte that is read beyond it.
+        // A copy of exactly this size, so that the sanitizer sees any read beyond it.
         const std::vector<u8> payload(p, p + length);
         world.payload(who, payload.data(), payload.size());
         p += length;
@@ -786,7 +789,7 @@ void run_raw(World& world, const u8* p, std::size_t n) {
 
 extern "C" std::size_t LLVMFuzzerMutate(std::uint8_t* data, std::size_t size, std::size_t max_size);
 
-// Structured inputs: half of the time whole records are moved, copied, dropped or changed in place.
+// Structured inputs: half of the time, whole records are moved, copied, dropped or changed in place.
 extern "C" std::size_t LLVMFuzzerCustomMutator(std::uint8_t* data, std::size_t size, std::size_t max_size,
                                                unsigned seed) {
     const std::size_t n = size / kRecord;
@@ -824,7 +827,7 @@ extern "C" std::size_t LLVMFuzzerCustomMutator(std::uint8_t* data, std::size_t s
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
     if (size < kRecord) return 0;
     if (data[0] ==
-        '{') {  // a request; only the sanitizers judge it here, tests/property/test_json_tokens.py what it gives
+        '{') {  // a request, which only the sanitizers check here; tests/property/test_json_tokens.py checks the result
         std::vector<std::uint32_t> ids(size / 2);
         json_tokens(reinterpret_cast<const char*>(data), size, "tokens", 6, ids.data());
         return 0;

@@ -1,9 +1,8 @@
-// A fuzzer of snapshots: whatever a file says, it is refused,
-// or it makes an index in which nothing is broken, now and later.
+// A fuzzer of snapshots: every file is refused, or gives an index in which nothing is broken, now and later.
 //
-// The input is a file; its size and its checksum are set right, so that what is tried is what the file says and not
-// whether it is damaged. What is accepted has to pass _check(), is used, has to pass again, can be saved and loaded
-// once more, and leaves nothing behind when its pods are gone.
+// The input is a file. Its size and its checksum are corrected, so that the content is tested instead of the detection
+// of damage. An accepted file has to pass _check(), is used, has to pass again, can be saved and loaded once more, and
+// leaves nothing behind when its pods have been removed.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -72,7 +71,7 @@ void use(ConcurrentIndex& ix, u32 size) {
 
 extern "C" int LLVMFuzzerTestOneInput(const u8* data, std::size_t n) {
     if (n < kSnapshotHead) return 0;
-    // Eight-byte aligned, as bytes objects and files in memory are.
+    // Aligned to eight bytes, like bytes objects and files in memory.
     std::vector<u64> room(n / 8 + 1);
     u8* file = reinterpret_cast<u8*>(room.data());
     std::memcpy(file, data, n);
@@ -83,7 +82,7 @@ extern "C" int LLVMFuzzerTestOneInput(const u8* data, std::size_t n) {
     h.zero = 0;
     h.bytes = n;
     h.sections = kSections;
-    // Small blocks, or using the index is mostly hashing.
+    // Small blocks, since hashing would otherwise take most of the time.
     h.block_size = h.block_size % 8 + 1;
     h.set_presence &= 1;
     h.max_parked &= 0xFFFF;
@@ -108,7 +107,7 @@ extern "C" int LLVMFuzzerTestOneInput(const u8* data, std::size_t n) {
         die("what was loaded is saved as something else");
     use(ix, h.block_size);
     sound(ix, "used");
-    // In place of what has a life of its own: pods of other names, in another order, and media.
+    // The snapshot replaces an index with content of its own: pods of other names, in another order, and media.
     for (const char* name : {"y", "x"}) second.open_pod(name);
     for (const u64 pod : pods(second)) {
         second.configure(pod, -1, true, {"Tape", "cpu"}, -1, -1);

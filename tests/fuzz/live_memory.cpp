@@ -1,12 +1,12 @@
-// Items of the heap and of pools, taken, resized and given back at random: each keeps what was written into it.
+// Items of the heap and of pools are taken, resized and returned at random, and each keeps its contents.
 //
-// `make fuzz` runs it. Elsewhere the address sanitizer watches items that malloc hands out, and so the slabs themselves
-// never run under it; here they do (KVINDEX_SLABS). What is demanded, beside a list of the items that are alive:
-//   - no two overlap, all are aligned to 16 bytes, each has as many bytes as Heap::room says, and they keep their
-//   contents: through resizing, and whatever goes back to the system beside them;
-//   - take_zeros gives zeros, also where something lay before;
+// `make fuzz` runs it. Elsewhere, the address sanitizer watches items that malloc hands out, so the slabs themselves
+// never run under it. Here they do (KVINDEX_SLABS). The requirements, beside a list of the live items:
+//   - no two overlap, all are aligned to 16 bytes, each has as many bytes as Heap::room returns, and they keep their
+//     contents while they are resized and while other memory is returned to the system;
+//   - take_zeros gives zeros, even if the place was used before;
 //   - nothing is unmapped that was not mapped, and in the end nothing is left mapped;
-//   - where the system refuses memory, that call alone has no effect.
+//   - if the system refuses memory, the call has no effect.
 // Linked with --wrap for mmap, munmap and mremap (see the Makefile).
 
 #include <cstdio>
@@ -22,7 +22,7 @@
 
 namespace {
 
-std::map<std::uintptr_t, std::uintptr_t> g_mapped;  // begin and end, neighbours joined
+std::map<std::uintptr_t, std::uintptr_t> g_mapped;  // begin and end; neighbours are joined
 bool g_refuses = false;
 
 [[noreturn]] void die(const std::string& what) {
@@ -91,7 +91,7 @@ class Random {
 public:
     explicit Random(u64 seed) : rng_(seed) {}
     u64 below(u64 n) { return rng_() % n; }
-    // Most items of an index are small; some are as large as a large page and more.
+    // Most items of an index are small, and some are as large as a large page or larger.
     std::size_t size() {
         const u64 kind = below(64);
         return kind < 40   ? 1 + below(300)
@@ -104,7 +104,7 @@ private:
     std::mt19937_64 rng_;
 };
 
-// The first ones, and then some of each page; of a shorter item the same as of a longer one.
+// The first bytes, and then some of each page: the same ones of a shorter item as of a longer one.
 template <class F>
 void each_byte(std::size_t n, F&& f) {
     for (std::size_t i = 0; i < n; i += i < 512 ? 1 : 509) f(i);
@@ -167,13 +167,13 @@ private:
         if (after != live_.end() && after->first < at + room) die("two items overlap");
         if (after != live_.begin() && std::prev(after)->first + Heap::room(std::prev(after)->second.n) > at)
             die("two items overlap");
-        // As a list does that takes all the room there is.
+        // Like a list that takes all the room there is.
         n = room <= 4096 ? room : n;
         write(p, n, id);
         live_[at] = {n, id};
     }
     std::map<std::uintptr_t, Item>::iterator any() {
-        // By address, which is as random as it need be.
+        // By address, which is random enough.
         auto it = live_.lower_bound(last_ + random_.below(1 << 18));
         return it == live_.end() ? live_.begin() : it;
     }
@@ -217,7 +217,7 @@ private:
     u64 id_ = 0;
 };
 
-// One that divides a page, one that does not, and one of which many slabs share a page.
+// One item size that divides a page, one that does not, and one whose slabs share a page with many others.
 struct alignas(64) Whole {
     u64 words[16];
 };
@@ -237,7 +237,7 @@ void pool(u64 seed, u32 most) {
         Pool<T> pool(mem);
         std::vector<u32> live;
         for (u32 phase = 0; phase < 8; ++phase) {
-            // Down to a few that lie anywhere, to the first ones, to none, and up again.
+            // Shrinks to a few items anywhere, to the first ones, to no item, and grows again.
             const u32 goal = phase % 2 ? (phase == 7 ? 0 : most / 50) : most;
             while (live.size() < goal) {
                 const u32 id = pool.take();
@@ -254,7 +254,7 @@ void pool(u64 seed, u32 most) {
                 for (const u64 w : pool[id].words)
                     if (w != id + 1) die("an item of a pool changed");
                 pool.give(id);
-                // Somebody comes while many go.
+                // Some items are taken while many are returned.
                 if (random.below(8)) continue;
                 const u32 other = pool.take();
                 for (u64& w : pool[other].words) w = other + 1;
@@ -276,7 +276,7 @@ void pool(u64 seed, u32 most) {
 
 }  // namespace
 
-// NOLINTNEXTLINE(bugprone-exception-escape): whatever escapes is what is looked for.
+// NOLINTNEXTLINE(bugprone-exception-escape): an exception that escapes is a finding.
 int main(int argc, char** argv) {
     const u64 seeds = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 4;
     for (u64 seed = 0; seed < seeds; ++seed) {

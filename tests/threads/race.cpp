@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Every call of the shared index from many threads, for ThreadSanitizer: make tsan.
+// Every call of the shared index, from many threads, for ThreadSanitizer: make tsan.
 #include <atomic>
 #include <chrono>
 #include <cstdio>
@@ -59,7 +59,7 @@ void run(double seconds, u64 max_bytes, double ttl) {
     std::atomic<bool> over{false};
     std::atomic<u64> done{0};
 
-    // As the boundary does it: a number that is remembered is asked about, and a pod that is not there is opened.
+    // Like the Python boundary: a remembered number is looked up, and a missing pod is opened.
     const auto uid = [&](const std::string& name) {
         const u64 known = index.directory().find(name);
         return known && index.directory().has(known) ? known : index.open_pod(name);
@@ -120,7 +120,7 @@ void run(double seconds, u64 max_bytes, double ttl) {
                     if (draw(20) == 0) {
                         SnapshotBytes bytes;
                         index.save(bytes);
-                        // In a budget it may not fit beside what has come since.
+                        // With a budget, it may not fit beside the content that has arrived since.
                         try {
                             if (draw(2)) index.load(bytes.data(), bytes.size());
                         } catch (const SnapshotRefused&) {
@@ -138,7 +138,7 @@ void run(double seconds, u64 max_bytes, double ttl) {
     over.store(true);
     for (std::thread& t : threads) t.join();
     require(index.check().empty(), index.check().c_str());
-    // After every race: each name can be used.
+    // After every race, each name must be usable.
     for (const std::string& name : names) {
         Report report;
         double ts = 0;
