@@ -1,4 +1,4 @@
-"""Payloads of about so many bytes, each of one kind that costs a reader without care far more than its bytes."""
+"""Hostile payloads of a given size. Each kind costs a careless reader far more than its bytes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import msgpack
 __all__ = ["KINDS", "payload"]
 
 SIZE = 4
-#: Multiples of it have equal low bits after a multiplication by the golden ratio's 2^64, which mixes keys where no
-#: secret does.
+#: Multiples of it have equal low bits after a multiplication by the golden ratio's 2^64, which mixes keys if no
+#: secret is available.
 GOLDEN_INVERSE = pow(0x9E3779B97F4A7C15, -1, 1 << 64)
 
 
@@ -38,7 +38,7 @@ def many(each: Callable[[int], Any]) -> Callable[[int], bytes]:
 
 
 def one(event: Callable[[int], Any], each: int) -> Callable[[int], bytes]:
-    """A batch of one event of so many items, of ``each`` bytes."""
+    """A batch of one event, with as many items of ``each`` bytes as fit."""
     return lambda size: msgpack.packb([0.5, [event(max(size // each, 2))]])
 
 
@@ -54,7 +54,7 @@ def repeated_keys(size: int) -> bytes:
 
 
 def promised(size: int) -> bytes:
-    """Lengths of four thousand million, and few bytes behind them."""
+    """Lengths of more than four billion, with few bytes behind them."""
     return b"\x92\x00\xdd\xff\xff\xff\xff" + b"\xdd\xff\xff\xff\xff" * (size // 5)
 
 
@@ -63,7 +63,7 @@ def names(count: int) -> list[int]:
     return [rng.getrandbits(64) for _ in range(count)]
 
 
-#: What makes a payload of each kind, by its size.
+#: The function that makes a payload of each kind from its size.
 KINDS: dict[str, Callable[[int], bytes]] = {
     "nils": lambda size: b"\x92\x00\xdd" + size.to_bytes(4, "big") + b"\xc0" * size,
     "empty arrays": lambda size: b"\x92\x00\xdd" + size.to_bytes(4, "big") + b"\x90" * size,
@@ -101,11 +101,11 @@ KINDS: dict[str, Callable[[int], bytes]] = {
 
 
 def payload(kind: str, size: int) -> bytes:
-    """A payload of that kind, of about ``size`` bytes."""
+    """A payload of this kind, of about ``size`` bytes."""
     return KINDS[kind](size)
 
 
 def payloads(size: int) -> Iterator[bytes]:
-    """One of each kind."""
+    """One payload of each kind."""
     for kind in KINDS:
         yield payload(kind, size)

@@ -1,6 +1,6 @@
-"""Fill the fuzzer's corpus (the argument): recorded vectors where they are there, simulations, and programs of records.
+"""Fill the fuzzer's corpus (the argument) with recorded vectors, if there are any, simulations and programs of records.
 
-fuzz_ingest.cpp says how an input is read: a header of eight bytes, then payloads or records.
+fuzz_ingest.cpp describes the form of an input: a header of eight bytes, then payloads or records.
 """
 
 import json
@@ -17,10 +17,10 @@ from kvindex.sim import KINDS, write_sample
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# libFuzzer mutates what it reads, and mutants of large payloads cost time without reaching other code.
+# libFuzzer mutates its inputs, and mutants of large payloads cost time without reaching other code.
 LARGEST = 1500
 PER_STREAM = 40
-# Index of the block size in an input's header: 4 for the vectors that were written for it, 16 for what engines send.
+# Index of the block size in an input's header: 4 for the vectors that were written for it, 16 for engines' messages.
 FOUR, SIXTEEN = 1, 2
 
 
@@ -32,7 +32,7 @@ def recorded() -> list[bytes]:
 
 
 def simulated() -> Iterator[list[bytes]]:
-    """The messages of each kind of engine, a list a stream."""
+    """The messages of each kind of engine, one list for each stream."""
     with tempfile.TemporaryDirectory() as directory:
         for kind in KINDS:
             path = Path(directory) / kind
@@ -42,7 +42,7 @@ def simulated() -> Iterator[list[bytes]]:
 
 
 def framed(size: int, payloads: list[bytes]) -> bytes:
-    """Payloads of one stream, every third with its length before it."""
+    """The payloads of one stream. Every third has its length before it."""
     stream = bytes([0, size, 0, 0, 0, 0, 0, 0])
     for at, payload in enumerate(payloads):
         stream += bytes([0x80, 0]) + len(payload).to_bytes(2, "little") if at % 3 == 2 else bytes([0, 0])

@@ -1,4 +1,4 @@
-"""Seeds for the fuzzer of snapshots: small files in which everything occurs that a snapshot can hold."""
+"""Seeds for the fuzzer of snapshots: small files with everything that a snapshot can contain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Threads that take turns as often as the interpreter can, not every 5 ms."""
+"""Threads take turns as often as the interpreter allows, instead of every 5 ms."""
 
 from __future__ import annotations
 

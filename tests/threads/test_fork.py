@@ -1,6 +1,6 @@
-"""A process that forks while its threads use an index: the child has a copy that works, and is told that it is stale.
+"""Forks of a process whose threads use an index: the child has a working copy, in which every pod is stale.
 
-In processes of their own: forking a process that has threads is what is tested, and the tests' own has too many.
+Each test runs in a process of its own: it forks a process with threads, and the tests' own process has too many.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def test_a_child_makes_event_managers_of_its_own() -> None:
 
 
 def test_a_child_asks_a_picker_that_the_parent_had_locked():
-    """In an interpreter of its own, as above."""
+    """Run in an interpreter of its own, like the other tests."""
     program = """
 import os, threading
 from kvindex import BlockStored, PrefixIndex

@@ -1,4 +1,4 @@
-"""A pod is removed beside whatever names it: afterwards the name is as good as new."""
+"""A pod is removed while other calls use its name: afterwards, the name works like a new one."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ NAMING: dict[str, Callable[[PrefixIndex], object]] = {
 
 
 def beside(jobs: list[Callable[[], object]], main: Callable[[], None]) -> None:
-    """`main` here while each job goes on in a thread of its own, whatever it is refused."""
+    """Run `main` here while each job runs in a thread of its own, even if some of its calls are refused."""
 
     def again(job: Callable[[], object]) -> None:
         with contextlib.suppress(UnknownPodError, kvindex.EventDecodeError):
@@ -56,13 +56,13 @@ def beside(jobs: list[Callable[[], object]], main: Callable[[], None]) -> None:
 
 
 def assert_stored(index: PrefixIndex) -> None:
-    """What an engine says of the name now is stored: the name is alive, without another removal that would free it."""
+    """An engine's events under the name are stored: the name is alive, without another removal that would free it."""
     report = index.ingest("a", LONG)
     assert (report.stored, report.skipped) == (100, 0), report
 
 
 def assert_alive(index: PrefixIndex) -> None:
-    """The same where nobody else is, and the pod goes with all that it holds."""
+    """The same without other threads. The pod's removal also removes all its blocks."""
     assert_stored(index)
     assert index.match_prefix(TOKENS).tokens == {"a": 400}
     index._check()
@@ -125,7 +125,7 @@ def test_of_two_who_remove_a_pod_one_does():
 
 
 def test_what_is_on_its_way_to_a_removed_pod_is_dropped_and_says_so():
-    """No batch brings a pod back that was removed while it waited or was applied: its report says what was dropped."""
+    """No batch opens a pod again that was removed while the batch waited or ran. Its report counts the dropped part."""
     index, reports = PrefixIndex(4), []
     batch = payload(*(stored([1000 + i], [i] * 4) for i in range(2000)))
 
@@ -148,7 +148,7 @@ def test_what_is_on_its_way_to_a_removed_pod_is_dropped_and_says_so():
 
 
 def test_a_manager_removes_pods_beside_routers_that_confirm():
-    """The product's own shape: streams feed, discovery removes and adds again, routers ask and add_prefix."""
+    """The use in production: streams feed, discovery removes and adds pods, routers query and call add_prefix."""
     index = PrefixIndex(4)
     with LivePublisher() as pod, EventManager(index, policy=BRISK) as manager:
         pod.publish()

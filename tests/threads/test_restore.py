@@ -1,4 +1,4 @@
-"""An index whose content is replaced as a whole, beside threads that use it: every answer is of one content."""
+"""The content of an index is replaced as a whole while threads use it: every answer comes from one content."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOKENS = np.arange(80 * SIZE, dtype=np.uint32)
 
 
 def filled(holds: dict[str, tuple[int, str | None]], state: str = "exact") -> PrefixIndex:
-    """Pods in this order, each with so many blocks of the prompt in a medium."""
+    """An index with pods in this order, each with a number of the prompt's blocks in a medium."""
     index = PrefixIndex(SIZE)
     for number, (pod, (blocks, medium)) in enumerate(holds.items()):
         index.ingest(pod, payload(cleared(), rank=number % 2), seq=0)
@@ -42,7 +42,7 @@ def said(holds: dict[str, tuple[int, str | None]]) -> dict[str, tuple[int, str]]
 
 
 def read(match: kvindex.PrefixMatch) -> dict[str, tuple[int, str]]:
-    """Which tokens lie in which medium; of an answer that is looked at too late, the medium may have no name."""
+    """The tokens and the medium of each pod. If an answer is read too late, the medium may have no name."""
     return {pod: (it.held, next(iter(it.media), "?")) for pod, it in match.items()}
 
 
@@ -79,7 +79,7 @@ def test_an_answer_is_of_one_content(blocks):
         rng = Random(blocks)
         for _ in range(2000):
             index._restore(rng.choice(contents)[0], "it")
-        # What was answered long ago is still the same.
+        # An early answer is still the same.
         assert read(kept) == right[0]
 
     together(ask, ask_some, main=write)
@@ -88,7 +88,7 @@ def test_an_answer_is_of_one_content(blocks):
 
 
 def test_everything_else_goes_on_meanwhile():
-    """Batches, pods that come and go, marks, snapshots and picks: whatever is refused, the index is whole."""
+    """Batches, pods that come and go, marks, snapshots and picks: even if some are refused, the index is consistent."""
     index = PrefixIndex(SIZE, max_bytes=1 << 20)
     contents = [filled(holds).dumps() for holds in CONTENTS[:3]]
     picker = EndpointPicker(index)
@@ -132,7 +132,7 @@ def test_everything_else_goes_on_meanwhile():
     index._restore(contents[0], "it")
     assert index.pods() == dict.fromkeys("abc", "stale")
     assert {pod: it.held for pod, it in index.match_prefix(TOKENS).items()} == {"a": 320, "b": 80, "c": 20}
-    # Each pod can be used, and none has two numbers.
+    # Each pod can be used, and no pod has two numbers.
     for pod in "abcdxyz":
         assert index.ingest(pod, batch).skipped == 0
         index.remove_pod(pod)
@@ -150,7 +150,7 @@ def test_pods_that_stay_keep_their_load_and_new_ranks_are_found():
     choice = picker.pick(TOKENS)
     assert choice is not None
     assert (choice.pod, choice.rank) == ("a", 0)
-    # Now it is rank 1 of "a" that holds the prompt, as many ranks as before, and "c" is before it.
+    # Now rank 1 of "a" holds the prompt. The pod has as many ranks as before, and "c" is a further pod.
     other = PrefixIndex(SIZE)
     for pod in ("a", "b", "c"):
         other.ingest(pod, payload(stored([1, 2], TOKENS[:8].tolist(), size=SIZE), rank=1))

@@ -1,4 +1,4 @@
-"""Many threads: every answer is one that some moment allowed, and nothing is lost or broken."""
+"""Many threads: every answer was correct at some moment, and nothing is lost or broken."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from kvindex import PrefixIndex
 
 
 class Timeline:
-    """A value that one thread changes; others may see any of its values from before they looked until after."""
+    """A value that one thread changes. Other threads may see any value that it had while they looked."""
 
     def __init__(self, first: int) -> None:
         self.values = [first]
-        self.settled = 0  # the index of the newest value that is surely there
+        self.settled = 0  # the index of the newest value that is certainly visible
 
     def changes_to(self, *values: int) -> None:
         self.values.extend(values)
@@ -38,7 +38,7 @@ class Timeline:
 @pytest.mark.parametrize("blocks", [60, 700], ids=["short prompts keep the interpreter", "long prompts give it up"])
 @pytest.mark.parametrize("per_event", [1, 7])
 def test_an_answer_is_one_between_two_events(blocks, per_event):
-    """A chain grows and shrinks by whole events; no length between them may be seen, and none that is over."""
+    """A chain grows and shrinks by whole events. No answer may have a length between two events, or an outdated one."""
     size = 4
     index = PrefixIndex(size)
     tokens = np.arange(blocks * size, dtype=np.uint32)
@@ -94,7 +94,7 @@ def test_an_answer_is_one_between_two_events(blocks, per_event):
 
 
 def test_a_clear_is_seen_whole():
-    """Between a clear and the next store there is nothing; both come in one batch and are two events."""
+    """Between a clear and the next store, the pod holds no block. Both are events of one batch."""
     index = PrefixIndex(4)
     tokens = np.arange(4000, dtype=np.uint32)
     hashes = list(range(1, 1001))
@@ -135,7 +135,7 @@ def test_a_pod_that_comes_and_goes_is_there_or_not():
 
 @pytest.mark.parametrize("seed", range(6))
 def test_pods_are_written_side_by_side(seed):
-    """What every pod's stream says, applied by a thread each, gives what one thread gives."""
+    """One thread for each pod's stream gives the same index as one thread for all."""
     rng = Random(seed)
     world = World(replace(draw_setup(rng), crowd=0))
     for _ in range(150):
@@ -166,11 +166,11 @@ def test_pods_are_written_side_by_side(seed):
 
 
 def test_everything_at_once():
-    """Every method from many threads: only what the contract names may be raised, and the structure holds."""
+    """Every method from many threads: only documented exceptions may be raised, and the structure holds."""
     index = PrefixIndex(4, max_parked=50)
     rng = Random(7)
     prompts = [[rng.randrange(3) for _ in range(rng.choice((4, 40, 1600)))] for _ in range(20)]
-    # One hash per content, as engines with a common hash function have them.
+    # One hash per content, like engines with a common hash function.
     names: dict[tuple, int] = {}
 
     def batch(rng: Random) -> bytes:
