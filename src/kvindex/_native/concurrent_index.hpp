@@ -200,7 +200,7 @@ public:
     Taken apply(u64 uid, i64 rank, const std::string& model, const Batch& batch, const Place& place, Report& r,
                 bool wait = true) {
         // The lock is released between events, so a reader waits for about this many blocks at most (some
-        // microseconds). Taking it for each one-block event would double the cost of such an event.
+        // microseconds). Taking the lock for each one-block event would double the cost of such an event.
         constexpr u64 kTurn = 128;
         const std::size_t n = batch.events.size();
         std::size_t i = 0;

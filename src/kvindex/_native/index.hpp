@@ -110,7 +110,7 @@ public:
     std::string check() const;
 
     // The sections of a snapshot, without the caller's counters. restore() needs an empty index, and a refused snapshot
-    // leaves it half filled. The restored index takes the place of the one that the numbers belong to.
+    // leaves it half filled. The restored index will replace the index that `before` describes.
     void save(SectionWriter& to) const;
     void restore(SectionReader& in, const Registry::Numbers& before);
 

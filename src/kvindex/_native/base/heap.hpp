@@ -2,7 +2,7 @@
 //
 // malloc kept 274 of 875 MB after everything had been removed: it returns only the end of its heap, and one live item
 // there keeps all memory below it. Here, each slab of 64 KB holds items of one size. The caller passes the size to
-// `free`, so items have no header.
+// `give`, so items have no header.
 #pragma once
 
 #include <sys/mman.h>

@@ -25,7 +25,7 @@ public:
     u32 size() const { return n_; }
     // How many numbers from `id` on are neighbours in memory, at most `most`.
     u32 together(u32 id, u32 most) const { return most < kMask + 1 - (id & kMask) ? most : kMask + 1 - (id & kMask); }
-    // Bytes that so many more items take.
+    // The bytes that this many further items take.
     std::size_t growth(u32 more) const {
         const u32 spare = (slabs_.size() - holes_.size()) * 64 - n_;
         return more > spare ? static_cast<std::size_t>((more - spare + 63) / 64) * (sizeof(T) * 64 + sizeof(Slab)) : 0;
@@ -117,8 +117,8 @@ private:
     // Large pages take memory as a whole, so they are used only after three arenas, and only if the index may take 2 MB
     // that it does not count (Spare::on).
     static constexpr u32 kHugeFrom = 3;
-    // Empty slabs that keep their memory for later items: so many, and this share of all. With a 32nd, prompts that
-    // change their length twice peaked at 1.01 of a budget of 32 MB, now at 0.99.
+    // Empty slabs that keep their memory for later items: this number, plus this share of all slabs. With a 32nd,
+    // prompts that change their length twice peaked at 1.01 of a budget of 32 MB, now at 0.99.
     static constexpr u32 kKept = 8, kKeptShare = 128;
     static constexpr std::size_t kSlabBytes = sizeof(T) * 64, kPageBytes = 4096;
     static_assert(kLg >= 6, "a slab lies in one arena");

@@ -61,7 +61,7 @@ public:
     Slots& operator=(Slots&&) = delete;
 
     u32 size() const { return n_; }
-    // An upper bound of the bytes that so many more entries take. While a table doubles, both copies count.
+    // An upper bound of the bytes that this many further entries take. While a table doubles, both copies count.
     std::size_t growth(u32 more) const {
         if (parts_.empty()) {
             u32 lg = slots_ ? lg_ : kLeast;
@@ -255,7 +255,8 @@ private:
     // gap on, each at its old slot or before.
     void split(Memory& m, u32 half) {
         const u32 from = way(half).part, bit = parts_[from].bits;
-        // A home slot uses all the remaining bits. The secret makes so many keys with equal bits improbable.
+        // The segments already use all bits that the home slots leave. The secret makes so many keys with equal bits
+        // improbable.
         if (bit + lg_ >= 32) throw std::bad_alloc();
         const u32 ways = ways_.size();
         parts_.reserve(m, parts_.size() + 1);

@@ -107,8 +107,8 @@ public:
         return registry_.pod_at(pod).workers.size() < kMostWorkers && admits(Registry::kWorkerBytes);
     }
 
-    // Makes room for an event that may add so many names and index blocks below a known parent, and `more` bytes
-    // besides. Returns false if there is not enough room: then nothing may be added.
+    // Makes room for an event that may add these numbers of names and index blocks below a known parent, and `more`
+    // bytes besides. Returns false if there is not enough room: then nothing may be added.
     bool make_room(u32 id, u32 names, u32 blocks, std::size_t more, u32 parent) {
         if (!chains_.ages().on()) return true;
         grow_older(blocks);
@@ -170,8 +170,7 @@ private:
     // Blocks that are evicted at a time: enough to make the search for the oldest chain cheap, few enough to leave most
     // of a long chain.
     static constexpr u32 kPiece = std::min(128u, kTurnBlocks);
-    // The share of the budget for speculative entries: the share that is kept free. Memory without an estimate takes it
-    // from them.
+    // Speculative entries get the share of the budget that is kept free. Memory without an estimate takes it from them.
     static constexpr std::size_t kGuessShare = 32;
 
     // Without a clock, stored blocks measure the time: while all content is replaced once, as many generations begin as

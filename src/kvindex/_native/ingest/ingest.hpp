@@ -544,7 +544,7 @@ private:
         r.stored -= refused;
         if (refused) r.skip(Reason::over_limit, refused);
     }
-    // Whether so many further blocks exceed the pod's limit. A block that is announced again counts as new, and a
+    // Whether `more` further blocks exceed the pod's limit. A block that is announced again counts as new, and a
     // pending block counts as placed, since it will be placed without another check.
     bool over_limit(u32 pod, u64 more) {
         Pod& p = registry_.pod_at(pod);

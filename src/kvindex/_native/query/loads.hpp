@@ -42,7 +42,7 @@ public:
         u64 context = 0;  // tokens of all running requests' prompts
         u64 requests = 0;
         double given = 0;  // decayed work, in units that all rows share
-        // Tokens of the prompt at hand.
+        // Blocks of the current prompt.
         u32 reused = 0, held = 0;
         double worth = 0;
     };

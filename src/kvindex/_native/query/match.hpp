@@ -241,7 +241,7 @@ public:
     }
 
 private:
-    // Pages that a walk prefetches before it reaches them: comparing 16 takes longer than an answer of memory.
+    // Pages that a walk prefetches before it reaches them: comparing 16 pages takes longer than an access to memory.
     static constexpr u32 kAhead = 16;
     // Pages of a chain that a walk prefetches before their numbers are known.
     static constexpr u32 kGuessed = 8;

@@ -15,8 +15,8 @@ class Index;
 // back unchanged.
 void write_snapshot(const Index& ix, const std::vector<u64>& counters, SnapshotBytes& out);
 
-// Reads into an empty index that will take the place of the one that the numbers belong to. A refused snapshot leaves
-// the index half filled: throw it away.
+// Reads into an empty index, which will replace the index that `before` describes. A refused snapshot leaves the index
+// half filled: throw it away.
 void read_snapshot(Index& ix, const Registry::Numbers& before, const u8* data, u64 bytes, std::vector<u64>& counters);
 
 // Evicts the content that does not fit into the budget from an index that was read.

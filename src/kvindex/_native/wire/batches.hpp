@@ -15,7 +15,7 @@ public:
     Batches& operator=(const Batches&) = delete;
     ~Batches() { clear(); }
 
-    // A batch for as long as this lives, however that ends.
+    // A batch on loan for the lifetime of this object.
     class Lent {
     public:
         explicit Lent(Batches& from) : from_(from), batch_(from.take()) {}

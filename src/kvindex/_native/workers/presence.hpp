@@ -594,7 +594,7 @@ public:
     // Whether a turn has left work to the next one.
     bool loose() const { return !loose_blocks_.empty() || !loose_chains_.empty(); }
     // Does a turn's worth of this work. Blocks and chains may have changed meanwhile: if a number now belongs to
-    // another one without any work to do, nothing is done.
+    // another block or chain without such work, nothing is done.
     void tie_up() {
         if (!loose_blocks_.empty()) {
             const LooseBlock at = loose_blocks_.back();
@@ -645,7 +645,7 @@ private:
     Registry& registry_;
     SetPool& sets_;
     Chains& chains_;
-    std::vector<LooseBlock> loose_blocks_;  // where a worker may remember more positions than it must, from there up
+    std::vector<LooseBlock> loose_blocks_;  // where a worker may remember more than it must, and up from there
     std::vector<u32> loose_chains_;         // chains with blocks at their ends that no worker knows
     u32 refused_copies_ = 0;
     u32 followed_ = kNone;

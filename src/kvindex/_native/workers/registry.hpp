@@ -64,7 +64,7 @@ public:
     bool as_of(const Numbers& n) const {
         return n.pods_version == pods_version_ && n.media.next == media_.numbers_given();
     }
-    // Takes the place of the index that these numbers belong to. From now on, its callers find the pods of this one.
+    // Takes the place of the index whose callers use `directory`, which gets the pods of this index.
     void settle(PodDirectory& directory) {
         directory.become(*directory_);
         directory_ = &directory;
@@ -215,7 +215,7 @@ public:
     const Space& space_at(u32 id) const { return spaces_[id]; }
     Space& space_at(u32 id) { return spaces_[id]; }
     u32 space_slots() const { return static_cast<u32>(spaces_.size()); }
-    // The slots that a search for each existing name and chain head reads, as a mean.
+    // The mean number of slots that a search for an existing name or chain head reads.
     double probes() const {
         u64 looked = 0, found = 0;
         const auto count = [&](const auto& table) {
@@ -334,7 +334,7 @@ public:
         w.pod = pod;
         w.rank = rank;
         w.space = space;
-        // The events of a refused worker are unknown: its groups might limit every answer.
+        // The events of a rank that had no room are unknown: its groups might limit every answer.
         w.shed = w.muted = w.sticky = pods_[pod].refused.of(rank);
         w.state = own_state(w);
         pods_[pod].workers.push_back(id);
@@ -527,8 +527,8 @@ public:
             w.in_hybrid_list = kNone;
         }
     }
-    // Records that the worker has blocks with so many lookahead tokens. Returns false if its model has too many lengths
-    // already: each of them costs every question one more pass.
+    // Records that the worker has blocks with this number of lookahead tokens. Returns false if its model has too many
+    // lengths already: each of them costs every question one more pass.
     bool learn_length(Worker& w, u32 lookahead) {
         if (std::find(w.lengths.begin(), w.lengths.end(), lookahead) == w.lengths.end()) {
             Space& s = spaces_[w.space];
