@@ -1,4 +1,4 @@
-"""What the simulated engines' truth is held against: the index, and the slow model of its contract, asked alike."""
+"""Judges of the simulated engines: the index and the slow model behind one interface."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kvindex import PrefixIndex
 
 
 class Answer(NamedTuple):
-    """Per pod the tokens of its best rank, and the same per medium."""
+    """Reusable tokens of each pod's best rank: in total, and by medium."""
 
     tokens: dict[str, int]
     media: dict[str, dict[str, int]]
@@ -37,7 +37,7 @@ class ModelJudge:
 
 
 class IndexJudge:
-    """The index itself; its structure is verified after every batch."""
+    """The index. Its structure is verified after every batch."""
 
     def __init__(self, block_size: int = 16) -> None:
         self.index = PrefixIndex(block_size)

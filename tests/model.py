@@ -1,7 +1,7 @@
-"""The slow model: what the index must answer, written so that a reader can check it against the contract.
+"""A slow reference model of the index, written so that a reader can check it against the contract.
 
-Everything is recomputed from four facts per worker (names, copies, parked things, groups). Content is compared as
-tuples of tokens and extra keys, never as hashes, so the model shares no arithmetic with what it judges.
+The model recomputes every answer from four facts per worker: names, copies, parked events and groups. It compares
+content as tuples of tokens and extra keys, never as hashes, so it shares no arithmetic with the index under test.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ KNOWN_MEDIA = ("GPU", "CPU", "CPU_PINNED", "DISK", "STORAGE", "EXTERNAL")
 
 
 class NotABatch(ValueError):
-    """The payload is no batch: nothing of it was applied."""
+    """Raised for a payload that is not a batch. No part of it was applied."""
 
 
 class BadEvent(ValueError):
-    """One event cannot be used; `reason` is the report's name for it."""
+    """Raised for an event that cannot be used. `reason` is the report's name for the defect."""
 
     def __init__(self, reason: str):
         super().__init__(reason)
@@ -64,11 +64,11 @@ class Report:
 
 
 class Position:
-    """One content prefix: a block's content below a parent prefix. Equal content is the same object."""
+    """A content prefix: the content of one block below a parent prefix. Equal content is the same object."""
 
     def __init__(self, parent: Position | None = None, lookahead: int = 0):
         self.parent = parent
-        self.lookahead = lookahead  # how many tokens behind it are part of it
+        self.lookahead = lookahead  # number of lookahead tokens that are part of its identity
         self.depth = 0 if parent is None else parent.depth + 1
         self.children: dict[tuple, Position] = {}
 
@@ -78,7 +78,7 @@ class Position:
         return self.children[content]
 
     def last(self, k: int) -> list[Position]:
-        """This position and the k - 1 before it."""
+        """Return this position and the k - 1 before it."""
         chain, at = [], self
         for _ in range(k):
             chain.append(at)
@@ -102,7 +102,7 @@ class Group:
 
 @dataclass(eq=False)
 class Parked:
-    """An event whose parent is unknown (`parent`, `blocks`), or one copy of an unknown hash (`blocks` is None)."""
+    """An event with an unknown parent (`parent`, `blocks`), or one copy of an unknown hash (`blocks` is None)."""
 
     waits_for: int
     medium: str
@@ -121,12 +121,12 @@ class Worker:
     parked: list[Parked] = field(default_factory=list)  # in order of arrival
     groups: dict[int, Group] = field(default_factory=dict)
     seen: dict[tuple[str, int], list[int]] = field(default_factory=dict)  # (medium, group) -> k, as first announced
-    added: list[tuple[Position, float]] = field(default_factory=list)  # end of a prefix, when it expires
-    damaged: bool = False  # what only a full clear heals
-    doubtful: bool = False  # a clear did not say whether it meant another medium: only a restart heals that
-    lengths: set[int] = field(default_factory=set)  # of lookahead tokens in what it has announced
-    unsure: set[int] = field(default_factory=set)  # names below one that meant something else than a tier had said
-    partial_first: bool = False  # a smaller block came before any full one: heals with the first full one
+    added: list[tuple[Position, float]] = field(default_factory=list)  # (end of the prefix, expiry time)
+    damaged: bool = False  # only a full clear heals this
+    doubtful: bool = False  # a clear may have meant another medium as well: only a restart heals this
+    lengths: set[int] = field(default_factory=set)  # numbers of lookahead tokens in its events
+    unsure: set[int] = field(default_factory=set)  # names below a name whose meaning in a tier was wrong
+    partial_first: bool = False  # a smaller block came before any full one: the first full one heals this
     placed: bool = False
 
     @property
@@ -143,7 +143,7 @@ class Worker:
         ]
 
     def forget(self) -> None:
-        """Drop every name whose position nobody needs: no copy, no known child, nothing parked that waits for it."""
+        """Drop every name without a copy, without a known child and without a parked event that waits for it."""
         waited = {p.waits_for for p in self.parked}
         needed: set[Position] = set()
         for name in [h for (_, _, h), ks in self.copies.items() if ks] + [h for h in waited if h in self.names]:
@@ -155,8 +155,11 @@ class Worker:
         self.unsure &= self.names.keys()
 
     def forget_above(self, at: Position) -> None:
-        """The same from one position towards the root. What waits for a name there is no reason to keep it: what was
-        announced before its parent ends as if it had come after it."""
+        """Do the same from one position towards the root.
+
+        A parked event does not keep the name that it waits for. A child that was announced before its parent therefore
+        ends in the same state as one that was announced after it.
+        """
         while at.parent is not None:
             named = {h for h, p in self.names.items() if p is at}
             if any(ks for (_, _, h), ks in self.copies.items() if h in named):
@@ -167,7 +170,7 @@ class Worker:
             at = at.parent
 
     def forget_parked(self) -> None:
-        """Drop parked events without a copy that nothing parked (directly or in turn) hangs below."""
+        """Drop parked events without a live copy, unless another parked event depends on them, even indirectly."""
         kept = [p for p in self.parked if any(p.live)]
         while True:
             waited = {p.waits_for for p in kept}
@@ -178,7 +181,10 @@ class Worker:
         self.parked = [p for p in self.parked if p in kept]
 
     def held(self, group: int | None, medium: str | None) -> set[Position]:
-        """What the group holds, in one medium or in any; what was added counts for every group, on the GPU."""
+        """Return the positions a group holds in one medium or in any.
+
+        Speculative entries count for all groups, on the GPU.
+        """
         copies = {
             at
             for (m, g, h), ks in self.copies.items()
@@ -200,8 +206,8 @@ class Pod:
     eagle: bool | frozenset[int] = False
     hybrid: bool = False
     workers: dict[tuple[int, str], Worker] = field(default_factory=dict)  # (rank, model)
-    told: dict[int, str] = field(default_factory=dict)  # the stream's, by rank
-    # Whether an event has come, or the stream's state: "no", "yes", or "cut off" until there is a state.
+    told: dict[int, str] = field(default_factory=dict)  # state of the event stream, by rank
+    # "no": no event yet. "yes": an event or a stream state has arrived. "cut off": waits for the next stream state.
     heard: str = "no"
 
     def hear(self) -> None:
@@ -209,7 +215,7 @@ class Pod:
 
     def state(self, worker: Worker) -> str:
         unruled = self.chunk_size is None and any(g.rule == "chunked" for g in worker.groups.values())
-        # Nothing counts what comes and goes with a window or a state.
+        # No copy counts exist for blocks that enter and leave with a window or a state.
         uncounted = self.presence == "set" and any(g.rule != "full" for g in worker.groups.values())
         return STATES[
             self.hybrid
@@ -224,13 +230,13 @@ class Pod:
         ]
 
     def unruled_tiers(self, worker: Worker) -> bool:
-        """Whether vLLM reuses of a tier what no answer in whole blocks, or no rule that is known, says."""
+        """Return whether vLLM's reuse of a tier follows an unknown rule or is not a whole number of blocks."""
         windows = any(group.rule in ("sliding", "chunked") for group in worker.groups.values())
         drops = len(worker.groups) > 1 and bool(self.flagged(worker))
         return self.engine == "vllm" and (windows or drops) and any(medium != "GPU" for medium, _ in worker.seen)
 
     def flagged(self, worker: Worker) -> set[int]:
-        """The groups that drop the last block that they match."""
+        """Return the groups that drop the last block that they match."""
         if self.engine != "vllm" or any(worker.lengths):
             return set()
         return {
@@ -256,7 +262,7 @@ def fold(value: Any) -> int:
 
 
 def tag(key: Any) -> tuple:
-    """One extra key as something that is equal exactly when kind and value are."""
+    """Return a representation of one extra key that is equal exactly when the kind and the value are equal."""
     if key is None:
         return ("n",)
     if isinstance(key, (bool, int)):
@@ -273,7 +279,7 @@ def tag(key: Any) -> tuple:
 
 
 def with_salt(keys: tuple, salt: str | None) -> tuple:
-    """The cache salt stands before the trailing digests, where vLLM puts it."""
+    """Insert the cache salt before the trailing digests, the place where vLLM puts it."""
     if salt is None:
         return keys
     end = len(keys)
@@ -285,9 +291,9 @@ def with_salt(keys: tuple, salt: str | None) -> tuple:
 def contents(
     tokens, size: int, n: int, k: int, lora, entries, salt, first: bool, ahead: list | None = None
 ) -> list[list[tuple]]:
-    """n engine blocks as k contents each. An engine block's extra keys belong to the first of its k.
+    """Return n engine blocks as k contents each. The extra keys of an engine block belong to the first of its k.
 
-    ahead: the tokens behind each engine block that are part of what it is, and so of each of its k.
+    ahead: the lookahead tokens of each engine block. They are part of the identity of each of its k contents.
     """
     blocks = []
     for i in range(n):
@@ -361,7 +367,7 @@ class Model:
         if self._ignored(self._pod(pod), event):
             report.skip("ignored_medium")
             return
-        # Only what is stored makes a worker: before that there is nothing that could be removed.
+        # Only a stored event creates a worker. Before it, there is nothing to remove.
         worker = self.pods[pod].workers.get((rank, model), Worker())
         try:
             name, fields = read_event(event)
@@ -394,7 +400,7 @@ class Model:
             report.skip(bad.reason)
 
     def _ignored(self, pod: Pod, event: Any) -> bool:
-        """Whether it is about a medium that is left out. A clear that names none is about all of them."""
+        """Return whether the event is about an ignored medium. A clear without a medium is about all of them."""
         if isinstance(event, dict):
             name, medium = event.get("type"), event.get("medium")
         else:
@@ -424,7 +430,7 @@ class Model:
         if not is_int(size) or size < 0:
             raise BadEvent("bad_event")
 
-        # It says nothing of any block, not even that one is masked.
+        # The event describes no block, not even a masked one.
         if not hashes and not tokens:
             return False
 
@@ -449,7 +455,7 @@ class Model:
         sizes = worker.seen.setdefault((medium, group), [])
         if k not in sizes:
             sizes.append(k)
-        # Tokens that are no whole number of blocks mask nothing: the first of them are the blocks.
+        # Tokens that are not a whole number of blocks mask nothing: the first tokens are those of the blocks.
         whole = bool(tokens) and (len(tokens) == n * size or (len(tokens) > n * size and len(tokens) % size != 0))
         above = [parent] if whole else []
         distinct = hashes[: next((i for i in range(n) if hashes[i] in above + hashes[:i]), n)]
@@ -476,7 +482,7 @@ class Model:
                         worker.damaged = True
                     self._attach(pod, worker, model, thing.hashes)
                     continue
-                # Where copies are not counted, the last announcement replaces the one before.
+                # Without copy counts, the last announcement replaces the one before.
                 old = [it for h in thing.hashes for it in worker.parked_of(medium, group, h) if pod.presence == "set"]
                 if worker.parked_copies - len(old) + len(thing.hashes) <= self.max_parked:
                     report.parked += len(thing.hashes)
@@ -493,7 +499,7 @@ class Model:
         return True
 
     def _place(self, pod: Pod, worker: Worker, model: str, thing: Parked) -> bool:
-        """Put it where it belongs; False where that is not known. Counts names that one medium has for two things."""
+        """Place the event, or return False if its place is unknown. Count the names with two meanings in one medium."""
         self.conflicts = 0
         above = self._above(worker, model, thing)
         if above is None:
@@ -510,7 +516,7 @@ class Model:
         else:
             targets = self._follow(worker, model, thing, above)
         if targets is None:
-            # Its parent was only remembered for the sake of what its names meant before.
+            # The names moved, and the parent was kept only for the sake of their previous meaning.
             worker.damaged |= bool(moved)
             self.conflicts = 0
             return False
@@ -531,7 +537,7 @@ class Model:
         return True
 
     def _above(self, worker: Worker, model: str, thing: Parked) -> Position | None:
-        """What it waits for: its parent, or for what has no content of its own the block itself."""
+        """Return the position of the parent or, for an event without content, of the block itself."""
         if thing.waits_for is None:
             return self.roots.setdefault(model, Position())
         return worker.names.get(thing.waits_for)
@@ -543,7 +549,10 @@ class Model:
         worker.unsure &= worker.names.keys()
 
     def _decide(self, worker: Worker, model: str, thing: Parked, moved: dict) -> list[Position] | None:
-        """The engine's own pool says what its names are. Copies elsewhere, which were announced before, move along."""
+        """Resolve names by an event of the engine's own pool.
+
+        Copies in other media that were announced before move along.
+        """
         while True:
             at = self._above(worker, model, thing)
             if at is None:
@@ -570,7 +579,10 @@ class Model:
             self._forget_name(worker, h)
 
     def _follow(self, worker: Worker, model: str, thing: Parked, at: Position) -> list[Position] | None:
-        """What is held under a name is what a tier's event means by it, whatever keys the event lacks."""
+        """Resolve names by an event of a tier.
+
+        A name keeps the content that is held under it, whatever keys the event lacks.
+        """
         targets = []
         for h, block in zip(thing.hashes, thing.blocks or (), strict=True):
             mixed = at.parent is not None and at.lookahead != thing.lookahead
@@ -593,7 +605,7 @@ class Model:
         return targets if self._above(worker, model, thing) is not None else None
 
     def _attach(self, pod: Pod, worker: Worker, model: str, hashes: list[int]) -> None:
-        """Place what waited for these hashes, in order of arrival, and what waited for those."""
+        """Place the events that waited for these hashes, in order of arrival, and then their dependents."""
         fresh = list(hashes)
         while fresh:
             name = fresh.pop()
@@ -627,7 +639,7 @@ class Model:
                 continue
             report.removed += 1
             if copies:
-                # It does not say how large the block is: the size that was announced first goes first.
+                # The event has no block size. Copies of the size that was announced first are removed first.
                 k = next(k for k in worker.seen[medium, group] if k in copies)
                 left = copies.count(k) - 1 if remaining is None else remaining[i]
                 left = min(left, 1) if pod.presence == "set" else left
@@ -726,7 +738,7 @@ class Model:
         return max([*map(it.state, it.workers.values()), *it.told.values(), STATES[it.hybrid]], key=STATES.index)
 
     def _medium(self, name: str | None) -> str:
-        """Names differ by more than case; one that is not known is shown as it was first written."""
+        """Return the canonical name of a medium. Case does not matter, and an unknown name keeps its first spelling."""
         return "GPU" if name is None else self.media.setdefault(name.lower(), name)
 
     def _pod(self, pod: str) -> Pod:
@@ -735,7 +747,7 @@ class Model:
     # ------------------------------------------------------------------------------------------------- the question
 
     def match(self, tokens, **query: Any) -> dict[str, dict]:
-        """{pod: {"tokens": the best rank's, "ranks": {rank: tokens}, "media": {medium: the best rank's}}}."""
+        """Return {pod: {"tokens": the best rank's, "ranks": {rank: tokens}, "media": {medium: the best rank's}}}."""
         return {
             pod: {"tokens": max(it["ranks"].values()), "ranks": it["ranks"], "media": it["media"]}
             for pod, it in self._answers(tokens, **query).items()
@@ -743,7 +755,7 @@ class Model:
         }
 
     def holdings(self, tokens, **query: Any) -> dict[str, dict]:
-        """The same of all pods that hold anything: {pod: {"held", "tiers" of the best rank, "order" of these}}."""
+        """Return {pod: {"held", "tiers" of the best rank, "order" of these}} for all pods that hold anything."""
         return {
             pod: {"held": it["held"], "tiers": it["tiers"], "order": list(it["tiers"])}
             for pod, it in self._answers(tokens, **query).items()
@@ -783,7 +795,7 @@ class Model:
                     held = max(held, whole)
                     for medium in places:
                         groups = {g for seen, g in worker.seen if seen == medium} or set(worker.groups)
-                        # No medium alone gives more than all together.
+                        # A single medium never gives more than all of them together.
                         alone = self._hit(pod, worker, path[: whole // self.block_size], groups, medium)
                         media[medium] = max(media[medium], alone)
                     there = {medium: whole for medium in places if whole} if len(places) == 1 else {}
@@ -821,28 +833,28 @@ class Model:
         )
 
     def _agrees(self, pod: Pod, group: Group, held: list[bool], length: int) -> bool:
-        """Whether this group lets the worker reuse `length` blocks."""
+        """Return whether this group lets the worker reuse `length` blocks."""
         size = group.k * self.block_size
         if length % group.k:
             return False
         start = 0
         if group.rule == "sliding" and group.window:
-            # However small the window, vLLM looks for one block at least.
+            # vLLM looks for at least one block, however small the window is.
             start = length - max(1, -(-(group.window - 1) // size)) * group.k
         elif group.rule == "mamba":
-            start = length - 1  # The state behind the last block is all that it needs, whatever the size of that block.
+            start = length - 1  # Only the state behind the last block is needed, whatever its size.
         elif group.rule == "chunked" and pod.chunk_size:
             start = length * self.block_size // pod.chunk_size * pod.chunk_size // size * group.k
         return all(held[max(start, 0) : length])
 
 
 def tier(medium: str) -> tuple[int, str]:
-    """The order in which an engine reads media: those that are known, in this order, and then the others."""
+    """Sort key for the order in which an engine reads media: the known ones in a fixed order, then the others."""
     return (KNOWN_MEDIA.index(medium) if medium in KNOWN_MEDIA else len(KNOWN_MEDIA), medium)
 
 
 def in_medium(pod: Pod, worker: Worker, group: int | None, medium: str | None) -> Group:
-    """The group with the block size that it has in a medium, or its smallest where the engine's rules are asked for."""
+    """Return the group with its block size in a medium, or with its smallest block size if no medium is given."""
     it = worker.groups.get(group, Group())
     sizes = [k for (m, g), ks in worker.seen.items() if g == group and medium in (None, m) for k in ks]
     if pod.engine not in ("vllm", "sglang") or not sizes:
@@ -851,7 +863,7 @@ def in_medium(pod: Pod, worker: Worker, group: int | None, medium: str | None) -
 
 
 class Reuse:
-    """What a vLLM or an SGLang reuses of what one of its workers holds of a prompt. Lengths are in index blocks."""
+    """The part of a prompt that vLLM or SGLang reuses from one of its workers. Lengths are in index blocks."""
 
     def __init__(self, model: Model, pod: Pod, worker: Worker, path: list, places: list[str]) -> None:
         self.model, self.pod, self.worker, self.path, self.places = model, pod, worker, path, places
@@ -863,7 +875,7 @@ class Reuse:
         return [i < base or at in held for i, at in enumerate(self.path)]
 
     def agreed(self, medium: str, most: int, *, base: int = 0) -> int:
-        """The largest length up to `most` that all groups agree on, where what lies before `base` counts as held."""
+        """Return the largest length up to `most` that all groups agree on. Everything before `base` counts as held."""
         groups = set(self.worker.groups)
         rows = [(in_medium(self.pod, self.worker, g, medium), self.flags(g, medium, base)) for g in groups or {None}]
         return next(
@@ -901,7 +913,7 @@ class Reuse:
         return at * self.model.block_size
 
     def dropped(self, cut: int) -> int:
-        """vLLM's look-up over several groups, some of which drop the last block that they match."""
+        """Do vLLM's look-up over several groups, some of which drop the last block that they match."""
         groups = {g: in_medium(self.pod, self.worker, g, "GPU") for g in sorted(self.worker.groups)}
         if len(groups) == 1:
             run = self.agreed("GPU", cut)
@@ -952,7 +964,7 @@ class Reuse:
                 if all(held[max(0, start) : length + more]):
                     if start >= 0:
                         return length
-                    # A beginning that is shorter than the window is aligned once more before its last block goes.
+                    # A prefix shorter than the window is aligned once more before its last block is dropped.
                     run = (length + more) // unit * unit
                     return max(0, run - group.k) // unit * unit
             elif self.model._agrees(self.pod, group, held, length):
@@ -975,7 +987,7 @@ def read_batch(payload: bytes) -> tuple[float, list, int | None]:
     ts, events, rank = (*batch, None)[:3]
     if isinstance(ts, bool) or not isinstance(ts, (int, float)):
         raise NotABatch("no timestamp")
-    # Integers beyond 1e11 are milliseconds: as seconds they would lie beyond the year 5000.
+    # Integers above 1e11 are milliseconds: as seconds they would be after the year 5000.
     return (ts / 1000 if isinstance(ts, int) and ts > 10**11 else float(ts)), events, rank
 
 
@@ -1026,7 +1038,7 @@ def read_tokens(event: dict) -> list[int]:
 
 
 def read_lookahead(event: dict, size: int, n: int) -> tuple[list[int], list | None]:
-    """The tokens, and the lookahead tokens of each block: lists of their own, or the second ones of pairs."""
+    """Return the tokens and each block's lookahead tokens, from separate lists or from the second elements of pairs."""
     tokens, lists = event.get("token_ids"), event.get("lookahead_token_ids")
     pairs = isinstance(tokens, (list, tuple)) and bool(tokens) and isinstance(tokens[0], (list, tuple))
     if pairs:

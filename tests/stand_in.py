@@ -1,7 +1,7 @@
-"""What a page's shell blocks meet in the place of commands that install, build, take long or are somebody else's.
+"""Stand-ins for commands in the documentation that install, build, take long or belong to other projects.
 
-``stand_in.py NAME ARGUMENTS``: checks the arguments as far as this machine can, and ends with status 0 if they are
-right. The commands of kvindex themselves are run as they are, apart from those that a person watches.
+``stand_in.py NAME ARGUMENTS`` checks the arguments as far as this machine can and exits with status 0 if they are
+right. The kvindex commands run unchanged, except for the demo.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import runpy
 import sys
 from pathlib import Path
 
-# What the engines' own argument parsers take, recorded for the manifests.
+# Flags that the engines' own argument parsers accept, recorded for the manifests.
 FLAGS = Path(__file__).resolve().parents[1] / "e2e" / "fixtures" / "flags"
 
 
@@ -56,7 +56,7 @@ def pytest(arguments: list[str]) -> None:
         sys.exit(f"no tests in {', '.join(missing)}")
     if "-k" in arguments:
         word = arguments[arguments.index("-k") + 1]
-        # Of a function, or of a page, which are what tests of pages are called by.
+        # Tests of pages have the name of the page as their id, so the word may be part of a function or of a page.
         named = any(re.search(rf"def test_\w*{word}", path.read_text()) for path in paths)
         if not named and not (paths == [Path("tests/unit/test_pages.py")] and [*Path("docs").rglob(f"*{word}*.md")]):
             sys.exit(f"no test is called {word}")
@@ -77,7 +77,7 @@ def python(arguments: list[str]) -> None:
 def kvindex(arguments: list[str]) -> None:
     from kvindex import cli
 
-    # Half a minute, and tested elsewhere.
+    # The demo takes half a minute and has its own tests.
     cli.demo.run = lambda args: 0
     sys.exit(cli.main(arguments))
 

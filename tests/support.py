@@ -1,4 +1,4 @@
-"""What several test modules need to talk to an index and to the model in the same words."""
+"""Helpers with which test modules compare the index and the model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STORED = (
     "kv_cache_spec_sliding_window",
 )
 REMOVED = ("block_hashes", "medium", "group_idx")
-# What only maps have.
+# Fields that only map-style events have.
 KEYS_ONLY = {
     "BlockStored": ("lookahead_token_ids",),
     "BlockRemoved": ("remaining_copy_counts",),
@@ -35,7 +35,7 @@ COUNTS = ("stored", "removed", "cleared", "parked", "skipped", "errors")
 
 
 def stored(hashes, tokens, *, parent=None, size=4, **more: Any) -> dict:
-    """A BlockStored event as a map, the way the newer engines write it."""
+    """Build a BlockStored event as a map, the format of newer engines."""
     return {
         "type": "BlockStored",
         "block_hashes": list(hashes),
@@ -55,7 +55,7 @@ def cleared(**more: Any) -> dict:
 
 
 def as_array(event: dict) -> list | dict:
-    """The same event the way the older engines write it: a tag and its fields by place, if they have places for all."""
+    """Return the event as an array, the format of older engines, if that format has a place for each of its fields."""
     if any(event.get(name) is not None for name in KEYS_ONLY[event["type"]]):
         return event
     if event["type"] == "AllBlocksCleared":
@@ -75,7 +75,7 @@ def payload(*events: Any, ts: float = 1.5, rank: int | None = None) -> bytes:
 
 
 def report_of(report: Any) -> dict:
-    """A report, of the index or of the model, as a plain dict."""
+    """Return a report of the index or of the model as a plain dict."""
     return {
         **{name: getattr(report, name) for name in COUNTS},
         "reasons": {name: n for name, n in dict(report.reasons).items() if n},
@@ -85,7 +85,7 @@ def report_of(report: Any) -> dict:
 
 
 def answer_of(match: Any) -> dict[str, dict]:
-    """A PrefixMatch in the model's words."""
+    """Return a PrefixMatch in the model's format."""
     return {
         pod: {"tokens": tokens, "ranks": dict(match[pod].ranks), "media": dict(match[pod].media)}
         for pod, tokens in match.tokens.items()
@@ -93,7 +93,7 @@ def answer_of(match: Any) -> dict[str, dict]:
 
 
 def holdings_of(match: Any, pods: Any) -> dict[str, dict]:
-    """What a PrefixMatch says of the pods that hold anything, whatever they would reuse of it, in the model's words."""
+    """Return the holdings in a PrefixMatch, reusable or not, in the model's format, for the pods that have any."""
     every = {pod: match[pod] for pod in pods}
     return {
         pod: {"held": it.held, "tiers": it.tiers, "order": list(it.tiers)}
@@ -103,7 +103,7 @@ def holdings_of(match: Any, pods: Any) -> dict[str, dict]:
 
 
 def together(*jobs: Callable[[], object], main: Callable[[], None]) -> None:
-    """Runs `main` here and the jobs, again and again, in threads of their own for as long as `main` runs."""
+    """Run `main` in this thread while each job runs repeatedly in a thread of its own, until `main` returns."""
     done = threading.Event()
     failures: list[BaseException] = []
     ready = threading.Barrier(len(jobs) + 1)
@@ -132,14 +132,14 @@ def together(*jobs: Callable[[], object], main: Callable[[], None]) -> None:
 
 
 class Pair:
-    """The index and the model: everything is done to both, and every answer must be the same from both."""
+    """The index and the model. Every call goes to both, and every answer must be the same."""
 
     def __init__(self, block_size: int = 4, **options: Any) -> None:
         self.index = kvindex.PrefixIndex(block_size, **options)
         self.model = Model(block_size, **options)
 
     def ingest(self, pod: str, *events: Any, rank: int | None = None, **where: Any) -> dict:
-        """Applies one batch and returns its report."""
+        """Apply one batch and return its report."""
         data = payload(*events, rank=rank)
         got, want = report_of(self.index.ingest(pod, data, **where)), report_of(self.model.ingest(pod, data, **where))
         assert got == want
@@ -148,7 +148,7 @@ class Pair:
         return got
 
     def ask(self, tokens: Any, **query: Any) -> dict[str, dict]:
-        """The full answer: {pod: {"tokens", "ranks", "media"}}."""
+        """Return the full answer: {pod: {"tokens", "ranks", "media"}}."""
         match = self.index.match_prefix(tokens, **query)
         answer = answer_of(match)
         assert answer == self.model.match(tokens, **query)
