@@ -1,10 +1,10 @@
-"""Engines, a server, a network and processes that share a log, simulated by seed: what can happen to them happens.
+"""A simulation by seed of engines, servers, a network and processes that share a log, with every possible fault.
 
-Nothing here has a clock, a thread or a socket, so that a seed is one history. Machines are the product's; the index is
-a model that mixes each batch into a number, so that whatever is missing, twice or out of order shows. Every answer is
-compared with what its engine was at that moment.
+Nothing here has a clock, a thread or a socket, so a seed always gives the same history. The state machines are those of
+the product. The index is a model that mixes each batch into a number, so a missing, repeated or reordered batch changes
+the number. Every answer is compared with the engine's state at that moment.
 
-    python tests/log_world.py --seconds 60            # seeds until then
+    python tests/log_world.py --seconds 60            # new seeds until the time is over
     python tests/log_world.py --seed 17 --trace       # one of them again
 """
 
@@ -56,10 +56,10 @@ SETTINGS = {"block_size": 16, "hash_seed": 1337}
 POLICY = ReplicationPolicy(
     snapshot_every=2.0, patience=3.0, count=64, max_entry=2048, max_backlog=64 << 10, snapshot_bytes=1 << 20
 )
-#: How old an answer that calls itself exact may be, beside the longest way of a message from the engine over the
-#: collector and the log.
+#: The greatest age of an answer that is called exact, in seconds, beside the longest delay of a message from the engine
+#: over the collector and the log.
 BOUND = 1.25
-#: What a timeout of the client's is.
+#: The length of the client's timeout in seconds.
 TIMEOUT = 1.0
 START = 1
 
@@ -69,7 +69,7 @@ def mix(content: int, payload: bytes) -> int:
 
 
 def batch(pod: str, seq: int, payload: bytes, joined: bool) -> Hashed:
-    """As the model of the index reads it: what a core makes of one is another test's."""
+    """Encode a batch for the model of the index. The batches of the real core have their own tests."""
     return Hashed(msgpack.packb([pod, seq, payload, joined]))
 
 
@@ -78,7 +78,7 @@ class Wrong(AssertionError):
 
 
 class Engine:
-    """One pod. ``past`` has everything that its cache was, and until when."""
+    """One pod. ``past`` contains every earlier state of its cache and the time when that state ended."""
 
     def __init__(self, world: World, name: str, buffer: int) -> None:
         self.world, self.name, self.buffer = world, name, buffer
@@ -114,14 +114,14 @@ class Engine:
 
 
 class Server:
-    """What a Redis server does with the requests of one shard, and what becomes of it."""
+    """A Redis server that handles the requests of one shard, and its faults."""
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.up = True
         self.frozen_until = 0.0
         self.generation = 0
-        self.undo: deque[Callable[[], None]] = deque(maxlen=400)  # of what a replica may lack
+        self.undo: deque[Callable[[], None]] = deque(maxlen=400)  # writes that a replica may lack
         self.blocked: list[Any] = []
         self.empty()
 
@@ -206,7 +206,7 @@ class Server:
         return entries[low : low + count]
 
     def fail_over(self, lost: int) -> None:
-        """A replica takes its place, to which the last ``lost`` writes did not come."""
+        """Promote a replica that lacks the last ``lost`` writes."""
         for _ in range(min(lost, len(self.undo))):
             self.undo.pop()()
 
@@ -216,7 +216,7 @@ class Index:
 
     def __init__(self) -> None:
         self.content: dict[str, int] = {}
-        self.place: dict[str, tuple[int, int, bool]] = {}  # run, number, whether it is whole
+        self.place: dict[str, tuple[int, int, bool]] = {}  # run, number, and whether it is complete
         self.state: dict[str, str] = {}
         self.until: float | None = 0.0
 
@@ -252,8 +252,10 @@ class Index:
 
 
 class Node:
-    """A shard of a process: a replica, its index, and the streams that it follows while it collects. ``process`` has
-    all that are in one, which share its fate."""
+    """One shard of a process: a replica, its index and the streams that it follows while it collects.
+
+    ``process`` contains all shards of the same process, which share its fate.
+    """
 
     def __init__(self, world: World, name: str, candidate: bool, shard: int, process: list[Node]) -> None:
         self.world, self.name, self.candidate = world, name, candidate
@@ -298,7 +300,10 @@ class Node:
         return (local - 1000.0) / self.rate
 
     def later(self, at: float, call: Callable[..., None], *given: Any) -> None:
-        """In this process, if it is the same then; when it runs."""
+        """Schedule a call in this process.
+
+        It is dropped if the process restarts, and delayed while the process is frozen.
+        """
         incarnation = self.incarnation
 
         def do() -> None:
@@ -351,7 +356,7 @@ class Node:
                 reply(Fail("unreachable", "reset"), 0.001)
             elif server.frozen_until > world.now:
                 if server.frozen_until > world.now + TIMEOUT:
-                    # The client gives up; what it has asked for is done all the same when the server goes on.
+                    # The client gives up. The server still executes the request when it goes on.
                     reply(Fail("unreachable", "timeout"), TIMEOUT)
                     if type(request) is not Read:
                         world.call(server.frozen_until, lambda: server.generation == generation and server.do(request))
@@ -432,7 +437,7 @@ class Node:
             self.step()
 
     def connect(self, engine: Engine) -> None:
-        """What EventManager does where a stream begins: continue it, or begin it anew."""
+        """Do the same as EventManager at the start of a stream: continue it, or begin from scratch."""
         if not self.collects or engine.name in self.streams:
             return
         if not engine.up:
@@ -454,7 +459,7 @@ class Node:
         self.kick()
 
     def hear(self, engine: Engine, run: int, seq: int, payload: bytes) -> None:
-        # In order, and some time later.
+        # In order, after a delay.
         self.arrived = max(self.arrived + 1e-9, self.world.now + self.world.delay())
         self.later(self.arrived, self.live, engine, run, seq, payload)
 
@@ -463,7 +468,7 @@ class Node:
         if not self.collects or at is None or run < at[0] or (run == at[0] and seq <= at[1]):
             return
         if run > at[0]:
-            # Its connection was lost.
+            # The engine's connection was lost.
             self.show(Marked(engine.name, 0, "stale", "restarted"))
             del self.streams[engine.name]
             self.connect(engine)
@@ -483,7 +488,7 @@ class Node:
     # ---------------------------------------------------------------------------------------------------- answers
 
     def claims(self, pod: str) -> int | None:
-        """What a question would be answered by, if it were called exact."""
+        """Return the content that answers a question if the pod is called exact, else None."""
         index = self.index
         if index.state.get(pod) != "exact" or (index.until is not None and self.clock >= index.until):
             return None
@@ -492,7 +497,7 @@ class Node:
 
 @dataclass
 class Faults:
-    """Mean seconds between faults of a kind; 0: never."""
+    """Mean seconds between faults of each kind, or 0 for never."""
 
     crash: float = 6.0
     freeze: float = 4.0
@@ -564,12 +569,12 @@ class World:
 
     @property
     def server(self) -> Server:
-        """That of the only shard."""
+        """Return the server of the only shard."""
         (server,) = self.servers
         return server
 
     def written(self, server: Server) -> None:
-        """Wake who waits for entries."""
+        """Wake the nodes that wait for entries."""
         waiting, server.blocked = server.blocked, []
         for node, request, reply, generation, incarnation in waiting:
             if generation != server.generation:
@@ -604,7 +609,7 @@ class World:
         self.happened[kind] += 1
         rand, servers = self.random, self.servers
         node = rand.choice(self.nodes)
-        if rand.random() < 0.5:  # who collects is hit more often
+        if rand.random() < 0.5:  # the collector is hit more often
             node = next((each for each in self.nodes if each.collects), node)
         self.say(f"{kind} {node.name}")
         match kind:
@@ -672,7 +677,7 @@ class World:
                     )
 
     def settle(self) -> None:
-        """End all faults; then everybody has to be right, and soon."""
+        """End all faults, then require that every node is right soon."""
         self.quiet = True
         self.loss = self.damage = 0.0
         for server in self.servers:
@@ -712,7 +717,7 @@ class World:
 
 
 def one(seed: int, seconds: float = 30.0, **options: Any) -> World:
-    """One history. Raises :class:`Wrong`."""
+    """Run one history. Raises :class:`Wrong`."""
     world = World(seed, **options)
     world.run(seconds)
     world.settle()

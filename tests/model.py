@@ -581,7 +581,7 @@ class Model:
     def _follow(self, worker: Worker, model: str, thing: Parked, at: Position) -> list[Position] | None:
         """Resolve names by an event of a tier.
 
-        A name keeps the content that is held under it, whatever keys the event lacks.
+        A name keeps the content that is held under it, even if the event lacks keys.
         """
         targets = []
         for h, block in zip(thing.hashes, thing.blocks or (), strict=True):
@@ -842,7 +842,7 @@ class Model:
             # vLLM looks for at least one block, however small the window is.
             start = length - max(1, -(-(group.window - 1) // size)) * group.k
         elif group.rule == "mamba":
-            start = length - 1  # Only the state behind the last block is needed, whatever its size.
+            start = length - 1  # Only the state behind the last block is needed, for any block size.
         elif group.rule == "chunked" and pod.chunk_size:
             start = length * self.block_size // pod.chunk_size * pod.chunk_size // size * group.k
         return all(held[max(start, 0) : length])

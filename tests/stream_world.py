@@ -1,11 +1,11 @@
-"""Streams by seed: publishers that lie, are silent, restart and lose tails, behind a channel that does all wrong.
+"""Streams by seed: publishers that lie, fall silent, restart and lose tails, behind a channel with every kind of fault.
 
-The histories are those of the state machines in tests/property, which Hypothesis draws; nothing there has a clock, a
-thread or a socket, so that a seed is always the same histories. Every step ends with the question whether what is
-called exact equals what its engine has published.
+The histories come from the state machines in tests/property, drawn by Hypothesis. Nothing there has a clock, a thread
+or a socket, so a seed always gives the same histories. After every step, an answer that is called exact must equal the
+batches that its engine has published.
 
-    python tests/stream_world.py --seconds 60            # seeds until then
-    python tests/stream_world.py --seed 17               # one of them again; what fails is made as short as it can be
+    python tests/stream_world.py --seconds 60            # new seeds until the time is over
+    python tests/stream_world.py --seed 17               # one of them again; a failure is shrunk
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "propert
 import test_sync_engine as engines  # noqa: E402
 import test_sync_machine as streams  # noqa: E402
 
-#: Payloads as lists, a router that ends and goes on, replays of another process; and the real index behind a simulated
-#: engine, whose own answers are the truth.
+#: The first three have lists of payloads as their index: a faulty channel, a router that restarts and continues, and
+#: replays of another process. The last has the real index behind a simulated engine whose own answers are the truth.
 KINDS: dict[str, type[RuleBasedStateMachine]] = {
     "faulty": streams.FaultyChannel,
     "restarting": streams.Restarting,
@@ -36,7 +36,7 @@ KINDS: dict[str, type[RuleBasedStateMachine]] = {
 
 
 class Tally(Counter[str]):
-    """Histories, steps, inputs of the stream machine, answers judged, and those that were called exact."""
+    """Counts of histories, steps, inputs of the stream machine, judged answers and answers called exact."""
 
 
 def counted(kind: type[RuleBasedStateMachine], tally: Tally) -> type[RuleBasedStateMachine]:
@@ -55,13 +55,13 @@ def counted(kind: type[RuleBasedStateMachine], tally: Tally) -> type[RuleBasedSt
                 tally["inputs"] += world.inputs
                 tally.update({f"incident {each.kind}": 1 for each in world.incidents})
 
-    # Its name is printed with a history that fails.
+    # The name is printed with a history that fails.
     Counted.__name__ = Counted.__qualname__ = kind.__name__
     return Counted
 
 
 def one(number: int, histories: int = 25, *, kinds: Any = KINDS, shrinks: bool = False) -> Tally:
-    """The histories of one seed. Raises AssertionError at the first that is wrong."""
+    """Run the histories of one seed. Raises AssertionError at the first failure."""
     tally = Tally()
     phases = (Phase.generate, Phase.shrink) if shrinks else (Phase.generate,)
     for name in kinds:

@@ -1,11 +1,11 @@
-"""What the tests of streams share.
+"""Shared helpers of the stream tests.
 
-:class:`World` is a publisher, its channel and an index, all imaginary, around the pure stream machine. The truth is
-kept by the publisher: which batches it has published. The index is a list of the payloads that were applied. Nothing
-there reads the machine's own counters, so it can say whether what the machine claims is so.
+:class:`World` simulates a publisher, its channel and an index around the pure stream machine. The publisher keeps the
+truth: the batches it has published. The index is a list of the payloads that were applied. Nothing in it reads the
+machine's own counters, so the check is independent of the machine's claims.
 
-:class:`LivePublisher` is a simulated publisher with real sockets in a thread, :data:`BRISK` a policy for tests that do
-not want to wait for the field's times.
+:class:`LivePublisher` is a simulated publisher with real sockets in a thread. :data:`BRISK` is a policy with short
+times for tests.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ GARBAGE = b"\xc1 damaged on the way"
 
 
 def batch(ts: float, name: object, *, clear: bool = False, rank: int = 0) -> bytes:
-    """A payload of the right form that says what it is."""
+    """Build a well-formed payload with a recognisable name in it."""
     return msgpack.packb([ts, [["AllBlocksCleared"] if clear else ["BlockStored", name]], rank])
 
 
 @dataclass
 class Process:
-    """One life of an engine's publisher."""
+    """One lifetime of an engine's publisher process."""
 
     buffer_steps: int = 10_000
-    published: list[bytes | None] = field(default_factory=list)  # None: the engine could not encode it
+    published: list[bytes | None] = field(default_factory=list)  # None: the engine failed to encode it
     buffer: deque[tuple[int, bytes]] = field(default_factory=deque)
     last_sent: int = -1
 
@@ -70,7 +70,7 @@ class Process:
         return [(seq, payload) for seq, payload in self.buffer if seq >= start]
 
     def truth(self, upto: int) -> list[bytes] | None:
-        """What an index holds that applied all batches before ``upto``; None when one that matters never left."""
+        """Return the batches in an index that applied all before ``upto``, or None if a relevant one was never sent."""
         held: list[bytes] | None = []
         for payload in self.published[:upto]:
             if payload is None:
@@ -87,7 +87,7 @@ def is_clear(payload: bytes) -> bool:
 
 
 class World:
-    """A stream machine, what it is fed and what it did."""
+    """A stream machine with its inputs and its recorded actions."""
 
     def __init__(
         self, *, replay: bool = True, policy: StreamPolicy | None = None, buffer_steps: int = 10_000, **addresses: str
@@ -97,7 +97,7 @@ class World:
         self.stream = WorkerStream(replay=replay, policy=policy, uniform=lambda: 0.5, **addresses)
         self.buffer_steps = buffer_steps
         self.process = Process(buffer_steps)
-        self.liar: Process | None = None  # another process, which answers in the place of this one
+        self.liar: Process | None = None  # another process that answers instead of this one
         self.awaits = 0  # requests that gave up their place among the running ones
         self.connection_open = False
         self.channel: deque[tuple[int, bytes]] = deque()
@@ -111,15 +111,15 @@ class World:
         self.clears = 0
         self.reconnect_in: float | None = None
         self.renewals: list[float] = []
-        self.back_at: float | None = None  # when the driver connects again, after the stream has closed a connection
+        self.back_at: float | None = None  # time of the driver's next connect, after the stream has closed a connection
         self.deaf = False  # the publisher has no subscription of this connection
         self.names = 0
-        self.inputs = 0  # calls of the machine that gave actions, or none
+        self.inputs = 0  # calls of the machine, with or without actions
         self.owed = -1  # the last batch that an exact answer must include
-        self.held_back = False  # something has arrived that may not be taken yet
-        self.heard = False  # something was published over this connection
-        self.heard_from = self.now  # or might have been, from here on
-        self.was_silent = False  # nothing was, for as long as nobody can know
+        self.held_back = False  # a batch has arrived that may not be taken yet
+        self.heard = False  # a batch was published over this connection
+        self.heard_from = self.now  # or may have been published, from this time on
+        self.was_silent = False  # no batch came for the whole time of the policy's silence
         self.do(self.stream.tick(self.now))
 
     def do(self, actions: list) -> None:
@@ -166,7 +166,7 @@ class World:
                 case Incident() as incident:
                     self.incidents.append(incident)
 
-    # What happens in the world
+    # The events of the world
 
     def connect(self) -> None:
         self.connection_open = True
@@ -183,7 +183,7 @@ class World:
         self.channel.clear()
 
     def restart(self) -> None:
-        """The engine's process ends and another one takes its place; the connection goes with it."""
+        """End the engine's process, which closes the connection, and start another one in its place."""
         if self.connection_open:
             self.disconnect()
         self.process = Process(self.buffer_steps)
@@ -208,7 +208,7 @@ class World:
             self.do(self.stream.live(seq, payload, self.now))
 
     def limit(self, seconds: float) -> None:
-        """What arrives is over the limit, and nothing of it is taken for so long."""
+        """Put the stream over its limit: it takes no arriving batch for this many seconds."""
         self.held_back = bool(seconds)
         if seconds:
             self.heard_from = max(self.heard_from, self.now + seconds)
@@ -216,7 +216,7 @@ class World:
         self.do(self.stream.behind(self.now, "over the limit" if seconds else ""))
 
     def overlook(self, count: int) -> None:
-        """All that has arrived is handed in, but for the last, for which there was no room."""
+        """Hand in the batches that have arrived, except the last ``count``, for which there was no room."""
         self.deliver(max(0, len(self.channel) - count))
         if self.channel:
             highest = max(seq for seq, _ in self.channel)
@@ -226,23 +226,23 @@ class World:
             self.do(self.stream.overlooked(highest, self.now))
 
     def do_reach(self) -> None:
-        """The publisher has the request, and does not answer it yet."""
+        """Let the request reach the publisher without an answer yet."""
         self.stream.replay_reached(self.now)
 
     def serve(self, *, upto: int | None = None, end: bool = True) -> None:
-        """The publisher answers the request that waits; ``upto`` batches of the answer leave its queue."""
+        """Answer the pending request. Only ``upto`` batches of the answer leave the publisher's queue."""
         if self.request is None or self.answering:
             return
         self.stream.replay_reached(self.now)
         found = (self.liar or self.process).replay(self.request)
         self.answer = deque(found if upto is None else found[:upto])
         self.answering = True
-        # An end marker behind a cut answer: the queue was full for a while, which takes a long answer.
+        # A cut answer ends with an end marker only if the queue was full for a while, which takes a long answer.
         if end and (len(self.answer) == len(found) or len(self.answer) >= self.stream.policy.replay_confirm):
             self.answer.append(None)
 
     def receive(self, count: int | None = None) -> None:
-        """``count`` replies of the answer arrive."""
+        """Receive ``count`` replies of the answer."""
         while self.answer and (count is None or count > 0):
             item = self.answer.popleft()
             if item is None:
@@ -254,7 +254,7 @@ class World:
             count = None if count is None else count - 1
 
     def wait(self, seconds: float, *, serve: bool = True, step: float = 0.05) -> None:
-        """Time goes by; with ``serve`` the publisher answers every request in full."""
+        """Let time pass. With ``serve``, the publisher answers every request in full."""
         until = self.now + seconds
         while True:
             for _ in range(100):
@@ -273,7 +273,7 @@ class World:
                 self.connect()
 
     def up(self) -> None:
-        """Connected, everything answered and delivered."""
+        """Connect, then answer every request and deliver every batch."""
         if not self.connection_open:
             self.connect()
         self.serve()
@@ -281,11 +281,11 @@ class World:
         self.deliver()
         self.wait(0.6)
 
-    # What must be so
+    # The invariants
 
     @property
     def waits_for_batch(self) -> bool:
-        """Whether only a batch that is published now can show that publisher and replays belong together."""
+        """Return whether only the next batch can show that the publisher and the replay endpoint belong together."""
         doubts = ("publishes no batch that its replay endpoint returns", "the next one shows whether the engine")
         return any(each in self.stream.reason for each in doubts)
 
@@ -293,7 +293,7 @@ class World:
         return (self.stream.last_seq if self.stream.last_seq is not None else -1) + 1
 
     def check(self) -> None:
-        """``exact`` means equal to the publisher's truth up to the last batch that was applied."""
+        """Check that ``exact`` means equal to the publisher's truth up to the last applied batch."""
         if self.state == "exact":
             assert self.connection_open, "exact without a connection"
             assert not self.held_back, "exact, though something waits"
@@ -305,7 +305,7 @@ class World:
 
 
 class Router(World):
-    """A world whose index keeps places, so that another stream may go on where this one was."""
+    """A world with an index that stores stream places, so another stream can continue from them."""
 
     def __init__(self, **options: Any) -> None:
         self.index = PrefixIndex()
@@ -323,7 +323,7 @@ class Router(World):
         super().do(actions)
 
     def restart_router(self) -> None:
-        """The router's process ends and another one takes its place, with what the first had saved."""
+        """Replace the router's process by another one that starts from the saved state of the first."""
         self.connection_open = False
         self.channel.clear()
         self.request = None
@@ -351,10 +351,10 @@ BRISK = StreamPolicy(
 
 
 class LivePublisher:
-    """Publishers of the ranks of one pod, on real sockets, served by a thread, with blocks that say which they are.
+    """Publishers for the ranks of one pod, on real sockets, served by a thread.
 
-    Batch number n stores block n below block n - 1, with tokens that only it has, so an index that applied all of it
-    matches the whole chain. ``chain(rank)`` is the tokens of all that was published since the last clear.
+    Batch number n stores block n below block n - 1 with tokens of its own, so an index that applied all batches matches
+    the whole chain. ``chain(rank)`` returns the tokens of all batches since the last clear.
     """
 
     def __init__(self, *, ranks: int = 1, block_size: int = 4, name: str = "pod", **options: Any) -> None:
@@ -425,7 +425,7 @@ class LivePublisher:
             self.first = [0] * len(self.first)
 
     def restart_behind_a_proxy(self) -> None:
-        """Another process of the same engine, whose connections are those of the one before."""
+        """Restart the engine behind a proxy: the new process keeps the connections of the old one."""
         with self.lock:
             self.life += 1
             for publisher in self.publishers:
@@ -435,7 +435,7 @@ class LivePublisher:
             self.first = [0] * len(self.first)
 
     def drop_connections(self) -> None:
-        """The same process, with its connections lost."""
+        """Lose the connections while the process goes on."""
         with self.lock:
             for publisher in self.publishers:
                 publisher.close()
@@ -456,7 +456,7 @@ class LivePublisher:
 
 
 def until(done: Callable[[], object], seconds: float = 20.0) -> None:
-    """Wait for something to become so; how long is not what a test is about, so the limit is far away."""
+    """Wait until a condition holds. The limit is generous, because the duration is not under test."""
     end = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < end, "it did not become so"
@@ -465,7 +465,7 @@ def until(done: Callable[[], object], seconds: float = 20.0) -> None:
 
 @contextmanager
 def nothing_left_behind() -> Iterator[None]:
-    """Threads and file descriptors of this process are as many after as before."""
+    """Check that this process has as many threads and file descriptors afterwards as before."""
     import psutil
 
     this = psutil.Process()
@@ -480,7 +480,7 @@ def nothing_left_behind() -> Iterator[None]:
 
 @contextmanager
 def listener(answer: bytes | None, *, stays: bool = False) -> Iterator[str]:
-    """A TCP server that is no publisher: it says ``answer`` and hangs up, unless it ``stays``, or says nothing."""
+    """Run a TCP server that is not a publisher: it sends ``answer``, if any, and hangs up unless it ``stays``."""
     server = socket.create_server(("127.0.0.1", 0))
     kept = []
 

@@ -1,8 +1,9 @@
-"""A fleet of odd engines, for tests that do the same to the index and to the model and compare everything.
+"""A random fleet of engines, for tests that send the same calls to the index and to the model and compare all answers.
 
-Contents come from a handful of blocks, so that prompts fork and meet all the time. Hashes are named per pod: alike on
-all pods that agree, own ones, or small numbers that mean something else on every worker. A step is data and is given
-its meaning by the state that it meets, so any part of a list of steps is a list of steps: that makes it easy to shrink.
+Contents are drawn from a handful of block types, so prompts fork and meet often. A pod names its hashes in one of three
+ways: with the names shared by several pods, with names of its own, or with small numbers that mean something else on
+every worker. A step is plain data, interpreted by the state at the time. Any part of a list of steps is therefore a
+valid list of steps, which makes a failure easy to shrink.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ MODELS = ("",) * 9 + ("m",)
 MEDIA = (None, None, "GPU", "gpu", "cpu", "CPU", "Tape")
 CONTEXTS = ((None, None),) * 7 + (("L", None), ("7", None), (None, "s"), ("L", "s"))  # (lora_name, cache_salt)
 
-# Block types: 0, 1 and 2 are other tokens; 3 to 5 differ from 0 by their extra keys only.
+# Block types 0, 1 and 2 differ in their tokens. Types 3 to 5 differ from 0 only in their extra keys.
 EXTRA = {3: ["mm"], 4: [("mm", 1)], 5: [b"\x07" * 3, 2**64 - 1, b"\x01"]}
 TYPES = (0, 0, 0, 0, 1, 1, 1, 2, 2, 3, 4, 5)
 
@@ -36,16 +37,16 @@ def draw_path(rng: Random, most: int = 4) -> tuple[int, ...]:
 
 
 def even(path: Iterable[int]) -> tuple[int, ...]:
-    """Extra keys stand on the first index block of a larger engine block, so here on every second block only."""
+    """Keep extra keys on every second block only: a larger engine block has them on its first index block."""
     return tuple(0 if b in EXTRA and i % 2 else b for i, b in enumerate(path))
 
 
-# ------------------------------------------------------------------------------------------------- what engines are
+# ------------------------------------------------------------------------------------------------------ the engines
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What one pod is like."""
+    """The configuration of one pod and the shape of its events."""
 
     naming: str
     groups: tuple[tuple[int | None, str | None, int | None, int], ...]  # id, kind, window in tokens, k
@@ -61,15 +62,18 @@ class Layout:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What configure_pod is told."""
+        """Return the arguments of configure_pod."""
         told = ("presence", "clear_media", "chunk_size", "ignore_media", "engine", "eagle", "hybrid")
         return {name: getattr(self, name) for name in told}
 
 
 @dataclass(frozen=True)
 class Setup:
-    """`stretch`: how many blocks one of a path stands for, to fill pages and runs. `crowd`: other pods that hold the
-    first block, to fill words of bits. `wide`: as many contents as it takes to fork a hundredfold."""
+    """The parameters of one random fleet.
+
+    `stretch`: blocks for each element of a path, to fill pages and runs. `crowd`: number of other pods that hold the
+    first block, to fill words of bits. `wide`: enough different contents for a hundredfold fork.
+    """
 
     size: int
     presence: str
@@ -127,7 +131,7 @@ def draw_layout(rng: Random, size: int) -> Layout:
 
 
 def draw_setup(rng: Random) -> Setup:
-    # The sizes that the core is specialised for come too, but small ones have the tighter corners.
+    # The block sizes with specialised code in the core are included, but small sizes reach more edge cases.
     size = rng.choice((1, 2, 4, 1, 2, 4, 1, 2, 4, 16, 32, 64, 128))
     return Setup(
         size=size,
@@ -142,7 +146,7 @@ def draw_setup(rng: Random) -> Setup:
 
 @dataclass
 class Book:
-    """The engine hashes of one naming domain, handed out in order of first use."""
+    """The engine hashes of one naming domain, assigned in order of first use."""
 
     start: int
     of: dict[Any, int] = field(default_factory=dict)
@@ -151,19 +155,19 @@ class Book:
     def name(self, context: tuple, path: tuple, alias: int = 0) -> int:
         key = (context, path, alias)
         if key not in self.of:
-            # The first hash of the shared and of the small names is 0; later ones need all 64 bits.
+            # The first hash of the shared and of the small names is 0. Later ones need all 64 bits.
             h = (self.start + len(self.of) * 0x9E3779B97F4A7C15) % 2**64
             self.of[key] = h
             self.back[h] = key
         return self.of[key]
 
 
-# -------------------------------------------------------------------------------------------------- what engines do
+# ------------------------------------------------------------------------------------------------- events and calls
 
 
 @dataclass(frozen=True)
 class Op:
-    """One event to be. What `pick` and `n` mean depends on the kind and on the state."""
+    """The parameters of one event. The meaning of `pick` and `n` depends on the kind and on the state."""
 
     kind: str
     context: tuple
@@ -178,7 +182,7 @@ class Op:
 
 @dataclass(frozen=True)
 class Step:
-    """One call: a batch of events for one worker, or something else that is done to a pod."""
+    """One call: a batch of events for one worker, or another operation on a pod."""
 
     kind: str
     pod: str
@@ -270,7 +274,7 @@ def same(what: Any, got: Any, want: Any) -> None:
 
 
 def outcome(call: Any, *args: Any, **kwargs: Any) -> Any:
-    """What a call returns, or the type of what it raises."""
+    """Return the result of a call, or the type of the exception that it raises."""
     try:
         return call(*args, **kwargs)
     except (ValueError, KeyError) as error:
@@ -283,7 +287,7 @@ class World:
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.size = setup.size
-        # The index looks at the clock on its own too: what is added lives long, and ends when a step says so.
+        # The index also reads the clock itself. Speculative entries get a long TTL and expire only by a step.
         self.lookahead = 0
         self.now = time.monotonic()
         self.index = self.make_index()
@@ -335,9 +339,9 @@ class World:
     # --------------------------------------------------------------------------------------------------- the events
 
     def event(self, pod: str, rank: int, model: str, op: Op) -> Any:
-        """The event that `op` means now, or None."""
+        """Return the event that `op` means in the current state, or None."""
         layout, worker, book = self.layouts[pod], self.worker(pod, rank, model), self.book(pod, rank, model)
-        # Mostly one length; who changes it says so with every block.
+        # Mostly a single length. An engine that changes it does so for every block.
         self.lookahead = layout.lookahead if op.pick % 13 else (0, 1, 3)[op.n % 3]
         copies = [key for key, ks in worker.copies.items() for _ in ks] if worker else []
         known = [h for h in worker.names if h in book.back] if worker else []
@@ -346,7 +350,8 @@ class World:
         if op.kind == "bad":
             return self.bad(BADS[op.n % len(BADS)], op, book)
         if op.kind == "remove":
-            # The head of a chain first, its tail first, or from anywhere; up to seven, and then everything after.
+            # Removes up to seven blocks of a chain, from its head, from its tail or from any place, or everything after
+            # it.
             if not copies:
                 return None
             medium, group, _ = copies[op.pick % len(copies)]
@@ -359,7 +364,7 @@ class World:
         group, kind, window, k = layout.groups[op.group % len(layout.groups)]
         where: dict[str, Any] = {"medium": None if layout.one_medium else op.medium, "group_idx": group}
         if op.kind == "remove-any":
-            # Mostly what is parked, from where it would lie.
+            # Mostly parked blocks, from the medium and group where they wait.
             parked = [(p, h) for p in worker.parked for h in p.hashes] if worker else []
             choice: list[int] = list(book.back) or [1]
             if parked and op.pick % 4:
@@ -379,7 +384,8 @@ class World:
             if h in book.back:
                 context, path, _ = book.back[h]
                 if op.n % 4 == 0:
-                    # The same copy twice; else one elsewhere, or its whole prompt (all groups of a hybrid hold that).
+                    # Announce the same copy again, or another copy elsewhere, or its whole prompt, which all groups of
+                    # a hybrid hold.
                     where, k = {"medium": medium, "group_idx": number}, worker.copies[medium, number, h][-1]
                 if op.n % 4 < 2 and len(path) >= k:
                     return self.stored(book, context, path, len(path) - k, k, where, op, hashes=[h])
@@ -389,7 +395,7 @@ class World:
             context, path, _ = book.back[h]
             return self.stored(book, context, even(path + self.path(op)), len(path), k, where, op, parent=h)
         if op.kind == "parent":
-            # What something parked waits for: from the beginning, or only its last block.
+            # Store the blocks that a parked event waits for: from the beginning, or only the last one.
             waited = [p.waits_for for p in worker.parked if p.waits_for in book.back] if worker else []
             if not waited:
                 return None
@@ -397,7 +403,7 @@ class World:
             return self.stored(book, context, path, 0 if op.n % 3 else len(path) - k, k, where, op)
         context, path, cut = op.context, even(self.path(op)), op.cut * self.setup.stretch - op.n % self.setup.stretch
         if known and op.pick % 3:
-            # Along a prompt that is there, then off it.
+            # Follow a stored prompt, then leave it.
             context, path, _ = book.back[known[op.pick % len(known)]]
             path = even(path[: len(path) - op.n % 3] + self.path(op))
         if op.kind == "mask":
@@ -417,7 +423,7 @@ class World:
         parent: int | None = None,
         hashes: list[int] | None = None,
     ) -> Any:
-        """The blocks of `path` from `cut` on, below the name of what is before them."""
+        """Build a BlockStored event for the blocks of `path` from `cut` on, below the name of the block before them."""
         if parent is None and hashes is None:
             cut = max(0, min(cut, len(path) - 1))
             if op.twist != "odd":
@@ -445,15 +451,15 @@ class World:
         elif op.twist == "self":
             parent = hashes[op.n % len(hashes)]
         elif op.twist in ("moved", "random"):
-            # A hash that stands for something else in the book, and perhaps below something else too.
+            # A hash that has another meaning in the book, perhaps below another parent as well.
             hashes[op.n % len(hashes)] = names[op.pick % len(names)]
             if op.twist == "random":
                 parent = names[op.n % len(names)]
-        # LMCache's one token too many, which no whole number of blocks masks.
+        # LMCache sends one token too many. Tokens that are not a whole number of blocks mask nothing.
         more = [7] if op.twist == "more" and k * self.size > 1 else []
         tokens: list[Any] = self.tokens(path[cut:]) + more
         if len(ahead[0]) == 1 and op.n % 2 and not more and len(tokens) == len(hashes) * k * self.size:
-            # The way SGLang writes it.
+            # The format of SGLang.
             tokens = [list(pair) for pair in zip(tokens, [*tokens[1:], ahead[-1][0]], strict=True)]
         elif ahead[0]:
             where = {**where, "lookahead_token_ids": [list(a) for a in ahead]}
@@ -463,20 +469,20 @@ class World:
             parent=parent,
             size=k * self.size,
             **where,
-            # A connector leaves out adapter, salt and keys.
+            # A connector leaves out the adapter, the salt and the extra keys.
             **({} if op.twist == "keyless" else self.keys(context, path[cut::k], cut == 0, op.n)),
         )
 
     def behind(self, path: tuple, end: int, op: Op) -> tuple:
-        """The lookahead tokens of a block: what follows it in its prompt, and something behind the end of that."""
+        """Return a block's lookahead tokens: those after it in its prompt, then some after the prompt's end."""
         return tuple(self.tokens((*path[end:], *(op.n % 3,) * 3))[: self.lookahead])
 
     def remaining(self, op: Op, n: int) -> dict[str, Any]:
-        """How many copies stay, which some removals say."""
+        """Return the numbers of copies that stay, which some removals report."""
         return {"remaining_copy_counts": [(op.n >> i) % 3 for i in range(n)]} if op.pick % 6 == 0 else {}
 
     def keys(self, context: tuple, blocks: tuple, first: bool, n: int) -> dict[str, Any]:
-        """LoRA, salt and extra keys: as fields, or the way vLLM writes them among the extra keys."""
+        """Return LoRA, salt and extra keys: as fields, or in vLLM's format among the extra keys."""
         lora, salt = context
         entries = [list(EXTRA.get(b, ())) for b in blocks]
         fields: dict[str, Any] = {}
@@ -497,7 +503,7 @@ class World:
         return fields
 
     def masked(self, worker: Any, book: Book, context: tuple, path: tuple, k: int, where: dict, op: Op) -> Any:
-        """Some hashes of a path with the tokens of all of it, or (a placeholder) with none."""
+        """Store some hashes of a path with the tokens of the whole path, or as a placeholder without tokens."""
         path = path[: len(path) // k * k]
         number = where["group_idx"] or 0
         ends = list(range(k, len(path) + 1, k))
@@ -508,7 +514,7 @@ class World:
             if op.n >> i % 16 & 1
         ]
         if op.pick % 2:
-            # Before a group's block size is known, a placeholder must say it.
+            # Until the group's block size is known, a placeholder must report it.
             sizes = (0, None, k * self.size) if k == 1 or (worker and number in worker.groups) else (k * self.size,)
             return stored(hashes, (), size=sizes[op.n % len(sizes)], **where)
         return stored(hashes if len(hashes) < len(ends) else hashes[1:], self.tokens(path), size=k * self.size, **where)
@@ -561,7 +567,7 @@ class World:
                 known = isinstance(event, dict) and event["type"] != "BlockMoved"
                 events.append(as_array(event) if known and step.form == "array" else event)
         if step.form != "objects":
-            # The call's rank counts before the batch's; without either it is 0.
+            # The rank of the call takes precedence over the rank of the batch. Without both, the rank is 0.
             wire, call = ((rank, None), (rank + 5, rank), (rank or None, None))[step.n % 3]
             self.ingest(pod, payload(*events, ts=step.n / 4, rank=wire), model=model, dp_rank=call)
 
@@ -586,7 +592,7 @@ class World:
         self.reported(pod, getattr(self.index, call)(thing), getattr(self.model, call)(thing))
 
     def remember(self, pod: str, rank: int, model: str, event: Any) -> None:
-        """What an event is about is what will be asked for."""
+        """Queue a question about the prompt of this event."""
         book = self.book(pod, rank, model)
         for h in event.get("block_hashes", ())[-1:] if isinstance(event, dict) else ():
             if isinstance(h, int) and h in book.back:
@@ -595,7 +601,7 @@ class World:
                 self.asked[context, path, model] = None
 
     def do_evict(self, step: Step) -> None:
-        """Most of a worker goes, one event a block: that leaves ghosts behind, and takes them away again."""
+        """Remove most of a worker's blocks, one event per block, which leaves ghosts behind and removes them again."""
         worker = self.worker(step.pod, step.rank, step.model)
         live = [key for key, ks in worker.copies.items() for _ in ks] if worker else []
         live = live if step.n % 2 else live[::-1]
@@ -667,8 +673,8 @@ class World:
                 parked[rank] += worker.parked_copies
             same(f"parked of {pod}", waiting, dict(+parked))
         self.turn += 1
-        # The newest questions with one more block or another last one, and the older ones in turn. In a crowd every one
-        # costs the model seventy workers.
+        # Ask the newest questions with one more block or with another last block, and the older ones in turn. With a
+        # crowd, the model computes seventy workers for each question.
         asked = list(self.asked)
         older = asked[self.turn % max(1, len(asked)) :][:2]
         for context, path, model in dict.fromkeys(asked[-1:] if self.setup.crowd else asked[-2:] + older):
@@ -717,7 +723,7 @@ class World:
         same("of a and c: " + asked, answer_of(some), {pod: a for pod, a in want.items() if pod in ("a", "c")})
 
     def finish(self) -> None:
-        """Everything goes, block by block where that is possible, and nothing may be left."""
+        """Remove everything, block by block where possible, and check that the index is empty."""
         for context, path, model in self.asked:
             self.question(context, path, model)
         for name, pod in list(self.model.pods.items()):
@@ -742,7 +748,7 @@ class World:
 
 
 def in_form(event: Any, how: str) -> Any:
-    """The event with its hashes written in one of the three ways that engines use."""
+    """Return the event with its hashes in one of the three formats that engines use."""
 
     def form(h: Any) -> Any:
         if isinstance(h, bool) or not isinstance(h, int):
@@ -760,7 +766,7 @@ def in_form(event: Any, how: str) -> Any:
 
 
 def sound(event: dict) -> bool:
-    """Whether an event's values are such that an object of it is taken."""
+    """Return whether the values of an event are acceptable in an event object."""
     return (
         event["type"] != "BlockMoved"
         and all(isinstance(h, int) for h in event.get("block_hashes", ()))
@@ -784,7 +790,7 @@ def fails(setup: Setup, steps: list[Step], kind: type[World] | None = None) -> E
 
 
 def minimise(setup: Setup, steps: list[Step], kind: type[World] | None = None) -> list[Step]:
-    """The steps, and the events in them, without which a failing run does not fail."""
+    """Drop every step and every event without which the run still fails."""
     size = max(1, len(steps) // 2)
     while size:
         at = 0
