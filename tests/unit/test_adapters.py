@@ -1,4 +1,4 @@
-"""Adapters: payloads written after their sources, against the answers that the same tokens would give."""
+"""Adapters: payloads written after their sources, compared with the answers for the same tokens."""
 
 from __future__ import annotations
 
@@ -358,7 +358,7 @@ JSON = st.recursive(
 
 
 def spoilt(value: Any, dice: st.DataObject) -> Any:
-    """The value with something in it replaced or taken away."""
+    """Return the value with a part replaced or removed."""
     if isinstance(value, (dict, list)) and value and dice.draw(st.integers(0, 3)):
         keys = list(value) if isinstance(value, dict) else range(len(value))
         key = dice.draw(st.sampled_from(keys))
@@ -383,5 +383,5 @@ def test_an_event_that_is_not_as_described_costs_itself_only(name, data):
     except KVIndexError as error:
         pytest.fail(f"{error!r} for {bad!r}")
     index._check()
-    # The good one is there, whatever the bad one's number did.
+    # The good event is applied, even after the number of the bad event.
     assert 8 in index.match_prefix(TOKENS).tokens.values()

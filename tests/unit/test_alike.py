@@ -1,4 +1,4 @@
-"""Events that follow one another in a batch and differ in little: read together they mean what each means alone."""
+"""Similar events one after another in a batch: reading them together gives the same result as reading each alone."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def tokens(number: int, blocks: int = 1) -> range:
 
 
 def following(number: int, **more) -> dict:
-    """Block ``number`` below block ``number - 1``, as the ones beside it in everything else."""
+    """Block ``number`` below block ``number - 1``, equal to its neighbours in every other field."""
     return stored([number], tokens(number), parent=number - 1, **{**FIELDS, **more})
 
 
-# What may stand between an event and one that is like it, or in its place.
+# Events that may stand between an event and a similar one, or in its place.
 BETWEEN = {
     "alike": following(2),
     "two blocks": stored([2, 20], tokens(2, 2), parent=1, **FIELDS),
@@ -58,7 +58,7 @@ BETWEEN = {
 
 
 def both(events: list, form) -> tuple[dict, dict]:
-    """What an index that was given all at once, and one that was given each alone, say of it."""
+    """Return the results of an index that got all events at once and of one that got each event alone."""
     written = [form(event) if isinstance(event, dict) and "block_hashes" in event else event for event in events]
     written = [[event["type"]] if isinstance(event, dict) and form is as_array else event for event in written]
     found = []
@@ -86,7 +86,7 @@ def both(events: list, form) -> tuple[dict, dict]:
     return found[0], found[1]
 
 
-# Only maps have names.
+# Only events in map form have field names.
 FORMS = [(dict, name) for name in BETWEEN] + [
     (as_array, name) for name in BETWEEN if name not in ("unknown", "fields in another order")
 ]
@@ -143,7 +143,10 @@ def test_what_is_cut_short_is_refused_wherever_it_is_cut():
 @pytest.mark.parametrize("blocks", [1, 3, 600])
 @pytest.mark.parametrize("ahead", range(8))
 def test_parents_that_go_before_their_turn(ahead, blocks):
-    """What later events hang on is looked for ahead, and may be gone, with all of its memory, when they come."""
+    """The index looks ahead for the parents of later events.
+
+    A parent may be gone, with all its memory, by the time that such an event is applied.
+    """
     first = stored(range(1000, 1000 + blocks), range(SIZE * blocks), **FIELDS)
     last = 999 + blocks
     below = [stored([number], tokens(number), parent=last, **FIELDS) for number in range(1, 9)]

@@ -1,4 +1,4 @@
-"""Wrong values times parameters: every call answers or raises a KVIndexError, and nothing nonsensical is accepted."""
+"""Wrong values times parameters: every call answers or raises a KVIndexError, and no nonsensical value is accepted."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ EMPTY = payload()
 
 
 class Mine(Exception):
-    """Raised by a caller's own object: it comes through as it is."""
+    """Raised by a caller's own object. It reaches the caller unchanged."""
 
 
 class Odd:
-    """An object whose every part is wrong in another way."""
+    """An object with a different defect in each part."""
 
     def __init__(self, index: Any = 3, *, shows: bool = True) -> None:
         self.index, self.shows = index, shows
@@ -103,7 +103,7 @@ REMOVED = ("pod", "model", "block_hashes", "medium", "group_idx", "dp_rank")
 
 
 def calls(index: PrefixIndex) -> dict[str, Callable[[Any], object]]:
-    """Each parameter of each public function, with sound values in all others."""
+    """Return a call for each parameter of each public function, with valid values for all others."""
 
     def of(call: Callable[..., object], *sound: Any, **kwargs: Any) -> Callable[[str], Callable[[Any], object]]:
         return lambda name: lambda value: call(*sound, **{**kwargs, name: value})
@@ -156,7 +156,7 @@ def calls(index: PrefixIndex) -> dict[str, Callable[[Any], object]]:
         "stored": lambda value: index.process_block_stored(value),
         "removed": lambda value: index.process_block_removed(value),
         "cleared": lambda value: index.process_all_blocks_cleared(value),
-        # Names of files that somebody might have: those are for the tests of snapshots.
+        # Alphanumeric texts could be the names of real files. The snapshot tests cover those.
         "save": lambda value: None if isinstance(value, str) and value.isalnum() else index.save(value),
         "load": lambda value: PrefixIndex.load(value),
     }
@@ -237,7 +237,7 @@ def test_a_masked_array_that_hides_nothing_is_an_array():
 
 
 class Shrinking:
-    """An item that empties the list it stands in while that is read."""
+    """An item that empties its own list while the list is read."""
 
     def __init__(self, items: list[Any]) -> None:
         self.items = items
@@ -281,7 +281,7 @@ def test_tokens_are_those_of_the_list_when_the_first_item_had_a_say():
     assert items == []
 
 
-# ---------------------------------------------------------------------------------------------------- what is returned
+# ------------------------------------------------------------------------------------------------------- return values
 
 
 def test_a_match_is_a_mapping_of_the_pods_that_hold_something():
@@ -361,7 +361,7 @@ def test_a_message_names_some_pods_however_many_there_are():
     assert len(str(caught.value)) < 1000
 
 
-# -------------------------------------------------------------------------------------------------- what is not known
+# ------------------------------------------------------------------------------------------------------ unknown names
 
 
 def test_a_pod_of_which_nothing_was_heard_is_stale():
@@ -409,7 +409,7 @@ def test_a_payload_that_is_no_batch_tells_nothing():
 def test_guesses_change_no_state():
     index = PrefixIndex(4)
     index.ingest("a", payload(stored([1], PROMPT)))
-    for rank in range(2000):  # more than a pod may have
+    for rank in range(2000):  # more ranks than a pod may have
         index.add_prefix("a", PROMPT, ttl=1000, dp_rank=rank)
     assert index.pod_state("a") == "exact"
     assert index.stats()["shed_guesses"] > 0

@@ -1,4 +1,4 @@
-"""What cannot be used: one clear exception or a counted skip, and in neither case anything half done."""
+"""Bad input: one clear exception or a counted skip, and never a half-applied change."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROMPT = A + B + C
 
 @pytest.fixture
 def index() -> PrefixIndex:
-    """Two pods with a few blocks, a parked one, and one that is announced."""
+    """Two pods with a few blocks, a parked block, and a third pod with a speculative entry."""
     index = PrefixIndex(4)
     index.ingest("a", payload(stored([1, 2], A + B), stored([1], A, medium="CPU"), stored([9], C, parent=8)))
     index.ingest("b", payload(stored([1], A), stored([2], B, parent=1)), dp_rank=1)
@@ -28,7 +28,7 @@ def index() -> PrefixIndex:
 
 
 def everything(index: PrefixIndex) -> dict[str, Any]:
-    """All that can be seen of an index but its counters of what it was given."""
+    """Return the whole visible state of an index, except the counters of its input."""
     index._check()
     stats = index.stats()
     match = index.match_prefix(PROMPT)
@@ -45,7 +45,7 @@ def everything(index: PrefixIndex) -> dict[str, Any]:
 def refused(
     index: PrefixIndex, builtin: type[Exception], said: tuple[str, ...], call, *args: Any, **kwargs: Any
 ) -> None:
-    """The call raises an exception that is ours and `builtin`, says all of `said`, and has changed nothing."""
+    """Check that the call raises a KVIndexError of type `builtin` with all of `said`, and changes nothing."""
     before = everything(index)
     with pytest.raises(KVIndexError) as caught:
         call(*args, **kwargs)
@@ -55,7 +55,7 @@ def refused(
     assert everything(index) == before
 
 
-# ------------------------------------------------------------------------------------------- payloads that are none
+# ------------------------------------------------------------------------------------ payloads that are not batches
 
 NO_BATCH = {
     "nothing": b"",
@@ -550,7 +550,7 @@ def test_what_is_no_token_is_refused_in_bytes_too(call, builtin, said):
 
 
 def test_a_long_prompt_costs_no_more_than_what_somebody_holds(index):
-    """Whoever writes prompts decides how long they are, not how much is looked at."""
+    """The client decides the length of a prompt, but not the number of blocks that the index compares."""
     prompt = np.arange(4_000_000, dtype=np.uint32)
     held = kvindex.BlockStored(pod="long", block_hashes=range(1, 101), token_ids=prompt[:400], block_size=4)
     index.process_block_stored(held)

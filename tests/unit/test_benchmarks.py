@@ -1,4 +1,4 @@
-"""What a benchmark could get wrong without anybody noticing: what it measures, and what it concludes."""
+"""Errors that a benchmark could make unnoticed, in its measurements and in its conclusions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DEPTH = 128
 
 
 def answers(kind: str, depth: int = DEPTH, pods: int = 3) -> list[dict[str, int]]:
-    """What the prompts of one round find, in blocks."""
+    """Return the hits of one round's prompts, in blocks."""
     made = workloads.match(kind, depth, pods, content=depth * 32)
     match = made.call
     return [{pod: tokens // data.BLOCK for pod, tokens in match(prompt).tokens.items()} for prompt in made.items(0)]
@@ -170,7 +170,7 @@ def test_the_baseline_names_what_is_worse_by_how_much_and_since_when(
 
 
 def test_what_is_kept_is_what_the_suite_tracks() -> None:
-    """Under the names that the suite gives, so that no figure is left out of a comparison in silence."""
+    """The names are those of the suite, so no figure is silently left out of a comparison."""
     kept = set(json.loads(baseline.FILE.read_text())["figures"])
     assert kept >= set(baseline.measured("Exact")) | set(baseline.measured("Compared"))
     assert {name for name in kept if name.startswith("Instructions")} == {
@@ -178,7 +178,7 @@ def test_what_is_kept_is_what_the_suite_tracks() -> None:
     }
 
 
-# Every module of benchmarks/, where nothing can be imported but the packages given and those that they require.
+# Imports every module of benchmarks/ while only the given packages and their requirements can be imported.
 IMPORTED_WITH = """
 import pkgutil, sys
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
@@ -211,7 +211,10 @@ for each in pkgutil.walk_packages(benchmarks.__path__, "benchmarks."):
 
 
 def test_asv_can_import_every_module() -> None:
-    """It imports all of them to find its benchmarks, in an environment of the package and what asv.conf.json names."""
+    """asv imports all modules to find the benchmarks.
+
+    Its environment has the package and asv.conf.json's requirements.
+    """
     there = json.loads((ROOT / "asv.conf.json").read_text())["matrix"]["req"]
     run = [sys.executable, "-c", IMPORTED_WITH, "kvindex", *there]
     found = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)

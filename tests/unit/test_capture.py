@@ -1,4 +1,4 @@
-"""The capture format: round trips, the recorded captures, and every way in which a file can be none."""
+"""The capture format: round trips, the recorded captures, and every kind of invalid file."""
 
 import gzip
 import io
@@ -54,7 +54,7 @@ def packed(*items):
 
 
 def read_until_error(data):
-    """What a capture gives before its error, and the error."""
+    """Return the items of a capture before its error, and the error."""
     got = []
     with pytest.raises(CaptureError) as caught:
         for item in read_capture(io.BytesIO(data)):
@@ -203,7 +203,7 @@ def test_damage_in_the_middle_is_told_with_the_byte_up_to_which_it_was_good():
     data = bytearray(written(records))
     data[len(data) // 2] ^= 0xFF
     got, error = read_until_error(bytes(data))
-    # Deflate notices damage some way behind it, so what stands there is not promised; what came well before it is.
+    # Deflate detects damage some way after it, so records near the damage are not guaranteed. Earlier ones are.
     quarter = len(records) // 4
     assert [plain(r) for r in got[1 : quarter + 1]] == [plain(r) for r in records[:quarter]]
     assert error.offset > 0

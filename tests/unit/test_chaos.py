@@ -1,6 +1,6 @@
-"""The harness that hurts fleets on purpose: it reads what Chaos Mesh reads, and its judges find what is wrong.
+"""The chaos harness: it accepts the experiments of Chaos Mesh, and its judges find every violation.
 
-The judges are given made-up logs of a pod that is followed faultlessly, then the same with one thing wrong at a time.
+The judges read made-up logs of a pod that is followed without a fault, then the same logs with one fault at a time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def test_every_experiment_can_be_done_here():
     assert len({experiment.name for experiment in found}) == len(found) > 0
     for experiment in found:
         assert 0 < experiment.hold <= 10
-    # What cuts pods off has to last until that must have been noticed, and be a cut by then.
+    # A partition must outlast the time in which the index has to notice it.
     assert all(e.hold > NOTICE for e in found if fault_of(e).cuts and e.spec["mode"] == "one")
 
 
@@ -81,10 +81,10 @@ def test_other_durations_are_refused(text):
 
 
 class Story:
-    """A pod that publishes a batch every 10 ms and an index that applies each a millisecond later, by a made-up clock.
+    """A made-up log: a pod publishes a batch every 10 ms, and an index applies each a millisecond later.
 
-    The pod is killed at second 2 and its successor begins at second 5; the index notices after one second and has
-    caught up half a second after the healing. Lists may be changed before they are judged.
+    The pod is killed at second 2 and its successor starts at second 5. The index notices after one second and has
+    caught up half a second after the healing. A test may change the lists before they are judged.
     """
 
     DIES, RETURNS, ENDS = 2.0, 5.0, 8.0
@@ -136,7 +136,7 @@ class Story:
         times = np.arange(0.0, self.ENDS, 0.005)
         self._write("latency-1.bin", latency_dtype, [(at, self.question(at)) for at in times])
         self._write("metronome.bin", latency_dtype, [(at, self.machine(at)) for at in times])
-        # Twice the same repetition: the 99th percentile of one is not judged.
+        # The same repetition twice, because the 99th percentile of a single one is not judged.
         cycles = repetitions * [self.cycle(self.after)]
         verdicts = judge(
             Witness(where, ["pod"]), cycles, baseline=(0.0, self.DIES), resources=self.before,
@@ -163,7 +163,7 @@ def _wrong_answer_while_stale(story: Story) -> None:
 
 
 def _skipped_batch(story: Story) -> None:
-    story.truth[90] = (*story.truth[90][:3], story.truth[89][3])  # it changes nothing that is asked about
+    story.truth[90] = (*story.truth[90][:3], story.truth[89][3])  # it changes nothing that the questions are about
     del story.applied[90]
     story.counters["lost_batches"] = 1
 
@@ -271,9 +271,9 @@ def test_a_slow_machine_fails_no_single_repetition(tmp_path):
     [
         (lambda n: n << 18, lambda n: n << 18, False),
         (lambda n: n << 18, lambda n: 0, False),
-        (lambda n: 0, lambda n: n << 20, True),  # the allocator's pieces
-        (lambda n: 0, lambda n: n << 21, False),  # somebody's who did not ask it
-        (lambda n: 9 << 20 if n in (3, 9) else 0, lambda n: 0, True),  # something was on its way at that moment
+        (lambda n: 0, lambda n: n << 20, True),  # fragments in the allocator
+        (lambda n: 0, lambda n: n << 21, False),  # memory that another allocator holds
+        (lambda n: 9 << 20 if n in (3, 9) else 0, lambda n: 0, True),  # temporary memory at that moment
         (lambda n: -n << 20, lambda n: -n << 20, True),
     ],
 )
@@ -297,7 +297,7 @@ def test_each_pod_may_come_to_have_a_socket_of_its_own_and_no_more():
 
 @contextmanager
 def _through_a_proxy() -> Iterator[tuple[Proxy, socket.socket, socket.socket]]:
-    """A proxy, the pod's end of a connection through it, and the index's."""
+    """Yield a proxy with the pod's end and the index's end of a connection through it."""
     with socket.create_server(("127.0.0.1", 0)) as pod:
         proxy = Proxy("127.0.0.1", pod.getsockname()[1], seed=1)
         try:

@@ -1,4 +1,4 @@
-"""The command line: what it prints, and the status it ends with."""
+"""The command line: its output and its exit status."""
 
 import argparse
 import gzip
@@ -28,7 +28,7 @@ from kvindex.sim.wire import Stored, encode_batch, wire_form
 
 @pytest.fixture
 def command(capsys, monkeypatch):
-    """Runs ``kvindex ARGUMENTS`` in this process, as into a pipe; gives status, standard output and error."""
+    """Run ``kvindex ARGUMENTS`` in this process with output as to a pipe. Returns status, standard output and error."""
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*arguments):
@@ -40,7 +40,7 @@ def command(capsys, monkeypatch):
 
 
 def row(output, *cells):
-    """The cells of the row that starts with these, of whatever table it is in."""
+    """Return the cells of the table row that starts with these cells."""
     for line in output.splitlines():
         found = [cell.strip() for cell in line.strip("│┃ ").split("│")]
         if found[: len(cells)] == list(cells):
@@ -57,7 +57,7 @@ def sample(tmp_path_factory):
 
 
 def rewritten(source, target, change):
-    """Copy a capture, each record through ``change``."""
+    """Copy a capture with every record passed through ``change``."""
     header, *records = read_capture(source)
     with CaptureWriter(target, header) as writer:
         for record in records:
@@ -65,7 +65,7 @@ def rewritten(source, target, change):
 
 
 def write_trace(path, requests, opener=open, seed=1):
-    """Conversations in the form of a Mooncake trace: every prompt starts with one that was there before."""
+    """Write conversations in the format of a Mooncake trace, in which every prompt extends an earlier one."""
     rng = random.Random(seed)
     chains = [[0]]
     fresh = 1
@@ -131,7 +131,7 @@ def test_a_difference_is_named_and_ends_with_1(command, sample, tmp_path):
 
 
 def test_answers_are_compared_by_the_rules_of_the_recorded_engine(command, tmp_path):
-    """A prompt of exactly two blocks: vLLM would reuse one of them, SGLang both."""
+    """For a prompt of exactly two blocks, vLLM reuses one of them and SGLang both."""
     tokens = np.arange(32, dtype=np.uint32)
     event = Stored([b"1" * 8, b"2" * 8], None, tokens, 16)
     for engine, form, hit in (
@@ -317,7 +317,7 @@ def test_numbers_below_one_are_refused(command, tmp_path, option, capsys):
 
 @pytest.fixture
 def short_absence(monkeypatch):
-    """The killed pod comes back as soon as its loss was noticed."""
+    """Bring the killed pod back as soon as its loss was noticed."""
     monkeypatch.setattr(demo, "AWAY", 0.0)
 
 
@@ -332,13 +332,13 @@ def test_the_demo_ends_with_every_answer_equal(command, short_absence):
     changes = ["pod-1 is killed", "pod-1: exact -> stale", "pod-1 is started again", "pod-1: stale -> exact"]
     assert sorted(changes, key=out.index) == changes
     assert {row(out, f"pod-{number}")[3] for number in range(5)} == {"exact"}
-    # That pod could not be compared for a while, and nobody claims that it was.
+    # That pod could not be compared for a while, and the output reports this.
     assert re.search(r"\([1-9]\d* not asked: that pod was stale\)", out)
 
 
 def test_the_live_table_shows_a_pod_go_stale_and_come_back(command, short_absence, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")  # which makes a terminal of a pipe
-    monkeypatch.setenv("TERM", "xterm")  # on a dumb one a table is shown once, at the end
+    monkeypatch.setenv("FORCE_COLOR", "1")  # lets a pipe count as a terminal
+    monkeypatch.setenv("TERM", "xterm")  # a dumb terminal shows a table only once, at the end
     status, out, _ = command("demo", "--conversations", 4, "--seconds", 1, "--pods", 2)
     assert status == 0
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out)
@@ -370,7 +370,7 @@ def test_an_interrupted_demo_leaves_no_process_behind(number):
 
 
 def test_the_demo_fails_when_an_answer_differs(command, short_absence, monkeypatch):
-    """An index that does not hear of removals answers too much sooner or later."""
+    """An index without removal events answers too many tokens sooner or later."""
 
     class Deaf:
         def __init__(self, **options):
@@ -391,7 +391,7 @@ def test_the_demo_fails_when_an_answer_differs(command, short_absence, monkeypat
     assert re.search(r"prompt \d+, pod pod-\d: expected \d+ tokens, got \d+", out)
 
 
-# The rest
+# Other commands
 
 
 def test_a_simulated_pod_that_can_not_be_is_refused(command):

@@ -1,4 +1,4 @@
-"""What engines, tiers and connectors publish beside blocks of their own pool. Each case also runs on the slow model."""
+"""Events of engines, tiers and connectors beyond the blocks of their own pool. The slow model checks each case too."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_copy_that_waits_elsewhere_leaves_doubt_too(pair):
 )
 @pytest.mark.parametrize("waits", [False, True])
 def test_a_clear_of_sglang_is_of_the_host_pool_as_well(pair, engine, media, state, waits):
-    """It resets its tree and that pool in one step; its storage stays."""
+    """SGLang resets its tree and the host pool in one step. Its storage stays."""
     pair.do("configure_pod", "a", engine=engine)
     pair.ingest("a", stored([1, 2], A + B), *(stored([7 if waits else 1], (), size=0, medium=m) for m in media))
     pair.ingest("a", cleared())
@@ -102,7 +102,7 @@ def test_an_ignored_medium_is_counted_and_changes_no_state(pair):
     pair.ingest("a", stored([1, 2], A + B))
     report = pair.ingest(
         "a",
-        stored([5, 6], C + D, parent=0, **CPU),  # parked, if it were not ignored
+        stored([5, 6], C + D, parent=0, **CPU),  # would be parked if it were not ignored
         stored([8], [1, 2, "x", 4], **CPU),
         stored([9], A[:3], size=3, medium="tape"),
         removed(1, **CPU),
@@ -185,7 +185,7 @@ def test_an_event_that_is_not_known_degrades(pair, event):
     pair.ingest("a", event)
     assert pair.state("a") == "degraded"
     pair.ingest("b", event)
-    assert pair.state("b") == "exact"  # of nothing, nothing can be taken away
+    assert pair.state("b") == "exact"  # an empty pod has nothing to lose
     pair.ingest("a", cleared())
     assert pair.state("a") == "exact"
 
@@ -324,7 +324,7 @@ def test_a_held_hash_means_one_content(pair, told, asked, first, whole):
 
 
 def test_what_follows_a_held_block_hangs_below_it(pair):
-    # The tier has more than the pool: blocks 2 and 3 have left that before the tier's event came.
+    # The tier has more blocks than the pool, because blocks 2 and 3 left the pool before the tier's event came.
     pair.ingest("a", stored([1], A, cache_salt="s"), stored([1, 2, 3], A + B + C, **CPU))
     assert pair.ask(A + B + C, cache_salt="s")["a"]["media"] == {"GPU": 4, "CPU": 12}
     assert (pair.tokens(A + B + C), pair.state("a")) == ({}, "exact")
@@ -387,7 +387,7 @@ def test_groups_of_a_tier_follow_the_pool_that_has_gone(pair):
 def test_orphans_of_a_tier_are_placed_by_what_is_held(pair):
     pair.ingest("a", stored([2, 3], B + C, parent=1, **CPU))
     pair.ingest("a", stored([1, 2], A + B, extra_keys=[["img"], ["img"]]))
-    # What waited was attached when its parent was known, and block 2 is the one that the pool holds.
+    # The parked blocks were attached once their parent was known, and block 2 is the pool's.
     assert pair.tokens(A + B + C, extra_keys=[["img"], ["img"], None]) == {"a": 12}
     assert (pair.tokens(A + B + C), pair.state("a")) == ({}, "exact")
 

@@ -1,4 +1,4 @@
-"""Every exception is a KVIndexError and the builtin that says the same."""
+"""Every exception is a KVIndexError and the corresponding builtin exception."""
 
 import inspect
 import pickle

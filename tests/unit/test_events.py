@@ -1,4 +1,4 @@
-"""The event types, and what decode_batch makes of events that are wrong."""
+"""The event types, and the results of decode_batch for wrong events."""
 
 from __future__ import annotations
 
@@ -304,7 +304,7 @@ def test_an_event_that_is_odd_and_sound(event, expected):
 
 
 def test_what_nobody_reads_may_be_anything():
-    """Keys that are lists, timestamps of three bytes, text that is no UTF-8: no reason to lose the event."""
+    """Keys that are lists, timestamps of three bytes and text that is not UTF-8 are no reason to drop the event."""
     odd = b"\x81\x91\x01\x02" + b"\xc7\x03\xff123" + b"\xd6\x80abcd" + b"\xa2\xff\xfe"
     event = (
         b"\x84"
@@ -343,7 +343,7 @@ def test_tokens_that_come_again_as_plain_ones_have_no_lookahead():
 
 
 def test_what_an_index_has_no_use_for_is_shown_as_it_was_written():
-    """nil, 0 and -1 are one LoRA id to an index, a block size of 0 is none, and counts end at 32 bits."""
+    """For an index, LoRA ids of nil, 0 and -1 are the same, a block size of 0 is no size, and counts end at 32 bits."""
     for written in (
         {"lora_id": -1},
         {"lora_id": 0},
@@ -358,7 +358,7 @@ def test_what_an_index_has_no_use_for_is_shown_as_it_was_written():
         assert {name: getattr(event, name) for name in written} == written
     (event,) = decode({"type": "BlockRemoved", "block_hashes": [1], "remaining_copy_counts": [2**40]}).events
     assert event.remaining_copy_counts == [2**40]
-    # Of a session only a name is a session, and what else an engine writes there is no reason to refuse the event.
+    # Only a name is a session. Any other value in its place is no reason to refuse the event.
     for written in (5, [1], msgpack.ExtType(5, b"abc")):
         (event,) = decode({**SOUND, "session_id": written}).events
         assert event.session_id is None

@@ -1,4 +1,4 @@
-"""What a user of the package sees before any answer: names, signatures, types, and what things call themselves."""
+"""The surface of the package: names, signatures, types and text representations."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_match_is_a_mapping_of_the_pods_that_hold_something():
     assert ("a" in match, "c" in match, 5 in match) == (True, False, False)
     assert match.get("nobody") is None
     assert not index.match_prefix(range(1, 65))
-    # Known and without a block of the prompt: an empty match, as opposed to a name that the index does not know.
+    # A pod without a block of the prompt gives an empty match. An unknown name raises.
     assert match["c"].tokens == 0
     with pytest.raises(kvindex.UnknownPodError, match="nobody"):
         match["nobody"]
@@ -94,7 +94,7 @@ def test_what_is_not_bytes_like_is_no_snapshot(data):
 
 
 def called() -> list[str]:
-    """Public names but those of exceptions, whose signature Python has none of, and of types that only checkers use."""
+    """Public names, except exceptions, which have no signature in Python, and types that only checkers use."""
     found = [(name, getattr(kvindex, name)) for name in kvindex.__all__]
     return [name for name, it in found if isinstance(it, type) and not issubclass(it, (Exception, dict))]
 
@@ -118,7 +118,7 @@ def test_what_is_compiled_has_signatures_with_types():
 
 
 def test_signatures_are_those_of_the_stubs():
-    """With their types, which stubtest does not compare."""
+    """The types must agree as well, which stubtest does not compare."""
     stubs = ast.parse(Path(kvindex.__file__).with_name("_core.pyi").read_text())
     (index,) = (each for each in stubs.body if isinstance(each, ast.ClassDef) and each.name == "Index")
     for function in index.body:
@@ -160,7 +160,7 @@ def test_things_say_what_they_are():
 
 
 def test_the_status_is_a_table_in_a_notebook():
-    """Whatever pods are called: their names are text there, and no markup."""
+    """The names of pods are escaped as text, not interpreted as markup."""
     with kvindex.EventManager(PrefixIndex()) as manager:
         for number, name in enumerate(("a", "<script>alert(1)</script>", "& é")):
             manager.add_pod(kvindex.PodSource(name, endpoint=f"ipc:///nobody/{number}"))
@@ -180,7 +180,7 @@ def test_what_only_an_index_makes_is_not_made_by_hand(kind):
 
 
 def test_no_module_imports_one_that_imports_it():
-    """Also where only types are named: a cycle there is a cycle of what has to be understood."""
+    """Imports for type annotations count as well: a cycle of types makes the modules hard to understand."""
     source = Path(kvindex.__file__).parent
     modules = {
         ".".join(["kvindex", *path.relative_to(source).with_suffix("").parts]).removesuffix(".__init__"): path
@@ -194,9 +194,9 @@ def test_no_module_imports_one_that_imports_it():
             if isinstance(node, ast.ImportFrom) and node.level:
                 base = [*package[: len(package) - node.level + 1], *filter(None, [node.module])]
                 named = [".".join([*base, each.name]) for each in node.names]
-                # A module of a package is imported from the package without what else that imports.
+                # Importing a module of a package does not depend on the package's other imports.
                 found |= {name if name in modules else ".".join(base) for name in named}
-        # The package itself imports everything; what is imported from it by name is a module of it.
+        # The package itself imports everything, so a name imported from it counts only if it is a module.
         imports[module] = (found & set(modules)) - {module, "kvindex"}
     assert "kvindex.snapshot" in imports["kvindex.index"]
-    graphlib.TopologicalSorter(imports).prepare()  # raises CycleError, which names them
+    graphlib.TopologicalSorter(imports).prepare()  # raises CycleError with the names of the modules

@@ -1,4 +1,4 @@
-"""Stored events that give their blocks' hashes in place of tokens."""
+"""Stored events with the hashes of their blocks instead of tokens."""
 
 from __future__ import annotations
 

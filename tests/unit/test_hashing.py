@@ -1,4 +1,4 @@
-"""Block hashes against the `xxhash` package, and against a second writing of what goes into them."""
+"""Block hashes compared with the `xxhash` package and with a second implementation of their input."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import kvindex
 from kvindex import _core
 
 MASK = 2**64 - 1
-# What tells a block with extra keys from one without: the fraction of the golden ratio, as 64 bits.
+# Distinguishes a block with extra keys from one without: the fraction of the golden ratio, as 64 bits.
 KEYED = 0x9E3779B97F4A7C15
 SEEDS = [0, 1, 1337, 2**32 - 1, 2**63, 2**64 - 1, 0x0123456789ABCDEF]
-# The form of the hash changes at 4, 9, 17, 129 and 241 bytes, stripes end every 64 and rounds every 1,024.
+# The hash algorithm changes at 4, 9, 17, 129 and 241 bytes, stripes end every 64 and rounds every 1,024.
 EVERY_LENGTH = range(2101)
 LARGE = [3071, 3072, 3073, 4096, 4097, 8191, 65537, 2**20 + 3]
-# 16, 32, 64 and 128 have code of their own; 60 is the last size that is hashed in the short form.
+# Sizes 16, 32, 64 and 128 have code of their own. 60 is the last size that uses the short form.
 BLOCK_SIZES = [*range(1, 131), 192, 256, 257, 512, 1000]
 
 u64 = st.integers(0, MASK)
@@ -121,7 +121,7 @@ def test_every_instruction_set_agrees(seed):
 
 @pytest.mark.parametrize("byte", [b"\x00", b"\xff"])
 def test_extreme_words_agree(byte):
-    # All-ones words are where a carry that is dropped between the halves of a product shows.
+    # All-ones words reveal a lost carry between the halves of a product.
     for n in (1, 4, 8, 9, 16, 17, 64, 128, 129, 240, 241, 256, 512, 1024, 1025, 2100):
         for seed in SEEDS:
             assert _core._xxh3_64(byte * n, seed) == reference(byte * n, seed), (n, seed)
@@ -142,7 +142,7 @@ def test_the_published_check_value():
 
 @pytest.mark.parametrize("size", BLOCK_SIZES)
 def test_every_block_size_agrees(size):
-    # Seven blocks and a tail: groups that are hashed together have a last, incomplete one.
+    # Seven blocks and a tail: the last group of blocks that are hashed together is incomplete.
     tokens = tokens_of(7 * size + size // 2)
     for seed in (0, 1337, MASK):
         for lora in (None, "adapter"):

@@ -1,4 +1,4 @@
-"""What a payload may cost that was made to cost: bytes of the index and slots that are looked at, by its own bytes."""
+"""The cost of a hostile payload: bytes of the index and compared slots, in proportion to the bytes of the payload."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fuzz"))
 import hostile
 
 SIZE = 1 << 18
-#: What waits for a parent takes most: 385 bytes for a name of 9 bytes, up to ``max_parked`` of them.
+#: Blocks that wait for a parent take the most: 385 bytes for a name of 9 bytes, up to ``max_parked`` of them.
 MOST_BYTES = 48
-#: Slots that are looked at for each entry: 2.2 of a table that is 0.7 full, whatever the process's secret. Names that a
-#: publisher has chosen against a known mixture take thousands.
+#: Slots that are compared for each entry: 2.2 in a table that is 0.7 full, for any secret of the process. Names chosen
+#: against a known mixing function take thousands.
 MOST_PROBES = 4.0
-#: What is kept of the memory in which a payload was decoded, and of that in which its blocks were placed: 1 MiB each.
+#: Memory that is kept after decoding and after placing the blocks of a payload: 1 MiB each.
 SCRATCH = 2 << 20
 PROMPT = np.arange(64, dtype=np.uint32)
 
@@ -36,17 +36,17 @@ def test_a_payload_costs_what_its_bytes_allow(kind: str) -> None:
     assert SIZE * 0.8 < len(sent) < SIZE * 1.2
     try:
         report = index.ingest("hostile", sent)
-        # What was no event, or could not be placed, was counted.
+        # Every event that was invalid or could not be placed was counted.
         assert report.stored + report.removed + report.cleared + report.parked + report.skipped + report.errors
-        index.ingest("hostile", sent)  # now that its names and groups are known
+        index.ingest("hostile", sent)  # again, with its names and groups already known
     except EventDecodeError:
         assert kind == "promised lengths"
     index._check()
     full = index.stats()
     assert full["bytes"] - empty["bytes"] < MOST_BYTES * 2 * len(sent) + SCRATCH
-    # Of a few names chance decides.
+    # With few names, the number of probes is random.
     assert full["blocks"] < 4096 or index._probes() < MOST_PROBES
-    # Whoever asks about others looks at what it looked at before.
+    # A question about other pods compares as many slots as before.
     match = index.match_prefix(PROMPT)
     assert match.tokens == {"good": 64}
     assert index._compared(match) == compared

@@ -1,4 +1,4 @@
-"""The package imports one way: no module imports, at any time, one that imports it."""
+"""The package's imports have one direction: no module imports, at any time, a module that imports it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(kvindex.__file__).parent
 
 
 def modules(root: Path) -> dict[str, Path]:
-    """Every module of a package, by its name."""
+    """Return every module of a package by its name."""
     table = {}
     for path in root.rglob("*.py"):
         parts = (root.name, *path.relative_to(root).with_suffix("").parts)
@@ -24,7 +24,7 @@ def modules(root: Path) -> dict[str, Path]:
 
 
 def imported(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
-    """The imports of a module, those within functions too, and not those that only type checkers see."""
+    """Yield the imports of a module, including those inside functions, except those only for type checkers."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             for other in node.orelse:
@@ -36,7 +36,7 @@ def imported(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
 
 
 def graph(root: Path) -> dict[str, set[str]]:
-    """Which modules each one imports. A package runs before its modules do, and is not what they ask for."""
+    """Return the imports of each module. A parent package is not an import, although it runs before its modules."""
     table = modules(root)
     found: dict[str, set[str]] = {}
     for name, path in table.items():
@@ -59,7 +59,7 @@ def graph(root: Path) -> dict[str, set[str]]:
 def test_no_module_imports_one_that_imports_it():
     found = graph(ROOT)
     assert "kvindex.sync.stream" in found["kvindex.sync.worker"]
-    assert "kvindex.discovery.engines" in found["kvindex.sync.source"]  # within a function
+    assert "kvindex.discovery.engines" in found["kvindex.sync.source"]  # an import inside a function
     list(TopologicalSorter(found).static_order())
 
 

@@ -1,4 +1,4 @@
-"""What the routers of others need is installed by name; their tests are in tests/integrations."""
+"""Importing the integrations without the routers that they need. tests/integrations has their tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One pod must not fill the index: how many blocks it may hold."""
+"""Limits per pod, so that a single pod cannot fill the index."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_snapshot_keeps_the_limit(index, tmp_path):
 
 
 def test_a_hostile_pod_stays_within_and_never_counts_for_more():
-    """Whatever it announces, against an index without limits that was told the same."""
+    """A limited index gets the same events as one without limits, and never answers more."""
     rng = random.Random(5)
     limited, free = PrefixIndex(block_size=4), PrefixIndex(block_size=4)
     limited.configure_pod("a", max_blocks=20)
@@ -110,7 +110,7 @@ def test_a_limit_that_is_none_is_refused(value, error):
 
 
 def test_a_pod_may_not_have_ranks_without_end():
-    """Who looks for a worker looks at all of its pod's: 50,000 took 15 seconds."""
+    """A look-up of a worker walks all workers of its pod: 50,000 of them took 15 seconds."""
     index = PrefixIndex(block_size=4)
     event = stored([1], tokens(1), size=4)
     for rank in range(1024):
@@ -119,7 +119,7 @@ def test_a_pod_may_not_have_ranks_without_end():
     for rank in range(1024, 1100):
         assert index.ingest("a", payload(event, rank=rank), seq=0).reasons == {"over_limit": 1}
     assert index.pod_state("a") == "degraded"
-    # Those that are there go on, removals of the others find nothing, and other pods have their own.
+    # Existing ranks still work, removals of other ranks have no effect, and other pods have their own limit.
     assert index.ingest("a", payload(stored([2], tokens(2), parent=1, size=4), rank=1023)).stored == 1
     assert index.ingest("a", payload(removed(1), rank=1050)).reasons == {"unknown_hash": 1}
     index.add_prefix("a", tokens(1), ttl=1e6, dp_rank=2000)
@@ -137,7 +137,10 @@ def test_a_pod_may_not_have_ranks_without_end():
 @pytest.mark.parametrize("clear", ["event", "call"])
 @pytest.mark.parametrize("media", [None, ["GPU"]])
 def test_a_rank_that_found_no_room_is_forgiven_when_it_holds_nothing(clear, media):
-    """Not when another is cleared, nor a part of its media; and of several nobody remembers which they were."""
+    """Only clearing that very rank, in all media, restores the state.
+
+    With several such ranks, their numbers are lost.
+    """
     index = PrefixIndex(block_size=4)
     index.configure_pod("a", clear_media=media)
 
@@ -164,8 +167,8 @@ def test_a_rank_that_found_no_room_is_forgiven_when_it_holds_nothing(clear, medi
 
 
 def test_names_that_had_one_place_in_the_tables_have_not():
-    """A table that mixes names in a way everybody knows is slow for everybody once a pod chooses them so."""
-    undo = pow(0x9E3779B97F4A7C15, -1, 1 << 64)  # of what was multiplied with: the upper half of the product is 7
+    """If the mixing of names is public, a pod can choose names that make the table slow for all pods."""
+    undo = pow(0x9E3779B97F4A7C15, -1, 1 << 64)  # the inverse of the multiplier: the upper half of the product is 7
     names = []
     for low in range(1, 4001):
         mixed = ((7 << 32 | low) * undo) % (1 << 64)
@@ -184,7 +187,7 @@ def one(name: int, **where) -> dict:
 
 
 def test_a_worker_with_more_groups_than_engines_have_holds_nothing_until_it_is_cleared():
-    """A group that is not known objects to nothing, so what is known of the others would be too much."""
+    """An unknown group restricts no answer, so the answers from the known groups would be too large."""
     index = PrefixIndex(block_size=4)
     assert index.ingest("a", payload(*[one(1, group_idx=group) for group in range(64)])).reasons == {}
     assert index.pod_state("a") == "exact"
@@ -239,7 +242,7 @@ def test_a_long_event_of_a_medium_too_many_takes_its_own_names_away_and_no_other
 
 
 def test_a_medium_too_many_still_says_what_its_group_is():
-    """Else the group would object to nothing."""
+    """Otherwise the group would restrict no answer."""
     index = PrefixIndex(block_size=4)
     index.ingest("a", payload(*[one(1, medium=f"m{medium}") for medium in range(32)]))
     report = index.ingest("a", payload(one(1, medium="m32", group_idx=1)))
@@ -307,7 +310,7 @@ def test_a_block_has_so_many_names_and_what_is_beyond_them_is_said():
     assert report.reasons == {"over_limit": report.skipped}
     assert index.pod_state("a") == "degraded"
     index._check()
-    # The last name that is known takes the block away: too little is said, never too much.
+    # Removing the last known name removes the block: an answer may be too small, but never too large.
     gone = index.ingest("a", payload(removed(*range(1, 600))))
     assert (gone.removed, gone.skipped) == (report.stored, report.skipped)
     assert index.match_prefix(tokens(1)).tokens == {}
@@ -315,7 +318,7 @@ def test_a_block_has_so_many_names_and_what_is_beyond_them_is_said():
 
 
 def test_cancelled_blocks_that_wait_have_an_end():
-    """Each is kept for the sake of one that hangs below it, so they are no part of what waits."""
+    """Each is kept only for a block below it, so none of them counts as parked."""
     index = PrefixIndex(block_size=4, max_parked=4)
     skipped = 0
     for name in range(2, 8000):
@@ -380,5 +383,5 @@ def test_scratch_is_counted_and_given_back():
 
 
 def peak() -> int:
-    """The most that the process has had in memory, bytes."""
+    """Return the peak memory of the process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,4 +1,4 @@
-"""Blocks whose hash covers the tokens behind them. Every case also runs on the slow model."""
+"""Blocks whose hash also covers the tokens after them. The slow model checks each case too."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def ahead(*lists: list[int]) -> dict:
 
 
 def in_pairs(tokens: list[int], behind: int) -> list[list[int]]:
-    """The way SGLang writes tokens with EAGLE."""
+    """Return the tokens in the format of SGLang with EAGLE."""
     return [list(pair) for pair in zip(tokens, [*tokens[1:], behind], strict=True)]
 
 
@@ -34,7 +34,7 @@ def test_blocks_with_other_tokens_behind_them_are_other_blocks(pair):
     assert pair.tokens([*A, *B, 8]) == {"a": 4}
     assert pair.tokens(A + C + D) == {}
     pair.ingest("a", stored([3], A, **ahead([3])), removed(1))
-    assert pair.tokens([*A, *B, 9]) == {}  # block 3 has the tokens of block 1, and is another block
+    assert pair.tokens([*A, *B, 9]) == {}  # block 3 has the tokens of block 1 but is another block
     assert pair.tokens([*A, 3]) == {"a": 4}
 
 
@@ -46,7 +46,7 @@ def test_a_block_with_nothing_behind_it_in_the_prompt_does_not_match(pair):
 def test_pairs_are_a_token_and_the_one_behind_it(pair):
     pair.ingest("a", stored([1, 2], in_pairs(A + B, 9)))
     assert (pair.tokens([*A, *B, 9]), pair.tokens([*A, *B, 8]), pair.state("a")) == ({"a": 8}, {"a": 4}, "exact")
-    # Pages of one token and blocks of several are the same.
+    # A block of several one-token pages gives the same result.
     pair.ingest("b", stored([7], in_pairs(A + B, 9), size=8))
     assert pair.tokens([*A, *B, 9]) == {"a": 8, "b": 8}
 
@@ -91,7 +91,7 @@ def test_blocks_of_several_index_blocks(pair):
     pair.ingest("a", stored([1, 2], A + B + C + D, size=8, **ahead([3, 3, 3], [5, 5, 5])))
     assert pair.tokens([*A, *B, *C, *D, 5, 5, 5]) == {"a": 16}
     assert pair.tokens([*A, *B, *C, *D, 5, 5, 6]) == {"a": 8}
-    # What lies behind an index block within its own block counts the same for blocks of one.
+    # Tokens after an index block inside its own engine block count the same as lookahead tokens of single blocks.
     pair.ingest("b", stored([1, 2], A + B, **ahead([2, 2, 2], [3, 3, 3])))
     assert pair.tokens(A + B + C) == {"a": 8, "b": 8}
 
@@ -223,7 +223,7 @@ def test_events_that_are_alike_have_their_own():
     assert index.ingest("a", payload(*events)).stored == 39
     assert all(index.match_prefix([n] * 4 + [n + 1]).tokens == {"a": 4} for n in range(1, 40))
     assert not any(index.match_prefix([n] * 4 + [n + 2]).tokens for n in range(1, 40))
-    # Keys in any order, also before the tokens.
+    # The keys may come in any order, even before the tokens.
     event = {key: events[0][key] for key in sorted(events[0], reverse=True)}
     for one in (event, dict(reversed(event.items()))):
         again = kvindex.PrefixIndex(4)

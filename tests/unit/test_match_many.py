@@ -1,4 +1,4 @@
-"""Many prompts in one call: each answer is what the prompt alone would get."""
+"""Many prompts in one call. Each answer equals the answer for the prompt alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory that goes back to the system, and blocks of which several chains share a page."""
+"""Returning memory to the system, and pages with blocks of several chains."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_resident_memory_goes_back_with_the_blocks() -> None:
 
 
 def prompt(number: int, depth: int) -> np.ndarray:
-    """The first ``depth`` blocks of a prompt that shares no block with any other."""
+    """Return the first ``depth`` blocks of a prompt that shares no block with any other."""
     return np.asarray([number * 100 + block for block in range(depth) for _ in range(SIZE)], dtype=np.uint32)
 
 
@@ -84,7 +84,7 @@ def verify(index: PrefixIndex, depths: dict[int, int]) -> None:
 
 
 def test_short_prompts_come_grow_and_go_in_any_order(tmp_path: Path) -> None:
-    """Of one block they share pages; one that grows gets its own; and none of it shows in an answer."""
+    """Chains of one block share pages, and a growing chain gets a page of its own. Answers must not change."""
     index = PrefixIndex(SIZE)
     rng = Random(11)
     depths = dict.fromkeys(range(60), 0)
@@ -113,7 +113,7 @@ def test_short_prompts_come_grow_and_go_in_any_order(tmp_path: Path) -> None:
 
 
 def test_prompts_that_share_a_page_expire_one_by_one() -> None:
-    """Of eight chains in one page those that were asked for stay, and their slots are used again."""
+    """Of the eight chains in a page, those that were asked for stay, and the slots of the others are used again."""
     now = [0.0]
     index = PrefixIndex(SIZE, ttl=100.0, clock=lambda: now[0])
     for number in range(16):

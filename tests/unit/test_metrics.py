@@ -1,4 +1,4 @@
-"""What Prometheus is told, against the figures that it is made of. Rules and dashboard name what is exported."""
+"""Exported Prometheus metrics compared with their source figures and with the names in the rules and the dashboard."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_every_figure_is_that_of_its_source(fleet):
     ]
     assert found["kvindex_worker_connected", *a] == 0
     assert ("kvindex_worker_lag_seconds", *a) not in found
-    # Escaped, and read back as it was.
+    # The label is escaped and reads back unchanged.
     assert ("kvindex_worker_requests", ("pod", 'odd"name\\\n'), rank) in found
 
 
@@ -90,7 +90,7 @@ def test_a_pod_that_goes_takes_its_series_along(fleet):
 
 @pytest.fixture
 def view(tmp_path):
-    """A follower that was never started: it has a status, and no server."""
+    """Return a follower that was never started, with a status but without a server."""
     pytest.importorskip("redis")
     from kvindex.replication import ReplicatedIndex
 

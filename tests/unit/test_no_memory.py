@@ -1,7 +1,7 @@
-"""Where memory ends before anything is changed: MemoryError, and never the end of the process.
+"""Memory that runs out before a change: the result is MemoryError, and never the end of the process.
 
-What ends in the middle of a change is tried by tests/fuzz/fail_memory.cpp, allocation by allocation. Here the calls are
-Python's, in a process whose address space is as large as it may get.
+tests/fuzz/fail_memory.cpp covers memory that runs out in the middle of a change, allocation by allocation. Here, Python
+calls run in a process with a limited address space.
 """
 
 from __future__ import annotations

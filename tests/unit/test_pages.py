@@ -1,9 +1,9 @@
-"""The README, the documentation and the docstrings keep their word: every block of code in them runs, in order.
+"""Every code block of the README, the documentation and the docstrings runs, in order.
 
-Python runs in this process, one namespace a page. Shell runs in bash, in a directory that looks like the checkout: the
-commands of kvindex are the real ones, with the page's ports moved to free ones; what installs, builds, takes long or is
-an engine is a stand-in that checks its arguments (``tests/stand_in.py``). YAML and JSON are parsed. Blocks of text are
-figures and output.
+Python runs in this process with one namespace per page. Shell runs in bash, in a directory that looks like the
+checkout. The kvindex commands are the real ones, with the ports of the page moved to free ones. Commands that install,
+build or take long, and engines, are replaced by a stand-in that checks the arguments (``tests/stand_in.py``). YAML and
+JSON are parsed. Text blocks contain figures and output.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from kvindex import EventManager
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
-# Of the package that is tested, which is not that of the checkout where a wheel is.
+# The folder of the tested package, which is not the checkout's if a wheel is installed.
 PACKAGE = Path(kvindex.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 FENCED = re.compile(r"^(?P<indent> *)```(?P<language>[\w-]*)[^\n]*\n(?P<code>.*?)^(?P=indent)```", re.M | re.S)
 PORT = re.compile(r"\b5[56]\d\d\b")
 ELSEWHERE = re.compile(r"\b10\.0\.0\.(\d+)\b")
 TEXT = ("", "text")
-# An example in a docstring: what is indented after a double colon. docs/site/roles.py makes blocks of it on the site.
+# An example in a docstring: the indented text after a double colon. On the site, docs/site/roles.py makes it a block.
 EXAMPLE = re.compile(r"::\n\n(?P<code>(?:(?: {4}.*)?\n)+)")
-# What pages and docstrings about the routers of others need, which has an environment of its own.
+# Packages that the pages and docstrings about other routers need. They have an environment of their own.
 NEEDED = {"litellm": "litellm", "ray": "ray", "envoy": "grpc"}
-# A list of pods, or a file's layout; all else is Python.
+# The beginnings of a list of pods and of a file's layout. All other examples are Python.
 NO_PYTHON = {"- ": "yaml", '{"': "text"}
 
-# Bash stops a page at its first command that fails, wherever in a line it stands.
+# With these options, bash stops a page at its first failing command, even inside a line.
 BASH = ["bash", "-euo", "pipefail", "-c"]
 PATIENCE = 60
 
@@ -78,7 +78,7 @@ def named(path):
 
 
 class Reader:
-    """Somebody who types a page's blocks one after another into a shell and an interpreter."""
+    """A simulated reader who types a page's blocks one after another into a shell and an interpreter."""
 
     def __init__(self, directory):
         self.directory = directory / "kvindex"
@@ -109,7 +109,7 @@ class Reader:
             "PYTHONPATH": str(ROOT / "src"),
             "COLUMNS": "140",
         }
-        # What a reader brings along: a trace of requests, as Mooncake's are.
+        # The reader's own input: a trace of requests in Mooncake's format.
         with gzip.open(self.directory / "trace.jsonl.gz", "wt") as trace:
             for number in range(40):
                 ids = [0, number % 4 + 1, number % 8 + 10]
@@ -117,7 +117,7 @@ class Reader:
                 trace.write(json.dumps(request) + "\n")
 
     def move_ports(self, codes):
-        """Find a distance at which all of a page's ports are free, and those 100 higher, where replays are."""
+        """Find an offset for which all ports of a page are free, and also the replay ports, which are 100 higher."""
         wanted = {int(port) for _, code in codes for port in PORT.findall(code)}
         for _ in range(100):
             self.moved = random.randrange(10_000, 50_000)
@@ -130,7 +130,7 @@ class Reader:
         raise OSError("no free ports")
 
     def type(self, language, code, page):
-        if ELSEWHERE.search(code):  # nobody is there to wait for
+        if ELSEWHERE.search(code):  # there is no engine to wait for
             code = code.replace("wait_until_current(30)", "wait_until_current(0)")
         code = ELSEWHERE.sub(r"127.0.0.\1", PORT.sub(lambda found: str(int(found[0]) + self.moved), code))
         if language == "python":
@@ -145,7 +145,7 @@ class Reader:
             assert language in TEXT, f"nothing runs blocks of {language!r}"
 
     def _shell(self, code):
-        # Into a file: what a block leaves running in the background would hold a pipe open.
+        # Output goes to a file, because a background process of the block would hold a pipe open.
         with open(self.directory / "printed", "w+") as printed:
             session = subprocess.Popen(
                 [*BASH, code], cwd=self.directory, env=self.environment, stdin=subprocess.DEVNULL, stdout=printed,
@@ -161,7 +161,7 @@ class Reader:
             if isinstance(value, EventManager):
                 value.close()
         for session in self.sessions:
-            # Its group is what it has left running in the background.
+            # Kill the whole process group, which includes the block's background processes.
             with suppress(ProcessLookupError):
                 os.killpg(session.pid, signal.SIGKILL)
             session.wait()
@@ -193,7 +193,7 @@ def test_the_examples_in_docstrings_run(module, reader):
 
 
 def test_no_example_in_a_docstring_is_overlooked():
-    """The text of a docstring is found as a block or has no double colon; and there are some, or nothing was tried."""
+    """Every double colon starts a block that is found, and there are some blocks, so the tests above are not empty."""
     assert sum(len([*examples(path)]) for path in MODULES) == sum(path.read_text().count("::\n\n") for path in MODULES)
     assert {language for path in MODULES for language, _ in examples(path)} >= {"python", "yaml"}
     assert not [path for path in MODULES if re.search(r"^ *>>> ", path.read_text(), re.M)]
@@ -208,7 +208,7 @@ def test_what_a_page_links_to_is_there(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_no_code_hides_where_nothing_runs(page):
-    """As text, which is for figures and output, or between marks that are not found as a block."""
+    """Code in a text block, or between unrecognised fences, would never run."""
     text = page.read_text()
     assert text.count("```") == 2 * len(list(blocks(page)))
     assert not re.search(r"^ *~~~", text, re.M)
@@ -226,7 +226,7 @@ def test_the_installation_and_the_two_commands_come_first():
 
 
 def test_a_block_that_fails_is_noticed(reader, tmp_path):
-    """Or the tests above would show nothing."""
+    """Otherwise the tests above would prove nothing."""
     page = tmp_path / "page.md"
     for language, code in (
         ("python", "assert 1 + 1 == 3"),
@@ -251,7 +251,7 @@ def test_what_stands_for_a_claim_of_security_is_there():
         named = re.findall(r"`((?:tests|chaos)/[^`:]+)(?:::(test_\w+))?`", proof)
         assert named or "**nothing**" in stands, claim
         for file, test in named:
-            # A file of Python has many tests, one of which it is; fuzzers and faults are one each.
+            # A Python file has many tests and needs the name of one. Each fuzzer and each fault is a file of its own.
             assert bool(test) == file.endswith(".py"), claim
             assert not test or f"def {test}(" in (ROOT / file).read_text(), f"{file} has no {test}"
             assert (ROOT / file).is_file(), claim

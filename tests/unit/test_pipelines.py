@@ -1,4 +1,4 @@
-"""What stands between a change and its users: the stages, their summary, and what may become a release."""
+"""The pipelines from a change to its release: their stages, their summary, and the rules for a release."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 
 
 def steps(workflow: Path) -> list[dict[str, str]]:
-    """The make steps of a workflow, in its order."""
+    """Return the make steps of a workflow in order."""
     jobs = yaml.safe_load(workflow.read_text())["jobs"]
     found = [step for job in jobs.values() for step in job["steps"]]
     return [step for step in found if step.get("run", "").startswith("make ")]
@@ -41,7 +41,7 @@ def steps(workflow: Path) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
 def test_jobs_stand_in_the_order_of_their_needs(workflow):
-    """Which is the order that they run in here, one after another."""
+    """Here, the jobs run in that order, one after another."""
     before: set[str] = set()
     for name, job in yaml.safe_load(workflow.read_text())["jobs"].items():
         needs = job.get("needs", [])
@@ -59,7 +59,7 @@ def test_every_step_is_a_target(workflow):
 
 @pytest.mark.parametrize(("target", "workflow"), [("ci", "complete-testing"), ("nightly", "nightly-performance")])
 def test_a_pipeline_here_is_the_workflow(target, workflow):
-    """Every step but those under a condition, which is the runner's: a schedule, or what an earlier night has left."""
+    """Steps with a condition belong to the hosted runner only: a schedule, or the results of an earlier night."""
     (stages,) = re.findall(rf"^{target}: (.+)$", MAKEFILE, re.MULTILINE)
     path = ROOT / ".github" / "workflows" / f"{workflow}.yml"
     hosted = [step for step in steps(path) if "hosted" in step.get("if", "") or "if" not in step]
@@ -68,8 +68,8 @@ def test_a_pipeline_here_is_the_workflow(target, workflow):
 
 @pytest.mark.parametrize("target", re.findall(r"^\t@echo 'make ([a-z0-9-]+)", MAKEFILE, re.MULTILINE))
 def test_make_knows_what_every_named_target_needs(target):
-    """A variable that is defined further down is empty among the things that a target needs."""
-    # Sanitized tests preload the address sanitizer, which ends GNU make 4.3 for a read beyond a buffer of its own.
+    """In a target's prerequisites, a variable that is defined further down is empty."""
+    # Sanitized tests preload the address sanitizer, which stops GNU make 4.3 for its own read beyond a buffer.
     own = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     planned = subprocess.run(
         ["make", "--dry-run", target, "BASE=HEAD", "TAG=v1"],
@@ -125,7 +125,7 @@ def test_a_release_whose_names_agree_has_no_problems():
 
 
 def test_the_next_release_needs_a_tag_and_a_date_in_the_changelog_and_nothing_else():
-    """The steps of CONTRIBUTING.md, on the changelog as it is."""
+    """Follow the steps of CONTRIBUTING.md with the current changelog."""
     version = kvindex.__version__
     changes = (ROOT / "CHANGELOG.md").read_text()
     entry = f"## [{version}] - 2030-01-31"

@@ -1,4 +1,4 @@
-"""What fuzzing found, once each, as short as it can be said (tests/fuzz; the slow model for the answers)."""
+"""Minimal cases of the failures that fuzzing found (see tests/fuzz; the slow model checks the answers)."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_prompt_may_hand_on_the_keys_of_an_event_with_its_adapter_first() -> N
 
 @pytest.mark.parametrize("end", ["expire", "remove"])
 def test_a_guess_ends_where_its_prefix_hashes_collide_with_others(end) -> None:
-    """Tokens for such hashes take 2**32 attempts where the seed is known; a holder that was gone stood on in a set."""
+    """With a known seed, tokens for such hashes take 2**32 attempts. A holder that was gone remained in a set."""
     index = PrefixIndex(4, clock=lambda: 0.0)
     paths = {"a": [1, 2, 3, 4], "b": [1, 2, 3, 1, 5], "c": [2, 1], "d": [1, 2, 3, 1, 5, 1]}
     hashes = {pod: np.array(path, np.uint64) for pod, path in paths.items()}
@@ -99,7 +99,7 @@ def test_a_guess_ends_where_its_prefix_hashes_collide_with_others(end) -> None:
 
 @pytest.mark.parametrize("blocks", range(100, 800, 50))
 def test_room_is_made_for_what_hangs_on_a_chain_that_becomes_one_with_its_parent(blocks) -> None:
-    """Two chains fork at their parent's end: when one is shed the other is joined, and its number means nothing."""
+    """Two chains fork at the end of their parent. Evicting one joins the other to the parent and frees its number."""
     index = PrefixIndex(1, max_bytes=1 << 15)
     forks = [stored([number], [number], parent=2, size=1) for number in (3, 4, 5)]
     ingest(index, "a", stored([1, 2], [1, 2], size=1), *forks, removed(3))
@@ -110,7 +110,7 @@ def test_room_is_made_for_what_hangs_on_a_chain_that_becomes_one_with_its_parent
 
 @pytest.mark.parametrize("first", ["a", "b"])
 def test_what_is_remembered_for_a_block_goes_when_the_half_of_it_in_a_fork_is_shed(first) -> None:
-    """An engine block of two index blocks lies across a fork, below one that was removed and is only remembered."""
+    """An engine block of two index blocks lies across a fork, below a removed block that is kept only as a parent."""
     index = PrefixIndex(1, max_bytes=1 << 15)
     events = {
         "a": [stored([12, 34], [1, 2, 3, 4], size=2), removed(12)],

@@ -1,4 +1,4 @@
-"""Replication under all that can happen to it, by seed; and that the simulation notices where a machine is wrong."""
+"""Replication under simulated faults, by seed. The simulation must also detect faulty machines."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_without_faults_everything_is_exact_and_nobody_is_replaced() -> None:
 
 
 def collecting(world: World) -> dict[str, str]:
-    """Which process collects which shard."""
+    """Return the collecting process of each shard."""
     return {node.name.partition(".")[2]: node.name.partition(".")[0] for node in world.nodes if node.collects}
 
 
@@ -80,7 +80,7 @@ def test_a_silent_shard_makes_its_own_pods_stale_only() -> None:
 
 
 def caught(replica: type[Replica], faults: Faults, seeds: int = 60, **options: Any) -> str:
-    """What the simulation says of a broken machine."""
+    """Return the failure that the simulation finds in a broken machine."""
     for seed in range(1, seeds):
         try:
             one(seed, 20.0, replica=replica, faults=faults, **options)
@@ -107,7 +107,7 @@ class WritesOn(Collector):
     def _compare(self, tip: Id | None, now: float) -> Any:
         if tip is None or tip <= self.id:
             return super()._compare(tip, now)
-        # Behind what another collector has written, and in its epoch.
+        # Continues after another collector's entry, in that collector's epoch.
         self._unsure = False
         unsent = [data for _, data in self._unsent]
         self._unsent.clear()
@@ -147,7 +147,7 @@ def appended(collector: Collector, now: float) -> Append:
 
 @pytest.mark.parametrize(("paused", "written"), [(0.02, [Beat]), (1.5, [])], ids=["at work", "after a pause"])
 def test_a_beat_that_waits_behind_an_entry_is_written_at_once_or_not_at_all(paused: float, written: list[type]) -> None:
-    """Of a process that was suspended between the two, what came meanwhile is not in the log yet."""
+    """If a process was suspended between the two, the log does not yet contain the changes of the meantime."""
     collector = Collector(ReplicationPolicy(), {}, "w", 5, (0, 0), [], None, 0.0)
     appended(collector, 0.0)
     collector.show(Hashed(b"batch"))

@@ -1,4 +1,4 @@
-"""What an engine reuses of what it holds: the rules of vLLM and SGLang, one by one. The model has to agree on each."""
+"""Reuse by the rules of vLLM and SGLang, one rule at a time. The slow model must agree on each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WINDOW = {"group_idx": 1, "kv_cache_spec_kind": "sliding_window", "kv_cache_spec
 
 
 def run(start: int, stop: int, **more) -> dict:
-    """The event that announces the blocks from start to stop."""
+    """Build the event that announces the blocks from start to stop."""
     return stored(HASHES[start:stop], TOKENS[start * 4 : stop * 4], parent=HASHES[start - 1] if start else None, **more)
 
 
@@ -25,7 +25,7 @@ def pair() -> Pair:
 
 
 def asked(pair: Pair, n: int) -> kvindex.PodMatch:
-    """The pod's answer to a prompt of n tokens, after the model has agreed."""
+    """Return the pod's answer to a prompt of n tokens, after checking it against the model."""
     tokens = (TOKENS + [99] * 4)[:n]
     pair.ask(tokens)
     return pair.index.match_prefix(tokens)["a"]
@@ -112,7 +112,7 @@ def test_several_groups_drop_from_the_whole_run(pair, eagle, n, want):
 
 
 def test_a_window_needs_the_dropped_block_too(pair):
-    # Of the window's blocks 2 to 4 are there: with two before it, length 4 is fine, and 3 is where the fifth drops to.
+    # Length 4 needs the window's two blocks before it and the dropped fifth block: blocks 2 to 4, counted from 0.
     pair.do("configure_pod", "a", engine="vllm", eagle={1})
     pair.ingest("a", run(0, N, **FULL), run(0, N, **WINDOW), removed(1, 2, 6, 7, 8, group_idx=1))
     assert asked(pair, 33).tokens == 16
@@ -121,7 +121,7 @@ def test_a_window_needs_the_dropped_block_too(pair):
 
 
 def test_what_the_hashes_cover_already_is_not_dropped(pair):
-    # The stream says that it hashes the next token: the option is wrong, and the stream wins.
+    # The events have hashes that cover the next token. They take precedence over the wrong option.
     pair.do("configure_pod", "a", engine="vllm", eagle=True)
     ahead = [[h + 1] for h in HASHES[:-1]]
     pair.ingest("a", stored(HASHES[:-1], TOKENS[:28], lookahead_token_ids=ahead))
@@ -156,7 +156,10 @@ TIER = stored(HASHES, (), size=0, medium="CPU", group_idx=0)
     ],
 )
 def test_a_tier_of_which_vllm_reuses_what_no_answer_says_is_degraded(pair, options, group, state, tier_first):
-    """Beside a window it loads all but one token; a draft model's drop over several groups follows no known rule."""
+    """With a window, vLLM loads all but one token.
+
+    The drop for a draft model over several groups follows no known rule.
+    """
     full, beside = stored(HASHES, TOKENS, group_idx=0), stored(HASHES, TOKENS, **group)
     pair.do("configure_pod", "a", chunk_size=8, **options)
     pair.ingest("a", full, TIER if tier_first else beside)
@@ -193,7 +196,7 @@ def test_each_medium_begins_where_the_one_before_ends(pair):
 
 
 def test_no_medium_fills_a_hole_of_the_one_before(pair):
-    # The head is on the CPU alone: what the GPU holds behind it is not read.
+    # The first block is only on the CPU, so the GPU's blocks after it are not read.
     pair.do("configure_pod", "a", engine="vllm")
     pair.ingest("a", run(0, N), run(0, 4, medium="CPU"), removed(1))
     match = asked(pair, 33)
@@ -216,7 +219,7 @@ def test_a_medium_that_begins_in_the_middle_goes_on(pair):
 
 
 def test_a_connector_loads_the_last_block_that_the_pool_must_compute(pair):
-    # vLLM's connectors are asked for the whole prompt, the pool for all but the last token.
+    # vLLM asks its connectors for the whole prompt, and its pool for all but the last token.
     pair.do("configure_pod", "a", engine="vllm")
     pair.ingest("a", run(0, N), run(0, N, medium="CPU"))
     assert asked(pair, 32).tokens == 32
@@ -295,7 +298,7 @@ def test_an_option_that_is_none_is_refused_and_nothing_changed(pair, options, me
 
 
 def test_groups_count_by_their_numbers_and_not_by_their_arrival(pair):
-    # The block that a tier drops is one of group 0, of 8 tokens, though group 1 was announced first.
+    # The tier drops a block of group 0, which has 8 tokens, although group 1 was announced first.
     pair.do("configure_pod", "a", engine="vllm", eagle=True, chunk_size=8)
     chunked = {"group_idx": 1, "kv_cache_spec_kind": "chunked_local_attention"}
     pair.ingest("a", stored([60], [97] * 4, **chunked), stored([1, 3], TOKENS[:16], size=8, medium="CPU", **FULL))

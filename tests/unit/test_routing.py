@@ -1,4 +1,4 @@
-"""The picker against a slow one that keeps lists, and the ways in which routers go wrong."""
+"""The picker compared with a slow one that keeps lists, and common faults of routers."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def exact(index, *pods):
 
 
 class Slow:
-    """Which worker is cheapest, from sets of positions and a list of what was given when."""
+    """A slow picker: it finds the cheapest worker from sets of positions and a list of assigned requests."""
 
     def __init__(self, tie, context, request, half_life):
         self.tie, self.context, self.request, self.half_life = tie, context, request, half_life
@@ -71,7 +71,7 @@ class Slow:
         return start
 
     def finds(self, worker, blocks, n):
-        """Tokens that are reused, and their worth."""
+        """Return the number of reused tokens and their worth."""
         held = {m: {p for p in positions if p < blocks} for m, positions in self.held[worker].items() if positions}
         engine = self.engine[worker[0]]
         if engine is None:
@@ -85,7 +85,7 @@ class Slow:
         at = worth = 0
         for medium in MEDIA:
             to = self.run(held.get(medium, ()), at)
-            if engine == "vllm":  # its own pool only, here
+            if engine == "vllm":  # only the engine's own pool in this test
                 to = min(to, max(n - 1, 0) // SIZE)
             worth += (to - at) * CREDIT[medium]
             at = to
@@ -213,7 +213,7 @@ def test_every_pick_is_the_slow_pickers(fleet, history, tie, context):
     index._check()
 
 
-# ---- the ways in which routers go wrong -----------------------------------------------------------------------------
+# ---- common faults of routers ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("finish", [False, True])
@@ -262,11 +262,11 @@ def test_equal_prompts_that_arrive_together_go_to_one_pod_until_they_weigh_too_m
     clock, index, picker = make(speculative_ttl=2.0, context_weight=0.0, request_weight=0.0)
     exact(index, "a", "b", "c")
     new = list(range(70, 70 + 10 * SIZE))
-    # The prefill of the first waits there, and is as long as the prompt that the others would compute.
+    # The prefill of the first prompt waits there, and is as long as the prompt that the others would compute.
     first = picker.pick(new)
     picker.prefilled(first)
     assert {picker.pick(new).pod for _ in range(10)} == {first.pod}
-    # No event has come: after the time to live nobody holds it.
+    # No event has come, so no pod holds it after the time to live.
     clock.now += 2.5
     assert index.match_prefix(new).tokens == {}
 
@@ -304,7 +304,7 @@ def test_pods_of_another_model_are_no_candidates():
     store(index, "b", SHARED, model="other")
     assert {picker.pick(list(range(9)), model="llama").pod for _ in range(4)} == {"a"}
     assert picker.pick(SHARED, model="third") is None
-    # Who names the pods knows what they serve.
+    # A caller that names the pods must know their models.
     assert picker.pick(SHARED, model="third", pods=["b"]).pod == "b"
 
 
@@ -444,7 +444,7 @@ def test_threads_leave_no_load_behind():
 
 
 class Manager:
-    """What of an EventManager a picker asks for."""
+    """The methods of EventManager that a picker calls."""
 
     def __init__(self, *sources):
         self.sources = {source.name: source for source in sources}
@@ -528,7 +528,7 @@ def test_a_pod_of_which_the_index_has_no_block_is_explained_by_that(caplog):
 
 
 def served(picker, prompts, reports):
-    """Each prompt picked and finished, with what the engine says of the prompt and of what was expected."""
+    """Pick and finish each prompt, and report the engine's cached tokens given the prompt length and the estimate."""
     for prompt in prompts:
         choice = picker.pick(prompt)
         picker.finished(choice, cached_tokens=reports(len(prompt), choice.cached_tokens))
@@ -564,7 +564,7 @@ def test_a_pod_that_is_systematically_wrong_is_explained_once(caplog, prompts, r
     assert reason in said[-1]
     assert said[-1].startswith("pod a: ")
     assert len(said) <= 3
-    # Reports that are right again end it.
+    # Correct reports end the warning.
     served(picker, grown() * 2, lambda n, expected: expected)
     assert picker.stats()["pods"]["a"]["reason"] == ""
 

@@ -1,4 +1,4 @@
-"""What the index must mean, sentence by sentence. Every case also runs on the slow model, which must agree."""
+"""The semantics of the index, one sentence at a time. The slow model checks each case too."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def sliding(window: int, group: int = 1) -> dict:
 
 
 def chain(n: int, size: int = 4) -> tuple[list[int], list[int]]:
-    """Hashes and tokens of n blocks."""
+    """Return the hashes and tokens of n blocks."""
     return [1000 + i for i in range(n)], [i // size for i in range(n * size)]
 
 
@@ -27,7 +27,7 @@ def pair() -> Pair:
     return Pair(4)
 
 
-# ------------------------------------------------------------------------------------------------------------ words
+# ------------------------------------------------------------------------------------------------------------ terms
 
 
 def test_the_answer_is_the_number_of_leading_tokens_that_a_pod_holds(pair):
@@ -229,7 +229,7 @@ def test_an_index_may_hold_sets_by_default():
     ],
 )
 def test_a_set_can_not_say_what_a_window_has_left(pair, group, state):
-    """The number is given all the same, and the answer says that it may be wrong; copies that are counted are exact."""
+    """The number is still given, and the state marks it as possibly wrong. With counted copies it is exact."""
     pair.do("configure_pod", "a", presence="set", chunk_size=16)
     pair.do("configure_pod", "b", chunk_size=16)
     for pod in "ab":
@@ -239,7 +239,7 @@ def test_a_set_can_not_say_what_a_window_has_left(pair, group, state):
     pair.do("configure_pod", "a", presence="count")
     pair.do("configure_pod", "b", presence="set")
     assert (pair.state("a"), pair.state("b")) == ("exact", state)
-    pair.ingest("b", cleared())  # it has no groups any more that would be known
+    pair.ingest("b", cleared())  # its groups are unknown again
     assert pair.state("b") == "exact"
 
 
@@ -538,7 +538,7 @@ def test_a_larger_block_must_start_where_one_can(pair):
 
 def test_an_orphan_that_was_taken_back_does_not_move_a_name_that_was_announced_since(pair):
     pair.ingest("a", stored([1], A, parent=2), stored([4], B, parent=1), removed(1))
-    pair.ingest("a", stored([1], C))  # what waited for 1 follows this one, so the orphan is waited for no more
+    pair.ingest("a", stored([1], C))  # the block that waited for 1 follows this one, so the orphan is no longer needed
     assert pair.tokens(C + B) == {"a": 8}
     pair.ingest("a", stored([2], D, parent=4))
     assert (pair.tokens(C + B + D), pair.state("a")) == ({"a": 12}, "exact")
@@ -548,7 +548,7 @@ def test_a_masked_block_of_another_size_may_end_where_such_a_block_can_not(pair)
     pair.ingest("a", stored([1, 2, 3], A + B + C))
     report = pair.ingest("a", stored([1], [], size=8))
     assert report["reasons"] == {"misaligned": 1}
-    # The group has blocks of two from here on, as far as anybody knows, and is asked for whole ones.
+    # From here on, the group is assumed to have blocks of two, and only whole blocks count.
     assert (pair.state("a"), pair.tokens(A + B + C)) == ("degraded", {"a": 8})
 
 
@@ -667,14 +667,14 @@ def test_a_sliding_window_needs_its_last_blocks_only(window):
     pair.ingest("a", stored(hashes, tokens, size=16, **FULL))
     pair.ingest("a", stored(hashes[:70], tokens[:1120], size=16, **sliding(window)))
     assert pair.tokens(tokens) == {"a": 70 * 16}
-    # What lies before the window may go: also of the first `need` blocks, where all are needed.
+    # Blocks before the window may go, even some of the first `need` blocks, which short prompts need.
     pair.ingest("a", removed(*hashes[: 70 - need], group_idx=1))
     assert pair.tokens(tokens) == {"a": 70 * 16}
     assert pair.tokens(tokens[: 69 * 16]) == {}
     pair.ingest("a", removed(hashes[70 - need], group_idx=1))
     assert pair.tokens(tokens) == {}
     pair.ingest("a", removed(*hashes[71 - need : 70], group_idx=1))
-    # The window may stand anywhere; short prompts need all they have.
+    # The window may be anywhere. A short prompt needs all of its blocks.
     pair.ingest("a", stored(hashes[:need], tokens[: need * 16], size=16, **sliding(window)))
     assert pair.tokens(tokens) == {"a": need * 16}
 
@@ -812,7 +812,7 @@ def test_a_clear_of_some_media_is_no_clean_start(pair):
     assert pair.state("a") == "exact"
 
 
-# -------------------------------------------------------------------------------------------------- announced by us
+# ---------------------------------------------------------------------------------------------- speculative entries
 
 
 def test_an_added_prefix_counts_until_it_expires(pair):
@@ -984,7 +984,7 @@ def test_an_index_whose_tables_are_larger_than_a_large_page_is_as_right_and_give
     hashes = rng.permutation(np.arange(1, blocks + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
     for pod in ("a", "b"):
         index.process_block_stored(kvindex.BlockStored(pod=pod, block_hashes=hashes, token_ids=tokens, block_size=1))
-    assert index.stats()["bytes"] > blocks * 16  # a prefix hash and an engine's hash, at least
+    assert index.stats()["bytes"] > blocks * 16  # at least a prefix hash and an engine hash
     index.process_block_removed(kvindex.BlockRemoved(pod="a", block_hashes=hashes[200_000:]))
     index._check()
     assert index.match_prefix(tokens).tokens == {"a": 200_000, "b": 600_000}

@@ -1,4 +1,4 @@
-"""Which pod belongs to which shard."""
+"""The assignment of pods to shards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ PODS = [f"pod-{number}.engines" for number in range(4000)]
 
 
 def test_places_are_a_part_of_the_log_and_never_change() -> None:
-    """With other answers, two versions of kvindex would disagree about the shard of a pod."""
+    """The assignment is part of the log's format.
+
+    With another one, two versions of kvindex would disagree about a pod.
+    """
     assert [shard_of(pod, 4) for pod in PODS[:12]] == [3, 0, 3, 3, 3, 3, 2, 3, 1, 1, 3, 3]
     assert {shard_of(pod, 1) for pod in PODS} == {0}
 

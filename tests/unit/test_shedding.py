@@ -1,4 +1,4 @@
-"""max_bytes and ttl: what goes first, what becomes of what refers to it, and what a budget is a budget of."""
+"""max_bytes and ttl: the order of eviction, the effect on references to evicted blocks, and the scope of the budget."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def clock() -> Clock:
 
 
 def prompt(number: int, blocks: int) -> list[int]:
-    """A prompt that shares nothing with another of these."""
+    """Return a prompt that shares no block with the other prompts here."""
     return [number * 1000 + i for i in range(blocks * SIZE)]
 
 
@@ -48,7 +48,7 @@ def held(index: PrefixIndex, number: int, blocks: int) -> dict[str, int]:
 
 
 def fill(index: PrefixIndex, pod: str, start: int, *, blocks: int = 8, until: str = "shed_blocks") -> int:
-    """Stores prompts until something is shed; returns how many."""
+    """Store prompts until something is evicted. Returns the number of prompts."""
     before = index.stats()[until]
     for count in range(1, 1000):
         store(index, pod, start + count, blocks)
@@ -95,11 +95,11 @@ def test_what_was_matched_stays():
 
 
 def test_the_order_of_last_use_outlives_the_ages_that_are_told_apart():
-    """Ages are kept in 128 classes; what grows older than those is still told from what is older yet."""
+    """Ages are kept in 128 classes. The order among blocks older than all classes must still be known."""
     index = PrefixIndex(SIZE, max_bytes=2 * LEAST)
 
     def pass_time() -> None:
-        for _ in range(150):  # each of these begins an age, for the index is small
+        for _ in range(150):  # each of these begins a new age, because the index is small
             store(index, "passing", 1000, 8)
             index.ingest("passing", payload(removed(*names(1000, 8))))
 
@@ -127,7 +127,7 @@ def test_a_long_chain_goes_from_its_end():
         seen.append(index.match_hashes(kvindex.prefix_hashes(prompt(1, 300), block_size=SIZE)).tokens.get("a", 0))
         if seen[-1] == 0:
             break
-        # Asking has made it the newest: others must pass.
+        # The question has made it the newest. Other blocks must be evicted first.
         store(index, "b", number, 3)
     assert seen == sorted(seen, reverse=True)
 
@@ -161,7 +161,7 @@ def test_a_removal_of_what_was_shed_takes_nothing_else():
     store(index, "a", 1, 8)
     fill(index, "a", 10)
     assert held(index, 1, 8) == {}
-    # Two copies went; one comes back, and then one of the three goes.
+    # Two copies were evicted. One comes back, and then the engine removes one of its three copies.
     assert store(index, "a", 1, 8).stored == 8
     assert index.ingest("a", payload(removed(*names(1, 8)))).removed == 8
     report = index.ingest("a", payload(removed(*names(1, 8))))
@@ -176,7 +176,7 @@ def test_a_child_of_what_was_shed_is_counted_and_waits_for_nothing():
     fill(index, "a", 10)
     report = index.ingest("a", payload(stored([7], prompt(2, 1), parent=names(1, 8)[-1])))
     assert (report.stored, report.parked, report.reasons) == (0, 0, {"shed": 1})
-    # When the parent comes back, nothing is guessed about the child.
+    # When the parent comes back, the index makes no assumption about the child.
     store(index, "a", 1, 8)
     assert index.match_prefix(prompt(1, 8) + prompt(2, 1)).tokens == {"a": 8 * SIZE}
 
@@ -237,7 +237,7 @@ def test_what_waits_is_part_of_the_budget():
     assert stats["shed_parked"] > 0
     assert index.worker_stats("a")[0]["parked"] == 0
     assert index.pod_state("a") == "degraded"
-    # It answered nothing, so nothing that answers had to go for it.
+    # Parked blocks answer nothing, so no block that answers was evicted for them.
     assert held(index, 1, 8) == {"b": 8}
     assert index.pod_state("b") == "exact"
 
@@ -263,7 +263,7 @@ def test_ever_new_ranks_groups_and_media_end_at_the_budget():
         assert index.stats()["bytes"] <= 2 * LEAST
     assert index.stats()["skipped_reasons"]["over_budget"] > 0
     assert {index.pod_state(pod) for pod in "acd"} == {"degraded"}
-    # Nobody answers what a group that was not learned might object to.
+    # A group that was not learned could restrict the answer, so the pod is left out.
     assert index.match_prefix(prompt(2, 1)).tokens.keys() <= {"a", "d"}
 
 
@@ -309,7 +309,7 @@ def test_guesses_go_one_by_one_and_the_one_that_ends_first_goes_first(clock):
         most = max(most, len(gone))
         assert index.stats()["guesses"] == len(there)
     assert index.stats()["shed_guesses"] == len(ends) - len(there) > 0
-    assert most == 1  # all are alike, so one has room when one has gone
+    assert most == 1  # all entries have the same size, so evicting one makes room for another
 
 
 def test_a_guess_that_is_a_monster_is_refused_and_costs_nobody_anything():
@@ -319,16 +319,16 @@ def test_a_guess_that_is_a_monster_is_refused_and_costs_nobody_anything():
     index.add_prefix("b", prompt(2, 20_000), ttl=1000)
     index._check()
     assert (held(index, 1, 8), held(index, 2, 20_000)) == ({"a": 8}, {})
-    # Of b nothing is known at all.
+    # The index has no event of b.
     assert (index.pod_state("a"), index.pod_state("b")) == ("exact", "stale")
     assert (index.stats()["shed_guesses"], index.stats()["guesses"]) == (2, 0)
 
 
 @pytest.mark.parametrize("budget", [LEAST, 3 * LEAST, 10 * LEAST])
 def test_guesses_change_no_state_and_leave_events_their_room(budget):
-    """The same events with guesses and without, up to a full index and beyond."""
+    """An index with speculative entries and one without get the same events, up to a full index and beyond."""
     plain, guessed = PrefixIndex(SIZE, max_bytes=budget), PrefixIndex(SIZE, max_bytes=budget)
-    most = {plain: 0, guessed: 0}  # blocks that were stored before any had to go
+    most = {plain: 0, guessed: 0}  # blocks that were stored before the first eviction
     for number in range(1, 400):
         for index in (plain, guessed):
             store(index, "ba"[number % 2], number, 16)
@@ -344,7 +344,7 @@ def test_guesses_change_no_state_and_leave_events_their_room(budget):
         assert guessed.pod_state("c") == "stale"
     assert plain.stats()["shed_blocks"] > 0
     assert guessed.stats()["shed_guesses"] > 0
-    # A table may double some blocks earlier.
+    # A table may double a few blocks earlier.
     assert most[guessed] >= most[plain] * 15 // 16
 
 
@@ -358,7 +358,7 @@ def test_a_chain_that_is_over_takes_the_guesses_that_go_through_it_and_no_others
     for blocks in (10, 9):
         index.add_prefix("a", branch[: blocks * SIZE], ttl=1000)
     clock.now += 60
-    index.match_prefix(base)  # asked for, and with it the chain that the branch hangs on
+    index.match_prefix(base)  # touches it, and with it the chain below which the branch hangs
     clock.now += 60
     assert index.match_prefix(branch).tokens == {"a": 4 * SIZE}
     assert index.match_prefix(base).tokens == {"a": 10 * SIZE}
@@ -371,12 +371,12 @@ def test_blocks_of_two_go_whole():
     index = PrefixIndex(SIZE, max_bytes=LEAST)
     fork = prompt(1, 1)
     for number in range(2, 300):
-        # Two engine blocks of two; the first index block is shared by all of them.
+        # Two engine blocks of two. All prompts share the first index block.
         index.ingest("a", payload(stored(names(number, 2), fork + prompt(number, 3), size=2 * SIZE)))
         index._check()
     assert index.stats()["shed_blocks"] > 0
     assert index.match_prefix(fork + prompt(299, 3)).tokens == {"a": 4 * SIZE}
-    # The first one's chain is what the others hang on.
+    # The others hang below the chain of the first prompt.
     assert index.match_prefix(fork + prompt(2, 3)).tokens == {"a": 4 * SIZE}
     assert index.match_prefix(fork + prompt(3, 3)).tokens == {}
 
@@ -409,7 +409,7 @@ def test_asking_keeps_it(clock):
     store(index, "a", 1, 8)
     for _ in range(50):
         clock.now += 9
-        # A chain is touched as a whole, whatever part of it the prompt has.
+        # A chain is touched as a whole, even by a prompt with only a part of it.
         assert held(index, 1, 1) == {"a": 1}
     assert held(index, 1, 8) == {"a": 8}
     assert index.pod_state("a") == "exact"
@@ -436,7 +436,7 @@ def test_a_quiet_index_forgets_when_it_is_told_of_anything(clock):
     clock.now += 1000
     store(index, "b", 2, 8)
     assert index.stats()["blocks"] == 8
-    # What comes after a long silence has all of its time.
+    # Blocks that come after a long silence have their full time to live.
     clock.now += 9.8
     assert held(index, 2, 8) == {"b": 8}
 
@@ -465,7 +465,10 @@ def test_no_limit_asks_no_clock():
 
 
 def churn(index: PrefixIndex, rng: Random, pods: list[str], steps: int) -> int:
-    """Conversations that grow and fork on all pods, evictions, restarts. Returns the most bytes."""
+    """Run conversations that grow and fork on all pods, with evictions and restarts.
+
+    Returns the peak memory in bytes.
+    """
     peak = 0
     live: list[tuple[str, list[int], list[int]]] = []
     for _ in range(steps):

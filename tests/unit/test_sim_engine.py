@@ -1,4 +1,4 @@
-"""The simulated engine does what the real ones do: who is evicted, what is shared, what is said, and what is reused."""
+"""The simulated engine compared with the real ones: eviction, sharing, events and reuse."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ B = 4
 
 
 def tokens(*blocks: int) -> np.ndarray:
-    """Prompt of whole blocks; equal numbers are equal blocks."""
+    """Return a prompt of whole blocks. Equal numbers are equal blocks."""
     return np.repeat(np.array(blocks, dtype=np.uint32), B)
 
 
 def serve(engine: Engine, prompt, *output: int) -> int:
-    """Serve one prompt to the end; returns how much of it was reused."""
+    """Serve one prompt to the end. Returns the number of reused tokens."""
     prompt = prompt if isinstance(prompt, Prompt) else Prompt(prompt)
     request = engine.start(prompt)
     assert request is not None
@@ -37,7 +37,7 @@ def names(engine: Engine, prompt) -> list[bytes]:
     return (prompt if isinstance(prompt, Prompt) else Prompt(prompt)).chain(engine.hash_seed, engine.block_size)
 
 
-# What is reused
+# Reuse
 
 
 def test_only_whole_blocks_before_the_last_token_are_reused():
@@ -72,7 +72,7 @@ def test_names_salts_and_extra_keys_separate_equal_tokens():
         {"extra_keys": [None, ["m"]]},
     ]
     for context in contexts:
-        # The last differs from the first only in its second block.
+        # The last context differs from the first only in its second block.
         assert engine.hit(tokens(1, 2, 3), **context) == 4 * (context is contexts[-1])
         serve(engine, Prompt(tokens(1, 2, 3), **context))
     for context in contexts:
@@ -104,12 +104,12 @@ def test_asking_changes_nothing():
     engine.take_events()
     for _ in range(3):
         engine.hit(tokens(1, 2, 9))
-    # Had asking counted as use, 1 would now outlive 3.
+    # If a question counted as use, block 1 would now outlive block 3.
     serve(engine, tokens(5, 6))
     assert (engine.hit(tokens(1, 9)), engine.hit(tokens(3, 9))) == (0, 4)
 
 
-# Who goes
+# Eviction
 
 
 def test_a_prompts_tail_is_evicted_before_its_head():
@@ -149,7 +149,7 @@ def test_blocks_that_nobody_can_find_are_used_again_first():
     serve(engine, tokens(1, 2))
     serve(engine, tokens(3)[:3])
     engine.take_events()
-    # Three blocks for two, one of which was never complete: only one findable block has to go.
+    # Three blocks for two, one of which was never complete: only one findable block is evicted.
     serve(engine, tokens(4, 5)[:7])
     serve(engine, tokens(6)[:3])
     assert not [event for event in engine.take_events() if isinstance(event, Removed)]
@@ -191,7 +191,7 @@ def test_computing_a_block_again_makes_a_second_copy():
     serve(engine, tokens(3))
     serve(engine, tokens(4))
     removed = [event for event in engine.take_events() if isinstance(event, Removed)]
-    # One removal for the one copy that went; the other still counts.
+    # A single removal for the evicted copy. The other copy still counts.
     assert removed == [Removed([second], "GPU", 0)]
     assert engine.hit(tokens(1, 2, 9)) == 8
     serve(engine, tokens(5))
@@ -223,7 +223,7 @@ def test_sglang_keeps_one_copy():
     assert engine.free_blocks == 20
 
 
-# What is said
+# Events
 
 
 def test_events_name_the_parent_and_carry_what_they_store():
@@ -287,7 +287,7 @@ def test_a_window_needs_its_own_blocks_before_a_hit():
         ("sliding_window", 9),
     ]
     assert groups[0].block_hashes == groups[1].block_hashes
-    # Without the window's copy of block 2, no position that looks back at it can be reused.
+    # Without the window's copy of block 2, no position whose window includes it can be reused.
     gone = groups[1].block_hashes[2]
     engine._evict(engine._cached[1][gone])
     assert [engine.hit(tokens(1, 2, 3, 4, 5)[: 4 * n + 1]) for n in range(1, 5)] == [4, 8, 8, 8]
@@ -302,7 +302,7 @@ def test_blocks_behind_the_window_are_given_back_while_serving():
     request = engine.start(Prompt(tokens(*range(8))), 16)
     assert engine.free_blocks == 40 - 2 * 4
     assert engine.prefill(request)
-    # At 16 tokens the window reaches back to the 13th: three of its four blocks are free again, and still findable.
+    # At 16 tokens the window reaches back to the 13th. Three of its four blocks are free again but still findable.
     assert engine.free_blocks == 40 - 8 - 5
     assert engine.cached_blocks == 16
     engine.finish(request)
@@ -316,7 +316,7 @@ def test_an_interval_leaves_blocks_out_of_the_events():
     full, window = stored(engine)
     chain = names(engine, prompt[:38])
     assert list(full.block_hashes) == chain
-    # The last block before each 16 tokens, and before the prompt's end.
+    # The last block before every 16 tokens, and the last one before the prompt's end.
     assert list(window.block_hashes) == [chain[3], chain[7], chain[8]]
     assert len(window.token_ids) == 36
     assert len(window.extra_keys) == 3
@@ -373,18 +373,18 @@ def test_a_tier_goes_on_where_the_gpu_ends_and_fills_no_hole_for_it():
     serve(engine, tokens(1, 2, 3, 4))
     prompt = Prompt(tokens(1, 2, 3, 4, 5))
     first, second, third, fourth = names(engine, tokens(1, 2, 3, 4))
-    # The GPU loses a block in the middle, the tier the one behind it: what the GPU has behind that does not count.
+    # The GPU loses a block in the middle and the tier the block after it. The GPU's later blocks do not count.
     engine._evict(engine._cached[0][second][:])
     del engine._offloaded[0, third]
     assert (engine.tiers_prompt(prompt), engine.held_prompt(prompt)) == ((4, 8), 16)
-    # The head: all that is left is the tier's, as far as it goes.
+    # The GPU loses the first block as well: only the tier's blocks are left, as far as they reach.
     engine._evict(engine._cached[0][first][:])
     assert engine.tiers_prompt(prompt) == (0, 8)
     engine.take_events()
     assert serve(engine, prompt) == 8
     loaded = stored(engine)[0]
     assert list(loaded.block_hashes) == [first, second]
-    # The last token is computed in any case, but a tier gives what it has.
+    # The last token is computed in any case, but a tier also delivers its block.
     assert engine.tiers_prompt(prompt) == (16, 20)
     assert fourth in engine._cached[0]
 
@@ -408,7 +408,7 @@ def test_a_reset_can_spare_the_second_tier():
     assert engine.hit(tokens(1, 2, 9)) == 0
 
 
-# Speculative decoding, and the silence of SGLang's second pool
+# Speculative decoding, and unannounced evictions of SGLang's second pool
 
 
 @pytest.mark.parametrize("lookahead", [1, 3])
@@ -416,7 +416,7 @@ def test_with_a_lookahead_a_block_is_told_apart_by_the_tokens_behind_it(lookahea
     engine = Engine(20, B, lookahead=lookahead)
     serve(engine, tokens(1, 2, 3))
     (event,) = stored(engine)
-    # The last block has nothing behind it yet.
+    # The last block has no tokens after it yet.
     assert event.token_ids.tolist() == tokens(1, 2).tolist()
     assert event.lookahead_token_ids == [tokens(2)[:lookahead].tolist(), tokens(3)[:lookahead].tolist()]
     assert engine.hit(tokens(1, 2, 3, 4)) == 8
@@ -458,7 +458,7 @@ def test_sglangs_window_evicts_without_a_word():
     engine.take_events()
     serve(engine, tokens(7, 8))
     assert [type(event) for event in engine.take_events()] == [Stored]
-    # Of the first prompt the window has its last block only, and one is enough for a window of five tokens.
+    # The window has only the last block of the first prompt. One block is enough for a window of five tokens.
     assert (engine.hit(tokens(1, 2, 3, 4)), engine.hit(tokens(1, 2, 4))) == (12, 0)
     assert engine.held_prompt(Prompt(tokens(1, 2, 4))) == 8
     serve(engine, tokens(9))
@@ -467,7 +467,7 @@ def test_sglangs_window_evicts_without_a_word():
     assert engine.held_prompt(Prompt(tokens(7, 8))) == 0
 
 
-# Mistakes
+# Misuse
 
 
 @pytest.mark.parametrize(

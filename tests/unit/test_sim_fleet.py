@@ -1,4 +1,4 @@
-"""A simulated fleet serves everything, publishes everything, and is compared without mercy."""
+"""A simulated fleet serves and publishes every request, and its comparison finds every difference."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SGLANG = wire_form("sglang-0.5.22")
 
 
 class Oracle:
-    """An index that knows everything because it asks the engines themselves."""
+    """A perfect index: it asks the simulated engines themselves."""
 
     def __init__(self, pods):
         self.pods = pods
@@ -110,7 +110,7 @@ def test_batches_carry_time_and_rank_and_come_in_order():
     engines = {2: Engine(100), 5: Engine(100)}
     fleet = Fleet([Pod("p", FORM, engines)], lambda *message: published.append(message), decode_rate=10)
     fleet.run([arrival(0, 64, output=33), arrival(1, 64, output=17), arrival(2, 64)], RoundRobin())
-    # The first two go to different ranks, because the first is still being answered; the third finds both busy.
+    # The first two go to different ranks, because the first is still being answered. The third finds both busy.
     assert [(pod, rank) for pod, rank, _ in published] == [("p", 2), ("p", 5), ("p", 5), ("p", 5), ("p", 2)]
     batches = [msgpack.unpackb(payload) for _, _, payload in published]
     assert [batch[2] for batch in batches] == [2, 5, 5, 5, 2]

@@ -1,4 +1,4 @@
-"""The simulated engines' bytes against what the releases' own encoders wrote, and against the msgpack package."""
+"""The bytes of the simulated engines compared with those of the real encoders and of the msgpack package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from kvindex.errors import InvalidValueError
 from kvindex.sim.wire import FORMS, Cleared, Removed, Stored, encode_batch, wire_form
 
-# Which form a release writes: the youngest whose first release is not younger.
+# The form for a release: the newest one whose first release is not later.
 AGE = {name: tuple(map(int, re.findall(r"\d+", name))) for name in FORMS}
 
 
@@ -37,7 +37,7 @@ def keys(value):
 
 
 def event_of(item, form):
-    """The neutral event that an untyped decoding stands for."""
+    """Return the neutral event for an untyped decoded item."""
     if isinstance(item, list):
         tag, *values = item
         fields = dict(zip(form.stored if tag == "BlockStored" else form.removed, values, strict=False))
@@ -56,8 +56,7 @@ def event_of(item, form):
 
 
 def can_be_said(vector) -> bool:
-    # EAGLE's pairs of tokens and the joined hashes of vLLM 0.12-0.23 are things that the simulated engine does not
-    # have.
+    # The simulated engine has neither EAGLE's token pairs nor the joined hashes of vLLM 0.12-0.23.
     return vector["origin"] == "engine-encoder" and not re.search("bigram|bytes64", vector["name"])
 
 
@@ -65,7 +64,7 @@ def test_bytes_are_those_of_the_engines_own_encoders(shared):
     vectors = json.loads((shared / "wire" / "vectors.json").read_text())["vectors"]
     compared = {}
     for vector in filter(can_be_said, vectors):
-        # The vectors are single structs: how many pages go into one is not the encoder's business there.
+        # The vectors are single structs. The number of pages in each is not the encoder's decision there.
         form = replace(form_of(vector["engine"], vector["version"]), page_events=False)
         raw = vector["raw"]
         if width := re.search("bytes(16|32)", vector["name"]):

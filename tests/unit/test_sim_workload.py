@@ -1,4 +1,4 @@
-"""What the simulated users send, and how traces are read."""
+"""The simulated users' prompts, and the reading of traces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Snapshots: what is refused, what is left behind when one cannot be written, and what stream places say."""
+"""Snapshots: refused files, leftovers of failed writes, and the stored stream places."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CHECKED_FROM = 32
 
 
 def sealed(data: bytes) -> bytes:
-    """The file with the checksum and the size that fit it: only what it says can be wrong now."""
+    """Return the data with a matching checksum and size, so that only its contents can be wrong."""
     data = data[:16] + struct.pack("<Q", len(data)) + data[24:]
     return data[:24] + struct.pack("<Q", xxhash.xxh3_64_intdigest(data[CHECKED_FROM:])) + data[CHECKED_FROM:]
 
@@ -43,7 +43,7 @@ def world(seed: int, steps: int = 40) -> World:
 
 
 def small() -> PrefixIndex:
-    """An index with a bit of everything that a snapshot has a place for."""
+    """Return an index with some data in every section of a snapshot."""
     index = PrefixIndex(4, max_parked=100)
     tokens = list(range(32))
     index.ingest("a", payload(stored([1, 2, 3, 4], tokens[:16], size=4)), seq=0)
@@ -61,7 +61,7 @@ def test_an_empty_index_is_loaded_as_one(tmp_path):
     loaded = PrefixIndex.load(tmp_path / "s")
     assert (loaded.block_size, loaded.hash_seed) == (32, 5)
     assert loaded.stats() == index.stats()
-    # A new pod takes over what the index was told at first.
+    # A new pod takes over the options that the index was created with.
     batch = payload(stored([1], [0] * 32, size=32), stored([1], [0] * 32, size=32), removed(1))
     for it in (index, loaded):
         it.ingest("a", batch)
@@ -99,7 +99,7 @@ def test_what_does_not_fit_is_shed_while_loading(tmp_path):
     assert figures["blocks"] > 0
     tokens = loaded.match_prefix(range(32000)).tokens
     assert tokens == {"a": 16 * figures["blocks"], "b": 16 * figures["blocks"]}
-    # What was shed stays shed, and is known to be: the loss is in the next file too.
+    # Evicted blocks stay evicted, and the loss is recorded: the next file has it too.
     for pod in ("a", "b"):
         loaded.mark_worker(pod, 0, "exact")
         assert loaded.pod_state(pod) == "degraded"
@@ -197,7 +197,7 @@ def test_what_cannot_be_opened_is_named(tmp_path, where):
 
 
 def accept(data: bytes, path: Path) -> PrefixIndex | None:
-    """What came of loading this: an index in which nothing is broken, or None."""
+    """Load a file and return the index after checking its structure, or None if the file is refused."""
     path.write_bytes(data)
     try:
         index = PrefixIndex.load(path)
@@ -208,7 +208,7 @@ def accept(data: bytes, path: Path) -> PrefixIndex | None:
 
 
 def use(index: PrefixIndex) -> None:
-    """Whatever the numbers in it mean, nothing may go wrong later either."""
+    """Use a loaded index: the values in the file must not cause an error later either."""
     tokens = list(range(32))
     for model in ("", "m"):
         index.match_prefix(tokens, model=model)
@@ -224,7 +224,7 @@ def use(index: PrefixIndex) -> None:
 
 
 def test_contradictions_are_refused_or_harmless(tmp_path):
-    """Every number in a small file becomes another one, and the checksum fits: intent, not damage."""
+    """Change every number in a small file, with a matching checksum: intentional damage."""
     path = tmp_path / "snapshot"
     whole = saved(small(), path)
     accepted = 0
@@ -235,7 +235,7 @@ def test_contradictions_are_refused_or_harmless(tmp_path):
             if value != before and (index := accept(sealed(data), path)) is not None:
                 use(index)
                 accepted += 1
-    # A block's hash may be any; where it hangs and who has it may not.
+    # Any value is valid for the hash of a block, but not for its parent or its holders.
     assert 0 < accepted < len(whole)
 
 
@@ -316,7 +316,7 @@ def test_a_new_file_has_the_mode_that_the_process_gives(tmp_path):
 
 
 def test_only_a_regular_file_is_replaced_or_read(tmp_path):
-    """A pipe stays one, and nobody waits for its other end."""
+    """A pipe stays a pipe, and no call waits for its other end."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "directory").mkdir()
     (tmp_path / "link").symlink_to("pipe")
@@ -369,7 +369,7 @@ def test_what_no_file_can_be_called_is_refused(path):
 
 
 def test_what_is_there_already_is_not_said_to_be_missing(tmp_path, monkeypatch):
-    """A file system that cannot sync a folder: the snapshot has taken its place, and the message says so."""
+    """On a file system that cannot sync a folder, the snapshot is in its place, and the message reports this."""
     path, fsync = tmp_path / "snapshot", os.fsync
     before = saved(small(), path)
 
@@ -389,7 +389,7 @@ def test_what_is_there_already_is_not_said_to_be_missing(tmp_path, monkeypatch):
 
 
 def test_a_snapshot_has_whole_batches_only(tmp_path):
-    """Batches so large that the lock is given up in their middle, by several threads, while snapshots are taken."""
+    """Several threads apply batches so large that the lock is released in the middle, while snapshots are taken."""
     index, blocks, pods = PrefixIndex(4), 40, ("a", "b")
     stop, begun = threading.Event(), threading.Barrier(len(pods) + 1)
 
@@ -461,7 +461,7 @@ def test_a_clear_heals_a_place_and_a_lost_batch_spoils_it():
     with pytest.raises(kvindex.EventDecodeError):
         index.ingest("a", b"\xc1", seq=7)
     assert index.stream_places("a")[0] == (7, 0.0, xxhash.xxh3_64_intdigest(b"\xc1"), False, "")
-    # Where a clear leaves other media alone, it heals nothing.
+    # A clear that leaves other media alone heals nothing.
     index.configure_pod("a", clear_media=["GPU"])
     index.ingest("a", payload(cleared()), seq=8)
     assert not index.stream_places("a")[0].whole
@@ -505,7 +505,7 @@ def test_a_big_batch_moves_the_place_once_it_is_whole():
 
 
 def tokens_with_hash(wanted: int) -> list[int]:
-    """Two tokens whose block has this hash: XXH3 of eight bytes has no two inputs for one result, so it runs back."""
+    """Find two tokens whose block has this hash. XXH3 is a bijection for eight bytes, so it can be inverted."""
     word, prime = (1 << 64) - 1, 0x9FB21C651E98DF25
 
     def turned(value: int, by: int) -> int:
@@ -516,7 +516,7 @@ def tokens_with_hash(wanted: int) -> list[int]:
         value = value * pow(prime, -1, 1 << 64) & word
         value ^= (value >> 35) + 8
         value = value * pow(prime, -1, 1 << 64) & word
-        # x ^ x<<<49 ^ x<<<24 is itself undone by doing it 63 times more.
+        # Applying x ^ x<<<49 ^ x<<<24 another 63 times inverts it.
         for _ in range(63):
             value ^= turned(value, 49) ^ turned(value, 24)
         return value
@@ -527,8 +527,10 @@ def tokens_with_hash(wanted: int) -> list[int]:
 
 
 def test_content_whose_prefix_hashes_collide_is_read_back(tmp_path) -> None:
-    """A prompt whose first block has the hash of another one's second, where both begin a chain. 2**-64 by chance; who
-    knows the seed can make it, and then no snapshot could be loaded."""
+    """Two chains begin with the same hash: the first block of a prompt and the second block of another one.
+
+    The chance is 2**-64, but a client that knows the seed can construct it. Then no snapshot could be loaded.
+    """
     fork = [1, 1, 3, 3]
     alike = tokens_with_hash(int(kvindex.prefix_hashes(fork, block_size=2)[1]))
     assert kvindex.prefix_hashes(alike, block_size=2)[0] == kvindex.prefix_hashes(fork, block_size=2)[1]

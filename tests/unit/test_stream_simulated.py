@@ -1,4 +1,4 @@
-"""Streams by seed: what `make simulate` runs is the same each time, and notices a stream machine that is wrong."""
+"""Streams by seed: `make simulate` runs the same histories each time and detects a faulty stream machine."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class IgnoresGaps(WorkerStream):
 
 
 class BelievesReplays(WorkerStream):
-    """Whoever answers."""
+    """Accepts replays from any process."""
 
     def _is_hearsay(self, now: float) -> bool:
         return False
 
 
 class SkipsProof(WorkerStream):
-    """Whatever is behind a new connection is the process of before."""
+    """Assumes that a new connection leads to the same process as before."""
 
     def connected(self, now: float) -> Any:
         known = self._known

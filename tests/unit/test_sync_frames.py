@@ -1,4 +1,4 @@
-"""Frames and the outside of payloads, as bytes."""
+"""Message frames and the envelope of payloads, as bytes."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_every_list_of_frames_is_read_or_refused_by_name(frames):
     form=st.sampled_from(["map", "array"]),
 )
 def test_time_and_rank_are_what_the_core_reads(pairs, form):
-    """Keys that come twice, numbers on both sides of where milliseconds begin, and keys that mean nothing."""
+    """Repeated keys, numbers on both sides of the limit for milliseconds, and meaningless keys."""
     if form == "map":
         head = bytes([0x80 | len(pairs)])
         payload = head + b"".join(msgpack.packb(part) for pair in pairs for part in pair)
@@ -193,7 +193,7 @@ def test_time_and_rank_are_what_the_core_reads(pairs, form):
 
 
 def packed(value):
-    """The value as msgpack, or nothing where it has no form for a number that large."""
+    """Return the value as msgpack, or nothing if msgpack cannot represent a number that large."""
     try:
         return msgpack.packb(value)
     except OverflowError:
@@ -201,7 +201,7 @@ def packed(value):
 
 
 def payloads():
-    """Batches as msgpack writes them, right and wrong."""
+    """Generate valid and invalid batches, encoded by msgpack."""
     numbers = st.one_of(st.none(), st.booleans(), st.integers(-(2**40), 2**45), st.floats(), st.text(max_size=3))
     events = st.one_of(st.lists(st.lists(st.integers(0, 300), max_size=4), max_size=20), st.none(), st.integers())
     arrays = st.tuples(numbers, events, st.one_of(st.none(), st.integers(-2, 2**33))).map(list)
@@ -215,7 +215,7 @@ def payloads():
 
 @given(payloads())
 def test_a_stream_reads_time_and_rank_as_the_index_does(payload):
-    """A batch that the index takes is of the rank and the time for it that a stream has looked at before."""
+    """For every batch that the index accepts, the stream must have read the same rank and time before."""
     try:
         batch = decode_batch(payload)
     except EventDecodeError:

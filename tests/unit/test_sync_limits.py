@@ -1,7 +1,7 @@
-"""A limit on events and bytes a second: one pod's flood waits, says so, and is whole again when it is over.
+"""A limit on events and bytes per second: one pod's flood waits, is reported, and is complete again afterwards.
 
-The workers here are driven by hand under a clock that only moves when nothing is left to do, over publishers in the
-same process: what is checked is what has happened until which moment.
+The tests drive the workers by hand, over publishers in the same process. The clock moves only when no work is left, so
+a test checks the exact state at each time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def described(worker: Worker) -> WorkerStatus:
 
 
 class Host:
-    """A poll loop without a thread, under a clock of its own."""
+    """A poll loop without a thread, with a simulated clock."""
 
     def __init__(self, context: zmq.Context) -> None:
         self.context = context
@@ -71,10 +71,10 @@ class Host:
         callback()
 
     def busy(self) -> None:
-        """Everything that can be done at this moment."""
+        """Do all work that is possible at this moment."""
         for _ in range(10):
             for publisher in self.publishers:
-                publisher._pub.get(zmq.EVENTS)  # who has subscribed by now
+                publisher._pub.get(zmq.EVENTS)  # processes new subscriptions
                 publisher.serve()
             self.hot |= dict.fromkeys(self.watched.values())
             while self.hot:
@@ -96,7 +96,7 @@ class Host:
 
 
 class Fleet:
-    """Pods with a limit or without, an index, and the truth: the payloads that each has published."""
+    """Pods with and without limits, an index, and the payloads that each pod has published."""
 
     def __init__(self, context: zmq.Context, **policy: Any) -> None:
         self.host = Host(context)
@@ -145,7 +145,7 @@ class Fleet:
         return worker
 
     def publish(self, name: str, count: int = 1, *, events: int = 1, size: int = 0) -> list[int]:
-        """Batches of as many one-block events; gives the tokens that the pod holds now."""
+        """Publish batches of ``events`` one-block events each. Returns the tokens that the pod holds now."""
         publisher = self.publishers[name]
         for _ in range(count):
             publisher.publish(batch(publisher.seq * events, events, size))
@@ -189,7 +189,7 @@ def fleet(context: zmq.Context) -> Iterator[Fleet]:
 
 
 def check_rate(fleet: Fleet, pod: str, rate: float, *, events: int = 1, burst: float = 2.0) -> None:
-    """Within no time did the pod get more than its rate, what it had saved up, and a message that it owed."""
+    """Check that in any span of time the pod got at most its rate, its saved allowance and the cost of one message."""
     times = [at for at, _ in fleet.batches(pod)]
     for first in range(len(times)):
         for last in range(first, len(times)):
@@ -198,7 +198,7 @@ def check_rate(fleet: Fleet, pod: str, rate: float, *, events: int = 1, burst: f
 
 
 def test_a_flood_waits_and_is_stale_until_all_of_it_is_applied(fleet):
-    """And a quiet pod is what it is without one: exact all the time, and nothing of it waits."""
+    """A quiet pod is not affected: it is exact all the time, and none of its batches waits."""
     fleet.open("flood")
     fleet.open("quiet")
     fleet.follow("flood", max_event_rate=10.0)
@@ -215,7 +215,7 @@ def test_a_flood_waits_and_is_stale_until_all_of_it_is_applied(fleet):
         done = fleet.held("flood", flooded) == len(flooded)
         assert (fleet.index.pod_state("flood") == "exact") == done
         assert done or "limit" in status.reason
-        # 100 events, of which 20 were saved up, and no pause is longer than 0.1 s.
+        # 100 events, 20 of them from the saved allowance, and no pause longer than 0.1 s.
         assert not done or second >= 8
         assert done or second < 9
         fleet.host.run(1.0)
@@ -266,12 +266,12 @@ def test_a_replay_keeps_to_the_limit_and_is_not_taken_for_silent(fleet):
     assert fleet.held("a", prompt) == len(prompt)
     assert fleet.index.pod_state("a") == "exact"
     counters = fleet.workers["a"].stream.counts
-    assert counters["replays_asked"] <= 2  # and once in silence
+    assert counters["replays_asked"] <= 2  # one of them in silence
     assert (counters["cut_replays"], counters["replays_unanswered"]) == (0, 0)
 
 
 def test_an_answer_that_comes_while_nothing_is_taken_is_waited_for(fleet):
-    """The debt of one batch is longer than the publisher is given to answer."""
+    """The debt of one batch is longer than the publisher's time to answer."""
     fleet.open("a")
     fleet.follow("a", max_event_rate=10.0)
     fleet.host.run(5.0)
@@ -294,7 +294,7 @@ def test_what_no_queue_keeps_is_a_gap_and_heals(context):
     fleet.host.run(5.0)
     fleet.publish("a", 15)
     fleet.host.busy()
-    fleet.publish("a", 100)  # 10 of which are kept on the way
+    fleet.publish("a", 100)  # the queues keep 10 of them
     fleet.host.run(3.0)
     prompt = fleet.publish("a")
     seen = set()
@@ -354,7 +354,7 @@ def test_what_does_not_fit_there_is_lost_counted_and_healed_where_it_can_be(cont
     payloads = [batch(n, 1) for n in range(100)]
     for payload in payloads:
         publisher.publish(payload)
-    # Nothing comes after what was let go: that something is missing is known all the same.
+    # No batch comes after the dropped ones. The loss is detected all the same.
     offer(fleet, "a", payloads)
     states = set()
     for _ in range(60):
@@ -397,8 +397,11 @@ def test_what_waited_when_the_connection_was_lost_is_not_applied_after_it(fleet)
 
 @pytest.mark.parametrize("seed", range(5))
 def test_an_allowance_is_never_passed_and_never_wasted(seed):
-    """Against the definition: in any span of time no more than the rate times (its length and the burst), but for the
-    last message; and who keeps below the rate never waits."""
+    """Compare an allowance with its definition.
+
+    In any span of time, the total is at most the rate times (the span plus the burst), plus the last message. A sender
+    below the rate never waits.
+    """
     rng = random.Random(seed)
     rate, burst = rng.uniform(1, 100), rng.uniform(0.5, 5)
     allowance, now, taken = Allowance(rate, None, burst), 50.0, []
@@ -438,7 +441,7 @@ def test_a_burst_shorter_than_the_pauses_is_made_as_long():
         (msgpack.packb([None, [["a"]] * 3, 0]), 3),
         (msgpack.packb({"ts": 1.0, "data_parallel_rank": 2, "events": [["a"]] * 7}), 7),
         (msgpack.packb({"ts": 1.0}), 1),
-        (msgpack.packb([["x" * 99] * 50, [["a"]] * 9]), 9),  # a time that is none
+        (msgpack.packb([["x" * 99] * 50, [["a"]] * 9]), 9),  # a time that is not a number
         (b"\x92\xcb" + bytes(8) + b"\xdd\xff\xff\xff\xff" + bytes(30), 1),  # more than fit
         (b"\x92\xcb" + bytes(8) + b"\xdc\x00\x1e" + bytes(30), 14),  # as many as fit
         (b"", 1),

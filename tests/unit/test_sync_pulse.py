@@ -1,4 +1,4 @@
-"""An index is believed while the loops that feed it show signs of life."""
+"""An index is trusted only while the loops that feed it show signs of life."""
 
 from __future__ import annotations
 

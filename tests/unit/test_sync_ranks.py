@@ -1,4 +1,4 @@
-"""Whose the batches of one publisher are."""
+"""The assignment of one publisher's batches to ranks."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ ANY_RANK = st.integers(0, MOST_RANKS - 1) | st.sampled_from([0, 1, 127, 128, 255
 
 @given(st.lists(st.tuples(ANY_RANK, st.integers(0, 2**64 - 1)), min_size=1))
 def test_the_short_look_says_what_the_long_one_says(batches):
-    """Of a rank the fast way reads one byte; the whole number has to give the same."""
+    """The fast path reads only one byte of a rank. It must agree with reading the whole number."""
     ranks, first = Ranks(0, set()), batches[0][0]
     for rank, tail in batches:
         payload = batch(rank, tail=tail)

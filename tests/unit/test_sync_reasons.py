@@ -14,7 +14,7 @@ GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "operating.md"
 
 @pytest.mark.parametrize("reason", Reason, ids=lambda reason: reason.name)
 def test_the_guide_has_every_reason_under_its_state(reason):
-    """Word for word, with dots in the place of facts."""
+    """The texts must be equal, with dots in place of the facts."""
     section = GUIDE.read_text().partition(f"\n## A pod is {reason.state}\n")[2].partition("\n## ")[0]
     reasons = " ; ".join(line.split("|")[1] for line in section.splitlines() if line.startswith("|"))
     assert re.sub(r"\{\w+\}", "...", reason.template) in reasons

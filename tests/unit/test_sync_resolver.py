@@ -1,4 +1,4 @@
-"""Look-ups of names: a few threads for all of them, and nobody waits for another's name server."""
+"""Name look-ups: a few threads for all of them, and no look-up waits for another's name server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LONG = 20.0
 
 
 class Names:
-    """A name server: every look-up waits until it is let go."""
+    """A name server in which every look-up waits until the test releases it."""
 
     def __init__(self) -> None:
         self.asked: SimpleQueue[str] = SimpleQueue()

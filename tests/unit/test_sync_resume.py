@@ -1,4 +1,4 @@
-"""Streams that go on where another one was, saved and loaded in between."""
+"""Streams that continue from the saved place of another stream, with a save and a load in between."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvindex.sync.stream import WorkerStream
 
 
 def well(published: int = 5, **options) -> Router:
-    """A router that was current when it was ended."""
+    """Return a router that was current at its end."""
     world = Router(**options)
     world.publish(published)
     world.up()
@@ -38,7 +38,7 @@ def test_only_the_rest_is_replayed():
 
 @pytest.mark.parametrize("after", [1, 4])
 def test_a_guess_about_the_process_does_not_become_one_stream_in_a_snapshot(after):
-    """The engine has restarted while nobody answered replays, and its next number was taken for the old process's."""
+    """The engine restarted while no replay was answered, and its next number was mistaken for the old process's."""
     world = well(3)
     world.restart()
     world.connect()
@@ -167,7 +167,7 @@ def test_a_lost_connection_asks_from_the_same_batch_again():
     world.disconnect()
     world.publish(1)
     world.connect()
-    # From here on it is known like any other, by all that is remembered of it.
+    # From here on it is verified like any other stream, by all the batches in its memory.
     assert world.requests[2:] == [0]
 
 

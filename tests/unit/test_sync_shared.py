@@ -1,4 +1,4 @@
-"""Many publishers on one SUB socket: each message is of the connection that it came over, or of none."""
+"""Many publishers on one SUB socket: each message belongs to the connection that delivered it, or to no connection."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from kvindex.sync.sockets import BUDGET, SocketOptions, Subscription, Watched
 
 
 class Loop:
-    """The sockets of one thread, polled by hand. ``turn`` waits until one of them has something."""
+    """The sockets of one thread, polled by hand. ``turn`` waits until one of them is ready."""
 
     def __init__(self, context: zmq.Context) -> None:
         self.context = context
         self.handlers: dict[int, Any] = {}
-        self.publishers: list[zmq.Socket] = []  # so that nobody collects one
+        self.publishers: list[zmq.Socket] = []  # keeps them from garbage collection
 
     def clock(self) -> float:
         return 100.0
@@ -50,7 +50,7 @@ class Loop:
 
 
 class Peer:
-    """What a worker is told of its connection, in order."""
+    """A stand-in for a worker that records the events of its connection in order."""
 
     def __init__(self, subscriptions: Subscriptions, endpoint: str, topic: bytes = b"", **options: Any) -> None:
         self.told: list[Any] = []
@@ -96,7 +96,7 @@ def published(loop: Loop) -> tuple[zmq.Socket, str]:
 
 
 def fleet(loop: Loop, subscriptions: Subscriptions, count: int) -> tuple[list, list[Peer]]:
-    """Publishers that have their subscriptions, and their peers."""
+    """Return publishers with established subscriptions, and their peers."""
     publishers, ends = zip(*(published(loop) for _ in range(count)), strict=True)
     peers = [Peer(subscriptions, endpoint) for endpoint in ends]
     for publisher in publishers:
@@ -158,14 +158,14 @@ def test_another_attempt_at_an_endpoint_goes_to_another_socket(loop, subscriptio
     assert again.seat._group is not other.seat._group
     loop.until(lambda: again.told == ["made"])
     third = Peer(subscriptions, "tcp://127.0.0.1:1")
-    assert third.seat._group is other.seat._group  # there is room in the first one for all others
+    assert third.seat._group is other.seat._group  # the first group has room for all others
 
 
 def test_a_connection_that_is_left_ends_and_the_others_do_not(loop, subscriptions):
     (publisher, other), (peer, beside) = fleet(loop, subscriptions, 2)
     peer.seat.close()
     loop.until(lambda: publisher.poll(0))
-    assert publisher.recv() == b"\x00"  # nobody subscribes any more
+    assert publisher.recv() == b"\x00"  # the subscription is gone
     publisher.send_multipart([b"", b"to nobody"])
     other.send_multipart([b"", b"on"])
     loop.until(lambda: len(beside.told) == 2)
@@ -267,7 +267,7 @@ def test_a_connection_is_taken_away_when_nothing_is_left_to_read(loop, subscript
 
     monkeypatch.setattr(shared, "receive_from", receive)
     monkeypatch.setattr(type(group), "_is_readable", lambda _: bool(queue))
-    # Nobody listens there, which the monitor may tell before the queue is read.
+    # No publisher listens there, which the monitor could report before the queue is read.
     monkeypatch.setattr(type(group), "_events", lambda _: [])
     monkeypatch.setattr(group._sock, "disconnect", lambda endpoint: ended.append((endpoint, len(queue))))
     peer.seat.close()
@@ -279,7 +279,7 @@ def test_a_connection_is_taken_away_when_nothing_is_left_to_read(loop, subscript
 
 
 def test_connections_come_and_go_in_a_flood_and_no_message_is_anothers(loop, subscriptions):
-    """Every queue has messages when one is taken away, so that libzmq would mix what it reads at the wrong moment."""
+    """Every queue has messages when a connection is closed. At the wrong moment, libzmq would mix up the messages."""
     publishers, peers = fleet(loop, subscriptions, SEATS)
     rng = random.Random(7)
     number = 0
@@ -297,14 +297,14 @@ def test_connections_come_and_go_in_a_flood_and_no_message_is_anothers(loop, sub
         assert all(len(frames) == 3 and frames[0] == frames[2] == b"%d" % place for frames in peer.told[1:])
 
 
-# What the system does at its pleasure: the events and messages that libzmq has at one look.
+# The scripted tests control the system's timing: the events and messages that libzmq has at one look.
 
 
 class Scripted:
-    """A shared socket whose messages and events are given."""
+    """A shared socket with given messages and events."""
 
     def __init__(self, loop: Loop, subscriptions: Subscriptions, count: int = 2) -> None:
-        # Nobody is at these ports, and nobody asks libzmq.
+        # No publisher is at these ports, and libzmq is never asked.
         self.peers = [Peer(subscriptions, f"tcp://127.0.0.1:{port + 1}") for port in range(count)]
         self.irregular = False
         seats = [peer.seat for peer in self.peers]
@@ -337,7 +337,7 @@ _CONNECTED, _MADE, _LOST = zmq.EVENT_CONNECTED, zmq.EVENT_HANDSHAKE_SUCCEEDED, z
 
 
 def test_messages_of_a_descriptor_that_two_connections_had_are_of_neither(loop, subscriptions):
-    """The system gives it to another connection before anybody could look at what the first one has brought."""
+    """The system gives the descriptor to another connection before the first one's messages are read."""
     script = Scripted(loop, subscriptions)
     first, second = script.peers
     script.look([(_CONNECTED, 7, 1), (_MADE, 0, 1)], [(7, b"of the first")])
@@ -348,10 +348,10 @@ def test_messages_of_a_descriptor_that_two_connections_had_are_of_neither(loop, 
 
 
 def test_a_descriptor_stays_nobodys_until_what_it_has_brought_is_gone(loop, subscriptions):
-    """Three connections have it in turn, and the first two are taken away only after the third has come."""
+    """Three connections have the descriptor in turn, and the first two are closed only after the third has come."""
     script = Scripted(loop, subscriptions, 4)
     beside = script.peers[3]
-    script.irregular = True  # so that none is taken away
+    script.irregular = True  # no connection is closed yet
     script.look([(_CONNECTED, 7, 1), (_MADE, 0, 1)])
     script.look([(_LOST, 7, 1), (_CONNECTED, 7, 2)], [(7, b"of whom?")])
     script.look([(_CONNECTED, 7, 3), (_MADE, 0, 3)], [(7, b"of whom?")])

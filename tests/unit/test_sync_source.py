@@ -1,4 +1,4 @@
-"""Where a pod's events come from: as it is written on a command line, in a file, or told by the engine's own server."""
+"""The sources of a pod's events: a command line, a file, or the engine's own server."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kvindex import (
     StreamError,
 )
 
-# As a text
+# From text
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ HALF = "half a \ud83d"
     ],
 )  # fmt: skip
 def test_half_a_character_is_refused_where_it_is_written(where, options):
-    """JSON has an escape for it, sockets and logs have no bytes for it."""
+    """JSON has an escape for it, but sockets and logs have no bytes for it."""
     with pytest.raises(InvalidValueError) as caught:
         PodSource.from_mapping({"name": "the pod", "endpoint": AT, **options})
     message = caught.value.args[0]
@@ -206,8 +206,10 @@ def test_ranks_inside_one_process_are_told_apart_by_name():
 
 
 class Server:
-    """Answers GET by path: bytes as they are, anything else as JSON, a number as a status, a function by what it does
-    with the request."""
+    """A server that answers GET by path.
+
+    Bytes are sent as they are, other values as JSON, numbers as a status, and functions handle the request themselves.
+    """
 
     def __init__(self):
         self.answers = {}
@@ -433,7 +435,7 @@ def test_whatever_a_server_says_it_is_a_source_or_an_error_of_ours(running, data
             assert isinstance(ask(running.url, model="m"), PodSource)
 
 
-# By servers that are none
+# From servers that are not engines
 
 
 @pytest.mark.parametrize("ask", [PodSource.from_vllm, PodSource.from_sglang])
@@ -458,7 +460,7 @@ def test_servers_that_are_slow(server, ask):
         request.send_header("Content-Length", "1000")
         request.end_headers()
         for _ in range(1000):
-            # Until whoever asked has hung up.
+            # Until the client has hung up.
             if server.closing.wait(0.02):
                 return
             request.wfile.write(b" ")
@@ -487,6 +489,6 @@ def test_servers_that_do_not_speak_http(ask, greeting):
         with pytest.raises(StreamError) as refused:
             ask(f"http://127.0.0.1:{listener.getsockname()[1]}")
         thread.join()
-    # A port of events sends token ids: they are in neither the message nor what a traceback shows of its cause.
+    # A port of events sends token ids. They must not be in the message or in the traceback of its cause.
     assert len(str(refused.value)) < 200
     assert refused.value.__suppress_context__ or len(str(refused.value.__cause__)) < 200

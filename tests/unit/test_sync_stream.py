@@ -1,4 +1,4 @@
-"""Every path of the pure stream machine, one by one. Times are what the test says they are."""
+"""Every path of the pure stream machine, one by one, with the time under the control of the test."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def kinds(world: World) -> list[str]:
 
 
 def well(published: int = 3, **options) -> World:
-    """A stream in its best days: its last batch has come both ways."""
+    """Return a stream at its best: its last batch has arrived both live and by a replay."""
     world = World(**options)
     both_ways = min(1, published) if options.get("replay", True) else 0
     world.publish(published - both_ways)
@@ -307,7 +307,7 @@ def test_a_sequence_number_from_nowhere_is_damage_and_not_a_gap():
 
 
 def without_an_end_marker(world: World, seconds: float, **cut) -> set[str | None]:
-    """Time goes by, no answer comes with its end marker: the states meanwhile."""
+    """Let time pass while no answer has an end marker. Returns the states meanwhile."""
     states = {world.state}
     until = world.now + seconds
     while world.now < until:
@@ -340,7 +340,7 @@ def test_an_answer_that_is_cut_at_the_same_place_again_is_not_taken_for_whole():
     assert world.owed == 2
     assert without_an_end_marker(world, 20.0, upto=1) == {"stale", "degraded"}
     assert world.applied_upto() == 1
-    # Asked on, but ever more rarely: twice a question, since a cut answer has to be asked for its rest.
+    # It asks ever more rarely, but twice each time, since it has to ask for the rest of a cut answer.
     assert len(world.requests) <= 2 * 7
     world.wait(40.0)
     assert world.state == "exact"
@@ -368,7 +368,7 @@ def test_a_reconnect_that_is_answered_without_an_end_marker_is_not_taken_for_all
     assert without_an_end_marker(world, 5.0, upto=1) == {"stale", "degraded"}
     assert world.applied_upto() == 4
     world.publish()
-    world.deliver()  # and shows what is missing, which is asked for
+    world.deliver()  # reveals the loss, which makes the stream ask
     world.wait(5.0)
     assert world.state == "exact"
     assert world.held == world.process.truth(7)
@@ -436,8 +436,11 @@ def test_a_long_answer_is_asked_for_its_end_again():
 
 
 def test_long_answers_to_a_new_connection_come_to_an_end():
-    """Many live batches follow the last one that only an answer has shown, and the connection ends before any batch has
-    come both ways: each answer from that one on is as long as the one before."""
+    """Every answer from the last confirmed batch on would be as long as the one before.
+
+    Many live batches follow the last batch that only an answer has shown, and the connection ends before any batch has
+    arrived both ways.
+    """
     world = World(policy=StreamPolicy(replay_confirm=4))
     world.publish(3)
     world.connect()
@@ -472,7 +475,7 @@ def test_a_history_whose_first_batch_was_lost_on_the_way_is_not_taken_for_cut():
 
 
 def test_a_history_is_applied_without_another_look_until_something_else_comes():
-    """The first batch and the end are looked at as ever, and so is all that is not the next batch of it."""
+    """The first batch and the end get the full check, and so does everything except the next batch of the history."""
     world = World()
     world.publish(6)
     world.connect()
@@ -530,7 +533,7 @@ def test_what_arrives_of_a_replay_that_nobody_waits_for_is_counted():
 def test_time_counts_from_when_a_replay_was_really_asked_for():
     stream = WorkerStream(replay=True)
     stream.connected(0.0)
-    assert stream.deadline() is None  # in a queue
+    assert stream.deadline() is None  # waits in a queue
     stream.replay_sent(100.0)
     assert stream.deadline() == 102.0
 
@@ -556,11 +559,11 @@ def test_a_replay_endpoint_of_another_stream_is_found_out():
     assert world.clears == clears
 
 
-# What an answer proves
+# The evidence of an answer
 
 
 def liar(world: World, published: int, *, later: float = -50.0) -> Process:
-    """Another process, whose replay endpoint the stream is given."""
+    """Give the stream the replay endpoint of another process."""
     other = Process()
     for number in range(published):
         other.publish(batch(world.clock + later + number / 100, f"other {number}"))
@@ -595,7 +598,10 @@ def test_a_replay_of_another_process_is_not_believed_once_something_came_live(pu
 @pytest.mark.parametrize("rhythm", [0.01, 0.1, 0.4])
 @pytest.mark.parametrize("published", [2, 3, 5])
 def test_no_moment_of_another_process_history_is_exact(published, rhythm):
-    """It has published 3 batches; the engine publishes all the time. Each answer takes a moment, as a poll does."""
+    """The other process has 3 batches, and the engine publishes all the time.
+
+    Each answer takes a moment, as a poll does.
+    """
     world = World()
     world.publish(published)
     foreign = {payload for _, payload in liar(world, 3).buffer}
@@ -621,7 +627,7 @@ def test_an_idle_engine_is_exact_after_the_silence_in_which_a_batch_would_have_s
     assert world.stream.reason == "waiting for a live batch of tcp://a:1 to check the replay of tcp://b:2"
     world.wait(0.01)
     assert world.state == "exact"
-    # Its first batch is asked for, once. It makes the answer more likely, so that it is no reason to doubt it.
+    # The stream asks for the engine's first batch once. The batch supports the answer, so it is no reason for doubt.
     asked = len(world.requests)
     world.publish()
     world.deliver()
@@ -703,12 +709,12 @@ def test_a_history_that_nobody_confirms_any_more_is_degraded_until_somebody_does
 
 
 def test_another_process_history_does_not_become_known_by_a_lost_connection():
-    """It was never confirmed, so that the same answer over a new connection proves no more."""
+    """That history was never confirmed, so the same answer over a new connection is no better evidence."""
     world = World()
     world.publish(3)
     liar(world, 3)
     world.up()
-    assert world.state == "exact"  # of an engine that says nothing, nobody can know
+    assert world.state == "exact"  # undetectable while the engine publishes nothing
     world.disconnect()
     world.connect()
     world.wait(0.3)
@@ -737,8 +743,11 @@ def test_an_endpoint_that_is_the_publishers_by_now_does_not_vouch_for_what_it_ga
 
 @pytest.mark.parametrize("waiting", [1, 3])
 def test_an_answer_that_was_doubted_is_not_confirmed_by_the_same_process(waiting):
-    """The engine has restarted, and batches come live while the request is on its way; the other process has newer ones
-    under their numbers, as a publisher that restarted once more would. What it says again later proves nothing."""
+    """A doubted answer is still doubtful when the same process repeats it.
+
+    The engine has restarted, and batches arrive live while the request is on its way. The other process has newer
+    batches with the same numbers, like a publisher that has restarted once more.
+    """
     world = well(endpoint="tcp://a:1", replay_endpoint="tcp://b:2")
     world.restart()
     world.connect()
@@ -787,7 +796,7 @@ def test_a_restart_behind_something_between_is_believed_when_the_next_batch_agre
 @pytest.mark.parametrize("others", [2, 5])
 @pytest.mark.parametrize("idle", [0.0, 0.6, 20.0])
 def test_a_live_batch_that_happens_to_continue_an_answer_is_asked_for_at_once(others, idle):
-    """Its number is the next one of the other process. Neither a hole nor bytes tell that, until it is asked for."""
+    """The live batch has the other process's next number. Only a replay reveals this, because there is no hole."""
     world = World(endpoint="tcp://a:1", replay_endpoint="tcp://b:2")
     world.publish(others)
     other = liar(world, others)
@@ -796,15 +805,15 @@ def test_a_live_batch_that_happens_to_continue_an_answer_is_asked_for_at_once(ot
     world.publish()
     world.deliver()
     world.wait(0.01)
-    assert world.requests[-1] == others - 1  # with the last batch of the other process
+    assert world.requests[-1] == others - 1  # from the last batch of the other process
     assert world.state == "stale"
-    world.wait(0.2)  # once more, for an answer may be cut
+    world.wait(0.2)  # once more, because an answer may be cut
     assert world.state == "degraded"
     assert not set(world.held) & {payload for _, payload in other.buffer}
 
 
 def test_what_came_while_a_request_waited_is_in_its_answer():
-    """An answer that lacks it is another process's, though nothing had come when it was asked for."""
+    """An answer without those batches is from another process, even if they arrived after the request."""
     world = World(endpoint="tcp://a:1", replay_endpoint="tcp://b:2")
     world.publish(5)
     world.connect()
@@ -818,7 +827,7 @@ def test_what_came_while_a_request_waited_is_in_its_answer():
 
 
 def test_a_stream_that_is_never_silent_finds_out_all_the_same():
-    """The other process has published as much, so that what comes live continues it."""
+    """The other process has as many batches, so the live batches continue its history."""
     world = World()
     liar(world, 5)
     world.publish(5)
@@ -886,7 +895,7 @@ def test_a_connection_that_brings_nothing_of_what_is_published_is_replaced():
     world.deaf = False
     world.connect()
     world.wait(10.0)
-    assert world.state == "degraded"  # the answers are those of before
+    assert world.state == "degraded"  # the answers are the old ones
     world.publish(1)
     world.deliver()
     assert world.state == "exact"
@@ -940,7 +949,7 @@ def test_answers_of_changing_processes_are_no_reason_to_be_degraded_for_good():
     assert len(world.renewals) == 1
     world.connect()
     world.wait(1.0)
-    assert world.state == "degraded"  # nothing was published that would agree with the answers
+    assert world.state == "degraded"  # no batch was published that could confirm the answers
     world.publish(1)
     world.deliver()
     world.wait(5.0)
@@ -985,7 +994,7 @@ def test_an_answer_of_which_all_was_refused_shows_nothing():
 
 
 def test_after_a_reconnect_the_reason_says_why_an_answer_shows_nothing():
-    """As of an address that another engine has taken over: all of its answers have another topic."""
+    """One cause is an address that another engine has taken over: all of its answers have another topic."""
     world = well()
     world.disconnect()
     world.connect()
@@ -1016,7 +1025,7 @@ def test_a_publisher_that_keeps_nothing_is_not_taken_for_one_that_published_noth
 
 
 def test_a_stream_of_which_all_comes_by_replays_is_not_exact():
-    """Its topic is another one, so nothing comes live, and replays of the old framing name none."""
+    """With another topic no batch arrives live, and replays in the old framing have no topic."""
     world = well()
     for _ in range(4):
         if not world.connection_open:
@@ -1053,7 +1062,7 @@ def test_without_a_replay_endpoint_the_reason_says_so_though_it_is_exact():
     assert "without a replay endpoint" in world.stream.reason
 
 
-# Answers that are late
+# Late answers
 
 
 def test_a_request_that_the_publisher_has_is_not_repeated_while_others_have_their_turn():
@@ -1102,7 +1111,7 @@ def test_a_request_whose_connection_is_lost_is_sent_again():
 
 @pytest.mark.parametrize("pause", [0.7, 3.0])
 def test_an_answer_that_pauses_each_time_is_followed(pause):
-    """As the publishers that rotate between their readers do: every answer stops before batch 5, for so long."""
+    """Publishers that rotate between their readers do this. Here, every answer pauses before batch 5."""
     world = World()
     world.publish(10)
     world.connect()
@@ -1171,7 +1180,10 @@ def test_seq_moving_backwards_clears_even_without_a_replay():
 
 
 def test_without_a_replay_a_clear_does_not_make_up_for_what_came_before_it_in_the_wrong_order():
-    """The first batches of a new process change places: what came first is taken for the old one's, and forgotten."""
+    """The first batches of a new process are swapped.
+
+    The first to arrive is mistaken for the old process's and dropped.
+    """
     world = well(0, replay=False)
     world.publish(1)
     world.deliver()
@@ -1197,7 +1209,7 @@ def test_a_reconnect_to_the_same_process_keeps_everything_and_catches_up():
     assert world.state == "stale"
     world.publish(1)
     world.deliver()
-    assert len(world.held) == 5  # waits until it is known who is there
+    assert len(world.held) == 5  # waits for proof of the process
     world.serve()
     world.receive()
     assert world.clears == 0
@@ -1207,7 +1219,7 @@ def test_a_reconnect_to_the_same_process_keeps_everything_and_catches_up():
 
 
 def test_a_copy_of_an_applied_batch_does_not_wait_for_ever():
-    """It arrives while it is not known whether the process is the same; then it is, and the copy is of no use."""
+    """The copy arrives while the process is unconfirmed. After the confirmation, it must be dropped."""
     world = well(5)
     world.disconnect()
     world.connect()
@@ -1283,7 +1295,7 @@ def test_older_timestamps_make_it_ask_whether_it_is_the_same_process():
     world.serve()
     world.receive()
     assert world.state == "exact"
-    assert world.clears == 0  # it was: only its clock has moved
+    assert world.clears == 0  # it was the same: only its clock has moved
     assert world.held == world.process.truth(4)
 
 
@@ -1299,7 +1311,7 @@ def test_an_unsteady_clock_does_not_make_it_ask_all_the_time():
     assert world.state == "exact"
 
 
-# Reconnecting with nobody to ask
+# Reconnecting without a replay endpoint
 
 
 def known_without_replay() -> World:
@@ -1355,8 +1367,11 @@ def test_without_a_replay_a_jump_ahead_is_a_restart_if_there_was_time_for_it(awa
 
 
 def test_a_restart_that_only_an_answer_claims_waits_for_the_next_live_batch():
-    """Batches have come live, more are lost than the memory holds, and then another process answers with a batch that
-    is too old to be compared and newer than all: the connection still leads to the process that published."""
+    """A restart that only an answer claims is not accepted until a live batch confirms it.
+
+    Batches arrive live, more are lost than the memory holds, and then another process answers. Its batch is too old to
+    be compared and newer than all others. The connection still leads to the process that published.
+    """
     world = well(3, policy=StreamPolicy(memory=2))
     world.liar = Process()
     world.disconnect()
@@ -1382,8 +1397,11 @@ def test_a_restart_that_only_an_answer_claims_waits_for_the_next_live_batch():
 
 
 def guessed(published: int, memory: int, buffer_steps: int = 10_000) -> World:
-    """The engine has restarted, nobody answers replays, and the first batch that is heard of the new process has the
-    number that the old one's next would have: it is taken for that."""
+    """Return a world in which a batch of a new process was mistaken for the next one of the old process.
+
+    The engine has restarted, no replay is answered, and the first batch that arrives from the new process has the
+    number of the old process's next batch.
+    """
     world = well(published, policy=StreamPolicy(memory=memory))
     world.buffer_steps = buffer_steps
     world.restart()
@@ -1434,7 +1452,7 @@ def test_a_guess_that_was_right_is_found_to_be_so(memory):
     world.wait(30.0)
     assert world.state == "exact"
     assert world.held == world.process.truth(6)
-    assert world.clears == (0 if memory > 2 else 1)  # what is not remembered has to be applied anew
+    assert world.clears == (0 if memory > 2 else 1)  # batches outside the memory have to be applied again
 
 
 def test_without_a_replay_an_older_time_after_a_reconnect_is_a_restart():
@@ -1535,8 +1553,12 @@ def test_a_hole_accepted_while_nobody_answered_is_healed_when_somebody_does():
 @pytest.mark.parametrize("lost", [1, 5, 20])
 @pytest.mark.parametrize("memory", [2, 8, 1024])
 def test_what_was_given_up_last_is_newer_than_what_is_applied_and_no_restart(memory, lost):
-    """Of batches that did not fit among those that wait only the numbers are known, and they are given up when nobody
-    answers. When somebody does they are newer than the last batch that is applied, which no other process has made."""
+    """The last batches that were given up are newer than the last applied one, which does not mean a restart.
+
+    Of the batches that did not fit among the waiting ones, the stream keeps only the numbers, and it gives them up when
+    no answer comes. In a later answer they are newer than the last applied batch, although no other process published
+    them.
+    """
     world = well(policy=StreamPolicy(memory=memory, max_pending=2))
     for _ in range(5):
         world.publish(1)
@@ -1554,8 +1576,11 @@ def test_what_was_given_up_last_is_newer_than_what_is_applied_and_no_restart(mem
 
 @pytest.mark.parametrize("memory", [1, 2])
 def test_a_stream_that_remembers_only_losses_still_knows_its_process(memory):
-    """More is given up than the memory holds, again and again, and each time an old copy makes it ask who is there: the
-    answer shows the last batch that was applied, which is all that can be asked of it."""
+    """An answer with the last applied batch proves the process, even if the memory holds only losses.
+
+    Again and again, the stream gives up more batches than the memory holds, and an old copy makes it check the process
+    each time. The last applied batch is the only one that it can compare.
+    """
     world = well(policy=StreamPolicy(memory=memory, max_pending=2))
     for _ in range(6):
         world.publish(1)
@@ -1563,7 +1588,7 @@ def test_a_stream_that_remembers_only_losses_still_knows_its_process(memory):
         world.publish(6)
         world.deliver()
         world.wait(32.0, serve=False)
-        assert world.state == "stale"  # silent, and nobody answers
+        assert world.state == "stale"  # silent, and no replay is answered
         assert world.applied_upto() == len(world.process.published)
         world.do(world.stream.live(0, world.process.published[0], world.now))
         world.wait(0.05)
@@ -1580,7 +1605,7 @@ def test_another_process_is_found_out_behind_losses_too():
     world = well(policy=StreamPolicy(memory=2, max_pending=2))
     world.publish(1)
     world.deliver()
-    world.wait(1.0)  # the replay endpoint has shown that it is the publisher's
+    world.wait(1.0)  # the replay endpoint has proved to be the publisher's
     world.publish(1)
     world.channel.clear()
     world.publish(6)
@@ -1593,7 +1618,7 @@ def test_another_process_is_found_out_behind_losses_too():
     world.wait(1.0)
     assert world.stream.counts["restarts"] == 1
     assert world.held == world.process.truth(12)
-    assert world.state == "degraded"  # the copy is no batch of the process that answers
+    assert world.state == "degraded"  # the copy is not a batch of the process that answers
     world.publish(1)
     world.deliver()
     world.wait(1.0)
@@ -1615,7 +1640,10 @@ def test_a_history_that_is_gone_is_asked_for_once():
 
 
 def test_a_history_that_is_gone_is_no_reason_not_to_ask_whether_it_is_the_same_process():
-    """After a reconnect nobody answers for a while and nothing is published; then the replay endpoint is back."""
+    """After a reconnect no replay is answered for a while and no batch is published.
+
+    Then the replay endpoint is back.
+    """
     world = World(buffer_steps=4)
     world.publish(10)
     world.connect()
@@ -1634,16 +1662,16 @@ def test_a_suspicion_finds_what_was_damaged_and_still_readable():
     world = well()
     world.publish(1)
     world.deliver()
-    world.wait(1.0)  # the replay endpoint has shown that it is the publisher's
+    world.wait(1.0)  # the replay endpoint has proved to be the publisher's
     world.publish(1)
     seq, payload = world.channel[0]
     world.channel[0] = (seq, payload.replace(b"BlockStored", b"BlockStorex"))
     world.deliver()
-    assert world.state == "exact"  # nothing could tell
+    assert world.state == "exact"  # there is no sign of the damage
     world.do(world.stream.suspect(world.now))
     world.wait(5.0)
     assert world.held == world.process.truth(5)
-    assert world.state == "degraded"  # what was published and what is replayed differ
+    assert world.state == "degraded"  # the live batch and the replayed one differ
     world.publish(1)
     world.deliver()
     world.wait(1.0)
@@ -1696,7 +1724,7 @@ def test_a_publisher_that_is_silent_and_does_not_answer_is_stale_within_10_s(rea
     assert kinds(world) == ["silent"]
     world.publish(1)
     world.deliver()
-    assert world.state == "exact"  # a batch shows that it lives
+    assert world.state == "exact"  # a batch proves that the engine is alive
 
 
 def test_a_publisher_that_answers_after_all_is_exact_again():
@@ -1729,7 +1757,7 @@ def test_a_restart_behind_the_same_connection_is_found_in_silence():
 
 
 def test_the_first_batch_of_an_answer_is_not_all_of_it():
-    """Nobody answers for a while, in whatever state that leaves the stream; then somebody does, and is cut short."""
+    """After a time without answers, in any of the resulting states, the first answer is cut short."""
     answered = 0
     for tenths in range(1, 300, 7):
         world = World()

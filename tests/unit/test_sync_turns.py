@@ -11,7 +11,7 @@ from kvindex.sync.sockets import BUDGET, TURN, SocketOptions, Subscription
 
 
 class Loop:
-    """A loop whose clock only moves when somebody says so."""
+    """A loop with a clock that only the test moves."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -33,7 +33,7 @@ def context() -> Iterator[zmq.Context]:
 
 
 def subscribed(context: zmq.Context, loop: Loop, name: str, message: Callable) -> tuple[Subscription, zmq.Socket]:
-    """A subscription with a publisher whose messages reach it."""
+    """Return a subscription and its publisher, with the connection established."""
     publisher = context.socket(zmq.XPUB)
     publisher.sndhwm = 0
     publisher.linger = 0
@@ -44,13 +44,13 @@ def subscribed(context: zmq.Context, loop: Loop, name: str, message: Callable) -
         message=message,
     )  # fmt: skip
     assert publisher.poll(20_000)
-    assert publisher.recv() == b"\x01"  # it has subscribed: nothing that is sent from here on is lost
+    assert publisher.recv() == b"\x01"  # it has subscribed: no message from here on is lost
     return subscription, publisher
 
 
 @pytest.mark.parametrize(("cost", "most"), [(0.0, BUDGET), (TURN / 7.5, 8), (10.0, 1)])
 def test_a_flood_has_its_turn_and_then_waits_for_the_others(context, cost, most):
-    """Whether it is many messages or slow ones: the quiet pod's message is taken in the next turn, not after them."""
+    """For many messages and for slow ones, the quiet pod's message is taken in the next turn, not after the flood."""
     loop, taken = Loop(), []
 
     def flooded(frames: list[bytes], now: float) -> None:
@@ -69,6 +69,6 @@ def test_a_flood_has_its_turn_and_then_waits_for_the_others(context, cost, most)
     assert taken[most:] == ["quiet"]
     while flood.ready(loop.now):
         pass
-    assert taken.count("flood") == 3 * BUDGET  # and nothing of it is lost by that
+    assert taken.count("flood") == 3 * BUDGET  # and no message of it is lost
     for each in (flood, quiet, floods, speaks):
         each.close()

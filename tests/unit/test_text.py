@@ -1,4 +1,4 @@
-"""Chat templates, engines that tokenize, and what is refused."""
+"""Chat templates, engines that tokenize, and refused input."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_the_users_tokenizer_is_left_alone_and_changes_to_it_have_no_effect():
 
 
 def test_an_id_that_is_not_the_tokens_at_a_cut_is_encoded_whole(encoder):
-    # In place of a tokenizer that treats a token otherwise than its kind says.
+    # Simulates a tokenizer that treats a token differently from its kind.
     encoder._marks["<|end|>"] = 7
     assert encoder.encode(RENDERED).tolist() == whole(RENDERED)
     assert encoder.stats()["fallbacks"] == 1
@@ -145,7 +145,7 @@ AGENT = """{% for m in messages %}<|start|>{{ m.content }}
 
 
 def agent(messages, template=AGENT, **options):
-    """The ids of messages, to be compared with those of the text that a template should make of them."""
+    """Return the ids of messages, to compare with those of the text that a template should make of them."""
     return PromptEncoder(tokenizer(), template, **options).encode_chat(messages).tolist()
 
 
@@ -166,7 +166,7 @@ def test_arguments_of_tool_calls_are_objects_to_the_template_as_in_engines(argum
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
     message = {"role": "assistant", "content": None, "tool_calls": [call]}
     assert agent([message]) == whole(f"<|start|>{given}<|end|>")
-    # What the caller has stays as it was.
+    # The caller's message must not change.
     assert message["tool_calls"][0]["function"]["arguments"] == arguments
 
 
@@ -188,21 +188,21 @@ def test_text_parts_are_one_string_where_the_template_reads_strings_alone():
     assert agent([message]) == whole("<|start|>a\nb<|end|>")
     assert agent([message], part_separator=" ") == whole("<|start|>a b<|end|>")
     assert agent([message], "{% for m in messages %}{{ m.content + '!' }}{% endfor %}") == whole("a\nb!")
-    # As vLLM joins them.
+    # The separator is the same as in vLLM.
     empty = {"type": "text", "text": ""}
     assert agent([{"role": "user", "content": [PARTS[0], empty, PARTS[1]]}]) == whole("<|start|>a\nb<|end|>")
     assert agent([{"role": "tool", "content": [PARTS[0], empty]}], READS) == whole("a\n")
-    # One that reads parts is given them.
+    # A template that reads parts gets them.
     assert agent([message], READS) == whole("ab")
     image = {"role": "user", "content": [*PARTS, {"type": "image"}]}
     assert agent([image], READS) == whole("abimage")
-    # But for results of tools, which most templates read as strings.
+    # Results of tools are an exception: most templates read them as strings.
     assert agent([{"role": "tool", "content": PARTS}], READS) == whole("a\nb")
     assert agent([{"role": "user"}, {"role": "user", "content": None}]) == whole("<|start|><|end|>" * 2)
 
 
 class Transformers:
-    """What of a transformers tokenizer is asked for."""
+    """The interface of a transformers tokenizer, as far as the encoder uses it."""
 
     def __init__(self, fast=True):
         if fast:

@@ -1,4 +1,4 @@
-"""States that end by themselves: what an index says after the moment up to which it was to be trusted."""
+"""States with a time limit: answers of an index after the moment until which it was trusted."""
 
 import time
 
