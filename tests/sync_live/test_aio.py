@@ -1,5 +1,4 @@
-"""The manager from within an event loop: the same streams, no thread of the loop's held up, and a clean end however it
-comes."""
+"""The manager in an event loop: the same streams, no blocked thread of the loop, and a clean end in every case."""
 
 from __future__ import annotations
 
@@ -40,7 +39,7 @@ def source(pod, **options):
 
 
 def run(main):
-    """One event loop, in which nothing is forgotten: warnings are errors here."""
+    """Run an event loop in which no task or resource may be left over: warnings are errors here."""
     with nothing_left_behind():
         return asyncio.run(main(), debug=True)
 
@@ -110,7 +109,7 @@ def test_errors_are_those_of_the_manager(index, pod):
 
 
 def test_the_event_loop_goes_on_while_the_managers_thread_does_not(index, pod):
-    """The thread of the manager is held up, and set free only by what the event loop does in between."""
+    """The manager's thread is blocked until the event loop releases it, so the loop must go on meanwhile."""
 
     async def main():
         async with manager_of(index) as manager:
@@ -137,7 +136,7 @@ def test_the_event_loop_goes_on_while_the_managers_thread_does_not(index, pod):
 def test_waiting_ends_in_time(index):
     async def main():
         async with manager_of(index) as manager:
-            assert await manager.wait_until_current(0)  # no pod is not current
+            assert await manager.wait_until_current(0)  # without pods, all of them are current
             await manager.add_pod(PodSource("absent", endpoint="tcp://127.0.0.1:1"))
             assert not await manager.wait_until_current(0)
             assert not await manager.wait_until_current(0.05)
@@ -232,7 +231,7 @@ def test_changes_that_are_left_or_closed_are_not_fed_any_more(index, pod):
     run(main)
 
 
-# Cancelled, closed, forgotten
+# Cancelled, closed, left open
 
 
 def test_what_is_cancelled_before_it_began_never_happens(index, pod):
@@ -247,7 +246,7 @@ def test_what_is_cancelled_before_it_began_never_happens(index, pod):
                 await task
             free.set()
             assert await asyncio.wrap_future(held)
-            await manager.bind("tcp://127.0.0.1:*")  # the thread lives, and is past it
+            await manager.bind("tcp://127.0.0.1:*")  # the thread is alive and has passed that call
             assert manager.status() == {}
 
     run(main)
@@ -263,7 +262,7 @@ def test_a_wait_that_is_cancelled_leaves_nothing(index):
             with pytest.raises(asyncio.CancelledError):
                 await task
             assert not manager.manager._fleet.wakers
-            with pytest.raises(TimeoutError):  # of somebody else's, which is not taken for the wait's own
+            with pytest.raises(TimeoutError):  # the caller's timeout, which must not be mistaken for the wait's own
                 async with asyncio.timeout(0.01):
                     await manager.wait_until_current(LONG)
 
@@ -289,7 +288,7 @@ def test_a_close_that_is_cancelled_closes_all_the_same(index, pod):
 
 
 def test_a_loop_that_is_closed_leaves_the_streams_alone(index, caplog):
-    """Somebody forgot to close the manager: it goes on, and says nothing of a loop that is no more."""
+    """A manager that was not closed goes on, and logs nothing about the loop that has ended."""
     manager = manager_of(index)
     kept = []
 

@@ -1,4 +1,4 @@
-"""``kvindex doctor``: whatever keeps prompts from being found is said, and nothing is said of what does not."""
+"""``kvindex doctor``: it reports every cause that keeps prompts from being found, and nothing else."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from kvindex.cli._facts import Facts, Group
 
 @pytest.fixture
 def ask(capsys, monkeypatch):
-    """Runs ``kvindex doctor ARGUMENTS`` as into a pipe; gives the status and the findings as (level, text)."""
+    """Run ``kvindex doctor ARGUMENTS`` as into a pipe. Returns the status and the findings as (level, text)."""
     monkeypatch.setenv("COLUMNS", "400")
     monkeypatch.setattr(doctor, "PROBE", 0.5)
     monkeypatch.setattr(doctor, "PATIENCE", 20.0)
@@ -50,7 +50,7 @@ def wrong(findings):
 
 
 def consequences(findings, cause):
-    """The findings below a cause that follow from it."""
+    """Return the findings below a cause that follow from it."""
     behind = findings[findings.index(("WRONG", cause)) + 1 :]
     return [text for _, text in itertools.takewhile(lambda found: found[0] == "so", behind)]
 
@@ -84,7 +84,7 @@ def refusing():
     return endpoint
 
 
-# All is well
+# Healthy pods
 
 
 def test_a_sound_pod_gets_a_clean_bill(ask, pod):
@@ -106,7 +106,7 @@ def test_larger_blocks_of_the_engine_are_no_fault(ask):
     assert any("8 tokens, which the index places as several of 4" in text for _, text in findings)
 
 
-# Where it is
+# Addresses
 
 
 def test_addresses_that_are_none(ask, refusing):
@@ -167,7 +167,7 @@ def test_replay_endpoints_that_are_none(ask, pod, refusing):
             assert any("stream is degraded" in text for text in texts)
 
 
-# What comes
+# Events
 
 
 def test_no_event_at_all(ask, pod):
@@ -192,7 +192,7 @@ def test_events_but_no_block(ask, pod):
     ],
 )
 def test_events_of_unknown_kind_alone_are_no_clean_bill(ask, pod, events, named):
-    """The contract ignores what it does not know, so the stream is exact; that is not all there is to say of it."""
+    """The contract ignores unknown events, so the stream is exact. The command must still report them."""
     pod.publish_raw(payload(*events))
     status, findings = ask(word(pod))
     assert status == 1
@@ -232,8 +232,10 @@ def test_another_rank(ask):
 
 
 def neighbours(make, attempts=50):
-    """What ``make`` opens at two ports, one behind the other. Any other process may take one of them meanwhile: then it
-    is tried at two others."""
+    """Return the object that ``make`` opens at two consecutive ports.
+
+    Another process may take one of the ports meanwhile. Then two other ports are tried.
+    """
     for _ in range(attempts):
         with socket.create_server(("127.0.0.1", 0)) as first:
             number = first.getsockname()[1]
@@ -243,7 +245,7 @@ def neighbours(make, attempts=50):
 
 
 def test_the_port_behind_is_looked_at(ask, monkeypatch):
-    monkeypatch.setattr(doctor, "PROBE", 20.0)  # who is there answers, but not always within half a second
+    monkeypatch.setattr(doctor, "PROBE", 20.0)  # an answer may take longer than half a second
     with neighbours(lambda endpoint, behind: LivePublisher(endpoint=endpoint, replay_endpoint=behind)) as pod:
         endpoint, behind = pod.ranks[0]
         pod.publish(3)
@@ -386,7 +388,7 @@ def test_a_prompt_whose_tokens_are_shifted_is_recognised(ask, pod, tmp_path):
     )  # fmt: skip
     (found,) = about(tokens[4:])[1]
     assert f"with the 4 tokens {', '.join(map(str, tokens[:4]))} in front 40 would be found" in found
-    # Nothing of it is there: no token in front helps, but that itself.
+    # None of the prompt is held, so no token in front would help, and nothing is reported.
     assert about(list(range(100, 140)))[1] == []
 
 
@@ -420,7 +422,7 @@ def test_a_prompt_is_looked_for(ask, pod, tmp_path, monkeypatch, capsys):
 
 
 def test_what_happens_while_it_is_watched():
-    """Not told to happen, as a test cannot be sure of when: the figures are put in."""
+    """The figures are set by hand, because a test cannot control the time of real faults."""
     with LivePublisher() as pod, EventManager(PrefixIndex(block_size=4)) as manager:
         pod.publish(1)
         manager.add_pod(PodSource.from_string(word(pod)))
@@ -440,7 +442,7 @@ def test_what_happens_while_it_is_watched():
     assert "partial_block" not in text
 
 
-# What its options say of the engine
+# Options of the engine
 
 PLAIN = {
     "type": "BlockStored",
@@ -453,7 +455,7 @@ WINDOW = {"group_idx": 1, "kv_cache_spec_kind": "sliding_window", "kv_cache_spec
 
 
 def told_of(options, *events):
-    """What doctor says of these options of a pod that has sent these events."""
+    """Return doctor's findings about the options of a pod that has sent these events."""
     source = PodSource("pod", endpoint="tcp://127.0.0.1:1", **options)
     patient = doctor.Patient(0, source.workers()[0])
     for event in events:
@@ -511,7 +513,7 @@ def test_what_contradicts_an_option_is_told_of_a_live_pod(ask, pod):
     assert any("its stream is exact, but eagle has no effect" in text for text in notes)
 
 
-# By the engine's own server
+# From the engine's own server
 
 
 @contextmanager
@@ -569,7 +571,7 @@ def test_what_can_not_be_examined_is_refused_with_2(arguments, capsys):
 
 def test_an_interrupt_ends_the_watching_and_not_the_report(ask, pod, monkeypatch):
     pod.publish(3)
-    # Not time.sleep itself, which other threads call too, at any time: the whole test run would be interrupted.
+    # Other threads call time.sleep at any time, and replacing it would interrupt the whole test run.
     monkeypatch.setattr(doctor, "time", SimpleNamespace(sleep=lambda _: signal.raise_signal(signal.SIGINT)))
     status, findings = ask(word(pod))
     assert status == 0

@@ -1,4 +1,4 @@
-"""The commands that follow live streams, against pods whose streams are encrypted."""
+"""The commands for live streams, with pods whose streams are encrypted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OTHER = zmq.curve_keypair()[0].decode()
 
 @pytest.fixture(scope="module")
 def pod(tmp_path_factory):
-    """A ``kvindex sim --curve`` that has served a while; its ready line."""
+    """Run a ``kvindex sim --curve`` that has served for a while, and yield its process."""
     _, secret = zmq.auth.create_certificates(tmp_path_factory.mktemp("keys"), "pod")
     with SimProcess(SimConfig(name="pod", block_size=4, curve=secret, rate=20.0)) as process:
         yield process
@@ -53,7 +53,7 @@ def command(capsys, monkeypatch):
 
 @pytest.fixture(params=["option", "file"])
 def pods(request, pod, tmp_path):
-    """How the pod and its key are named."""
+    """Return the arguments that name the pod and its key."""
     key = pod.ready["server_key"]
     if request.param == "option":
         return [word(pod), "--server-key", key]
@@ -102,7 +102,7 @@ def test_another_pod_than_the_key_is_of(command, pod, monkeypatch):
 def test_a_pod_without_keys_where_one_with_a_key_should_be(command, plain):
     status, out = command("doctor", word(plain), "--server-key", OTHER, "--seconds", 0.1)
     assert status == 1
-    assert out.count("has no keys") == 2  # its events, and its replays
+    assert out.count("has no keys") == 2  # for its events and for its replays
 
 
 def test_one_pod_of_a_file(command, pod, plain, tmp_path, capsys):
@@ -130,6 +130,6 @@ def test_a_key_that_is_none(capsys, key):
 
 
 def test_a_key_that_begins_as_an_option_does(command):
-    """As one in 85 does."""
+    """One key in 85 begins with a dash, like an option."""
     _, out = command("top", "a=tcp://127.0.0.1:1", "--server-key", f"-{PUBLIC[1:]}", "--once", "--wait", 0.01)
     assert "1 pod:" in out

@@ -1,4 +1,4 @@
-"""The commands that follow live streams, against publishers in this process and pods in processes of their own."""
+"""The commands for live streams, with publishers in this process and pods in processes of their own."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ LONG = 30.0
 
 @pytest.fixture
 def command(capsys, monkeypatch):
-    """Runs ``kvindex ARGUMENTS`` in this process, as into a pipe; gives status, standard output and error."""
+    """Run ``kvindex ARGUMENTS`` in this process as into a pipe. Returns status, standard output and error."""
     monkeypatch.setenv("COLUMNS", "200")
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
 
     def run(*arguments):
-        # A replay has no sockets, but may be run while the publisher still loses those of a killed recorder.
+        # A replay has no sockets, but may run while the publisher is still losing those of a killed recorder.
         with nullcontext() if arguments[0] == "replay" else nothing_left_behind():
             status = main([str(argument) for argument in arguments])
         printed = capsys.readouterr()
@@ -62,7 +62,7 @@ def word(pod, *, replay=True):
 
 @pytest.fixture
 def refusing():
-    """An endpoint where nobody listens."""
+    """Return an endpoint without a listener."""
     with zmq.Context() as context, context.socket(zmq.PUB) as sock:
         number = sock.bind_to_random_port("tcp://127.0.0.1")
     return f"tcp://127.0.0.1:{number}"
@@ -165,7 +165,7 @@ class Recording:
 
 
 def readable(path):
-    """What is there of a capture that may be cut."""
+    """Return the readable records of a capture that may be cut."""
     got = []
     try:
         for each in read_capture(path):
@@ -252,7 +252,7 @@ def test_a_disk_that_is_full_is_an_error(command, pod, tmp_path):
 
 
 def cells(output, name):
-    """The cells of a pod's line, by their column."""
+    """Return the cells of a pod's line by their column."""
     table = output.splitlines()
     place, head = next((n, line) for n, line in enumerate(table) if line.strip().startswith("pod "))
     for line in table[place + 1 :]:
@@ -268,7 +268,7 @@ def test_once_prints_a_pod_that_is_exact(command, pod):
     assert status == 0
     line = cells(out, "pod")
     assert (line["state"], line["blocks"], line["gaps"], line["errors"]) == ("exact", "12", "0", "0")
-    assert line["lag"] == "-"  # nothing has come live
+    assert line["lag"] == "-"  # no batch has arrived live
     assert "1 pod: 1 exact; 12 blocks" in out
 
 
@@ -327,7 +327,7 @@ def test_rates_and_the_lines_that_fit(pod):
 @pytest.mark.parametrize("width", [80, 100, 120])
 @pytest.mark.parametrize("name", ["p", "prod/deepseek-v3-decode-6b5c8d7f9d-abcd"])
 def test_a_hundred_pods_in_a_small_terminal(width, name):
-    """Pod, state and reason can be read however long the reasons are, and nobody is left out in silence."""
+    """Pod, state and reason stay readable for reasons of any length, and no pod is left out silently."""
     with EventManager(PrefixIndex(block_size=4), policy=BRISK) as manager:
         for number in range(100):
             manager.add_pod(PodSource(f"{name}{number}", endpoint=f"tcp://127.0.0.1:{number + 1}"))
@@ -348,7 +348,7 @@ def test_figures_that_are_not_0_have_their_column_before_those_that_are(pod):
     with EventManager(PrefixIndex(block_size=8), policy=BRISK) as manager:
         pod.publish(3)
         manager.add_pod(PodSource.from_string(word(pod)))
-        until(lambda: sum(manager.status()["pod"].errors.values()) == 3, LONG)  # one a batch
+        until(lambda: sum(manager.status()["pod"].errors.values()) == 3, LONG)  # one per batch
         until(lambda: manager.status()["pod"].state == "degraded", LONG)
         with Console(width=80) as console, console.capture() as capture:
             console.print(top.View(manager).table(80, 24))
@@ -371,7 +371,7 @@ def test_whoever_ends_it_gets_the_terminal_back(number, refusing):
             assert select.select([parent], [], [], LONG)[0], seen
             seen.extend(os.read(parent, 1 << 16))
         process.send_signal(number)
-        with suppress(OSError):  # what a terminal says whose other end is closed
+        with suppress(OSError):  # error of a terminal whose other end is closed
             while piece := os.read(parent, 1 << 16):
                 seen.extend(piece)
         assert process.wait(LONG) == (1 if number == signal.SIGINT else 128 + number)
@@ -414,7 +414,7 @@ def test_on_a_terminal_it_lives_until_it_is_interrupted():
         seen = bytearray()
 
         def read(*words):
-            end = time.monotonic() + LONG  # for all of it: a table that is drawn again and again never falls silent
+            end = time.monotonic() + LONG  # for everything: a table that is redrawn never falls silent
             while not all(word in seen for word in words):
                 assert select.select([parent], [], [], max(0, end - time.monotonic()))[0], seen
                 seen.extend(os.read(parent, 1 << 16))

@@ -1,4 +1,4 @@
-"""``kvindex verify``: equal where the router is set up as the engine is, and where it is not, the reason by name."""
+"""``kvindex verify``: equal if the router is configured like the engine, else the reason by name."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from kvindex.cli import main, verify
 from kvindex.sim import SimProcess
 from kvindex.sim import tokenizer as sim_tokenizer
 
-# The block-aligned and the repeated ones are among them, twice.
+# The requests include block-aligned and repeated prompts, twice.
 REQUESTS = 12
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
 def check(capsys, monkeypatch):
-    """Runs ``kvindex verify ARGUMENTS``; gives the status and what it printed."""
+    """Run ``kvindex verify ARGUMENTS``. Returns the status and the output."""
     monkeypatch.setenv("COLUMNS", "400")
     monkeypatch.setattr(verify, "EventManager", partial(EventManager, policy=BRISK))
 
@@ -47,7 +47,7 @@ def engine(**options):
 
 
 def word(pod, **options):
-    """The pod as the command line names it."""
+    """Return the pod as the command line names it."""
     endpoint, answers = pod.ranks[0]
     return ",".join([f"pod={endpoint}", answers, *(f"{name}={value}" for name, value in options.items())])
 
@@ -156,7 +156,7 @@ def test_an_adapter_that_is_taken_for_a_model_is_named(check):
 
 
 class Gateway(ThreadingHTTPServer):
-    """Hands requests on to a pod: ``change_request`` and ``change_answer`` are given the path and the JSON."""
+    """Forwards requests to a pod. ``change_request`` and ``change_answer`` get the path and the JSON."""
 
     daemon_threads = True
 
@@ -189,7 +189,7 @@ class Handler(BaseHTTPRequestHandler):
     def hand_on(self, body):
         gateway = self.server
         gateway.headers.append((self.path, self.headers.get("Authorization")))
-        # Without a connection that is kept: the command's own are looked for afterwards.
+        # No kept-alive connection, because the test looks for the command's own afterwards.
         with urllib3.PoolManager() as http:
             answer = http.request(self.command, gateway.engine + self.path, json=body)
         found = gateway.change_answer(self.path, answer.json() if answer.status == 200 else answer.data)
@@ -239,7 +239,7 @@ def test_what_a_gateway_changes_is_named(check, request_, answer, reason):
 
 
 def test_a_bos_that_only_one_side_adds_is_named(check):
-    # Chats alone: what is sent as token ids has the router's.
+    # Chats only: prompts sent as token ids have the router's tokens.
     for change, reason in (
         (less_its_first, "with token 256 before each prompt, which the engine adds (BOS), 8 of 12 are equal"),
         (with_one_more, "with prompts without their first token, which the engine does not add (BOS), 8 of 12 are"),
@@ -265,7 +265,7 @@ def test_a_base_model_without_a_template_is_sent_token_ids(check):
         assert {key for _, key in gateway.headers} == {"Bearer secret"}
 
 
-# What cannot be asked --------------------------------------------------------------------------------------------
+# Impossible comparisons ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

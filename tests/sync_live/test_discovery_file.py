@@ -1,4 +1,4 @@
-"""A watched file of pods: what it says is followed, whatever state somebody leaves it in for a while."""
+"""A watched file of pods: the manager follows its content, even after a temporary bad state of the file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def item(name, port=1, **more):
 
 
 def replace(path, text):
-    """As careful people write: nobody sees half of it."""
+    """Replace a file atomically, so that no reader sees half of it."""
     beside = path.with_suffix(".new")
     beside.write_text(text)
     os.replace(beside, path)
@@ -193,7 +193,7 @@ def test_a_broken_file_leaves_the_pods_as_they_are_and_is_logged_once(manager, t
 
 @pytest.fixture
 def looks(manager, tmp_path):
-    """A watched file, and a function that waits for so many looks at it."""
+    """Return a watched file and a function that waits for a number of looks at it."""
     path = tmp_path / "pods.yaml"
     path.write_text("".join(f"- {{name: p{n}, endpoint: 'tcp://127.0.0.1:{n + 1}'}}\n" for n in range(5)))
     count = []
@@ -282,7 +282,7 @@ def test_a_pod_that_can_not_be_followed_costs_the_others_nothing_and_is_tried_ag
         assert "blocks of 6 tokens" in watch.refused["odd"]
         manager.remove_pod("mine")
         until(lambda: set(watch.pods) == {"good", "mine"})
-        manager.remove_pod("good")  # somebody else's hand: the file has not changed, so it stays so
+        manager.remove_pod("good")  # removed by another call: the file has not changed, so the pod stays removed
         replace(path, json.dumps([item("mine")]))
         until(lambda: set(watch.pods) == {"mine"})
         until(lambda: not watch.refused)

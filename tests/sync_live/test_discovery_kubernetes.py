@@ -1,5 +1,7 @@
-"""Pods by label, from an API server of this file's own that speaks the list and watch of pods, and every way in which a
-real one is known to let go."""
+"""Pods by label, from a local API server with the list and watch of pods.
+
+The server simulates every way in which a real one is known to end a watch.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ WATCHED = "true"
 
 
 class Cluster:
-    """Pods, their versions, and the HTTP server that tells of them."""
+    """Pods, their versions, and the HTTP server that reports them."""
 
     def __init__(self):
         self.lock = threading.Lock()
@@ -35,7 +37,7 @@ class Cluster:
         self.watches = []  # (selector, namespace, queue of lines)
         self.asked = []
         self.failing = None  # an HTTP status instead of an answer
-        self.gone = False  # every watch is told that its version is too old
+        self.gone = False  # every watch ends because its version is too old
         self.page = None  # pods in one answer
         self.pages = []
         cluster = self
@@ -116,7 +118,7 @@ class Cluster:
                 request.wfile.flush()
             request.wfile.write(b"0\r\n\r\n")
         except OSError:
-            pass  # whoever watched has gone
+            pass  # the watching client has gone
         request.close_connection = True
 
     @staticmethod
@@ -297,7 +299,7 @@ def test_one_namespace_other_ports_and_a_label_of_ones_own(cluster, manager):
 
 
 def test_a_pod_says_its_own_model_and_ports(cluster, manager, caplog):
-    """By labels or annotations; a label goes first."""
+    """The model and ports come from labels or annotations. A label takes precedence."""
     labels = {ENABLED: "true", "kvindex.io/port": "7001", "model.aibrix.ai/port": "9000", "role": "decode"}
     notes = {"team/model": "org/llama", "kvindex.io/port": "1", "kvindex.io/replay-port": "7002"}
     cluster.put("a", labels=labels, annotations=notes)
@@ -331,7 +333,7 @@ def test_a_list_in_pages_is_read_to_its_end(cluster, manager):
 
 
 def test_a_server_that_forgets_every_version_is_asked_ever_more_rarely(cluster, manager, monkeypatch):
-    """A list and a watch in a loop without a wait were 900 requests a second."""
+    """Repeating a list and a watch without a wait made 900 requests a second."""
     monkeypatch.setattr(module, "BACK_OFF", (0.001, 0.016))
     waits = []
     cluster.put("a")
@@ -390,7 +392,7 @@ def test_a_watch_that_ends_is_taken_up_where_it_was(cluster, manager):
 def test_what_is_no_event_leads_to_a_new_list(cluster, manager, line):
     with KubernetesPods(manager, api=cluster.api) as pods:
         watching(cluster)
-        with cluster.lock:  # something happens that this watch does not tell
+        with cluster.lock:  # an event that this watch does not report
             watches, cluster.watches = cluster.watches, []
         cluster.put("a")
         with cluster.lock:

@@ -1,4 +1,4 @@
-"""What a router author pastes, run as it stands against pods in processes of their own."""
+"""The examples for router authors, run unchanged with pods in processes of their own."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def fleet():
 
 
 class Router:
-    """The example as a process that is asked line by line."""
+    """The example as a process that answers line by line."""
 
     def __init__(self, pods):
         arguments = [f"{pod.config.name}={','.join(pod.ranks[0])},engine={pod.options['engine']}" for pod in pods]
@@ -62,7 +62,7 @@ class Router:
 
 
 def reused(pods, tokens):
-    """What each pod itself says it would reuse of these tokens."""
+    """Return the number of tokens that each pod itself would reuse."""
     return {pod.config.name: pod.truth(tokens)[0] for pod in pods}
 
 

@@ -1,4 +1,4 @@
-"""A pod over its limit among pods that keep to theirs, on real sockets, connected to and connecting."""
+"""A pod over its limit among pods below theirs, on real sockets, for both directions of the connection."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def shown(view: top.View) -> str:
 
 @pytest.mark.parametrize("bound", [False, True])
 def test_a_flood_is_slowed_down_and_the_others_are_not(index, manager, bound):
-    """Everything arrives in the end, for there is room for it on the way; never faster than the limit."""
+    """All batches arrive in the end, because the queues have room for them, but never faster than the limit."""
     names = ["flood", "quiet", "other"]
     times = []
     manager.tap(lambda item: times.append(time.monotonic()) if item.pod == "flood" else None)
@@ -55,7 +55,7 @@ def test_a_flood_is_slowed_down_and_the_others_are_not(index, manager, bound):
             assert manager.wait_until_current(30.0)
         for pod in pods.values():
             until(lambda pod=pod: pod.publish() or manager.status().get(pod.name) or time.sleep(0.01))
-            pod.publish(clear=True)  # what was published before anybody heard it does not matter any more
+            pod.publish(clear=True)  # batches from before the connection no longer matter
         view = top.View(manager)
         started, before = time.monotonic(), len(times)
         pods["flood"].publish(FLOOD)
@@ -63,7 +63,7 @@ def test_a_flood_is_slowed_down_and_the_others_are_not(index, manager, bound):
             for name in ("quiet", "other"):
                 pods[name].publish()
                 until(lambda name=name: whole(index, pods[name]))
-            time.sleep(0.005)  # or they would be near their limits too
+            time.sleep(0.005)  # keeps them below their own limits
         assert whole(index, pods["flood"])
         until(lambda: manager.is_current())
         assert {name: index.pod_state(name) for name in names} == dict.fromkeys(names, "exact")

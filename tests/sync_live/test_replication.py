@@ -1,4 +1,4 @@
-"""Replication over a real server: the machines' decisions are carried out, and nothing that a server does raises."""
+"""Replication over a real server: the machines' decisions are carried out, and no behaviour of a server raises."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def source(pod: LivePublisher, **options: Any) -> PodSource:
 
 
 def knows(view: ReplicatedIndex, pod: LivePublisher) -> bool:
-    """Whether an exact answer is all that the pod has published."""
+    """Return whether the exact answer includes everything that the pod has published."""
     chain = pod.chain()
     match = view.index.match_prefix(chain, model="m", only_exact=True)
     return match.tokens == ({pod.name: len(chain)} if chain else {}) and view.index.pods().get(pod.name) == "exact"
@@ -105,7 +105,7 @@ def test_followers_have_what_the_collector_has_and_one_takes_its_place(server: A
             second.remove_pod("a")
             until(lambda: "a" not in third.index.pods() and not third.pods())
             assert [change.removed for change in told if change.removed] == [("a",)]
-            # The log is silent after 0.3 s here, which a busy machine may take.
+            # In this test the log counts as silent after 0.3 s, which a busy machine may exceed.
             until(lambda: not third.status().reason)
             assert (third.role, third.status().holes) == ("follower", 0)
             assert second.status().takeovers == 1
@@ -126,7 +126,7 @@ def agrees_with_its_collector(view: ReplicatedIndex, collector: ReplicatedIndex)
 
 
 def trimmed(client: Any) -> bool:
-    # A server trims whole nodes of its tree, of 100 entries.
+    # A server trims whole nodes of its tree, with 100 entries each.
     client.execute_command("CONFIG", "SET", "stream-node-max-entries", "10")
     found = client.xinfo_stream("{kv:t:0}:log")
     return found["length"] < found["entries-added"] - 10
@@ -153,7 +153,7 @@ def test_what_is_late_begins_with_a_snapshot_and_the_log_is_trimmed(server: Any,
             until(lambda: knows(late, pod))
             choice = picker.pick(pod.chain(), model="m")
             assert choice is not None
-            # What it reads next does not follow what it has: it begins anew, with another snapshot.
+            # Its next entry does not follow its last one, so it starts from scratch with another snapshot.
             until(lambda: goes_back(late) and knows(late, pod))
             assert late.status().snapshots == 2
             assert late.index is index, "whoever has it has the new content"
@@ -209,7 +209,7 @@ def test_another_fleet_under_the_same_name_is_named_and_neither_is_disturbed(
 def test_a_silent_log_is_named_for_as_long_as_it_is(
     server: Any, pod: LivePublisher, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nobody writes, and nothing fails: a follower hears of it by hearing nothing."""
+    """No collector writes, and nothing fails: a follower can only detect the silence."""
     with caplog.at_level(logging.INFO, "kvindex.replication"), view_of(server, collect=False) as second:
         for _ in range(2):
             with view_of(server) as first:
@@ -230,7 +230,7 @@ def test_a_silent_log_is_named_for_as_long_as_it_is(
 def test_who_follows_the_engines_is_stale_while_it_does_not_hear_them(
     server: Any, pod: LivePublisher, log: bool
 ) -> None:
-    """A process that was suspended has not read what came meanwhile."""
+    """A suspended process has not read the batches of the meantime."""
     with view_of(server, log=log) as first:
         first.add_pod(source(pod))
         pod.publish(3)
@@ -288,7 +288,7 @@ def test_a_log_of_an_older_version_is_named_and_begun_anew(server: Any, pod: Liv
                 until(lambda: knows(other, pod) and knows(view, pod))
 
 
-#: Of two shards, "a" is in the first and "e" in the second.
+#: With two shards, "a" is in the first and "e" in the second.
 IN_BOTH = ("a", "e")
 
 
@@ -300,7 +300,7 @@ def both() -> Iterator[list[LivePublisher]]:
 
 
 def know(view: ReplicatedIndex, pods: list[LivePublisher]) -> bool:
-    """Whether each pod is exact, and each answer is that of an index that got every batch itself."""
+    """Return whether each pod is exact and each answer is that of an index that got every batch itself."""
     return view.inexact() == {} and all(
         view.index.match_prefix(pod.chain(), model="m", only_exact=True).tokens.get(pod.name) == len(pod.chain())
         for pod in pods
@@ -331,7 +331,7 @@ def test_each_candidate_collects_a_shard_and_a_silent_one_makes_its_own_pods_sta
             assert choice is not None
             assert choice.pod in IN_BOTH
 
-            gone = roles.index(["collector", "follower"])  # it has the shard of "a"
+            gone = roles.index(["collector", "follower"])  # the collector of the shard with "a"
             stays = views[1 - gone]
             stays._shards[0].machine.candidate = False
             views[gone].close()
@@ -475,7 +475,7 @@ def test_snapshots_alone_let_a_late_starter_be_exact(server: Any) -> None:
         first.add_pod(source(pod))
         pod.publish(4)
         until(lambda: knows(first, pod))
-        for _ in range(8):  # the publisher's buffer goes round
+        for _ in range(8):  # the publisher's buffer wraps around
             pod.publish(4)
             until(lambda: knows(first, pod))
         assert first.role == "direct"
@@ -648,7 +648,7 @@ def test_the_command_serves_a_log_and_says_what_it_is_worth(server: Any, pod: Li
     try:
         assert process.stdout is not None
         port = int(process.stdout.readline().rpartition(":")[2])
-        # Nobody collects yet: a log that is not current has no pods to wait for, and it is waited for itself.
+        # There is no collector yet. An outdated log has no pods to wait for, so the command waits for the log itself.
         until(lambda: asked(port, "/readyz") == (503, {"ready": False, "reason": "reading the log"}))
         with view_of(server) as first:
             first.add_pod(source(pod, address="http://a", labels={"kvindex.io/instance": "7"}, engine="vllm"))

@@ -1,4 +1,4 @@
-"""The service over real sockets: its own routes, and those of peers as their documentation shows them."""
+"""The service over real sockets: its own routes, and those of peers in the format of their documentation."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NO_PUBLISHER = "tcp://127.0.0.1:9"
 
 
 class Client:
-    """One connection; JSON in and out."""
+    """One connection with JSON requests and answers."""
 
     def __init__(self, connection, token=None):
         self.connection = connection
@@ -98,7 +98,7 @@ def pods():
 
 @pytest.fixture
 def served(pods):
-    """A service that follows two pods; a holds 4 blocks of PROMPT, b 2."""
+    """Run a service that follows two pods. Pod a holds 4 blocks of PROMPT, and b holds 2."""
     with running() as made:
         for name, pod in pods.items():
             made.manager.add_pod(PodSource(name, ranks=pod.ranks, model="sim", engine="vllm", address=f"http://{name}"))
@@ -117,7 +117,7 @@ def held(served):
     return {pod: match[pod].held for pod in match}
 
 
-# ---- ours
+# ---- kvindex's own paths
 
 
 def test_a_match_by_tokens_and_by_bytes(served):
@@ -378,7 +378,7 @@ def test_samples_of_dynamos_indexer(pods):
         assert list(served.manager.pods()) == ["2|default|1"]
 
 
-# ---- what is refused
+# ---- refused requests
 
 
 def has(served, method, path, body, status, reason, field):
@@ -478,7 +478,7 @@ def test_10_mb_of_brackets_are_refused_where_they_are_found(opening):
     with running(limits=Limits(max_body=16 << 20)) as served:
         for path in ("/v1/match", "/query", "/register"):
             status, said = served.ask("POST", path, nested)
-            # Whichever is met first: a field that is unknown, a token that is an array, or too deep a nesting.
+            # The first defect wins: an unknown field, a token that is an array, or too deep a nesting.
             assert (status, said["reason"] in ("invalid_json", "unknown_field", "invalid_type")) == (400, True), said
         assert served.service.gate.receiving == 0
     with running() as served:  # the default limit is below it
@@ -486,7 +486,7 @@ def test_10_mb_of_brackets_are_refused_where_they_are_found(opening):
 
 
 def test_a_registration_of_what_is_no_publisher_harms_nobody(served, pods):
-    """A port that accepts connections and speaks something else; then the same instance again."""
+    """A port accepts connections but speaks another protocol. Then the same instance registers again."""
     with socket.create_server(("127.0.0.1", 0)) as http_server:
         endpoint = f"tcp://127.0.0.1:{http_server.getsockname()[1]}"
         asked = {"instance_id": 7, "endpoint": endpoint, "model_name": "sim", "block_size": 16}
@@ -573,7 +573,7 @@ def test_a_thousand_clients_that_do_not_read_keep_nobody_waiting(served, pods):
             slow.append(sock)
             sock.sendall(request)
         assert served.ask("POST", "/v1/match", {"tokens": PROMPT})[1]["best"]["tokens"] == 64
-        # And the streams flow.
+        # The streams still arrive.
         another = list(range(5000, 5064))
         pods["b"].serve(another)
         until(lambda: served.index.match_prefix(another, model="sim")["b"].held == 64)
@@ -667,7 +667,7 @@ def test_a_new_replica_starts_from_a_living_one(pods):
 
 
 class Large(PrefixIndex):
-    """One whose snapshot is more than the buffers of a connection hold."""
+    """An index whose snapshot is larger than the buffers of a connection."""
 
     def dumps(self):
         return bytes(32_000_000)
@@ -694,7 +694,7 @@ def test_a_restart_continues_from_its_snapshot(tmp_path, caplog):
     index, sources = restored(path, {}, 16)
     assert index.match_prefix(list(range(48)), model="deepseek")["vllm-prefill-node1"].held == 48
     assert [source.labels["kvindex.io/additional-salt"] for source in sources] == ["w8a8"]
-    # What cannot be used is said, and costs nobody the start.
+    # An unusable file is reported and does not prevent the start.
     damaged = bytearray((tmp_path / "index").read_bytes())
     damaged[8] = 99
     (tmp_path / "index").write_bytes(damaged)
@@ -756,7 +756,7 @@ def test_the_command_saves_when_it_is_ended_and_goes_on_from_there(pods, tmp_pat
     assert before[1]["scores"] == {"1": {"0": 64}}
     assert first.end() == 0
     second = Command("--snapshot", tmp_path / "index")
-    # Its content is there at once, and exact as soon as the stream has shown its place.
+    # The content is there at once, and exact as soon as the stream has confirmed its place.
     assert second.ask("POST", "/query", asked)[1]["scores"] == {"1": {"0": 64}}
     until(lambda: second.ask("POST", "/query", asked) == before)
     assert second.end(signal.SIGINT) == 0
@@ -796,7 +796,7 @@ def test_the_command_reads_a_token_and_refuses_bad_options(tmp_path, capsys):
 
 
 def marked(name):
-    """Processes with this name in their environment, which children inherit."""
+    """Return the processes with this name in their environment, which children inherit."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
@@ -820,7 +820,7 @@ def test_the_demo_loses_a_pod_gets_it_back_and_leaves_no_process():
                 if pod["state"] == "exact":
                     (again if pod["restarts"] else exact).add(name)
 
-        # By name: while one of them is exact again, the next may be gone.
+        # By name: while one pod becomes exact again, the next one may be gone.
         assert set(pods()) == {"pod-0", "pod-1"}
         until(lambda: look() or again)
         assert "pod-0" in exact

@@ -1,4 +1,4 @@
-"""Requests of one router that the others see, over a real server."""
+"""Requests of one router that the other routers see, over a real server."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Router:
         return choice
 
     def loads(self) -> tuple[int, int, int]:
-        """Requests, tokens to prefill and tokens of context of pod a."""
+        """Return the requests, the tokens to prefill and the tokens of context of pod a."""
         row = self.picker.stats()["workers"]["a", 0]
         return row["requests"], row["prefill_tokens"], row["context_tokens"]
 

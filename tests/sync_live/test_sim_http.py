@@ -1,4 +1,4 @@
-"""A simulated pod that is asked as an engine is: its numbers are those of its cache, and the index expects them."""
+"""A simulated pod with an engine's API: it reports the numbers of its cache, which the index must predict."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_every_requests_cached_tokens_are_the_expected_ones(pods):
 
 
 def applied(manager, pods):
-    """Whatever the pods have published is in the index."""
+    """Wait until all published batches of the pods are in the index."""
     seqs = {name: pod.seqs() for name, pod in pods.items()}
     for _ in range(20_000):
         status = manager.status()

@@ -1,4 +1,4 @@
-"""A process that is suspended, and its answer right after it continues."""
+"""A suspended process, and its answer right after it continues."""
 
 from __future__ import annotations
 

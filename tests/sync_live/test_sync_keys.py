@@ -1,4 +1,4 @@
-"""CURVE: only a publisher that has the secret key is believed, and what it sends is encrypted."""
+"""CURVE: only a publisher with the secret key is trusted, and its messages are encrypted."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_publisher_without_the_secret_key_is_ignored(index, manager, publisher
 
 
 class Wire(Proxy):
-    """Keeps what passes, and changes a bit of the last token of a batch, once, when it is told to."""
+    """Keeps all passing data, and on request changes one bit of a batch's last token, once."""
 
     def __init__(self, endpoint: str) -> None:
         self.seen = b""
@@ -86,7 +86,7 @@ class Wire(Proxy):
 
 @pytest.fixture
 def wired(manager):
-    """Follow a pod over a :class:`Wire`; the replays of one with keys are asked for without it."""
+    """Follow a pod over a :class:`Wire`. For a pod with keys, replays bypass it."""
     wires = []
 
     def follow(pod: LivePublisher, **options: Any) -> Wire:
@@ -124,7 +124,7 @@ def test_what_is_changed_on_the_way_is_not_believed(index, manager, wired):
 
 
 def test_what_is_changed_on_the_way_is_believed_without_keys(index, manager, wired):
-    """Or the test above would show nothing; events carry no checksum."""
+    """Otherwise the test above would prove nothing: events have no checksum."""
     with LivePublisher() as pod:
         wire = wired(pod)
         until(lambda: pod.publish(clear=True) or manager.status()["pod"].batches or time.sleep(0.01))
@@ -201,7 +201,7 @@ def connecting(endpoint: str, name: str, secret: str | None, **options) -> LiveP
 
 
 def heard(index: PrefixIndex, manager: EventManager, pod: LivePublisher) -> None:
-    """Publish until it is heard; then nothing that was not matters any more, and all of it is there."""
+    """Publish until a batch arrives, then clear, so that earlier losses do not matter, and wait for the rest."""
     until(lambda: pod.publish() or pod.name in manager.status() or time.sleep(0.01))
     pod.publish(clear=True)
     pod.publish(5)
@@ -237,7 +237,7 @@ def test_only_those_publishers_connect_that_are_admitted(index, manager):
         known.publish()
         until(lambda: held(index, known) == len(known.chain(0)))
         assert set(manager.status()) == {"known"}
-        # A pod that is declared later is admitted by its own key, the next time that it tries.
+        # A pod that is declared later is admitted by its own key at its next attempt.
         manager.add_pod(PodSource("other", model="m", server_key=OTHER_PUBLIC))
         until(lambda: other.publish() or manager.status()["other"].batches or time.sleep(0.01))
         other.publish(clear=True)
@@ -252,7 +252,7 @@ def test_nobody_speaks_for_another_ones_pod(index, manager, declared):
         manager.add_pod(PodSource("pod", model="m", server_key=PUBLIC))
     with connecting(endpoint, "pod", SECRET) as pod, connecting(endpoint, "pod", OTHER_SECRET) as liar:
         if declared:
-            # Even before the pod itself has said anything.
+            # Even before the pod itself has published a batch.
             until(lambda: liar.publish() or manager.faults().get("foreign_key") or time.sleep(0.01))
             until(lambda: pod.publish() or manager.status()["pod"].batches or time.sleep(0.01))
         heard(index, manager, pod)

@@ -1,4 +1,4 @@
-"""The manager over real sockets: publishers in this process, one of every fault, and pods that must notice nothing."""
+"""The manager over real sockets: publishers with every kind of fault, and other pods that must not be affected."""
 
 from __future__ import annotations
 
@@ -116,10 +116,10 @@ def test_ports_that_follow_each_other_need_no_list(index, manager):
 
 @pytest.mark.parametrize("with_topic", [False, True])
 def test_both_framings_of_a_replay(index, with_topic):
-    # Patient: a publisher that is kept from its turn by a loaded machine has not come to the end.
+    # Generous limits: a publisher that is delayed by a loaded machine has not finished its answer.
     patient = replace(BRISK, replay_timeout=20.0, replay_pause=20.0)
     with LivePublisher(with_topic=with_topic) as pod, EventManager(index, policy=patient) as manager:
-        pod.publish(400)  # long enough to be asked for its end again
+        pod.publish(400)  # long enough that its end is asked for again
         manager.add_pod(source(pod))
         assert manager.wait_until_current(20.0)
         check_equal(index, pod)
@@ -135,12 +135,12 @@ def test_names_are_looked_up(index, manager, pod):
 
 
 def test_a_name_that_takes_longer_to_look_up_than_a_connection_may_take_is_connected_to(index, pod, monkeypatch):
-    """A resolver waits 5 s for each name server that is silent."""
+    """A resolver waits 5 s for each silent name server."""
     real, patience = socket.getaddrinfo, []
 
     def slow(host, *args, **how):
         if host == "slow.test":
-            # Longer than all that a connection may take, by the manager's own clock.
+            # Longer than the limit for a connection, by the manager's own clock.
             until(lambda: patience and time.monotonic() > patience[0])
             host = "127.0.0.1"
         return real(host, *args, **how)
@@ -158,7 +158,7 @@ def test_a_name_that_takes_longer_to_look_up_than_a_connection_may_take_is_conne
 
 
 def test_ipc_endpoints(index, manager, tmp_path, monkeypatch):
-    # A socket's path has room for 104 bytes on some systems, and pytest's directories are longer there.
+    # The path of a socket is limited to 104 bytes on some systems, and pytest's directories are longer there.
     monkeypatch.chdir(tmp_path)
     with LivePublisher(endpoint="ipc://live", replay_endpoint="ipc://replay") as pod:
         pod.publish(3)
@@ -220,7 +220,7 @@ def test_every_fault_is_healed_and_another_pod_notices_nothing(index, manager, p
         manager.add_pod(source(pod))
         manager.add_pod(source(other))
         assert manager.wait_until_current(20.0)
-        # That it has become exact may be told after the wait for it has ended.
+        # The change to exact may be reported after the wait for it has ended.
         manager.on_change(lambda change: changes.append(change.pod) if change.new != "exact" else None)
         for name, value in fault.items():
             setattr(pod.faults, name, value)
@@ -351,7 +351,7 @@ def test_an_event_of_unknown_kind_degrades_what_holds_something_and_is_named(ind
 
 @pytest.mark.parametrize("ahead", [[[5]], [[5, 6, 7]], None])
 def test_an_option_that_the_stream_contradicts_has_no_effect_and_is_told_once(index, manager, pod, caplog, ahead):
-    """Hashes that cover the draft model's tokens need no block dropped; without them ``eagle`` counts."""
+    """Hashes that cover the draft model's tokens need no block dropped. Without them, ``eagle`` counts."""
     tokens = list(range(5))
     event = {"type": "BlockStored", "block_hashes": [7], "parent_block_hash": None, "token_ids": tokens[:4]}
     if ahead is not None:
@@ -427,7 +427,7 @@ def test_events_of_unknown_kind_leave_the_state_and_say_so_where_nothing_is_held
 
 
 class BusyIndex(PrefixIndex):
-    """Takes nothing while it is busy."""
+    """An index that blocks every batch while it is busy."""
 
     _at_work = threading.Lock()
 
@@ -440,7 +440,7 @@ class BusyIndex(PrefixIndex):
 
 
 def flood(pod: LivePublisher, count: int) -> None:
-    """Batches of 100 kB: 300 of them are more than the system takes for a socket."""
+    """Publish batches of 100 kB. 300 of them exceed the system's buffer for a socket."""
     padding = b"x" * 100_000
     for _ in range(count):
         number = pod.count[0]
@@ -477,7 +477,7 @@ def test_a_flood_with_nobody_to_ask_is_degraded_and_every_lost_batch_is_counted(
         with index.busy():
             flood(pod, 300)
         other.publish(3)
-        # The last one may be among those that are lost; what comes in peace is not.
+        # The last batch may be among the lost ones. Later batches, without a flood, are not lost.
         until(lambda: manager.status()["pod"].last_seq >= pod.count[0] - 1 or pod.publish(1) or time.sleep(0.2))
         assert caught_up(manager, pod)
         status = manager.status()["pod"]
@@ -490,7 +490,7 @@ def test_a_flood_with_nobody_to_ask_is_degraded_and_every_lost_batch_is_counted(
         check_equal(index, other)
 
 
-# Frames and payloads that are none, by the counter that has to name them. None is the number of the next batch.
+# Invalid frames and payloads by the counter that must report them. None stands for the number of the next batch.
 MESSAGES = {
     "bad_frame_count": [[b"kv@pod@m"], [b"kv@pod@m", None], [b"kv@pod@m", None, b"", b"noise"], [b"kv@pod@m"] * 9],
     "bad_seq_size": [[b"kv@pod@m", b"\0" * 7, b"noise"], [b"kv@pod@m", b"\0" * 9, b"noise"], [b"kv@pod@m", b"", b""]],
@@ -521,7 +521,7 @@ def test_a_message_that_is_none_is_counted_by_name_and_another_pod_notices_nothi
         assert set(manager.status()["pod"].errors) == {reason}
         until(lambda: caught_up(manager, other))
         check_equal(index, other)
-        # That it has become exact may be told after the wait for it.
+        # The change to exact may be reported after the wait for it.
         assert not [change for change in changes if change.pod == "other" and change.new != "exact"]
         assert manager.status()["other"].errors == {}
 
@@ -554,7 +554,7 @@ def test_replies_that_are_none_are_counted_by_name_and_the_others_are_taken(inde
 
 
 def test_a_batch_that_the_index_can_not_take_is_a_hole_and_nothing_worse(pod):
-    """Whatever it raises: that worker is not exact until it starts from nothing, and the stream goes on."""
+    """For any exception, the worker is not exact until it starts from scratch, and the stream goes on."""
     refuse = []
 
     class Refusing(PrefixIndex):
@@ -583,7 +583,7 @@ def test_a_batch_that_the_index_can_not_take_is_a_hole_and_nothing_worse(pod):
 
 
 class Failing(PrefixIndex):
-    """Raises in one of its methods, for ``pod`` only, as often as it is set to."""
+    """Raises in one of its methods, only for ``pod``, as often as configured."""
 
     failing = ""
     times = 0
@@ -618,11 +618,11 @@ def test_an_index_that_fails_for_one_pod_is_asked_again_and_another_pod_notices_
         other.publish(3)
         until(lambda: not index.times and all(caught_up(manager, each) for each in (pod, other)))
         until(lambda: index.pod_state("pod") == "exact")
-        # Nothing of the process that is gone: its blocks were the new one's too, had it not been cleared after all.
+        # No block of the old process is left. Without the clear, its blocks would count for the new process too.
         assert index.worker_stats("pod")[0]["blocks"] == 3
         for each in (pod, other):
             check_equal(index, each)
-        # Its first change to exact may come after it is current.
+        # Its first change to exact may be reported after it is current.
         assert not [each for each in changes if each.pod == "other" and each.new != "exact"]
 
 
@@ -649,8 +649,10 @@ def test_a_pod_that_can_not_be_cleared_claims_nothing_until_it_can(pod):
 
 
 def test_endpoints_that_are_none(index, pod):
-    """Refused, unknown by name, speaking HTTP, saying nothing: each is stale and counted, and the other pod is
-    exact."""
+    """The pod of each bad address is stale and counted, and the other pod is exact.
+
+    The addresses refuse, have an unknown name, speak HTTP or are silent.
+    """
     http = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"
     with (
         listener(http) as speaks,
@@ -679,7 +681,7 @@ def test_endpoints_that_are_none(index, pod):
 
 
 def test_attempts_to_connect_leave_nothing_in_memory(index):
-    """pyzmq's own reader of socket events makes an enum member of the random time in each, and keeps it for ever."""
+    """pyzmq's own reader of socket events creates an enum member for each event's random time and keeps it forever."""
     free = socket.create_server(("127.0.0.1", 0))
     endpoint = f"tcp://127.0.0.1:{free.getsockname()[1]}"
     free.close()
@@ -693,7 +695,7 @@ def test_attempts_to_connect_leave_nothing_in_memory(index):
 
 
 def test_replay_endpoints_that_are_none(index, pod):
-    """The stream itself is fine, and what it brings is applied; but nobody says what was before."""
+    """The stream itself works and its batches are applied, but no endpoint replays the earlier ones."""
     http = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"
     with (
         listener(http) as speaks,
@@ -721,7 +723,7 @@ def test_replay_endpoints_that_are_none(index, pod):
             status = manager.status()[name]
             assert (status.state, status.workers[0].replays_failed) == ("degraded", 1)
             assert status.batches + status.lost_batches == status.last_seq + 1
-        # A clear by the engine is a clean start, which needs nobody's word.
+        # A clear by the engine is a clean start that needs no replay.
         publish(1, clear=True)
         publish(2)
         until(lambda: all(status.state == "exact" for status in manager.status().values()))
@@ -741,7 +743,7 @@ def test_a_publisher_that_comes_up_later_is_found(index, manager):
 
 
 def test_more_pods_than_replays_at_once_wait_only_for_those_before_them(index):
-    """A replay that is over makes room for the next: nothing else does here, for nobody asks again for a minute."""
+    """Only a finished replay makes room for the next one here, because no stream asks again for a minute."""
     policy = StreamPolicy(idle_probe=(60.0, 60.0))
     with ExitStack() as stack:
         manager = stack.enter_context(EventManager(index, policy=policy, max_replays=1))
@@ -772,7 +774,10 @@ def test_a_topic_is_compared_whole(index, manager):
 
 
 def test_an_address_that_another_models_engine_has_taken_over_is_not_exact(index, manager, pod):
-    """Where no topic is named the first one counts; but it names a model, and the next connection's names another."""
+    """Without a configured topic, the first one counts.
+
+    It contains a model, and the next connection's topic has another.
+    """
     pod.publish(3)
     manager.add_pod(PodSource("pod", endpoint=pod.ranks[0][0], replay_endpoint=pod.ranks[0][1], model="m"))
     assert manager.wait_until_exact(20.0) == {}
@@ -791,13 +796,13 @@ def test_an_address_that_another_models_engine_has_taken_over_is_not_exact(index
     assert status.state == "degraded"
     for told in (pod.ranks[0][0], "'kv@other@another'", "'kv@pod@m'"):
         assert told in status.reason
-    # A pod of another name that serves the same model is the next deployment.
+    # A pod of another name with the same model is the next deployment.
     taken_over(b"kv@10.0.0.7@m")
     assert manager.wait_until_exact(20.0) == {}
 
 
 def test_a_topic_that_names_another_model_is_told_of(manager, pod):
-    """It may be an alias, so it is no reason not to be exact."""
+    """The name may be an alias, so it does not change the state."""
     pod.publish(1)
     manager.add_pod(PodSource("pod", endpoint=pod.ranks[0][0], replay_endpoint=pod.ranks[0][1], model="alias"))
     assert manager.wait_until_exact(20.0) == {}
@@ -869,7 +874,7 @@ def test_ranks_that_share_one_publisher_are_kept_apart(index, manager, pod, firs
     assert [status.workers[rank].blocks for rank in (first, 1 - first)] == [3, 2]
     pod.publish_raw(msgpack.packb([time.time(), [["AllBlocksCleared"]], first]))
     until(lambda: index.match_prefix(prompt, model="m")["pod"].ranks == {1 - first: 8})
-    assert index.stream_places("pod") == {}  # none of them has all of the sequence
+    assert index.stream_places("pod") == {}  # no connection has the complete sequence
     manager.close()
     assert {each["state"] for each in index.worker_stats("pod").values()} == {"stale"}
 
@@ -919,7 +924,7 @@ def test_another_socket_at_the_endpoint_is_named_as_what_it_is(manager, kind):
 
 @pytest.mark.parametrize("publishes", [True, False])
 def test_a_publisher_of_an_old_protocol_is_named_as_what_it_is(index, publishes):
-    """libzmq takes its messages, but says of no connection to it that it stands."""
+    """libzmq delivers the messages of such a publisher, but never reports a connection to it as established."""
     answer = b"\xff" + bytes(7) + b"\x01\x7f\x01\x01" + b"\0\0"  # ZMTP 2.0, PUB, no identity
     if publishes:
         body = encoded(stored([1], range(4)))
@@ -1027,7 +1032,7 @@ def test_a_pod_of_one_worker_says_what_its_worker_says(manager, pod):
 
 
 def test_lag_is_of_live_batches(manager, pod):
-    """The age of a history says nothing of this router."""
+    """The age of a history is no measure of this router."""
     with pod.lock:
         pod.count[0] += 1
         pod.publishers[0].publish(msgpack.packb([time.time() - 3600, [["AllBlocksCleared"]], 0]))
@@ -1040,7 +1045,7 @@ def test_lag_is_of_live_batches(manager, pod):
 
 
 def test_more_workers_than_libzmq_has_sockets_for_by_itself(index):
-    """Its own limit is 1,023 sockets, three a worker."""
+    """libzmq's own limit is 1,023 sockets, and a worker needs three."""
     with nothing_left_behind(), EventManager(index, policy=BRISK) as manager:
         ranks = {rank: (f"ipc:///nobody/{rank}", None) for rank in range(400)}
         manager.add_pod(PodSource("pod", ranks=ranks))
@@ -1051,7 +1056,7 @@ def test_more_workers_than_libzmq_has_sockets_for_by_itself(index):
 
 
 def test_descriptors_that_run_out_are_named_with_what_would_do(tmp_path):
-    """In a process of its own, for it has no descriptor left."""
+    """In a process of its own, because it has no descriptor left."""
     code = """
 import resource, sys, time
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
@@ -1180,7 +1185,7 @@ def test_changes_are_told_in_order_and_a_failing_callback_hurts_nobody(index, ma
         pod.restart()
         pod.publish(1)
         until(lambda: manager.status()["pod"].restarts == 1 and caught_up(manager, pod))
-        until(lambda: len(changes) >= 3)  # a state is there before it is told
+        until(lambda: len(changes) >= 3)  # a state is set before its callback runs
     assert changes == [("pod", 0, "stale", "exact"), ("pod", 0, "exact", "stale"), ("pod", 0, "stale", "exact")]
     end()
     end()
@@ -1189,7 +1194,7 @@ def test_changes_are_told_in_order_and_a_failing_callback_hurts_nobody(index, ma
 
 
 def test_a_tap_sees_what_the_index_sees(index, manager, caplog):
-    """Replayed, live, damaged and after a restart: in the order in which it is applied, whoever else listens."""
+    """A tap sees replayed, live and damaged batches and a restart in the index's order, despite other taps."""
     with LivePublisher(ranks=2) as pod:
         seen = []
 
@@ -1228,7 +1233,7 @@ def test_a_tap_sees_what_the_index_sees(index, manager, caplog):
 
 
 class Replica:
-    """An index to which nothing is done but the changes that a tap of another one is shown."""
+    """An index that gets only the changes that a tap of another index reports."""
 
     def __init__(self, manager: EventManager) -> None:
         self.index = PrefixIndex(block_size=4)
@@ -1261,7 +1266,7 @@ class Replica:
 
 
 def test_the_changes_that_a_tap_is_shown_make_an_equal_index(index, manager):
-    """Through a start beside old blocks, a restart, a batch that is no batch, a removal and a close."""
+    """Through a start beside old blocks, a restart, an invalid batch, a removal and a close."""
     index.ingest("pod", msgpack.packb([1.0, [["BlockStored", [7], None, [1, 2, 3, 4], 4]], 0]), model="m")
     replica = Replica(manager)
     replica.index.ingest("pod", msgpack.packb([1.0, [["BlockStored", [7], None, [1, 2, 3, 4], 4]], 0]), model="m")
@@ -1291,7 +1296,7 @@ def test_the_changes_that_a_tap_is_shown_make_an_equal_index(index, manager):
 
 
 def test_a_replica_of_a_stream_that_was_only_guessed_to_go_on_has_no_whole_place(index, manager):
-    """Without a replay endpoint nobody knows what a reconnect has missed, and another index must not say so either."""
+    """Without a replay endpoint, the batches lost in a reconnect are unknown. A replica must not claim to have them."""
     with LivePublisher(replay_endpoint=None) as pod:
         replica = Replica(manager)
         manager.add_pod(source(pod))
@@ -1321,7 +1326,7 @@ def test_nothing_of_a_pod_is_applied_that_a_tap_has_removed(index, pod, kind):
         manager.add_pod(source(pod))
         until(removed.is_set)
         pod.publish(9)
-        manager.add_pod(source(pod, ranks={0: ("tcp://127.0.0.1:1", None)}))  # the thread has had its turn after this
+        manager.add_pod(source(pod, ranks={0: ("tcp://127.0.0.1:1", None)}))  # now the thread has had its turn
         manager.remove_pod("pod")
         assert manager.status() == {}
         assert index.stats()["blocks"] == 0
@@ -1336,7 +1341,7 @@ def test_a_tap_may_add_the_pod_anew_that_it_is_shown(index, manager, pod):
         if isinstance(item, Batch) and len(begun) < 3:
             manager.remove_pod(item.pod)
             manager.add_pod(source(pod))
-            begun.append(item.seq)  # last: whoever waits for it asks for a pod that is there
+            begun.append(item.seq)  # last, because a thread that waits for it then needs the pod
 
     manager.tap(again)
     replica = Replica(manager)
@@ -1349,7 +1354,7 @@ def test_a_tap_may_add_the_pod_anew_that_it_is_shown(index, manager, pod):
 
 
 def test_pods_that_a_callback_removes_give_their_turn_for_replays_back(index):
-    """A pod that is removed while its replay is decided upon would otherwise have one for ever."""
+    """A pod that is removed while its replay is being decided would otherwise keep its turn forever."""
     with ExitStack() as stack:
         pods = [stack.enter_context(LivePublisher(name=f"p{number}")) for number in range(4)]
         manager = stack.enter_context(EventManager(index, policy=BRISK, max_replays=2))
@@ -1415,7 +1420,7 @@ def test_a_callback_may_remove_the_pod_it_is_told_of(index, manager, pod):
 
     def remove(change):
         manager.remove_pod(change.pod)
-        removed.set()  # its status goes a moment before what it held does
+        removed.set()  # its status disappears a moment before its blocks
 
     manager.on_change(remove)
     pod.publish(3)
@@ -1449,7 +1454,7 @@ def connected_publisher(endpoint: str, topic: str, **options) -> LivePublisher:
 
 
 def hear(pod: LivePublisher, manager: EventManager, name: str) -> None:
-    """Publish until the subscriber that has just met this publisher hears it: what comes before goes nowhere."""
+    """Publish until the new subscriber receives a batch: batches before its subscription are lost."""
     until(
         lambda: pod.publish(1) or (name in manager.status() and manager.status()[name].batches > 0) or time.sleep(0.02)
     )
@@ -1505,7 +1510,7 @@ def test_a_later_connection_takes_a_stream_over_and_is_not_exact_while_the_earli
     with connected_publisher(endpoint, "kv@pod@m", replay_endpoint=None) as old:
         hear(old, manager, "pod")
         with connected_publisher(endpoint, "kv@pod@m", replay_endpoint=None) as new:
-            new.life = 1  # its blocks are its own
+            new.life = 1  # with blocks of its own
 
             def both_speak() -> bool:
                 new.publish(1)

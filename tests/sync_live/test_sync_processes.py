@@ -1,4 +1,4 @@
-"""Pods in processes of their own that are killed, stopped and started again, against what they say of themselves."""
+"""Pods in processes of their own that are killed, stopped and restarted, compared with their own reports."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvindex.sim.workload import chat
 from kvindex.sync.manager import EventManager
 from kvindex.sync.source import PodSource
 
-# The conversations that the pods serve by themselves, so that what they are asked about is what they have seen.
+# The same conversations that the pods serve by themselves, so the questions are about prompts that they have seen.
 PROMPTS = [arrival.prompt.tokens for arrival in chat(conversations=32, turns=4, system_tokens=256, rate=8.0, seed=0)]
 
 
@@ -55,7 +55,7 @@ def follow(manager: EventManager, pods: list[SimProcess]) -> None:
 
 
 def at_rest(manager: EventManager, pods: list[SimProcess]) -> None:
-    """Nothing is on its way any more, and every pod is exact."""
+    """Wait until no batch is on its way and every pod is exact."""
     for pod in pods:
         seqs = pod.seqs()
         name = pod.config.name
@@ -71,7 +71,7 @@ def at_rest(manager: EventManager, pods: list[SimProcess]) -> None:
 
 
 def compare(index: PrefixIndex, pods: list[SimProcess], prompts: int = 40) -> int:
-    """Every rank's own answer, and the index's."""
+    """Compare every rank's own answer with the index's."""
     hits = 0
     for tokens in random.Random(1).sample(PROMPTS, prompts):
         for pod in pods:
@@ -110,7 +110,7 @@ def test_a_killed_pod_is_stale_and_its_successor_exact(index, manager, fleet):
     at_rest(manager, others)
     assert compare(index, others) > 0
     victim.launch()
-    # About as far as the one before was, so that numbers alone would not tell.
+    # About as many batches as before the kill, so the numbers alone do not show the restart.
     victim.ask("run", requests=45)
     until(lambda: manager.status()["array"].restarts == 1)
     at_rest(manager, fleet)
@@ -133,7 +133,7 @@ def test_a_pod_that_hangs_with_its_sockets_open_is_noticed(index, manager, fleet
         fleet[1].go_on()
     at_rest(manager, fleet)
     assert compare(index, fleet) > 0
-    # It was the same process all the time, so nothing had to be built again.
+    # It was the same process all the time, so nothing had to be rebuilt.
     assert manager.status()["map"].restarts == 0
     assert manager.status()["map"].blocks == blocks
 
@@ -155,7 +155,10 @@ def test_a_buffer_that_is_too_short_is_admitted_and_never_answers_too_much(index
 
 
 def test_restarts_in_any_order_while_everybody_serves(index, manager, fleet):
-    """Kills, restarts inside a process, faults and clears, at random places: at the end all are exact and equal."""
+    """Kills, restarts inside a process, faults and clears at random places.
+
+    At the end, all pods are exact and equal.
+    """
     follow(manager, fleet)
     dice = random.Random(3)
     for pod in fleet:
@@ -186,7 +189,7 @@ def test_restarts_in_any_order_while_everybody_serves(index, manager, fleet):
 
 
 def test_a_router_that_starts_warm_replays_only_the_rest(index, manager, fleet, tmp_path):
-    """While the router is away one engine starts anew and the others go on."""
+    """While the router is away, one engine restarts and the others go on."""
     newcomer, *others = fleet
     for pod in fleet:
         pod.ask("run", requests=40)
@@ -197,7 +200,7 @@ def test_a_router_that_starts_warm_replays_only_the_rest(index, manager, fleet, 
     seen = {pod.config.name: pod.seqs() for pod in fleet}
     newcomer.kill()
     newcomer.launch()
-    # About as far as the one before was, so that numbers alone would not tell.
+    # About as many batches as before the kill, so the numbers alone do not show the restart.
     newcomer.ask("run", requests=45)
     for pod in others:
         pod.ask("run", requests=10)
@@ -217,7 +220,7 @@ def test_a_router_that_starts_warm_replays_only_the_rest(index, manager, fleet, 
         worker = table[newcomer.config.name].workers[0]
         assert (worker.batches, worker.restarts) == (newcomer.seqs()[0], 1)
         assert "resumed" not in worker.counters
-        # And both are followed from here on as ever.
+        # From here on, both are followed as usual.
         for pod in fleet:
             pod.ask("run", requests=10)
         at_rest(second, fleet)
@@ -234,7 +237,7 @@ def test_what_a_pod_can_not_do_is_the_askers_error_and_the_pod_goes_on(fleet):
     with pytest.raises(StreamError, match="does not fit"):
         pod.serve(np.arange(400 * 16 + 17))
     before = pod.serve(tokens, [7, 8])["hit"]
-    # SGLang gives back what it holds to the last token, and this is all that it was asked for since.
+    # SGLang reuses held blocks up to the last token. The pod has had no other request since.
     assert (before, pod.serve(tokens)["hit"], pod.truth(tokens)) == (0, 64, {0: 64})
     pod.pause()
     with pytest.raises(StreamError, match="does not answer 'status'"):
