@@ -1,4 +1,4 @@
-"""What tests with the routers of others share: pods that answer as OpenAI servers, and conversations with them."""
+"""Fixtures for tests with other routers: pods that answer as OpenAI servers, and conversations with them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from talks import Talks
 
 from kvindex.sim import SimProcess
 
-# LiteLLM otherwise fetches prices while it is imported.
+# Otherwise LiteLLM fetches prices during its import.
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
-# Ray passes over a replica that does not tell the length of its queue in a tenth of a second, which here is chance.
+# Ray skips a replica that does not report its queue length within 0.1 s, which is a matter of chance here.
 os.environ["RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S"] = "10"
 os.environ["RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S"] = "10"
 
@@ -33,7 +33,7 @@ def fleet() -> Iterator[dict[str, SimProcess]]:
 
 @pytest.fixture
 def pods(fleet: dict[str, SimProcess]) -> dict[str, SimProcess]:
-    """Three that are empty."""
+    """Return three empty pods."""
     for pod in fleet.values():
         pod.ask("reset")
     return {name: pod for name, pod in fleet.items() if name != "endless"}
@@ -41,7 +41,7 @@ def pods(fleet: dict[str, SimProcess]) -> dict[str, SimProcess]:
 
 @pytest.fixture
 def endless(fleet: dict[str, SimProcess]) -> SimProcess:
-    """One cache for every request, which nothing leaves: its hits are what any router can reach."""
+    """Return a pod with one endless cache for all requests. Its hits are the most that any router can reach."""
     return fleet["endless"]
 
 

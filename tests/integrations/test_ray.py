@@ -1,4 +1,4 @@
-"""Ray Serve's own routers, without a cluster: replicas that are stand-ins, before pods that are processes."""
+"""Ray Serve's own routers without a cluster: stand-ins for replicas, and pods in processes."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_every_turn_finds_all_that_is_cached(pods, talks, tmp_path) -> None:
     asyncio.run(main())
     assert talk.cached == talk.possible > 2000
     assert {len(each) for each in served.values()} == {1}
-    # Nobody would have to spread them for the sake of caches.
+    # Caches alone do not require a spread, but the conversations are spread all the same.
     assert min(Counter(name for each in served.values() for name in each).values()) >= 2
 
 
@@ -131,7 +131,7 @@ def test_whatever_has_no_tokens_goes_anywhere_and_nobody_is_followed_for_ever(po
         caught_up(router.manager, named(pods))
         ranks = await router.choose_replicas(replicas, asked(list(range(64))))
         assert [len(each) for each in ranks] == [1, 3]
-        # A replica that died, and its successor at the same place.
+        # A replica died, and its successor has the same place.
         pods["a"].serve(chat_ids(LONG))
         successor = [Replica("new", replicas[0].routing_stats), *replicas[1:]]
         router.update_replicas(successor)
@@ -158,7 +158,7 @@ def test_stale_replicas_are_left_to_ray(pods) -> None:
 
 
 class Config:
-    """The names of vLLM 0.33's VllmConfig, which is not installed here."""
+    """The attribute names of vLLM 0.33's VllmConfig, which is not installed here."""
 
     kv_events_config = SimpleNamespace(
         enable_kv_cache_events=True, publisher="zmq", endpoint="tcp://*:5557", replay_endpoint="tcp://*:6557"
@@ -186,7 +186,7 @@ def test_an_engine_in_the_replica_is_announced_in_rays_own_shape() -> None:
 
 @pytest.fixture
 def tracker(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Ray's own KVTokenTracker without a controller, and without ai-dynamo."""
+    """Return Ray's own KVTokenTracker without a controller and without ai-dynamo."""
     from ray.llm._internal.serve.routing_policies.kv_aware import kv_token_tracker as module
 
     monkeypatch.setitem(sys.modules, "dynamo.llm", None)
@@ -218,7 +218,7 @@ def test_ray_serve_llm_routes_by_kvindex(pods, talks, tracker) -> None:
 
     async def main() -> None:
         kept, replicas = tracker(), llm_replicas(pods)
-        # The controller may have told the tracker of replicas before the router is made.
+        # The controller may notify the tracker of replicas before the router exists.
         kept._on_deployment_targets(SimpleNamespace(running_replicas=replicas))
         router = made(KVIndexKVAwareRouter)
         router.update_replicas(replicas)

@@ -1,7 +1,7 @@
-"""What a budget and a time to live may cost: an answer may become too small, and then it says so; never too large.
+"""A budget and a time to live may make an answer too small, which its state reports, but never too large.
 
-The same odd engines as without a budget, done to an index that has too little room or forgets, and to the slow model,
-which has room for everything. What a pod that calls itself exact answers must be what the model answers.
+The random fleets are the same as without a budget. Their events go to an index that has too little room or a time to
+live, and to the slow model, which keeps everything. The answer of a pod in state exact must equal the model's answer.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from world import EXTRA, Op, Setup, World, draw_setup, draw_step, even, fails, m
 
 import kvindex
 
-BUDGET = 32768  # the least: some sixty chains, so most histories pass it
+BUDGET = 32768  # the minimum: about sixty chains, so most histories exceed it
 
 
 class Narrow(World):
-    """An index that must shed, beside a model that need not."""
+    """An index that must evict, beside a model that need not."""
 
     max_bytes: int | None = BUDGET
     ttl: float | None = None
@@ -35,7 +35,7 @@ class Narrow(World):
     def make_index(self) -> kvindex.PrefixIndex:
         setup = self.setup
         if self.max_bytes is not None and setup.crowd and setup.size > 2:
-            # Room for all of the crowd's workers; in the least there is room for half of them.
+            # Room for all workers of the crowd. The minimum has room for half of them.
             self.max_bytes = 4 * BUDGET
         return kvindex.PrefixIndex(
             setup.size,
@@ -56,7 +56,7 @@ class Narrow(World):
 
     def reported(self, pod: str, got: Any, want: Any) -> None:
         self.within()
-        # A batch may shed, clear and so end exact.
+        # A batch may evict blocks, then clear the pod, and so end in state exact.
         if {self.states.get(pod, "exact"), self.index.pod_state(pod)} == {"exact"} and not want.cleared:
             same("report", report_of(got), report_of(want))
 
@@ -78,10 +78,10 @@ class Narrow(World):
         keys = [EXTRA.get(b) for b in path]
         given = {"lora_name": context[0], "cache_salt": context[1], "extra_keys": keys if any(keys) else None}
         tokens = self.tokens(path)
-        # Before the question: it may be what finds that something is over.
+        # The question comes first: it may detect expired blocks, which changes the states.
         match = self.index.match_prefix(tokens, model=model, **given)
         want, got = self.model.match(tokens, model=model, **given), answer_of(match)
-        # Guesses that found no room are no part of what a state is about.
+        # Speculative entries that found no room do not affect a state.
         stats = self.index.stats()
         least = want if not stats["shed_guesses"] + stats["expired_guesses"] else self.announced(tokens, model, given)
         # The model parks or refuses a tier's event below an unknown parent. An index that has evicted content of the
@@ -103,7 +103,7 @@ class Narrow(World):
                 for name, n in answer[part].items():
                     assert n <= truth[part].get(name, 0), f"{tokens}: {pod} answers {n} for {name}, the model {truth}"
         hashes = kvindex.prefix_hashes(tokens, block_size=self.size, **given)
-        # Prefix hashes have no lookahead, and the engine's rule for the last token begins at the prompt's length.
+        # Prefix hashes have no lookahead, and the engine's rule for the last token depends on the prompt's length.
         by_hashes = answer_of(self.index.match_hashes(hashes, model=model, n_tokens=len(tokens)))
         plain = {name for name, pod in self.model.pods.items() if not any(any(w.lengths) for w in pod.workers.values())}
         same(
@@ -114,7 +114,7 @@ class Narrow(World):
         assert all(n["tokens"] <= got.get(pod, n)["tokens"] for pod, n in by_hashes.items()), by_hashes
 
     def announced(self, tokens: list[int], model: str, given: dict[str, Any]) -> dict[str, Any]:
-        """The model's answer without guesses."""
+        """Return the model's answer without speculative entries."""
         workers = [worker for pod in self.model.pods.values() for worker in pod.workers.values()]
         guesses = [worker.added for worker in workers]
         for worker in workers:
@@ -141,21 +141,21 @@ class Both(Narrow):
 
 
 def meant_once(op: Op) -> Op:
-    # A block without its keys is another block where nothing is left of the first announcement.
+    # A block without its keys is another block once nothing is left of the first announcement.
     return replace(op, twist=None) if op.twist in ("moved", "random", "self", "repeat", "keyless") else op
 
 
 @pytest.mark.parametrize("kind", [Narrow, Forgetful, Both])
 @given(seed=st.integers(0, 2**32 - 1))
-# The same examples each time but in the nightly run, which draws hundreds.
+# The same examples each time, except in the nightly run, which draws hundreds.
 @settings(max_examples=max(4, settings.default.max_examples // 15))
 def test_too_small_and_said_so_or_exact(kind: type[Narrow], seed: int) -> None:
     rng = Random(seed)
     setup, history = draw_setup(rng), [draw_step(rng) for _ in range(120)]
     if rng.random() < 0.5:
-        # A hash that means something else now, while the first meaning waits for its parent: the model lets the older
-        # one win when the parent comes. An index that no longer has what waited keeps the newer one, and is right. So
-        # either no hash changes its meaning, or nothing waits.
+        # A hash may change its meaning while the first meaning waits for its parent. In the model, the older meaning
+        # wins when the parent comes. An index that no longer has the parked event keeps the newer meaning, which is
+        # correct. So either no hash changes its meaning, or nothing is parked.
         setup = replace(setup, max_parked=0)
     else:
         history = [replace(step, ops=tuple(map(meant_once, step.ops))) for step in history]

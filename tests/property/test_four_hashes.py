@@ -1,7 +1,6 @@
-"""Short histories of one worker that has only four hashes, so that nearly every event meets what an earlier one meant.
+"""Short histories of one worker with only four hashes, so that nearly every event refers to hashes of earlier events.
 
-What the index machine reaches by chance (one hash with two contents, announced while its parent is not known yet) is
-every second history here.
+The index machine rarely gives one hash two contents while its parent is unknown. Here, every second history does.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def draw_event(rng: Random) -> dict:
 
 
 def draw_history(rng: Random) -> list[dict]:
-    """Half of the histories give each hash one content: a place in a tree that is drawn before."""
+    """Draw a history. In half of them, each hash has one content: a place in a tree that is drawn first."""
     if rng.random() < 0.5:
         return [draw_event(rng) for _ in range(rng.randint(3, 9))]
     parents = {h: rng.choice((None, *HASHES[: h - 1])) for h in HASHES}
@@ -47,9 +46,9 @@ def draw_history(rng: Random) -> list[dict]:
 
 
 class Meanings:
-    """Notices a hash that is announced with two contents while one of them waits for its parent.
+    """Detects a hash that is announced with two contents while one of them waits for its parent.
 
-    No engine sends this, and the contract names the outcome (the worker is degraded) but not which content stays. The
+    No engine sends this, and the contract defines the outcome (the worker is degraded) but not which content stays. The
     index and the model differ in it: 66 of 20,000 histories of `draw_event`, all of them degraded in both.
     """
 
@@ -72,14 +71,14 @@ class Meanings:
 
 
 def paths(position, so_far=()):
-    """Every content that the model has ever seen."""
+    """Yield every content that the model has ever seen."""
     for (tokens, *_), below in position.children.items():
         yield (*so_far, *tokens)
         yield from paths(below, (*so_far, *tokens))
 
 
 def disagreement(history: list[dict]) -> str | None:
-    """What the index and the model say differently, after which event."""
+    """Return the first difference between the index and the model with the number of its event, or None."""
     index, model, meanings = PrefixIndex(1), Model(1), Meanings()
     for number, event in enumerate(history):
         data = payload(event)
@@ -120,8 +119,11 @@ def test_short_histories_of_four_hashes(seed) -> None:
 
 
 def test_a_block_that_moves_to_its_parent_who_is_remembered_for_it_alone() -> None:
-    """The order in which a parent and its children are announced makes no difference: block 5 was removed, and is
-    remembered for the sake of block 1. When that goes below 5 as another content, 5 is forgotten, and 1 has to wait."""
+    """The order of the announcements of a parent and its children makes no difference.
+
+    Block 5 was removed and is kept only as the parent of block 1. When block 1 becomes another content below 5, block 5
+    is dropped and block 1 has to wait.
+    """
     orphans = [stored([5, 1], [1, 2], parent=9, size=1), removed(5), stored([1], [3], parent=5, size=1)]
     for history in ([*orphans, stored([9], [4], size=1)], [stored([9], [4], size=1), *orphans]):
         assert disagreement(history) is None

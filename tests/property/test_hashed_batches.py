@@ -1,4 +1,4 @@
-"""An index that reads hashed batches is the one that reads the payloads, byte by byte of its snapshot."""
+"""An index that reads hashed batches equals one that reads the payloads, byte for byte in its snapshot."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kvindex._core import hash_batch
 from kvindex.capture import Message, read_capture
 
 SAMPLES = sorted((Path(__file__).resolve().parent.parent / "samples").glob("*.msgpack.gz"))
-#: What changes an index beside payloads.
+#: Other calls that change an index.
 CALLS = (
     "add_prefix", "clear_worker", "configure_pod", "mark_worker", "remove_pod", "process_block_stored",
     "process_block_removed", "process_all_blocks_cleared", "_expire",
@@ -30,7 +30,7 @@ CALLS = (
 
 
 class Followed(PrefixIndex):
-    """Does to a follower what is done to it. Several batches at a time, as in an entry."""
+    """Applies every change to a follower as well, several batches at a time, as in an entry."""
 
     follower: PrefixIndex
     gathered: bytes = b""
@@ -38,7 +38,7 @@ class Followed(PrefixIndex):
 
     def ingest(self, pod: str, data: bytes, *, model: str = "", dp_rank: int | None = None, seq: int | None = None):
         self.numbers = self.numbers or count()
-        # Where a batch may not continue the one before, it has no number.
+        # A batch that may not continue the previous one has no number.
         number = next(self.numbers)
         seq = number if number % 5 else None
         try:
@@ -91,7 +91,7 @@ class FollowedWorld(World):
         return index
 
     def compare(self) -> None:
-        """The model's answers are test_index_machine's."""
+        """Compare with the follower. test_index_machine compares with the model."""
         self.turn += 1
         if self.turn % 4 == 0:
             assert_equal(self.index)
@@ -101,7 +101,7 @@ class FollowedWorld(World):
 
 
 @given(seed=st.integers(0, 2**32 - 1))
-# The seed of a history is no smaller history: minimise() shortens it.
+# A smaller seed does not give a smaller history. minimise() shortens it instead.
 @settings(max_examples=max(20, settings.default.max_examples // 2), phases=[Phase.generate])
 def test_a_follower_of_any_history_has_the_same_index(seed: int) -> None:
     rng = Random(seed)
@@ -226,7 +226,7 @@ def test_events_of_many_turns_are_the_same(k: int, ahead: int) -> None:
         tokens = rng.integers(0, 1 << 20, n * 2 * k).tolist()
         more = {"lookahead_token_ids": rng.integers(0, 9, (n, ahead)).tolist()} if ahead else {}
         names = list(range(first + 1, first + n + 1))
-        names[-3] = names[0] if first else names[-3]  # a name that comes twice
+        names[-3] = names[0] if first else names[-3]  # a name that occurs twice
         index.ingest("a", payload(stored(names, tokens, parent=first or None, size=2 * k, **more)))
     index.ingest("a", payload(removed(*range(100, 900))))
     assert index.stats()["blocks"] > 1000

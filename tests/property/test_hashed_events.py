@@ -1,4 +1,4 @@
-"""Blocks announced by their hashes end where the same blocks end that are announced by their tokens, in any order."""
+"""Blocks announced by hashes have the same result as the same blocks announced by tokens, in any order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvindex import AllBlocksCleared, BlockRemoved, BlockStored, PrefixIndex
 
 SIZE = 4
 FORMS = ("token_ids", "local_hashes", "prefix_hashes")
-# Paths in a small tree of blocks, so that prompts share beginnings; a block's name is its path.
+# Paths in a small tree of blocks, so prompts share prefixes. The name of a block is its path.
 PATHS = st.lists(st.integers(0, 2), min_size=1, max_size=5).map(tuple)
 STORED = st.tuples(st.just("stored"), PATHS, st.integers(0, 4), st.sampled_from([None, "CPU"]))
 REMOVED = st.tuples(st.just("removed"), PATHS, st.just(0), st.sampled_from([None, "CPU"]))

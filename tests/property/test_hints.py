@@ -1,4 +1,4 @@
-"""Entries of other routers, in any order, twice, damaged: they change no verdict, and nothing grows."""
+"""Entries of other routers in any order, repeated or damaged: they change no state, and nothing grows."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_no_entry_changes_a_verdict_and_all_that_it_brings_ends(steps: list[Any]
         after = verdicts(index)
         assert after["pods"] == before["pods"]
         for pod, ranks in before["ranks"].items():
-            # A first prompt may make the worker of a rank that is followed.
+            # The first prompt may create the worker of a followed rank.
             assert after["ranks"][pod].keys() == ranks.keys()
             assert {rank: each[0] for rank, each in after["ranks"][pod].items()} == {
                 rank: each[0] for rank, each in ranks.items()
@@ -146,7 +146,7 @@ def test_each_request_has_one_beginning_and_one_end(steps: list[Any]) -> None:
     for data, age, pause in steps:
         now += pause
         effects = peers.take(data, age, now)
-        # Once more: nothing comes of it, unless its router has left and is forgotten.
+        # Repeating the entry has no effect, unless its router has left and was removed.
         if not any(isinstance(each, Left) for each in items_of(data)):
             assert peers.take(data, age, now) == []
         for key, item in [*effects, *peers.tick(now)]:

@@ -1,7 +1,7 @@
-"""Everything an engine may do, done to the index and to the slow model, which must never disagree.
+"""Everything that an engine may do, applied to the index and to the slow model, which must always agree.
 
-Answers, states and reports are compared in full after every step, and the index's own invariants are checked. The
-state machine is what Hypothesis can shrink; the long runs reach the tangles that need fifty steps of history.
+Answers, states and reports are compared in full after every step, and the index's own invariants are checked.
+Hypothesis can shrink the histories of the state machine. The long runs reach the cases that need fifty steps.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ class IndexMachine(RuleBasedStateMachine):
             self.world.finish()
 
 
-# The same examples each time but in the nightly run, which draws the thousands: half a second each.
+# The same examples each time, except in the nightly run, which draws thousands at half a second each.
 TestIndexMachine = IndexMachine.TestCase
 TestIndexMachine.settings = settings(max_examples=max(8, settings.default.max_examples // 2))
 
 
 @given(seed=st.integers(0, 2**32 - 1))
-# The seed of a history is no smaller history: minimise() shortens it, and shrinking took five minutes.
+# A smaller seed does not give a smaller history. minimise() shortens it: shrinking took five minutes.
 @settings(max_examples=max(5, settings.default.max_examples // 10), phases=[Phase.generate])
 def test_long_interleavings(seed) -> None:
     rng = Random(seed)

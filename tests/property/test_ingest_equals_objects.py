@@ -1,4 +1,4 @@
-"""The same events as payloads, in every wire form, and as objects give the same index."""
+"""The same events as payloads, in every wire format, and as objects give the same index."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import kvindex
 
 
 def as_object(pod: str, rank: int, model: str, event: dict, arrays: bool) -> tuple[str, object]:
-    """The call that applies an event as an object, and the object."""
+    """Return the name of the call that applies an event as an object, and the object."""
     fields = {name: value for name, value in event.items() if name != "type"}
     if event["type"] == "AllBlocksCleared":
         return "process_all_blocks_cleared", kvindex.AllBlocksCleared(pod=pod, dp_rank=rank, **fields)
@@ -28,7 +28,7 @@ def as_object(pod: str, rank: int, model: str, event: dict, arrays: bool) -> tup
 
 
 def total(reports: list) -> dict:
-    """What several reports come to, without what only a batch has."""
+    """Return the sum of several reports, without the fields that only a batch has."""
     reports = [report_of(report) for report in reports]
     reasons: Counter = Counter()
     for report in reports:
@@ -63,12 +63,12 @@ def test_every_way_to_give_an_event_is_the_same(seed):
     for _ in range(25):
         step = draw_step(rng, "batch")
         pod, rank, model = step.pod, step.rank, step.model
-        # What is announced depends on what is there: the world goes along.
+        # The events depend on the current state, so the world applies them as well.
         events = [
             event for op in step.ops if isinstance(event := world.event(pod, rank, model, op), dict) and sound(event)
         ]
         if not events:
-            continue  # a batch without events is a sign of life, and no object says the same
+            continue  # a batch without events is a sign of life, which has no equivalent as an object
         for event in events:
             world.remember(pod, rank, model, event)
         world.ingest(pod, payload(*events, rank=rank), model=model)

@@ -1,4 +1,4 @@
-"""An index of several parts answers as one index with all pods, and each part is replaced and distrusted alone."""
+"""An index of several parts answers like one index with all pods, and each part is replaced and distrusted alone."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ shard_of = pytest.importorskip("kvindex.replication.shard").shard_of
 
 PODS = [f"p{number}" for number in range(6)]
 SIZE = 2
-#: Prompts that share beginnings: paths in a tree.
+#: Prompts that share prefixes: paths in a tree.
 PROMPTS = [[1, 1], [1, 1, 2, 2], [1, 1, 3, 3], [1, 1, 2, 2, 4, 4], [1, 1, 2, 2, 5, 5, 6, 6], [7, 7, 8]]
 STATES = ("exact", "degraded", "stale")
 
 
 def held(index: PrefixIndex, pod: str) -> dict[int, Any]:
-    """Of ranks that hold something: a snapshot has no others."""
+    """Return the statistics of the ranks that hold blocks. A snapshot has no other ranks."""
     return {rank: stats for rank, stats in index.worker_stats(pod).items() if stats["blocks"]}
 
 
 class Fleet:
-    """The same calls for an index with all pods, which is the oracle, and for one of parts."""
+    """Makes the same calls on an index with all pods, which is the reference, and on one of several parts."""
 
     def __init__(self, parts: int, rand: random.Random) -> None:
         self.now = 0.0
@@ -56,7 +56,7 @@ class Fleet:
         rand, pod = self.rand, self.rand.choice(PODS)
         prompt = rand.choice(PROMPTS)
         blocks = len(prompt) // SIZE
-        # A hash names the same content everywhere, as that of an engine does.
+        # A hash names the same content everywhere, like an engine's hash.
         names = [hash(tuple(prompt[: (n + 1) * SIZE])) & 0xFFFFFFFF for n in range(blocks)]
         medium = rand.choice((None, None, "CPU", "disk"))
         match rand.randrange(9):
@@ -82,8 +82,8 @@ class Fleet:
         self.now += 0.1
 
     def reload(self, number: int) -> None:
-        """One part's content comes from its snapshot, with the states of its streams, as in a follower."""
-        self.now += 10.0  # of speculative entries, a snapshot has none
+        """Load one part from its snapshot, with the states of its streams, as in a follower."""
+        self.now += 10.0  # expires the speculative entries, which a snapshot does not have
         self.ask()
         part = self.parts[number]
         others = [each.dumps() for each in self.parts if each is not part]
@@ -94,7 +94,7 @@ class Fleet:
                 index.mark_worker(pod, 0, self.marks.setdefault(pod, "exact"))
 
     def ask(self, lapsed: int | None = None) -> None:
-        """Compare every answer; ``lapsed``: of which part nothing is known."""
+        """Compare every answer. ``lapsed`` is the part whose content is unknown."""
         whole, own = self.whole, self.joined
         stale = {pod for pod in PODS if self.place(pod) == lapsed}
         states = {pod: "stale" if pod in stale else state for pod, state in whole.pods().items()}

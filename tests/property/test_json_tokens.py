@@ -1,5 +1,4 @@
-"""Token ids out of JSON, beside the standard library's decoder: the same ids, the same rest, and no sound text from an
-unsound one."""
+"""Token ids from JSON, compared with the standard library's decoder: the ids, the rest, and the rejected texts."""
 
 import json
 
@@ -122,7 +121,7 @@ def test_a_damaged_text_is_never_taken_for_a_sound_one(body, data) -> None:
     st.data(),
 )
 def test_long_arrays_whole_and_with_one_byte_that_is_another(tokens, between, data) -> None:
-    """Longer than what is looked at in one step, in the forms that encoders write."""
+    """The arrays are longer than one step of the scanner, in the formats that encoders write."""
     body = json.dumps({"tokens": tokens, "model": "m"}, separators=(between, ": ")).encode()
     assert agrees(body).tolist() == tokens
     at = data.draw(st.integers(body.index(b"["), body.index(b"]")))

@@ -1,4 +1,4 @@
-"""Fleets of hybrid pods of which each holds something else: the walk that all share gives each one's own answer."""
+"""Fleets of hybrid pods with different contents: their shared walk must give each pod its own answer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KINDS = {
 }
 MIXES = (("full", "sliding"), ("full", "mamba"), ("full", "full"), ("sliding",), ("full", "chunked"), ("full",))
 
-# A group's copies in one medium: blocks from 0 to an end, without some in between.
+# A group's copies in one medium: blocks from 0 to an end, with some missing in between.
 runs = st.tuples(
     st.integers(1, DEPTH // 2), st.lists(st.integers(0, DEPTH // 2 - 1), max_size=2), st.sampled_from((1, 2))
 )
@@ -45,7 +45,7 @@ def test_every_pod_has_its_own_answer(fleet, depth, data):
         if number % 7 == 0:
             pair.do("add_prefix", name, tokens[: 3 * SIZE], ttl=1e12, now=0.0)
     answer = pair.ask(tokens[: depth * SIZE])
-    # A filter leaves the others' answers as they are.
+    # A filter does not change the answers of the other pods.
     some = data.draw(st.sets(st.sampled_from([f"pod-{number}" for number in range(len(fleet))])))
     match = pair.index.match_prefix(tokens[: depth * SIZE], ready_pods=some)
     assert match.tokens == {pod: it["tokens"] for pod, it in answer.items() if pod in some}

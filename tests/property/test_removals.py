@@ -1,4 +1,4 @@
-"""Blocks of one event that go together, and the same blocks event by event, leave the same index."""
+"""Removing several blocks in one event and removing them event by event give the same index."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COMPARED = ("blocks", "chains", "sets", "workers", "parked")
 
 
 def pieces(event: dict) -> list[dict]:
-    """An event for each of its names."""
+    """Return one event for each name in the event."""
     if event["type"] != "BlockRemoved":
         return [event]
     counts = event.get("remaining_copy_counts")
@@ -27,7 +27,7 @@ def pieces(event: dict) -> list[dict]:
 @given(seed=st.integers(0, 2**32 - 1))
 def test_blocks_that_go_together_go_as_one_by_one(seed):
     rng = Random(seed)
-    # Longer chains than a draw has by itself, so that many blocks of one may go.
+    # Longer chains than a single draw gives, so that one event can remove many blocks.
     world = World(replace(draw_setup(rng), crowd=0, stretch=rng.choice([1, 3, 7])))
     apart = world.make_index()
     for pod, layout in world.layouts.items():

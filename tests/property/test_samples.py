@@ -1,4 +1,4 @@
-"""The repository's own captures: everything that reads events must agree with the engines that were recorded."""
+"""The repository's own captures: every reader of events must agree with the recorded engines."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The simulated engine against a real one: given the requests of a capture it must publish what vLLM published.
+"""The simulated engine compared with a real one: for the requests of a capture, it must publish vLLM's events.
 
-The captures say what was asked and what was stored, not how the requests overlapped. That they do so in one way for
-all pods and files (three at a time, the oldest finished first) is no accident: any other order of eviction or way of
-freeing gives other removals, of which there are 14,542.
+The captures contain the requests and the events, but not how the requests overlapped. One overlap fits all pods and
+files: three requests at a time, the oldest finished first. This is no accident, because any other order of eviction or
+of freeing gives other removals, of which there are 14,542.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TAGS = {Stored: "BlockStored", Removed: "BlockRemoved", Cleared: "AllBlocksClear
 
 
 def served(path, pod):
-    """What one pod was asked, in order, with the batches that it then published."""
+    """Return the requests of one pod in order, each with the batches that it then published."""
     header, *records = read_capture(path)
     requests, asked = [], None
     for record in records:
@@ -35,7 +35,7 @@ def served(path, pod):
 
 
 def decoded(asked, batches):
-    """The generated tokens that filled blocks; the first batch is the prompt's."""
+    """Return the generated tokens that filled blocks. The first batch is the prompt's."""
     tokens = [
         token
         for batch in batches[1:]
@@ -60,7 +60,7 @@ def ours(events):
 
 
 class Names:
-    """Which of vLLM's hashes is which of ours: the first time that both store a block, they name it."""
+    """A mapping from our hashes to vLLM's. The first time that both store a block, it gets its name."""
 
     def __init__(self):
         self.known = {None: None}
@@ -95,7 +95,7 @@ def test_the_simulated_engine_publishes_what_vllm_published(name, pod, shared):
     furthest = 0
 
     def serve(place, engine, running, unseen):
-        """Serve one request on copies; None where vLLM published something else."""
+        """Serve one request on copies. Returns None if vLLM published other events."""
         asked, batches = requests[place]
         engine, running = copy.deepcopy((engine, running), {id(prompt): prompt for prompt in prompts})
         while len(running) >= AT_A_TIME:
@@ -111,8 +111,8 @@ def test_the_simulated_engine_publishes_what_vllm_published(name, pod, shared):
             assert engine.reset()
         return (engine, running) if names.agree(expected, ours(engine.take_events())) else None
 
-    # Generated tokens that fill no block are on no wire, and neither is the last one, which is never computed. At least
-    # one of the former takes a block; whether there was one shows only when something has to go for it.
+    # Generated tokens that fill no block are in no event, and neither is the last token, which is never computed. If
+    # there was one of the former, it took a block, but only a later eviction shows this.
     def follow(place, engine, running):
         nonlocal furthest
         furthest = max(furthest, place)

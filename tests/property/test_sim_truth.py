@@ -1,7 +1,7 @@
-"""The engines' own answers against those read from their events, over every feature and every wire form.
+"""The engines' own answers compared with those read from their events, for every feature and every wire format.
 
-The engine answers from its block tables and the judge from encoded payloads alone, so the two share nothing but the
-contract. A difference is an error in the engine, in the encoder, or in the judge.
+The engine answers from its block tables and the judge only from encoded payloads, so the two share nothing but the
+contract. A difference is an error in the engine, in the encoder or in the judge.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from judges import JUDGES
 from kvindex.sim import FORMS, Engine, Pod, Prompt, encode_batch, wire_form
 
 BLOCK = 4
-# Few tokens and few blocks, so that prompts share, leave each other and come back all the time.
+# Few tokens and few blocks, so prompts often share a prefix, diverge and repeat.
 WORDS = [[1, 1, 1, 1], [1, 1, 1, 2], [2, 1, 1, 1]]
 EXTRA = [None, [None, [["image", -1]]], [["image", b"\x01"]], [None, None, ["audio"]]]
 
 
 @st.composite
 def pods(draw):
-    """Two pods of one kind of engine, the second with two ranks, and what the index is told of them."""
+    """Draw two pods of one engine type, the second with two ranks, and the configuration for the index."""
     form = FORMS[draw(st.sampled_from(sorted(FORMS)))]
     if form.engine == "vllm":
         form = wire_form(form.name, draw(st.sampled_from(["u64", "bytes16", "bytes32"])))
     options = {"num_blocks": draw(st.sampled_from([6, 12, 30])), "flavor": form.engine}
-    # Without kind and window on the wire nobody could know that a group slides.
+    # Without its kind and window in the events, a group cannot be recognised as a sliding window.
     if form.engine == "vllm" and form.says("kv_cache_spec_sliding_window") and draw(st.booleans()):
         options["num_blocks"] *= 2
         options["window"] = draw(st.sampled_from([2, 4, 5, 5, 6, 9, 9, 17, 40]))
@@ -49,7 +49,7 @@ def pods(draw):
         options["offload_keyless"] = draw(st.booleans())
     told = {"engine": form.engine} if draw(st.booleans()) else {}
     if "offload_blocks" in options:
-        # SGLang has no reset that spares its host pool.
+        # SGLang has no reset that keeps its host pool.
         if form.engine == "vllm" and draw(st.booleans()):
             told["clear_media"] = ["GPU"]
     elif (form.says("lookahead_token_ids") or form.engine == "sglang") and draw(st.booleans()):
@@ -89,7 +89,7 @@ class Truth(RuleBasedStateMachine):
             report = self.judge.ingest(name, encode_batch(events, self.form, ts=self.time, dp_rank=rank))
             assert report.skipped == report.parked == 0, report
 
-    # Several requests a step, most of them answered at once: what goes wrong needs a cache that has been full for long.
+    # Several requests a step, most of them answered at once, because failures need a cache that has been full for long.
     @rule(
         where=st.integers(0, 2),
         requests=st.lists(
@@ -105,7 +105,7 @@ class Truth(RuleBasedStateMachine):
         named=st.tuples(*[st.sampled_from([False, False, True])] * 2, st.sampled_from([None, *EXTRA])),
     )
     def serve(self, where, requests, named):
-        # The forms without ranks publish for rank 0 only.
+        # The formats without ranks publish for rank 0 only.
         name, rank, engine = self.engines[where if self.form.has_rank else where % 2]
         for words, cut, chunk, done in requests:
             tokens = [token for word in words for token in word]
@@ -113,7 +113,7 @@ class Truth(RuleBasedStateMachine):
             self.asked = [*self.asked[-5:], prompt]
             request = engine.start(prompt, chunk)
             if request is not None and done:
-                # In chunks, so that blocks leave the window, and are evicted, before those that it still reaches.
+                # In chunks, so that blocks leave the window, and are evicted, before those that are still inside it.
                 while request.computed < len(prompt) and engine.prefill(request, chunk):
                     pass
                 engine.finish(request)
@@ -123,13 +123,13 @@ class Truth(RuleBasedStateMachine):
             self.answers_are_the_engines_own()
 
     def context(self, engine, adapter, salt, extra):
-        """Only what this form can say: the index cannot know the rest."""
+        """Return only the context that this format can express. The index cannot know the rest."""
         context = {}
         if adapter and (self.form.says("lora_name") or self.form.engine == "vllm"):
             context |= {"lora_name": "adapter", "lora_id": 3}
         if self.form.says("extra_keys") or self.form.says("cache_salt"):
             context |= {"cache_salt": "salt"} if salt else {}
-            # A larger block has one list of keys, which the index reads as those of its first part.
+            # A larger block has one list of keys, which the index assigns to its first part.
             if extra is not None and self.form.engine == "vllm" and set(engine.block_sizes) == {BLOCK}:
                 context["extra_keys"] = extra
         return context
@@ -180,13 +180,13 @@ class Truth(RuleBasedStateMachine):
                 extra_keys=prompt.extra_keys,
             )
             truth = {pod.name: pod.hit(prompt) if named else pod.held(prompt) for pod in self.pods}
-            # Only a block that another tier fills in between is there and yet not reused.
+            # Held blocks after a gap that only another tier fills are not reused.
             assert all(pod.hit(prompt) <= pod.held(prompt) for pod in self.pods)
             assert told.tokens == {name: hit for name, hit in truth.items() if hit}, (self.form.name, self.told)
             for pod in self.pods if not named else ():
                 media = told.media.get(pod.name, {})
                 for medium in ("GPU", "CPU") if pod.name in told.tokens else ():
-                    # On no rank is a tier alone worth more than all of them together are.
+                    # On each rank, a single tier is never worth more than all tiers together.
                     alone = max(min(e.held_prompt(prompt, medium), e.held_prompt(prompt)) for e in pod.ranks.values())
                     assert media.get(medium, 0) == alone, (self.form.name, medium)
 

@@ -1,7 +1,7 @@
-"""A saved and loaded index is the index: whatever happened before, and whatever happens after.
+"""A saved and loaded index equals the original, for any history before and any events after.
 
-The slow model goes on as if nothing had been, but for what a snapshot leaves out on purpose: guesses, and that anybody
-knows what the streams have brought since.
+The slow model continues without a restart, except for the parts that a snapshot leaves out on purpose: speculative
+entries, and the knowledge of later batches in the streams.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from world import World, draw_setup, draw_step, even, same
 
 from kvindex import PrefixIndex
 
-# How full tables are is not saved. Chains are joined when a guess ends, not when it is left out.
+# The fill of the tables is not saved. Chains are joined when a speculative entry ends, but not when it is left out.
 OWN = {"bytes"}
 GUESSED = {"bytes", "guesses", "chains"}
 
 
 class Restarted(World):
-    """A world whose index is replaced by what was read back from a file."""
+    """A world whose index is replaced by one that was read back from a file."""
 
     def restart(self, folder: Path) -> None:
         old, path, again = self.index, folder / "snapshot", folder / "again"
-        # Guesses first: what only they hold goes with them, and figures are of the rest.
+        # Speculative entries first: blocks that only they hold end with them, and the figures are those of the rest.
         self.model.expire(math.inf)
         old.save(path)
         assert sorted(p.name for p in folder.iterdir() if p != again) == ["snapshot"]
@@ -54,7 +54,7 @@ class Restarted(World):
         self.compare()
 
     def restore(self, other: Restarted) -> None:
-        """The same in the index of another world, in place of all that is known there."""
+        """Restore the snapshot in another world's index, replacing all of its content."""
         self.model.expire(math.inf)
         self.index._expire(math.inf)
         data, index = self.index.dumps(), other.index
@@ -66,7 +66,7 @@ class Restarted(World):
         same("saved again", len(index.dumps()), len(data))
         for match, media in zip(asked[::2], said, strict=True):
             same("media of an answer from before", {pod: list(match[pod].media) for pod in match}, media)
-        # Those that nobody has looked at have lost the names of media that have gone, and have got no wrong ones.
+        # Answers that were not read before have lost the names of removed media, but have no wrong names.
         for match in asked[1::2]:
             assert {None, *(name for pod in match for name in match[pod].media)} <= {None, "GPU", "CPU", "Tape"}
         self.index = index

@@ -1,8 +1,8 @@
-"""A simulated engine behind a faulty channel, the stream machine, and the real index: exact has to mean equal.
+"""A simulated engine behind a faulty channel, the stream machine and the real index: exact has to mean equal.
 
-The engine's own answers are written down after every batch that it publishes. Whatever the channel does, at every step
-at which the index calls the pod exact its answers must be the engine's at the batch that was applied last, and every
-batch that was published in this life of the engine is either applied or in a counter.
+The test records the engine's own answers after every batch that it publishes. Whenever the index calls the pod exact,
+its answers must equal the engine's after the last applied batch, for any fault of the channel. Every batch of this life
+of the engine is either applied or counted as lost.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def prompts() -> list[Prompt]:
 
 
 class EngineWorld(World):
-    """A world in which the batches are an engine's and what is applied goes into a real index."""
+    """A world in which an engine makes the batches, and the applied ones go into a real index."""
 
     def __init__(self, form: str, *, window: bool, **options) -> None:
         self.form = wire_form(form)
@@ -40,8 +40,8 @@ class EngineWorld(World):
         self.prompts = prompts()
         self.index = PrefixIndex(block_size=SIZE)
         self.index.configure_pod("pod", engine=self.form.engine)
-        # Since the last clear, and altogether. By what the machine says in between its other actions: its counters are
-        # ahead of those, so that one call can count a loss of the life before a clear, or of the one after it.
+        # Since the last clear, and in total. They count the machine's reports between its other actions: its own
+        # counters are ahead of these, so one call can count a loss before a clear or after it.
         self.applied = self.lost = self.lost_ever = 0
         self.start_engine()
         super().__init__(**options)
@@ -224,7 +224,7 @@ class FaultyStream(RuleBasedStateMachine):
         if self.replay:
             assert world.state != "stale", world.stream.reason
             if published and published[-1] is not None:
-                # Applied, or counted as lost: there is no third.
+                # Applied or counted as lost: there is no third case.
                 assert world.applied + world.lost == len(published)
         assert world.lost_ever == world.stream.counts["lost_batches"]
         if self.replay and None not in published and len(world.process.buffer) == len(published):

@@ -1,4 +1,4 @@
-"""The stream machine behind a channel that does everything wrong, against the publisher's own truth."""
+"""The stream machine behind a channel with every kind of fault, compared with the publisher's own truth."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class FaultyChannel(RuleBasedStateMachine):
     def start(
         self, replay: bool, buffer_steps: int, memory: int, max_pending: int, confirm: int, before: int, since: int
     ) -> None:
-        # With nobody to ask, a copy that comes later than the memory reaches cannot be told from a restart.
+        # Without a replay endpoint, a copy that is older than the memory cannot be distinguished from a restart.
         memory = memory if replay else 1024
         policy = StreamPolicy(memory=memory, max_pending=max_pending, replay_confirm=confirm)
         self.world = self.kind(replay=replay, policy=policy, buffer_steps=buffer_steps)
         self.replay = replay
-        # Most of what can go wrong goes wrong with a stream that was well.
+        # Most failures need a stream that was healthy before.
         self.world.publish(before)
         self.world.connect()
         self.world.publish(since)
@@ -101,7 +101,7 @@ class FaultyChannel(RuleBasedStateMachine):
 
     @rule(published=st.integers(0, 8), away=st.sampled_from([0.0, 0.001, 2.0]), back=st.booleans(), up=st.booleans())
     def restart(self, published: int, away: float, back: bool, up: bool) -> None:
-        """The new process is often where the old one was, and sometimes under a clock that was set back."""
+        """The new process often has the old one's address, and sometimes a clock that was set back."""
         self.world.restart()
         self.world.now += away
         self.world.clock += -50.0 if back else away
@@ -114,7 +114,7 @@ class FaultyChannel(RuleBasedStateMachine):
     @precondition(lambda self: self.world.connection_open)
     @rule(missed=st.integers(0, 3), up=st.booleans())
     def blip(self, missed: int, up: bool) -> None:
-        """The connection is lost and made again; the process stays."""
+        """The connection is lost and made again, with the same process."""
         self.world.disconnect()
         self.world.publish(missed)
         self.world.connect()
@@ -125,7 +125,7 @@ class FaultyChannel(RuleBasedStateMachine):
     @precondition(lambda self: self.world.connection_open)
     @rule(count=few, then=st.integers(0, 4), deaf=st.booleans())
     def lose(self, count: int, then: int, deaf: bool) -> None:
-        """Some are lost on the way, and the publisher answers at once or for a long time not at all."""
+        """Some batches are lost, and the publisher answers at once or not at all for a long time."""
         self.world.deliver()
         self.world.publish(count)
         self.world.channel.clear()
@@ -193,9 +193,9 @@ class FaultyChannel(RuleBasedStateMachine):
             assert world.applied_upto() == len(process.published) or process.published[-1] is None
             whole = len(process.buffer) == len(process.published) and all(each != GARBAGE for _, each in process.buffer)
             if whole and process.truth(len(process.published)) is not None:
-                # Its whole history can still be had, and be read, so there is no excuse.
+                # Its whole history is still available and readable, so there is no reason for another state.
                 assert world.state == "exact", world.stream.reason
-        # Left alone it comes to rest: it does not clear and rebuild for ever.
+        # Left alone, the stream settles: it does not clear and rebuild forever.
         clears = world.clears
         world.wait(60.0)
         assert world.clears == clears
@@ -207,14 +207,14 @@ TestSyncMachine = FaultyChannel.TestCase
 
 
 class Restarting(FaultyChannel):
-    """And the router ends too, and another one goes on from what it had saved."""
+    """The router ends as well, and another one continues from its saved state."""
 
     kind = Router
     world: Router
 
     @rule(missed=st.integers(0, 6), engine=st.booleans(), back=st.booleans(), up=st.booleans())
     def restart_router(self, missed: int, engine: bool, back: bool, up: bool) -> None:
-        """While it is away the engine goes on, or starts anew too, under a clock that may be set back."""
+        """Meanwhile, the engine goes on or restarts as well, perhaps with a clock that was set back."""
         self.world.restart_router()
         if engine:
             self.world.restart()
@@ -227,11 +227,12 @@ class Restarting(FaultyChannel):
 
 
 class Lying(FaultyChannel):
-    """And the replay endpoint is another process's, for a while or for good.
+    """The replay endpoint belongs to another process, for a while or for good.
 
-    Of a publisher that says nothing for half a second nobody can know, so the oracle asks for less there: after a live
-    batch and a second of silence, exact means equal. Of one that speaks before, it does so at every moment, whatever
-    the other process has shown."""
+    If a publisher is silent for half a second, no stream can detect this. The check is weaker there: after a live batch
+    and a second of silence, exact means equal. If the publisher is not silent before that, exact means equal at every
+    moment, for any answer of the other process.
+    """
 
     liar: Process | None = None
     later: float
@@ -239,7 +240,7 @@ class Lying(FaultyChannel):
     @precondition(lambda self: self.liar is None)
     @rule(published=st.integers(0, 8), later=st.sampled_from([-50.0, 0.0, 50.0]), waiting=st.integers(0, 2))
     def swap(self, published: int, later: float, waiting: int) -> None:
-        """Its batches are older or newer, and some come live while the question is still on its way to it."""
+        """The other process has older or newer batches. Some of the engine's arrive while the request is on its way."""
         self.world.publish(waiting)
         self.world.deliver()
         self.liar = Process()
@@ -250,7 +251,7 @@ class Lying(FaultyChannel):
     @precondition(lambda self: self.liar is not None)
     @rule(count=few)
     def lie(self, count: int) -> None:
-        """The other process publishes, too."""
+        """The other process publishes as well."""
         for _ in range(count):
             number = len(self.liar.published)
             self.liar.publish(batch(self.world.clock + self.later + number / 1000, f"other {number}"))

@@ -1,4 +1,4 @@
-"""Token ids of growing texts, of every kind of tokenizer, against the tokenizer asked for the whole text."""
+"""Token ids of growing texts, for every kind of tokenizer, compared with tokenizing the whole text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 
 from kvindex.text import PromptEncoder
 
-# The profile of Hypothesis says how long this may take, though the texts are drawn here.
+# The texts are drawn here, but the profile of Hypothesis decides their number.
 TEXTS = 4000 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 150
 
 CORPUS = [
@@ -145,7 +145,7 @@ def test_ids_are_those_of_the_whole_text(kind):
     done = 0
     while done < TEXTS:
         text = ""
-        # A conversation: each text begins with the one before.
+        # A conversation: each text begins with the previous one.
         for _ in range(rng.randint(1, 6)):
             text += "".join(rng.choices(PIECES, k=rng.randint(1, 8)))
             expected = whole(tokenizer, text)
@@ -163,7 +163,7 @@ def test_ids_are_those_of_the_whole_text(kind):
 
 
 def test_the_kinds_find_what_cutting_behind_a_token_gets_wrong():
-    """The texts above have the cases in which the obvious way is not exact: they can fail."""
+    """The texts above include cases in which the obvious method is not exact, so the tests can fail."""
     wrong = {}
     for kind, (build, _) in KINDS.items():
         tokenizer, rng = build(), random.Random(kind)
@@ -209,7 +209,7 @@ def test_of_a_growing_conversation_only_what_is_new_is_encoded():
         longest = len(text)
         last = text[: -len("<|start|>assistant\n")].rindex("<|start|>")
         if before:
-            # The new turn, the beginning of the answer, and a token before each part.
+            # The new turn, the start of the answer, and a token before each part.
             assert sum(map(len, encoded)) - before <= len(text) - last + 4 * len("<|start|>")
     assert sum(map(len, encoded)) < 1.2 * longest
 
@@ -275,12 +275,12 @@ def test_mistral_common(mistral):
     text = "".join(rng.choices(PIECES, k=200))
     base = mistral.instruct_tokenizer.tokenizer
     assert encoder.encode(text).tolist() == base.encode(text, bos=False, eos=False)
-    # The user's own is as it was.
+    # The user's own tokenizer is unchanged.
     assert "remembered" not in repr(base.encode)
     assert base.decode(expected)
 
 
-# ---- transformers, where it is there: in the nightly run ------------------------------------------------------------
+# ---- transformers, only in the nightly run --------------------------------------------------------------------------
 
 TEMPLATE = """{{ bos_token }}{% for message in messages %}<|start|>{{ message.role }}
 {{ message.content | trim }}<|end|>

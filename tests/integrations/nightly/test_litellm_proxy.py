@@ -1,4 +1,4 @@
-"""LiteLLM's whole proxy, with the handler by its name in the configuration, as a user starts it."""
+"""The complete LiteLLM proxy, started like a user starts it, with the handler's name in its configuration."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def proxy(pods: Any, tmp_path: Path) -> Iterator[str]:
     settings = {"callbacks": ["kvindex.integrations.litellm.handler"]}
     configuration = tmp_path / "config.yaml"
     configuration.write_text(yaml.safe_dump({"model_list": deployments, "litellm_settings": settings}))
-    # Without a key it does not start; it listens on the loopback.
+    # The proxy does not start without a key. It listens on the loopback interface only.
     env = {**os.environ, "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"}
     command = [str(PROXY), "--config", str(configuration), "--host", "127.0.0.1", "--port", str(port)]
     with open(tmp_path / "log", "w") as log:
@@ -68,7 +68,7 @@ def test_the_proxy_sends_turns_where_their_prompt_is(pods, talks, proxy) -> None
         usage = found["usage"]["prompt_tokens_details"]
         return found["choices"][0]["message"]["content"], usage["cached_tokens"], answer.headers["x-litellm-model-id"]
 
-    # The first request makes it follow the pods: until a prompt that each pod holds is found at one of them alone.
+    # The first request makes the handler follow the pods. Wait until a prompt is always routed to the same pod.
     held = chat(LONG)[2]
     end = time.monotonic() + 30.0
     while {chat(LONG)[2] for _ in range(6)} != {held}:

@@ -1,4 +1,4 @@
-"""A real Ray Serve application on this machine: three replicas that run an engine each, one of which is killed."""
+"""A real Ray Serve application on this machine: three replicas with an engine each, one of which is killed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ANSWER = "an answer of some length"
 
 
 class Engine(KVEvents):
-    """A replica with a simulated engine, in a process that ends with it."""
+    """A replica with a simulated engine in a process that ends with the replica."""
 
     def __init__(self) -> None:
         self.pod = SimProcess(name=f"engine-{os.getpid()}", http=0, blocks=2000)
@@ -52,7 +52,7 @@ def application(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any
 
     save(tmp_path / "model")
     root = HERE.parents[3]
-    monkeypatch.setenv("HOME", str(tmp_path))  # where Ray writes a token
+    monkeypatch.setenv("HOME", str(tmp_path))  # Ray writes a token there
     monkeypatch.setenv("PYTHONPATH", f"{root / 'src'}:{HERE.parent}")
     ray.init(num_cpus=2, include_dashboard=False, object_store_memory=int(1e8), log_to_driver=False)
     try:
@@ -86,7 +86,7 @@ def until(done: Callable[[], bool], router: PrefixRequestRouter) -> None:
 
 
 def until_exact(handle: Any) -> PrefixRequestRouter:
-    """Until three replicas are followed and current."""
+    """Wait until three replicas are followed and current."""
     handle.remote({"input": "a first request, which makes the router"}).result(timeout_s=60)
     router = router_of(handle)
     until(lambda: list(router.index.pods().values()) == ["exact"] * 3, router)
@@ -103,7 +103,7 @@ def test_conversations_stay_and_a_killed_replicas_successor_is_followed(applicat
             answer = handle.remote({"messages": chat}).result(timeout_s=60)
             served.setdefault(number, set()).add(answer["pid"])
             talk.heard(chat, answer["text"], answer["cached"])
-            # Ray tells of a request's end after its result; until then it weighs on its replica.
+            # Ray reports the end of a request after its result. Until then, the request counts as load of its replica.
             until(lambda: router.picker.stats()["in_flight"] == 0, router)
             assert router.manager.wait_until_exact(10.0) == {}
 
@@ -120,6 +120,6 @@ def test_conversations_stay_and_a_killed_replicas_successor_is_followed(applicat
     served.clear()
     turn()
     turn()
-    # Conversations of the dead replica have moved, and each stays where it is.
+    # The dead replica's conversations have moved, and every conversation stays with its replica.
     assert {len(each) for each in served.values()} == {1}
     assert len(pids & {pid for each in served.values() for pid in each}) == 2
