@@ -12,8 +12,7 @@ from hypothesis import HealthCheck, settings
 
 HERE = Path(__file__).resolve().parent
 
-# --import-mode=importlib imports tests by path and leaves the shared modules unimportable: put their folder on the
-# path.
+# With --import-mode=importlib the shared modules cannot be imported unless their folder is on the path.
 sys.path.insert(0, str(HERE))
 pytest.register_assert_rewrite("support", "world")
 
@@ -21,8 +20,7 @@ pytest.register_assert_rewrite("support", "world")
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 # Each run draws the same examples, so a failure comes from the change under test. The nightly draws new ones.
 settings.register_profile("default", max_examples=60, stateful_step_count=40, derandomize=True, **_COMMON)
-# A sanitized core is several times slower. Its suite looks for memory errors and leaves rare orders of events to
-# others.
+# A sanitized core is several times slower. Its suite looks for memory errors, not for rare orders of events.
 settings.register_profile("sanitized", max_examples=15, stateful_step_count=40, derandomize=True, **_COMMON)
 # Hypothesis keeps every example that it has tried: 5,000 took 3 GB a process. Each night draws others.
 _EXAMPLES = int(os.environ.get("EXAMPLES", "2000"))

@@ -56,8 +56,8 @@ SETTINGS = {"block_size": 16, "hash_seed": 1337}
 POLICY = ReplicationPolicy(
     snapshot_every=2.0, patience=3.0, count=64, max_entry=2048, max_backlog=64 << 10, snapshot_bytes=1 << 20
 )
-#: The greatest age of an answer that is called exact, in seconds, beside the longest delay of a message from the engine
-#: over the collector and the log.
+#: The greatest age of an answer that is called exact, in seconds, in addition to the longest delay of a message from
+#: the engine through the collector and the log.
 BOUND = 1.25
 #: The length of the client's timeout in seconds.
 TIMEOUT = 1.0

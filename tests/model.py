@@ -155,7 +155,7 @@ class Worker:
         self.unsure &= self.names.keys()
 
     def forget_above(self, at: Position) -> None:
-        """Do the same from one position towards the root.
+        """Do the same as `forget` for one position and its ancestors.
 
         A parked event does not keep the name that it waits for. A child that was announced before its parent therefore
         ends in the same state as one that was announced after it.
@@ -551,7 +551,7 @@ class Model:
     def _decide(self, worker: Worker, model: str, thing: Parked, moved: dict) -> list[Position] | None:
         """Resolve names by an event of the engine's own pool.
 
-        Copies in other media that were announced before move along.
+        Copies in other media that were announced before move to the new content.
         """
         while True:
             at = self._above(worker, model, thing)

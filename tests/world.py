@@ -341,7 +341,7 @@ class World:
     def event(self, pod: str, rank: int, model: str, op: Op) -> Any:
         """Return the event that `op` means in the current state, or None."""
         layout, worker, book = self.layouts[pod], self.worker(pod, rank, model), self.book(pod, rank, model)
-        # Mostly a single length. An engine that changes it does so for every block.
+        # Mostly a single lookahead length. A pod that changes it does so for every block.
         self.lookahead = layout.lookahead if op.pick % 13 else (0, 1, 3)[op.n % 3]
         copies = [key for key, ks in worker.copies.items() for _ in ks] if worker else []
         known = [h for h in worker.names if h in book.back] if worker else []
@@ -350,8 +350,7 @@ class World:
         if op.kind == "bad":
             return self.bad(BADS[op.n % len(BADS)], op, book)
         if op.kind == "remove":
-            # Removes up to seven blocks of a chain, from its head, from its tail or from any place, or everything after
-            # it.
+            # Remove one to seven blocks (times `stretch`): from the head of a chain, from its tail, or from any place.
             if not copies:
                 return None
             medium, group, _ = copies[op.pick % len(copies)]
@@ -384,8 +383,7 @@ class World:
             if h in book.back:
                 context, path, _ = book.back[h]
                 if op.n % 4 == 0:
-                    # Announce the same copy again, or another copy elsewhere, or its whole prompt, which all groups of
-                    # a hybrid hold.
+                    # The same copy again, another copy elsewhere, or its whole prompt, held by all groups of a hybrid.
                     where, k = {"medium": medium, "group_idx": number}, worker.copies[medium, number, h][-1]
                 if op.n % 4 < 2 and len(path) >= k:
                     return self.stored(book, context, path, len(path) - k, k, where, op, hashes=[h])

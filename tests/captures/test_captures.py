@@ -1,4 +1,4 @@
-"""Recorded streams of real engines: every number that the engine itself would have reused must come out."""
+"""Recorded streams of real engines: the index must give the number of tokens that the engine itself would reuse."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ NAMES = (
 )
 
 
-#: Recorded by ``python -m e2e.engines --record``, from the engines themselves over real sockets.
+#: Recorded by ``python -m e2e.engines --record`` from the engines over real sockets.
 OWN = {path.name.removesuffix(".msgpack.gz"): path for path in sorted(SAMPLES.glob("*.msgpack.gz"))}
 
 
 @pytest.fixture(params=[*OWN, *NAMES])
 def records(request):
-    """The header, and the records in order."""
+    """Return the header and the records in order."""
     path = OWN.get(request.param)
     if path is None:
         path = request.getfixturevalue("shared") / "captures" / f"{request.param}.msgpack.gz"
@@ -36,7 +36,7 @@ def records(request):
 
 
 def index_for(header, make=PrefixIndex, **options):
-    """An index that knows which engine was recorded."""
+    """Return an index configured for the recorded engine."""
     index = make(header["block_size"], **options)
     for pod in header["pods"]:
         index.configure_pod(pod, engine=header["engine"])
@@ -111,7 +111,7 @@ def test_the_recorded_blocks_all_go_again(records):
 
 @pytest.mark.parametrize("name", ["vllm-0.33.0-duplicate-copies", "vllm-0.33.0-mamba"])
 def test_a_set_forgets_blocks_that_the_engine_still_has(name):
-    """What counting copies is for, and that these recordings show it."""
+    """These recordings show the need for counted copies."""
     wrong = {}
     for presence in ("count", "set"):
         reader = read_capture(OWN[name])

@@ -1,4 +1,4 @@
-"""The sdist, and the wheel that is built from it, hold what they should and work on their own."""
+"""The contents of the sdist and of the wheel built from it. Both must work on their own."""
 
 import email
 import os
@@ -24,7 +24,7 @@ def run(*command, **options):
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory):
-    """A directory with an sdist and the wheel made from that sdist, built from a copy without anything generated."""
+    """Build an sdist and its wheel from a copy of the tree without generated files. Returns their directory."""
     work = tmp_path_factory.mktemp("packaging")
     generated = (
         ".git",
@@ -39,7 +39,7 @@ def dist(tmp_path_factory):
         ".*_cache",
     )
     shutil.copytree(ROOT, work / "tree", ignore=shutil.ignore_patterns(*generated, ".hypothesis"))
-    # What is asked here does not depend on how well the core is optimised, and -O0 compiles several times as fast.
+    # The result does not depend on the core's optimization, and -O0 compiles several times as fast.
     environment = {**os.environ, "CXXFLAGS": "-O0 -g0"}
     run(sys.executable, "-m", "build", "--no-isolation", cwd=work / "tree", env=environment)
     return work / "tree" / "dist"
@@ -47,7 +47,7 @@ def dist(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(dist, tmp_path_factory):
-    """The environment of a process that sees the wheel, unpacked by pip, in place of the checkout."""
+    """Return the environment of a process that imports the wheel, unpacked by pip, instead of the checkout."""
     target = tmp_path_factory.mktemp("site")
     (wheel,) = dist.glob("*.whl")
     run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel)
@@ -66,7 +66,7 @@ def test_the_sdist_has_every_source_and_nothing_that_was_generated(dist):
     alone = {"LICENSE", "Makefile", "asv.conf.json", "mkdocs.yml", "pyproject.toml", "setup.py"}
     assert sources | alone | {p.name for p in ROOT.glob("*.md")} <= names
     assert not [name for name in names if name.endswith((".so", ".pyc", "_core.cpp"))]
-    # A wheel is tested beside all of it but the package itself, which has no core there.
+    # A wheel is tested beside the contents of the sdist, except the package itself, which has no compiled core there.
     with open(ROOT / "pyproject.toml", "rb") as file:
         beside = tomllib.load(file)["tool"]["cibuildwheel"]["test-sources"]
     assert {name.partition("/")[0] for name in names} - {"", "PKG-INFO", "setup.cfg", "src"} == set(beside)

@@ -1,4 +1,4 @@
-"""The headers of the core: what each may include."""
+"""The allowed includes between the headers of the core."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 NATIVE = Path(__file__).resolve().parents[2] / "src/kvindex/_native"
 
-# From the ground up, as docs/structure.md draws it. A part includes itself and the parts it names, directly or not.
+# From the bottom up, as drawn in docs/structure.md. A part includes itself and, even indirectly, the parts it names.
 BELOW = {
     "base": set(),
     "wire": {"base"},

@@ -33,15 +33,15 @@ SOURCES = [
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 CODE = re.compile(r"^(?P<indent> *)```.*?^(?P=indent)```|<!--.*?-->|::\n\n(?:(?: {4}.*)?\n)+", re.M | re.S)
-# Code, quoted values, the addresses of links, and the roles of docstrings: a word each, for the length of the sentence.
+# Code, quoted values, addresses of links and roles of docstrings each count as one word of a sentence.
 WORD = re.compile(r":\w+:`[^`]*`|``[^`]+``|`[^`]+`|\"[^\"\n]*\"|(?<=\])\([^)]*\)|https?://\S+")
-# A row's cells, an item of a list, a heading, a paragraph, and a line of a docstring's Args are a text each.
+# Cells of a row, items of a list, headings, paragraphs and lines of a docstring's Args are separate texts.
 APART = re.compile(r"\n\s*\n|\n(?=\s*(?:[-*|#>]|\d+\.) )|(?<!\\)\||\n {4,8}(?=\w+: )|\n(?=[A-Z]\w+:\n)")
 SENTENCE = re.compile(r"(?<=[.?!;])(?<!e\.g\.)(?<!i\.e\.)\s+(?=\S)")
 
 
 def docstrings(path):
-    """Each with its line; those of a compiled file are found by their quotes."""
+    """Yield each docstring with its line. Those of a compiled file are found by their quotes."""
     text = path.read_text()
     if path.suffix != ".py":
         for found in re.finditer(r'"""(.*?)"""', text, re.S):
@@ -50,7 +50,7 @@ def docstrings(path):
     for node in ast.walk(ast.parse(text)):
         if not isinstance(node, DOCUMENTED):
             continue
-        # The first statement, and what stands under a field.
+        # The first statement of a body, or a string below a field.
         for before, each in zip([None, *node.body], node.body, strict=False):
             documents = before is None or isinstance(before, ast.AnnAssign)
             if documents and isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant):

@@ -1,4 +1,4 @@
-"""Not run: mypy reads it. assert_type says what a public name is, and an ignored error that is none is one itself."""
+"""The types of the public API, checked by mypy and never run: an unneeded `ignore` comment is an error as well."""
 
 from array import array
 from pathlib import Path
@@ -30,7 +30,7 @@ assert_type(index, PrefixIndex)
 assert_type(index.block_size, int)
 assert_type(index.hash_seed, int)
 
-# Tokens: arrays of the integer types, anything with their buffer, or a sequence of ints.
+# Tokens: arrays of the integer types, other objects with such a buffer, or sequences of ints.
 assert_type(index.match_prefix([1, 2, 3]), PrefixMatch)
 assert_type(index.match_prefix((1, 2, 3), ready_pods=["a"]), PrefixMatch)
 assert_type(index.match_prefix(range(64), only_exact=True), PrefixMatch)
@@ -102,7 +102,7 @@ with kvindex.EventManager(index) as manager:
     assert_type(manager.wait_until_current(1.0), bool)
     assert_type(manager.status()["a"].blocks, int)
 
-# What must not pass. Without the error mypy names the comment as one that is not needed.
+# Calls that must fail to type-check. If one passes, mypy reports its comment as unneeded.
 index.match_prefix("text")  # type: ignore[arg-type]
 index.match_prefix([1.5])  # type: ignore[list-item]
 index.match_prefix([1], "model")  # type: ignore[call-arg]

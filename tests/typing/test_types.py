@@ -1,4 +1,4 @@
-"""What a type checker sees: the stubs fit the built module, and the public names have the types that users rely on."""
+"""The view of a type checker: the stubs match the built module, and the public names have their documented types."""
 
 import subprocess
 import sys

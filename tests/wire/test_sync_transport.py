@@ -1,7 +1,7 @@
-"""Every exchange that was recorded from the real publishers of six releases, frame by frame.
+"""Every recorded exchange with the real publishers of six releases, frame by frame.
 
-``transport.json`` has what a subscriber saw live, after a batch that the engine could not encode, after a restart, and
-what replays from several starts brought. Here the same frames go through the parsers, the stream machine and the
+``transport.json`` contains a subscriber's live frames, those after a batch that the engine could not encode and after a
+restart, and the replays from several starts. Here, the same frames go through the parsers, the stream machine and the
 sockets, and the simulated publisher has to produce them byte for byte.
 """
 
@@ -69,7 +69,7 @@ def test_replays_in_both_framings(recorded):
 
 
 def test_what_a_req_socket_gets_is_no_replay(recorded):
-    # It strips the empty frame and takes one reply; without that frame the engines ignore a request altogether.
+    # A REQ socket strips the empty frame and takes a single reply. Without that frame, the engines ignore a request.
     with pytest.raises(FrameFault):
         parse_replay(raw(recorded["req_client_first"][0]))
     assert recorded["req_client_rest"] == []
@@ -77,7 +77,7 @@ def test_what_a_req_socket_gets_is_no_replay(recorded):
 
 
 def drive(stream: WorkerStream, recorded: dict, actions: list, now: float) -> list:
-    """Answer every request of the stream with what the real publisher answered."""
+    """Answer every request of the stream with the recorded answer of the real publisher."""
     done = []
     todo = list(actions)
     while todo:
@@ -115,7 +115,7 @@ def test_a_late_subscriber_takes_what_the_buffer_still_has(recorded):
     stream = WorkerStream(replay=True, uniform=lambda: 0.0)
     done = drive(stream, recorded, stream.connected(0.0), 0.0)
     assert [action.start for action in done if isinstance(action, RequestReplay)] == [0]
-    # The second time the head is given up; the hole at 6 is asked for twice as well, from the batch before it.
+    # At the second attempt the first batches are given up. The hole at 6 needs two requests as well, from batch 5 on.
     done += drive(stream, recorded, stream.tick(1.0), 1.0)
     done += drive(stream, recorded, stream.tick(2.0), 2.0)
     assert [action.seq for action in done if isinstance(action, Ingest)] == [3, 4, 5, 7]
@@ -134,7 +134,7 @@ def test_after_a_restart_what_was_there_is_cleared(recorded):
     done = []
     for message in live(recorded, "after_restart"):
         done += stream.live(message.seq, message.payload, 4.0)
-    assert recorded["restart_published"] == 4  # and the subscriber, whose socket came back, has seen 1, 2 and 3
+    assert recorded["restart_published"] == 4  # after its socket came back, the subscriber has received 1, 2 and 3
     assert sum(isinstance(action, Clear) for action in done) == 1
     assert [action.seq for action in done if isinstance(action, Ingest)] == [1, 2, 3]
     assert stream.state == "degraded"
@@ -162,7 +162,7 @@ def test_after_a_restart_the_replay_brings_what_was_missed(recorded):
 
 
 def test_the_simulated_publisher_writes_the_same_frames(recorded):
-    """Live, replayed from everywhere, after the hole: equal to the recording, byte by byte."""
+    """Live, replayed from every start, and after the hole: equal to the recording, byte for byte."""
     with_topic = topic_in_replay(f"{recorded['engine']}-{recorded['version']}")
     context = zmq.Context()
     publisher = Publisher(
@@ -173,7 +173,7 @@ def test_the_simulated_publisher_writes_the_same_frames(recorded):
     subscriber.subscribe(b"")
     try:
         subscriber.connect(publisher.endpoint)
-        # What is sent before the subscription has arrived is lost, and nothing tells the publisher when it has.
+        # Messages before the subscription are lost, and the publisher gets no sign of its arrival.
         until(lambda: publisher.send_raw([b"heard?"]) or subscriber.poll(5))
         messages = live(recorded)
         for message in messages:
@@ -218,7 +218,7 @@ def replies_to(
 
 
 def test_the_whole_recording_over_sockets(recorded):
-    """A publisher that behaves as recorded, and an index that has to end up with what it can have."""
+    """A publisher repeats the recording, and the index must end with every available batch."""
     context = zmq.Context()
     publisher = Publisher(
         context, "tcp://127.0.0.1:*", "tcp://127.0.0.1:*", topic="kv@10.0.0.1@m", buffer_steps=4,
@@ -234,7 +234,7 @@ def test_the_whole_recording_over_sockets(recorded):
             manager.add_pod(PodSource("pod", ranks=ranks, model="m", topic="kv@10.0.0.1@m"))
             serve_until(publisher, lambda: manager.is_current())
             status = manager.status()["pod"]
-            # Two of six batches left the buffer before we came; every recorded block hangs on none, so the rest is
+            # Two of six batches left the buffer before the connection. No recorded block has a parent, so the rest is
             # placed.
             assert (status.state, status.last_seq, status.lost_batches, status.blocks) == ("degraded", 5, 2, 4)
             publisher.faults.unencodable = 1

@@ -1,4 +1,4 @@
-"""decode_batch on what real engines wrote, on everything an encoder may write, and on what no encoder would."""
+"""decode_batch with payloads of real engines, with every allowed encoding, and with bytes that no encoder writes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SHARED = Path(__file__).resolve().parents[3] / "shared"
 
 
 def plain(value: Any) -> Any:
-    """A value of vectors.json, with its bytes as bytes."""
+    """Return a value of vectors.json with its bytes as bytes."""
     if isinstance(value, dict) and value.keys() == {"$bytes"}:
         return bytes.fromhex(value["$bytes"])
     if isinstance(value, dict):
@@ -39,7 +39,7 @@ def plain(value: Any) -> Any:
 
 
 def named(event: Any) -> tuple[str | None, dict]:
-    """An event of either form as its tag and its fields by name."""
+    """Return an event in either format as its tag and its fields by name."""
     if isinstance(event, dict):
         return event.get("type"), {key: value for key, value in event.items() if key != "type"}
     fields = dict(zip(KINDS.get(event[0], (None, ()))[1], event[1:], strict=False))
@@ -55,7 +55,7 @@ def u64(block_hash: int | bytes) -> int:
 
 
 def assert_same(event: Any, tag: str, fields: dict, dp_rank: int | None) -> None:
-    """What was decoded says exactly what these fields say, and nothing about the others."""
+    """Check that the decoded event has exactly these fields and the defaults for all others."""
     kind, _ = KINDS[tag]
     assert type(event) is kind
     assert event.dp_rank == dp_rank
@@ -69,7 +69,7 @@ def assert_same(event: Any, tag: str, fields: dict, dp_rank: int | None) -> None
         assert event.token_ids.dtype == np.uint32
         tokens, ahead = list(fields.get("token_ids") or ()), fields.get("lookahead_token_ids")
         if tokens and isinstance(tokens[0], (list, tuple)):
-            # SGLang with EAGLE: a token and the one behind it.
+            # SGLang with EAGLE: a token and the next one.
             size = fields["block_size"]
             ahead = [[tokens[end - 1][1]] for end in range(size, len(tokens) + 1, size)]
             tokens = [first for first, _ in tokens]
@@ -85,7 +85,7 @@ def tupled(value: Any) -> Any:
 
 
 def reading(payload: bytes) -> tuple[bool, Any]:
-    """Whether the msgpack package can read it, and what it reads; None where its own types cannot hold that."""
+    """Return whether the msgpack package can read it, and the value, or None if Python types cannot represent it."""
     try:
         return True, msgpack.unpackb(
             payload,
@@ -98,7 +98,7 @@ def reading(payload: bytes) -> tuple[bool, Any]:
         return "timestamp" in str(error), None
 
 
-# --------------------------------------------------------------------------------------------- what engines published
+# ----------------------------------------------------------------------------------------------- published by engines
 
 
 def vectors() -> list:
@@ -143,7 +143,7 @@ def test_vector(vector):
     assert len(batch.events) == len(kept)
     for got, event in zip(batch.events, kept, strict=True):
         assert_same(got, *named(event), rank)
-    # What the engine's own typed decoder read of it, where that was recorded: its defaults are the ones here.
+    # The output of the engine's own typed decoder, if it was recorded, has the same defaults.
     typed = plain(vector.get("typed"))
     if typed:
         kept = [event for index, event in enumerate(typed["events"]) if index not in reasons]
@@ -167,13 +167,13 @@ def test_every_payload_of_a_capture(path):
             assert_same(got, *named(event), rank)
 
 
-# ------------------------------------------------------------------------------------- what an encoder is free to write
+# ---------------------------------------------------------------------------------------- allowed choices of an encoder
 
 
 class Wire:
-    """A msgpack encoder that may use any header and any width that holds the value; `how` says which, one by one.
+    """A msgpack encoder that may use any header and any width that fits; `how` selects one for each value.
 
-    An empty `how` is the package's own, minimal encoding.
+    An empty `how` gives the package's own, minimal encoding.
     """
 
     def __init__(self, how: list[int]) -> None:
@@ -248,7 +248,7 @@ JUNK = st.recursive(
 
 @st.composite
 def tokens(draw) -> list[int]:
-    """Long enough to go through every way of reading them, and of one width for a while, as real ones are."""
+    """Draw tokens: enough for every method of reading them, and with long runs of one width, like real ones."""
     some = draw(st.lists(TOKEN, max_size=40))
     return some * draw(st.sampled_from((1, 1, 2, 20)))
 
@@ -278,7 +278,7 @@ def stored(draw) -> dict:
 
 @st.composite
 def written(draw) -> tuple[Any, str, dict]:
-    """One event: as an engine may put it on the wire, and its tag and fields."""
+    """Draw one event: in the format of an engine, and as its tag and fields."""
     tag = draw(st.sampled_from(tuple(KINDS)))
     fields = draw(stored()) if tag == "BlockStored" else {}
     if tag == "BlockRemoved":
@@ -312,7 +312,7 @@ def written(draw) -> tuple[Any, str, dict]:
     )
     pairs = draw(st.permutations(pairs))
     if draw(st.integers(0, 7)) == 0:
-        pairs.insert(0, ("block_hashes", draw(JUNK)))  # repeated further on, and there it counts
+        pairs.insert(0, ("block_hashes", draw(JUNK)))  # repeated further on, where it counts
     return Pairs(pairs), tag, fields
 
 
@@ -364,11 +364,11 @@ def test_one_wrong_token_is_found_wherever_it_stands(at, n, wrong, widths, tail)
     assert batch.events[0].token_ids.tolist() == sound[3]
 
 
-# ----------------------------------------------------------------------------------------------- what no encoder writes
+# ------------------------------------------------------------------------------------------ never written by an encoder
 
 
 def payloads() -> list:
-    """Small ones with everything in them: both forms of batch and event, every type of field, wide headers."""
+    """Return small payloads with both formats of batch and event, every type of field, and wide headers."""
     fields = {
         "block_hashes": [2**64 - 1, -1, b"\x01" * 32],
         "parent_block_hash": 300,
@@ -479,7 +479,7 @@ def matches_what_is_readable(batch: EventBatch, payload: bytes) -> None:
 )
 @pytest.mark.parametrize("field", [*STORED, "cache_salt", "future", "type"])
 def test_a_length_that_lies(field, head):
-    """A few bytes that claim gigabytes are refused where they stand, and before anything is allocated for them."""
+    """A few bytes that claim gigabytes are refused at their position, and before any allocation for them."""
     front = b"\x93" + msgpack.packb(1.5) + b"\x91\x82" + msgpack.packb("block_hashes") + b"\x90" + msgpack.packb(field)
     with pytest.raises(EventDecodeError) as error:
         decode_batch(front + head + b"\x01\x02\x03\x00")
