@@ -34,7 +34,7 @@ __all__ = ["Call", "Service"]
 
 PAGE: Final = Path(__file__).with_name("page")
 _MEDIA: Final = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript"}
-# The page asks nobody but this service, and runs nothing that is not in its files.
+# The page connects only to this service and runs only its own files.
 _POLICY: Final = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:"
 _TOKENS: Final = {"tokens": "token_ids", "hashes": "seq_hashes"}
 
@@ -67,7 +67,7 @@ class Service:
     Args:
         index: The index.
         manager: The :class:`EventManager` that follows the pods; ``/register`` adds to it. Or the
-            :class:`~kvindex.replication.ReplicatedIndex` that has the index: then ``/register`` is refused, and
+            :class:`~kvindex.replication.ReplicatedIndex` that contains the index: ``/register`` is then refused, and
             ``/readyz`` waits for the log.
         picker: The picker; None creates an ``EndpointPicker(index, manager)``.
         encoder: A :class:`~kvindex.text.PromptEncoder` or :class:`~kvindex.text.RemoteEncoder` for requests with
@@ -77,7 +77,7 @@ class Service:
             OpenAPI document. None accepts calls without a token.
 
     Raises:
-        InvalidValueError: The token is empty or has characters that no header can have.
+        InvalidValueError: The token is empty or has characters that a header cannot have.
     """
 
     def __init__(
@@ -115,8 +115,9 @@ class Service:
         """Coroutine functions that run as long as the service does."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Starlette's layers and routes take as long as a match of 2,048 blocks. They are needed if an instrumentation
-        # has put one of its own between them, for other paths, and below the path of a mount.
+        # Starlette's layers and routing take as long as a match of 2,048 blocks, so known paths skip them. They are
+        # needed for all other paths, below the path of a mount, and if an instrumentation library has added its
+        # middleware.
         endpoint = self._endpoints.get((scope.get("method", ""), scope.get("path", "")))
         if endpoint is None or self._app.user_middleware or scope.get("root_path"):
             await self._app(scope, receive, send)
@@ -178,7 +179,7 @@ async def _not_routed(request: Request, error: HTTPException) -> Response:
     return Response(refused.body(), error.status_code, dict(error.headers or {}), "application/json")
 
 
-# What any call with a body, and any call behind the token, may be refused with.
+# Statuses of the errors that every call behind the token may return, and every call with a body.
 _ANY: Final = (401, 500)
 _BODY: Final = (*_ANY, 400, 408, 413, 503)
 

@@ -1,4 +1,4 @@
-"""One HTTP call: who may make it, how much it may bring, and errors as JSON with field and reason. No route."""
+"""One HTTP call: its authorization, its limits, and its errors as JSON with field and reason. It has no routes."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ encode: Final = msgspec.json.Encoder().encode
 JSON: Final = (b"content-type", b"application/json")
 BINARY: Final = b"application/octet-stream"
 _CLOSE: Final = {"connection": "close"}
-# How many times the limit of a body is read of one that is beyond it.
+# The most that is read of a body that is too large, in multiples of the limit.
 _DISCARDED: Final = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Limits of one service. A request beyond a limit is refused without an effect on others."""
+    """Limits of one service. A request beyond a limit is refused and does not affect others."""
 
     max_body: int = 8 << 20
     """Bytes of one body: a million token ids as JSON. Beyond it: 413."""
@@ -86,7 +86,7 @@ def _header(scope: Scope, wanted: bytes) -> bytes:
 
 
 class Gate:
-    """What all endpoints of a service share: its limits, its token, and what is on the way."""
+    """The state that all endpoints of a service share: its limits, its token, and the requests and bytes in flight."""
 
     def __init__(self, limits: Limits, token: str | None) -> None:
         self.limits = limits
@@ -106,7 +106,7 @@ class Gate:
             )  # fmt: skip
 
     async def read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The whole body; None where the client has gone."""
+        """Return the whole body, or None if the client has disconnected."""
         try:
             async with asyncio.timeout(self.limits.body_seconds):
                 return await self._read(scope, receive)
@@ -129,7 +129,8 @@ class Gate:
                 more = message.get("more_body", False)
                 size += len(part)
                 if max(size, length) > most:
-                    # A client that is cut off while it sends never sees the answer, so some of the rest is thrown away.
+                    # A client that is cut off while it sends never sees the answer, so part of the rest is read and
+                    # discarded.
                     if size > _DISCARDED * most:
                         break
                     self.receiving -= sum(map(len, parts))
@@ -155,7 +156,7 @@ class Gate:
         return b"".join(parts)
 
 
-# What msgspec says is wrong, by its beginning.
+# The reasons of msgspec's error messages, by the beginning of the message.
 _WRONG: Final = (
     (re.compile(r"Object missing required field `(.+?)`"), "missing"),
     (re.compile(r"Object contains unknown field `(.+?)`"), "unknown_field"),
@@ -164,7 +165,7 @@ _WRONG: Final = (
     (re.compile(r"Expected `.+?` (?:>|<)|.*out of range"), "out_of_range"),
 )
 _PLACE: Final = re.compile(r"(.*?) - at `\$\.?(.*)`", re.DOTALL)
-# And what the index says: the argument, and its place.
+# An error message of the index begins with the argument and its position.
 _ARGUMENT: Final = re.compile(r"(\w+)(?:\[(\d+)\])?(?= )")
 
 
@@ -185,7 +186,7 @@ def invalid(error: msgspec.ValidationError) -> Refused:
 
 
 def refusal(error: BaseException, names: Mapping[str, str]) -> Refused:
-    """The answer to an exception of a handler. ``names``: fields of the request by the argument that they were."""
+    """The answer to an exception of a handler. ``names`` maps arguments of the index to fields of the request."""
     if isinstance(error, Refused):
         return error
     if isinstance(error, (CapacityError, MemoryError)):
@@ -203,17 +204,20 @@ def refusal(error: BaseException, names: Mapping[str, str]) -> Refused:
 
 
 class Endpoint:
-    """The ASGI application of one path. Raw, since starlette's Request and Response cost as much as a match.
+    """The ASGI application of one path.
+
+    It uses ASGI directly, because starlette's Request and Response cost as much as a match.
 
     Args:
-        gate, figures: Of the service.
-        path: For the figures.
-        call: Gets the request (an object of ``body``, a query's struct, or nothing) and gives bytes of JSON, ``(status,
-            bytes)``, a Response, or an awaitable of these.
-        body: The struct that the body is decoded as; None for a call without one.
+        gate, figures: Those of the service.
+        path: The path's name in the figures.
+        call: The handler. It gets the request (an object of ``body``, a struct of ``query``, or nothing) and returns
+            bytes of JSON, ``(status, bytes)``, a Response, or an awaitable of these.
+        body: The struct that the body is decoded as; None for a call without a body.
         query: The struct that the query string is read as.
-        binary: Whether a body of bytes (BINARY) may stand in for the struct's field ``tokens``, the rest in the query.
-        free: Whether it is answered without the token.
+        binary: Decoder of a body of type BINARY, which replaces the struct's field ``tokens``. The other fields are
+            then in the query string.
+        free: Whether the call is answered without the token.
         names: As for :func:`refusal`.
     """
 
@@ -293,7 +297,8 @@ class Endpoint:
             asked = copy(_of_query(scope["query_string"], self._body))
             asked.tokens = self._binary(data)
             return asked
-        # A list of ints takes four times as long as the array; whatever is no array of token ids, the decoder refuses.
+        # Decoding to a list of ints takes four times as long as to an array. lift_tokens leaves anything that is not an
+        # array of token ids to the decoder, which refuses it.
         name = self._tokens
         lifted = None if name is None else lift_tokens(data, name.encode())
         try:
@@ -311,7 +316,8 @@ class Endpoint:
 
 @lru_cache(256)
 def _of_query(query: bytes, struct: Any) -> Any:
-    """A query string as a struct, which is shared: clients repeat theirs, and reading it takes as long as the match."""
+    """Parse a query string as a struct. It is cached and shared: clients repeat their query strings, and parsing one
+    takes as long as the match."""
     given: dict[str, Any] = {}
     try:
         pairs = parse_qsl(query.decode("ascii"), keep_blank_values=True, errors="strict")

@@ -1,4 +1,4 @@
-"""What a service counts: requests for Prometheus, under our names and under those of peers, and figures over time."""
+"""The figures of a service: requests for Prometheus, under our names and those of peers, and counts over time."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ KEPT: Final = 360
 _SECONDS: Final = tuple(0.0001 * 2**k for k in range(20))
 _RATES: Final = tuple(step / 20 for step in range(21))
 
-# Our name, and a peer's for the same.
+# The names of our metrics, and a peer's name for the same metric.
 _PEERS: Final = {
     "kvindex_http_request_duration_seconds": "dynamo_kvindexer_request_duration_seconds",
     "kvindex_http_requests": "dynamo_kvindexer_requests",
     "kvindex_http_errors": "dynamo_kvindexer_errors",
     "kvindex_hit_rate": "dynamo_component_router_kv_hit_rate",
 }
-# llm-d's counters, and what of the index's figures each is.
+# The names of llm-d's counters, with the key of the index's statistics that each one reports.
 _LLM_D: Final = (
     ("llm_d_epp_kv_cache_index_admissions", "blocks_stored", "Blocks that events stored."),
     ("llm_d_epp_kv_cache_index_evictions", "blocks_removed", "Blocks that events removed."),
@@ -41,7 +41,7 @@ _LLM_D: Final = (
 
 
 class Figures:
-    """Counts, and a sample of everything every few seconds. One thread counts."""
+    """Counters, and a sample of all figures every few seconds. Only one thread counts."""
 
     def __init__(
         self, index: Any, manager: Any, picker: Any, counts: Callable[[], tuple[int, int, dict[str, int]]]
@@ -84,7 +84,7 @@ class Figures:
             self._errors.labels(path, f"{status // 100}xx").inc()
 
     def asked(self, tokens: int, held: int) -> None:
-        """A question or a pick: how long the prompt was, and how much of it the best pod holds."""
+        """Count a question or a pick, with the length of its prompt and the part of it that the best pod holds."""
         self._questions += 1
         self._tokens += tokens
         self._held += held
@@ -96,8 +96,8 @@ class Figures:
         self._samples.append(self.latest(self._manager.status()))
 
     def latest(self, pods: Mapping[str, PodStatus]) -> dict[str, Any]:
-        """The counts of this moment, since the start: the page takes differences. ``pods`` is the status of each, which
-        takes longer than all the rest. O(pods)."""
+        """Return the counts since the start, of which the page computes differences. ``pods`` is the status of each
+        pod, which takes longer to get than all the rest. O(pods)."""
         picks = self._picker.stats()
         reports = picks["pods"].values()
         states = [status.state for status in pods.values()]
@@ -124,7 +124,7 @@ class Figures:
 
 
 class _Renamed(Collector):
-    """The service's own metrics, and each again under the name that a peer's dashboard expects."""
+    """The service's own metrics, each also under the name that a peer's dashboard expects."""
 
     def __init__(
         self, own: CollectorRegistry, index: Any, counts: Callable[[], tuple[int, int, dict[str, int]]]

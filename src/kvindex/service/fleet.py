@@ -53,11 +53,11 @@ class View(NamedTuple):
 
 
 class Fleet:
-    """What is followed, arranged when it was asked for after a change. Any thread may ask."""
+    """The followed pods, arranged at the first request after a change. Any thread may call it."""
 
     def __init__(self, index: PrefixIndex, manager: Any) -> None:
         self._index, self._manager = index, manager
-        self._changes = object()  # another one after each change, of whichever thread
+        self._changes = object()  # replaced after each change, by any thread
         self._known: tuple[object, View] | None = None
         manager.on_pods(self._changed)
 
@@ -65,7 +65,7 @@ class Fleet:
         self._changes = object()
 
     def view(self) -> View:
-        """O(1), and O(pods) after a change."""
+        """Return the arranged pods. O(1), and O(pods) after a change."""
         known = self._known
         if known is not None and known[0] == self._changes:
             return known[1]
@@ -85,7 +85,7 @@ class Fleet:
         return view
 
     def model(self, given: str | None, field: str = "model") -> str:
-        """The model that a request means. Raises :class:`Refused` where no pod serves it."""
+        """Return the model that a request means. Raises :class:`Refused` if no pod serves it."""
         models = self.view().models
         if given is None:
             if len(models) == 1:
@@ -103,7 +103,7 @@ class Fleet:
         return given
 
     def group(self, model: str, name: str) -> Group:
-        """The pods of a model and routing group. Raises :class:`Refused` where there are none."""
+        """Return the pods of a model and routing group. Raises :class:`Refused` if the group does not exist."""
         found = self.view().groups.get((model, name))
         if found is None:
             raise Refused(
@@ -118,7 +118,7 @@ class Fleet:
             return "stale"
 
     def inexact(self, pods: Iterable[str]) -> dict[str, str]:
-        """Those of the pods whose part of an answer is not exact, also where it is that they hold nothing."""
+        """States of the pods whose part of an answer is not exact, also if the answer is that they hold nothing."""
         return {pod: state for pod in pods if (state := self.state(pod)) != "exact"}
 
 

@@ -24,7 +24,7 @@ _ERROR = {
 
 
 def document(routes: Iterable[Any], secured: bool) -> dict[str, Any]:
-    """What ``/openapi.json`` says of ``routes`` (:class:`~kvindex.service.app.Call`)."""
+    """Build ``/openapi.json`` for ``routes`` (:class:`~kvindex.service.app.Call`)."""
     listed = list(routes)
     structs = [each for route in listed for each in (route.body, route.query) if each is not None]
     _, schemas = msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")
@@ -85,6 +85,6 @@ def _content(route: Any) -> dict[str, Any]:
 
 
 def _plain(schema: dict[str, Any]) -> dict[str, Any]:
-    """A query has no null: what may be absent is absent."""
+    """The schema of a query parameter, without null: a query string leaves absent parameters out."""
     options = [each for each in schema.get("anyOf", [schema]) if each.get("type") != "null"]
     return {name: value for name, value in options[0].items() if name != "default"}

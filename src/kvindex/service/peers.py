@@ -1,8 +1,8 @@
-"""The routes of Mooncake's conductor and of Dynamo's standalone indexer, for the clients that these have.
+"""The routes of Mooncake's conductor and of Dynamo's standalone indexer, for their existing clients.
 
-Both have ``/register``, ``/unregister``, ``/query`` and ``/query_by_hash``. A request is Dynamo's where it names the
-model ``model_name``, and Mooncake's where it says ``modelname`` or ``model``; each gets the answer of its own
-documentation, with the state of every instance beside it.
+Both have ``/register``, ``/unregister``, ``/query`` and ``/query_by_hash``. A request is Dynamo's if it names the model
+``model_name``, and Mooncake's if it names it ``modelname`` or ``model``. Each gets the answer that its own
+documentation describes, with the state of every instance added.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MOST_PEERS: Final = 1024
 
 
 class _Held(NamedTuple):
-    """What an instance holds of a prompt, in tokens; host memory and disk count what lies before them."""
+    """A prompt's cached tokens on an instance. Host memory and disk include the tiers before them."""
 
     gpu: int
     cpu: int
@@ -50,7 +50,7 @@ class Peers:
         self._index, self._manager, self._fleet, self._limits, self._figures = index, manager, fleet, limits, figures
         self._peers: dict[str, None] = {}
 
-    # ---- which publishers
+    # ---- publishers
 
     async def register(self, asked: Register) -> tuple[int, bytes]:
         self._decides()
@@ -122,7 +122,7 @@ class Peers:
                 if REGISTERED in member.source.labels and asked.dp_rank in (None, *member.ranks):
                     try:
                         await asyncio.to_thread(self._manager.remove_pod, member.pod)
-                    except UnknownPodError:  # somebody else was faster
+                    except UnknownPodError:  # another caller was faster
                         continue
                     gone += [f"{instance}|{name}|{rank}" for rank in member.ranks]
         if not gone:
@@ -182,7 +182,7 @@ class Peers:
         return self._answer(asked, group, pods, match, len(hashes) * self._index.block_size)
 
     def _meant(self, asked: Any) -> tuple[Group, Any]:
-        """The group that a question is about, and the pods of the instance that it names."""
+        """Return the group that a question is about, and the pods of the instance that it names."""
         mooncake = asked.model_name is None
         model = asked.model if mooncake else asked.model_name
         if model is None:
@@ -265,14 +265,14 @@ class Peers:
         cpu = max(gpu, tiers.get("CPU", 0))
         disk = max(cpu, tiers.get("DISK", 0))
         if len(found.ranks) > 1 or len(member.ranks) > 1:
-            # The index has the tokens of a rank over all media, and the media of the best rank only.
+            # The index reports a rank's tokens over all media, and the tokens by medium only for the best rank.
             ranks = {str(rank): (0, 0, 0) for rank in member.ranks}
             ranks |= {str(rank): (tokens, tokens, tokens) for rank, tokens in found.ranks.items()}
         else:
             ranks = {str(next(iter(found.ranks or member.ranks))): (gpu, cpu, disk)}
         return _Held(gpu, cpu, disk, max(found.held, disk), ranks, tiers, found.state)
 
-    # ---- what is there
+    # ---- listings
 
     def workers(self, asked: WorkersQuery) -> bytes:
         status = self._manager.status()
@@ -388,12 +388,12 @@ class Peers:
 
 
 def pod_name(instance: str, group: str, rank: int) -> str:
-    """What a registered publisher is called among the pods."""
+    """Return the pod name of a registered publisher."""
     return instance if group == DEFAULT and not rank else f"{instance}|{group}|{rank}"
 
 
 def listener_status(worker: Any) -> str:
-    """A worker's state in the words of Dynamo's indexer."""
+    """A worker's state in the terms of Dynamo's indexer."""
     if worker.state != "stale":
         return "active"
     return "pending" if worker.connected or not worker.batches else "failed"
@@ -409,7 +409,7 @@ def _tier(medium: str) -> str:
 
 
 def _by_tier(found: Any) -> dict[str, int]:
-    # Without the engine's name nobody says how it reads several media; then each counts alone.
+    # Without the engine's name, it is unknown how the engine reads several media, so each medium counts alone.
     tiers: dict[str, int] = {}
     for medium, tokens in (found.tiers or found.media).items():
         tier = _tier(medium)
@@ -418,8 +418,9 @@ def _by_tier(found: Any) -> dict[str, int]:
 
 
 def _frequencies(blocks: list[int]) -> msgspec.Raw:
-    """How many ranks hold each block of a prompt, from how many each holds, as JSON. An array of some thousand numbers
-    that are mostly equal: a number object for each took as long as the match."""
+    """Count the ranks that hold each block of a prompt, from the number of blocks that each rank holds, as JSON. The
+    array has thousands of numbers that are mostly equal, and creating a number object for each took as long as the
+    match."""
     text, upto = [], 0
     for place, each in enumerate(blocks := sorted(blocks)):
         text.append(b"%d," % (len(blocks) - place) * (each - upto))

@@ -1,4 +1,4 @@
-"""What a service asks of a manager, answered by a :class:`~kvindex.replication.ReplicatedIndex`."""
+"""The calls that a service makes on a manager, answered by a :class:`~kvindex.replication.ReplicatedIndex`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["ReplicatedPods"]
 
 
 class ReplicatedPods:
-    """The pods of a log. They are followed by its collector, so none can be added or removed here."""
+    """The pods of a log. The log's collector follows them, so pods cannot be added or removed here."""
 
     def __init__(self, view: Any) -> None:
         self.view = view
@@ -36,7 +36,7 @@ class ReplicatedPods:
         return asdict(self.view.status())
 
     def refused(self) -> Refused:
-        """The answer to a registration."""
+        """Return the error that a registration gets."""
         return Refused(
             409, "replicated",
             f"this service follows the log of fleet {self.view.fleet!r}, which has the pods of its collector: change"

@@ -1,4 +1,4 @@
-"""The requests as structs: what is decoded, checked, and described in the OpenAPI document."""
+"""The requests as structs: they are decoded and checked as these, and the OpenAPI document describes them."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ __all__ = [
 
 Size = Annotated[int, Meta(ge=1, le=65536)]
 Rank = Annotated[int, Meta(ge=0, le=65535)]
-# Dynamo's are u64, Mooncake's text.
+# Dynamo's identifiers are u64, Mooncake's are text.
 InstanceId = Annotated[int, Meta(ge=0)] | Annotated[str, Meta(min_length=1, max_length=253)]
 
 
 class Empty(Struct):
-    """A body that nobody reads."""
+    """A body whose content is ignored."""
 
 
 class _Prompt(Struct, kw_only=True, forbid_unknown_fields=True):
     tokens: list[int] | None = None
-    """Token ids. One of tokens, text and messages is given."""
+    """Token ids. A request has exactly one of tokens, text and messages."""
     text: str | None = None
     messages: list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
     model: str | None = None
-    """None is the only model that is served."""
+    """None means the only model that is served."""
     lora_name: str | None = None
     cache_salt: str | None = None
     extra_keys: list[list[Any] | None] | None = None
@@ -62,12 +62,12 @@ class Finished(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class History(Struct, kw_only=True, forbid_unknown_fields=True):
-    """Figures over time, from a moment on."""
+    """Figures over time, from a given moment on."""
 
     since: float = 0.0
 
 
-# Fields that are not known are ignored below, as the peers' own services do.
+# The structs below ignore unknown fields, as the peers' own services do.
 
 
 class Register(Struct, kw_only=True):
@@ -89,7 +89,7 @@ class Register(Struct, kw_only=True):
 
 
 class Unregister(Struct, kw_only=True):
-    """A publisher to follow no longer."""
+    """A publisher to stop following."""
 
     instance_id: InstanceId
     modelname: str | None = None

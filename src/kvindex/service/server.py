@@ -1,4 +1,4 @@
-"""The process around a :class:`Service`: its sockets, its snapshots, and an orderly end."""
+"""The process around a :class:`Service`: its sockets, its snapshots, and its orderly shutdown."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["Server", "Snapshots", "fetched", "keep_freed_memory", "restored"]
 
 log = logging.getLogger("kvindex.service")
 
-# Seconds that the whole of a snapshot may take to arrive from another service.
+# Seconds that a whole snapshot may take to arrive from another service.
 _FETCHING: Final = 120.0
 
 
@@ -38,12 +38,12 @@ class Server:
     """Serves until :meth:`stop`, SIGINT or SIGTERM.
 
     Args:
-        service: What to serve.
-        host, port: Where it listens by TCP, 0 for any free port; a host of None does not.
-        uds: Path of a Unix socket, beside TCP or instead.
-        uds_mode: Its mode: who may connect.
+        service: The service to run.
+        host, port: The TCP address to listen on; port 0 takes any free port, and a host of None turns TCP off.
+        uds: Path of a Unix socket, in addition to TCP or instead of it.
+        uds_mode: File mode of the Unix socket, which determines the users that may connect.
         ssl: Options of uvicorn that begin with ``ssl_``, for the TCP socket; a Unix socket is never encrypted.
-        max_connections: Beyond them, uvicorn answers 503.
+        max_connections: The most connections; beyond them, uvicorn answers 503.
 
     Raises:
         OSError: An address cannot be bound.
@@ -84,12 +84,12 @@ class Server:
                     os.unlink(self.uds)
 
     def stop(self) -> None:
-        """End it from any thread; what is being answered has 5 seconds."""
+        """Stop serving, from any thread. Requests in progress have 5 seconds to finish."""
         self._server.should_exit = True
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn with a Unix socket beside the others, which stays without TLS."""
+    """uvicorn with a Unix socket beside the others; the Unix socket never uses TLS."""
 
     def __init__(self, config: uvicorn.Config, unix: socket.socket | None) -> None:
         super().__init__(config)
@@ -109,8 +109,8 @@ class _Uvicorn(uvicorn.Server):
 def keep_freed_memory(most: int = 32 << 20) -> None:
     """Have the C library keep up to ``most`` freed bytes of this process for the next request.
 
-    Otherwise glibc gives the pages of each large body back, and takes them again: 0.1 of 0.23 ms of processor time for
-    a body of 230 kB that is only read. Does nothing with another C library.
+    Otherwise glibc returns the pages of each large body to the system and requests them again: 0.1 of 0.23 ms of
+    processor time for a body of 230 kB that is only read. Does nothing with another C library.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -130,7 +130,7 @@ def _shown(sock: socket.socket) -> str:
 
 
 def _unix_socket(path: str, mode: int) -> socket.socket:
-    # One that a killed process has left is in the way; anything else is somebody's.
+    # A socket that a killed process left behind is removed. Any other file belongs to another program.
     with suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             raise FileExistsError(f"{path} exists and is not a socket")
@@ -162,7 +162,7 @@ class Snapshots:
         self._service, self._path, self._every = service, path, every
 
     async def run(self) -> None:
-        """Save every so many seconds; a disk that refuses is logged, and tried again."""
+        """Save at each interval. An error of the disk is logged, and the next interval tries again."""
         while True:
             await asyncio.sleep(self._every)
             try:
@@ -171,7 +171,8 @@ class Snapshots:
                 log.error("%s", error)
 
     def save(self) -> None:
-        """Both files. Raises SnapshotError or OSError, with what was there before left as it was."""
+        """Write both files, each as a whole. Raises SnapshotError or OSError; a file that fails keeps its old
+        content."""
         pods = [spelled_source(source) for source in self._service.v1.registered()]
         self._service.index.save(self._path)
         target = pods_file(self._path)
@@ -190,8 +191,8 @@ def pods_file(path: str) -> str:
 
 
 def restored(path: str, options: Mapping[str, Any], block_size: int) -> tuple[PrefixIndex | None, list[PodSource]]:
-    """The index and the registrations of :class:`Snapshots`' files; None and [] where nothing can be used, which is
-    logged: a service that starts empty is better than one that does not start."""
+    """Return the index and the registrations from the files of :class:`Snapshots`; None and [] if nothing can be used.
+    The reason is logged: a service that starts empty is better than one that does not start."""
     index = _loaded(path, options, block_size) if os.path.exists(path) else None
     pods: list[PodSource] = []
     if os.path.exists(pods_file(path)):
@@ -205,7 +206,7 @@ def restored(path: str, options: Mapping[str, Any], block_size: int) -> tuple[Pr
 def fetched(
     url: str, token: str | None, options: Mapping[str, Any], block_size: int
 ) -> tuple[PrefixIndex | None, list[PodSource]]:  # fmt: skip
-    """The same from a living service; what cannot be used is logged as well."""
+    """The same from a running service. An answer that cannot be used is logged as well."""
     with tempfile.TemporaryDirectory() as folder:
         path, pods = f"{folder}/snapshot", f"{folder}/pods.json"
         try:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["V1", "binary_tokens", "spelled_source"]
 
-# Seconds for which a pick may be finished; the picker's own reservation ends after 600.
+# Seconds during which a pick can be finished; the picker's own reservation ends after 600.
 _KEPT: Final = 1200.0
 _MOST_PICKS: Final = 65536
 _PIECE: Final = 1 << 20
@@ -37,7 +37,7 @@ _SENDING: Final = 120.0
 
 
 def binary_tokens(data: bytes) -> Any:
-    """A body of little-endian u32."""
+    """Read a body of little-endian u32 as token ids."""
     if len(data) % 4:
         raise Refused(
             400, "invalid_value", f"{len(data)} bytes are no whole number of tokens of 4 bytes", field="tokens"
@@ -46,7 +46,7 @@ def binary_tokens(data: bytes) -> Any:
 
 
 def spelled_source(source: PodSource) -> dict[str, Any]:
-    """A source as a list of pods has it (:func:`kvindex.discovery.read_pods`), without keys."""
+    """A source in the form that a list of pods has (:func:`kvindex.discovery.read_pods`), without its keys."""
     item = {
         "name": source.name,
         "model": source.model,
@@ -65,7 +65,7 @@ def spelled_source(source: PodSource) -> dict[str, Any]:
 
 
 class V1:
-    """The handlers. Those that only ask the index run in the event loop, for a match takes microseconds."""
+    """The handlers. Those that only query the index run in the event loop, because a match takes microseconds."""
 
     def __init__(
         self, index: PrefixIndex, manager: Any, fleet: Fleet, picker: EndpointPicker, encoder: Any, limits: Limits,
@@ -73,7 +73,7 @@ class V1:
     ) -> None:  # fmt: skip
         self._index, self._manager, self._fleet, self._picker = index, manager, fleet, picker
         self._encoder, self._limits, self._figures = encoder, limits, figures
-        # Identifiers are of this process: after a restart nobody finishes what somebody else has picked.
+        # Identifiers belong to this process: after a restart, a client cannot finish a pick of another client.
         self._prefix = secrets.token_hex(4)
         self._picks: OrderedDict[str, tuple[Choice, float]] = OrderedDict()
         self._waited: set[str] | None = None
@@ -81,10 +81,10 @@ class V1:
         self._sending = False
         self.closing = False
         self.ready_after = 30.0
-        """Seconds after which a service is ready, whichever pods are stale."""
+        """Seconds after which the service is ready even if pods are stale."""
         self._shown: tuple[float, bytes] = (0.0, b"")
         self.example: list[int] = []
-        """Token ids that the page asks about until somebody has typed others."""
+        """Token ids that the page asks about until the user has typed others."""
 
     # ---- questions
 
@@ -208,7 +208,7 @@ class V1:
     # ---- the fleet
 
     def pods(self) -> bytes:
-        """Everything that is known of every pod."""
+        """Everything that is known about every pod."""
         sources = self._fleet.view().sources
         pods = {
             name: {**msgspec.to_builtins(status, str_keys=True), **_of_source(sources.get(name))}
@@ -222,14 +222,14 @@ class V1:
         return {"log": manager.log()} if isinstance(manager, ReplicatedPods) else {}
 
     def sources(self) -> bytes:
-        """The pods that were registered, as a list that ``--pods`` reads."""
+        """The registered pods, as a list that ``--pods`` reads."""
         return encode([spelled_source(source) for source in self.registered()])
 
     def registered(self) -> list[PodSource]:
         return [source for source in self._manager.pods().values() if REGISTERED in source.labels]
 
     def fleet(self) -> bytes:
-        """The page's table. Looked up once in half a second, however many browsers look."""
+        """The page's table. It is built at most once in half a second, however many browsers request it."""
         now = time.monotonic()
         if now - self._shown[0] > 0.5:
             self._shown = now, self._rows()
@@ -284,13 +284,13 @@ class V1:
         return b'{"status":"ok"}'
 
     def readyz(self) -> tuple[int, bytes]:
-        """Ready as soon as each pod that was there at the start has been current once: its history is applied."""
+        """Ready as soon as each pod that was there at the start has been current once: its history is then applied."""
         if self.closing:
             return 503, encode({"ready": False, "reason": "closing"})
         late = time.monotonic() - self._started > self.ready_after
         log = self._log().get("log")
         if self._waited is None:
-            # Which pods there are is not known before the log is.
+            # The pods are not known before the log is.
             if log is not None and not log["trusted"] and not late:
                 return 503, encode({"ready": False, "reason": log["reason"]})
             self._waited = set(self._fleet.view().sources)
@@ -321,7 +321,7 @@ class V1:
 
 
 class _Snapshot(Response):
-    """A snapshot in pieces, so that other requests have their turns."""
+    """A snapshot in pieces, so that other requests are served in between."""
 
     def __init__(self, data: bytes, sent: Callable[[], None]) -> None:
         super().__init__(media_type="application/octet-stream")

@@ -126,7 +126,7 @@ function line(values, said) {
   return svg;
 }
 
-// Between two samples; null where nothing was asked.
+// Shares between two samples; null if there were no questions.
 function shares(part, whole) {
   return samples.slice(1).map((to, i) => {
     const all = to[whole] - samples[i][whole];
@@ -180,7 +180,7 @@ function choices() {
   }
 }
 
-// Of a service that follows a log: whose, and why it is not current.
+// For a service that follows a log: its role and fleet, and why it is not current.
 const told = (log) => (log ? "; " + log.role + " of fleet " + log.fleet + (log.trusted ? "" : ", not current: " + log.reason) : "");
 
 async function look() {
@@ -201,12 +201,12 @@ async function look() {
   } catch (error) {
     $("summary").textContent = "not up to date: " + error.message;
   }
-  // Nobody is asked on behalf of a tab that nobody sees.
+  // A hidden tab sends no requests.
   if (document.hidden) document.addEventListener("visibilitychange", look, { once: true });
   else timer = setTimeout(look, EVERY);
 }
 
-// The demo's latest prompt, so that there is something to see before anything was typed.
+// The demo's latest prompt, so that the page shows an answer before the user has typed anything.
 async function example() {
   $("example").hidden = false;
   $("kind").value = "tokens";
