@@ -1,4 +1,4 @@
-"""What a stream decides: the caller carries the actions out in order."""
+"""Actions that a stream requests; its caller carries them out in order."""
 
 from __future__ import annotations
 
@@ -22,59 +22,59 @@ __all__ = [
 
 
 class Ingest(NamedTuple):
-    """Apply this batch, then say by :meth:`WorkerStream.cleared` or :meth:`WorkerStream.rejected` what came of it."""
+    """Apply this batch, then report the outcome by :meth:`WorkerStream.cleared` or :meth:`WorkerStream.rejected`."""
 
     seq: int
     payload: bytes
     ts: float | None
     joined: bool = True
-    """Whether it is known to continue what is applied. If not, the index must not be told its number: a snapshot would
-    say that everything up to there is one stream."""
+    """Whether the batch is known to continue the applied ones. If not, the index must not get its number: a snapshot
+    would record everything up to that number as one stream."""
 
 
 class RequestReplay(NamedTuple):
-    """Ask the publisher for every batch from ``start`` on, and say :meth:`WorkerStream.replay_sent` when that is done.
+    """Request every batch from ``start`` on, and call :meth:`WorkerStream.replay_sent` when the request is sent.
 
-    It replaces a replay that is still running; what that one still brings must not be handed in any more.
+    It replaces a running replay, whose batches must not be handed in any more.
     """
 
     start: int
 
 
 class AwaitReplay(NamedTuple):
-    """The publisher has the request and has not begun to answer: give the place among the running replays to another
-    worker, and keep the request open."""
+    """Keep a request open and give its place among the running replays to another worker: the publisher has received
+    the request and has not begun to answer."""
 
 
 class CancelReplay(NamedTuple):
-    """Nobody waits for the running replay any more: it is over, or given up."""
+    """Release the running replay: it is over, or the stream has given it up."""
 
 
 class Clear(NamedTuple):
-    """Forget everything of this worker."""
+    """Remove everything of this worker from the index."""
 
 
 class Mark(NamedTuple):
-    """From here on, answers of this worker are of this quality; ``reason`` is for people."""
+    """Set the state of this worker's answers from here on; ``reason`` is for people."""
 
     state: Verdict
     reason: str
 
 
 class Reconnect(NamedTuple):
-    """Close the connection if there is one, and open a new one after ``delay`` seconds."""
+    """Close the connection if there is one, and open another one after ``delay`` seconds."""
 
     delay: float
 
 
 class Renew(NamedTuple):
-    """Replace the connection, if this side makes it: only a new one can end this state."""
+    """Replace the connection if this side makes it: only another connection can end this state."""
 
     why: str
 
 
 class Incident(NamedTuple):
-    """Something that a person may want to read in a log: once per incident, never once per batch."""
+    """An incident that is worth a line in a log: reported once, never once per batch."""
 
     kind: str
     detail: str

@@ -1,4 +1,4 @@
-"""Addresses of sockets, as text: what is one, and which are the same."""
+"""Addresses of sockets as text: their validation and their comparison."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = [
 
 _TCP: Final = re.compile(r"tcp://(?:\[(?P<v6>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^\[\]:/\s]+)):(?P<port>\d{1,5})/?")
 WILDCARDS: Final = ("*", "0.0.0.0", "::", "[::]", "")
-"""Hosts that are bound and that nobody can connect to."""
+"""Hosts that can be bound and cannot be connected to."""
 
 
 def check_endpoint(endpoint: str, whose: str) -> None:
-    """Refuse what nobody can connect to, with an error that names ``whose`` it is."""
+    """Refuse an endpoint that cannot be connected to. The error names its owner, ``whose``."""
     sendable(endpoint, f"an endpoint of {whose}")
     if endpoint.startswith(("ipc://", "inproc://")) and len(endpoint.partition("://")[2]) > 0:
         return
@@ -38,7 +38,7 @@ def check_endpoint(endpoint: str, whose: str) -> None:
 
 
 def bind_endpoint(endpoint: str) -> str:
-    """Check an endpoint to bind: as for connecting, and also with a wildcard for the host, or for the port."""
+    """Check an endpoint to bind. The host or the port may also be a wildcard."""
     if not isinstance(endpoint, str):
         raise InvalidTypeError(f"an endpoint to bind is a str, not {type(endpoint).__name__}")
     sendable(endpoint, "an endpoint to bind")
@@ -50,13 +50,13 @@ def bind_endpoint(endpoint: str) -> str:
 
 
 def split_tcp(endpoint: str) -> tuple[str, int] | None:
-    """``(host, port)`` of a tcp endpoint, None of any other."""
+    """Return ``(host, port)`` of a tcp endpoint, None for any other."""
     found = _TCP.fullmatch(endpoint)
     return None if found is None else (found["v6"] or found["host"], int(found["port"]))
 
 
 def same_endpoint(endpoint: str) -> str:
-    """One spelling for all spellings of an endpoint, as far as they can be told without a look-up."""
+    """Return one spelling for all spellings of an endpoint that can be compared without a look-up."""
     at = split_tcp(endpoint)
     if at is None:
         return endpoint
@@ -69,7 +69,7 @@ def join_tcp(host: str, port: int) -> str:
 
 
 def offset_endpoint(endpoint: str, rank: int, whose: str) -> str:
-    """Where another rank is: at the port that is as much higher, as vLLM and SGLang do."""
+    """Return the endpoint of another rank: its port is higher by the rank, as in vLLM and SGLang."""
     if (found := _TCP.fullmatch(endpoint)) is not None:
         port = int(found["port"]) + rank
         if port > 65535:
@@ -82,7 +82,7 @@ def offset_endpoint(endpoint: str, rank: int, whose: str) -> str:
     )
 
 
-@lru_cache(4096)  # two of a pod, asked for at each connection and replay
+@lru_cache(4096)  # two hosts per pod, checked at each connection and replay
 def is_address(host: str) -> bool:
     try:
         ipaddress.ip_address(host.partition("%")[0])

@@ -1,4 +1,4 @@
-"""How much a pod may send: so many events and bytes a second, and what it saves up while it is silent."""
+"""The rate limit of a pod: its events and bytes a second, and the burst that it saves up while it is silent."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from typing import Final
 
 __all__ = ["PAUSE", "Allowance"]
 
-# Seconds that a pod over its limit waits at least. If it were let in for single messages it would be looked at, and its
-# change of state, as often as they come; so it is at most 20 times a second.
+# The shortest wait, in seconds, of a pod over its limit. If each message were admitted as soon as it is paid for, the
+# pod's socket and its change of state would be handled once per message; so they are handled 20 times a second at most.
 PAUSE: Final = 0.05
 
 
 class Allowance:
-    """What one pod may send, over all its ranks: ``events`` and ``size`` bytes a second (None: any number).
+    """The rate limit of one pod over all its ranks: ``events`` and ``size`` bytes a second (None: no limit).
 
-    What a message costs is known when it has been read, so nothing is ever taken in part: a message is taken as long as
-    all that was taken before is paid for, and one that costs more than there is leaves a debt to wait for. ``burst`` is
-    how many seconds of its limit a silent pod saves up. Every call is O(1); times are seconds of any steady clock.
+    The cost of a message is known only after it has been read, so no message is ever taken in part. A message is taken
+    if all messages before it are paid for. One that costs more than the balance leaves a debt, and the pod waits until
+    it is paid. ``burst`` is the number of seconds of its limit that a silent pod saves up. Every call is O(1); times
+    are seconds of any steady clock.
     """
 
     __slots__ = ("_burst", "_events", "_events_paid", "_size", "_size_paid")
@@ -24,16 +25,17 @@ class Allowance:
     def __init__(self, events: float | None, size: float | None, burst: float) -> None:
         self._events = events
         self._size = size
-        self._burst = max(burst, 2 * PAUSE)  # or it could not use what comes in while it waits
-        # Until when the limit is used up: when a pod would be done that sent all of it at just its rate.
+        self._burst = max(burst, 2 * PAUSE)  # less would lose a part of the limit while the pod waits
+        # The time until which the limit is used up: when a pod that sends at exactly its rate would have sent
+        # everything.
         self._events_paid = self._size_paid = float("-inf")
 
     def opens(self) -> float:
-        """From when on the next message may be taken."""
+        """Return the time from which the next message may be taken."""
         return max(self._events_paid, self._size_paid)
 
     def charge(self, events: int, size: int, now: float) -> None:
-        """A message of so many events and bytes was taken."""
+        """Count a message of so many events and bytes."""
         since = now - self._burst
         if self._events is not None:
             self._events_paid = max(self._events_paid, since) + events / self._events

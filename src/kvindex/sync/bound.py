@@ -1,4 +1,4 @@
-"""Endpoints that pods connect to: whose a message is that arrives there."""
+"""Endpoints that pods connect to, and the workers that the messages arriving there belong to."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ log = logging.getLogger("kvindex.sync")
 class BoundSocket(Watched):
     """One SUB socket that many publishers connect to.
 
-    Calls ``message(frames, connection, key, now)`` with a number that is higher for a later connection (None when the
-    connection is already gone), and ``lost(connection, now)`` when one is over. With a ``secret`` key only those
-    connections are made that a :class:`Doorkeeper` admits to the ``domain``, and ``key`` is the publisher's own, public
-    one.
+    Calls ``message(frames, connection, key, now)`` with a number that is higher for a later connection (None if the
+    connection is already gone), and ``lost(connection, now)`` when a connection ends. With a ``secret`` key, only the
+    connections are made that a :class:`Doorkeeper` admits to the ``domain``, and ``key`` is the publisher's own public
+    key.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class BoundSocket(Watched):
                 self._lost(connection, now)
 
     def ready(self, now: float) -> bool:
-        self._note_connections(now)  # first: a descriptor that is used again is another connection's
+        self._note_connections(now)  # first: a reused descriptor belongs to another connection
         return self._take(self._hand_over, receive_frames)
 
     def _hand_over(self, frames: list[zmq.Frame], now: float) -> None:
-        # libzmq puts the descriptor that a message was read from among its properties; inproc has none.
+        # libzmq adds the descriptor that a message was read from to its properties, except for inproc.
         try:
             fd = int(frames[0].get("__fd"))
         except (zmq.ZMQError, ValueError, TypeError):
@@ -84,16 +84,16 @@ class BoundSocket(Watched):
         self._message([frame.bytes for frame in frames], self._connections.get(fd), key, now)
 
     def failed(self, now: float, error: Exception) -> None:
-        # It stays open: one of its pods has caused that, and nobody would open it again for the others.
+        # The socket stays open: one of its pods has caused the failure, and the other pods still need it.
         pass
 
 
 class Doorkeeper(Watched):
-    """Says which publishers may connect to endpoints with keys, and has libzmq note with each message whose it is: ZAP,
-    rfc.zeromq.org/spec/27. pyzmq's own authenticators need a thread or an event loop of theirs.
+    """Decides which publishers may connect to endpoints with keys, and has libzmq attach the publisher's key to each
+    message (ZAP, rfc.zeromq.org/spec/27). pyzmq's own authenticators need a thread or an event loop of their own.
 
-    Asks ``admits(domain, key)``. Who is not admitted may try again, for he may be a moment later. There is one in a
-    context: a second one raises ``zmq.ZMQError``.
+    Asks ``admits(domain, key)``. A refused publisher may try again, because it may be admitted a moment later. A
+    context has one such socket: a second one raises ``zmq.ZMQError``.
     """
 
     def __init__(self, loop: StreamLoop, context: zmq.Context[Any], admits: Callable[[bytes, str], bool]) -> None:
@@ -118,13 +118,13 @@ class Doorkeeper(Watched):
         self._sock.send_multipart([version, request, *answer, b""], zmq.NOBLOCK)
 
     def failed(self, now: float, error: Exception) -> None:
-        # It stays: without it nobody could connect any more.
+        # The socket stays open: without it, no publisher could connect any more.
         pass
 
 
 class BoundEndpoints:
-    """All of a manager's. ``faults`` are messages that no pod could be blamed for, by reason. Belongs to the loop's
-    thread."""
+    """All bound endpoints of a manager. ``faults`` counts messages that belong to no known pod, by reason. Belongs to
+    the loop's thread."""
 
     def __init__(self, fleet: Fleet, options: SocketOptions) -> None:
         self.faults: Counter[str] = Counter()
@@ -132,7 +132,7 @@ class BoundEndpoints:
         self._options = options
         self._bound: list[_Endpoint] = []
         self._door: Doorkeeper | None = None
-        self._admitted: dict[bytes, frozenset[str] | None] = {}  # by domain; None is everybody
+        self._admitted: dict[bytes, frozenset[str] | None] = {}  # by domain; None admits every key
         fleet.at_end.append(self._close)
 
     def bind(
@@ -173,7 +173,7 @@ class BoundEndpoints:
 
 
 class _Endpoint:
-    """One of them: ``options`` are those of pods that appear here by themselves."""
+    """One bound endpoint. ``options`` are those of pods that appear here by themselves."""
 
     socket: BoundSocket
 
@@ -205,7 +205,8 @@ class _Endpoint:
             return
         if connection is None:
             if worker.connection is None or worker.stream.is_connected:
-                # Of a connection that is gone, while the worker has another one, or never had one that we saw.
+                # The message is of a connection that is gone, and the worker has another one or never had one that was
+                # seen.
                 self._faults["late_frames"] += 1
                 return
         elif worker.connection is None or connection > worker.connection:
@@ -228,7 +229,7 @@ class _Endpoint:
             log.warning("bound endpoint: %s (further ones are only counted)", detail)
 
     def _worker(self, topic: bytes, payload: bytes, key: str | None) -> Worker | None:
-        """Whose the message is; None where it is nobody's."""
+        """Return the worker that a message belongs to, or None if it belongs to no worker."""
         fleet = self._fleet
         name = fleet.topics.get(topic)
         pod = self._appear(topic) if name is None else fleet.pods[name]
@@ -249,7 +250,7 @@ class _Endpoint:
         return worker
 
     def _appear(self, topic: bytes) -> FollowedPod | None:
-        """The pod that a topic names for the first time."""
+        """Return the pod that a topic names for the first time."""
         fleet = self._fleet
         parts = parse_topic(topic)
         if parts is None:

@@ -1,4 +1,4 @@
-"""The pods that a manager follows: what comes and goes in the thread of its loop."""
+"""The pods that a manager follows, and their arrival and removal in the thread of its loop."""
 
 from __future__ import annotations
 
@@ -38,19 +38,20 @@ try:
 except ImportError:  # Windows has no such limit
     resource = None  # type: ignore[assignment]
 
-# Of a SUB socket: its own, and the two ends of its monitor.
+# File descriptors of a SUB socket: its own, and the two ends of its monitor.
 _DESCRIPTORS: Final = 3
 
-# Names of removed pods that are kept: what is still on its way must not bring them back.
+# Names of removed pods that are kept: messages that are still on their way must not bring these pods back.
 _REMEMBERED: Final = 65_536
 
 
-# What a manager calls of its index.
+# The methods of its index that a manager calls.
 _CALLS: Final = (
     "clear_worker", "configure_pod", "ingest", "mark_worker", "remove_pod", "stream_places", "worker_stats",
 )  # fmt: skip
 
-# All of this process: two of one index must not follow the same pod, for each would clear what the other applies.
+# All fleets of this process. Two fleets of one index must not follow the same pod: each would clear the batches that
+# the other applies.
 _FLEETS: Final[weakref.WeakSet[Fleet]] = weakref.WeakSet()
 _CLAIMING: Final = threading.Lock()
 if hasattr(os, "register_at_fork"):
@@ -62,11 +63,11 @@ if hasattr(os, "register_at_fork"):
 def _in_child() -> None:
     _CLAIMING.release()
     for fleet in list(_FLEETS):
-        fleet.pulse.end()  # its loop is the parent's: what the child does with the index needs none
+        fleet.pulse.end()  # the loop is the parent's, and does not limit the child's use of the index
 
 
 def check_index(index: object, replaces: bool = False) -> None:
-    """Refuse what is no index, and one whose content somebody else ``replaces``."""
+    """Refuse an object that is not an index, and an index whose content another owner replaces, unless ``replaces``."""
     if isinstance(index, type) or not all(callable(getattr(index, call, None)) for call in _CALLS):
         raise InvalidTypeError(f"an EventManager needs a PrefixIndex, not {type(index).__name__}")
     if not replaces and (owner := getattr(index, "_owner", "")):
@@ -77,21 +78,21 @@ def check_index(index: object, replaces: bool = False) -> None:
 
 
 class FollowedPod:
-    """One pod. ``came_to`` is the bound endpoint at which it appeared by itself, None where it was added."""
+    """One followed pod. ``came_to`` is the bound endpoint at which it appeared by itself, None if it was added."""
 
     def __init__(self, source: PodSource, burst: float, came_to: object | None = None) -> None:
         self.source = source
         limits = (source.max_event_rate, source.max_byte_rate)
         self.allowance = None if limits == (None, None) else Allowance(*limits, burst)
         self.came_to = came_to
-        self.key = source.server_key  # whose messages are its own, at bound endpoints with keys
+        self.key = source.server_key  # identifies its messages at bound endpoints with keys
         self.workers: dict[int, Worker] = {}
-        self.places: dict[int, StreamPlace] = {}  # how far streams were applied before this one began
+        self.places: dict[int, StreamPlace] = {}  # the progress of streams that were applied before this one began
 
 
 class Fleet:
-    """The followed pods, their loop, and who is told of them. The lists of callbacks may change at any time, from any
-    thread; :attr:`pods` may be read from any. All methods but :meth:`unknown` belong to the loop's thread."""
+    """The followed pods, their loop, and the callbacks. The lists of callbacks may change at any time, from any thread;
+    :attr:`pods` may be read from any thread. All methods except :meth:`unknown` belong to the loop's thread."""
 
     def __init__(
         self, index: Index, policy: StreamPolicy | None, options: SocketOptions, max_replays: int,
@@ -103,17 +104,17 @@ class Fleet:
         self.pods: dict[str, FollowedPod] = {}
         self.removed: OrderedDict[str, None] = OrderedDict()  # oldest first
         self.topics: dict[bytes, str] = {}
-        """Whose the topics are that pods connect with."""
+        """The names of pods by the topics that they connect with."""
         self.on_change: list[Callable[[StateChange], None]] = []
         self.on_pods: list[Callable[[PodsChange], None]] = []
         self.taps: list[Callable[[IndexChange], None]] = []
         self.wakers: list[Callable[[], None]] = []
         self.changed = threading.Condition()
         self.at_end: list[Callable[[], None]] = []
-        """Called when the loop ends, after the workers have."""
+        """Called when the loop ends, after the workers have ended."""
         self.accepts = self.accepts_keys = False
-        """Whether anything is bound that pods may connect to, and whether with keys."""
-        self._endpoints: dict[str, str] = {}  # where followed pods publish and answer replays
+        """Whether an endpoint is bound that pods may connect to, and whether one with keys is bound."""
+        self._endpoints: dict[str, str] = {}  # pods by the endpoints at which they publish and answer replays
         self._burst = (policy or StreamPolicy()).burst
         self._turns = Turns(max_replays)
         self._resolver = Resolver()
@@ -166,7 +167,7 @@ class Fleet:
                     " engine has one name, and each engine its own ports"
                 )
         if present is not None:
-            self.remove(source.name)  # it came by itself, before anybody could say what it is
+            self.remove(source.name)  # it appeared by itself, before it was described
         pod = FollowedPod(source, self._burst)
         self._enlist(pod, topic if bound else None)
         for rank, at in ends.items():
@@ -176,7 +177,7 @@ class Fleet:
             self._tell_pods(PodsChange((source,), ()))
 
     def appear(self, source: PodSource, topic: bytes, came_to: object) -> FollowedPod | None:
-        """Follow a pod that has connected by itself; None where a callback has removed it at once."""
+        """Follow a pod that has connected by itself. Returns None if a callback has removed it at once."""
         pod = FollowedPod(source, self._burst, came_to)
         self._enlist(pod, topic)
         log.info("%s: connected to %s", source.name, came_to)
@@ -211,11 +212,11 @@ class Fleet:
         self.removed[name] = None
         while len(self.removed) > _REMEMBERED:
             self.removed.popitem(last=False)
-        with suppress(UnknownPodError):  # somebody was faster; it is gone, which is what was asked for
+        with suppress(UnknownPodError):  # another caller was faster, and the pod is gone as requested
             self.index.remove_pod(name)
         log.info("%s: removed", name)
         self.wake_all()
-        # Last: a callback may add the pod again.
+        # Last, because a callback may add the pod again.
         self._setting.show(Removed(name))
         self._tell_pods(PodsChange((), (name,)))
 
@@ -225,7 +226,7 @@ class Fleet:
         )
 
     def follows(self, pod: FollowedPod) -> bool:
-        """Whether no callback has removed it meanwhile."""
+        """Whether no callback has removed the pod meanwhile."""
         return self.pods.get(pod.source.name) is pod
 
     def _shares(self, other: Fleet, name: str) -> bool:
@@ -241,7 +242,7 @@ class Fleet:
         return worker
 
     def _enlist(self, pod: FollowedPod, topic: bytes | None) -> None:
-        """Enter a pod, with the ``topic`` by which a bound endpoint knows it, and prepare the index for it."""
+        """Register a pod, with the ``topic`` by which a bound endpoint recognizes it, and prepare the index for it."""
         source = pod.source
         options: dict[str, Any] = {
             "presence": source.presence,
@@ -265,7 +266,7 @@ class Fleet:
                 for rank, place in self.index.stream_places(source.name).items()
                 if rank in ends and ends[rank].replay_endpoint is not None and place.model == source.model
             }
-            # Before any callback: it may remove the pod again.
+            # Before any callback, because a callback may remove the pod again.
             self.pods[source.name] = pod
         for _, endpoint in source.endpoints():
             self._endpoints[same_endpoint(endpoint)] = source.name
@@ -273,7 +274,7 @@ class Fleet:
             self.topics[topic] = source.name
         self.removed.pop(source.name, None)
         self._setting.show(Configured(source.name, options))
-        # A count that is already there would be counted twice, and what no stream vouches for is not known.
+        # Blocks that are already counted would be counted twice, and blocks that no stream confirms may be gone.
         for rank in self.index.worker_stats(source.name) if self.follows(pod) else ():
             if rank in pod.places:
                 continue
@@ -282,7 +283,7 @@ class Fleet:
                 return
             self.index.clear_worker(source.name, rank)
 
-    # ------------------------------------------------------------------------------------------ who is told of what
+    # ------------------------------------------------------------------------------------------------------- callbacks
 
     def _tell(self, change: StateChange) -> None:
         for callback in list(self.on_change):

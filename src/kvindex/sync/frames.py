@@ -1,18 +1,18 @@
-"""What travels in the ZMQ frames around a batch: live messages, replay replies, and the little of a payload that a
-stream needs before the batch is applied.
+"""The ZMQ frames around a batch: live messages, replay replies, and the few fields of a payload that a stream needs
+before the batch is applied.
 
 Everything here is a function of bytes. A message that does not have the right form raises :class:`FrameFault`, whose
-``reason`` is the name of the counter it belongs to:
+``reason`` is the name of the message's counter:
 
 =====================  ================================================================================
 ``bad_frame_count``    not 3 frames live, not 3 or 4 in a replay
-``bad_delimiter``      a replay reply does not start with the empty frame
-``bad_seq_size``       the sequence frame is not 8 bytes
-``bad_seq``            the sequence number is negative (other than the end marker) or at least 2^63
+``bad_delimiter``      a replay reply without a leading empty frame
+``bad_seq_size``       not 8 bytes
+``bad_seq``            negative (other than the end marker), or at least 2^63
 =====================  ================================================================================
 
-Both framings of replay replies are read, decided per reply and not per version: ``["", seq, payload]`` (vLLM < 0.26,
-SGLang < 0.5.22) and ``["", topic, seq, payload]`` (later ones and TensorRT-LLM).
+Both framings of replay replies are read: ``["", seq, payload]`` (vLLM < 0.26, SGLang < 0.5.22) and ``["", topic, seq,
+payload]`` (later ones and TensorRT-LLM). Each reply decides, not the engine's version.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _MINUS_ONE: Final = b"\xff" * 8
 
 
 class FrameFault(ValueError):
-    """A message whose frames are not a batch; ``reason`` names the counter, the text says what was seen."""
+    """A message whose frames are not a batch. ``reason`` names the counter, and the text describes the frames."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -63,7 +63,7 @@ class LiveMessage(NamedTuple):
 
 
 class ReplayMessage(NamedTuple):
-    """One batch of a replay; ``topic`` is None in the older framing, which has none."""
+    """One batch of a replay; ``topic`` is None in the older framing, which has no topic."""
 
     topic: bytes | None
     seq: int
@@ -75,7 +75,7 @@ END: Final = ReplayMessage(None, -1, b"")
 
 
 def parse_live(frames: Sequence[bytes]) -> LiveMessage:
-    """Read ``[topic, seq u64 BE, payload]``; :class:`FrameFault` when it is something else."""
+    """Read ``[topic, seq u64 BE, payload]``. Raises :class:`FrameFault` for anything else."""
     if len(frames) != 3:
         raise FrameFault("bad_frame_count", f"a published message has 3 frames, this one has {len(frames)}")
     topic, seq, payload = frames
@@ -83,7 +83,7 @@ def parse_live(frames: Sequence[bytes]) -> LiveMessage:
 
 
 def parse_replay(frames: Sequence[bytes]) -> ReplayMessage:
-    """Read one reply of a replay, in either framing, or :data:`END`; :class:`FrameFault` when it is something else."""
+    """Read one reply of a replay in either framing, or :data:`END`. Raises :class:`FrameFault` for anything else."""
     if len(frames) == 4:
         delimiter, topic, seq, payload = frames
     elif len(frames) == 3:
@@ -108,7 +108,7 @@ def _seq(frame: bytes) -> int:
 
 
 def replay_request(start: int) -> list[bytes]:
-    """The frames by which a DEALER asks for every batch from ``start`` on, ``start`` included.
+    """Return the frames with which a DEALER requests every batch from ``start`` on, ``start`` included.
 
     Without the empty frame an engine ignores the request silently (recorded for all six releases).
     """
@@ -116,7 +116,7 @@ def replay_request(start: int) -> list[bytes]:
 
 
 def parse_topic(topic: bytes) -> tuple[str, str] | None:
-    """``kv@POD@MODEL`` -> ``(pod, model)``, or None when it is not of that form. A model's name may hold ``@``."""
+    """``kv@POD@MODEL`` -> ``(pod, model)``, or None for any other form. A model's name may contain ``@``."""
     try:
         head, pod, model = topic.decode("utf-8").split("@", 2)
     except ValueError:
@@ -125,8 +125,8 @@ def parse_topic(topic: bytes) -> tuple[str, str] | None:
 
 
 def same_model(topic: bytes, other: bytes) -> bool:
-    """Whether two topics are the same, or are of one model whose pod has another name: names of pods change with each
-    deployment, and an address as a name with each restart."""
+    """Whether two topics are the same, or name one model and two pods: the name of a pod changes with each deployment,
+    and an address as a name changes with each restart."""
     if topic == other:
         return True
     first, second = parse_topic(topic), parse_topic(other)
@@ -134,33 +134,33 @@ def same_model(topic: bytes, other: bytes) -> bool:
 
 
 def batch_time(payload: bytes) -> float | None:
-    """When the engine made this batch, in seconds since 1970, or None when the payload does not say.
+    """Return the time when the engine made a batch, in seconds since 1970, or None if the payload has no time.
 
-    Looks at the first bytes only, so it says nothing about the rest of the payload. O(1) for the array form that every
-    released engine writes.
+    Reads the first bytes only and does not check the rest of the payload. O(1) for the array form that every released
+    engine writes.
     """
     ts: float | None = peek_batch(payload, False)[0]
     return ts
 
 
 def batch_events(payload: bytes) -> int:
-    """How many events a batch says that it has, at least one; what is no batch is one.
+    """Return the number of events that a batch announces, at least one; anything that is not a batch counts as one.
 
-    Looks at the first bytes only, so it is no promise; it cannot be more than there is room for. O(1) for the array
-    form that every released engine writes.
+    Reads the first bytes only, so the number is not reliable, but it cannot exceed the room in the payload. O(1) for
+    the array form that every released engine writes.
     """
     return max(1, peek_batch(payload, False)[1])
 
 
 def batch_rank(payload: bytes) -> int:
-    """The data-parallel rank that a batch names, 0 when it names none."""
+    """Return the data-parallel rank that a batch names, 0 if it names no rank."""
     return carried_rank(payload) or 0
 
 
 def carried_rank(payload: bytes) -> int | None:
-    """The data-parallel rank that a batch names, None when it names none or is damaged.
+    """Return the data-parallel rank that a batch names, None if it names no rank or is damaged.
 
-    Needed only where several ranks share one publisher or one topic: whose a batch is has to be known before it is
-    applied. Skips over the events, O(bytes).
+    Needed only if several ranks share one publisher or one topic: the worker of a batch has to be known before the
+    batch is applied. Skips over the events, O(bytes).
     """
     return peek_batch(payload, True)[2]

@@ -1,4 +1,4 @@
-"""The thread that owns every socket: its poll loop, its timers, and what other threads ask it to do."""
+"""The thread that owns every socket: its poll loop, its timers, and the commands of other threads."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ log = logging.getLogger("kvindex.sync")
 
 T = TypeVar("T")
 
-# Milliseconds for which messages gather while they flow, since a wake-up of the thread costs more than a batch. At
+# Milliseconds for which messages gather while they flow, because a wake-up of the thread costs more than a batch. At
 # 1,000 batches a second from 32 pods, a batch took 66 us of the thread at 2 ms, 47 at 5 and 43 at 8. The first message
-# after a pause is taken at once, and an engine publishes once in a step, which takes 10 ms and more.
+# after a pause is taken at once, and an engine publishes once in a step, which takes 10 ms or more.
 GATHER: Final = 5
 
-# Nanoseconds by which timers of libzmq's I/O thread may be late. Heartbeats of 1,000 connections are 2,000 wake-ups a
-# second at the system's 50 us, and 20 at this: 2.1 % of a core for 256 idle pods, or 0.6 %.
+# Nanoseconds by which timers of libzmq's I/O thread may be late. The heartbeats of 1,000 connections cause 2,000
+# wake-ups a second at the system's 50 us, and 20 at this value. 256 idle pods take 2.1 % and 0.6 % of a core.
 _TIMER_SLACK: Final = 50_000_000
 
 
-_READ: Final = selectors.EVENT_READ  # which is EPOLLIN as well
+_READ: Final = selectors.EVENT_READ  # the same value as EPOLLIN
 
 
 class _Poller:
-    """What is used of ``select.epoll``, where the system has none."""
+    """The part of ``select.epoll`` that the loop uses, for systems without it."""
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
@@ -57,11 +57,12 @@ class _Poller:
 
 
 class StreamLoop:
-    """One thread for many sockets and times. :meth:`call`, :meth:`post`, :meth:`within`, :meth:`start` and
-    :meth:`close` are for any thread, everything else is for its own.
+    """One thread for many sockets and timers. :meth:`call`, :meth:`post`, :meth:`within`, :meth:`start` and
+    :meth:`close` may be called from any thread, everything else from the loop's own.
 
-    ``ending`` is called in the thread when it ends, however that comes, with the sockets still there; ``ended`` when it
-    is over. ``hurries`` says whether messages are taken as fast as they come. ``pulse`` gets its signs of life.
+    ``ending`` is called in the thread when it ends for any reason, while its sockets still exist; ``ended`` is called
+    when it is over. ``hurries`` returns whether messages are taken as fast as they come. ``pulse`` gets the signs of
+    life.
     """
 
     def __init__(
@@ -87,11 +88,11 @@ class StreamLoop:
         self._pid = os.getpid()
         self._stopping = self._stopped = False
         self.failure: Exception | None = None
-        """What has ended the thread, if it was not :meth:`close`."""
+        """The error that has ended the thread, if :meth:`close` has not."""
         self._handlers: dict[int, Any] = {}  # by file descriptor
         self._hot: set[Any] = set()
         self.behind_at = -math.inf
-        """When a turn ended with messages left in a socket for the last time."""
+        """The last time when a turn ended with messages left in a socket."""
         self._flows = False  # the last turn has found messages
         self._timers: list[tuple[float, int, Callable[[float], None]]] = []
         self._order = itertools.count()
@@ -101,7 +102,7 @@ class StreamLoop:
 
     @property
     def closed(self) -> bool:
-        """Whether :meth:`close` was called, or the thread has ended by itself, or is not in this process."""
+        """Whether :meth:`close` was called, the thread has ended by itself, or the thread is not in this process."""
         return self._stopping or self._elsewhere
 
     @property
@@ -111,7 +112,7 @@ class StreamLoop:
 
     @property
     def _elsewhere(self) -> bool:
-        # A child that was forked has the thread's locks and sockets, and would wait for it for ever.
+        # A forked child has the thread's locks and sockets, and would wait for the thread forever.
         return self._thread is not None and self._pid != os.getpid()
 
     def start(self) -> None:
@@ -128,7 +129,7 @@ class StreamLoop:
                 return
             if self._context is None:
                 self._context = zmq.Context()
-                # libzmq's own limit is 1,023 sockets, which is 340 workers. Its table takes 12 bytes a socket.
+                # libzmq's default limit is 1,023 sockets, which is 340 workers. Its table takes 12 bytes a socket.
                 self._context.max_sockets = self._context.get(zmq.SOCKET_LIMIT)
             self._poller = select.epoll() if hasattr(select, "epoll") else _Poller()
             self._wake, self._woken = socket.socketpair()
@@ -142,7 +143,8 @@ class StreamLoop:
             self._thread.start()
 
     def close(self) -> None:
-        """End the thread and wait for that, unless this is it. In a forked child, nothing: its parent has it."""
+        """End the thread and wait for its end, unless this is the thread. In a forked child, do nothing: the thread is
+        the parent's."""
         if self._elsewhere:
             self._stopping = True
             return
@@ -158,25 +160,25 @@ class StreamLoop:
 
     @property
     def runs(self) -> bool:
-        """Whether its thread is in this process, and nobody has asked it to end."""
+        """Whether the thread is in this process and was not asked to end."""
         return self._thread is not None and not self.closed
 
     @property
     def over(self) -> bool:
-        """Whether nothing is done in its thread any more, or the thread is not in this process."""
+        """Whether the thread does nothing any more, or is not in this process."""
         return self._stopped or self._elsewhere
 
     def stop(self) -> None:
-        """Let the thread end, and do not wait for it. Takes no lock, for the garbage collector may call it anywhere."""
+        """Let the thread end, without a wait. Takes no lock, because the garbage collector may call it anywhere."""
         self._stopping = True
         self._poke()
 
     def call(self, command: Callable[[], T]) -> T:
-        """Do something in the thread and give what came of it."""
+        """Run a command in the thread and return its result."""
         return command() if self.is_current else self.post(command).result()
 
     def post(self, command: Callable[[], T]) -> Future[T]:
-        """Do something in the thread and do not wait for it. Raises :class:`StreamError` after a close."""
+        """Run a command in the thread without waiting for it. Raises :class:`StreamError` after a close."""
         self.start()
         future: Future[T] = Future()
 
@@ -196,7 +198,7 @@ class StreamLoop:
         return future
 
     def within(self, command: Callable[[], None]) -> None:
-        """Do this in the loop's thread: at once from there, soon from any other, never after a close."""
+        """Run a command in the loop's thread: at once from there, soon from any other thread, never after a close."""
         if self.is_current:
             command()
         elif not self._stopping and not self._elsewhere:
@@ -204,7 +206,7 @@ class StreamLoop:
             self._poke()
 
     def _poke(self) -> None:
-        # Full: it is awake already. Closed: there is nobody to wake.
+        # If the socket is full, the thread is awake already. If it is closed, the thread has ended.
         with suppress(OSError):
             self._wake.send(b"\0")
 
@@ -218,23 +220,23 @@ class StreamLoop:
     def watch(self, fd: int, handler: Any) -> None:
         self._poller.register(fd, _READ)
         self._handlers[fd] = handler
-        self._hot.add(handler)  # what came before the registration rings no bell
+        self._hot.add(handler)  # messages from before the registration cause no event
 
     def unwatch(self, fd: int) -> None:
         del self._handlers[fd]
-        with suppress(OSError):  # closed by somebody else
+        with suppress(OSError):  # it is closed already
             self._poller.unregister(fd)
 
     def again(self, handler: Any) -> None:
-        """Call its ``ready`` before the loop waits again."""
+        """Call the handler's ``ready`` before the loop waits again."""
         self._hot.add(handler)
 
     def call_at(self, due: float, callback: Callable[[float], None]) -> None:
-        """Call this with the time when it is ``due``."""
+        """Call this with the current time when it is ``due``."""
         heapq.heappush(self._timers, (due, next(self._order), callback))
 
     def call_soon(self, callback: Callable[[], None]) -> None:
-        """Call this before the loop waits again: once, however often that is asked."""
+        """Call this once before the loop waits again, however often it is requested."""
         self._soon.add(callback)
 
     # ---------------------------------------------------------------------------------------------------- the loop
@@ -260,7 +262,7 @@ class StreamLoop:
             try:
                 self.context.socket(zmq.PAIR).close(0)
             finally:
-                print(0, file=slack)  # back to the system's own
+                print(0, file=slack)  # back to the system's default
 
     def _turn(self) -> None:
         if self._flows and not self._hot and not self._hurries():
@@ -291,7 +293,7 @@ class StreamLoop:
                 if not handler.closed and handler.ready(now):
                     self._hot.add(handler)
             except Exception as error:
-                # One stream's trouble is not the others'.
+                # The failure of one stream must not affect the others.
                 log.exception("a stream has failed")
                 handler.failed(now, error)
         if self._hot:
@@ -309,7 +311,7 @@ class StreamLoop:
         try:
             command()
         except Exception:
-            # Of what people call they get to know; this is of the loop's own, and one pod's.
+            # Callers get the errors of their own commands. This one is the loop's own and concerns one pod.
             log.exception("something of one stream has failed; its time will bring it again")
 
     def _end(self) -> None:

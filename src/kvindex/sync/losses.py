@@ -1,4 +1,4 @@
-"""What a stream has given up since its last clean start."""
+"""The losses of a stream since its last clean start."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ _MOST = 256
 
 
 class Losses:
-    """Holes that were accepted, batches that could not be applied, and what is applied without proof. Every call is
-    O(1)."""
+    """Holes that were accepted, batches that could not be applied, and batches that were applied without proof. Every
+    call is O(1)."""
 
     __slots__ = ("_bad", "count", "end", "guessed", "hopeless", "unproven")
 
     def __init__(self) -> None:
         self._bad: dict[int, int] = {}
         self.unproven = False
-        """No replay has shown what was before the first batch."""
+        """No replay has shown the batches before the first one."""
         self.forget()
 
     def forget(self) -> None:
-        """Nothing that was given up matters any more."""
+        """Start again without losses."""
         self.count = 0
-        """Holes."""
+        """Accepted holes, and batches that could not be applied."""
         self.end = 0
-        """The number behind the last of them."""
+        """The number after the last of them."""
         self.guessed = 0
-        """What is applied before this batch is of the same process only as far as can be guessed."""
+        """The batches that were applied before this number are only assumed to be of the same process."""
         self.hopeless = False
-        """The publisher does not have the whole history any more."""
+        """The publisher no longer has the whole history."""
         self._bad.clear()
 
     def accept(self, end: int) -> None:
-        """A hole that ends before ``end`` is given up."""
+        """Give up a hole that ends before ``end``."""
         self.end = end
         self.count += 1
 
     def reject(self, seq: int, payload: bytes) -> None:
-        """A batch could not be applied."""
+        """Record a batch that could not be applied."""
         self.count += 1
         self.end = max(self.end, seq + 1)
         if len(self._bad) < _MOST:
@@ -59,7 +59,7 @@ class Losses:
         return (self.count > 0 or self.unproven) and not self.hopeless
 
     def complaint(self) -> str:
-        """Why what is applied may be less than what was published, or nothing."""
+        """Return why the applied batches may be fewer than the published ones, or an empty text."""
         if self.count:
             return Reason.HOLES.text(count=self.count)
         return Reason.UNPROVEN.text() if self.unproven else ""

@@ -8,14 +8,14 @@ __all__ = ["Pending", "Waiting"]
 
 
 class Waiting(NamedTuple):
-    """One of them."""
+    """One waiting batch."""
 
     payload: bytes
     ts: float | None
 
 
 class Pending:
-    """Batches by number, at most ``most`` of them and ``most_bytes``. Every call is O(1) but :meth:`items`,
+    """Batches by number, at most ``most`` batches and ``most_bytes``. Every call is O(1) except :meth:`items`,
     :meth:`lowest` and :meth:`outdated`, which are O(batches)."""
 
     __slots__ = ("_batches", "_most", "_most_bytes", "_outdated", "bytes", "seen")
@@ -27,20 +27,20 @@ class Pending:
         self._outdated = False
         self.bytes = 0
         self.seen = -1
-        """The highest number that was published over this connection, whether it waits or not."""
+        """The highest number that was published over this connection, whether its batch waits or not."""
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def hold(self, seq: int, payload: bytes, ts: float | None, following: int) -> Literal["", "duplicates", "overflow"]:
-        """Keep a batch; ``following`` is the number that is applied next, for which there is always room. Gives the
-        counter of what was not kept."""
+        """Keep a batch. ``following`` is the number that is applied next, for which there is always room. Returns the
+        counter of a batch that was not kept."""
         self.seen = max(self.seen, seq)
         if seq in self._batches:
             return "duplicates"
         full = len(self._batches) >= self._most or self.bytes + len(payload) > self._most_bytes
         if full and seq != following:
-            # The newest goes: the replay that fills the hole it leaves brings it again.
+            # The newest batch is dropped: the replay that fills this gap brings it again.
             return "overflow"
         self._batches[seq] = Waiting(payload, ts)
         self.bytes += len(payload)
@@ -57,8 +57,8 @@ class Pending:
         return item
 
     def outdated(self, following: int) -> list[tuple[int, Waiting]]:
-        """Give up those below ``following``: they were held while it was not known whose they are, and are applied."""
-        # Seldom, for this looks at all that waits, and there may be 10,000.
+        """Drop the batches below ``following``: they were held while their process was not known, and are applied."""
+        # Done seldom, because it scans all waiting batches, and there may be 10,000.
         if not self._outdated:
             return []
         self._outdated = False

@@ -12,11 +12,11 @@ class StreamPolicy:
     """Timeouts and limits of a stream, in seconds unless noted. The defaults are for engines in one data centre."""
 
     replay_timeout: float = 2.0
-    """Time for a replay endpoint to accept a request, and for its answer to begin; then it counts as a failed try.
-    vLLM handles requests every 100 ms; recorded were 98 to 528 ms."""
+    """Time for a replay endpoint to accept a request, and for its answer to begin; then it counts as a failed try. vLLM
+    handles requests every 100 ms; 98 to 528 ms were recorded."""
     replay_patience: tuple[float, float] = (60.0, 600.0)
     """Time until an accepted but unanswered request is sent again: first and longest. The publisher may serve other
-    readers before; the answer counts whenever it arrives."""
+    readers first; the answer counts whenever it arrives."""
     replay_pause: float = 0.5
     """Pause within a replay after which the rest is requested again. It doubles each time that it was too short."""
     replay_deadline: float = 60.0
@@ -43,12 +43,12 @@ class StreamPolicy:
     """Silence after which a stream asks whether it has missed the last batch: first and longest wait. Each live batch
     resets it."""
     silence: float = 0.5
-    """Silence of the publisher after which a replay counts that no live batch has confirmed. The first live batch shows
-    whether the replay endpoint is another process's, so a pod that publishes is not exact before it."""
+    """Silence of the publisher after which a replay counts without a live batch that confirms it. The first live batch
+    shows whether the replay endpoint belongs to another process, so a pod that publishes is not exact before it."""
     heal: tuple[float, float] = (2.0, 8.0)
     """Interval at which a degraded stream asks for its history again: first and longest."""
     renew: tuple[float, float] = (5.0, 600.0)
-    """Interval at which a stream replaces a connection that stands and is of no use: its replays contradict it, or
+    """Interval at which a stream replaces an established connection that is of no use: its replays contradict it, or
     bring batches that it does not. First and longest, doubled each time until the stream is exact."""
     clock_step: float = 1.0
     """A batch that is older than the one before by more than this makes the stream check whether the process was
@@ -66,5 +66,5 @@ class StreamPolicy:
     burst: float = 2.0
     """Seconds of its rate limit that an idle pod saves up (:attr:`PodSource.max_event_rate`)."""
     max_conflicts: int = 3
-    """Restarts found by replays within one connection, before the replay endpoint is considered to be another
-    process's."""
+    """Number of restarts found by replays within one connection before the replay endpoint is considered to belong to
+    another process."""

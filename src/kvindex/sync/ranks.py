@@ -14,12 +14,12 @@ MOST_RANKS: Final = 1024
 
 
 class Ranks:
-    """Whose the batches of one publisher are. ``own`` is the rank that the stream was configured as, ``elsewhere`` are
-    those of the same pod that have streams of their own.
+    """The workers that the batches of one publisher belong to. ``own`` is the rank that the stream was configured as;
+    ``elsewhere`` are the ranks of the same pod that have streams of their own.
 
-    A publisher that names one rank only speaks for ``own``, whatever that rank is: one rank of a model that is spread
-    over many may be a pod by itself. Different ranks in one stream are different workers. Dynamo's standalone indexer
-    and vllm-ascend's collectors do the same.
+    A publisher that names only one rank stands for ``own``, even if that rank has another number: one rank of a model
+    that is spread over many may be a pod by itself. Different ranks in one stream are different workers. Dynamo's
+    standalone indexer and vllm-ascend's collectors do the same.
     """
 
     __slots__ = ("_last", "_named", "elsewhere", "misplaced", "others", "own", "several")
@@ -28,17 +28,17 @@ class Ranks:
         self.own = own
         self.elsewhere = elsewhere
         self.others: frozenset[int] = frozenset()
-        """The workers beside ``own`` that batches were applied to."""
+        """The workers other than ``own`` that batches were applied to."""
         self.several = False
         self.misplaced: int | None = None
-        """A rank that was named here and has a stream of its own."""
+        """A rank that a batch named here although it has a stream of its own."""
         self._named: int | None = None
         self._last = -1
 
     def is_own(self, payload: bytes) -> bool:
-        """Whether a batch is of ``own`` at first sight: it names no rank, or the same as the one before. O(1)."""
-        # The rank is the last element of the array, and its last byte says enough where it is as usual and not the end
-        # of a longer number: skipping over the events to read it costs as much as half of their decoding.
+        """Whether a batch is of ``own`` at first sight: it names no rank, or the same rank as the one before. O(1)."""
+        # The rank is the last element of the array. Its last byte is enough if it has the usual value and is not the
+        # end of a longer number. Skipping over the events to read the rank costs half as much as decoding them.
         if len(payload) <= 3:
             return payload[:1] == b"\x92"
         if payload[0] != 0x93:
@@ -49,8 +49,9 @@ class Ranks:
         return payload[-2] != 0xCC and payload[-3] != 0xCD
 
     def of(self, payload: bytes) -> int | None:
-        """The worker that a batch belongs to. None when it shows that what was applied to ``own`` so far was another
-        worker's: forget it, and apply the stream anew. O(1) for a batch of the rank before; O(bytes) for another."""
+        """Return the worker that a batch belongs to. None means that the batches applied to ``own`` so far were another
+        worker's: clear it, and apply the stream from scratch. O(1) for a batch of the same rank as before; O(bytes) for
+        another."""
         if self.is_own(payload):
             return self.own
         carried = carried_rank(payload)

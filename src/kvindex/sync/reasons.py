@@ -1,7 +1,7 @@
-"""Every reason for a worker's state: which state, and the text that people read.
+"""Every reason for a worker's state: the state, and the text that people read.
 
-A new one is a member here, a row in ``docs/guides/operating.md`` (a test compares the two), and the place that detects
-it. Why a connection could not be made or was lost is told by the sockets, in words of their own.
+A new reason is a member here, a row in ``docs/guides/operating.md`` (a test compares the two), and the code that
+detects it. The sockets report why a connection could not be made or was lost, in texts of their own.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ __all__ = ["Reason"]
 
 
 class Reason(Enum):
-    """A state and a text, whose facts are in braces: ``Reason.MISSING.text(seq=7)`` has them filled in."""
+    """A state and a text with its facts in braces: ``Reason.MISSING.text(seq=7)`` returns the text with them filled
+    in."""
 
-    # Nothing is known of this moment.
+    # The present content is not known.
     NOT_CONNECTED = "stale", "not connected yet"
     LOOKED_UP = "stale", "looking up the address of {endpoint}"
     LIMITED = "stale", "it sends more than its limit allows"
@@ -44,7 +45,7 @@ class Reason(Enum):
     DISOWNED = "stale", "the replay belonged to another stream"
     SHARED_SOCKET = "stale", "several ranks publish through one socket"
 
-    # The stream: something is missing, or may be another process's.
+    # The stream: batches are missing, or may be another process's.
     OTHER_BATCH = (
         "degraded",
         ("{replay} gives another batch {seq} than {endpoint} publishes: it is another process's replay endpoint"),
@@ -99,14 +100,14 @@ class Reason(Enum):
     UNPROVEN = "degraded", "no replay has shown the batches before the first one"
     CUT_SHORT = "degraded", "a replay stopped without its end marker: batches may be missing after {seq}"
 
-    # The index: what the events say cannot be followed exactly.
+    # The index: the events cannot be followed exactly.
     UNKNOWN_EVENT = "degraded", "an event of kind {kind}, which is not known, may have taken blocks away"
     CLEAR_IN_DOUBT = "degraded", "a clear did not say whether it includes the offloading tiers"
     HYBRID = "degraded", "hybrid=True: evictions outside full attention are not published"
     BLOCK_SIZE = "degraded", "its blocks have {sizes} tokens, the index has blocks of {block_size}"
     NOT_PLACED = "degraded", "the index could not follow all events: {refusals}"
 
-    # What cannot be known, or is not as it was told, though every batch is applied.
+    # Facts that cannot be known or differ from the configuration, though every batch is applied.
     NO_REPLAY = "exact", "without a replay endpoint the loss of the last batches cannot be noticed"
     NO_ANSWER = "exact", "{replay} has not answered: without replays the loss of the last batches cannot be noticed"
     OTHER_MODEL = "exact", "its topic names model {named}, not {model}"
@@ -122,5 +123,5 @@ class Reason(Enum):
         self.template = template
 
     def text(self, **facts: Any) -> str:
-        """The text with its facts."""
+        """Return the text with its facts filled in."""
         return self.template.format(**facts)
