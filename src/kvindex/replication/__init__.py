@@ -3,8 +3,8 @@
 Data flows one way: engines, ``EventManager``, its ``tap``, ``Collector``, the log, ``Follower``, ``PrefixIndex``.
 ``entries`` is the wire format. ``collector``, ``follower``, ``replica`` and ``exchange`` are state machines without
 socket, clock or thread; ``store`` sends their requests to the server, and ``shard`` applies their effects. ``view`` has
-one or more shards, and ``joined`` answers as their one index. Requests that routers share travel in a stream beside the
-log: ``hints`` is its format and state machine, ``sharing`` has the threads.
+one or more shards, and ``joined`` answers as their one index. Requests that routers share travel in a second stream
+beside the log: ``hints`` has its format and state machine, ``sharing`` has the threads.
 """
 
 from .aio import AsyncReplicatedIndex

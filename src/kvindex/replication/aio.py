@@ -18,7 +18,7 @@ class AsyncReplicatedIndex:
     """:class:`ReplicatedIndex` for asyncio, with the same behaviour and errors. An async context manager.
 
     Args:
-        server: As of :class:`ReplicatedIndex`.
+        server: As for :class:`ReplicatedIndex`.
         options: The keyword arguments of :class:`ReplicatedIndex`.
     """
 

@@ -1,4 +1,4 @@
-"""Writing the log: a pure state machine without socket, clock or thread."""
+"""The writer of the log: a pure state machine without socket, clock or thread."""
 
 from __future__ import annotations
 
@@ -25,25 +25,26 @@ from .snapshots import Pointer, Upload
 
 __all__ = ["Collector", "Cut"]
 
-# Of an item beside its payload.
+# Bytes of an item in addition to its payload.
 _ITEM_BYTES: Final = 64
-# Seconds.
+# Seconds over which the rate of changes is measured.
 _RATE_OVER: Final = 0.1
 _BEAT: Final = encode([Beat(0.0)])
 _EMPTY: Final = encode([])
 
 
 class Cut:
-    """Shown where a snapshot is made: entries up to ``id`` have what is in the snapshot, those behind it nothing."""
+    """Marks the place of a snapshot among the items: entries up to ``id`` are in the snapshot, later ones are not."""
 
     id: Id | None = None
 
 
 class Collector:
-    """Writes what its index is told into the log, in epochs of its own.
+    """Writes the changes of its index into the log, in epochs of its own.
 
-    Items come by :meth:`show`, from another thread if need be; all else is one thread's. :meth:`next` gives the next
-    request, one at a time, and each answer goes to :meth:`answered`, which gives what is to be done.
+    Items arrive through :meth:`show`, possibly from another thread; everything else belongs to one thread. :meth:`next`
+    returns the next request, one at a time. Each answer is passed to :meth:`answered`, which returns the effects to
+    carry out.
     """
 
     def __init__(
@@ -56,30 +57,30 @@ class Collector:
         self.reason = ""
         """Why nothing can be written, for people."""
         self.id: Id = (epoch, 1)
-        """The last entry that was made; the first of an epoch is the one that the takeover wrote."""
+        """The last entry that was made. The first entry of an epoch is the one that the takeover wrote."""
         self.acked: Id = (epoch, 1)
-        """The last entry that the log has."""
+        """The last entry that the log has acknowledged."""
         self.written = self.refilled = self.snapshots = self.epochs = 0
         self.shown: deque[Item | Cut] = deque()
-        """What was shown and is in no entry yet. Appending to it needs no lock."""
+        """Items that were shown and are in no entry yet. Appending to it needs no lock."""
         self.overflowed = False
-        self._open: list[Item] = list(first)  # the entry that gathers
+        self._open: list[Item] = list(first)  # the entry that gathers items
         self._open_bytes = 0
         self._open_since = now
-        self._count, self._count_since = 0, now  # of changes, for their rate
+        self._count, self._count_since = 0, now  # number of changes, for their rate
         self._is_busy = False
-        self._ring: deque[tuple[Id, bytes]] = deque()  # the last entries, those that the log does not have among them
+        self._ring: deque[tuple[Id, bytes]] = deque()  # the last entries, including those that the log does not have
         self._ring_bytes = 0
         self._unsent: deque[tuple[Id, bytes]] = deque()
-        self._unsure = False  # the server was lost: what the log has is not known
-        self._make = False  # the next entry may make the log
+        self._unsure = False  # the server was lost, so the content of the log is unknown
+        self._make = False  # the next entry may create the log
         self._renew_at = now + policy.lease / 4
         self._is_claiming = False
         self._upload: Upload | None = None
         self._trim: Id | None = None
-        self._beat_at: float | None = None  # when one was shown that is not written yet
-        self._beaten_at = now  # when the one was shown that was written last
-        self._full = False  # the server has no memory
+        self._beat_at: float | None = None  # time of a shown beat that is not written yet
+        self._beaten_at = now  # time of the beat that was written last
+        self._full = False  # the server is out of memory
         self._kept = [] if kept is None else [kept]  # snapshots in the store, oldest first
         self._snapshot_at = now
         self._snapshot_asked = False
@@ -89,7 +90,7 @@ class Collector:
     # ---------------------------------------------------------------------------------------------------------- items
 
     def show(self, item: Item | Cut) -> None:
-        """Take a change of the index, before it is made. Any one thread."""
+        """Take a change of the index before it is made. May be called from any one thread."""
         self.shown.append(item)
 
     def _gather(self, now: float) -> None:
@@ -100,7 +101,7 @@ class Collector:
                 item.id = self.id
                 continue
             if type(item) is Beat:
-                # Those of before a pause say nothing: they are written at once or not at all.
+                # A beat from before a pause proves nothing, so a beat is written at once or not at all.
                 self._beat_at = item.at
                 continue
             if not self._open:
@@ -118,7 +119,7 @@ class Collector:
 
     @property
     def _ripe_at(self) -> float:
-        """When the entry that gathers is written."""
+        """The time when the gathering entry is written."""
         return self._open_since + (self.policy.busy_linger if self._is_busy else self.policy.linger)
 
     def _seal(self, *before: Item) -> None:
@@ -129,7 +130,7 @@ class Collector:
         self._enter(data)
 
     def _enter(self, data: bytes, kept: bytes | None = None) -> None:
-        """Give an entry its id; ``kept`` is what is sent instead where it has to be sent again."""
+        """Give an entry its id. ``kept`` is sent in its place if it has to be sent again."""
         self.id = (self.id[0], self.id[1] + 1)
         self._unsent.append((self.id, data))
         self._ring.append((self.id, data if kept is None else kept))
@@ -165,7 +166,7 @@ class Collector:
             return Trim(self._trim, policy.max_length)
         if self._unsent:
             id, data = self._unsent[0]
-            # It may have waited for the entry before it through a pause.
+            # The beat may have waited through a pause for the entry before it.
             if data is _BEAT and now >= self._beaten_at + policy.beat:
                 data = _EMPTY
             return Append(id, data, self._make)
@@ -184,7 +185,7 @@ class Collector:
         match request:
             case Append(id):
                 if type(answer) is Refused:
-                    self._unsure = True  # it has this entry, or another collector's, or is gone
+                    self._unsure = True  # the log has this entry, or another collector's, or is gone
                     return []
                 self._accepted(id)
             case Tip():
@@ -208,7 +209,7 @@ class Collector:
         self.reason = ""
 
     def lost(self, reason: str, *, full: bool = False) -> None:
-        """The server was lost, or does not take what is written; ``full``: for want of memory."""
+        """Note that the server was lost or does not accept writes; ``full`` if it is out of memory."""
         self.reason = reason
         if full and self._kept:
             self._full, self._trim = True, self._kept[-1].id
@@ -221,7 +222,7 @@ class Collector:
         if answer is None or (answer is False and type(request) is Renew):
             if answer is False:
                 return [StepDown("another collector has the lease")]
-            self._is_claiming = True  # it has ended while nobody was there
+            self._is_claiming = True  # the lease has expired meanwhile
             return []
         if answer is False:
             return [StepDown("another collector has taken the lease")]
@@ -230,7 +231,7 @@ class Collector:
         return []
 
     def _compare(self, tip: Id | None, now: float) -> list[Effect]:
-        """Find out what the log has of this epoch, and send what it lacks."""
+        """Compare the log with this epoch, and send the entries that the log lacks."""
         self._unsure = False
         found = tip or (0, 0)
         if found > self.id:
@@ -245,11 +246,11 @@ class Collector:
         return []
 
     def _begin_epoch(self, now: float) -> None:
-        """The log has lost what this epoch began with, or this collector what it has to say: begin anew, with a
-        snapshot. An index that has all up to what was acknowledged last goes on."""
+        """Begin another epoch with a snapshot, because the log has lost the beginning of this one, or this collector
+        has dropped items. An index that has everything up to the last acknowledged entry continues."""
         self.epochs += 1
         epoch = next_epoch(self.id[0], f"{self.writer}:{self.id}")
-        # Nobody has number 0: where something was dropped, everybody needs the snapshot.
+        # No index is at number 0: if items were dropped, every index needs the snapshot.
         previous, again = (
             ((epoch, 0), []) if self.overflowed else (self.acked, [data for id, data in self._ring if id > self.acked])
         )
@@ -266,7 +267,7 @@ class Collector:
     # ------------------------------------------------------------------------------------------------------ snapshots
 
     def due(self, now: float) -> list[Effect]:
-        """A snapshot, when it is time for one."""
+        """Return the effect that makes a snapshot, if it is time for one."""
         early = self._bytes_since >= self.policy.snapshot_bytes
         if self._snapshot_asked or self._unsure or not (early or now >= self._snapshot_at):
             return []
@@ -275,7 +276,7 @@ class Collector:
         return [Snapshot()]
 
     def snapshot_made(self, cut: Cut, data: bytes | None, now: float) -> None:
-        """Take a snapshot that was made at ``cut``; None where there could be none."""
+        """Take a snapshot that was made at ``cut``; None if it could not be made."""
         self._gather(now)
         if data is None or cut.id is None or cut.id[0] != self.id[0]:
             self._snapshot_asked = False
@@ -291,5 +292,5 @@ class Collector:
         self._snapshot_asked = False
         self.snapshots += 1
         self._kept = [*self._kept[-1:], pointer]
-        # Who has just found the snapshot before this one reads on from there.
+        # A reader that has just found the snapshot before this one reads on from there.
         self._trim = self._kept[0].id

@@ -35,25 +35,25 @@ class ForeignError(LogError):
 
 
 class Begun(NamedTuple):
-    """The first item of an epoch: its collector, and what an index has to be made with to take part."""
+    """The first item of an epoch: its collector, and the settings that an index needs to take part."""
 
     writer: str
     settings: Mapping[str, Any]
 
 
 class Previous(NamedTuple):
-    """The second entry of an epoch begins with it: the place at which an index continues with this epoch. Everybody
-    else needs a snapshot."""
+    """The first item of an epoch's second entry: the place at which an index continues with this epoch. All other
+    indexes need a snapshot."""
 
     epoch: int
     number: int
 
 
 class Beat(NamedTuple):
-    """The collector hears its engines, and everything that it has heard is before this."""
+    """The collector receives from its engines, and everything that it has received is before this item."""
 
     at: float
-    """When that was, by the collector's own clock, which says nothing to others."""
+    """The time of that by the collector's own clock, which means nothing to other processes."""
 
 
 class Described(NamedTuple):
@@ -67,8 +67,8 @@ class Described(NamedTuple):
 
 
 class Hashed(NamedTuple):
-    """Batches with hashes in place of tokens, one behind the other. In an entry, those that follow one another are one
-    item, which an index takes in one call."""
+    """Batches with hashes in place of tokens, one after another. Consecutive ones of an entry are one item, which an
+    index takes in one call."""
 
     data: bytes
     """As ``kvindex._core.hash_batch`` writes them."""
@@ -76,8 +76,8 @@ class Hashed(NamedTuple):
 
 Item: TypeAlias = Beat | Begun | Configured | Described | Forgotten | Hashed | Marked | Previous | Removed
 
-# Numbers are for ever (4 was a batch with its tokens, in version 1). A newer version may append fields to an item, and
-# new kinds: both are skipped.
+# Numbers are permanent (4 was a batch with its tokens, in version 1). A newer version may append fields to an item, and
+# add kinds: both are skipped.
 _KINDS: Final[dict[int, type[Any]]] = {
     1: Begun, 2: Previous, 3: Beat, 5: Forgotten, 6: Marked, 7: Configured, 8: Removed, 9: Described, 10: Hashed,
 }  # fmt: skip
@@ -88,7 +88,7 @@ _pack = msgpack.Packer(default=lambda value: sorted(value), unicode_errors="surr
 
 
 def encode(items: Iterable[Item]) -> bytes:
-    """One entry. O(bytes)."""
+    """Encode one entry. O(bytes)."""
     listed: list[list[Any]] = []
     for kind, run in groupby(items, type):
         if kind is Hashed:
@@ -100,7 +100,7 @@ def encode(items: Iterable[Item]) -> bytes:
 
 
 def decode(data: bytes) -> list[Item]:
-    """The items of an entry, without those of unknown kinds. Raises :class:`LogError`."""
+    """Decode the items of an entry, without those of unknown kinds. Raises :class:`LogError`."""
     version = data[0] if data else 0
     if version > VERSION:
         raise ForeignError(f"an entry has version {version}, this kvindex reads {VERSION}: upgrade the readers first")
@@ -114,13 +114,13 @@ def decode(data: bytes) -> list[Item]:
 
 
 def next_epoch(above: int, salt: str, wall: float = 0.0) -> int:
-    """An epoch above another one and, in milliseconds, above the time of day. Its low bits are the salt's: two
-    collectors that begin behind one place, in a server that has come back empty between, have different epochs."""
+    """Return an epoch above another one and, in milliseconds, above the time of day. Its low bits are the salt's: two
+    collectors that begin behind one place, in a server that has come back empty in between, have different epochs."""
     return (max(above >> _SALTED, round(wall * 1e3)) + 1 << _SALTED) | zlib.crc32(salt.encode()) >> (32 - _SALTED)
 
 
 def epoch_time(epoch: int) -> float:
-    """When an epoch began, in seconds since 1970."""
+    """Return the time when an epoch began, in seconds since 1970."""
     return (epoch >> _SALTED) / 1e3
 
 

@@ -1,4 +1,4 @@
-"""Snapshots alone, beside streams of one's own: who starts late begins with what a neighbour has. Pure."""
+"""Exchange of snapshots alone, without a log: a process that starts late begins with a neighbour's content. Pure."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ __all__ = ["Exchange"]
 
 
 class Exchange:
-    """Loads the snapshot in the store once, then writes one every ``snapshot_every`` seconds, where nobody else does.
-    Used as a :class:`Replica` is."""
+    """Loads the snapshot in the store once, then writes one every ``snapshot_every`` seconds unless another process
+    does. Used like a :class:`Replica`."""
 
     role = "direct"
 
@@ -63,7 +63,7 @@ class Exchange:
         elif self._download is not None:
             return self._got(answer, now)
         elif type(request) is Claim:
-            # Whoever has it writes the next one; it ends by itself when that is due.
+            # The process with the claim writes the next snapshot. The claim ends by itself when that is due.
             self.reason = ""
             self._has_lease = self._asked = answer is True
             self._looks = self._asked
@@ -103,7 +103,7 @@ class Exchange:
             return self._begin(now)
 
     def _begin(self, now: float) -> list[Effect]:
-        """Follow the engines, whatever became of the snapshot."""
+        """Follow the engines, whether or not the snapshot was loaded."""
         began, self._download = self._download is not None, None
         self._due = max(self._due, now + self.policy.patience)
         return [Collect()] if began else []
@@ -112,13 +112,13 @@ class Exchange:
         self.reason = error or ""
 
     def shown(self, item: Any) -> None:
-        """There is no log."""
+        """Ignore an item, because there is no log."""
 
     def due(self, now: float) -> list[Effect]:
         return []
 
     def beat(self, now: float) -> None:
-        """There is nobody to tell."""
+        """Do nothing, because there is no log."""
 
     def snapshot_made(self, cut: Cut, data: bytes | None, now: float) -> None:
         self._asked = False

@@ -1,4 +1,4 @@
-"""Reading the log: a pure state machine without socket, clock or thread."""
+"""The reader of the log: a pure state machine without socket, clock or thread."""
 
 from __future__ import annotations
 
@@ -13,47 +13,48 @@ __all__ = ["BEGINNING", "Follower"]
 
 _UNSAID: Final = {"shards": 1}
 BEGINNING: Final = ("starting", "reading the log")
-"""Reasons that need nobody's attention."""
+"""Reasons that need no attention."""
 
 
 class Follower:
-    """Keeps an index equal to what the log says.
+    """Keeps an index equal to the log.
 
-    :meth:`next` gives the next request, one at a time, and each answer goes to :meth:`answered`, which gives what is
-    to be done to the index, in order.
+    :meth:`next` returns the next request, one at a time. Each answer is passed to :meth:`answered`, which returns the
+    effects on the index, in order.
 
-    An answer is believed for ``silence`` seconds after a moment at which nothing lay behind this place in the log and
-    the collector was about to write a beat: the sending of the last read but one, if the last brought a beat.
+    Answers are trusted for ``silence`` seconds after a moment at which no entry lay behind this place in the log and
+    the collector was about to write a beat. This moment is the sending of the last read but one, if the last read
+    brought a beat.
     """
 
     def __init__(self, policy: ReplicationPolicy, settings: Mapping[str, Any]) -> None:
         self.policy = policy
         self.settings = dict(settings)
         self.place: Id | None = None
-        """The last entry that is applied; None before a snapshot is."""
+        """The last entry that is applied; None before a snapshot is loaded."""
         self.reason = BEGINNING[0]
-        """Why nothing is believed, for people; empty where something is."""
+        """Why answers are not trusted, for people; empty if they are."""
         self.behind: Id | None = None
-        """The place at which the epoch was found that has begun and not said yet what it continues."""
+        """The place at which an epoch was found that has not named the place that it continues yet."""
         self.begun_by = ""
         """The collector whose epoch this is."""
         self.is_foreign = False
         """The log is another fleet's, or of a newer version: nothing may be written into it."""
         self.tip_at: float | None = None
-        """When the read was sent that last showed that nothing lay behind :attr:`place`."""
+        """The time when the last read was sent that showed no entry behind :attr:`place`."""
         self.heard_at: float | None = None
-        """When the last beat was read."""
+        """The time when the last beat was read."""
         self.booting_since: float | None = None
         self.snapshots = self.holes = 0
-        """Snapshots loaded, and times that one was needed."""
+        """Snapshots loaded, and times that a snapshot was needed."""
         self.entries = 0
         self._download: Download | None = None
         self._loading: Pointer | None = None
         self._useless: bytes | None = None  # the pointer whose snapshot did not help
         self._seen: bytes | None = None
         self._looked_at = -1e18
-        self._check_at = -1e18  # when to look whether the log still reaches up to this place
-        self._short = 0  # times in a row that it did not
+        self._check_at = -1e18  # when to check whether the log still reaches up to this place
+        self._short = 0  # consecutive checks in which it did not
 
     # ------------------------------------------------------------------------------------------------------- requests
 
@@ -73,15 +74,15 @@ class Follower:
         return Read(self.place, policy.count, policy.beat)
 
     def answered(self, request: Request, answer: Any, sent: float, now: float) -> list[Effect]:
-        """Take the answer to :meth:`next`, which was asked for at ``sent``."""
+        """Take the answer to a request of :meth:`next`, which was sent at ``sent``."""
         if type(request) is Read:
             return self._read(answer, sent, request.most)
         if type(request) is Tip:
             self._check_at = now + self.policy.silence
             place = self.place or ZERO
             self._short = self._short + 1 if place != ZERO and (answer or ZERO) < place else 0
-            # One that has just lost its end is filled again by the collector. In one that was begun below this place
-            # nothing will ever be found.
+            # If the log has just lost its end, the collector fills it again. If it was begun below this place, no later
+            # entry will ever be found in it.
             if self._short > 1:
                 return self.reboot(f"the log ends at {id_text(answer or ZERO)}, before {id_text(place)}")
             return []
@@ -95,7 +96,7 @@ class Follower:
             return []
 
     def lost(self) -> None:
-        """The server was lost, or another one has taken its place: what it has is not known."""
+        """Note that the server was lost, or replaced by another one: the content of the log is unknown."""
         self.tip_at = None
         self._download = None
         self._check_at = -1e18
@@ -103,7 +104,7 @@ class Follower:
     # ------------------------------------------------------------------------------------------------------ snapshots
 
     def reboot(self, reason: str) -> list[Effect]:
-        """What is in the index cannot be continued: begin with the next snapshot that can."""
+        """Begin with the next snapshot that can be continued, because the content of the index cannot."""
         self.holes += 1
         self.reason = reason
         self.place = self.behind = self.tip_at = self.booting_since = None
@@ -117,7 +118,7 @@ class Follower:
             if data is None or data == self._useless:
                 self._download = None
                 if data is None and self.snapshots == self.holes == 0:
-                    # A log that is there from its first entry on can be read from there.
+                    # A log that still has its first entry can be read from there.
                     return self.begin(ZERO)
                 return []
             self._download.pointer = found = Pointer.decode(data)
@@ -141,7 +142,7 @@ class Follower:
         return [Load(None, {}, []), Trust(0.0)]
 
     def loaded(self, error: str | None) -> None:
-        """Take whether the snapshot could be loaded."""
+        """Note whether the snapshot could be loaded."""
         if error is None:
             self.snapshots += self._loading is not None
             self.reason = BEGINNING[1]
@@ -158,7 +159,7 @@ class Follower:
         for id, data in entries:
             assert self.place is not None
             if self._is_new_epoch(id):
-                # An epoch that ended before it said what it continues leaves the question open for the next.
+                # An epoch that ended before it named the place that it continues leaves that open for the next epoch.
                 self.behind = self.place if self.behind is None else self.behind
             elif not self._is_next(id):
                 return effects + self.hole(f"entry {id_text(id)} follows {id_text(self.place)} in the log")
@@ -170,7 +171,7 @@ class Follower:
             self.place = id
             self.entries += 1
             for item in items:
-                if type(item) is Hashed:  # nearly all
+                if type(item) is Hashed:  # nearly all items
                     effects.append(item)
                 elif isinstance(item, Beat):
                     beaten = True
@@ -207,7 +208,7 @@ class Follower:
         return id == (self.place[0], self.place[1] + 1)
 
     def hole(self, reason: str) -> list[Effect]:
-        """What is behind this place cannot be applied: only a later snapshot helps."""
+        """Note that the entries behind this place cannot be applied: only a later snapshot helps."""
         self._useless = self._seen
         return self.reboot(reason)
 

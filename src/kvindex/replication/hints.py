@@ -1,4 +1,4 @@
-"""Requests that routers of a fleet tell one another: wire format, and a state machine without socket, clock or thread.
+"""Requests that the routers of a fleet share: wire format, and a state machine without socket, clock or thread.
 
 Everything here is best effort. A lost entry costs a worse choice, never a wrong state: speculative entries and loads
 are no evidence of a block.
@@ -25,13 +25,13 @@ __all__ = [
 
 VERSION: Final = 1
 BEAT: Final = 5.0
-"""Seconds between the lists of a router's open requests, while it has any."""
+"""Seconds between the lists of a router's open requests, as long as it has any."""
 SILENT: Final = 3 * BEAT
-"""Seconds without an entry of a router after which its requests count no more. Older entries are not read at all."""
+"""Seconds without an entry of a router after which its requests no longer count. Older entries are not read."""
 BLOCKS: Final = 8192
-"""Blocks of a prompt that are sent: 131,072 tokens of the usual 16 a block."""
+"""The most blocks of a prompt that are sent: 131,072 tokens at the usual 16 a block."""
 
-# Bounds of what is taken from others.
+# Bounds of the items that are accepted from others.
 _LONGEST_HELD, _LONGEST_OPEN = 60.0, 3600.0  # seconds
 _MOST_TOKENS: Final = 1 << 26  # of a request
 _MOST_OPEN, _MOST_HELD, _MOST_WRITERS = 1 << 16, 1 << 20, 1 << 10  # requests, blocks, routers
@@ -42,7 +42,8 @@ Key: TypeAlias = tuple[bytes, int]
 
 
 class Held(NamedTuple):
-    """``PrefixIndex.add_prefix`` of a router. The prompt goes as local hashes, once for each length of lookahead."""
+    """A call of ``PrefixIndex.add_prefix`` by a router. The prompt is sent as local hashes, once for
+    each length of lookahead."""
 
     pod: str
     rank: int
@@ -71,7 +72,8 @@ class Finished(NamedTuple):
 
 
 class Open(NamedTuple):
-    """All requests of this router that are open; None: too many to list. Others that began before are over."""
+    """All open requests of this router; None if there are too many to list. Earlier requests that are
+    not listed are over."""
 
     ids: list[int] | None
 
@@ -82,9 +84,9 @@ class Left(NamedTuple):
 
 Item: TypeAlias = Begun | Finished | Held | Left | Open | Prefilled
 Effect: TypeAlias = tuple[Key, Begun | Finished | Held | Prefilled]
-"""What is to be done here. A request has one end, by whatever came first."""
+"""An effect on this process. A request ends once, by the first end that arrives."""
 
-# Numbers are for ever. A newer version may append fields to an item, and new kinds: both are skipped.
+# Numbers are permanent. A newer version may append fields to an item, and add kinds: both are skipped.
 _KINDS: Final[dict[int, type[Any]]] = {1: Held, 2: Begun, 3: Prefilled, 4: Finished, 5: Open, 6: Left}
 _NUMBERS: Final = {kind: number for number, kind in _KINDS.items()}
 _FIELDS: Final = {number: len(kind._fields) for number, kind in _KINDS.items()}
@@ -92,13 +94,14 @@ _pack = msgpack.Packer(unicode_errors="surrogateescape").pack
 
 
 def encode(writer: bytes, number: int, settings: int, items: Iterable[Item]) -> bytes:
-    """One entry. O(bytes)."""
+    """Encode one entry. O(bytes)."""
     body: bytes = _pack([writer, number, settings, [[_NUMBERS[type(item)], *item] for item in items]])
     return bytes((VERSION,)) + body
 
 
 def decode(data: bytes) -> tuple[bytes, int, int, list[Item]]:
-    """Writer, number of the entry, settings and items. Raises :class:`LogError`; nothing is out of its range then."""
+    """Decode the writer, number, settings and items of an entry. Raises :class:`LogError` if a
+    value is out of range."""
     if data[:1] != bytes((VERSION,)):
         raise LogError(f"an entry of a router has version {data[0] if data else 0}, this kvindex reads {VERSION}")
     try:
@@ -149,16 +152,16 @@ _CHECKS: Final[dict[type[Any], Callable[[Any], bool]]] = {
 
 
 def is_sound(item: Item) -> bool:
-    """Whether readers take it. They refuse an entry as a whole."""
+    """Whether readers accept an item. They refuse an entry as a whole."""
     return bool(_CHECKS[type(item)](item))
 
 
-# One has up to 64 KB, and is worth nothing after some seconds.
+# Such an item has up to 64 KB, and is worthless after some seconds.
 _MOST_WAITING_HELD: Final = 256
 
 
 class Outbox:
-    """Items on their way to the server, bounded: the oldest are dropped. Any thread may put, one takes."""
+    """Items on their way to the server. It is bounded: the oldest items are dropped. Any thread may put, one takes."""
 
     def __init__(self, most: int = 4096, entry: int = 32 << 10) -> None:
         self._most, self._entry = most, entry
@@ -173,13 +176,13 @@ class Outbox:
             self.dropped += 1
             return
         if len(self._items) >= self._most:
-            with suppress(IndexError):  # taken meanwhile
+            with suppress(IndexError):  # they were taken meanwhile
                 self._items.popleft()
             self.dropped += 1
         self._items.append((now, item))
 
     def take(self, now: float) -> list[Item]:
-        """The items of one entry; those that have waited have less time left, or are left out."""
+        """Return the items of one entry. Items that have waited have less time left, or are left out."""
         items: list[Item] = []
         size = 0
         while self._items and (not items or size < self._entry):
@@ -197,7 +200,7 @@ class Outbox:
 
 
 def listed(ids: list[int]) -> Open:
-    """The list of a router's open requests."""
+    """Make the list of a router's open requests."""
     return Open(ids if len(ids) <= _MOST_LISTED else None)
 
 
@@ -207,11 +210,11 @@ class _Writer:
     def __init__(self) -> None:
         self.number = -1
         self.heard_at = -math.inf
-        self.open: dict[int, float] = {}  # until when each counts
+        self.open: dict[int, float] = {}  # the time until which each counts
 
 
 class Peers:
-    """What other routers have told, as effects: the speculative entries, beginnings and ends of requests."""
+    """The entries of other routers, as effects: speculative entries, and beginnings and ends of requests."""
 
     def __init__(self, writer: bytes, settings: int) -> None:
         self.writer, self.settings = writer, settings
@@ -221,26 +224,26 @@ class Peers:
         """Items and entries that had no effect, by reason."""
         self._writers: OrderedDict[bytes, _Writer] = OrderedDict()
         self._open: OrderedDict[Key, Begun] = OrderedDict()
-        self._held: list[tuple[float, int]] = []  # a heap: each has a time of its own
+        self._held: list[tuple[float, int]] = []  # a heap: each has its own time
         self._blocks = 0
         self._looked_at = -math.inf
 
     @property
     def routers(self) -> int:
-        """Other routers that were heard of in the last :data:`SILENT` seconds."""
+        """Other routers with an entry in the last :data:`SILENT` seconds."""
         return len(self._writers)
 
     @property
     def requests(self) -> int:
-        """Their open requests."""
+        """Open requests of other routers."""
         return len(self._open)
 
     def open(self) -> list[tuple[Key, Begun]]:
-        """Their open requests, for a picker that comes later."""
+        """Return the open requests of other routers, for a picker that comes later."""
         return list(self._open.items())
 
     def take(self, data: bytes, age: float, now: float) -> list[Effect]:
-        """What an entry changes that was written ``age`` seconds ago."""
+        """Return the effects of an entry that was written ``age`` seconds ago."""
         age = max(age, 0.0)
         try:
             name, number, settings, items = decode(data)
@@ -286,7 +289,7 @@ class Peers:
         return effects
 
     def tick(self, now: float) -> list[Effect]:
-        """What time changes. O(requests of others), once a second."""
+        """Return the effects of the time that has passed. O(requests of others), once a second."""
         if now < self._looked_at + 1.0:
             return []
         self._looked_at = now
@@ -327,7 +330,7 @@ class Peers:
             of, id = next(iter(self._open))
             effects += self._end(of, self._writers[of], [id])
             self.refused["full"] += 1
-        # Of a name, many requests have one string.
+        # Many requests share one pod's name, so they share one string.
         item = item._replace(pod=sys.intern(item.pod))
         writer.open[item.id] = now + left
         self._open[name, item.id] = item

@@ -1,4 +1,4 @@
-"""One index of several that have no pod in common: what :attr:`ReplicatedIndex.index` is with several shards."""
+"""One index over several that have no pod in common: :attr:`ReplicatedIndex.index` with several shards."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["JoinedIndex"]
 class JoinedIndex(PrefixIndex):
     """Answers as one index with the pods of all ``parts``.
 
-    The core asks each part for a match or a choice. Each part keeps locks, states and a moment of :meth:`trust` of its
-    own, and a snapshot replaces one part alone. A call with the name of a pod goes to the part that ``place`` gives.
-    A match walks all parts, so its time grows with their number. Blocks that pods of several parts hold are stored in
-    each of these.
+    The core asks each part for a match or a choice. Each part has its own locks, states and moment of :meth:`trust`,
+    and a snapshot replaces only one part. A call with the name of a pod goes to the part that ``place`` returns. A
+    match walks all parts, so its time grows with their number. Blocks that pods of several parts hold are stored in
+    each of these parts.
     """
 
     __slots__ = ("_place",)
@@ -33,7 +33,7 @@ class JoinedIndex(PrefixIndex):
         return self
 
     def _home(self, pod: Any) -> PrefixIndex:
-        # Each part refuses what is no name.
+        # Each part refuses a value that is not a name.
         return self.parts[self._place(pod) if isinstance(pod, str) else 0]
 
     def ingest(self, pod: str, payload: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""One process's part in a fleet: a follower that becomes the collector when there is none. Pure, as its parts are."""
+"""One process's part in a fleet: a follower that becomes the collector if there is no other. Pure, as its parts are."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from .snapshots import Contents, Pointer
 
 __all__ = ["Known", "Replica"]
 
-# Candidates ask for the lease after so many of its quarters at the latest.
+# The latest time at which a candidate claims the lease, in quarters of its duration.
 _LATEST_SHARE: Final = 1.25
 
 
 class Known:
-    """What an index does not keep of pods: how routers reach them, and what their streams were last said to be."""
+    """Facts about pods that an index does not keep: how routers reach them, and the last states of their streams."""
 
     def __init__(self) -> None:
         self.pods: dict[str, Described] = {}
         self.states: dict[tuple[str, int], str] = {}
         self.reasons: dict[tuple[str, int], str] = {}
-        """Of those that were marked since the last snapshot."""
+        """Reasons of the streams that were marked since the last snapshot."""
 
     def take(self, item: object) -> None:
         if isinstance(item, Marked):
@@ -67,8 +67,8 @@ class Known:
 
 
 class Replica:
-    """:meth:`next` gives the next request, one at a time; each answer goes to :meth:`answered`, which gives what is to
-    be done here, in order. ``writer`` is unique among all processes of all times."""
+    """:meth:`next` returns the next request, one at a time. Each answer is passed to :meth:`answered`, which returns
+    the effects to carry out, in order. ``writer`` is unique among all processes of all times."""
 
     follower_type, collector_type = Follower, Collector  # tests replace them by broken ones
 
@@ -81,7 +81,7 @@ class Replica:
         self.collector: Collector | None = None
         self.known = Known()
         self.unreachable = ""
-        """Why the server cannot be asked, for people; empty while it can."""
+        """Why the server cannot be reached, for people; empty while it can."""
         self.hindrance = ""
         """Why this process cannot become the collector."""
         self.takeovers = self.step_downs = 0
@@ -89,7 +89,7 @@ class Replica:
         self.closing = False
         self._has_lease = self._is_claiming = False
         self._claim_at = 0.0
-        self._ready_since: float | None = None  # since when the lease might be claimed
+        self._ready_since: float | None = None  # the time from which the lease might be claimed
         self._defers = 0.0
         self._takeover: Id | None = None  # the first entry of the epoch that is to begin here
         self._is_written = False
@@ -97,11 +97,11 @@ class Replica:
         self._kept: Pointer | None = None
         self._looked = False
         self._read_again = False
-        self._highest = 0  # of all epochs that were heard of
+        self._highest = 0  # the highest epoch that was seen
         self._beaten_at = -1e18
         self._retry_at = -1e18
         self._delay = policy.retry[0]
-        # Candidates that begin together do not ask together.
+        # Candidates that start together do not claim together.
         self._share = 0.75 + (_LATEST_SHARE - 0.75) * (sum(writer.encode()) % 64) / 64
 
     @property
@@ -111,7 +111,7 @@ class Replica:
     # ------------------------------------------------------------------------------------------------------- requests
 
     def next(self, now: float, wall: float) -> Request:
-        """The next request; ``wall`` is the time of day, in seconds, for the numbers of epochs."""
+        """Return the next request. ``wall`` is the time of day, in seconds, for the numbers of epochs."""
         if self.closing:
             return Release(self.writer) if self._has_lease else Wait(float("inf"))
         if now < self._retry_at:
@@ -133,8 +133,8 @@ class Replica:
         return self.follower.next(now)
 
     def _epoch(self, wall: float) -> int:
-        """More than the log has, so that it is taken. Not counted in the server alone: one that has come back empty
-        would count to places that followers are at, and these would read on."""
+        """Return an epoch above the log's, so that its entries are accepted. The server's count alone is not enough: a
+        server that has come back empty would count up to places that followers are at, and these would read on."""
         place = self.follower.place or (0, 0)
         return next_epoch(max(place[0], self._highest), f"{self.writer}:{self.takeovers}:{wall}", wall)
 
@@ -143,7 +143,7 @@ class Replica:
         if follower.is_foreign:
             return False
         if follower.place is not None:
-            # Where the server has lost the lease, its holder is there first.
+            # If the server has lost the lease, its holder renews it first.
             is_silent = follower.heard_at is None or now >= follower.heard_at + self.policy.silence
             return is_silent and follower.tip_at is not None
         since = follower.booting_since
@@ -160,15 +160,17 @@ class Replica:
         return now >= self._ready_since + self._defers
 
     def defer_to(self, mates: Iterable[Replica]) -> None:
-        """Leave this log to other candidates for a while if this process collects another shard, so that each collects
-        one where there are enough of them. Called before :meth:`next`, with the other replicas of this process."""
+        """Leave this log to other candidates for a while if this process collects another shard, so that each candidate
+        collects one if there are enough of them. Called before :meth:`next`, with the other
+        replicas of this process."""
         policy, mates = self.policy, [*mates]
         self._defers = 0.0
         if any(mate.follower.is_foreign for mate in mates):
-            # Another number of shards: here, nobody would read what this process writes.
+            # The fleet has another number of shards: no process would read the entries that this one writes.
             self._defers = float("inf")
         elif any(mate.is_engaged for mate in mates):
-            # Until others have noticed the end of the lease, which this process may know of for longer, and have asked.
+            # Until other candidates have noticed the end of the lease, possibly later than this
+            # process, and have claimed it.
             self._defers = max(0.0, policy.lease - policy.silence) + policy.lease / 4 * _LATEST_SHARE + policy.beat
 
     @property
@@ -215,7 +217,7 @@ class Replica:
         if self.follower.place is not None:
             self._highest = max(self._highest, self.follower.place[0])
         for effect in effects:
-            if type(effect) is Hashed:  # nearly all
+            if type(effect) is Hashed:  # nearly all effects
                 continue
             if type(effect) is Load:
                 self.known.load(effect)
@@ -271,7 +273,7 @@ class Replica:
             self._has_lease = False
             return []
         if type(request) in (Claim, Renew, Append) and self.collector is None and fail.kind != "unreachable":
-            # It may read, which is all that a follower needs.
+            # It may still read, which is all that a follower needs.
             self.hindrance = fail.reason
             self._claim_at = now + self.policy.patience
             self._has_lease = False
@@ -285,30 +287,31 @@ class Replica:
         else:
             self.follower.lost()
             if type(request) is Append:
-                self._is_written = True  # maybe
+                self._is_written = True  # possibly
                 if self._afresh:
                     self._give_up()
         return []
 
-    # ------------------------------------------------------------------------------------- what else comes from outside
+    # ----------------------------------------------------------------------------------------------------- other inputs
 
     def loaded(self, error: str | None) -> None:
-        """Whether the index could be made of the last :class:`Load`."""
+        """Note whether the index could be made from the last :class:`Load`."""
         self.follower.loaded(error)
 
     def unfit(self, error: str) -> list[Effect]:
-        """An item that the index could not take, so that it is not what the log says."""
+        """Note that the index could not take an item, and therefore differs from the log."""
         return self.follower.hole(error)
 
     def shown(self, item: Item | Cut) -> None:
-        """A change of the index that is about to be made, while this process collects. Any one thread."""
+        """Take a change of the index that is about to be made, if this process collects. May be
+        called from any one thread."""
         collector = self.collector
         if collector is not None:
             collector.show(item)
 
     def beat(self, now: float) -> None:
-        """Say in the log that the engines are heard. Called every ``beat`` seconds where items are shown; not said
-        after a pause, when what has come meanwhile may not be shown yet."""
+        """Write into the log that the engines are heard. Called every ``beat`` seconds in the thread that shows the
+        items. Not written after a pause, when messages that have arrived meanwhile may not be shown yet."""
         if now < self._beaten_at + 2 * self.policy.beat:
             self.shown(Beat(now))
         self._beaten_at = now
@@ -318,16 +321,16 @@ class Replica:
             self.collector.snapshot_made(cut, data, now)
 
     def due(self, now: float) -> list[Effect]:
-        """What has to be done because of the time."""
+        """Return the effects that are due."""
         return [] if self.collector is None else self.collector.due(now)
 
     def stepped_down_for(self, reason: str) -> list[Effect]:
-        """Collect no longer, for a reason of this process's own."""
+        """Stop collecting, for a reason of this process's own."""
         return [] if self.collector is None else self._step_down(reason)
 
     @property
     def reason(self) -> str:
-        """Why answers are not current, for people; empty where they are."""
+        """Why answers are not current, for people; empty if they are."""
         if self.unreachable:
             return self.unreachable
         return self.follower.reason if self.collector is None else self.collector.reason

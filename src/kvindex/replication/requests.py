@@ -47,8 +47,8 @@ class ReplicationPolicy:
     linger: float = 0.001
     """Time for which changes are collected into one entry."""
     busy_linger: float = 0.005
-    """The same while more than ``busy`` changes come per second: to wake up for an entry costs a follower as much as
-    ten batches."""
+    """The same while more than ``busy`` changes come per second: waking up for an entry costs a follower
+    as much as ten batches."""
     busy: float = 2500.0
     """See ``busy_linger``."""
     max_entry: int = 128 << 10
@@ -79,7 +79,7 @@ class Tip(NamedTuple):
 
 
 class Read(NamedTuple):
-    """Entries behind ``after``: ``[(id, data)]``, empty after ``block`` seconds."""
+    """Entries after ``after``: ``[(id, data)]``, empty after ``block`` seconds."""
 
     after: Id
     most: int
@@ -87,7 +87,7 @@ class Read(NamedTuple):
 
 
 class Append(NamedTuple):
-    """True, or :class:`Refused` where the log has this id or a higher one, or where it is gone and not ``make``."""
+    """True, or :class:`Refused` if the log has this id or a higher one, or is gone and ``make`` is False."""
 
     id: Id
     data: bytes
@@ -102,7 +102,7 @@ class Claim(NamedTuple):
 
 
 class Renew(NamedTuple):
-    """True; False where it is another's; None where it is gone."""
+    """True; False if the lease is another writer's; None if it is gone."""
 
     writer: str
     seconds: float
@@ -113,7 +113,7 @@ class Release(NamedTuple):
 
 
 class Get(NamedTuple):
-    """A value, or None. Key "": the pointer to the snapshot."""
+    """A value, or None. The key "" is the pointer to the snapshot."""
 
     key: str
 
@@ -128,14 +128,14 @@ class Drop(NamedTuple):
 
 
 class Trim(NamedTuple):
-    """Entries before this id may go."""
+    """Drop the entries before this id; the server may keep some of them."""
 
     before: Id
     max_length: int
 
 
 class Wait(NamedTuple):
-    """Nothing to ask until this moment, or until there is something new."""
+    """No request until this moment, or until there is something new."""
 
     until: float
 
@@ -144,21 +144,21 @@ Request: TypeAlias = Append | Claim | Drop | Get | Put | Read | Release | Renew 
 
 
 class Refused(NamedTuple):
-    """The answer to an :class:`Append` that the log does not take."""
+    """The answer to an :class:`Append` that the log does not accept."""
 
 
 class Fail(NamedTuple):
-    """The answer to a request that was not carried out, or of which that is not known."""
+    """The answer to a request that was not carried out, or whose outcome is unknown."""
 
     kind: Literal["unreachable", "readonly", "full", "denied", "old", "other"]
     reason: str
 
 
-# ----------------------------------------------------------------------------------- what is to be done here, in order
+# --------------------------------------------------------------------------------------------------- effects, in order
 
 
 class Load(NamedTuple):
-    """Replaces the index by a snapshot; None: by an empty one. Answered by ``Replica.loaded``."""
+    """Replace the index by a snapshot, or by an empty one if ``data`` is None. Answered by ``Replica.loaded``."""
 
     data: bytes | None
     pods: Mapping[str, Any]
@@ -166,7 +166,7 @@ class Load(NamedTuple):
 
 
 class Trust(NamedTuple):
-    """``PrefixIndex.trust``."""
+    """Call ``PrefixIndex.trust``."""
 
     until: float
 
@@ -176,14 +176,14 @@ class Collect(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """Make one between two changes, and show :class:`Cut` there; answered by ``Replica.snapshot_made``."""
+    """Make a snapshot between two changes, and show :class:`Cut` there. Answered by ``Replica.snapshot_made``."""
 
 
 class StepDown(NamedTuple):
-    """Follow the engines no longer."""
+    """Stop following the engines."""
 
     reason: str
 
 
 Effect: TypeAlias = Any
-"""One of these, or an item of an entry that is to be applied to the index."""
+"""One of these, or an item of an entry to apply to the index."""

@@ -1,4 +1,4 @@
-"""One shard: a log as its process takes part in it. Everything with a thread, a socket or a clock is here."""
+"""One shard: one process's part in one log. Everything with a thread, a socket or a clock is here."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ T = TypeVar("T")
 
 @lru_cache(maxsize=4096)
 def shard_of(pod: str, shards: int) -> int:
-    """The number of a pod's shard: that with the highest hash of both (rendezvous hashing). Another number of shards
-    moves the pods only that have to be moved. Equal in all processes; a part of the log's format."""
+    """Return the number of a pod's shard, which is the one with the highest hash of both (rendezvous hashing). Another
+    number of shards moves only the pods that have to move. Equal in all processes; a part of the log's format."""
     name = pod.encode(errors="surrogatepass")
     return max(range(shards), key=lambda shard: blake2b(name, digest_size=8, key=b"%d" % shard).digest())
 
 
 class Shard:
-    """One log in one process: its thread, its machine, the pods that belong to it, and their index, which is its alone.
+    """One log in one process: its thread, its state machine, the pods that belong to it, and an index of its own.
 
     ``turn`` is shared by the shards of a process. ``on_change`` and ``on_pods`` are tables of callbacks.
     """
@@ -84,7 +84,7 @@ class Shard:
         self._manager_options = manager_options
         self._turn = turn
         self._sources: dict[str, PodSource] = {}
-        self._lock = threading.RLock()  # of the sources, and of the manager's coming and going
+        self._lock = threading.RLock()  # of the sources, and of the start and end of the manager
         self._on_change = on_change
         self._on_pods = on_pods
         self._inbox: deque[Callable[[float], None]] = deque()
@@ -116,7 +116,7 @@ class Shard:
         return self.machine.role  # type: ignore[return-value]
 
     def close(self) -> None:
-        """Tell the thread to end, and do not wait for it."""
+        """Ask the thread to end, and do not wait for it."""
         self.closing = True
         self._awake.set()
 
@@ -222,7 +222,7 @@ class Shard:
 
     @property
     def _reason(self) -> str:
-        # A machine hears of an entry that comes, not of the one that does not.
+        # A state machine notices an entry that arrives, but not one that does not.
         if self.manager is not None:
             return self.machine.reason or ("" if self._is_trusted else self._late)
         return self.machine.reason or ("" if self._is_trusted else self._silent)
@@ -291,7 +291,7 @@ class Shard:
 
     def _sleep(self, seconds: float) -> None:
         if seconds <= self.policy.busy_linger:
-            # Changes gather: nobody has to wake this thread for each of them.
+            # Changes gather, so they do not have to wake this thread one by one.
             if seconds > 0:
                 time.sleep(seconds)
             return
@@ -308,7 +308,7 @@ class Shard:
 
     def _say(self, now: float) -> None:
         if now >= self._look_at:
-            # O(pods), and this is done for each entry.
+            # This takes O(pods), and this method is called for each entry.
             self._look_at = now + self.policy.silence
             self._lacks = self._missing()
         reason = self.machine.hindrance or self._lacks or self._reason
@@ -327,7 +327,7 @@ class Shard:
                     assert isinstance(self.machine, Replica)
                     return self._carry(self.machine.unfit(f"an entry is damaged: {error}"))
                 if unsound:
-                    # As for the collector: the index has seen that it lacks something.
+                    # As in the collector, the index has noticed that it lacks something.
                     log.warning("%s: %d payloads that the collector got were no batches", self._name, unsound)
                 continue
             match effect:
@@ -434,12 +434,12 @@ class Shard:
         _call(self._on_pods, change)
 
     def _post_beats(self, manager: _Manager, end: threading.Event) -> None:
-        """Posts beats to the thread of the manager, behind all changes up to then. In a thread of its own, since the
-        view's waits for the server."""
+        """Posts beats to the thread of the manager, behind all changes up to then. It runs in a thread of its own,
+        because the view's thread waits for the server."""
         with suppress(StreamError):
             beaten = manager.post(partial(self._beat, manager))
             while not end.wait(self.policy.beat):
-                # Never two at once, which would seem to have messages between them.
+                # Never two at once: they would look as if messages had been read between them.
                 if beaten.done():
                     beaten = manager.post(partial(self._beat, manager))
 
@@ -452,8 +452,9 @@ class Shard:
         was_late = self._is_late
         is_late = is_late or (was_late and not is_read(now, self._late_at, manager.behind_at))
         self._beaten_at, self._is_late = now, is_late
-        # The loop carries out what was posted before it reads its sockets: the beat after a late one may still be ahead
-        # of what has come during the pause, and so is every other one until the loop has read all of that.
+        # The loop carries out posted calls before it reads its sockets. The beat after a late one may therefore still
+        # be ahead of messages that arrived during the pause, and so is every other beat until the loop
+        # has read all of these.
         if not (is_late or was_late):
             self._trust(now + self.policy.silence)
             self.machine.beat(now)
@@ -488,7 +489,7 @@ class Shard:
                 return
             self._beats_end.set()
             manager.close()
-            self._trust(0.0)  # its last beat may have been under way
+            self._trust(0.0)  # its last beat may have been on its way
         log.warning("%s: this process follows the engines no longer: %s", self._name, reason)
 
 

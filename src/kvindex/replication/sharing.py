@@ -1,4 +1,4 @@
-"""Speculative entries and reservations of one router, seen by the others: a second stream in the same server."""
+"""Speculative entries and reservations of one router, shared with the others by a second stream in the same server."""
 
 from __future__ import annotations
 
@@ -45,29 +45,29 @@ __all__ = ["Sharing", "SharingStatus"]
 
 log = logging.getLogger("kvindex.replication")
 
-#: Entries of the stream. At most some 64 MB, if each were full.
+#: Entries of the stream. They take some 64 MB at most, if each is full.
 LENGTH: Final = 2000
-#: Beginnings and ends of requests wait so long for others: to wake up for an entry costs a reader as much as ten of
-#: them. New prefixes do not wait.
+#: Seconds for which beginnings and ends of requests wait for others: waking up for an entry costs a reader as much as
+#: ten of them. New prefixes do not wait.
 LINGER: Final = 0.05
-#: Least time between entries of a router, and between reads. With 0.01, 0.001 and 0.001 s, 225 requests a second took
-#: 426 us of each of eight routers a request.
+#: Least time between entries of a router, and between reads. With 0.01, 0.001 and 0.001 s for these three, 225 requests
+#: a second took each of eight routers 426 us a request.
 WRITE_PACE: Final = 0.002
 READ_PACE: Final = 0.005
-#: Between looks at the server's clock.
+#: Seconds between looks at the server's clock.
 CLOCK_EVERY: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharingStatus:
-    """What a router shares with the others (``share=True``). Counters since its start."""
+    """The requests that a router shares with the others (``share=True``). Counters since its start."""
 
     reason: str
-    """Why entries are not written or read at the moment; empty where they are."""
+    """Why entries are not written or read at the moment; empty if they are."""
     routers: int
-    """Other routers that were heard of in the last 15 s."""
+    """Other routers that have sent an entry in the last 15 s."""
     requests: int
-    """Their requests that count in the loads of this router's pickers."""
+    """Requests of these routers that count in the loads of this router's pickers."""
     written: int
     """Entries written."""
     read: int
@@ -77,7 +77,7 @@ class SharingStatus:
     read_bytes: int
     """Bytes of entries read, its own included."""
     dropped: int
-    """Items that were not written: the server was away or full, or did not keep up."""
+    """Items that were not written, because the server was unavailable or full, or did not keep up."""
     refused: dict[str, int] = field(default_factory=dict)
     """Items and entries of others without an effect, by reason: ``unknown_pod``, ``unknown_worker``, ``damaged``,
     ``version``, ``settings``, ``late``, ``repeated``, ``full``."""
@@ -96,7 +96,7 @@ class _Tell(NamedTuple):
 
 
 class _Store(Store[_Clock | _Hear | _Tell]):
-    """A connection of its own, so that a read that waits keeps nobody else from the server."""
+    """A connection of its own, so that a read that waits delays no other request."""
 
     def __init__(self, server: str | redis.Redis, fleet: str, policy: ReplicationPolicy) -> None:
         super().__init__(server, fleet, 0, policy)
@@ -117,7 +117,7 @@ class _Store(Store[_Clock | _Hear | _Tell]):
 
 
 class Line:
-    """Of one picker: its requests go out, those of other routers come in. Calls neither wait nor raise."""
+    """The line of one picker: its requests go out, and those of other routers come in. Calls neither wait nor raise."""
 
     def __init__(self, sharing: Sharing, picker: EndpointPicker, number: int) -> None:
         self._sharing, self.picker, self._number = sharing, picker, number << 40
@@ -135,7 +135,7 @@ class Line:
         self._sharing.held(pod, rank, model.encode("utf-8", "surrogateescape"), tokens, keys, ttl)
 
     def take(self, key: Key, item: Begun | Finished | Prefilled) -> bool:
-        """An effect on the picker; False if it does not have the worker."""
+        """Apply an effect to the picker. Returns False if the picker does not have the worker."""
         match item:
             case Begun(_, pod, rank, prefill, context):
                 return self.picker._other_began(key, pod, rank, prefill, context)
@@ -156,7 +156,7 @@ _SHARING: weakref.WeakSet[Sharing] = weakref.WeakSet()
 
 
 def _in_child() -> None:
-    # Its threads and the locks that they held are the parent's.
+    # The threads, and the locks that they held, are the parent's.
     for each in list(_SHARING):
         each._lock, each._stop = threading.Lock(), threading.Event()
         each._stop.set()
@@ -168,7 +168,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class Sharing:
-    """One thread writes what the callers leave in a queue, another one reads. All that they do is best effort."""
+    """One thread writes the items that callers leave in a queue, another one reads. Everything here is best effort."""
 
     def __init__(
         self, server: str | redis.Redis, fleet: str, policy: ReplicationPolicy, index: PrefixIndex
@@ -181,8 +181,8 @@ class Sharing:
         self._outbox = Outbox()
         self._policy = policy
         self._to, self._from = (_Store(server, fleet, policy) for _ in range(2))
-        self._lock = threading.Lock()  # of what is read, and of the lines
-        self._lines: list[Line] = []  # a new one for each change
+        self._lock = threading.Lock()  # of the entries that are read, and of the lines
+        self._lines: list[Line] = []  # replaced at each change
         self._made = 0
         self._refused: Counter[str] = Counter()
         self._dropped = self._written = 0
@@ -207,7 +207,7 @@ class Sharing:
             self._something.set()
 
     def held(self, pod: str, rank: int, model: bytes, tokens: Any, keys: tuple[Any, Any, Any], ttl: float) -> None:
-        """An entry of :meth:`PrefixIndex.add_prefix`, which has taken these arguments. O(blocks)."""
+        """Share an entry that :meth:`PrefixIndex.add_prefix` has made from these arguments. O(blocks)."""
         try:
             paths = [
                 (ahead, path[: 8 * BLOCKS])
@@ -221,7 +221,7 @@ class Sharing:
             self._hurry.set()
 
     def join(self, picker: EndpointPicker) -> Line:
-        """The line of a picker; it hears of the open requests of others at once."""
+        """Return the line of a picker, which gets the open requests of others at once."""
         with self._lock:
             self._made += 1
             line = Line(self, picker, self._made)
@@ -251,7 +251,7 @@ class Sharing:
                 thread.start()
 
     def close(self) -> None:
-        """Ends the threads. The requests of others do not count any more, nor do this router's there."""
+        """Ends the threads. Requests of others no longer count here, and this router's no longer count there."""
         self._stop.set()
         self._something.set()
         self._hurry.set()
@@ -288,9 +288,9 @@ class Sharing:
             now = time.monotonic()
             items: list[Item] = []
             if now >= listed_at + BEAT:
-                # Before what follows it, which may be newer than the list.
+                # Before the items that follow it, which may be newer than the list.
                 ids = [id for line in self._lines for id in line.open()]
-                # After a failure also an empty one, to see whether the server is back.
+                # After a failure, an empty list is sent as well, to see whether the server is back.
                 items += [listed(ids)] if ids or self._outbox or self._reasons["written"] else []
                 listed_at = now
             items += self._outbox.take(now)
@@ -299,13 +299,13 @@ class Sharing:
                 told = _Tell(encode(self._writer, self._number, self._settings, items))
                 answer = self._to.do(told)
                 if isinstance(answer, Fail) and answer.kind == "unreachable":
-                    # The connection may have ended since the last entry. One that comes twice counts once.
+                    # The connection may have ended since the last entry. An entry that arrives twice counts once.
                     answer = self._to.do(told)
                 self._number += 1
                 self._note("written", answer)
                 if isinstance(answer, Fail):
                     self._dropped += len(items)
-                    listed_at = -BEAT  # as soon as it is back: ends may have been among them
+                    listed_at = -BEAT  # list again as soon as the server is back: ends may have been lost
                     retry = min(max(2 * retry, self._policy.retry[0]), self._policy.retry[1])
                 else:
                     self._written += 1
@@ -324,7 +324,7 @@ class Sharing:
             now = time.monotonic()
             self._note("read", answer)
             if isinstance(answer, Fail):
-                # Another server may be there next time, with another clock.
+                # The next connection may lead to another server, with another clock.
                 place = b""
                 retry = min(max(2 * retry, self._policy.retry[0]), self._policy.retry[1])
                 answer = []

@@ -1,4 +1,4 @@
-"""Snapshots in pieces, the pointer last: what is complete is found, what is not is nobody's."""
+"""Snapshots in pieces. The pointer is written last, so that only a complete snapshot is ever found."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _VERSION: Final = 1
 
 
 class Contents(NamedTuple):
-    """What a snapshot holds: an index as ``PrefixIndex.dumps`` gives it, and what it does not say."""
+    """The contents of a snapshot: an index from ``PrefixIndex.dumps``, and facts that the index does not contain."""
 
     data: bytes
     pods: Mapping[str, Any]
-    """By name, what routers need to know of a pod's source: the fields of ``entries.Described`` behind the name."""
+    """The facts about a pod's source that routers need, by name: the fields of ``entries.Described`` after the name."""
     states: list[tuple[str, int, str]]
 
 
 class Pointer(NamedTuple):
-    """Where the last whole snapshot lies; its key is of a snapshot that is never written again."""
+    """The place of the last complete snapshot. Its key belongs to one snapshot, which is never written again."""
 
     id: Id
     key: str
@@ -41,7 +41,7 @@ class Pointer(NamedTuple):
 
     @classmethod
     def decode(cls, data: bytes) -> Pointer:
-        """Raises :class:`LogError`."""
+        """Decode a pointer. Raises :class:`LogError`."""
         if len(data) < 5 or zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "big"):
             raise LogError(f"the pointer to the snapshot is damaged: {len(data)} bytes do not fit their checksum")
         try:
@@ -64,7 +64,7 @@ def pack(contents: Contents) -> bytes:
 
 
 def unpack(pointer: Pointer, data: bytes) -> Contents:
-    """Raises :class:`LogError`."""
+    """Unpack the pieces of a snapshot. Raises :class:`LogError`."""
     if len(data) != pointer.size or zlib.crc32(data) != pointer.checksum:
         raise LogError(f"snapshot {id_text(pointer.id)} is damaged: its bytes do not fit its checksum")
     try:
@@ -75,7 +75,7 @@ def unpack(pointer: Pointer, data: bytes) -> Contents:
 
 
 class Upload:
-    """One snapshot on its way into the store. ``next`` gives requests until it is None."""
+    """One snapshot on its way into the store. ``next`` returns requests until it returns None."""
 
     def __init__(
         self, id: Id, data: bytes, writer: str, settings: Mapping[str, Any], piece: int, dropped: tuple[str, ...]
@@ -98,12 +98,12 @@ class Upload:
         return None
 
     def done(self) -> None:
-        """The last request was carried out."""
+        """Note that the last request was carried out."""
         self._done += 1
 
     @property
     def is_whole(self) -> bool:
-        """Whether the pointer leads to it."""
+        """Whether the pointer leads to this snapshot."""
         return self._done > self.pointer.pieces
 
 
@@ -118,7 +118,7 @@ class Download:
         return Get("" if self.pointer is None else self.pointer.keys()[len(self._pieces)])
 
     def got(self, data: bytes | None) -> Contents | None:
-        """Take an answer; gives the contents with the last. Raises :class:`LogError`."""
+        """Take an answer. Returns the contents with the last one. Raises :class:`LogError`."""
         assert self.pointer is not None
         if data is None:
             raise LogError(f"piece {len(self._pieces)} of snapshot {id_text(self.pointer.id)} is gone")

@@ -27,9 +27,9 @@ class ReplicationStatus:
     """``collector``: it follows the engines and writes the log. ``follower``: it reads the log. ``direct``: it follows
     the engines, and there is no log."""
     reason: str
-    """Why answers are not current; empty where they are."""
+    """Why answers are not current; empty if they are."""
     hindrance: str
-    """Why this process cannot become the collector, or which pods the collector lacks; empty where neither is so."""
+    """Why this process cannot become the collector, or which pods the collector lacks; empty if neither applies."""
     server: str
     """Address of the server, without credentials."""
     fleet: str
@@ -103,7 +103,7 @@ def together(each: list[ReplicationStatus]) -> ReplicationStatus:
 
 
 def _worst(reasons: list[str]) -> str:
-    """One of them with the number of its shard, or without where all have the same."""
+    """Return one of the reasons with the number of its shard, or without it if all are the same."""
     if len(set(reasons)) == 1:
         return reasons[0]
     worst = next((reason for reason in reasons if reason not in ("", *BEGINNING)), None) or next(filter(None, reasons))

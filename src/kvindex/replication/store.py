@@ -1,4 +1,4 @@
-"""Requests as a Redis-protocol server carries them out, over redis-py."""
+"""The requests of the state machines, as a Redis-protocol server carries them out, over redis-py."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ _FIELD: Final = b"e"
 
 
 class Store(Generic[R]):
-    """One connection, one request at a time. ``server`` is a URL as of ``redis.Redis.from_url``, or a client of
-    redis-py, such as ``Sentinel(...).master_for(...)``."""
+    """One connection, one request at a time. ``server`` is a URL for ``redis.Redis.from_url``, or a client of redis-py,
+    such as ``Sentinel(...).master_for(...)``."""
 
     def __init__(
         self, server: str | redis.Redis, fleet: str, shard: int, policy: ReplicationPolicy, timeout: float = 1.0
@@ -57,14 +57,14 @@ class Store(Generic[R]):
         else:
             self._client, self._is_own = server, False
         self._policy = policy
-        # In braces, so that a cluster keeps them together.
+        # In braces, so that a cluster keeps these keys together.
         prefix = f"{{kv:{fleet}:{shard}}}:"
         self._log, self._lease, self._pointer, self._piece = (
             f"{prefix}{name}" for name in ("log", "lease", "snap", "snap:")
         )
         self._connection: Any = None
         self.read_bytes = self.written_bytes = self.refused = 0
-        """Of entries: bytes of their data, and those that the server did not take."""
+        """Bytes of the data of entries, and the number of entries that the server refused."""
 
     @property
     def name(self) -> str:
@@ -75,7 +75,7 @@ class Store(Generic[R]):
         return f"{options.get('host', 'sentinel')}:{options.get('port', '')}"
 
     def do(self, request: R) -> Any:
-        """The answer, or a :class:`Fail`; raises nothing that a server causes."""
+        """Carry out a request. Returns its answer, or a :class:`Fail`. Faults of the server raise no exception."""
         try:
             return self._do(request)
         except exceptions.AuthenticationError as error:
@@ -83,7 +83,7 @@ class Store(Generic[R]):
         except exceptions.NoPermissionError as error:
             return Fail("denied", f"{self.name} does not allow it: {error}")
         except exceptions.ReadOnlyError as error:
-            # A replica by now: the connection is made anew, and Sentinel knows where to.
+            # The server has become a replica. Another connection is made, to the address that Sentinel returns.
             return self._failed("readonly", f"{self.name} is read-only: {error}")
         except (exceptions.ConnectionError, exceptions.TimeoutError, OSError) as error:
             return self._failed("unreachable", f"{self.name} cannot be reached: {error}")
@@ -103,14 +103,14 @@ class Store(Generic[R]):
         return Fail(kind, reason)
 
     def drop(self) -> None:
-        """End the connection. What is asked next makes a new one."""
+        """End the connection. The next request makes another one."""
         connection, self._connection = self._connection, None
         if connection is not None:
             try:
-                # Not to the pool as it is: an answer may be on its way.
+                # It does not go back to the pool as it is: an answer may be on its way.
                 connection.connection.disconnect()
                 connection.close()
-            except Exception:  # it is gone in either case
+            except Exception:  # it is closed in either case
                 pass
 
     def close(self) -> None:
@@ -120,7 +120,7 @@ class Store(Generic[R]):
 
     def _connect(self) -> Any:
         connection: Any = self._client.client()  # type: ignore[no-untyped-call]
-        # A connection that is made anew behind our back may lead to another server, with another log.
+        # A connection that redis-py makes again by itself may lead to another server, with another log.
         connection.connection.retry = Retry(NoBackoff(), 0)
         self._connection = connection
         try:
@@ -164,7 +164,7 @@ class Store(Generic[R]):
             case Get(key):
                 return do("GET", self._key(key))
             case Put(key, data):
-                # Those that a collector leaves behind unfinished go by themselves.
+                # Pieces that a collector leaves behind unfinished expire by themselves.
                 expiry = ("EX", 3600) if key else ()
                 return bool(do("SET", self._key(key), data, *expiry))
             case Drop(keys):
@@ -187,7 +187,7 @@ class Store(Generic[R]):
         return parse_id(found["last-generated-id"])
 
     def _change_lease(self, do: Any, writer: str, change: tuple[Any, ...]) -> bool | None:
-        """Whether the lease was this writer's and is changed; None where there is none."""
+        """Whether the lease was this writer's and is changed; None if there is no lease."""
         do("WATCH", self._lease)
         holder = do("GET", self._lease)
         if holder is None or holder != writer.encode():
@@ -203,7 +203,7 @@ class _Old(Exception):
 
 
 def entries_of(found: Any) -> Any:
-    """The entries of an XREAD of one stream."""
+    """Return the entries of an XREAD of one stream."""
     if not found:
         return ()
     (entries,) = found.values() if isinstance(found, dict) else (pair[1] for pair in found)

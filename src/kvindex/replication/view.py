@@ -100,7 +100,7 @@ class ReplicatedIndex:
                 "block_size": index.block_size,
                 "hash_seed": index.hash_seed,
                 "presence": index_options.get("presence", "count"),
-                # One is not named: logs from before there were several stay what they are.
+                # A single shard is not named, so that logs from before shards existed stay valid.
                 **({"shards": shards} if shards > 1 else {}),
             }
             machine = (
@@ -124,14 +124,14 @@ class ReplicatedIndex:
         self._closing = False
 
     def _of(self, pod: str) -> Shard:
-        # What is no name is in no shard, and any says so.
+        # A value that is not a name is in no shard, and every shard reports that.
         return self._shards[shard_of(pod, len(self._shards)) if isinstance(pod, str) else 0]
 
     def __repr__(self) -> str:
         server = self._shards[0].store.name
         return f"ReplicatedIndex({server!r}, fleet={self.fleet!r}, {self.role}, {self._index!r})"
 
-    # ------------------------------------------------------------------------------------------------- what people call
+    # --------------------------------------------------------------------------------------------------- public methods
 
     @property
     def index(self) -> PrefixIndex:

@@ -116,8 +116,8 @@ class Service:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Starlette's layers and routing take as long as a match of 2,048 blocks, so known paths skip them. They are
-        # needed for all other paths, below the path of a mount, and if an instrumentation library has added its
-        # middleware.
+        # needed for all other paths, below the path of a mount, and if an instrumentation
+        # library has added its middleware.
         endpoint = self._endpoints.get((scope.get("method", ""), scope.get("path", "")))
         if endpoint is None or self._app.user_middleware or scope.get("root_path"):
             await self._app(scope, receive, send)

@@ -129,8 +129,8 @@ class Gate:
                 more = message.get("more_body", False)
                 size += len(part)
                 if max(size, length) > most:
-                    # A client that is cut off while it sends never sees the answer, so part of the rest is read and
-                    # discarded.
+                    # A client that is cut off while it sends never sees the answer, so part of the
+                    # rest is read and discarded.
                     if size > _DISCARDED * most:
                         break
                     self.receiving -= sum(map(len, parts))

@@ -419,8 +419,8 @@ def _by_tier(found: Any) -> dict[str, int]:
 
 def _frequencies(blocks: list[int]) -> msgspec.Raw:
     """Count the ranks that hold each block of a prompt, from the number of blocks that each rank holds, as JSON. The
-    array has thousands of numbers that are mostly equal, and creating a number object for each took as long as the
-    match."""
+    array has thousands of numbers that are mostly equal, and creating a number object for each took
+    as long as the match."""
     text, upto = [], 0
     for place, each in enumerate(blocks := sorted(blocks)):
         text.append(b"%d," % (len(blocks) - place) * (each - upto))

@@ -171,8 +171,8 @@ class Snapshots:
                 log.error("%s", error)
 
     def save(self) -> None:
-        """Write both files, each as a whole. Raises SnapshotError or OSError; a file that fails keeps its old
-        content."""
+        """Write both files, each as a whole. Raises SnapshotError or OSError; a file that
+        fails keeps its old content."""
         pods = [spelled_source(source) for source in self._service.v1.registered()]
         self._service.index.save(self._path)
         target = pods_file(self._path)

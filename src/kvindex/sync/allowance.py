@@ -26,8 +26,8 @@ class Allowance:
         self._events = events
         self._size = size
         self._burst = max(burst, 2 * PAUSE)  # less would lose a part of the limit while the pod waits
-        # The time until which the limit is used up: when a pod that sends at exactly its rate would have sent
-        # everything.
+        # The time until which the limit is used up: when a pod that sends at exactly its rate
+        # would have sent everything.
         self._events_paid = self._size_paid = float("-inf")
 
     def opens(self) -> float:

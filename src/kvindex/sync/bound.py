@@ -205,8 +205,8 @@ class _Endpoint:
             return
         if connection is None:
             if worker.connection is None or worker.stream.is_connected:
-                # The message is of a connection that is gone, and the worker has another one or never had one that was
-                # seen.
+                # The message is of a connection that is gone, and the worker has another one or never
+                # had one that was seen.
                 self._faults["late_frames"] += 1
                 return
         elif worker.connection is None or connection > worker.connection:

@@ -283,7 +283,7 @@ class Fleet:
                 return
             self.index.clear_worker(source.name, rank)
 
-    # ------------------------------------------------------------------------------------------------------- callbacks
+    # ---------------------------------------------------------------------------------------------------- callbacks
 
     def _tell(self, change: StateChange) -> None:
         for callback in list(self.on_change):

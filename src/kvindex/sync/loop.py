@@ -143,8 +143,8 @@ class StreamLoop:
             self._thread.start()
 
     def close(self) -> None:
-        """End the thread and wait for its end, unless this is the thread. In a forked child, do nothing: the thread is
-        the parent's."""
+        """End the thread and wait for its end, unless this is the thread. In a forked child, do
+        nothing: the thread is the parent's."""
         if self._elsewhere:
             self._stopping = True
             return

@@ -12,8 +12,8 @@ _MOST = 256
 
 
 class Losses:
-    """Holes that were accepted, batches that could not be applied, and batches that were applied without proof. Every
-    call is O(1)."""
+    """Holes that were accepted, batches that could not be applied, and batches that were applied
+    without proof. Every call is O(1)."""
 
     __slots__ = ("_bad", "count", "end", "guessed", "hopeless", "unproven")
 

@@ -94,13 +94,14 @@ class EventManager:
         return f"EventManager({self._fleet.index!r}, {pods}{', closed' if self.closed else ''})"
 
     def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
-        # The thread knows the pods and their loop, not this object: so it is noticed when nobody holds it any more.
+        # The thread refers to the pods and their loop, not to this object, so this runs when no
+        # caller holds it any more.
         loop = getattr(self, "_loop", None)
         if loop is not None and loop.runs:
             _warn(f"unclosed {self!r}", ResourceWarning, source=self)
             loop.stop()
 
-    # ------------------------------------------------------------------------------------------- what people call
+    # --------------------------------------------------------------------------------------------- public methods
 
     def start(self) -> None:
         """Starts the thread. Methods that need the thread start it themselves.
@@ -437,7 +438,7 @@ class EventManager:
             raise StreamError("a callback of the manager's own thread cannot wait for that thread")
         names = None if pods is None else [pods] if isinstance(pods, str) else list(pods)
         until = None if timeout is None else time.monotonic() + timeout
-        if self._loop.closed:  # in a forked child, the parent's thread may have been at what follows
+        if self._loop.closed:  # a forked child may have inherited the lock below while the thread held it
             return done(names)
         with self._fleet.changed:
             while not done(names):

@@ -13,8 +13,8 @@ __all__ = ["SILENCE", "Pulse", "is_read"]
 log = logging.getLogger("kvindex.sync")
 
 #: Seconds without a turn of the loop after which no answer is exact. It is close to the 1.75 s within which a lost
-#: connection is noticed at the default heartbeat, and an interpreter that was held for a second does not end every
-#: state.
+#: connection is noticed at the default heartbeat, and an interpreter that was held for a second
+#: does not end every state.
 SILENCE: Final = 2.0
 # The loop may look at its sockets before libzmq's thread has read the messages of the pause. Afterwards it reads them
 # until they are empty: with 16 pods and 1,500 batches of each, that took 1.5 s.

@@ -50,8 +50,8 @@ class Ranks:
 
     def of(self, payload: bytes) -> int | None:
         """Return the worker that a batch belongs to. None means that the batches applied to ``own`` so far were another
-        worker's: clear it, and apply the stream from scratch. O(1) for a batch of the same rank as before; O(bytes) for
-        another."""
+        worker's: clear it, and apply the stream from scratch. O(1) for a batch of the same rank as
+        before; O(bytes) for another."""
         if self.is_own(payload):
             return self.own
         carried = carried_rank(payload)

@@ -15,8 +15,8 @@ __all__ = ["Reason"]
 
 
 class Reason(Enum):
-    """A state and a text with its facts in braces: ``Reason.MISSING.text(seq=7)`` returns the text with them filled
-    in."""
+    """A state and a text with its facts in braces: ``Reason.MISSING.text(seq=7)`` returns the text
+    with them filled in."""
 
     # The present content is not known.
     NOT_CONNECTED = "stale", "not connected yet"

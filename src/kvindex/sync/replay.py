@@ -1,4 +1,4 @@
-"""One question to a publisher, its tries, and how long its answer is waited for."""
+"""One question to a publisher, its tries, and the time to wait for its answer."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["Patience", "Purpose", "Question", "Tries"]
 
 class Purpose(Enum):
     START = "start"  # nothing is known yet
-    VERIFY = "verify"  # is this the process we knew?
-    GAP = "gap"  # a hole is in front of what waits
-    IDLE = "idle"  # was the end missed? Live batches are applied meanwhile
-    HEAL = "heal"  # could the whole history be had again? Live batches are applied meanwhile
-    AGREE = "agree"  # is the replay endpoint the publisher's after all? Live batches are applied meanwhile
+    VERIFY = "verify"  # is this the same process as before?
+    GAP = "gap"  # a hole is in front of the waiting batches
+    IDLE = "idle"  # were the last batches missed? Live batches are applied meanwhile
+    HEAL = "heal"  # is the whole history available again? Live batches are applied meanwhile
+    AGREE = "agree"  # does the replay endpoint belong to the publisher after all? Live batches are applied meanwhile
 
 
 class Question:
@@ -29,29 +29,29 @@ class Question:
     def __init__(self, purpose: Purpose, start: int, expect: int, shown: int) -> None:
         self.purpose = purpose
         self.start = start
-        # Of the whole answer.
+        # State of the whole answer.
         self.first: int | None = None
         self.pos = start - 1  # highest seq so far
-        self.jump: int | None = None  # where the answer left something out for the first time
+        self.jump: int | None = None  # the position at which the answer first left out batches
         self.contiguous = start == 0  # it starts at 0 and leaves out nothing
-        self.matched = False  # a batch that is applied came with the same bytes
-        self.brought = False  # something was applied that had not come live
+        self.matched = False  # a batch that is already applied came with the same bytes
+        self.brought = False  # a batch was applied that had not come live
         self.surplus = 0  # batches that repeated earlier ones
-        self.stalled = False  # it has stopped in the middle
+        self.stalled = False  # the answer has stopped in the middle
         self.again(expect, shown)
 
     def again(self, expect: int, shown: int) -> None:
-        # Of this request.
-        self.expect = expect  # what the publisher must have, if it is the one we know; -1 is nothing
-        self.shown = shown  # the last batch that it has published over this connection; -1 is none
-        self.deadline: float | None = None  # when something is to be done if nothing comes
-        self.bound: float | None = None  # when it counts as over whatever comes
+        # State of the current request.
+        self.expect = expect  # the last batch that the same process must have; -1 if there is no such batch
+        self.shown = shown  # the last batch published over this connection; -1 if there is no such batch
+        self.deadline: float | None = None  # when to act if nothing arrives
+        self.bound: float | None = None  # when the answer counts as over in any case
         self.sent_at: float | None = None
         self.reached = False  # the publisher has the request
-        self.expires = float("inf")  # when it is not waited for any more
-        self.waits = 0  # timeouts that have gone by since
+        self.expires = float("inf")  # when the wait for the answer ends
+        self.waits = 0  # timeouts that have passed without an answer
         self.frames = 0
-        self.refused = 0  # replies of which nothing was taken
+        self.refused = 0  # replies that were ignored
         self.progress = False
 
     @property
@@ -64,7 +64,7 @@ class Question:
         self.deadline = now + policy.replay_timeout
 
     def hold_up(self, seconds: float) -> None:
-        """Nothing is taken for so long: all times are as much later."""
+        """Extend all times by ``seconds``, during which no reply is taken."""
         if self.deadline is not None:
             self.deadline += seconds
         if self.bound is not None:
@@ -72,18 +72,19 @@ class Question:
         self.expires += seconds
 
     def heard(self, now: float, pause: float, policy: StreamPolicy) -> None:
-        """A reply has come."""
+        """Note a reply."""
         self.deadline = now + pause
         if self.bound is None:
-            # From the first reply on: before it others may have their turn at the publisher.
+            # From the first reply on, because the publisher may serve other readers before it.
             self.bound = now + policy.replay_deadline
 
 
 class Patience:
-    """How long an answer may be late and how long it may pause, learned from those that were.
+    """How long an answer may be late and how long it may pause, learned from earlier answers.
 
-    A publisher serves whole histories one after another, so a request that is given up costs the same history again:
-    16 routers that asked anew every 2 s never got one (115 histories of 0.5 s sent in 60 s, 15 routers without any).
+    A publisher serves whole histories one after another, so a request that is given up costs it the same history again.
+    With 16 routers that asked again every 2 s, 115 histories of 0.5 s were sent in 60 s, and 15 routers got no complete
+    one.
     """
 
     __slots__ = ("_policy", "late", "pause")
@@ -93,21 +94,21 @@ class Patience:
         self.calm()
 
     def calm(self) -> None:
-        """An answer was complete and in time."""
+        """Reset after an answer that was complete and in time."""
         self.late = self._policy.replay_patience[0]
         self.pause = self._policy.replay_pause
 
     def expired(self) -> None:
-        """A request that the publisher has was not answered."""
+        """Extend the wait after a request that the publisher has received and not answered."""
         self.late = min(self._policy.replay_patience[1], self.late * 4.0)
 
     def stalled(self) -> None:
-        """An answer has stopped in the middle."""
+        """Extend the pause after an answer that has stopped in the middle."""
         self.pause = min(max(self._policy.replay_pause, self._policy.replay_timeout * 4.0), self.pause * 2.0)
 
 
 class Tries:
-    """How often something was tried at one place in vain."""
+    """The number of failed tries at one place."""
 
     __slots__ = ("_at", "count")
 
@@ -119,7 +120,7 @@ class Tries:
         self._at = -1
 
     def failed(self, at: int, limit: int) -> bool:
-        """One more try at this place has failed: True when it was the last."""
+        """Count a failed try at this place. Returns whether it was the last."""
         if self._at != at:
             self._at, self.count = at, 0
         self.count += 1
@@ -129,6 +130,6 @@ class Tries:
         return True
 
     def wait(self, policy: StreamPolicy) -> float:
-        """How long to wait for the next."""
+        """Return the time to wait before the next try."""
         first, longest = policy.replay_retry
         return min(longest, first * 4.0 ** min(max(self.count - 1, 0), 20))

@@ -1,4 +1,4 @@
-"""Names to addresses, apart from every other thread: :class:`Resolver`."""
+"""Look-ups of names, in threads of their own: :class:`Resolver`."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ __all__ = ["Resolver"]
 
 Then: TypeAlias = Callable[[str | None, str], None]
 
-# A look-up may take as long as the name servers of the system may be silent, 5 s each: one name that nobody answers for
-# must not hold up all others, and 300 of them must not be 300 threads.
+# A look-up may take as long as the system's name servers may be silent, 5 s each. One name without an answer must not
+# hold up all others, and 300 of them must not be 300 threads.
 THREADS: Final = 4
 
 
 class Resolver:
     """Finds the addresses of endpoints' hosts, in a few threads that all pods of a manager share.
 
-    libzmq would look names up in its one I/O thread, where a name server that does not answer stops every stream of the
-    process, heartbeats included. A name is looked up anew for every connection, for pods move; callers that ask for one
-    while it is looked up share the answer. :meth:`close` waits for no look-up: nothing can interrupt one.
+    libzmq would look names up in its single I/O thread, where a name server that does not answer stops every stream of
+    the process, heartbeats included. A name is looked up again for every connection, because pods move. Callers that
+    request a name during its look-up share the answer. :meth:`close` does not wait for look-ups, because nothing can
+    interrupt one.
     """
 
     def __init__(self) -> None:
@@ -36,7 +37,7 @@ class Resolver:
         self._closed = False
 
     def resolve(self, endpoint: str, then: Then) -> None:
-        """Call ``then(endpoint with an address, "")``, or ``then(None, error)``, maybe in another thread."""
+        """Call ``then(endpoint with an address, "")``, or ``then(None, error)``, possibly in another thread."""
         parts = split_tcp(endpoint)
         if parts is None or is_address(parts[0]):
             then(endpoint, "")
@@ -55,7 +56,7 @@ class Resolver:
                 threading.Thread(target=self._run, name="kvindex-resolver", daemon=True).start()
 
     def close(self) -> None:
-        """End the threads when their look-ups are over; nobody is told of those any more."""
+        """End the threads after their look-ups, whose answers are dropped."""
         with self._lock:
             self._closed = True
             self._waiting.clear()
@@ -83,6 +84,6 @@ def _look_up(host: str) -> tuple[list[str], str]:
         entries = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         return [], f"{host} resolves to nothing: {error}"
-    # Publishers bind IPv4 wildcards by default; among several addresses each attempt takes another one.
+    # Publishers bind IPv4 wildcards by default. Among several addresses, each attempt takes another one.
     addresses = [str(entry[4][0]) for entry in entries if entry[0] == socket.AF_INET]
     return addresses or [str(entry[4][0]) for entry in entries], ""

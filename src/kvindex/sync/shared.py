@@ -1,24 +1,24 @@
 """One SUB socket for the publishers of many pods.
 
 A socket of its own costs a pod 45 kB and four descriptors: the socket, its connection, and the two ends of its monitor.
-In a shared one the connection is all that a pod adds: 26 kB and one descriptor. At 1,000 pods a wake-up finds the
+In a shared socket, a pod adds only its connection: 26 kB and one descriptor. At 1,000 pods, a wake-up finds the
 messages of all of them in one place.
 
-A message carries the descriptor that it was read from, and the monitor tells which endpoint a descriptor belongs to.
+Each message has the descriptor that it was read from, and the monitor reports which endpoint a descriptor belongs to.
 Three rules keep that unambiguous:
 
 * Messages are received first and the monitor is read second. libzmq reports a connection before it delivers a message
-  of it, so every descriptor of the received messages is known by then.
+  of it, so the descriptor of every received message is known by then.
 * A socket connects to an endpoint once. A late event of an earlier attempt therefore cannot be mistaken for one of a
-  later attempt, which goes to another socket.
-* The system gives a descriptor that was closed to the next connection. If both events are read at once, the messages
+  later attempt, which uses another socket.
+* The system gives the descriptor of a closed connection to the next one. If both events are read at once, the messages
   between them may be of either connection: they are dropped, and both connections count as lost.
 
-``zmq_disconnect`` takes a queue away from those that a socket reads in turn. libzmq does that when it looks at its
-commands, which it also does in the middle of a message, at every hundredth frame: if the queue had its turn coming, the
-rest of the message is then another's, or an assertion ends the process (libzmq issues 2163 and 3663; with a ROUTER
-socket, one of 6,500 answers was mixed). So a connection is taken away only when the socket is empty, and every queue
-has had its turn before the hundredth frame: :meth:`_Group._part`.
+``zmq_disconnect`` removes a queue from those that a socket reads in turn. libzmq does that when it processes its
+commands, which also happens in the middle of a message, at every hundredth frame. If the next turn is that queue's, the
+rest of the message is taken from another queue, or an assertion ends the process (libzmq issues 2163 and 3663; with a
+ROUTER socket, one of 6,500 answers was mixed). A connection is therefore removed only when the socket is empty, and
+every queue has its turn before the hundredth frame: :meth:`_Group._part`.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ __all__ = ["SEATS", "Seat", "Subscriptions", "may_share"]
 log = logging.getLogger("kvindex.sync")
 
 SEATS: Final = 32
-"""Connections that one socket makes in its life. The socket and its monitor, 19 kB, are 0.6 kB a pod."""
+"""Connections that one socket makes in its life. The socket and its monitor take 19 kB, which is 0.6 kB a pod."""
 
-# Messages that are received before they are handed over. Each look at the monitor costs 1 us.
+# Messages to receive before they are handed over. Each look at the monitor costs 1 us.
 _AT_ONCE: Final = 16
 _BYTES_AT_ONCE: Final = 1 << 18
 
-# Events of other addresses name them in another spelling than the one that was connected to.
+# For other addresses, libzmq's events use another spelling than the one that was connected to.
 _SHARABLE: Final = re.compile(r"tcp://(?:0|[1-9]\d{0,2})(?:\.(?:0|[1-9]\d{0,2})){3}:[1-9]\d{0,4}")
 
 
@@ -84,14 +84,14 @@ class Seat:
         self.closed = False
 
     def close(self) -> None:
-        """End the connection. Nothing of it is handed over any more."""
+        """End the connection. Its messages are no longer handed over."""
         if not self.closed:
             self.closed = True
             self._group.leave(self)
 
 
 class _Group(Watched):
-    """One SUB socket with up to :data:`SEATS` connections. Closes itself after the last of them."""
+    """One SUB socket with up to :data:`SEATS` connections. It closes itself after the last of them."""
 
     __slots__ = ("_by_fd", "_irregular", "_leaving", "_losses", "_need", "_seats", "_used")
 
@@ -104,10 +104,10 @@ class _Group(Watched):
         super().__init__(loop, sock)
         self._need = need
         self._seats: dict[str, Seat] = {}  # by endpoint
-        self._used: set[str] = set()  # every endpoint of its life
+        self._used: set[str] = set()  # every endpoint that has ever joined
         self._by_fd: dict[int, Seat] = {}
-        self._leaving: dict[str, Seat] = {}  # closed here, and connected still
-        self._irregular = False  # there were messages of more frames than three
+        self._leaving: dict[str, Seat] = {}  # closed here, but still connected
+        self._irregular = False  # messages with more than three frames have arrived
         self._losses: list[tuple[Seat, int]] = []
         self._or_close(lambda: self._watch_events(MADE_EVENT | zmq.EVENT_CONNECTED | LOST_EVENTS, self._happened))
 
@@ -137,10 +137,10 @@ class _Group(Watched):
         self._loop.again(self)
 
     def _part(self) -> bool:
-        """Take the connections away that were left, if the socket is empty."""
+        """Remove the connections that were left, if the socket is empty."""
         messages: list[tuple[int, list[bytes]]] = []
         try:
-            # Where there is nothing, libzmq begins anew to count frames, and no queue has its turn coming.
+            # On an empty socket, libzmq starts its count of frames again, and no queue has the next turn.
             messages.append(receive_from(self._sock))
         except zmq.Again:
             for seat in self._leaving.values():
@@ -149,7 +149,7 @@ class _Group(Watched):
                 with suppress(zmq.ZMQError):
                     self._sock.disconnect(seat.endpoint)
             self._leaving.clear()
-            # What has come meanwhile: at most a message of each queue, of three frames each.
+            # Messages that have arrived meanwhile: at most one of each queue, with three frames each.
             with suppress(zmq.Again):
                 while len(messages) < SEATS:
                     messages.append(receive_from(self._sock))
@@ -167,7 +167,7 @@ class _Group(Watched):
             known = len(self._losses)
             messages, more = self._receive()
             self._attend(messages)
-            # A connection that was lost after the messages were received has brought its last ones by now.
+            # A connection that was lost after the messages were received has delivered its last ones by now.
             more = more or len(self._losses) > known
             if self.closed or not more or self._loop.clock() >= end:
                 break
@@ -184,11 +184,11 @@ class _Group(Watched):
             self._hand_over(fd, frames)
 
     def _receive(self) -> tuple[list[tuple[int, list[bytes]]], bool]:
-        """Messages with their descriptors, and whether there may be more."""
+        """Return messages with their descriptors, and whether there may be more."""
         found: list[tuple[int, list[bytes]]] = []
         size = 0
         while len(found) < _AT_ONCE and size < _BYTES_AT_ONCE:
-            # Asking takes 1 us and failing 9, and most wake-ups are for a few messages.
+            # A check takes 1 us and a failed receive 9, and most wake-ups are for a few messages.
             if 0 < len(found) < 8 and not self._is_readable():
                 return found, False
             try:
@@ -234,7 +234,7 @@ class _Group(Watched):
             self._failed(seat, error)
 
     def _failed(self, seat: Seat, error: Exception) -> None:
-        """One pod's failure is not the others'."""
+        """Drop one pod's connection: its failure must not affect the others."""
         log.exception("a stream has failed")
         self._drop(seat, f"closed here: {error!r}")
 
@@ -250,7 +250,7 @@ class _Group(Watched):
         if event == zmq.EVENT_CONNECT_RETRIED:
             try:
                 check_descriptors()
-            except OSError as error:  # libzmq's own thread had none left, and does not say so
+            except OSError as error:  # libzmq's own thread had no descriptor left, and does not report that
                 return explained(error, self._need)
         return why_lost(event, keyed=False, stood=seat.stands)
 
@@ -261,7 +261,7 @@ class _Group(Watched):
 
 
 def may_share(endpoint: str) -> bool:
-    """Whether a publisher there may have its connection in a shared socket, once its host is looked up."""
+    """Whether a publisher at this endpoint may be followed in a shared socket, once its host is looked up."""
     return endpoint.startswith("tcp://") and "[" not in endpoint
 
 
@@ -277,16 +277,16 @@ class Subscriptions:
         self._loop = loop
         self._options = options
         self._need = need
-        self._open: dict[bytes, list[_Group]] = {}  # those with room, by topic
+        self._open: dict[bytes, list[_Group]] = {}  # groups with room, by topic
 
     def open(
         self, endpoint: str, topic: bytes, *, made: Callable[[float], None], lost: Callable[[float, str], None],
         message: Callable[[list[bytes], float], None], curve: Curve | None = None,
         admits: Callable[[float], bool] | None = None, waiting: Callable[[float, bool], None] | None = None,
     ) -> Subscription | Seat:  # fmt: skip
-        """Connect to a publisher; the callbacks are those of :class:`Subscription`.
+        """Connect to a publisher. The callbacks are those of :class:`Subscription`.
 
-        A socket has one key, and only one of its own can be left unread while a pod is over its limit.
+        A socket has one key, and only a pod's own socket can be left unread while the pod is over its limit.
         """
         if curve is not None or admits is not None or not _SHARABLE.fullmatch(endpoint):
             return Subscription(

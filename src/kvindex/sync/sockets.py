@@ -1,12 +1,13 @@
 """The sockets of streams: one connection to one publisher, and one replay.
 
-Each is driven by the poll loop of the manager's thread: :meth:`ready` takes what has arrived, up to a budget or until
-its turn is over, and says whether there may be more. ZMQ's file descriptors are edge-triggered: they are readable when
-something has *changed*, so whoever stops before a socket is empty has to come back without being woken.
+Each is driven by the poll loop of the manager's thread: :meth:`ready` takes the messages that have arrived, up to a
+budget or until its turn is over, and returns whether there may be more. ZMQ's file descriptors are edge-triggered: they
+are readable when something has *changed*. A reader that stops before a socket is empty therefore has to come back
+without being woken.
 
-A connection is made once, and ended when it is lost: a stream's messages are therefore of one TCP connection and so of
-one process, and libzmq's own reconnecting, which would hide a restart, never happens. :mod:`.shared` has the
-connections of many publishers in one socket.
+A connection is made once, and ended when it is lost. A stream's messages are therefore of one TCP connection and so of
+one process. libzmq's own reconnecting, which would hide a restart, never happens. :mod:`.shared` has the connections of
+many publishers in one socket.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ __all__ = [
     "explained", "receive_frames", "receive_from", "why_lost",
 ]  # fmt: skip
 
-# What is taken from one socket before the others have their turn: so many messages, and none after so many seconds. By
-# messages alone, batches of 4 MB from one pod kept the others waiting for nine seconds. What a pod waits for another's
-# flood is therefore this and one message (32 MB, which is 0.3 s, unless `max_message` says otherwise), with what waited
-# for it: filling a hole in front of 20 MB takes 0.1 s.
+# The budget of one socket before the others have their turn: so many messages, and no further one after so many
+# seconds. With a limit on messages alone, batches of 4 MB from one pod kept the others waiting for nine seconds. During
+# another pod's flood, a pod therefore waits for this time and one message, which is 32 MB and 0.3 s unless
+# `max_message` sets another size. Batches that waited for that message are added: filling a hole in front of 20 MB
+# takes 0.1 s.
 BUDGET: Final = 256
 TURN: Final = 0.002
 
-# Longer than any process lives: a lost connection is closed and made anew by us, see above.
+# Longer than the life of any process: lost connections are closed and replaced here, see above.
 _NEVER_MS: Final = 24 * 3600 * 1000
 
 MADE_EVENT: Final = int(zmq.EVENT_HANDSHAKE_SUCCEEDED)
@@ -47,20 +49,21 @@ LOST_EVENTS: Final = int(
 )
 
 
-# Not by pyzmq's recv_monitor_message: it makes a member of an enum of every value, and those are kept for ever. A pod
-# that cannot be reached costs 1 kB of that at each attempt, for the value is a random time.
+# pyzmq's recv_monitor_message makes every value a member of an enum, and keeps those members forever. A pod that cannot
+# be reached would cost 1 kB of that at each attempt, because the value is a random time.
 _EVENT: Final = struct.Struct("=Hi")
 
 
 class SocketOptions:
-    """What all sockets of a manager share. Seconds, messages, bytes."""
+    """Options of all sockets of a manager. Seconds, messages, bytes."""
 
     def __init__(self, *, heartbeat: float, connect_timeout: float, queue: int, max_message: int) -> None:
         self.heartbeat = heartbeat
         self.connect_timeout = connect_timeout
         self.queue = queue
         connecting = max(1, int(connect_timeout * 1000))
-        # Set one by one as attributes, they cost as much as the socket does: 1,000 pods open 3,000 at their start.
+        # Set one by one as attributes, they cost as much as the socket does: 1,000 pods open 3,000
+        # sockets at their start.
         self._values = [
             (zmq.LINGER, 0),
             (zmq.MAXMSGSIZE, max_message),
@@ -69,9 +72,9 @@ class SocketOptions:
             (zmq.CONNECT_TIMEOUT, connecting),
         ]
         if heartbeat > 0:
-            # The timeout counts from the first beat that stays unanswered, which may be one interval after the silence
-            # began: two and a half in all. At 0.7 s it is noticed as soon as at 0.5 s with a timeout of two and a half
-            # intervals, and 1,000 idle pods take 2.3 % of a core in place of 3.4.
+            # The timeout counts from the first unanswered heartbeat, which may be one interval after the silence began:
+            # two and a half intervals in all. An interval of 0.7 s notices a silence as soon as one of 0.5 s with a
+            # timeout of two and a half intervals, and 1,000 idle pods take 2.3 % of a core instead of 3.4.
             self._values += [
                 (zmq.HEARTBEAT_IVL, max(1, int(heartbeat * 1000))),
                 (zmq.HEARTBEAT_TIMEOUT, max(1, int(heartbeat * 1500))),
@@ -89,24 +92,24 @@ class SocketOptions:
 
 
 def _authenticate(sock: zmq.Socket[bytes], curve: Curve | None) -> None:
-    """Believe only who has the secret key to ``curve.server``."""
+    """Accept only a peer that has the secret key of ``curve.server``."""
     if curve is not None:
         sock.curve_serverkey, sock.curve_publickey, sock.curve_secretkey = curve
 
 
-# As plain integers: an operation on a member of an enum costs 0.5 us.
+# Plain integers, because an operation on a member of an enum costs 0.5 us.
 _NOBLOCK: Final = int(zmq.NOBLOCK)
 _EVENTS: Final = int(zmq.EVENTS)
 _POLLIN: Final = int(zmq.POLLIN)
 _POLLOUT: Final = int(zmq.POLLOUT)
-_SRCFD: Final = 2  # ZMQ_SRCFD, which pyzmq does not name
+_SRCFD: Final = 2  # ZMQ_SRCFD, for which pyzmq has no name
 
 
 def receive_frames(sock: zmq.Socket[bytes]) -> list[zmq.Frame]:
-    """The next message; raises ``zmq.Again`` when there is none, which costs 7 us.
+    """Receive the next message. Raises ``zmq.Again`` if there is no message, which costs 7 us.
 
-    ``recv_multipart`` looks at RCVMORE after every frame by way of an enum: 8 us for three frames, or 2.6. A frame
-    knows by itself whether there are more.
+    ``recv_multipart`` reads RCVMORE through an enum after every frame: 8 us for three frames, compared with 2.6. A
+    frame has this flag itself.
     """
     recv = sock.recv
     frame: zmq.Frame = recv(_NOBLOCK, False)
@@ -118,7 +121,8 @@ def receive_frames(sock: zmq.Socket[bytes]) -> list[zmq.Frame]:
 
 
 def receive_from(sock: zmq.Socket[bytes]) -> tuple[int, list[bytes]]:
-    """As :func:`receive_frames`: the descriptor that the message was read from, -1 if libzmq does not say, and bytes.
+    """As :func:`receive_frames`: the descriptor that the message was read from (-1 if libzmq does not
+    report it), and bytes.
 
     libzmq puts the descriptor among the properties of a message for every peer that completes a handshake.
     """
@@ -147,13 +151,14 @@ def _bytes(sock: zmq.Socket[bytes]) -> list[bytes]:
 
 
 def _readiness(sock: zmq.Socket[bytes]) -> int:
-    """POLLIN and POLLOUT, as far as they are so: 1 us. Where they are not, the descriptor rings for them."""
+    """Return POLLIN and POLLOUT as far as they are set, in 1 us. For the others, the descriptor
+    becomes readable later."""
     return cast(int, sock.getsockopt(_EVENTS))
 
 
 class _Monitor:
-    """The loop's handler for a socket's monitor: apart from the socket's own, so that no message pays for a look at
-    the monitor."""
+    """The loop's handler for a socket's monitor. It is separate from the socket's own, so that messages do not pay for
+    a look at the monitor."""
 
     __slots__ = ("closed", "fd", "happened", "socket")
 
@@ -175,8 +180,8 @@ class _Monitor:
 class Watched:
     """A socket in the loop, with or without a monitor.
 
-    ``admits`` is asked before each message whether it may be taken; who says no sees to it that :meth:`ready` is called
-    again. ``waiting`` is told whether something is there that may not be taken.
+    ``admits`` is called before each message and returns whether the message may be taken. If it refuses, its owner has
+    to call :meth:`ready` again later. ``waiting`` is called with whether messages have arrived that may not be taken.
     """
 
     __slots__ = ("_admits", "_fd", "_loop", "_monitor", "_sock", "_waiting", "closed")
@@ -190,7 +195,7 @@ class Watched:
         self._admits = admits
         self._waiting = waiting
         self._monitor: _Monitor | None = None
-        self._fd = cast(int, sock.fd)  # asked for once: a closed socket has none
+        self._fd = cast(int, sock.fd)  # read once: a closed socket has no descriptor
         self.closed = False
         loop.watch(self._fd, self)
 
@@ -199,7 +204,7 @@ class Watched:
         self._loop.watch(self._monitor.fd, self._monitor)
 
     def _events(self) -> list[tuple[int, int, str]]:
-        """The events of the socket: each with its value (a descriptor, a time, an error) and its endpoint."""
+        """Read the events of the socket: each with its value (a descriptor, a time, an error) and its endpoint."""
         found: list[tuple[int, int, str]] = []
         while self._monitor is not None and _readiness(self._monitor.socket) & _POLLIN:
             event, endpoint = _bytes(self._monitor.socket)
@@ -212,7 +217,7 @@ class Watched:
     def _take(
         self, handle: Callable[[list[Any], float], None], receive: Callable[[zmq.Socket[bytes]], list[Any]] = _bytes
     ) -> bool:
-        """Hand over what has arrived, up to the budget; gives whether there may be more."""
+        """Hand over the messages that have arrived, up to the budget. Returns whether there may be more."""
         clock = self._loop.clock
         sock = self._sock
         now = clock()
@@ -221,13 +226,13 @@ class Watched:
             if self.closed:
                 return False
             if self._admits is not None and not self._admits(now):
-                # libzmq rings until somebody asks, so this is asked even where nobody wants to know.
+                # libzmq signals until its events are read, so they are read even without a ``waiting`` callback.
                 some = bool(_readiness(sock) & _POLLIN)
                 if self._waiting is not None:
                     self._waiting(now, some)
                 return False
             try:
-                # Most wake-ups are for one message, and asking is cheaper than failing.
+                # Most wake-ups are for one message, and a check is cheaper than a failed receive.
                 frames = receive(sock) if count != 1 or _readiness(sock) & _POLLIN else None
             except zmq.Again:
                 frames = None
@@ -254,11 +259,11 @@ class Watched:
         self._sock.close(0)
 
     def failed(self, now: float, error: Exception) -> None:
-        """Handling what arrived has raised ``error``."""
+        """Close the socket: handling a message has raised ``error``."""
         self.close()
 
     def _or_close(self, step: Callable[[], object]) -> None:
-        """Do a step of opening; a socket that cannot be opened does not stay with the loop."""
+        """Run a step of opening. A socket that cannot be opened is removed from the loop."""
         try:
             step()
         except BaseException:
@@ -269,8 +274,8 @@ class Watched:
 class Subscription(Watched):
     """One SUB socket with one connection to one publisher.
 
-    Calls ``made(now)`` when the subscription stands, ``lost(now, why)`` once when it cannot be made or is over, and
-    ``message(frames, now)`` for everything that arrives, before or after that.
+    Calls ``made(now)`` when the subscription is connected, ``lost(now, why)`` once when it cannot be made or is over,
+    and ``message(frames, now)`` for every message, before or after that.
     """
 
     __slots__ = ("_keyed", "_lost", "_made", "_message", "_over", "_stands", "immediate")
@@ -293,7 +298,7 @@ class Subscription(Watched):
         self._message = message
         self._keyed = curve is not None
         self._stands = self._over = False
-        # No process of this kind has connections inside itself but for tests; libzmq reports no events for those.
+        # Only tests have connections inside one process, and libzmq reports no events for those.
         self.immediate = endpoint.startswith("inproc://")
         if not self.immediate:
             self._or_close(lambda: self._watch_events(MADE_EVENT | LOST_EVENTS, self._happened))
@@ -307,7 +312,7 @@ class Subscription(Watched):
                 self._stands = True
                 self._made(now)
             else:
-                # What has arrived before is the stream's, in this order.
+                # Messages that have arrived before belong to the stream, and come first.
                 self._take(self._message if self._stands else self._early)
                 if self.closed or self._over:
                     return
@@ -321,7 +326,8 @@ class Subscription(Watched):
         return self._take(self._early)
 
     def _early(self, frames: list[bytes], now: float) -> None:
-        """A message before the connection is known to stand: libzmq tells of that first, but for old peers never."""
+        """Handle a message before the connection is known to be made. libzmq reports that first,
+        but for old peers never."""
         if not self._stands:
             self._happened(now)
         if self._stands:
@@ -337,7 +343,7 @@ class Subscription(Watched):
             self._lost(now, f"closed here: {error!r}")
 
 
-# A handshake, of which libzmq tells, came with ZMTP 3; and heartbeats, without which a silent death is not noticed.
+# ZMTP 3 introduced the handshake that libzmq reports, and heartbeats, without which a silent death is not noticed.
 OUTDATED: Final = (
     "the service there is not a ZMQ publisher, or speaks ZMTP 2 or older, as libzmq before 4.0 does, which cannot be"
     " followed"
@@ -345,7 +351,8 @@ OUTDATED: Final = (
 
 
 def explained(failure: OSError | zmq.ZMQError, need: Callable[[], str]) -> str:
-    """An error of opening a socket; ``need`` says how many descriptors the manager needs, and how many there may be."""
+    """Explain an error of opening a socket. ``need`` returns the required and the allowed number of
+    descriptors, as text."""
     if failure.errno not in (errno.EMFILE, errno.ENFILE):
         return str(failure)
     return f"no file descriptor is left: {need()}"
@@ -368,14 +375,14 @@ def why_lost(event: int, *, keyed: bool, stood: bool) -> str:
 
 
 class Replay(Watched):
-    """One question of one DEALER. A new one for every question, so that no late answer is taken for another's.
+    """One question of one DEALER. Every question has its own socket, so that a late answer is not taken for another's.
 
     Calls ``reached(now)`` when a ROUTER has taken the request, and ``lost(now)`` once when its connection is over.
     """
 
     __slots__ = ("_lost", "_message", "_reached", "_request")
 
-    # Larger than the 10,000 batches that engines keep: what does not fit here, their ROUTER drops.
+    # Larger than the 10,000 batches that engines keep: an engine's ROUTER drops the messages that do not fit here.
     QUEUE: Final = 20_000
 
     def __init__(
@@ -389,7 +396,7 @@ class Replay(Watched):
         _authenticate(sock, curve)
         if endpoint.startswith("tcp://["):
             sock.setsockopt(zmq.IPV6, 1)
-        # It is writable only while a connection to a ROUTER stands. A monitor would say the same for two more sockets.
+        # It is writable only while it is connected to a ROUTER. A monitor would report the same with two more sockets.
         sock.setsockopt(zmq.IMMEDIATE, 1)
         super().__init__(loop, sock, admits=admits)
         self._reached = reached
@@ -412,6 +419,6 @@ class Replay(Watched):
         events = _readiness(self._sock)
         if not events & (_POLLOUT | _POLLIN):
             self._lost(now)
-        # Asking for events takes the bell's ring: what has come since the last look would not ring again. Where nothing
-        # may be taken, who said so comes back.
+        # Reading the events resets the descriptor: messages since the last look would not make it readable again. If
+        # they may not be taken now, the owner of ``admits`` comes back.
         return bool(events & _POLLIN) and (self._admits is None or self._admits(now))

@@ -20,8 +20,8 @@ from .addresses import check_endpoint, join_tcp, offset_endpoint, split_tcp
 
 __all__ = ["Curve", "Endpoints", "PodSource", "check_pair", "is_key", "spelled"]
 
-# The name is all up to the first "=" that a scheme follows: it may be a URL, with "=" in it.
-# Not what follows the last comma of a name: there an endpoint comes behind the "=".
+# The name is the text before the first "=" that a scheme follows, because a name may be a URL with "=" in it. The text
+# after the last comma of such a name is no option: an endpoint follows its "=", and values have no ":" or "/".
 _OPTION = r",([a-z_]+)=([^,:/]*)"
 _POD = re.compile(r"(?:(?P<name>.+?)=)?(?P<endpoint>[a-z]+://[^,]+)(?:,(?P<answers>[^,]+))?", re.DOTALL)
 
@@ -29,7 +29,7 @@ _POD = re.compile(r"(?:(?P<name>.+?)=)?(?P<endpoint>[a-z]+://[^,]+)(?:,(?P<answe
 Presence: TypeAlias = Literal["count", "set"]
 Engine: TypeAlias = Literal["vllm", "sglang", "trtllm"]
 
-# What a string and a cluster's annotations may say of a pod's engine.
+# Properties of a pod's engine that a string and a cluster's annotations may set.
 _OPTIONS = ("engine", "eagle", "hybrid", "ignore_media")
 
 
@@ -189,7 +189,7 @@ class PodSource:
         self.workers()
 
     def _check_text(self) -> None:
-        """Names come from files and clusters too, where JSON has an escape for half a character."""
+        """Check the texts: names also come from files and clusters, where JSON can escape half a character."""
         whose = f"of pod {self.name!r}"
         for name in ("name", "model", "topic", "lora", "address"):
             if (value := getattr(self, name)) is not None:
@@ -363,7 +363,7 @@ class PodSource:
             raise InvalidValueError(f"a pod without a name: {dict(item)!r:.80}")
         values = dict(item)
         if isinstance(values.get("ranks"), Mapping):
-            # Keys are strings where the file is JSON.
+            # Keys are strings if the file is JSON.
             values["ranks"] = {
                 int(rank) if str(rank).isdigit() else rank: pair for rank, pair in values["ranks"].items()
             }
@@ -458,7 +458,7 @@ def check_pair(pair: object, what: str) -> tuple[str, str]:
     """Returns a CURVE key pair (public, secret), or raises an error that names ``what``."""
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise InvalidTypeError(f"{what} must be (public, secret), each a str")
-    # Not the keys themselves: one of them is secret, and errors end up in logs.
+    # The error does not contain the keys: one of them is secret, and errors end up in logs.
     if not all(map(is_key, pair)) or zmq.curve_public(pair[1].encode()) != pair[0].encode():
         raise InvalidValueError(f"{what} must be a CURVE key pair: (public, secret), both Z85")
     return pair[0], pair[1]

@@ -89,8 +89,8 @@ class StateChange(NamedTuple):
     """The reason, as text. For ``exact``: a remaining doubt, or empty."""
 
 
-# Not frozen: that sets each of 47 fields by a call, which is 5 of the 12 ms that a status of 1,000 pods took. Each call
-# gives objects of its own, so nobody else sees a change.
+# Not frozen: a frozen class sets each of 47 fields by a call, which took 5 of the 12 ms of a status of 1,000 pods. Each
+# call returns objects of its own, so no other caller sees a change.
 @dataclass(slots=True, kw_only=True)
 class WorkerStatus:
     """One worker's stream at one moment. Times are in seconds; counters start when the pod is added."""
@@ -122,7 +122,7 @@ class WorkerStatus:
     gaps: int
     """Gaps in the sequence of received batches."""
     lost_batches: int
-    """Batches that no replay had any more."""
+    """Batches that no replay contained any more."""
     replays: int
     """Replays that were requested."""
     replays_healed: int
@@ -209,7 +209,7 @@ def _cell(value: Any) -> str:
 
 def pod_status(pod: str, model: str, workers: Mapping[int, WorkerStatus]) -> PodStatus:
     """Combines the workers of one pod."""
-    if len(workers) == 1:  # as nearly all pods have: a fleet of 1,000 is looked at in half the time
+    if len(workers) == 1:  # nearly all pods: halves the time for a fleet of 1,000
         (one,) = workers.values()
         return PodStatus(
             pod=pod, model=model, state=one.state, reason=one.reason, connected=one.connected, last_seq=one.last_seq,

@@ -7,12 +7,12 @@ bytes.
 
 Guarantees:
 
-* A batch is applied at most once, and in the order of sequence numbers, whatever arrives twice, late or out of order.
+* A batch is applied at most once, and in the order of sequence numbers, even if batches arrive twice, late or out of
+  order.
 * The state is ``exact`` only when every batch since a clean start of the process behind the connection was applied. A
   batch that was given up makes it ``degraded``; a batch that may be missing at the moment makes it ``stale``.
 * An answer proves only its own batches. A replay endpoint that has other bytes than the publisher under one number, or
   ends before a published batch, belongs to another process. An empty answer proves nothing. An answer that no published
-  batch has confirmed counts only when the publisher is silent.
 * Nothing grows without bound: waiting batches are limited in number and bytes, tries in number, replays in time.
 
 To find out whether a connection leads to the same process as before, the machine keeps fingerprints of the last applied
@@ -104,7 +104,7 @@ class WorkerStream:
         self._history = History(self.policy.memory)
         self._losses = Losses()
         self._pending = Pending(self.policy.max_pending, self.policy.max_pending_bytes)
-        self._hole_at: int | None = None  # of a hole that is neither filled nor given up
+        self._hole_at: int | None = None  # the start of a hole that is neither filled nor given up
         self._behind = False  # messages have arrived that may not be taken yet
         # The connection.
         self._connected_at = 0.0
@@ -112,8 +112,8 @@ class WorkerStream:
         self._why_lost = self.mark.reason
         self._attempts = 0
         self._verified = False  # the applied batches are of the process behind this connection
-        self._verified_at = float("-inf")  # of the last such question that no loss had caused
-        self._started = False  # and everything up to the first live batch is applied
+        self._verified_at = float("-inf")  # the time of the last verification that no loss had caused
+        self._started = False  # everything up to the first live batch is applied as well
         self._mixed = False  # this connection has brought batches of more than one process
         self._blame = ""  # the caller's objection to this connection
         # Questions and answers.
@@ -125,8 +125,8 @@ class WorkerStream:
         self._patience = Patience(self.policy)
         self._waits = Waits(self.policy, uniform)
         self._silent_at: float | None = None  # when silence counts as much as a batch
-        # An answer has stopped without its end marker. There may be more of it, until another answer has its end or a
-        # later live batch is applied.
+        # An answer has stopped without its end marker. There may be more of it, until another answer has its end marker
+        # or a later live batch is applied.
         self._open: int | None = None
         # The last batch that was applied before this stream began, until it is recognised.
         self._place = place
@@ -300,7 +300,7 @@ class WorkerStream:
         return self._settle(now)
 
     def replay_refused(self, now: float, why: str) -> list[Action]:
-        """A reply is of another stream, and ignored: ``why``."""
+        """Note that a reply belongs to another stream and is ignored; ``why`` is the reason."""
         replay = self._replay
         if replay is not None:
             replay.heard(now, self._patience.pause, self.policy)
@@ -309,7 +309,7 @@ class WorkerStream:
         return []
 
     def replay_foreign(self, now: float, why: str) -> list[Action]:
-        """Replays have brought another stream than the published one: ``why``."""
+        """Note that replays have brought another stream than the published one; ``why`` is the reason."""
         if self._trust.asks and self._history.next and not self._trust.agrees:
             self._trust.conflicts += 1
             self._disown(why)
@@ -329,7 +329,8 @@ class WorkerStream:
         return self._settle(now)
 
     def distrust(self, now: float, why: str) -> list[Action]:
-        """Not all messages of this connection are this worker's: ``why``. Valid until the next connection."""
+        """Note that not all messages of this connection are this worker's; ``why`` is valid
+        until the next connection."""
         if why and not self._blame:
             self._say("distrusted", why)
         self._blame = why
@@ -358,7 +359,7 @@ class WorkerStream:
         return ts
 
     def _bring(self, replay: Question, seq: int, payload: bytes) -> None:
-        """A batch is applied that an answer has brought."""
+        """Note an applied batch that an answer has brought."""
         replay.brought = True
         self._trust.brought, self._trust.brought_mark = seq, fingerprint(payload)
 
@@ -417,10 +418,10 @@ class WorkerStream:
         return self._settle(now)
 
     def abandon(self, reason: str) -> None:
-        """The caller feeds it no longer."""
+        """Set the last state: the caller no longer feeds this stream."""
         self.mark = Mark("stale", reason)
 
-    # ------------------------------------------------------------------------------------------------ limits of ours
+    # --------------------------------------------------------------------------------------------------- rate limits
 
     def hold_up(self, now: float, until: float) -> None:
         """No message of this stream is taken before ``until``, by our own choice: timeouts are extended, and the
@@ -435,7 +436,8 @@ class WorkerStream:
             self._replay.hold_up(more)
 
     def behind(self, now: float, why: str) -> list[Action]:
-        """Messages have arrived that may not be taken yet: ``why``. An empty ``why`` ends this."""
+        """Note that messages have arrived that may not be taken yet; ``why`` is the reason. An
+        empty ``why`` ends this."""
         if bool(why) == self._behind:
             return []
         self._behind = bool(why)
@@ -453,7 +455,7 @@ class WorkerStream:
             self._look_at_hole(now)
         return self._settle(now)
 
-    # --------------------------------------------------------------------------------------- what came of an Ingest
+    # ---------------------------------------------------------------------------------------- outcomes of an Ingest
 
     def cleared(self, seq: int, now: float) -> list[Action]:
         """Batch ``seq`` has cleared the whole worker: earlier losses no longer matter."""
@@ -477,7 +479,7 @@ class WorkerStream:
     # ----------------------------------------------------------------------------------------------------------- time
 
     def tick(self, now: float) -> list[Action]:
-        """Do what is due. Has no effect if nothing is."""
+        """Carry out the actions that are due, if there are any."""
         replay = self._replay
         if not self.is_connected:
             pass
@@ -670,11 +672,11 @@ class WorkerStream:
             self._drain()
             self._look_at_hole(now)
             self._started = self._losses.unproven = True
-            # Those are dropped, and a clear that comes before them does not make up for that.
+            # Those batches are dropped, and a clear that comes before them does not make up for that.
             self._losses.count += 1
             self._losses.end = max(self._losses.end, reached)
 
-    # -------------------------------------------------------------------------------------------------- who is there?
+    # ---------------------------------------------------------------------------------------- identity of the process
 
     def _older(self, ts: float | None) -> bool:
         last = self._history.ts
@@ -862,17 +864,18 @@ class WorkerStream:
         self._out.append(RequestReplay(start))
 
     def _witness(self) -> int:
-        """The start of a question for later batches: the last applied one, which shows whether the answer continues it.
-        If the last ones are unconfirmed, the last that an answer has brought: it may be of another process than the
-        next answer."""
+        """Return the start of a question for later batches: the last applied batch, which shows whether the answer
+        continues it. If the last batches are unconfirmed, it is the last one that an answer has brought, which may be
+        of another process than the next answer."""
         return max(0, self._trust.brought if self._trust.is_hearsay else self._history.next - 1)
 
     def _continue(self, replay: Question) -> None:
         """Request the rest of an answer."""
         start = self._witness()
         if replay.purpose in (Purpose.VERIFY, Purpose.HEAL):
-            # Its own batches may continue behind the last one that an answer has brought, which it has compared:
-            # from there on, the answer would be as long each time, and never the last.
+            # An answer compares the last batch that an answer has brought, and may continue behind it with its own
+            # batches. A request from that batch on would get an answer of the same length each time, and
+            # never the last one.
             start = max(0, min(replay.pos, self._history.next - 1))
         replay.again(self._history.next - 1 if self._known else -1, self._shown())
         self._replay, self._retry = replay, None
@@ -899,14 +902,15 @@ class WorkerStream:
     def _take(self, replay: Question, seq: int, payload: bytes, now: float) -> None:
         """A replay has brought a batch that is not applied yet."""
         if not self._known and replay.purpose in (Purpose.START, Purpose.IDLE):
-            # It was given up before: there is an answer after all, with more than this one batch.
+            # It was given up before, but there is an answer after all, with more than this one batch.
             replay.purpose, self._started = Purpose.START, False
         if replay.purpose is Purpose.AGREE:
             return
         if seq > self._history.next:
             if replay.purpose is Purpose.HEAL:
                 return
-            # Answers are in the publisher's order: a batch that is left out is not there, or the queue was full.
+            # Answers are in the publisher's order: a batch that is left out does not exist there,
+            # or the queue was full.
             self._open_hole()
             if not self._tried(self.policy.hole_tries):
                 self._later(replay, now)
@@ -933,8 +937,8 @@ class WorkerStream:
                 published = True
                 self._agree()
             self._bring(replay, seq, payload)
-            # What was published under this number counts as published only where it is what is applied: an answer that
-            # was doubted would otherwise be confirmed by the next one of the same wrong process.
+            # A published batch counts as published only if it is the applied one. Otherwise an answer that was doubted
+            # would be confirmed by the next answer of the same wrong process.
             self._apply(seq, payload, ts, live=published)
         self._drain()
 
@@ -990,7 +994,7 @@ class WorkerStream:
         self._drain()
         shown = self._pending.seen if self._hole_at is None else max(self._pending.seen, replay.pos)
         if shown >= self._history.next:
-            # The answer is older than the waiting batches, or the publisher has the missing ones no longer.
+            # The answer is older than the waiting batches, or the publisher no longer has the missing ones.
             self._open_hole()
             if not self._tried(self.policy.hole_tries):
                 self._later(replay, now)
@@ -1000,8 +1004,8 @@ class WorkerStream:
         self._hole_at = None
         self._started = True
         self._mixed = self._mixed and not marked
-        # An answer that matches only batches after a guess proves nothing about earlier ones, and an answer without any
-        # batch that was published before the question proves nothing at all.
+        # An answer that matches only batches after an unproven transition proves nothing about earlier ones, and an
+        # answer without any batch that was published before the question proves nothing at all.
         self._losses.unproven = self._losses.guessed > 0 or (
             self._trust.is_hearsay and self._history.has_live and self._history.lived <= replay.shown
         )
@@ -1040,8 +1044,8 @@ class WorkerStream:
             self._out.append(CancelReplay())
             self._continue(replay)
         elif replay.frames and replay.pos >= replay.expect:
-            # Only the batch that was known. This is an end without its marker, or an answer that was cut at the same
-            # place again. It is neither requested forever, nor trusted.
+            # Only the batch that was known has come. This is an end without its marker, or an answer that was cut at
+            # the same place again. It is neither requested forever, nor trusted.
             self.counts["missing_end_markers"] += 1
             self._end(replay, now, marked=False)
         else:
@@ -1112,7 +1116,7 @@ class WorkerStream:
                         self._hold(seq, item.payload, item.ts)
                 self._pending.seen = max(self._pending.seen, seen)  # batches that did not fit are missing
             else:
-                # If batch 0 came live, there is none before it that could be missing.
+                # If batch 0 came live, no batch before it can be missing.
                 seen_from_0 = self._known and self._trust.brought < 0 and not self._losses.count and not self._mixed
                 if replay.purpose is Purpose.VERIFY or (replay.purpose is Purpose.START and not seen_from_0):
                     self._losses.unproven = True
@@ -1174,7 +1178,7 @@ class WorkerStream:
 
     def _is_hearsay(self, now: float) -> bool:
         """Whether only an answer supports the state, which may be another process's. This ends when a batch comes both
-        ways, or when the publisher is silent for a while: an idle engine shows no more than that."""
+        ways, or when the publisher is silent for a while: an idle engine cannot show more than that."""
         if not self._trust.asks or self._trust.presumed or (self._known and not self._trust.is_hearsay):
             return False
         if not self._history.has_live:
@@ -1215,10 +1219,10 @@ class WorkerStream:
             self._disagree(self._trust.contradiction)
         if self.is_connected:
             self._plan_probe(now)
-            # A history that is no longer available is no reason not to verify the process.
+            # The process is verified even if the history is no longer available.
             if (self._losses.can_heal or not self._verified or not self._trust.asks) and not self.replaying:
                 self._plan_heal(now)
-        # The bytes of a connection may have been damaged while it was made, and those of its replays under way.
+        # Bytes of the connection may have been damaged while it was made, and bytes of its replays on the way.
         if self.is_connected and (self._trust.conflicts > self.policy.max_conflicts or self._trust.tails > 1):
             self._waits.plan_renewal(now)
         else:

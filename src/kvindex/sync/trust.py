@@ -1,4 +1,4 @@
-"""What a publisher's replay endpoint has shown of itself: whether it is the publisher's at all."""
+"""The trust in a publisher's replay endpoint: whether it belongs to the publisher at all."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ __all__ = ["Trust"]
 
 
 class Trust:
-    """What answers are worth. ``endpoint`` and ``replay_endpoint`` are the addresses that complaints name; ``has`` says
-    whether there is one. Every call is O(1)."""
+    """The worth of answers. ``endpoint`` and ``replay_endpoint`` are the addresses in complaints; ``has`` is whether
+    there is a replay endpoint. Every call is O(1)."""
 
     __slots__ = (
         "agrees", "answers", "asks", "brought", "brought_mark", "conflicts", "contradiction", "doubt", "endpoint",
@@ -24,47 +24,48 @@ class Trust:
         self.endpoint = endpoint
         self.replay_endpoint = replay_endpoint
         self.agrees = False
-        """A batch came over this connection and in an answer, with the same bytes."""
+        """A batch has come both live over this connection and in an answer, with the same bytes."""
         self.presumed = False
-        """The publisher was silent when it had answered, so that its answer was taken for right."""
+        """The publisher was silent after an answer, so the answer was assumed to be right."""
         self.brought = -1
-        """The last applied batch that only an answer has shown, -1 for none."""
+        """The last applied batch that only an answer has shown; -1 if there is no such batch."""
         self.brought_mark = 0
-        """Its fingerprint, which the history may not have any more."""
+        """The fingerprint of that batch, which the history may no longer have."""
         self.foreign = ""
-        """Why it is another process's, until they agree."""
+        """Why the replay endpoint seems to be another process's, until the two agree."""
         self.refusal = ""
         """Why the last reply was refused."""
         self.contradiction: int | None = None
-        """A live batch that was another one in an answer."""
+        """A live batch whose bytes differ from those of an answer."""
         self.tails = 0
-        """Answers that brought batches since the last live one."""
+        """Number of answers that brought batches since the last live one."""
         self.unreached = False
         """The last request found no connection."""
         self.connected()
 
     def connected(self) -> None:
-        """A connection stands. Whose the endpoint was found to be stays so until it agrees."""
+        """Start with another connection. A replay endpoint that was found to be another process's
+        stays so until it agrees."""
         self.asks = self.has
-        """Its answers are taken for the publisher's."""
+        """Its answers count as the publisher's."""
         self.conflicts = 0
         self.brought = self.brought if self.is_hearsay else -1
         self.agrees = self.presumed = False
         self.answers = False
-        """It has answered since the connection stands."""
+        """It has answered since the connection was made."""
         self.unheard = False
         """The publisher is silent, and so is the replay endpoint."""
         self.unconfirmed = True
-        """Nothing was asked for behind a live batch since the connection was made or the worker was cleared."""
-        if self.tails < 2:  # otherwise a live batch has to come before the next connection is believed
+        """No question behind a live batch was asked since the connection was made or the worker was cleared."""
+        if self.tails < 2:  # otherwise, a live batch has to arrive before the next connection is trusted
             self.tails = 0
         self.doubt = ""
         """Why its last answer shows nothing."""
         self.witness: tuple[int, int] | None = None
-        """A batch that was published over this connection and is not applied any more, with its fingerprint."""
+        """A batch that was published over this connection and is no longer applied, with its fingerprint."""
 
     def forget(self) -> None:
-        """Nothing that it has brought is applied any more."""
+        """Start again: no batch that it has brought is applied any more."""
         self.agrees = self.presumed = False
         self.unconfirmed = True
         self.brought = -1
@@ -73,28 +74,28 @@ class Trust:
 
     @property
     def is_hearsay(self) -> bool:
-        """Whether something is applied that only an answer has shown, and no batch has come both ways."""
+        """Whether an applied batch was shown only by an answer, and no batch has come both ways."""
         return self.brought >= 0 and not self.agrees
 
     @property
     def is_unconfirmed(self) -> bool:
-        """Whether nothing shows yet that what came live continues what answers have brought: the number alone may be
-        chance, and the next batch is asked for at once."""
+        """Whether nothing shows yet that the live batches continue those of the answers. The matching number may be
+        chance, so the next batch is requested at once."""
         return self.unconfirmed and self.is_hearsay
 
     @property
     def is_heard(self) -> bool:
-        """Whether the publisher is, or may be: nothing speaks against the next live batch."""
+        """Whether the publisher is heard, or may be: there is no objection to the next live batch."""
         return not self.unheard and not self.tails and not self.is_unconfirmed
 
     def answered(self) -> None:
-        """Something has come of it."""
+        """Note that the replay endpoint has answered."""
         self.answers, self.unheard = True, False
 
     def suspect(self, seq: int) -> None:
-        """One connection leads to one process, and it has published another batch than an answer has: the publisher has
-        restarted behind something between, or the answer is another process's."""
-        self.unconfirmed = True  # the next live batch is asked for, however busy the stream is
+        """Note that the publisher has published another batch than an answer has. One connection leads to one process:
+        either the publisher has restarted behind an intermediary, or the answer is another process's."""
+        self.unconfirmed = True  # the next live batch is requested, however busy the stream is
         self.foreign = self.say(Reason.RESTART_OR_OTHER, seq=seq)
 
     def say(self, reason: Reason, **facts: Any) -> str:
@@ -102,5 +103,6 @@ class Trust:
         return reason.text(endpoint=self.endpoint, replay=self.replay_endpoint, **facts)
 
     def complaint(self) -> str:
-        """Why batches and answers seem to be of different processes though none contradicts another, or nothing."""
+        """Return why batches and answers seem to be of different processes though none contradicts
+        another, or an empty text."""
         return self.say(Reason.ONLY_REPLAYS) if self.tails > 1 else ""

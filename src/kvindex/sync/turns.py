@@ -1,4 +1,4 @@
-"""Who may ask for a replay: so many at once, the others in their order."""
+"""Turns for replays: a limited number at the same time, and the others in their order."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ class Turns:
         self._queue: OrderedDict[Hashable, Callable[[], None]] = OrderedDict()
 
     def __bool__(self) -> bool:
-        """Whether anybody has a turn."""
+        """Whether any turn is taken."""
         return bool(self._taken)
 
     def take(self, who: Hashable, then: Callable[[], None]) -> bool:
-        """Whether it is this one's turn now; if not, ``then`` is called when it may be, and asks again."""
+        """Take a turn if one is free. Otherwise return False, and call ``then`` when one may be free;
+        it has to ask again."""
         if len(self._taken) >= self.most:
             self._queue[who] = then
             return False
@@ -29,7 +30,7 @@ class Turns:
         return True
 
     def leave(self, who: Hashable) -> None:
-        """This one has its turn no more, and waits for none."""
+        """Give a turn back, or leave the queue."""
         self._queue.pop(who, None)
         if who in self._taken:
             self._taken.discard(who)
@@ -37,5 +38,5 @@ class Turns:
                 self._queue.popitem(last=False)[1]()
 
     def end(self) -> None:
-        """Nobody who waits gets a turn any more."""
+        """Empty the queue: no waiting caller gets a turn any more."""
         self._queue.clear()

@@ -1,5 +1,5 @@
-"""When a stream asks by itself: in silence whether it has missed the end, after losses for the whole history, and when
-nothing else helps for another connection."""
+"""The times of a stream's own questions: in silence for batches that it has missed, after losses for the whole history,
+and for another connection if nothing else helps."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ __all__ = ["Waits"]
 
 
 class Waits:
-    """Three times that are planned, with growing waits between them. ``uniform`` gives numbers in [0, 1), which jitter
-    is made of. Times are seconds of any steady clock. Every call is O(1)."""
+    """Three planned times, with growing waits between them. ``uniform`` returns numbers in [0, 1) for the jitter. Times
+    are seconds of any steady clock. Every call is O(1)."""
 
     __slots__ = (
         "_policy", "_uniform", "heal_at", "heal_wait", "heard_at", "held_up_until", "probe_at", "probe_wait",
@@ -25,7 +25,7 @@ class Waits:
         self.heard_at = 0.0
         """When the last message came, or may have come."""
         self.held_up_until = float("-inf")
-        """Nothing is taken before, by our own will."""
+        """The time before which no message is taken, by our own choice."""
         self.probe_at: float | None = None
         self.probe_wait = 0.0
         self.heal_at: float | None = None
@@ -34,31 +34,31 @@ class Waits:
         self.renew_wait = policy.renew[0]
 
     def spread(self, wait: float) -> float:
-        """A wait with jitter, so that a fleet does not come back in step."""
+        """Return a wait with jitter, so that the workers of a fleet do not come back at the same time."""
         return wait * (1.0 + self._policy.jitter * self._uniform())
 
     def heard(self, now: float) -> None:
-        """A live batch has come: silence begins anew."""
+        """Note a live batch: the silence starts again."""
         self.heard_at = now
         if self.probe_wait > self._policy.idle_probe[0]:
             self.stop_probing()
 
     @property
     def silent_at(self) -> float:
-        """From when on a publisher that goes on saying nothing counts as silent."""
+        """The time from which a publisher without further messages counts as silent."""
         return self.heard_at + self._policy.silence
 
     def stop_probing(self) -> None:
         self.probe_at, self.probe_wait = None, 0.0
 
     def plan_probe(self, now: float) -> None:
-        """Soon at first, then ever more rarely."""
+        """Plan the next probe: soon at first, then ever more rarely."""
         first, longest = self._policy.idle_probe
         self.probe_wait = min(longest, self.probe_wait * 2.0) if self.probe_wait else first
         self.probe_at = now + self.spread(self.probe_wait)
 
     def probe_at_once(self, now: float) -> None:
-        """Not for a silence: the one behind it is waited for as ever."""
+        """Plan a probe for now. It is not for a silence, so the wait for the next silence is as before."""
         self.probe_at, self.probe_wait = now, 0.0
 
     def plan_heal(self, now: float) -> None:
@@ -72,6 +72,6 @@ class Waits:
             self.renew_wait = min(self.renew_wait * 2.0, self._policy.renew[1])
 
     def well(self) -> None:
-        """Nothing has to be healed."""
+        """Note that there is nothing to heal."""
         self.heal_at = None
         self.heal_wait = self._policy.heal[0]

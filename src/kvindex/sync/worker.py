@@ -90,7 +90,7 @@ class Index(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Shared by all workers of a manager."""
+    """Objects that all workers of a manager share."""
 
     index: Index
     policy: StreamPolicy | None
@@ -104,7 +104,7 @@ class Setting:
     resolve: Callable[[str, Then], None]
     """Looks up the host of an endpoint."""
     turns: Turns
-    """For replays."""
+    """Turns for replays."""
     subscriptions: Subscriptions
     pulse: Pulse
 
@@ -157,8 +157,9 @@ class Worker:
         self.ranks = None if at.endpoint is None else Ranks(rank, tuple(siblings))
         self._curve = source.curve()
         self._allowance = allowance
-        self._resume_at: float | None = None  # no message is taken before
-        # Batches of a bound endpoint, which cannot wait for one pod. An empty deque takes 760 bytes.
+        self._resume_at: float | None = None  # no message is taken before this time
+        # Batches of a bound endpoint, whose socket cannot wait for one pod. None while empty: an empty deque takes 760
+        # bytes.
         self._backlog: deque[tuple[int, bytes]] | None = None
         self._backlog_bytes = 0
         self._overlooked = -1  # the highest batch that was dropped because the backlog was full
@@ -172,7 +173,7 @@ class Worker:
         self.topic = None if source.topic is None else source.topic.encode()
         self.seen_topic: bytes | None = self.topic
         self.replay_topic: bytes | None = None
-        self._first_topic = self.topic  # of any connection
+        self._first_topic = self.topic  # the first topic of any connection
         self.subscription: Subscription | Seat | None = None
         self.opened_at: float | None = None
         self._looking_up = False
@@ -184,22 +185,22 @@ class Worker:
         self._asking = False  # holds one of the turns for replays
         self.due: float | None = None
         self.gone = False
-        self.connection: int | None = None  # of a bound endpoint
+        self.connection: int | None = None  # the number of a connection to a bound endpoint
         self.rival: int | None = None  # an earlier connection that publishes for this worker as well
-        # As far as the actions are carried out; the stream itself may be ahead.
+        # State as far as the actions are carried out; the stream itself may be ahead.
         self.told: Verdict = "stale"  # the stream's state, as the index has it
         self.last_seq: int | None = None
         self.state = "stale"  # the worse of the stream's and the index's state
         self.lag: float | None = None
         self._heard = -1  # the last live batch
         self.stored = self.removed = 0
-        self.events: Counter[str] = Counter()  # events that are rare
+        self.events: Counter[str] = Counter()  # counts of rare events
         self.errors: Counter[str] = Counter()
         self.explained: frozenset[str] = frozenset()  # an empty set takes 216 bytes
         # Until the worker starts from scratch: the kind of an unknown event, and blocks of another size.
         self.unknown: str | None = None
         self.misfit: str | None = None
-        self._heard_at: float | None = None  # the last message of this connection, or its beginning
+        self._heard_at: float | None = None  # time of the last message of this connection, or of its beginning
         self._unbeaten = 0  # consecutive connections that ended like those with unanswered heartbeats
         self._blamed = False  # this connection has brought batches of another rank
         self._uncleared = False  # the index could not clear this worker yet
@@ -309,7 +310,8 @@ class Worker:
         self._heard_at = None
         if silent is None or not beat:
             return ""
-        # From the last message to the first beat one interval at most, from there to the end one and a half.
+        # From the last message to the first heartbeat, it is one interval at most; from there to the
+        # end, one and a half.
         self._unbeaten = self._unbeaten + 1 if 1.4 * beat <= silent <= 3.0 * beat else 0
         if self._unbeaten < 2:
             return ""
@@ -330,7 +332,7 @@ class Worker:
             self.schedule()
 
     def tick(self, now: float) -> None:
-        """Do what is due."""
+        """Carry out the actions that are due."""
         if self.reconnect_at is not None and now >= self.reconnect_at:
             self.reconnect_at = None
             self._connect(now)
@@ -338,7 +340,7 @@ class Worker:
             self._lost(self.attempt, now, f"no connection came about: {OUTDATED}")
         if self._resume_at is not None and now >= self._resume_at:
             self._resume_at = None
-            for sock in (self.subscription, self.replay):  # sockets of its own, as those of all who have a limit
+            for sock in (self.subscription, self.replay):  # a pod with a limit has sockets of its own
                 if isinstance(sock, Watched):
                     self._loop.again(sock)
             if self.at.endpoint is None:
@@ -371,7 +373,7 @@ class Worker:
         opens = self._allowance.opens()
         if opens <= now:
             return True
-        # With jitter, so that not always the same rank is the first.
+        # With jitter, so that the same rank is not always the first.
         self._resume_at = max(opens, now + PAUSE) + PAUSE * random.random()
         self.stream.hold_up(now, self._resume_at)
         self.schedule()
@@ -386,7 +388,8 @@ class Worker:
         self._allowance.charge(batch_events(frames[-1]), sum(map(len, frames)), now)
 
     def compete(self, connection: int | None, now: float) -> None:
-        """An earlier connection to a bound endpoint publishes for this worker as well; None: it has ended."""
+        """Note an earlier connection to a bound endpoint that publishes for this worker as well;
+        None if it has ended."""
         if connection == self.rival:
             return
         self.rival = connection
@@ -422,7 +425,7 @@ class Worker:
             self._waiting(now, True)
 
     def _work_off(self, now: float) -> None:
-        """Take the batches that have waited here."""
+        """Take the batches that have waited in the backlog."""
         for _ in range(BUDGET):
             if not self._backlog:
                 self._backlog = None
@@ -488,7 +491,7 @@ class Worker:
             self.schedule()
 
     def _note_topic(self, topic: bytes, now: float) -> None:
-        """The first message or reply of a connection has this topic, and the source names no topic."""
+        """Note the topic of the first message or reply of a connection, for a source that names no topic."""
         if self._first_topic is None:
             self._first_topic = topic
         if not same_model(self._first_topic, topic):
@@ -539,8 +542,8 @@ class Worker:
     # --------------------------------------------------------------------------------------------------- actions
 
     def _carry(self, actions: list[Action], now: float) -> None:
-        """Carry out the stream's decisions in order. Their consequences are appended to ``actions``. A callback may
-        remove the pod, which ends this."""
+        """Carry out the stream's decisions in order. Decisions that follow from them are appended to ``actions``. If a
+        callback removes the pod, the rest is dropped."""
         for action in actions:
             if self.gone:
                 return
@@ -553,7 +556,7 @@ class Worker:
                     self._end_replay()
                     self.ask(start)
                 case AwaitReplay():
-                    self._setting.turns.leave(self)  # a request that waits costs us nothing
+                    self._setting.turns.leave(self)  # a waiting request costs nothing here
                 case CancelReplay():
                     self._end_replay()
                 case Clear():
@@ -633,7 +636,7 @@ class Worker:
             if whose is None or self.gone:
                 return
             rank = whose
-        # If several workers share one sequence, each has a part of it, and none has a position in it.
+        # If several workers share one sequence, each has only a part of it, and no position in it.
         joined = joined and (ranks is None or not ranks.several)
         if setting.taps:
             topic = self.replay_topic if self.seen_topic is None else self.seen_topic
@@ -679,7 +682,7 @@ class Worker:
         for reason, count in report.reasons.items():
             self.errors[reason] += count
             if reason not in self.explained and reason not in _HARMLESS:
-                # Once for each reason until the worker starts from scratch. The counters have all of them.
+                # Once for each reason until the worker starts from scratch. The counters contain every occurrence.
                 self.explained |= {reason}
                 self._say(reason, self._explain(reason, payload), now, logging.WARNING)
 
@@ -764,7 +767,7 @@ class Worker:
             self.replay = None
         self._setting.turns.leave(self)
 
-    # --------------------------------------------------------------------------------------- what others get to know
+    # ------------------------------------------------------------------------------------------------------- reports
 
     def compare_state(self) -> None:
         """Report the worker's state if it has changed: the worse of the stream's and the index's."""
@@ -904,7 +907,7 @@ class Worker:
         )
 
     def _say(self, kind: str, detail: str, now: float, level: int | None = None) -> None:
-        """Log an incident. Of many in a short time, a few are logged and the rest are counted."""
+        """Log an incident. If many occur in a short time, a few are logged and the rest are counted."""
         self.tokens = min(10.0, self.tokens + (now - self.tokens_at) * 0.5)
         self.tokens_at = now
         if self.tokens < 1.0:
