@@ -23,7 +23,8 @@ from .answers import PodMatch
 from .errors import CapacityError, EventDecodeError, InvalidTypeError, InvalidValueError, UnknownPodError
 
 _ISAS, _KINDS = ("portable", "sse2", "avx2"), ("stored", "removed", "cleared", "other")
-# Tokens, and bytes of a payload, up to which the interpreter lock is kept: getting it back from a busy thread took 10 ms at p99.9.
+# Tokens, and bytes of a payload, up to which the interpreter lock is kept. Getting it back from a busy thread took
+# 10 ms at p99.9.
 cdef type _ARRAY = np.ndarray
 cdef Py_ssize_t RELEASE_FROM = 16384, INGEST_RELEASE_FROM = 4096
 
@@ -38,7 +39,7 @@ cdef class Index:
     cdef object __weakref__
     cdef readonly uint32_t block_size
     cdef readonly uint64_t hash_seed
-    # Numbers of names: they never become wrong, since no number is used twice. The core has the list of pods.
+    # Numbers by name. They stay valid, because no number is used twice. The core has the list of pods.
     cdef dict uids, names
     cdef readonly object _clock
     cdef bint timed
@@ -56,8 +57,8 @@ cdef class Index:
 
     cdef uint64_t remembered(self, object pod) except? 0: return self.uids.get(pod, 0) if PyUnicode_CheckExact(pod) else 0
 
-    # The pod's number, a new one if there is none. It is found before the call waits for anything: calls that are on their
-    # way to a pod have no effect if the pod is removed meanwhile.
+    # The pod's number, or a new one if the pod is not known. It is found before the call waits for anything: calls that
+    # are on their way to a pod have no effect if the pod is removed meanwhile.
     cdef uint64_t uid(self, object pod) except 0:
         cdef string name
         cdef uint64_t found = self.remembered(pod)
@@ -135,7 +136,7 @@ cdef class Index:
         if b.n < INGEST_RELEASE_FROM:
             taken = self.ix.ingest(uid, <const uint8_t*>b.data, b.n, name, rank, number, False, report.r, ts, report.dp_rank, fault)
         while taken == BUSY or taken == UNKNOWN:
-            # A pod that is not there begins with its first batch, not with garbage in its name.
+            # A pod that does not exist yet begins with its first batch, not with a payload that is no batch.
             if taken == UNKNOWN:
                 uid = self.uid(pod)
             elif not self.ix.directory().has(uid):
@@ -433,7 +434,7 @@ cdef class Index:
 
     def _load(self, const uint8_t[::1] data):
         with nogil: self.ix.load(&data[0], len(data))
-        # Of pods that have gone, nobody would take them out.
+        # The numbers of pods that no longer exist would otherwise stay here.
         self.uids.clear()
         self.names.clear()
 

@@ -54,7 +54,8 @@ cdef dict _stored(_Ints payload, const Batch& batch, const Event& e):
 
 
 def decode_events(payload):
-    """``(ts, dp_rank, [(kind, reason, fields), ...])``: of an event that cannot be applied the reason, and as fields the name of its type."""
+    """Returns ``(ts, dp_rank, [(kind, reason, fields), ...])``. An event that cannot be applied has the reason, and
+    only the name of its type as fields."""
     cdef _Ints b = _payload(payload)
     cdef Batch batch
     cdef DecodeFault fault
@@ -78,8 +79,8 @@ def decode_events(payload):
 
 
 def lift_tokens(bytes body, bytes name):
-    """``(token ids as uint32, the JSON object with an empty array in their place)``, or None where the object has under ``name``
-    anything but an array of token ids."""
+    """Returns ``(token ids as uint32, the JSON object with an empty array in their place)``, or None if the object has
+    anything but an array of token ids under ``name``."""
     cdef Py_ssize_t size = len(body)
     tokens = np.empty(size // 2 + 1, dtype=np.uint32)
     cdef uint32_t[::1] out = tokens

@@ -1,7 +1,7 @@
-# The loads of workers, for routing.py: numbers in, numbers out. Calls are made one after another; routing.py has the lock.
+# The loads of workers, for routing.py: numbers in, numbers out. Calls never overlap, because routing.py has the lock.
 
 cdef class Loads:
-    """Which worker has how much to do, and the choice of one."""
+    """The load of each worker, and the choice of a worker."""
 
     cdef NativeLoads* loads
     cdef Index index
@@ -31,7 +31,8 @@ cdef class Loads:
         return c.at, c.pod, self.index.names.get(c.pod) or self.index.name(c.pod), c.rank, c.reused, c.whole, c.candidates, c.cost
 
     def expect(self, uint64_t pod, int64_t rank, model, tokens, lora_name, cache_salt, extra_keys, double until):
-        """What PrefixIndex.add_prefix does, but for a pod that was removed since the choice, which it would open anew."""
+        """As PrefixIndex.add_prefix, except for a pod that was removed since the choice, which
+        add_prefix would create again."""
         cdef _Ints t = _tokens(tokens)
         cdef Prompt p
         cdef string space
@@ -43,7 +44,8 @@ cdef class Loads:
         with nogil: index.ix.guess(pod, rank, space, p, until)
 
     def reserve(self, pod, int64_t rank, uint64_t prefill, uint64_t context):
-        """``(row, pod's number)`` of a worker that got a request by another way, or None where there is no such worker."""
+        """Returns ``(row, pod's number)`` of a worker that got a request from another router, or None
+        if there is no such worker."""
         cdef string name
         cdef uint32_t at
         _text(pod, "pod", name)
@@ -60,7 +62,7 @@ cdef class Loads:
     def finished(self, uint32_t at, uint64_t pod, uint64_t prefill, uint64_t context): self.loads.finished(at, pod, prefill, context)
 
     def rows(self):
-        """``[(pod, rank, tokens to prefill, tokens of context, requests)]`` of the workers that there are."""
+        """Returns ``[(pod, rank, tokens to prefill, tokens of context, requests)]`` of the existing workers."""
         cdef vector[WorkerLoad] rows
         with nogil: rows = self.index.ix.loads(self.loads[0])
         out = []

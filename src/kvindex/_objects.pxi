@@ -1,6 +1,6 @@
-# Objects of callers as native memory, and native memory as objects. No pointer into one is kept across a call that may run Python code:
-# a buffer is exported for as long as it is read, texts are copied or held by the object that refers to them, and a list that Python code
-# may change is read as a tuple.
+# Objects of callers as native memory, and native memory as objects. No pointer into an object is kept across a call
+# that may run Python code. A buffer is exported for as long as it is read. Texts are copied, or held by the object that
+# refers to them. A list that Python code may change is read as a tuple.
 
 @freelist(8)
 cdef class _Ints:
@@ -79,7 +79,8 @@ cdef _Ints _tokens(object tokens, str what="tokens"):
     out = v.room(n)
     at = read_tokens(PySequence_Fast_ITEMS(items), n, out)
     if at < n and isinstance(items, list):
-        # Objects other than plain ints run Python code, which may change a list. Until here none has run.
+        # Objects other than plain ints run Python code, which may change a list. No Python code has
+        # run before this point.
         items = PyList_AsTuple(items)
     if PySequence_Fast_GET_SIZE(items) != n:
         raise InvalidValueError(f"{what} changed while it was read")
@@ -121,7 +122,7 @@ cdef int _prompt(_Ints tokens, object lora_name, object cache_salt, object extra
     return 0
 
 
-# A call of Python costs 0.2 us, and ingest would make two.
+# A Python call costs 0.2 us, and ingest would make two.
 cdef int64_t _whole(object value, str what, int64_t high) except? -1:
     cdef int beyond = 0
     cdef int64_t n = PyLong_AsLongLongAndOverflow(value, &beyond) if PyLong_CheckExact(value) else -1

@@ -1,4 +1,4 @@
-// Token ids out of Python's own objects. Kept outside of _native, which does not depend on Python.
+// Token ids from Python's own objects. Separate from _native, which does not depend on Python.
 #pragma once
 
 #include <Python.h>
@@ -15,9 +15,9 @@ inline constexpr bool kListsMayChange = true;
 inline constexpr bool kListsMayChange = false;
 #endif
 
-// Reads ints straight from their objects. Stops at the first item that is not exactly an int of 0 .. 2^32-1 and returns
-// its index, or n. PyLong_AsLong costs 5 ns an item, which is as much as hashing. The digits are accessible, and
-// stable, in 3.11.
+// Reads ints straight from their objects. Stops at the first item that is not
+// exactly an int of 0 .. 2^32-1 and returns its index, or n. PyLong_AsLong costs 5
+// ns an item, which is as much as hashing; the digits lie open, and stable, in 3.11.
 inline Py_ssize_t read_tokens(PyObject* const* items, Py_ssize_t n, uint32_t* out) {
     for (Py_ssize_t i = 0; i < n; ++i) {
         PyObject* o = items[i];
@@ -49,7 +49,7 @@ inline Py_ssize_t read_tokens(PyObject* const* items, Py_ssize_t n, uint32_t* ou
     return n;
 }
 
-// The bytes of each item if a buffer has native integers of four or eight bytes, else 0.
+// Bytes of each item if a buffer has native integers of four or eight, else 0.
 inline int int_width(const Py_buffer* view, bool* is_signed) {
     const char* f = view->format ? view->format : "B";
     if (*f == '@' || *f == '=' || *f == '<') ++f;
@@ -57,8 +57,8 @@ inline int int_width(const Py_buffer* view, bool* is_signed) {
     return *f && !f[1] && std::strchr("ilqILQ", *f) ? static_cast<int>(view->itemsize) : 0;
 }
 
-// Like read_tokens, for arrays of 4- or 8-byte integers that are `stride` bytes apart. Returns the index of the first
-// value out of range, or n.
+// The same for arrays of 4- or 8-byte integers, `stride` bytes apart.
+// Returns the index of the first value out of range, or n.
 inline Py_ssize_t narrow_tokens(const char* p, Py_ssize_t n, Py_ssize_t stride, int width, bool is_signed,
                                 uint32_t* out) {
     for (Py_ssize_t i = 0; i < n; ++i, p += stride) {
@@ -68,7 +68,7 @@ inline Py_ssize_t narrow_tokens(const char* p, Py_ssize_t n, Py_ssize_t stride, 
             if (is_signed && (v >> 31)) return i;
             out[i] = v;
         } else {
-            // Read as unsigned, a negative 64-bit value is larger than any u32, so one test serves both.
+            // A negative 64-bit value is larger than any u32 when read as unsigned, so one test serves both.
             uint64_t v;
             std::memcpy(&v, p, 8);
             if (v >> 32) return i;
@@ -78,7 +78,7 @@ inline Py_ssize_t narrow_tokens(const char* p, Py_ssize_t n, Py_ssize_t stride, 
     return n;
 }
 
-// The index of the first value of a contiguous int32 array that cannot be read as u32, or n if there is no such value.
+// Whether all of a contiguous int32 array may be read as u32; the index of the first value that may not, or n.
 inline Py_ssize_t first_negative(const int32_t* p, Py_ssize_t n) {
     int32_t all = 0;
     for (Py_ssize_t i = 0; i < n; ++i) all |= p[i];

@@ -169,8 +169,8 @@ class Changes:
         self._waiting: deque[StateChange] = deque(maxlen=max(1, limit))
         self._arrived = asyncio.Event()
         self._over = False
-        # The manager knows it weakly, so that an iterator which is merely left (a break out of the loop) is not fed for
-        # ever.
+        # The manager refers to the iterator weakly, so that an iterator that is abandoned (a break out of the loop)
+        # does not receive changes forever.
         me = weakref.ref(self)
 
         def put(change: StateChange) -> None:

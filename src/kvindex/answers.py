@@ -14,7 +14,7 @@ STATES: Final[tuple[Verdict, ...]] = ("exact", "degraded", "stale")
 ENGINES: Final = ("vllm", "sglang", "trtllm")
 REPORT = ("stored", "removed", "cleared", "parked", "skipped", "errors", "reasons")
 
-# The meanings of a row.
+# Flags for the meanings of a row.
 REUSED, HELD, MEDIUM, TIER = 1, 2, 4, 8
 # Rank, medium (None: all together), meanings, blocks, index into STATES.
 Row: TypeAlias = "tuple[int, bytes | None, int, int, int]"
@@ -35,7 +35,7 @@ class PodMatch(NamedTuple):
     state: Verdict
     """State of the pod at the time of the answer: ``"exact"``, ``"degraded"`` or ``"stale"``."""
     held: int
-    """Tokens of the prefix of which some medium holds every block, before any rule of the engine."""
+    """Tokens of the longest prefix whose blocks are each held by some medium, before any rule of the engine."""
     tiers: dict[str, int]
     """``{medium: tokens}``: the end of the prefix after each medium, in the order in which an engine reads them. The
     figures are cumulative, and a medium that adds no tokens is left out. Empty for a pod with several media and no
@@ -109,7 +109,7 @@ class WorkerStats(TypedDict):
     """Stored hashes that wait for their parent."""
     state: Verdict
     last_seq: int | None
-    """Sequence number of the last batch; None where batches came without numbers."""
+    """Sequence number of the last batch; None if batches came without numbers."""
     in_doubt: bool
     """Whether a clear left open which media it cleared."""
     lookahead: list[int]
@@ -119,7 +119,7 @@ class WorkerStats(TypedDict):
 
 def pod_match(rows: Sequence[Row], block_size: int) -> PodMatch:
     """Combines the rows of one pod."""
-    if len(rows) == 1:  # Most pods: half the time of what is below.
+    if len(rows) == 1:  # Most pods. It takes half the time of the code below.
         rank, medium, says, blocks, own = rows[0]
         found = blocks * block_size
         only = {medium.decode("utf-8", "surrogateescape"): found} if medium else {}
@@ -139,7 +139,7 @@ def pod_match(rows: Sequence[Row], block_size: int) -> PodMatch:
             ranks[rank] = max(ranks.get(rank, 0), tokens)
         if says & HELD:
             held = max(held, tokens)
-        if medium:  # Empty: the medium has gone.
+        if medium:  # An empty name means that the medium has gone.
             # Names of media come from the wire and need not be UTF-8.
             name = medium.decode("utf-8", "surrogateescape")
             if says & MEDIUM:

@@ -24,7 +24,7 @@ HASHED = ("local_hashes", "prefix_hashes")
 TOKENS_ARE = "tokens are a uint32, int32, int64 or uint64 array, or a sequence of ints"
 
 
-# Messages show the beginning of a value, however large it is, and whether or not it can show itself.
+# Messages show the beginning of a value, however large it is, and even if its repr fails.
 _repr = Repr()
 _repr.maxstring = _repr.maxother = 120
 
@@ -36,7 +36,7 @@ def shown(value: Any) -> str:
         return f"<{type(value).__name__}>"
 
 
-# The errors of msgpack for nesting that is too deep for it.
+# The errors of msgpack for nesting that is too deep.
 TooDeep = (msgpack.StackError, RecursionError)
 
 
@@ -46,7 +46,7 @@ def unpacked(data: bytes) -> Any:
 
 
 def listed(some: Sequence[bytes], of: int) -> str:
-    """The pods that a message names: some, and how many there are besides."""
+    """Name some pods in an error message, with the number of the others."""
     if not of:
         return "it has no pods yet"
     names = ", ".join(sorted(shown(name.decode("utf-8", "surrogateescape"))[1:-1] for name in some))
@@ -94,7 +94,8 @@ def called(value: Any, what: str) -> Any:
 
 
 def eagle(value: Any) -> tuple[int, list[int]]:
-    """Whether groups drop the last matched block (-1: not given), and the list of these groups; an empty one is all."""
+    """Return whether groups drop the last matched block (-1: not given), and the list of these
+    groups, empty for all."""
     if value is None or isinstance(value, (bool, np.bool_)):
         return (-1 if value is None else int(value)), []
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
@@ -125,7 +126,8 @@ def seconds(value: Any, what: str) -> float:
 
 
 def octets(value: Any, what: str) -> bytes:
-    """A copy unless it is bytes: another thread may write to a buffer that is read without the interpreter lock."""
+    """Return bytes, by a copy of other buffers: another thread may write to a buffer that is read without the
+    interpreter lock."""
     if type(value) is bytes:
         return value
     try:
@@ -164,7 +166,8 @@ def unmasked(value: Any, what: str) -> None:
 
 
 def budget(max_bytes: Any) -> int:
-    """In bytes, 0 for none. Below the least the first chain's tables have no room, and nothing would ever be kept."""
+    """Return the budget in bytes, 0 for no limit. Below the minimum, the first chain's tables would have no room, and
+    no content would ever be kept."""
     return 0 if max_bytes is None else whole(max_bytes, "max_bytes", 1 << 15, (1 << 63) - 1)
 
 
@@ -181,7 +184,7 @@ def utf8(value: Any, what: str) -> bytes:
     if not isinstance(value, str):
         raise InvalidTypeError(f"{what} is {shown(value)}; it must be a str")
     try:
-        # Names that came out of a payload may hold bytes that are no UTF-8; they go back as they came.
+        # Names from a payload may contain bytes that are not UTF-8. They are encoded to the same bytes again.
         return value.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
         raise InvalidValueError(f"{what} is {shown(value)}, which has no UTF-8 form") from None
@@ -212,7 +215,7 @@ def field(event: Any, name: str) -> Any:
 
 
 def hashed_fields(event: Any) -> tuple[int, bytes, npt.NDArray[np.uint64], int, bytes | None]:
-    """The fields that stored and removed events share: rank, model, hashes, group (-1: not given) and medium."""
+    """Return the fields that stored and removed events share: rank, model, hashes, group (-1: not given) and medium."""
     group = field(event, "group_idx")
     return (
         rank(field(event, "dp_rank")),
@@ -224,7 +227,7 @@ def hashed_fields(event: Any) -> tuple[int, bytes, npt.NDArray[np.uint64], int, 
 
 
 def remaining(event: Any) -> Any:
-    """The number of copies that stay of each removed hash; empty if the event does not contain it."""
+    """Return the number of remaining copies of each removed hash; empty if the event does not contain it."""
     counts = event.remaining_copy_counts
     if counts is None:
         return ()
@@ -238,9 +241,9 @@ def remaining(event: Any) -> Any:
 
 
 def stored_fields(event: Any) -> tuple[bool, int, int, int, int, list[bytes | None], int, list[int]]:
-    """The fields of a BlockStored alone: whether it has a parent, that, block size, window, adapter, texts, keys, form.
+    """Return the fields of a BlockStored alone: has_parent, parent, block size, window, adapter, texts, keys, form.
 
-    The form is that of the content: 0 for tokens, otherwise the number of the field in HASHED, and 1.
+    The form is that of the content: 0 for tokens, otherwise the index of the field in HASHED plus 1.
     """
     tokens = field(event, "token_ids")
     hashed = content_hashes(event)
@@ -267,7 +270,7 @@ def stored_fields(event: Any) -> tuple[bool, int, int, int, int, list[bytes | No
 
 
 def lookahead(event: Any, hashed: Any) -> list[int]:
-    """The lookahead tokens of all blocks, one list after another."""
+    """Return the lookahead tokens of all blocks, one list after another."""
     lists = event.lookahead_token_ids
     if lists is None:
         return []
@@ -295,7 +298,7 @@ def lookahead(event: Any, hashed: Any) -> list[int]:
 
 
 def content_hashes(event: Any) -> tuple[str, Any] | None:
-    """The field that gives its blocks' hashes in place of tokens, and those."""
+    """Return the name and the value of the field that has hashes in place of tokens, or None."""
     given = [(name, field(event, name)) for name in HASHED if field(event, name) is not None]
     if len(given) > 1:
         raise InvalidValueError("local_hashes and prefix_hashes are both given; give one of them")
@@ -303,7 +306,7 @@ def content_hashes(event: Any) -> tuple[str, Any] | None:
 
 
 def with_content(event: Any, hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The event's hashes, and behind them those that stand for its blocks' content, if it has them."""
+    """Return the event's hashes, followed by those that stand for its blocks' content if it has them."""
     hashed = content_hashes(event)
     if hashed is None:
         return hashes
@@ -333,7 +336,8 @@ def token(value: Any, what: str, at: int) -> int:
 
 
 def fold(value: Any, what: str) -> int:
-    """An engine hash as u64: ints as they are (signed ones wrap), bytes by their last eight, big-endian (vLLM)."""
+    """Return an engine hash as u64: ints as they are (signed ones wrap), bytes by their last
+    eight, big-endian (vLLM)."""
     if isinstance(value, (bytes, bytearray)):
         if not value:
             raise InvalidValueError(f"{what} is empty bytes; an engine hash has at least one")
@@ -362,7 +366,7 @@ def hash_array(values: Any, what: str) -> npt.NDArray[np.uint64]:
 
 
 def packed_keys(extra_keys: Any) -> bytes:
-    """extra_keys in the form that events have them, so that one native reader serves both."""
+    """Return extra_keys in the form that events have, so that one native reader serves both."""
     if extra_keys is None:
         return b""
     if isinstance(extra_keys, (str, bytes)) or not hasattr(type(extra_keys), "__len__"):

@@ -27,7 +27,7 @@ __all__ = ["PrefixIndex"]
 
 _FOREVER = 0x7FFFFFFFFFFFFFFF  # nanoseconds, as the core has it
 _NO_HASHES = np.empty(0, dtype=np.uint64)
-_LIMITS = threading.Lock()  # of all indexes: limits are set twice a second
+_LIMITS = threading.Lock()  # shared by all indexes: limits are set twice a second
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_LIMITS.acquire, after_in_parent=_LIMITS.release, after_in_child=_LIMITS.release)
 
@@ -78,9 +78,9 @@ class PrefixIndex(Index):
 
     # No wrapper around ingest, match_prefix and match_hashes, and no __dict__: a call costs the same as on Index.
     __slots__ = ("_limits", "_owner", "_sharing")
-    _limits: dict[object, int]  # moments by their owner, from which nothing is believed; not there before the first
-    _owner: str  # who replaces the content as a whole; not there where nobody does
-    _sharing: Any  # with other routers; not there without
+    _limits: dict[object, int]  # moments by owner after which no state is valid; unset before the first
+    _owner: str  # the owner that replaces the content as a whole; unset without one
+    _sharing: Any  # the sharing with other routers; unset without it
 
     # For inspect.signature and help(): a compiled class has no signature with types.
     def __new__(
@@ -387,7 +387,7 @@ class PrefixIndex(Index):
         self._set_limit(None, max(-_FOREVER, min(moment, _FOREVER)))
 
     def _limit(self, owner: object, until: float | None) -> None:
-        """As :meth:`trust`, for one of several owners: the earliest moment counts. None: this one has no limit."""
+        """As :meth:`trust`, for one of several owners: the earliest moment counts. None removes this owner's limit."""
         self._set_limit(owner, _FOREVER if until is None else round(1e9 * until))
 
     def _set_limit(self, owner: object, moment: int) -> None:
@@ -606,10 +606,10 @@ class PrefixIndex(Index):
         return index
 
     def _restore(self, data: bytes, where: str) -> None:
-        """Replaces the content by that of a snapshot, at once, and needs memory for both meanwhile. O(bytes).
+        """Replaces the content by that of a snapshot, at once. Both need memory meanwhile. O(bytes).
 
         Matches continue with the previous content until the new one is complete. No manager follows pods meanwhile, and
-        ``_owner`` is set, which keeps others from it.
+        ``_owner`` is set, which keeps other managers from it.
 
         Raises:
             SnapshotError: The snapshot is damaged, or of an index with other settings. Nothing was changed.
@@ -621,7 +621,7 @@ class PrefixIndex(Index):
                     f"{where} has block size {head['block_size']} and seed {head['seed']}, this index has"
                     f" {self.block_size} and {self.hash_seed}"
                 )
-            # Content that is loaded counts as touched now, so the index has to know what time it is.
+            # Loaded content counts as used now, so the index needs the current time.
             self._expire(self._clock())
             self._load(data)
 

@@ -67,7 +67,7 @@ _WORKER_COUNTERS = (
     ("kvindex_worker_restarts", "restarts", "Times that another process was found behind the endpoint."),
     ("kvindex_worker_throttled", "throttled", "Times that the worker waited for its rate limit."),
 )
-# Of a ReplicationStatus. None has no series.
+# Fields of a ReplicationStatus. A value of None has no series.
 _ROLES = ("collector", "follower", "direct")
 _LOG_GAUGES = (
     ("kvindex_log_trusted", "trusted", "Whether the log is alive; if not, every pod is stale here."),

@@ -46,13 +46,13 @@ __all__ = ["Choice", "EndpointPicker"]
 
 log = logging.getLogger(__name__)
 
-#: A token that a tier holds, in tokens of the engine's own pool.
+#: The value of a token that a tier holds, in tokens of the engine's own pool.
 CREDIT: Final[Mapping[str, float]] = {"GPU": 1.0, "CPU": 0.8, "DISK": 0.5}
-#: Upper bounds of the histograms; one bucket more counts what is larger.
+#: Upper bounds of the histograms; one more bucket counts larger values.
 ERROR_TOKENS: Final = (0, 16, 64, 256, 1024, 4096, 16384)
 PICK_SECONDS: Final = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 5e-3, 2.5e-2)
 
-# The latest reports of a pod that are compared, and the number of wrong ones from which it is not chance.
+# The latest reports of a pod that are compared, and the number of reports below which no reason is derived from them.
 _RECENT, _ENOUGH = 64, 16
 # Blocks at the beginning of a prompt that are kept to find a shift by one token.
 _HEAD = 4
@@ -150,7 +150,7 @@ _PICKERS: weakref.WeakSet[EndpointPicker] = weakref.WeakSet()
 
 
 def _renew_locks() -> None:
-    # Another thread may have held one at the fork, and nobody would release it in the child.
+    # Another thread may have held a lock at the fork, and no thread would release it in the child.
     for each in list(_PICKERS):
         each._lock = Lock()
 
@@ -241,7 +241,7 @@ class EndpointPicker:
         self._reservation_ttl = _lasting(reservation_ttl, "reservation_ttl")
         self._speculative_ttl = arguments.seconds(speculative_ttl, "speculative_ttl")
         self._max_in_flight = arguments.whole(max_in_flight, "max_in_flight", 1, 2**31)
-        # A pick is one step: of two requests with one new prefix, the second sees where the first goes.
+        # A pick is one step: of two requests with one new prefix, the second sees the pod of the first.
         self._lock = Lock()
         _PICKERS.add(self)
         self._open: OrderedDict[int, Choice] = OrderedDict()
@@ -252,7 +252,7 @@ class EndpointPicker:
         self._sources: dict[str, PodSource] | None = None
         self._stop: Callable[[], None] | None = None
         self._filters: dict[Any, PodSet] = {}
-        # Requests of other routers, which a ReplicatedIndex with share=True brings.
+        # Requests of other routers, which a ReplicatedIndex with share=True delivers.
         self._others: dict[Any, tuple[int, int, int, int]] = {}
         self._line: Any = None
         if manager is not None:
@@ -316,7 +316,7 @@ class EndpointPicker:
             )
             n = len(tokens)  # type: ignore[arg-type]
             found = self._loads.choose(match, n, model, pods, now)
-            # A pod that was removed within this call has no name any more.
+            # A pod that was removed during this call no longer has a name.
             if found is None or (pod := found[2]) is None:
                 self._unplaced += 1
                 return None
@@ -478,7 +478,7 @@ class EndpointPicker:
     def __repr__(self) -> str:
         return f"EndpointPicker({self._picks} picks, {len(self._open)} in flight)"
 
-    # ---- which pods -------------------------------------------------------------------------------------------------
+    # ---- pods -------------------------------------------------------------------------------------------------------
 
     def _changed(self, _: PodsChange | None = None) -> None:
         with self._lock:
@@ -500,7 +500,7 @@ class EndpointPicker:
             raise InvalidValueError("labels need a manager: EndpointPicker(index, manager)")
         wanted = {} if labels is None else dict(_mapping(labels, "labels"))
         key = (model, tuple(sorted(wanted.items())), pods)
-        # The dict of this moment: a change of the pods puts another in its place.
+        # The dict of this moment: a change of the pods replaces it by another.
         filters = self._filters
         found = filters.get(key)
         if found is None:
@@ -538,10 +538,10 @@ class EndpointPicker:
         if self._line is not None:
             self._line.finished(choice)
 
-    # ---- those of other routers, from a thread that reads them ------------------------------------------------------
+    # ---- reservations of other routers, from the thread that reads them ---------------------------------------------
 
     def _other_began(self, key: Any, pod: str, rank: int, prefill: int, context: int) -> bool:
-        """Counts a request of another router as the worker's; False if there is no such worker here."""
+        """Counts a request of another router as the worker's. Returns False if there is no such worker here."""
         with self._lock:
             found = self._loads.reserve(pod, rank, prefill, context)
             if found is not None:
@@ -581,7 +581,7 @@ class EndpointPicker:
         return rows
 
     def _shift(self, pod: str, head: tuple[list[int], str, str | None, str | None]) -> str:
-        """Whether the pod holds the prompt without its first token, or with its first token twice."""
+        """Returns a text if the pod holds the prompt without its first token, or with its first token twice."""
         ids, model, lora_name, cache_salt = head
         for shifted, said in ((ids[1:], "one too many"), ([ids[0], *ids], "one too few")):
             match = self._index.match_prefix(shifted, model=model, lora_name=lora_name, cache_salt=cache_salt)
@@ -619,7 +619,7 @@ def _reason(recent: Iterable[tuple[int, int, int]], block: int, said: str) -> st
     aligned = [each for each in wrong if each[0] == each[1] and each[0] % block == 0]
     if len(aligned) >= 4 and aligned == wrong and all(each[1] - each[2] in range(1, 8 * block + 1) for each in wrong):
         return "a prompt that is wholly cached is reused less its last block: set engine='vllm' for the pod"
-    # A warning stays until fewer reports are wrong, or a share of about a half would be logged again and again.
+    # A warning stays until fewer reports are wrong. Otherwise a share of about a half would be logged again and again.
     if len(seen) < _ENOUGH or (4 if said else 2) * len(wrong) < len(seen):
         return ""
     held = [each for each in seen if each[1]]

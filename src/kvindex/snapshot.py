@@ -1,4 +1,5 @@
-"""Snapshots as files: written as a whole or not at all, read from regular files only. It knows no index."""
+"""Snapshots as files: written as a whole or not at all, read from regular files only. It does
+not depend on an index."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ def refused(where: str) -> Iterator[None]:
 
 
 def head(data: bytes, size: int) -> dict[str, int]:
-    """The properties of an index, from the first bytes of its snapshot of ``size`` bytes."""
+    """Return the properties of an index, from the first bytes of its snapshot of ``size`` bytes."""
     return snapshot_head(data[:_HEAD], size)
 
 
@@ -58,14 +59,14 @@ def write(path: str, data: memoryview) -> None:
 
 
 def read(path: str) -> bytes:
-    """The bytes of a file that begins as a snapshot does, and has the length that its beginning gives."""
+    """Return the bytes of a file that begins as a snapshot does, and has the length that its beginning gives."""
     with refused(path):
         try:
             # Opening a pipe would wait for its other end.
             with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
                 found = os.fstat(file.fileno())
                 _only_regular(found)
-                # A large file that is no snapshot is not brought into memory.
+                # A large file that is not a snapshot is not read into memory.
                 head(file.read(_HEAD), found.st_size)
                 file.seek(0)
                 return file.read(found.st_size)
@@ -92,7 +93,8 @@ def _replace(folder: int, name: str, data: memoryview) -> None:
         found = os.stat(name, dir_fd=folder)
         _only_regular(found)
         mode = stat.S_IMODE(found.st_mode)
-    # In the same directory, for a rename does not cross file systems. Its name is short, even if the other's is long.
+    # In the same directory, because a rename does not cross file systems. The name is short, even if
+    # the other one is long.
     beside = f".kvindex-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC

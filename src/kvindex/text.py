@@ -40,11 +40,11 @@ __all__ = ["EncodeError", "PromptEncoder", "RemoteEncoder"]
 
 _Ids: TypeAlias = npt.NDArray[np.uint32]
 
-# Bytes of an entry beside its text and its ids: a slot, an array's header, a link.
+# Bytes of an entry in addition to its text and its ids: a slot, an array's header, a link.
 _ENTRY: Final = 300
-# A text that is cut more often is encoded whole: putting it together again would hold the interpreter lock.
+# A text with more parts is encoded as a whole: joining its parts would hold the interpreter lock.
 _MOST_PARTS: Final = 4096
-# Of an engine's answer: ids of a million tokens are about 8 MB of JSON.
+# The most bytes of an engine's answer: ids of a million tokens are about 8 MB of JSON.
 _MOST_BYTES: Final = 64 << 20
 
 
@@ -121,7 +121,7 @@ class _Encoder:
             }
 
     def _remembered(self, key: str, make: Callable[[], _Ids]) -> _Ids:
-        """For a text that cannot be cut: its ids as a whole, from the cache if they are there."""
+        """Returns the ids of a text that cannot be cut, from the cache if they are there."""
         if (ids := self._cache.get([key])[key]) is not None:
             return self._count(ids, len(ids))
         ids = make()
@@ -234,7 +234,7 @@ class PromptEncoder(_Encoder):
         parts = self._cut(text)
         if parts is None or len(parts) < 2:
             return self._remembered(text, lambda: self._encoded([text])[0])
-        # Each begins with the token that ends the one before.
+        # Each part begins with the token that ends the one before.
         keys = [text[begin:end] for begin, end, _ in parts]
         found = self._cache.get(keys)
         missing = [key for key, ids in found.items() if ids is None]
@@ -242,7 +242,7 @@ class PromptEncoder(_Encoder):
             for key, ids in zip(missing, self._encoded(missing), strict=True):
                 self._cache.put(key, ids)
                 found[key] = ids
-        # Filled just now where it was missing.
+        # Missing ones were filled in just now.
         pieces: list[_Ids] = [found[key] for key in keys]  # type: ignore[misc]
         new = set(missing)
         reused = sum(
@@ -301,7 +301,7 @@ class PromptEncoder(_Encoder):
 
     # Source: vLLM 0.33's renderers/chat_utils/chat_message.py, SGLang 0.5.23's openai/serving_chat.py.
     def _as_read(self, message: Any) -> Any:
-        """A message of an OpenAI request as engines give it to a template."""
+        """Converts a message of an OpenAI request to the form in which engines pass it to a template."""
         if not isinstance(message, Mapping):
             return message
         read = dict(message)
@@ -310,7 +310,7 @@ class PromptEncoder(_Encoder):
             read["content"] = ""
         elif isinstance(content, list) and (not (parts := self._parts_are_read()) or read.get("role") == "tool"):
             texts = [text for part in content if (text := _text(part)) is not None]
-            # Images and the like are the template's business.
+            # Images and the like are left to the template.
             if len(texts) == len(content):
                 read["content"] = self._separator.join(text for text in texts if text or parts)
         if read.get("role") == "assistant" and isinstance(calls, list):
@@ -320,7 +320,7 @@ class PromptEncoder(_Encoder):
         return read
 
     def _parts_are_read(self) -> bool:
-        """Whether the template makes the same of a text and of a list with that text as its part."""
+        """Whether the template renders a text and a list with that text as its part in the same way."""
         if self._reads_parts is None:
             assert self._template is not None
             text = "a text"
@@ -334,7 +334,7 @@ class PromptEncoder(_Encoder):
             self._reads_parts = found[1] is not None and found[0] in (None, found[1])
         return self._reads_parts
 
-    # ---- one kind of tokenizer each ---------------------------------------------------------------------------------
+    # ---- kinds of tokenizers ----------------------------------------------------------------------------------------
 
     def _encoded(self, texts: list[str]) -> list[_Ids]:
         try:
@@ -355,7 +355,7 @@ class PromptEncoder(_Encoder):
         try:
             found = type(tokenizer).from_str(tokenizer.to_str())
         except Exception:
-            # One with parts in Python has no text form.
+            # A tokenizer with parts in Python has no text form.
             return tokenizer
         found.encode_special_tokens = tokenizer.encode_special_tokens
         found.no_truncation()
@@ -363,7 +363,7 @@ class PromptEncoder(_Encoder):
         return found
 
     def _cut(self, text: str) -> list[tuple[int, int, int]] | None:
-        """(begin, end, id of the token at its end) of each part; None where there are too many."""
+        """Returns (begin, end, id of the token at its end) of each part, or None if there are too many."""
         if self._mark is None:
             return None
         parts, begin = [], 0
@@ -372,20 +372,22 @@ class PromptEncoder(_Encoder):
             if len(parts) > _MOST_PARTS:
                 return None
             begin = found.start()
-        # The last one ends with the text; where a token ends that, it is nothing but the token.
+        # The last part ends with the text. If a token ends the text, this part would be only the
+        # token, and is left out.
         if not parts or parts[-1][1] < len(text):
             parts.append((begin, len(text), -1))
         return parts
 
     def _remembering(self, tokenizer: Any) -> Any:
-        """mistral-common's tokenizer with the same text encoded once: copies, so that the user's own stays as it is."""
+        """Returns copies of mistral-common's tokenizer that encode a text once. The user's own
+        tokenizer stays as it is."""
         ours = copy.copy(tokenizer)
         ours.instruct_tokenizer = instruct = copy.copy(tokenizer.instruct_tokenizer)
         instruct.tokenizer = base = copy.copy(instruct.tokenizer)
         encode: Callable[..., list[int]] = type(base).encode
 
         def remembered(s: str, bos: bool, eos: bool) -> list[int]:
-            # Short ones cost more to look up.
+            # For short texts, a look-up costs more than encoding.
             if bos or eos or len(s) < 32:
                 return encode(base, s, bos=bos, eos=eos)
             ids = self._cache.get([s])[s]
@@ -399,7 +401,7 @@ class PromptEncoder(_Encoder):
             return tokens
 
         base.encode = remembered
-        # The text of all ids is not needed here, and would take as long as encoding it.
+        # The text of all ids is not needed here, and decoding it would take as long as encoding it.
         base.decode = lambda *_, **__: ""
         return ours
 
@@ -518,7 +520,7 @@ class RemoteEncoder(_Encoder):
                 "POST", self._url, body=body.encode(), timeout=self._wait(self._timeout), retries=False,
                 redirect=False, preload_content=False,
             )  # fmt: skip
-            # Piece by piece, since a time-out is one of each read and a server may send a byte at a time.
+            # In pieces, because a timeout applies to each read and a server may send a byte at a time.
             while piece := answer.read1(1 << 16):
                 data += piece
                 if len(data) > _MOST_BYTES:
@@ -529,7 +531,7 @@ class RemoteEncoder(_Encoder):
         except (self._errors, OSError) as error:
             raise EncodeError(f"{self._url} returned no token ids: {error}") from error
         finally:
-            # One that was not read to its end cannot be used again.
+            # A connection whose answer was not read to its end cannot be used again.
             if answer is not None and sys.exc_info()[0] is not None:
                 answer.close()
         if answer.status != 200:
@@ -571,13 +573,13 @@ def _called(call: Any) -> Any:
 
 def _ids(tokens: Sequence[int]) -> _Ids:
     ids = np.array(tokens, dtype=np.uint32)
-    # Shared by the cache and all callers.
+    # The cache and all callers share it.
     ids.flags.writeable = False
     return ids
 
 
 def _marks(added: Mapping[int, Any]) -> dict[str, int]:
-    """The added tokens at which a text may be cut, with their ids.
+    """Returns the added tokens at which a text may be cut, with their ids.
 
     Such a token is always recognised: the tokenizer looks for it before normalization and inside words, and no other
     added token can take a part of it.
@@ -598,7 +600,7 @@ def _marks(added: Mapping[int, Any]) -> dict[str, int]:
 
 
 def _pattern(words: Iterable[str]) -> str:
-    """A regular expression for any of the words, as a tree: a list of a thousand would be tried one by one."""
+    """Returns a regular expression for any of the words, as a tree: a list of a thousand would be tried one by one."""
     tree: dict[str, Any] = {}
     for word in words:
         node = tree
@@ -617,7 +619,7 @@ def _pattern(words: Iterable[str]) -> str:
 
 
 def _compiled(template: str) -> Callable[..., str]:
-    """A chat template as transformers renders it, with the filters and globals that templates use."""
+    """Compiles a chat template as transformers does, with the filters and globals that templates use."""
     try:
         import jinja2
         from jinja2.sandbox import ImmutableSandboxedEnvironment

@@ -23,9 +23,9 @@ __all__ = ["describe_sglang", "describe_vllm"]
 
 Told: TypeAlias = tuple[dict[str, Any], dict[str, Any]]
 
-# Descriptions of a few ranks are a few hundred bytes; SGLang's /server_info with all its arguments is some 20 kB.
+# Descriptions of a few ranks take a few hundred bytes; SGLang's /server_info with all its arguments takes some 20 kB.
 _LONGEST_ANSWER = 4 << 20
-# What SGLang calls models with more than full attention, in what /server_info gives.
+# The fields in which SGLang's /server_info reports that a model has more than full attention.
 _HYBRID = ("is_hybrid", "is_hybrid_swa", "is_hybrid_ssm", "is_hybrid_model")
 
 
@@ -99,7 +99,7 @@ def describe_sglang(
 
 
 def _published(publisher: Mapping[str, Any], answers: str | None, host: str) -> tuple[str | None, str | None]:
-    """Where one rank of SGLang publishes, and answers replays: at its own endpoint, or counted from rank 0's."""
+    """Return where one rank of SGLang publishes and answers replays: at its own endpoints, or counted from rank 0's."""
     own = _reachable(publisher.get("replay_endpoint"), host)
     if own is None and answers is not None:
         own = offset_endpoint(answers, int(publisher["dp_rank"]), "the server")
@@ -128,7 +128,7 @@ def _get(url: str, path: str, timeout: float, headers: Mapping[str, str] | None)
         until = time.monotonic() + timeout
         with urllib.request.urlopen(request, timeout=timeout) as response:
             body = b""
-            # In pieces: the timeout is of each read, and a server may send a byte a second.
+            # In pieces: the timeout applies to each read, and a server may send a byte a second.
             while len(body) <= _LONGEST_ANSWER and (piece := response.read1(1 << 16)):
                 body += piece
                 if time.monotonic() > until:
@@ -142,8 +142,8 @@ def _get(url: str, path: str, timeout: float, headers: Mapping[str, str] | None)
     except (OSError, ValueError) as error:  # no route, no name, no answer in time, no HTTP
         raise StreamError(f"{where} cannot be asked: {getattr(error, 'reason', error)}") from error
     except Exception as error:
-        # http.client has no base class below Exception for what is no HTTP. Its message is what came instead: at a port
-        # of events kilobytes of token ids, which belong into no log.
+        # http.client has no base class below Exception for answers that are not HTTP. Its messages contain the bytes
+        # that came instead: at a port of events, these are kilobytes of token ids, which do not belong in a log.
         raise StreamError(f"{where} does not speak HTTP ({type(error).__name__})") from None
     if len(body) > _LONGEST_ANSWER:
         raise StreamError(f"{where} answered with more than {_LONGEST_ANSWER} bytes")

@@ -55,7 +55,7 @@ class _Version(NamedTuple):
 
 
 def _read(path: str) -> _Version:
-    # Without waiting: where somebody has put a pipe, nobody may ever write into it.
+    # Without waiting: if the path is a pipe, no process may ever write into it.
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
@@ -66,7 +66,7 @@ def _read(path: str) -> _Version:
 def _parse(data: bytes, path: str) -> dict[str, PodSource]:
     items = _load(data, path)
     if not isinstance(items, list):
-        # An empty file is one too: it is what somebody sees who looks while it is written.
+        # An empty file is no list either: a reader may find the file empty while it is being written.
         raise InvalidValueError(f"{path} is not a list of pods (an empty one is []): {items!r:.60}")
     pods: dict[str, PodSource] = {}
     owners: dict[str, str] = {}
@@ -100,7 +100,7 @@ def _load(data: bytes, path: str) -> Any:
         raise InvalidValueError(f"{path} is not JSON: {error}") from None
     try:
         return yaml.safe_load(data)
-    # Its constructors raise what Python's own raise: ValueError for a date of month 13, TypeError for a list as a key.
+    # Its constructors raise Python's own errors: ValueError for a date of month 13, TypeError for a list as a key.
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise InvalidValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
 
@@ -140,8 +140,8 @@ class PodFile(Watcher):
         self.path = os.fspath(path)
         self._interval = interval
         self._settle = settle
-        self._taken: _Version | None = None  # the version that the pods are of
-        self._seen: _Version | None = None  # by the last look
+        self._taken: _Version | None = None  # the version that the pods come from
+        self._seen: _Version | None = None  # the version of the last look
         self._seen_since = 0.0
         self._wanted: dict[str, PodSource] = {}
         self._trouble = ""
@@ -154,8 +154,8 @@ class PodFile(Watcher):
     def _turn(self) -> None:
         if self._closing.wait(self._interval):
             return
-        # The whole file and not its time: an editor may write twice within one tick of the file system's clock, and
-        # Kubernetes replaces the directory that a ConfigMap's file lies in.
+        # The whole file is compared and not its time: an editor may write twice within one tick of the file system's
+        # clock, and Kubernetes replaces the directory that a ConfigMap's file lies in.
         try:
             version = _read(self.path)
         except OSError as error:

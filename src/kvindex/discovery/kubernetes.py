@@ -38,7 +38,7 @@ REQUEST_PORT: Final = "model.aibrix.ai/port"
 PORT: Final = "kvindex.io/port"
 REPLAY_PORT: Final = "kvindex.io/replay-port"
 
-# Pods that one answer lists at most: an API server keeps a list of thousands waiting for memory.
+# The most pods in one answer: in an API server, requests for lists of thousands wait for memory.
 PAGE: Final = 500
 ENGINE: Final = "model.aibrix.ai/engine"
 #: Annotations or labels of a pod, and the fields of its source.
@@ -49,8 +49,8 @@ TOLD: Final = {
     "kvindex.io/ignore-media": "ignore_media",
 }
 
-# Seconds. How long one watch lasts before the API server ends it (it is taken up again where it was), and the back-off
-# while it cannot be asked.
+# Seconds: the duration of one watch, after which the API server ends it and another continues at the same version, and
+# the back-off while the server does not answer.
 WATCH: Final = 240
 BACK_OFF: Final = (1.0, 30.0)
 
@@ -65,10 +65,10 @@ class KubernetesPods(Watcher):
     A pod is added when it runs and has an IP address, and removed when it ends. Labels or annotations may override its
     model and ports; a label takes precedence. The service account needs ``list`` and ``watch`` of pods.
 
-    :meth:`start` lists the pods, and raises :class:`StreamError` if the API server does not answer
-    or the ``kubernetes`` package is not installed. From then on, the
-    pods stay as they are while it does not answer, and the problem is logged once. A pod that cannot be followed is
-    logged once and listed in ``refused``. When it is closed, the pods stay in the manager.
+    :meth:`start` lists the pods. It raises :class:`StreamError` if the API server does not answer or the ``kubernetes``
+    package is not installed. From then on, the pods stay as they are while the server does not answer, and the problem
+    is logged once. A pod that cannot be followed is logged once and listed in ``refused``. When it is closed, the pods
+    stay in the manager.
 
     Args:
         manager: A :class:`kvindex.EventManager` or a :class:`kvindex.aio.AsyncEventManager`.
@@ -109,10 +109,10 @@ class KubernetesPods(Watcher):
         self._odd: dict[str, str] = {}
         self._version: str | None = None
         self._guard = threading.Lock()
-        self._line: socket.socket | None = None  # the connection of the watch, by a descriptor of our own
+        self._line: socket.socket | None = None  # the connection of the watch, through a descriptor of our own
         self._trouble = ""
         self._wait = BACK_OFF[0]
-        self._source("example", "127.0.0.1", {}, {model_key: "example"})  # a mistake in the options shows here
+        self._source("example", "127.0.0.1", {}, {model_key: "example"})  # raises here if the options contain a mistake
 
     @property
     def refused(self) -> dict[str, str]:
@@ -136,26 +136,26 @@ class KubernetesPods(Watcher):
         except Exception as error:
             raise StreamError(f"Kubernetes cannot be asked for pods: {_told(error)}") from error
 
-    # The client has no base class for what it raises: ApiException, urllib3's errors, and ValueErrors of its models.
+    # The client's errors have no common base class: ApiException, urllib3's errors, and ValueErrors of its models.
     def _turn(self) -> None:
         try:
             start = time.monotonic()
             if self._version is None:
                 self._list()
             self._watch()
-            # A proxy may end every watch at once.
+            # A proxy may end every watch at once, so the next one has to wait.
             self._closing.wait(max(0.0, start + BACK_OFF[0] - time.monotonic()))
             self._wait = BACK_OFF[0]
         except StreamError:
             raise
         except Exception as error:
-            # Whatever it was: from here on only a list shows what is there.
+            # After any error, only a list shows which pods there are.
             self._version = None
             if self._closing.is_set():
                 return
             if getattr(error, "status", None) == _GONE:
-                # The version is too old to be watched from: usual, now and then. A server whose every answer this is
-                # would be asked 900 times a second.
+                # The version is too old to be watched from, which is usual now and then. Without the back-off, a server
+                # that gives only this answer would get 900 requests a second.
                 log.debug("Kubernetes forgot the version that was watched, and is asked for a list")
             elif _told(error) != self._trouble:
                 self._trouble = _told(error)
@@ -207,7 +207,7 @@ class KubernetesPods(Watcher):
                 elif event["type"] == "DELETED":
                     self._forget(_name(event["object"]))
                 self._reconciler.reconcile(self._found)
-                # Not the watch's own, which older clients do not move on a bookmark.
+                # The version that the watch keeps is not used: older clients do not advance it on a bookmark.
                 self._version = event["raw_object"]["metadata"]["resourceVersion"]
                 self._wait = BACK_OFF[0]
         finally:
@@ -217,8 +217,8 @@ class KubernetesPods(Watcher):
                     self._line = None
 
     def _interrupt(self) -> None:
-        # The watch waits in a read, which only the end of the connection ends. The client's own stop() does not do that
-        # in releases up to 35, nor in 37 where the server has said that it will close the connection.
+        # The watch waits in a read, which ends only with the connection. The client's own stop() does not end the
+        # connection in releases up to 35, nor in 37 if the server has announced that it will close it.
         with self._guard, contextlib.suppress(OSError):
             if self._line is not None:
                 self._line.shutdown(socket.SHUT_RDWR)
@@ -260,7 +260,7 @@ class KubernetesPods(Watcher):
         told = {field: said[key] for key, field in TOLD.items() if said.get(key)}
         if said.get(ENGINE):
             told.setdefault("engine", said[ENGINE])
-        # What a pod says of its own engine counts before what is said of all.
+        # The annotations and labels of a pod for its own engine take precedence over the options for all pods.
         options = {**described, **self._options, **spelled(told)}
         return PodSource(
             name, endpoint=join_tcp(ip, live), replay_endpoint=None if replay is None else join_tcp(ip, replay),

@@ -153,7 +153,7 @@ class Watcher:
         if self._thread is None or self._thread is threading.current_thread():
             return
         while self._thread.is_alive():
-            # More than once: it may just be about to wait.
+            # More than once, because the thread may just be about to wait.
             self._interrupt()
             self._thread.join(0.05)
 
@@ -181,4 +181,4 @@ class Watcher:
         raise AssertionError("a subclass must define its turn")
 
     def _interrupt(self) -> None:
-        """Wake a turn that waits."""
+        """Wakes a turn that waits."""

@@ -1,1 +1,1 @@
-"""The routers of others: a module for each, with an extra of the same name, over the public face of kvindex."""
+"""Integrations with other routers: one module each, with an extra of the same name, over the public API of kvindex."""

@@ -1,4 +1,4 @@
-"""Ray Serve LLM's KV-aware router, with kvindex in the place of Dynamo's selection service."""
+"""Ray Serve LLM's KV-aware router, with kvindex in place of Dynamo's selection service."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ for _method, _attribute in _PRIVATE.items():
 
 
 class SelectionService:
-    """What Ray's ``KVTokenTracker`` calls of Dynamo's ``SelectionService``, over an index and a picker.
+    """The part of Dynamo's ``SelectionService`` that Ray's ``KVTokenTracker`` calls, over an index and a picker.
 
-    Reservations of other ingress replicas are not counted: each of them weighs the load that it has made itself.
+    Reservations of other ingress replicas are not counted: each replica weighs only the load of its own requests.
     """
 
     def __init__(self, *, block_size: int = 16, **options: Any) -> None:
@@ -45,7 +45,7 @@ class SelectionService:
         self.manager = EventManager(self.index)
         self.picker = EndpointPicker(self.index, self.manager, **options)
         self._pods = Reconciler(self.manager)
-        # Ray may never report the end of a request: its choice is dropped with the reservation, by the picker.
+        # Ray may never report the end of a request. The picker then drops its choice with the reservation.
         self._choices: weakref.WeakValueDictionary[str, Choice] = weakref.WeakValueDictionary()
         weakref.finalize(self, self.manager.close)
 
@@ -55,15 +55,15 @@ class SelectionService:
         ranks = {
             rank: (endpoint, worker.get("replay_endpoint")) for rank, endpoint in worker["kv_events_endpoints"].items()
         }
-        # One that is followed from there already keeps what it holds.
+        # A replica that is already followed at these endpoints keeps its blocks.
         self._pods.reconcile({**self._pods.pods, name: PodSource(name, ranks=ranks, engine="vllm")})
 
     async def delete_worker(self, worker_id: int) -> None:
-        """Follow a replica no longer."""
+        """Stop following a replica."""
         self._pods.reconcile({name: each for name, each in self._pods.pods.items() if name != str(worker_id)})
 
     async def select_and_reserve(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Pick a replica among those allowed; one by chance where none of them has a current stream."""
+        """Pick one of the allowed replicas, at random if none of them has a current stream."""
         tokens, allowed = request["token_ids"], request["allowed_worker_ids"]
         choice = self.picker.pick(tokens, pods=map(str, allowed))
         if choice is not None:
@@ -80,31 +80,31 @@ class SelectionService:
         }
 
     async def create_reservation(self, reservation: dict[str, Any]) -> None:
-        """A reservation of another ingress replica, which is not counted."""
+        """Ignore a reservation of another ingress replica."""
 
     async def prefill_complete(self, selection_id: str) -> None:
-        """The request has its first token."""
+        """Note that a request has its first token."""
         if (choice := self._choices.get(selection_id)) is not None:
             self.picker.prefilled(choice)
 
     async def free_reservation(self, selection_id: str) -> None:
-        """The request is over."""
+        """Note that a request is over."""
         if (choice := self._choices.pop(selection_id, None)) is not None:
             self.picker.finished(choice)
 
     def add_output_block(self, selection_id: str, *, decay_fraction: float | None = None) -> None:
-        """Output of a request, which the picker does not weigh."""
+        """Ignore the output of a request, which the picker does not weigh."""
 
     def shutdown(self) -> None:
-        """Follow nobody any more."""
+        """Stop following all replicas."""
         self.manager.close()
 
 
 class KVIndexKVAwareRouter(KVAwareRouter):
     """Ray Serve LLM's ``KVAwareRouter`` over an index of kvindex: ai-dynamo is not needed.
 
-    Ray configures the engines' events by itself for it, as for its own class. ``request_router_kwargs`` are
-    ``block_size`` and the arguments of :class:`EndpointPicker`.
+    Ray configures the engines' events for it, as for its own class. ``request_router_kwargs`` are ``block_size`` and
+    the arguments of :class:`EndpointPicker`.
     """
 
     def initialize_state(self, **options: Any) -> None:
@@ -116,7 +116,7 @@ class KVIndexKVAwareRouter(KVAwareRouter):
         if tracker._svc is not None:
             tracker._svc.shutdown()
         tracker._svc = SelectionService(**options)
-        # Replicas that it was told of before were registered nowhere.
+        # The replicas that the tracker got before were not registered anywhere.
         tracker._replica_id_by_worker.clear()
 
     def update_replicas(self, replicas: list[Any]) -> None:

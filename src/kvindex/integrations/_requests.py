@@ -21,7 +21,8 @@ class Encoder(Protocol):
 
 
 def encoder_of(directory: str | Path) -> PromptEncoder:
-    """The encoder of a model's directory, by its ``tokenizer.json`` and, where there is one, ``chat_template.jinja``.
+    """Return the encoder of a model's directory, from its ``tokenizer.json`` and, if there is one,
+    ``chat_template.jinja``.
 
     Raises:
         InvalidValueError: The directory has no tokenizer that can be read.
@@ -38,10 +39,10 @@ def encoder_of(directory: str | Path) -> PromptEncoder:
 
 
 def token_ids(body: Mapping[str, Any], encoder: Encoder | None) -> Any:
-    """The token ids of an OpenAI chat or completion: uint32[n], or the list of ids that ``prompt`` is.
+    """Return the token ids of an OpenAI chat or completion: uint32[n], or the list of ids in ``prompt``.
 
-    None where there is no single prompt: an embedding, an image, a batch of prompts; and where the prompt is a text and
-    there is no encoder.
+    None if there is no single prompt (an embedding, an image, a batch of prompts), or if the prompt is a text and there
+    is no encoder.
 
     Raises:
         InvalidTypeError: ``messages`` or ``chat_template_kwargs`` are of another type than OpenAI's.

@@ -56,9 +56,9 @@ DESTINATION = "x-gateway-destination-endpoint"
 SERVED = "x-gateway-destination-endpoint-served"
 SUBSET = "x-gateway-destination-endpoint-subset"
 NAMESPACE, HINT = "envoy.lb", "envoy.lb.subset_hint"
-# Envoy refuses a chunk of 64 KiB and more.
+# Envoy refuses chunks of 64 KiB or more.
 _CHUNK = 62_000
-# The usage is the end of an answer, streamed or not.
+# The usage is at the end of an answer, streamed or not.
 _TAIL = 4096
 _CACHED = re.compile(rb'"cached_tokens"\s*:\s*(\d+)')
 
@@ -73,18 +73,18 @@ class EndpointPickerService:
     """Answers Envoy's ``ext_proc`` streams with the endpoint at which a request costs least.
 
     Endpoints are the addresses of the manager's pods (:attr:`PodSource.address`). The first endpoint of an answer is
-    the picker's choice, those behind it are fallbacks in the order of their caches. If no pod has a current stream, the
-    endpoint is one by chance: a gateway whose events have stopped still serves. A request gets 503 if the gateway's
-    subset has none of the pods, 429 if all pods have ``max_in_flight`` requests, 413 above ``max_body``, and 400 if
-    its prompt cannot be encoded.
+    the picker's choice, the others are fallbacks in the order of their caches. If no pod has a current stream, the
+    endpoint is chosen at random: a gateway whose events have stopped still serves. A request gets 503 if no pod is in
+    the gateway's subset, 429 if all pods have ``max_in_flight`` requests, 413 above ``max_body``, and 400 if its prompt
+    cannot be encoded.
 
     Args:
-        index: The index to ask.
+        index: The index to match prompts in.
         manager: The manager that follows the pods.
         encoder: :class:`PromptEncoder` or :class:`RemoteEncoder`, for prompts that are texts or messages. Without one,
             such requests are balanced by load.
-        fallbacks: Endpoints that are named behind the choice.
-        max_in_flight: Requests at a pod beyond which it gets no more; None is no limit.
+        fallbacks: Number of endpoints that are named after the choice.
+        max_in_flight: Requests at a pod beyond which it gets no more; None for no limit.
         max_body: Bytes of a request's body.
         options: Further arguments of :class:`EndpointPicker`.
     """
@@ -107,11 +107,12 @@ class EndpointPickerService:
         self._health = health.aio.HealthServicer()
 
     async def serve(self, address: str, credentials: Any = None) -> tuple[Any, int]:
-        """Start a gRPC server at ``host:port`` with the picker and the health services; gives it, and its port.
+        """Start a gRPC server at ``host:port`` with the picker and the health services. Returns the
+        server and its port.
 
         Args:
-            address: Where it listens; port 0 takes any free one.
-            credentials: Of ``grpc.ssl_server_credentials``; None is plain text.
+            address: The address to listen on; port 0 takes any free one.
+            credentials: Those of ``grpc.ssl_server_credentials``; None for plain text.
 
         Raises:
             RuntimeError: The address cannot be bound.
@@ -133,7 +134,7 @@ class EndpointPickerService:
         await self._health.set("readiness", states.SERVING if is_ready else states.NOT_SERVING)
 
     async def process(self, requests: AsyncIterator[Any], _: Any) -> AsyncIterator[Any]:
-        """One HTTP request, as Envoy tells of it."""
+        """Handle one HTTP request, as Envoy describes it."""
         choice: Choice | None = None
         body, tail, subset, length, answered = bytearray(), b"", None, 0, False
         try:
@@ -145,7 +146,7 @@ class EndpointPickerService:
                     body += part.body
                     if len(body) > self._max_body:
                         raise _Refused(413, f"the body has more than {self._max_body} bytes")
-                # In a full-duplex stream nothing is answered before the prompt is there.
+                # In a full-duplex stream, nothing is answered before the whole prompt has arrived.
                 ends = trailers is not None or any(one is not None and one.end_of_stream for one in (headers, part))
                 if ends and not answered:
                     answered = True
@@ -183,7 +184,7 @@ class EndpointPickerService:
                 self._finish(choice)
 
     async def _picked(self, data: bytes, subset: list[str] | None) -> tuple[Choice | None, list[str], int]:
-        """The choice, the endpoints to name, and the tokens of the prompt."""
+        """Return the choice, the endpoints to name, and the number of tokens of the prompt."""
         sources = self._manager.pods()
         pods = {name: found for name, each in sources.items() if (found := _endpoint(each.address))}
         if subset is not None:
@@ -220,7 +221,7 @@ class EndpointPickerService:
 
 
 def _endpoint(address: str | None) -> str | None:
-    """``ip:port`` of a pod's address."""
+    """Return ``ip:port`` of a pod's address."""
     return (urlsplit(address if "//" in address else f"//{address}").netloc or None) if address else None
 
 

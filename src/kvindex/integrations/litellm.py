@@ -1,4 +1,4 @@
-"""LiteLLM: a filter that leaves the deployments at which a prompt is cached, among which LiteLLM's own strategy picks.
+"""LiteLLM: a filter that keeps the deployments at which a prompt is cached. LiteLLM's own strategy picks among them.
 
 The proxy's configuration has ``litellm_settings: {callbacks: [kvindex.integrations.litellm.handler]}``; in Python, set
 ``litellm.callbacks = [handler]``. Each deployment's ``model_info`` names its event streams (:class:`KVIndexHandler`).
@@ -31,7 +31,7 @@ __all__ = ["KVIndexHandler", "handler"]
 
 log = logging.getLogger(__name__)
 
-# Requests whose failed attempts are kept: those that were never served go at some time.
+# Requests whose failed attempts are kept. Requests that were never served are dropped at some time.
 _MOST_FAILED = 1024
 
 
@@ -40,10 +40,10 @@ class KVIndexHandler(CustomLogger):
 
     ``model_info`` of a deployment has ``kv_events``: its event streams, as a string of :meth:`PodSource.from_string`
     (``tcp://10.0.0.1:5557,5558,engine=vllm``) or as a map of :class:`PodSource`'s fields. ``tokenizer`` there is a
-    directory with ``tokenizer.json`` and ``chat_template.jinja``; without it, ``/tokenize`` of a deployment is asked.
+    directory with ``tokenizer.json`` and ``chat_template.jinja``; without it, ``/tokenize`` of a deployment is called.
     ``lora_name`` is the adapter that the deployment's model is. Deployments of one ``api_base`` are one pod.
 
-    A request is never refused: where its prompt has no token ids, all its deployments stay, and the reason is logged.
+    A request is never refused: if its prompt has no token ids, all its deployments stay, and the reason is logged.
 
     Args:
         block_size: Tokens per block of the index; engines' blocks are multiples of it.
@@ -73,9 +73,9 @@ class KVIndexHandler(CustomLogger):
         request_kwargs: dict[str, Any] | None = None,
         parent_otel_span: Any = None,
     ) -> list[dict[str, Any]]:
-        """LiteLLM's hook, which runs before each attempt of a request. The work is done in a thread: encoding a prompt
-        takes milliseconds."""
-        # A completion's prompt is in both, and what messages make of it is no chat.
+        """LiteLLM's hook, which runs before each attempt of a request. The work is done in a thread, because encoding a
+        prompt takes milliseconds."""
+        # For a completion, LiteLLM passes the prompt both as such and as messages, which are not a chat.
         body = {"messages": messages, **((request_kwargs or {}).get("extra_body") or {}), **(request_kwargs or {})}
         try:
             return await asyncio.to_thread(self._narrowed, healthy_deployments, body)
@@ -103,13 +103,13 @@ class KVIndexHandler(CustomLogger):
             self._failed.pop(request_data.get("litellm_trace_id"), None)
 
     def close(self) -> None:
-        """Follows the deployments no longer."""
+        """Stops following the deployments."""
         self.manager.close()
 
     def _narrowed(self, deployments: list[dict[str, Any]], body: Mapping[str, Any]) -> list[dict[str, Any]]:
         self._follow(deployments)
-        # A short list would lead a retry to the same server again: four attempts of four (LiteLLM 1.110, which takes a
-        # deployment out only after several failures).
+        # A short list would lead a retry to the same server again, in four attempts of four (LiteLLM 1.110, which takes
+        # a deployment out only after several failures).
         failed = self._failed.get(body.get("litellm_trace_id"), ())
         deployments = [each for each in deployments if each["model_info"]["id"] not in failed] or deployments
         states = self.index.pods()
@@ -162,7 +162,7 @@ class KVIndexHandler(CustomLogger):
 
 
 def _pod(deployment: Mapping[str, Any]) -> str:
-    """One server is one pod, whatever deployments it is of."""
+    """Return the pod of a deployment: one server is one pod, even if several deployments use it."""
     return str(deployment["litellm_params"].get("api_base") or deployment["model_info"]["id"])
 
 
@@ -175,5 +175,5 @@ def _source(pod: str, told: Any) -> PodSource:
 
 
 handler = KVIndexHandler()
-"""What LiteLLM's configuration names."""
+"""The handler that LiteLLM's configuration names."""
 atexit.register(handler.close)

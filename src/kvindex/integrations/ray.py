@@ -32,7 +32,7 @@ _STATS = "kv_event_metadata"
 
 
 def __getattr__(name: str) -> Any:
-    # Of its own module, which Ray Serve without Ray Serve LLM cannot import.
+    # In a module of its own, because Ray Serve without Ray Serve LLM cannot import it.
     if name == "KVIndexKVAwareRouter":
         from ._ray_llm import KVIndexKVAwareRouter
 
@@ -41,7 +41,7 @@ def __getattr__(name: str) -> Any:
 
 
 def routing_stats(source: PodSource) -> dict[str, Any]:
-    """What ``record_routing_stats`` of a replica returns to announce its event streams, in Ray Serve LLM's own shape.
+    """Return the value of a replica's ``record_routing_stats`` that announces its event streams, as in Ray Serve LLM.
 
     Raises:
         InvalidValueError: The source has several ranks; the shape has room for one.
@@ -54,7 +54,7 @@ def routing_stats(source: PodSource) -> dict[str, Any]:
 
 
 def vllm_source(config: Any, *, host: str | None = None) -> PodSource:
-    """The event streams of a vLLM engine that runs in this process.
+    """Return the event streams of a vLLM engine that runs in this process.
 
     Args:
         config: Its ``VllmConfig``: ``engine.vllm_config`` of an ``AsyncLLM``.
@@ -72,7 +72,7 @@ def vllm_source(config: Any, *, host: str | None = None) -> PodSource:
         if not endpoint:
             return None
         where, _, port = endpoint.rpartition(":")
-        # vLLM publishes at the port that is its rank higher.
+        # vLLM adds the rank to the port.
         where = f"tcp://{address}" if where in ("tcp://*", "tcp://0.0.0.0", "tcp://[::]") else where
         return f"{where}:{int(port) + rank}"
 
@@ -91,15 +91,16 @@ class KVEvents:
     kv_events: PodSource | None = None
 
     def record_routing_stats(self) -> dict[str, Any]:
-        """What Ray Serve asks each replica for, every ``request_routing_stats_period_s`` seconds."""
+        """Ray Serve's hook, which it calls in each replica every ``request_routing_stats_period_s`` seconds."""
         return {} if self.kv_events is None else routing_stats(self.kv_events)
 
 
 class PrefixRequestRouter(RequestRouter):
     """Routes each request to the replica at which it costs least (:class:`EndpointPicker`).
 
-    It follows the replicas that announce their event streams (:class:`KVEvents`). The next rank are all others, which
-    Ray takes by the length of their queues where the first replica is full, and where a request has no token ids.
+    It follows the replicas that announce their event streams (:class:`KVEvents`). All other replicas form the next
+    rank. Ray chooses among them by the length of their queues if the first replica is full, or if a
+    request has no token ids.
 
     ``RequestRouterConfig(request_router_kwargs=...)`` takes:
 
@@ -125,10 +126,10 @@ class PrefixRequestRouter(RequestRouter):
         weakref.finalize(self, self.manager.close)
 
     def tokens(self, request: PendingRequest) -> tuple[Any, Mapping[str, Any]]:
-        """The token ids of a request, or None, and its body: override it for requests of another form.
+        """Return the token ids of a request, or None, and its body. Override it for requests of another form.
 
-        The first argument of the call is looked at: token ids, a text, or an OpenAI request as a dict or as an object
-        with ``model_dump``. It runs in a thread.
+        It reads the first argument of the call: token ids, a text, or an OpenAI request as a dict or as an object with
+        ``model_dump``. It runs in a thread.
         """
         first: Any = next(iter([*request.args, *request.kwargs.values()]), None)
         if hasattr(first, "dtype"):
@@ -152,7 +153,7 @@ class PrefixRequestRouter(RequestRouter):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Ray's question: ranks of replicas, which it tries one after another."""
+        """Ray's hook for the choice of replicas. It returns ranks of replicas, which Ray tries one after another."""
         if pending_request is None or not candidate_replicas:
             return [candidate_replicas]
         tokens, body = await asyncio.to_thread(self.tokens, pending_request)
@@ -169,7 +170,7 @@ class PrefixRequestRouter(RequestRouter):
         return [[best], list(named.values())] if named else [[best]]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        """Ray's hook once a replica has taken the request, which is another one where the first was full."""
+        """Ray's hook once a replica has taken the request. It is another replica if the first one was full."""
         key = pending_request.metadata.internal_request_id
         if (choice := self._choices.get(key)) is not None and choice.pod != _name(replica_id):
             self._finish(key)
