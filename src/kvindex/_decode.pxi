@@ -1,4 +1,4 @@
-# Events as objects, for tools and tests: the decoder's fields, and those of the payload where the decoder keeps less.
+# Events as objects, for tools and tests: the fields of the decoder, and fields that only the payload has in full.
 
 cdef object _shown(const StrRef& text): return None if text.p == NULL else text.p[:text.n].decode("utf-8", "surrogateescape")
 

@@ -143,7 +143,7 @@ class Replica:
         if follower.is_foreign:
             return False
         if follower.place is not None:
-            # If the server has lost the lease, its holder renews it first.
+            # If the server has lost the lease, its holder claims it first.
             is_silent = follower.heard_at is None or now >= follower.heard_at + self.policy.silence
             return is_silent and follower.tip_at is not None
         since = follower.booting_since
@@ -160,9 +160,9 @@ class Replica:
         return now >= self._ready_since + self._defers
 
     def defer_to(self, mates: Iterable[Replica]) -> None:
-        """Leave this log to other candidates for a while if this process collects another shard, so that each candidate
-        collects one if there are enough of them. Called before :meth:`next`, with the other
-        replicas of this process."""
+        """Leave this log to other candidates for a while if this process collects another shard. Each candidate then
+        collects one shard if there are enough candidates. Called before :meth:`next`, with the other replicas of this
+        process."""
         policy, mates = self.policy, [*mates]
         self._defers = 0.0
         if any(mate.follower.is_foreign for mate in mates):
@@ -310,8 +310,9 @@ class Replica:
             collector.show(item)
 
     def beat(self, now: float) -> None:
-        """Write into the log that the engines are heard. Called every ``beat`` seconds in the thread that shows the
-        items. Not written after a pause, when messages that have arrived meanwhile may not be shown yet."""
+        """Write a beat into the log: this process receives from its engines. Called every ``beat`` seconds in the
+        thread that shows the items. Not written after a pause, when messages that have arrived meanwhile may not be
+        shown yet."""
         if now < self._beaten_at + 2 * self.policy.beat:
             self.shown(Beat(now))
         self._beaten_at = now

@@ -74,7 +74,7 @@ class ReplicationStatus:
     sharing: SharingStatus | None = None
     """Speculative entries and reservations that routers share; None without ``share``."""
     shards: tuple[ReplicationStatus, ...] = ()
-    """The statuses of the shards, by number, where there are several. The other fields then have the worst state, the
+    """The statuses of the shards, by number, if there are several. The other fields then have the worst state, the
     largest age, and the sums of sizes and counters."""
 
 

@@ -61,7 +61,7 @@ class Call:
 class Service:
     """An ASGI application over an index, the manager that keeps it, and a picker.
 
-    It belongs to one event loop. Handlers query the index in that loop, since a match takes microseconds. Encoding of
+    It belongs to one event loop. Handlers query the index in that loop, because a match takes microseconds. Encoding of
     texts, registrations and snapshots run in threads. The application neither starts nor closes its arguments.
 
     Args:
@@ -116,8 +116,7 @@ class Service:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Starlette's layers and routing take as long as a match of 2,048 blocks, so known paths skip them. They are
-        # needed for all other paths, below the path of a mount, and if an instrumentation
-        # library has added its middleware.
+        # needed for other paths, below the path of a mount, and if an instrumentation has added its middleware.
         endpoint = self._endpoints.get((scope.get("method", ""), scope.get("path", "")))
         if endpoint is None or self._app.user_middleware or scope.get("root_path"):
             await self._app(scope, receive, send)

@@ -165,7 +165,7 @@ _WRONG: Final = (
     (re.compile(r"Expected `.+?` (?:>|<)|.*out of range"), "out_of_range"),
 )
 _PLACE: Final = re.compile(r"(.*?) - at `\$\.?(.*)`", re.DOTALL)
-# An error message of the index begins with the argument and its position.
+# The argument and its position, at the beginning of an error message of the index.
 _ARGUMENT: Final = re.compile(r"(\w+)(?:\[(\d+)\])?(?= )")
 
 

@@ -96,7 +96,7 @@ class Figures:
         self._samples.append(self.latest(self._manager.status()))
 
     def latest(self, pods: Mapping[str, PodStatus]) -> dict[str, Any]:
-        """Return the counts since the start, of which the page computes differences. ``pods`` is the status of each
+        """Return the counts since the start; the page computes differences between them. ``pods`` is the status of each
         pod, which takes longer to get than all the rest. O(pods)."""
         picks = self._picker.stats()
         reports = picks["pods"].values()

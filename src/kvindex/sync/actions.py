@@ -35,7 +35,7 @@ class Ingest(NamedTuple):
 class RequestReplay(NamedTuple):
     """Request every batch from ``start`` on, and call :meth:`WorkerStream.replay_sent` when the request is sent.
 
-    It replaces a running replay, whose batches must not be handed in any more.
+    It replaces a running replay, whose batches must no longer be handed in.
     """
 
     start: int

@@ -118,7 +118,7 @@ class Doorkeeper(Watched):
         self._sock.send_multipart([version, request, *answer, b""], zmq.NOBLOCK)
 
     def failed(self, now: float, error: Exception) -> None:
-        # The socket stays open: without it, no publisher could connect any more.
+        # The socket stays open: without it, publishers could no longer connect.
         pass
 
 

@@ -165,7 +165,7 @@ class StreamLoop:
 
     @property
     def over(self) -> bool:
-        """Whether the thread does nothing any more, or is not in this process."""
+        """Whether the thread no longer does anything, or is not in this process."""
         return self._stopped or self._elsewhere
 
     def stop(self) -> None:
@@ -254,7 +254,7 @@ class StreamLoop:
             self._end()
 
     def _start_io(self) -> None:
-        """Start libzmq's own threads, which inherit this thread's timer slack where the system has one."""
+        """Start libzmq's own threads, which inherit this thread's timer slack if the system has one."""
         if not self._own_context:
             return
         with suppress(OSError, zmq.ZMQError), open(f"/proc/{threading.get_native_id()}/timerslack_ns", "w") as slack:

@@ -94,8 +94,7 @@ class EventManager:
         return f"EventManager({self._fleet.index!r}, {pods}{', closed' if self.closed else ''})"
 
     def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
-        # The thread refers to the pods and their loop, not to this object, so this runs when no
-        # caller holds it any more.
+        # The thread refers to the pods and their loop, not to this object, so this runs when no caller holds it.
         loop = getattr(self, "_loop", None)
         if loop is not None and loop.runs:
             _warn(f"unclosed {self!r}", ResourceWarning, source=self)

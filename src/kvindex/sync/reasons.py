@@ -18,7 +18,7 @@ class Reason(Enum):
     """A state and a text with its facts in braces: ``Reason.MISSING.text(seq=7)`` returns the text
     with them filled in."""
 
-    # The present content is not known.
+    # It is unknown whether the content is current.
     NOT_CONNECTED = "stale", "not connected yet"
     LOOKED_UP = "stale", "looking up the address of {endpoint}"
     LIMITED = "stale", "it sends more than its limit allows"

@@ -83,8 +83,8 @@ class Patience:
     """How long an answer may be late and how long it may pause, learned from earlier answers.
 
     A publisher serves whole histories one after another, so a request that is given up costs it the same history again.
-    With 16 routers that asked again every 2 s, 115 histories of 0.5 s were sent in 60 s, and 15 routers got no complete
-    one.
+    With 16 routers that asked again every 2 s, the publisher sent 115 histories of 0.5 s in 60 s, and 15 routers still
+    had no history.
     """
 
     __slots__ = ("_policy", "late", "pause")

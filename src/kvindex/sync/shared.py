@@ -271,7 +271,7 @@ def check_descriptors() -> None:
 
 
 class Subscriptions:
-    """Opens subscriptions, in shared sockets where that is possible. Belongs to the loop's thread."""
+    """Opens subscriptions, in shared sockets if that is possible. Belongs to the loop's thread."""
 
     def __init__(self, loop: StreamLoop, options: SocketOptions, need: Callable[[], str]) -> None:
         self._loop = loop

@@ -122,7 +122,7 @@ class WorkerStatus:
     gaps: int
     """Gaps in the sequence of received batches."""
     lost_batches: int
-    """Batches that no replay contained any more."""
+    """Batches that replays no longer contained."""
     replays: int
     """Replays that were requested."""
     replays_healed: int

@@ -56,7 +56,7 @@ class Trust:
         self.unheard = False
         """The publisher is silent, and so is the replay endpoint."""
         self.unconfirmed = True
-        """No question behind a live batch was asked since the connection was made or the worker was cleared."""
+        """No batch after a live one was requested since the connection was made or the worker was cleared."""
         if self.tails < 2:  # otherwise, a live batch has to arrive before the next connection is trusted
             self.tails = 0
         self.doubt = ""
@@ -65,7 +65,7 @@ class Trust:
         """A batch that was published over this connection and is no longer applied, with its fingerprint."""
 
     def forget(self) -> None:
-        """Start again: no batch that it has brought is applied any more."""
+        """Start again: the batches that it has brought are no longer applied."""
         self.agrees = self.presumed = False
         self.unconfirmed = True
         self.brought = -1

@@ -38,5 +38,5 @@ class Turns:
                 self._queue.popitem(last=False)[1]()
 
     def end(self) -> None:
-        """Empty the queue: no waiting caller gets a turn any more."""
+        """Empty the queue: waiting callers no longer get a turn."""
         self._queue.clear()
