@@ -36,7 +36,8 @@ T = TypeVar("T")
 GATHER: Final = 5
 
 # Nanoseconds by which timers of libzmq's I/O thread may be late. The heartbeats of 1,000 connections cause 2,000
-# wake-ups a second at the system's 50 us, and 20 at this value. 256 idle pods take 2.1 % and 0.6 % of a core.
+# wake-ups a second at the system's 50 us, and 20 at this value. 256 idle pods take 2.1 % of a core at 50 us, and 0.6 %
+# at this value.
 _TIMER_SLACK: Final = 50_000_000
 
 

@@ -3,7 +3,7 @@
 Each is driven by the poll loop of the manager's thread: :meth:`ready` takes the messages that have arrived, up to a
 budget or until its turn is over, and returns whether there may be more. ZMQ's file descriptors are edge-triggered: they
 are readable when something has *changed*. A reader that stops before a socket is empty therefore has to come back
-without being woken.
+without a wake-up.
 
 A connection is made once, and ended when it is lost. A stream's messages are therefore of one TCP connection and so of
 one process. libzmq's own reconnecting, which would hide a restart, never happens. :mod:`.shared` has the connections of
