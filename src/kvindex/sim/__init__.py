@@ -1,12 +1,12 @@
-"""A simulated fleet: engines that allocate, share, evict and publish like the real ones, and know the truth.
+"""A simulated fleet: engines that allocate, share, evict and publish as the real ones do, and report their true hits.
 
 - :class:`Engine` is one worker's paged KV cache; :meth:`Engine.hit` is its own answer to a query.
 - :func:`encode_batch` writes its events in any wire form of :data:`FORMS`.
-- :func:`chat` and :func:`mooncake` are what users send.
-- :class:`Fleet` serves it with a routing policy and compares an index with every engine.
+- :func:`chat` and :func:`mooncake` produce the requests of users.
+- :class:`Fleet` serves these requests with a routing policy and compares an index with every engine.
 - :func:`write_sample` records such a run as a capture.
 
-No clock, no socket, no thread, and no randomness but from seeds: the same arguments give the same run.
+They use no clock, no socket and no thread, and all randomness comes from seeds: the same arguments give the same run.
 """
 
 from .engine import Engine, Prompt, Request

@@ -1,8 +1,8 @@
-"""Processes that another one starts, asks and ends: the socket inside, and the handle outside.
+"""Child processes with a control socket: the socket inside the process, and its handle in the parent.
 
-The process prints one line of JSON when it is ready (its ``control`` is where it can be told things) and then answers
-``{"op": NAME, ...}`` with a map, one question at a time. Simulated pods work this way, and so does whatever else a
-harness starts beside them.
+The process prints one line of JSON when it is ready, whose ``control`` is the address of its control socket. It then
+answers each request ``{"op": NAME, ...}`` with a map, one request at a time. Simulated pods work this way, and so do
+the other processes that a harness starts beside them.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ __all__ = ["Control", "Teller", "ToldProcess", "follow_parent"]
 
 
 class Control:
-    """Where a process is told things. Its ``_op_NAME`` methods answer; what they raise becomes the asker's error.
+    """The control socket of a process. The target's ``_op_NAME`` methods answer; an exception of theirs is the reply.
 
-    ``socket`` is to be polled, :meth:`answer` to be called when it has something. One thread.
+    Poll ``socket``, and call :meth:`answer` when it is readable. For one thread.
     """
 
     def __init__(self, context: zmq.Context[Any], target: object, host: str = "127.0.0.1", port: int = 0) -> None:
@@ -38,7 +38,7 @@ class Control:
         self.endpoint = cast(bytes, self.socket.last_endpoint).rstrip(b"\0").decode()
 
     def answer(self) -> None:
-        """Take one question and answer it."""
+        """Receive one request and answer it."""
         try:
             question = msgpack.unpackb(self.socket.recv(), strict_map_key=False)
             reply = getattr(self._target, f"_op_{question.pop('op')}")(**question)
@@ -51,7 +51,7 @@ class Control:
 
 
 class Teller:
-    """Asks a :class:`Control` from within its process. Any thread, one after the other.
+    """A client of a :class:`Control` within the same process. Any thread may call it; the calls run one at a time.
 
     :meth:`ask` raises ValueError with the error that the control answered.
     """
@@ -66,7 +66,7 @@ class Teller:
     def ask(self, op: str, **what: Any) -> dict[str, Any]:
         with self._lock:
             self._socket.send(msgpack.packb({"op": op, **what}))
-            # In turns, so that closing waits for nobody who is not answered any more.
+            # Polls in short turns, so that close() does not wait for a caller that will get no answer any more.
             while not self._closed and not self._socket.poll(100):
                 pass
             if self._closed:
@@ -93,11 +93,12 @@ def follow_parent(ended: Callable[[], object]) -> None:
 
 
 class ToldProcess:
-    """A process from outside: start it, ask it, pause it, kill it, start it again.
+    """The parent's handle of a process: start it, send it requests, pause it, kill it, start it again.
 
-    ``command`` is what to run; ``prefix`` comes before it (``["ip", "netns", "exec", "a"]``), ``env`` is added to the
-    environment. A context manager that leaves no process behind. One thread at a time. Raises :class:`StreamError`
-    when the process does not come up, does not answer within ``timeout`` seconds, or answers with an error.
+    ``command`` is the command line; ``prefix`` comes before it (``["ip", "netns", "exec", "a"]``), and ``env`` is added
+    to the environment. As a context manager it leaves no process behind. For one thread at a time. Raises
+    :class:`StreamError` when the process does not come up, does not answer within ``timeout`` seconds, or answers with
+    an error.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class ToldProcess:
 
     def launch(self) -> None:
         """Start the process and wait until it is ready."""
-        # In a group of its own: a Ctrl-C at the terminal is for whoever started this, who ends it in turn.
+        # A process group of its own: a Ctrl-C at the terminal reaches the parent only, and the parent ends the process.
         self._process = subprocess.Popen(
             [*self._prefix, *self._command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env={**os.environ, **self._env}, process_group=0,
@@ -144,7 +145,7 @@ class ToldProcess:
         return self._process is not None and self._process.poll() is None
 
     def ask(self, op: str, *, patience: float | None = None, **what: Any) -> dict[str, Any]:
-        """Tell it something; gives its answer, for which it has ``patience`` seconds (None: the usual timeout)."""
+        """Send one request and return the answer, within ``patience`` seconds (None: ``timeout``)."""
         if self._socket is None:
             self._socket = self._context.socket(zmq.REQ)
             self._socket.linger = 0
@@ -159,19 +160,19 @@ class ToldProcess:
         return reply
 
     def kill(self) -> None:
-        """End it at once, as a crash does."""
+        """Kill the process with SIGKILL, as a crash does."""
         self._signal(signal.SIGKILL)
         self._reap()
 
     def pause(self) -> None:
-        """Stop it with its sockets open, as a hanging process is."""
+        """Suspend the process with its sockets open, as a hanging process leaves them."""
         self._signal(signal.SIGSTOP)
 
     def go_on(self) -> None:
         self._signal(signal.SIGCONT)
 
     def stop(self) -> None:
-        """End it; fine when it has ended."""
+        """Kill the process and close the handle. Has no effect on a process that has ended."""
         self.kill()
         if not self._context.closed:
             self._context.term()

@@ -1,9 +1,9 @@
 """A simulated engine: the paged KV cache of one worker, as vLLM and SGLang keep it, without the model.
 
 It owns numbered physical blocks with reference counts, keeps freed blocks until their place is needed, finds prefixes
-by a chained hash, and says what happens in events, as the real ones do. Because it can look at its own block tables
-it also knows the true answer to every query (:meth:`Engine.hit`), and that answer never looks at an event: comparing
-the two is what the tests and the demo do.
+by a chained hash, and reports every change in events, as the real engines do. :meth:`Engine.hit` reads the true answer
+to a query from the engine's own block tables and never from an event. The tests and the demo compare an index, which
+has only the events, with this answer.
 
 Pure and deterministic: no clock, no thread, no socket, no randomness of its own.
 """
@@ -28,16 +28,16 @@ __all__ = ["Engine", "Prompt", "Request"]
 
 Tokens = npt.NDArray[np.uint32]
 
-# The place of a block that the sliding window has left: the table keeps its length, nothing is held there.
+# A table's entry for a block that the sliding window has passed. It holds no block and keeps the table's length.
 _LEFT = -1
 
 
 class Prompt:
-    """What a request brings: its tokens and whatever else goes into its blocks' hashes.
+    """The input of a request: its tokens and everything else that goes into the hashes of its blocks.
 
     ``tokens`` is any sequence of token ids, kept as a ``uint32`` array. ``extra_keys`` has one entry per block,
     ``None`` or a list of keys; missing entries are ``None``. The chain of hashes is computed once per kind of engine,
-    so asking many engines about one prompt hashes it once. Not to be changed after construction.
+    so a query to many engines hashes the prompt once. Do not change a prompt after construction.
     """
 
     __slots__ = ("_chains", "cache_salt", "extra_keys", "lora_id", "lora_name", "plain", "tokens")
@@ -78,7 +78,7 @@ class Prompt:
         return [*([self.lora_name] if self.lora_name else []), *own[:tail], *([salt] if salt else []), *own[tail:]]
 
     def chain(self, seed: bytes, block_size: int, lookahead: int = 0) -> list[bytes]:
-        """The chained digest of every complete block; the list is shared, so it is only to be read."""
+        """The chained digest of every complete block. The list is shared: do not change it."""
         known = self._chains.get((seed, block_size, lookahead))
         if known is None:
             known = self._chains[seed, block_size, lookahead] = []
@@ -90,7 +90,7 @@ class Prompt:
     ) -> None:
         """Append to ``chain`` the digests of the complete blocks of ``tokens`` that it does not have yet.
 
-        A block is complete when the ``lookahead`` tokens behind it are there too, which its digest covers.
+        A block's digest also covers the ``lookahead`` tokens behind it, so the block is complete only with these.
         """
         first, sha256, width = len(chain), hashlib.sha256, 4 * block_size
         data = tokens[first * block_size :].tobytes()
@@ -104,9 +104,9 @@ class Prompt:
 
 
 class Request:
-    """A prompt that is being served, and the physical blocks that it holds. Made by :meth:`Engine.start`.
+    """A prompt that is being served, and the physical blocks that it holds. :meth:`Engine.start` returns it.
 
-    ``hit`` is how many of its tokens were reused; ``tokens`` grows as it is decoded.
+    ``hit`` is the number of reused tokens; decoding appends to ``tokens``.
     """
 
     __slots__ = ("cached", "chain", "computed", "hit", "prompt", "tables", "tokens")
@@ -127,41 +127,43 @@ class _Group:
     kind: str
     block_size: int
     window: int | None
-    # A block is findable under the digest of the last of its `stride` hash blocks.
+    # A lookup finds a block under the digest of the last of its `stride` hash blocks.
     stride: int
     interval: int | None
 
     @property
     def need(self) -> int:
-        """How many blocks before a position the window still reaches."""
+        """Number of blocks before a position that the window covers."""
         assert self.window is not None
         return -(-(self.window - 1) // self.block_size)
 
     def first_needed(self, tokens: int) -> int:
-        """The first block that a request with ``tokens`` computed tokens still reads."""
+        """The first block that a request still reads after ``tokens`` computed tokens."""
         return 0 if self.window is None else max(0, tokens - self.window + 1) // self.block_size
 
 
 class Engine:
     """The KV cache of one worker.
 
-    ``num_blocks`` physical blocks of ``block_size`` tokens are shared by all groups. With ``window`` there is a
-    second, sliding-window group beside full attention, whose blocks may be larger (``window_block_size``, a
-    multiple); ``window_interval`` (tokens) makes it keep only what a hit at a multiple of the interval or at the
-    prompt's end needs, so its stored events leave blocks out. ``offload_blocks`` adds a second tier to which a
-    finished request is copied, and which announces its blocks without tokens unless ``offload_tokens``.
+    All groups share ``num_blocks`` physical blocks of ``block_size`` tokens. ``window`` adds a second, sliding-window
+    group beside full attention, whose blocks may be larger (``window_block_size``, a multiple). With
+    ``window_interval`` (tokens) this group keeps only the blocks that a hit at a multiple of the interval or at the
+    prompt's end needs, so its stored events leave blocks out. ``offload_blocks`` adds a second tier, which gets a copy
+    of every finished request. Its events have no tokens unless ``offload_tokens``.
 
     ``flavor="vllm"``: equal content may have several copies, and the last token of a prompt is always computed.
-    ``flavor="sglang"``: one copy each, the answer is stored when it is finished, removals come many to an event, and
-    the first event is a clear. ``lookahead`` tokens behind each block are in its hash, as with speculative decoding in
-    vLLM 0.33 (a list per block in its events) and in SGLang (one, as pairs of tokens); ``eagle`` is vLLM's older way,
-    which drops the last matching block instead. SGLang's ``window`` says nothing of what it evicts: ``window_blocks``
-    is the size of that pool. ``offload_keyless``: the second tier's events say tokens, but neither keys nor salt
-    nor adapter, as connectors do. ``hash_seed`` stands for the process seed of vLLM before 0.29; engines that share it
-    give equal content equal hashes.
+    ``flavor="sglang"``: every content has one copy, an answer is stored when it is finished, one event removes many
+    blocks, and the first event is a clear.
 
-    Serving: :meth:`start` (prefill), :meth:`decode`, :meth:`finish`; after each, :meth:`take_events` hands out what
-    happened. One engine belongs to one thread.
+    ``lookahead`` tokens behind each block are part of its hash, as with speculative decoding in vLLM 0.33 (its events
+    have a list per block) and in SGLang (one token, as pairs of tokens). ``eagle`` is the older form of vLLM, which
+    drops the last matching block instead. SGLang publishes no evictions of its ``window``: ``window_blocks`` is the
+    size of that pool. With ``offload_keyless`` the second tier's events have tokens, but no keys, no salt and no
+    adapter, like those of connectors. ``hash_seed`` is the process seed of vLLM before 0.29; engines that share it give
+    equal content equal hashes.
+
+    Serving: :meth:`start` (prefill), :meth:`decode`, :meth:`finish`; after each, :meth:`take_events` returns the new
+    events. One engine belongs to one thread.
 
     Source: vLLM's BlockPool and SlidingWindowManager (given the requests of recorded vLLM 0.33 streams, this engine
     evicts the same blocks in the same order), its OffloadingConnector, and SGLang's RadixCache (evicted here by the
@@ -211,13 +213,12 @@ class Engine:
         if window is not None and flavor == "vllm":
             self._groups.append(_Group(1, "sliding_window", second, window, second // block_size, window_interval))
         self._step = math.lcm(*(group.block_size for group in self._groups))
-        # Freed blocks in the order in which they are reused. A linked list, because a hit takes blocks out of the
-        # middle.
+        # Freed blocks in the order of reuse. A linked list, because a hit takes blocks out of the middle.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._refs = [0] * num_blocks
         self._digest: list[bytes | None] = [None] * num_blocks
         self._owner = [0] * num_blocks
-        # Per group: which blocks hold a digest. More than one where two requests computed the same content.
+        # Per group: the blocks that hold a digest. Several where two requests computed the same content.
         self._cached: list[dict[bytes, list[int]]] = [{} for _ in self._groups]
         self._offload_blocks = offload_blocks
         self._offload_medium = offload_medium
@@ -225,20 +226,20 @@ class Engine:
         self._offload_keyless = offload_keyless
         self._lookahead = lookahead
         self._eagle = eagle
-        # SGLang's window: the digests of which it still has what the window needs, used longest ago first.
+        # SGLang's window: the digests whose blocks are still in the window's pool, least recently used first.
         self._window = None if flavor == "vllm" or window is None else -(-(window - 1) // block_size)
         self._window_blocks = window_blocks or 0
         self._windowed: OrderedDict[bytes, None] = OrderedDict()
         self._offloaded: OrderedDict[tuple[int, bytes], None] = OrderedDict()
         self._offload_groups: set[int] = set()
-        # SGLang's cache resets itself when it is made, which is the first thing its stream ever says.
+        # SGLang's cache resets itself when it is created, so every stream begins with a clear.
         self._events: list[Event] = [Cleared()] if flavor == "sglang" else []
 
-    # What is there
+    # Contents
 
     @property
     def free_blocks(self) -> int:
-        """Physical blocks that no request holds, whether or not they still hold something findable."""
+        """Physical blocks that no request holds, including those that a lookup can still find."""
         return len(self._free)
 
     @property
@@ -252,12 +253,12 @@ class Engine:
         return tuple(group.block_size for group in self._groups)
 
     def blocks_for(self, tokens: int) -> int:
-        """Physical blocks that a prompt of so many tokens needs when nothing of it is there."""
+        """Physical blocks that a prompt of ``tokens`` tokens needs when none of it is cached."""
         return sum(-(-tokens // group.block_size) for group in self._groups)
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the events of this engine do not say of it: arguments of :meth:`PrefixIndex.configure_pod`."""
+        """The facts about this engine that its events lack: arguments of :meth:`PrefixIndex.configure_pod`."""
         return {"engine": self.flavor, "eagle": self._eagle, "hybrid": self._window_blocks > 0}
 
     def hit(
@@ -268,18 +269,18 @@ class Engine:
         cache_salt: str | None = None,
         extra_keys: Sequence[Sequence[Any] | None] | None = None,
     ) -> int:
-        """How many tokens of this prompt the engine would reuse now, whatever the tier. O(blocks)."""
+        """Number of tokens of this prompt that the engine would reuse now, from any tier. O(blocks)."""
         return self.hit_prompt(Prompt(tokens, lora_name=lora_name, cache_salt=cache_salt, extra_keys=extra_keys))
 
     def hit_prompt(self, prompt: Prompt) -> int:
-        """As :meth:`hit`."""
+        """The same as :meth:`hit`, for a :class:`Prompt`."""
         return self.tiers_prompt(prompt)[1]
 
     def tiers_prompt(self, prompt: Prompt) -> tuple[int, int]:
-        """How many tokens the GPU gives, and how many the second tier makes of them with the run behind."""
+        """Reusable tokens of the GPU alone, and of the GPU followed by the second tier's blocks."""
         chain, tokens = self._chain(prompt), len(prompt)
         if self.flavor == "vllm" and not self._lookahead:
-            # The last token is always computed. With a lookahead it can only be behind a block.
+            # The last token is always computed. With a lookahead no block covers it anyway.
             tokens = max(0, tokens - 1)
         own = self._reach(chain, tokens, "GPU")
         if self._eagle:
@@ -288,12 +289,13 @@ class Engine:
             own = self._window_reach(chain, own)
         if not self._offloaded:
             return own, own
-        # Of a tier vLLM loads the last token, too, and computes it again; not beside a window, which that would move.
+        # From a tier vLLM loads the last token as well and computes it again. Beside a window it does not, because the
+        # window would move.
         tokens = len(prompt) if len(self._groups) == 1 else tokens
         return own, max(own, self._reach(chain, tokens, own=own))
 
     def held_prompt(self, prompt: Prompt, medium: str | None = None) -> int:
-        """How many leading tokens are there in any tier, or in ``medium`` alone, whatever is reused of them."""
+        """Number of leading tokens that any tier holds, or ``medium`` alone, reusable or not."""
         return self._reach(self._chain(prompt), len(prompt), medium)
 
     def _chain(self, prompt: Prompt) -> list[bytes]:
@@ -304,7 +306,7 @@ class Engine:
         tier = self._offloaded if medium in (None, self._offload_medium) else {}
         digests = chain[group.stride - 1 : blocks * group.stride : group.stride]
         if own is not None:
-            # A connector is asked for what follows the GPU's own prefix, and is asked for all of it.
+            # vLLM asks a connector for all blocks behind the GPU's own prefix, so the GPU's later blocks do not count.
             own //= group.block_size
             return [d in cached if place < own else (group.index, d) in tier for place, d in enumerate(digests)]
         if not tier:
@@ -312,7 +314,7 @@ class Engine:
         return [digest in cached or (group.index, digest) in tier for digest in digests]
 
     def _window_reach(self, chain: list[bytes], reach: int) -> int:
-        """What of a prefix SGLang's window leaves: the longest whose last blocks the window's pool still has."""
+        """The part of a prefix that SGLang can use with its window: the longest whose last blocks are in the pool."""
         assert self._window is not None
         last, blocks, have = 0, 0, 0
         for place, digest in enumerate(chain[: reach // self.block_size]):
@@ -333,11 +335,11 @@ class Engine:
             if group.window is None:
                 reach = (held.index(False) if False in held else len(held)) * group.block_size
                 continue
-            # From the right, as vLLM looks: the first aligned position whose window is all there.
+            # vLLM searches from the right, for the first aligned position whose whole window is cached.
             behind = [0]
             for there in held:
                 behind.append(behind[-1] + 1 if there else 0)
-            # A prompt that ends within a lookahead has fewer blocks than its length would have.
+            # A prompt that ends within a lookahead has fewer blocks than its length suggests.
             reach = min(reach, len(held) * group.block_size) // step * step
             while behind[reach // group.block_size] < min(group.need, reach // group.block_size):
                 reach -= step
@@ -346,10 +348,10 @@ class Engine:
     # Serving
 
     def start(self, prompt: Prompt, chunk: int | None = None) -> Request | None:
-        """Reuse what is there and compute the rest of the prompt, or the first ``chunk`` tokens of the rest.
+        """Reuse the cached blocks and compute the rest of the prompt, or the first ``chunk`` tokens of the rest.
 
         Returns ``None``, with nothing changed, when there is no room for it now. Raises :class:`InvalidValueError`
-        for an empty prompt, and for extra keys where blocks differ in size or the flavor has no way to say them.
+        for an empty prompt, and for extra keys where blocks differ in size or the flavor's events cannot carry them.
         """
         if len(prompt) == 0:
             raise InvalidValueError("a prompt needs at least one token")
@@ -380,7 +382,7 @@ class Engine:
             room -= len(missing) + -(-target // group.block_size) - blocks
         if room < sum(self._refs[block] == 0 for block in touched):
             return None
-        # All groups' hits first: what one group allocates must not evict what another is about to use.
+        # The hits of all groups are held first: an allocation of one group must not evict a hit of another.
         for block in touched:
             self._touch(block)
         for group, table, missing in zip(self._groups, request.tables, loads, strict=True):
@@ -389,18 +391,18 @@ class Engine:
         return request
 
     def prefill(self, request: Request, chunk: int | None = None) -> bool:
-        """Compute the next ``chunk`` tokens of the prompt, or all that is left. ``False`` when there is no room now."""
+        """Compute the next ``chunk`` tokens of the prompt, or the rest. ``False`` when there is no room now."""
         end = len(request.prompt) if chunk is None else min(len(request.prompt), request.computed + chunk)
         return self._advance(request, max(end, request.computed))
 
     def decode(self, request: Request, tokens: npt.ArrayLike) -> bool:
-        """Append generated tokens. The last one is not computed before another follows.
+        """Append generated tokens. The last one is computed only when another follows.
 
-        ``False`` when room ran out on the way; the request then keeps what was computed.
+        ``False`` when there was not enough room for all; the request then keeps the tokens computed so far.
         """
         request.tokens = np.concatenate([request.tokens, np.asarray(tokens, dtype=np.uint32)])
         request.prompt.extend_chain(request.chain, self.hash_seed, request.tokens, self.block_size, self._lookahead)
-        # A real engine decodes token by token, so every block that fills up is an event of its own.
+        # A real engine decodes token by token, so every block that fills up gets its own event.
         size = self.block_size
         target = len(request.tokens) - 1
         while request.computed < target:
@@ -409,7 +411,7 @@ class Engine:
         return True
 
     def finish(self, request: Request) -> None:
-        """Give the request's blocks back. They stay findable until their place is needed, the tail first."""
+        """Free the request's blocks. They stay cached until their place is needed; the tail goes first."""
         if self.flavor == "sglang":
             self._cache(request)
         if self._offload_blocks:
@@ -419,7 +421,7 @@ class Engine:
         request.tables = []
 
     def reset(self, *, offloaded: bool = True) -> bool:
-        """Forget everything and say so; ``offloaded=False`` spares the second tier. ``False`` while it is serving."""
+        """Drop all blocks and publish a clear; ``offloaded=False`` keeps the second tier. ``False`` while serving."""
         if len(self._free) < self.num_blocks:
             return False
         for block in range(self.num_blocks):
@@ -434,7 +436,7 @@ class Engine:
         return True
 
     def take_events(self) -> list[Event]:
-        """What happened since the last call, in order."""
+        """The events since the last call, in order."""
         events, self._events = self._events, []
         return events
 
@@ -446,7 +448,7 @@ class Engine:
         self._refs[block] += 1
 
     def _take(self, count: int) -> list[int]:
-        """Take the ``count`` blocks that were freed longest ago; what they held can no longer be found."""
+        """Take the ``count`` blocks that were freed longest ago and evict their contents."""
         evicted: list[int] = []
         taken = []
         popitem, digests, refs = self._free.popitem, self._digest, self._refs
@@ -486,7 +488,7 @@ class Engine:
                     empty.append(block)
                 else:
                     self._free[block] = None
-        # What nobody can find is used again before anything that somebody could.
+        # Blocks that no lookup can find are used again before those that one can.
         for block in reversed(empty):
             self._free[block] = None
             self._free.move_to_end(block, last=False)
@@ -503,7 +505,7 @@ class Engine:
             table.extend(self._take(count))
         decoding = computed > len(request.prompt)
         if decoding:
-            # Up to a block of single tokens at once; before the last of them the window may have moved again.
+            # Up to a block of single tokens at once: by the last of them the window may have moved again.
             for group, table in zip(self._groups, request.tables, strict=True):
                 self._leave(table, group.first_needed(computed - 1))
         request.computed = computed
@@ -521,16 +523,16 @@ class Engine:
             table[place] = _LEFT
         self._release(left)
 
-    # What can be found
+    # Caching
 
     def _cache(self, request: Request) -> None:
-        """Make the blocks that are complete by now findable, and say so."""
-        # SGLang's tree gets what has been computed, whose last pair is not whole.
+        """Make the blocks that are complete by now findable, and publish them."""
+        # SGLang's tree gets the computed tokens, of which the last pair is incomplete.
         computed = request.computed - (self._lookahead if self.flavor == "sglang" else 0)
         computed = max(0, computed) // self._step * self._step
         for group, table in zip(self._groups, request.tables, strict=True):
             start = request.cached[group.index]
-            # The last digests need tokens that may not be there yet.
+            # With a lookahead, the last digests need tokens that may not exist yet.
             end = min(computed, len(request.chain) * self.block_size) // self._step * self._step // group.block_size
             self._keep_window(request.chain[:end])
             if start >= end:
@@ -543,7 +545,7 @@ class Engine:
                 self._store(request, group, table, start, end, places)
 
     def _keep_window(self, chain: Sequence[bytes]) -> None:
-        """The window's pool has what was used last, and says nothing of what it gives up for that."""
+        """Put the blocks into the window's pool, which evicts the least recently used ones without an event."""
         if self._window is None:
             return
         for digest in chain:
@@ -553,7 +555,7 @@ class Engine:
             self._windowed.popitem(last=False)
 
     def _reachable(self, request: Request, group: _Group, place: int) -> bool:
-        """Whether a hit that the window group would grant can ever need this block."""
+        """Whether a hit of the window group can ever need this block."""
         if group.window is None or group.interval is None:
             return True
         per_interval = group.interval // group.block_size
@@ -561,7 +563,7 @@ class Engine:
         return place % per_interval >= per_interval - group.need or prompt_end - group.need <= place < prompt_end
 
     def _share(self, request: Request, table: list[int], start: int, end: int) -> int:
-        """Use the copies that are there instead of our own, as SGLang does; returns the first block that is new."""
+        """Replace the request's blocks by cached copies, as SGLang does; returns the place of the first new block."""
         cached = self._cached[0]
         own = []
         while start < end and (copies := cached.get(request.chain[start])):
@@ -575,7 +577,7 @@ class Engine:
     def _store(
         self, request: Request, group: _Group, table: list[int], start: int, end: int, places: Sequence[int]
     ) -> None:
-        """Make the blocks at ``places`` findable: one event about the range from ``start`` to ``end``."""
+        """Make the blocks at ``places`` findable, with one event for the range from ``start`` to ``end``."""
         cached, chain, stride = self._cached[group.index], request.chain, group.stride
         digests = []
         for place in places:
@@ -631,7 +633,7 @@ class Engine:
     # The second tier
 
     def _load(self, request: Request, group: _Group, table: list[int], places: list[int]) -> None:
-        """Bring back what only the second tier holds."""
+        """Load the blocks that only the second tier holds."""
         for place, block in zip(places, self._take(len(places)), strict=True):
             table[place] = block
         for run in _runs(places):
@@ -640,13 +642,13 @@ class Engine:
             self._offloaded.move_to_end((group.index, request.chain[(place + 1) * group.stride - 1]))
 
     def _offload(self, request: Request) -> None:
-        """Copy what the request leaves findable to the second tier, which drops what was used longest ago."""
+        """Copy the request's cached blocks to the second tier, which evicts the least recently used ones for them."""
         tier = self._offloaded
         news: list[tuple[_Group, list[int]]] = []
         room = self._offload_blocks
         for group, table in zip(self._groups, request.tables, strict=True):
             new = []
-            # The head of a prefix is worth more than its tail, so it is used last and stays longest.
+            # The head of a prefix is worth more than its tail: it is moved to the end last, so it stays longest.
             for place in range(request.cached[group.index] - 1, -1, -1):
                 block = table[place]
                 if block == _LEFT or self._digest[block] is None:
@@ -680,6 +682,6 @@ class Engine:
 
 
 def _runs(places: Sequence[int]) -> list[Sequence[int]]:
-    """Cut an increasing sequence where it leaves out a number."""
+    """Split an increasing sequence into runs of consecutive numbers."""
     cuts = [i for i in range(1, len(places)) if places[i] != places[i - 1] + 1]
     return [places[a:b] for a, b in zip([0, *cuts], [*cuts, len(places)], strict=True) if a < b]

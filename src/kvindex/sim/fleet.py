@@ -1,7 +1,7 @@
-"""Many simulated engines behind one router: who serves a request, what is reused, and whether the index knows it.
+"""Many simulated engines behind one router, and the comparison of an index with all of them.
 
-Time is whatever the workload says. A request holds its blocks from its start until its answer is done, and one that
-finds no room waits; nothing here reads a clock, and the same workload gives the same run.
+The workload sets the time. A request holds its blocks from its start until its answer is done, and waits when there is
+no room for it. Nothing here reads a clock, so the same workload gives the same run.
 """
 
 from __future__ import annotations
@@ -54,41 +54,41 @@ class Index(Protocol):
         cache_salt: str | None = ...,
         extra_keys: Any = ...,
     ) -> _Match:
-        """Per pod the tokens that it reuses of this prompt."""
+        """The tokens of this prompt that each pod would reuse."""
 
 
 class Target(Protocol):
-    """What a router needs of a pod, wherever that runs."""
+    """The part of a pod that a router needs, for pods in this process and elsewhere."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def load(self) -> int:
-        """Tokens that it is serving."""
+        """Tokens that the pod is serving."""
 
     @property
     def served(self) -> int:
-        """Tokens that it was ever given."""
+        """Tokens of all prompts that the pod ever got."""
 
     def lora_name(self, prompt: Prompt) -> str | None:
-        """What an index calls this prompt's adapter."""
+        """The name of this prompt's adapter in an index."""
 
 
 T = TypeVar("T", bound=Target)
 
 
 def adapter_name(form: WireForm, prompt: Prompt) -> str | None:
-    """What an index calls this prompt's adapter: releases that publish no name publish its number."""
+    """The name of this prompt's adapter in an index: its number where a release publishes no names."""
     if form.says("lora_name"):
         return prompt.lora_name
     return str(prompt.lora_id) if prompt.lora_id else None
 
 
 class Pod:
-    """What a router sends a request to: one engine per data-parallel rank, which all write the same wire form.
+    """The target of a router: one engine per data-parallel rank, all with the same wire form.
 
-    ``load`` is the number of tokens that it is serving, ``served`` all that it was ever given.
+    ``load`` is the number of tokens that the pod is serving, ``served`` the tokens of all prompts that it ever got.
     """
 
     def __init__(self, name: str, form: WireForm, ranks: Mapping[int, Engine]) -> None:
@@ -109,7 +109,7 @@ class Pod:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What an index has to be told of it: arguments of :meth:`PrefixIndex.configure_pod`."""
+        """The facts about the pod that an index needs: arguments of :meth:`PrefixIndex.configure_pod`."""
         return next(iter(self.ranks.values())).options
 
     @property
@@ -118,15 +118,15 @@ class Pod:
         return sum(engine.cached_blocks for engine in self.ranks.values())
 
     def hit(self, prompt: Prompt) -> int:
-        """The true answer: how many tokens of this prompt the best rank would reuse now."""
+        """The true answer: the number of tokens of this prompt that the best rank would reuse now."""
         return max(engine.hit_prompt(prompt) for engine in self.ranks.values())
 
     def held(self, prompt: Prompt, medium: str | None = None) -> int:
-        """How many tokens of this prompt the best rank has, in any tier or in one, whatever it would reuse."""
+        """Number of leading tokens that the best rank holds, in any tier or in ``medium`` alone, reusable or not."""
         return max(engine.held_prompt(prompt, medium) for engine in self.ranks.values())
 
     def lora_name(self, prompt: Prompt) -> str | None:
-        """What an index calls this prompt's adapter."""
+        """The name of this prompt's adapter in an index."""
         return adapter_name(self.form, prompt)
 
     def _least_loaded(self) -> int:
@@ -138,7 +138,7 @@ Publish: TypeAlias = Callable[[str, int, bytes], object]
 
 
 class RoundRobin:
-    """One pod after the other."""
+    """A route to one pod after the other."""
 
     def __init__(self) -> None:
         self._next = 0
@@ -150,7 +150,7 @@ class RoundRobin:
 
 
 class RandomChoice:
-    """Any pod, by a seed."""
+    """A route to a random pod, from a seed."""
 
     def __init__(self, seed: int = 0) -> None:
         self._random = random.Random(seed)
@@ -160,11 +160,11 @@ class RandomChoice:
 
 
 class PrefixAware:
-    """The pod that would have to compute least.
+    """A route to the pod with the least to compute.
 
-    What a pod costs is the part of the prompt that it does not reuse, plus ``balance`` times the tokens that it is
-    serving already. Among pods that cost as little as the cheapest, give or take ``slack`` of the prompt's length,
-    the one that has served least takes it: without that, one pod would collect every conversation that starts alike.
+    The cost of a pod is the part of the prompt that it does not reuse, plus ``balance`` times the tokens that it is
+    serving already. Among the pods within ``slack`` of the prompt's length of the cheapest, the pod that has served
+    least gets the request. Without this rule, one pod would collect every conversation with the same beginning.
     """
 
     def __init__(self, index: Index, *, model: str = "", balance: float = 0.05, slack: float = 0.1) -> None:
@@ -174,7 +174,7 @@ class PrefixAware:
         self._slack = slack
 
     def __call__(self, prompt: Prompt, pods: Sequence[T]) -> T:
-        # All pods of one router serve one model on one kind of engine, so how the first names things goes for all.
+        # All pods of one router serve one model on one kind of engine, so the adapter's name is the same for all.
         reused = _ask(self._index, prompt, pods[0], self._model)
         costs = [len(prompt) - reused.get(pod.name, 0) + self._balance * pod.load for pod in pods]
         limit = min(costs) + self._slack * len(prompt)
@@ -187,7 +187,7 @@ def _ask(index: Index, prompt: Prompt, pod: Target, model: str) -> Mapping[str, 
 
 
 class Served(NamedTuple):
-    """A request that was started: when, where, and how much of its prompt was reused."""
+    """A started request: its time, its pod and rank, and the reused part of its prompt."""
 
     at: float
     pod: str
@@ -197,7 +197,7 @@ class Served(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A pod for which the index and the engine disagree, in tokens."""
+    """A pod for which the answers of index and engine differ, in tokens."""
 
     pod: str
     indexed: int
@@ -205,7 +205,7 @@ class Difference(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """One prompt asked of the index and of every engine: the number of answers, and those that differ."""
+    """The answers of the index and of every engine to one prompt: their number, and those that differ."""
 
     answers: int
     differences: list[Difference]
@@ -221,11 +221,12 @@ class _Running(NamedTuple):
 
 
 class Fleet:
-    """Pods, their clients, and the time between.
+    """Pods, their requests, and the simulated time.
 
-    ``publish(pod, rank, payload)`` gets every batch, in order, at once: an index's ``ingest``, or a socket. Prefill
-    takes ``1 / prefill_rate`` seconds per token that is not reused, and an answer ``1 / decode_rate`` per token; they
-    decide how many requests share a pod at a time. One fleet belongs to one thread.
+    ``publish(pod, rank, payload)`` gets every batch at once and in order: pass an index's ``ingest``, or a function
+    that sends to a socket. Prefill takes ``1 / prefill_rate`` seconds per token that is not reused, and an answer
+    ``1 / decode_rate`` per token; these rates decide how many requests share a pod at a time. One fleet belongs to one
+    thread.
     """
 
     def __init__(
@@ -236,7 +237,7 @@ class Fleet:
             raise InvalidValueError("a fleet needs pods, each with a name of its own")
         self.now = 0.0
         self.served: list[Served] = []
-        #: Answers that were cut short because a pod had no room left.
+        #: Answers that were cut off because a pod had no room left.
         self.truncated = 0
         self._publish = publish
         self._prefill_rate = prefill_rate
@@ -250,7 +251,7 @@ class Fleet:
     # Serving
 
     def run(self, arrivals: Iterable[Arrival], route: Route, each: Callable[[Arrival], object] | None = None) -> None:
-        """Serve everything and let it finish. ``each`` is called before every request, with all before it done."""
+        """Serve all requests to their end. ``each`` is called at the time of every request, before it is routed."""
         for arrival in arrivals:
             self.advance(arrival.at)
             if each is not None:
@@ -259,7 +260,7 @@ class Fleet:
         self.finish()
 
     def serve(self, arrival: Arrival, route: Route) -> Pod:
-        """Route one request and start it, or let it wait for room. Returns the pod that got it.
+        """Route one request and start it, or let it wait for room. Returns the pod that got the request.
 
         Raises :class:`InvalidValueError` for a prompt that no empty engine of the pod could hold.
         """
@@ -279,13 +280,13 @@ class Fleet:
         return pod
 
     def advance(self, until: float) -> None:
-        """Finish every answer that is done by then, and start what waited for its room."""
+        """Finish every answer that is done by ``until``, and start the requests that waited for its room."""
         while self._running and self._running[0].until <= until:
             self._finish_next()
         self.now = max(self.now, until)
 
     def finish(self) -> None:
-        """Let everything that was sent be answered."""
+        """Finish every request that was sent."""
         while self._running:
             self._finish_next()
 
@@ -326,16 +327,16 @@ class Fleet:
         if events:
             self._publish(pod.name, rank, encode_batch(events, pod.form, ts=self.now, dp_rank=rank))
 
-    # What came of it
+    # Results
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of all prompts that were started."""
+        """Tokens of the prompts of all started requests."""
         return sum(served.prompt_tokens for served in self.served)
 
     @property
     def hit_tokens(self) -> int:
-        """Tokens that did not have to be computed: what prefix caching saved."""
+        """Tokens that did not have to be computed, because they were cached."""
         return sum(served.hit_tokens for served in self.served)
 
     @property
@@ -350,13 +351,13 @@ class Fleet:
         return np.array([served.at for served in self.served]), hits / np.maximum(prompts, 1)
 
     def truth(self, prompt: Prompt) -> dict[str, int]:
-        """Per pod how many tokens of this prompt it would reuse now, by its own block tables."""
+        """The tokens of this prompt that each pod would reuse now, by its own block tables."""
         return {pod.name: pod.hit(prompt) for pod in self.pods}
 
     def compare(self, index: Index, prompt: Prompt, *, model: str = "") -> Comparison:
-        """Ask the index what the engines answer themselves, and compare.
+        """Compare the index's answer to a prompt with the engines' own.
 
-        The index has to know the engine of each pod: ``index.configure_pod(pod.name, **pod.options)``.
+        The index needs the engine of each pod: ``index.configure_pod(pod.name, **pod.options)``.
         """
         asked: dict[str, Mapping[str, int]] = {}
         differences = []

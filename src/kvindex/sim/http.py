@@ -1,10 +1,10 @@
-"""The HTTP face of a simulated pod: what of an OpenAI-compatible server a router asks, over a cache without a model.
+"""The HTTP server of a simulated pod: the endpoints of an OpenAI-compatible server that a router uses, without a model.
 
 Token ids are the UTF-8 bytes of a text. A message is the id of its role, its content, and the id of the end
-(:mod:`kvindex.sim.tokenizer`); an answer is made up, the same for the same prompt.
-``usage.prompt_tokens_details.cached_tokens`` is what the cache really had. Where events come from is told as the form's
-engine tells it: ``/kv_event_sources`` of vLLM, ``/server_info`` of SGLang. It needs the extra ``sim`` (``pip install
-'kvindex[sim]'``).
+(:mod:`kvindex.sim.tokenizer`). An answer is made up, and is the same for the same prompt.
+``usage.prompt_tokens_details.cached_tokens`` is the true hit of the cache. The addresses of the event streams are
+published as the form's engine does it: ``/kv_event_sources`` of vLLM, ``/server_info`` of SGLang. The server needs the
+extra ``sim`` (``pip install 'kvindex[sim]'``).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class _Refused(Exception):
 
 
 def _answer(ids: list[int], tokens: int) -> str:
-    """A text of so many token ids, the same for the same prompt."""
+    """A text of ``tokens`` token ids, the same for the same prompt."""
     rng = random.Random(zlib.crc32(np.array(ids, dtype="<u4").tobytes()))
     text = ""
     while len(text) < tokens:
@@ -54,9 +54,9 @@ def _answer(ids: list[int], tokens: int) -> str:
 
 
 class HttpServer:
-    """The server, in a thread of its own. ``ask(op, ...)`` tells the pod, and may be called from any thread.
+    """The server, in a thread of its own. ``ask(op, ...)`` sends a request to the pod, and is safe from any thread.
 
-    ``facts`` are the pod's :meth:`SimPod.ready`. ``url`` is where it listens.
+    ``facts`` is the map of the pod's :meth:`SimPod.ready`. ``url`` is the server's address.
     """
 
     def __init__(self, facts: Mapping[str, Any], ask: Callable[..., dict[str, Any]], host: str, port: int) -> None:
@@ -83,7 +83,7 @@ class HttpServer:
         self._thread.start()
 
     def close(self) -> None:
-        """Ends it; requests that are being served are cut off."""
+        """Stop the server, and cut off the requests that are being served."""
         self._server.should_exit = self._server.force_exit = True
         self._thread.join(5.0)
         self._socket.close()

@@ -1,8 +1,8 @@
-"""A simulated pod as a process of its own: engines that serve, publishers that publish, and a socket to be told things.
+"""A simulated pod as a process of its own: engines that serve, publishers of their events, and a control socket.
 
-:class:`SimPod` is what runs inside (``kvindex sim``); :class:`SimProcess` starts, asks, pauses and kills one from
-outside. The pod knows the truth about itself, so a test, a demo or a harness can compare an index with it over any
-distance.
+:class:`SimPod` runs inside the process (``kvindex sim``); :class:`SimProcess` starts, asks, pauses and kills the
+process from outside. The pod reports its true hits, so a test, a demo or a harness can compare an index with it over
+any network.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Tokens = npt.NDArray[np.uint32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimConfig:
-    """What a simulated pod is. Ports: 0 takes a free one; rank r is at the port r higher than rank 0's."""
+    """Options of a simulated pod. Port 0 takes a free port; the port of rank r is r higher than that of rank 0."""
 
     name: str = "pod-0"
     model: str = "sim"
@@ -46,55 +46,55 @@ class SimConfig:
     blocks: int = 4000
     block_size: int = 16
     window: int | None = None
-    """Tokens of a second, sliding-window group; None has none."""
+    """Size of the window of a second, sliding-window group, in tokens; None: no such group."""
     window_block_size: int | None = None
-    """Of the window's blocks, a multiple of ``block_size``; None is the same."""
+    """Tokens per block of the window's group, a multiple of ``block_size``; None: the same."""
     window_interval: int | None = None
-    """Keeps only those of the window's blocks that a hit at a multiple of so many tokens needs; None keeps all."""
+    """Keep only those of the window's blocks that a hit at a multiple of so many tokens needs; None: keep all."""
     hash_seed: str = ""
     offload_blocks: int = 0
-    """Blocks of a second tier; 0 has none."""
+    """Blocks of a second tier; 0: no second tier."""
     offload_medium: str = "CPU"
     offload_tokens: bool = False
-    """Whether the second tier's events say their tokens."""
+    """Whether the second tier's events contain the tokens."""
     offload_keyless: bool = False
-    """Whether they then leave out adapter, salt and extra keys, as connectors do."""
+    """Whether events with tokens then leave out adapter, salt and extra keys, as connectors do."""
     lookahead: int = 0
-    """Tokens behind each block that its hash covers: speculative decoding in vLLM 0.33; with SGLang 1, as pairs."""
+    """Tokens behind each block that its hash covers: speculative decoding in vLLM 0.33; 1 for SGLang, as pairs."""
     eagle: bool = False
     """Speculative decoding as in vLLM before 0.33: the last matching block is not reused."""
     window_blocks: int | None = None
-    """With SGLang's ``window``: blocks of its own pool, whose evictions are in no event."""
+    """Blocks of the pool of SGLang's ``window``, whose evictions are in no event."""
     host: str = "127.0.0.1"
     port: int = 0
     replay_port: int | None = 0
-    """None answers no replays."""
+    """None: no replay socket."""
     control_port: int = 0
     http: int | None = None
-    """Port at which it also answers as an OpenAI-compatible server (:mod:`kvindex.sim.http`); None is not at all."""
+    """Port of the pod's OpenAI-compatible server (:mod:`kvindex.sim.http`); None: no server."""
     connect: str | None = None
     """An endpoint that the pod connects to instead of binding ``port``."""
     topic: str | None = None
-    """None is ``kv@NAME@MODEL``."""
+    """None: ``kv@NAME@MODEL``."""
     buffer_steps: int = 10_000
     rate: float = 0.0
-    """Requests a second that the pod serves by itself; 0 serves only what it is told to."""
+    """Requests a second that the pod serves by itself; 0: only the requests that it gets."""
     concurrent: int = 4
     """Requests that are being served at a time."""
     seed: int = 0
-    """Of the workload; pods of one seed serve the same conversations."""
+    """Seed of the workload; pods with the same seed serve the same conversations."""
     adapters: int = 0
-    """How many LoRA adapters the workload uses beside none."""
+    """Number of LoRA adapters in the workload, beside the base model."""
     salts: int = 0
-    """How many cache salts the workload uses beside none."""
+    """Number of cache salts in the workload, beside requests without a salt."""
     curve: str | None = None
-    """File of a CURVE certificate with a secret key, as ``zmq.auth.create_certificates`` makes them: its streams are
-    then encrypted, and the line it prints has the public key."""
+    """File of a CURVE certificate with a secret key, from ``zmq.auth.create_certificates``. With it the pod encrypts
+    its streams, and the line it prints has the public key."""
     server_key: str | None = None
-    """CURVE public key of the endpoint that the pod connects to; None where that has none."""
+    """CURVE public key of the endpoint that the pod connects to; None: an endpoint without encryption."""
 
     def keys(self) -> tuple[bytes | None, bytes | None]:
-        """(public, secret) of ``curve``. Raises :class:`InvalidValueError` where the file has none."""
+        """(public, secret) of ``curve``. Raises :class:`InvalidValueError` where the file has no secret key."""
         if self.curve is None:
             return None, None
         try:
@@ -107,7 +107,7 @@ class SimConfig:
 
 
 def own_workload(config: SimConfig) -> Iterator[Arrival]:
-    """What a pod serves by itself: endless, and the same whenever it is asked for."""
+    """The endless workload that a pod serves by itself. It is the same at every call."""
     adapters = [None, *(f"adapter-{number}" for number in range(1, config.adapters + 1))]
     salts = [None, *(f"salt-{number}" for number in range(1, config.salts + 1))]
     for cycle in count():
@@ -120,7 +120,7 @@ def own_workload(config: SimConfig) -> Iterator[Arrival]:
 class SimPod:
     """One pod: an engine and a publisher per rank, its own workload, and the control socket.
 
-    :meth:`run` is the process; :meth:`step` one turn of it. One thread.
+    :meth:`run` is the loop of the process, :meth:`step` one turn of it. For one thread.
     """
 
     def __init__(self, config: SimConfig) -> None:
@@ -139,7 +139,7 @@ class SimPod:
             self._publishers = [self._publisher(rank) for rank in range(config.ranks)]
             self._control = Control(self._context, self, config.host, config.control_port)
         except BaseException:
-            self._context.destroy(linger=0)  # with the sockets that could be had
+            self._context.destroy(linger=0)  # also closes the sockets opened so far
             raise
         self._poller = zmq.Poller()
         self._poller.register(self._control.socket, zmq.POLLIN)
@@ -197,7 +197,7 @@ class SimPod:
                 self._poller.register(publisher.router, zmq.POLLIN)
 
     def ready(self) -> dict[str, Any]:
-        """Where everything is, for whoever started this."""
+        """The pod's addresses and options, for the process that started it."""
         return {
             "name": self.config.name,
             "model": self.config.model,
@@ -216,7 +216,7 @@ class SimPod:
     # Serving
 
     def serve(self, prompt: Prompt, output: Tokens, rank: int, *, finish: bool = True) -> int:
-        """Serve one request; gives how many tokens of it were there already."""
+        """Serve one request, and return the number of its tokens that were cached already."""
         engine, running = self._engines[rank], self._running[rank]
         while (request := engine.start(prompt)) is None:
             if not running:
@@ -253,7 +253,7 @@ class SimPod:
     # The process
 
     def step(self, longest: float = 1.0) -> None:
-        """Wait until there is something to do, at most ``longest`` seconds, and do it."""
+        """Wait for work, at most ``longest`` seconds, and do it."""
         now = time.monotonic()
         waits = [longest, *(wait for wait in [publisher.serve() for publisher in self._publishers] if wait is not None)]
         if self.rate > 0:
@@ -264,11 +264,11 @@ class SimPod:
         now = time.monotonic()
         while self.rate > 0 and self._next_request <= now:
             self.serve_next()
-            # What could not be served in time is not made up for: a paused process does not burst.
+            # Requests that are more than 0.1 seconds late are left out, so a paused process does not burst.
             self._next_request = max(self._next_request + 1.0 / self.rate, now - 0.1)
 
     def run(self) -> None:
-        """Until told to stop, or until the process that started this is gone."""
+        """Serve until a request to stop arrives, or until the parent process is gone."""
         while not self.stopping:
             self.step()
         self.close()
@@ -282,7 +282,7 @@ class SimPod:
         self._control.close()
         self._context.term()
 
-    # What it can be told
+    # Operations of the control socket
 
     def _op_status(self) -> dict[str, Any]:
         return {
@@ -359,12 +359,12 @@ class SimPod:
 
 
 class SimProcess(ToldProcess):
-    """A ``kvindex sim`` process from outside, at the same ports whenever it is started again.
+    """The parent's handle of a ``kvindex sim`` process, which keeps its ports when it is started again.
 
-    ``options`` are the fields of a :class:`SimConfig`. Everything else as a :class:`ToldProcess`.
+    ``options`` are the fields of a :class:`SimConfig`; the rest is as for a :class:`ToldProcess`.
     """
 
-    #: What Python runs, before the options: harnesses put a pod of their own here.
+    #: The arguments of Python before the options. A harness may put a pod of its own here.
     program: Sequence[str] = ("-c", "import sys; from kvindex.cli.sim import main; sys.exit(main())")
 
     def __init__(
@@ -375,7 +375,7 @@ class SimProcess(ToldProcess):
         super().__init__(self.config.name, [], timeout=timeout, prefix=prefix, env=env)
 
     def launch(self) -> None:
-        """Start the process, at the ports that an earlier one of this object had."""
+        """Start the process, at the ports of this object's earlier process."""
         config = self.config
         options = ["--follow-parent"]
         for each in fields(config):
@@ -395,7 +395,7 @@ class SimProcess(ToldProcess):
         if self.url is not None:
             ports["http"] = _port(self.url)
         endpoint, answers = self.ready["ranks"]["0"]
-        # Only one rank's ports can be asked for again; those of several follow each other only if they were given.
+        # The free ports of several ranks need not be consecutive, and only consecutive ports can be requested again.
         if endpoint and config.ranks == 1:
             ports["port"] = _port(endpoint)
         if answers and config.ranks == 1:
@@ -404,34 +404,36 @@ class SimProcess(ToldProcess):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What its events do not say of its engine: fields of a :class:`PodSource`."""
+        """The facts about the engine that its events lack: fields of a :class:`PodSource`."""
         found: dict[str, Any] = self.ready["options"]
         return found
 
     @property
     def ranks(self) -> dict[int, tuple[str, str | None]]:
-        """Endpoint and replay endpoint of every rank: what a :class:`PodSource` takes."""
+        """Endpoint and replay endpoint of every rank, as a :class:`PodSource` takes them."""
         return {int(rank): (pair[0], pair[1]) for rank, pair in self.ready["ranks"].items()}
 
     @property
     def url(self) -> str | None:
-        """Where it answers as an OpenAI-compatible server: ``SimProcess(http=0)``."""
+        """Address of the pod's OpenAI-compatible server, with ``SimProcess(http=0)``."""
         found: str | None = self.ready.get("http")
         return found
 
     def truth(self, tokens: npt.ArrayLike, **context: Any) -> dict[int, int]:
-        """How many tokens of the prompt each rank would reuse."""
+        """The number of tokens of the prompt that each rank would reuse."""
         found: dict[int, int] = self.truths([Prompt(tokens, **context)])["hits"][0]
         return found
 
     def truths(self, prompts: Iterable[Prompt]) -> dict[str, Any]:
-        """The truth about many prompts at one moment: lists ``hits``, as :meth:`truth` gives them, and
-        ``media`` (tokens held by tier, of the best rank), and ``seqs``, the next sequence number of every rank
-        at that moment."""
+        """The true answers to many prompts at one moment.
+
+        The map has the lists ``hits``, as :meth:`truth` returns them, and ``media`` (tokens held by tier, of the best
+        rank). ``seqs`` is the next sequence number of every rank at that moment.
+        """
         return self.ask("truths", prompts=[prompt_map(prompt) for prompt in prompts])
 
     def serve(self, tokens: npt.ArrayLike, output: npt.ArrayLike = (), **context: Any) -> dict[str, Any]:
-        """Let it serve one request to its end."""
+        """Serve one request to its end."""
         return self.ask(
             "serve", tokens=np.asarray(tokens, dtype="<u4").tobytes(),
             output=np.asarray(output, dtype="<u4").tobytes(), **context,
@@ -444,7 +446,7 @@ class SimProcess(ToldProcess):
 
 
 def prompt_map(prompt: Prompt) -> dict[str, Any]:
-    """A prompt as the control sockets take it."""
+    """A prompt as a map for the control socket."""
     return {
         "tokens": np.asarray(prompt.tokens, dtype="<u4").tobytes(),
         "lora_name": prompt.lora_name,

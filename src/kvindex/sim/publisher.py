@@ -1,9 +1,8 @@
-"""How an engine's events get onto the wire: PUB and ROUTER with a replay buffer, and every fault that they are known
-for.
+"""The event publisher of a simulated engine: PUB and ROUTER sockets, a replay buffer, and the known faults of both.
 
-Frames are those of the real publishers, as recorded from six releases: live ``[topic, seq, payload]``; a replay is
-asked for by ``["", start]`` and answered by ``["", topic, seq, payload]`` or, by older releases, without the topic;
-the end has seq -1 and an empty payload.
+Frames are those of the real publishers, as recorded from six releases. A live message is ``[topic, seq, payload]``. A
+client requests a replay with ``["", start]`` and gets ``["", topic, seq, payload]`` for each batch; older releases
+leave the topic out. The end marker has seq -1 and an empty payload.
 """
 
 from __future__ import annotations
@@ -25,24 +24,24 @@ _END: Final = b"\xff" * 8
 
 
 def topic_in_replay(form: str) -> bool:
-    """Whether the releases that write this wire form (a name like ``vllm-0.33.0``) have the topic in their replays."""
+    """Whether the replays of the releases with this wire form (a name like ``vllm-0.33.0``) have the topic."""
     engine, _, version = form.partition("-")
     numbers = tuple(int(part) for part in version.split("."))
     return numbers >= ((0, 26) if engine == "vllm" else (0, 5, 22))
 
 
 def offset_port(endpoint: str, rank: int) -> str:
-    """The endpoint of another rank: as many ports higher, as the engines do; wildcards stay."""
+    """The endpoint of another rank: ``rank`` ports higher, as in the engines. A wildcard port stays."""
     head, _, port = endpoint.rpartition(":")
     return endpoint if port in ("*", "0") else f"{head}:{int(port) + rank}"
 
 
 @dataclass(slots=True)
 class Faults:
-    """What goes wrong, as long as it is set. Numbers count down as they happen."""
+    """The faults of a publisher, each active while it is set. Counts go down with every fault that happens."""
 
     drop: int = 0
-    """Messages that are published into nothing; a replay still has them."""
+    """Messages that are not sent; a replay still has them."""
     duplicate: int = 0
     """Messages that are sent twice."""
     reorder: int = 0
@@ -52,31 +51,31 @@ class Faults:
     unencodable: int = 0
     """Batches that get a sequence number and nothing else, as when the engine's encoder fails."""
     damage: int = 0
-    """Messages whose payload is garbage on the way; a replay still has them as they were."""
+    """Messages with a damaged payload; a replay still has the original."""
     mute: bool = False
     """Nothing is published live at all; a replay still has it."""
     bad_frames: int = 0
-    """Messages that come with a sequence number of 7 bytes; a replay still has them as they should be."""
+    """Messages with a sequence number of 7 bytes; a replay still has the correct frames."""
     replay_cut: int | None = None
-    """A replay stops after so many batches, without its end marker: what happens behind a full queue."""
+    """A replay stops after so many batches, without its end marker, as it does behind a full queue."""
     replay_silent: bool = False
-    """Requests for a replay are not answered before this ends, as when the publisher's thread is held up."""
+    """Requests for a replay are not answered while this is set, as when the publisher's thread is held up."""
     replay_endless: bool = False
-    """A replay repeats its batches, and never ends."""
+    """A replay repeats its batches and never ends."""
     replay_no_end: bool = False
-    """The end marker is lost."""
+    """A replay has no end marker."""
     replay_delay: float = 0.0
     """Seconds until a request for a replay is answered."""
 
 
 class Publisher:
-    """The event publisher of one rank. One thread: :meth:`publish` and :meth:`serve` from the same.
+    """The event publisher of one rank. Call :meth:`publish` and :meth:`serve` from one thread.
 
-    ``endpoint`` is bound, or connected to where ``connect`` (for subscribers that bind); ``replay_endpoint`` is bound.
-    A wildcard port is replaced by the one that was found: see the attributes of the same names. ``buffer_steps``
+    The publisher binds ``endpoint``, or connects to it with ``connect`` (for subscribers that bind). It always binds
+    ``replay_endpoint``. The attributes of the same names have the port that replaced a wildcard. ``buffer_steps``
     batches are kept for replays. ``with_topic`` is the framing of replays, see :func:`topic_in_replay`. With a
-    ``secret_key`` (CURVE, Z85) only those are served who know the public key to it; where ``connect``, it says who is
-    there to the one with the ``server_key``.
+    ``secret_key`` (CURVE, Z85) only clients with its public key are served; with ``connect``, the key identifies the
+    publisher to the peer with the ``server_key``.
     """
 
     def __init__(
@@ -115,7 +114,7 @@ class Publisher:
         try:
             self._open_sockets()
         except zmq.ZMQError:
-            self.close()  # or the context could not end
+            self.close()  # the context cannot terminate with an open socket
             raise
 
     def _open_sockets(self) -> None:
@@ -144,11 +143,11 @@ class Publisher:
 
     @property
     def router(self) -> zmq.Socket[bytes] | None:
-        """The socket that replays are asked at: :meth:`serve` when it is readable."""
+        """The socket for requests of replays: call :meth:`serve` when it is readable."""
         return self._router
 
     def publish(self, payload: bytes) -> int:
-        """Publish one batch; gives its sequence number."""
+        """Publish one batch, and return its sequence number."""
         faults, seq = self.faults, self.seq
         self.seq += 1
         if faults.unencodable > 0:
@@ -181,7 +180,7 @@ class Publisher:
         return seq
 
     def send_raw(self, frames: list[bytes]) -> None:
-        """Publish frames as they are: for publishers that send what they should not."""
+        """Publish frames as they are, for tests of publishers that send invalid messages."""
         self._pub.send_multipart(frames)
 
     def _send(self, frames: list[bytes]) -> None:
@@ -191,8 +190,10 @@ class Publisher:
             self._pub.send_multipart(frames)
 
     def serve(self) -> float | None:
-        """Send what is late and answer every replay that was asked for. Gives the seconds until there is more to do, or
-        None when that is not known yet. Never blocks."""
+        """Send the delayed messages that are due, and answer the requests for replays. Never blocks.
+
+        Returns the seconds until there is more to do, or None when nothing is due.
+        """
         now = time.monotonic()
         while self._late and self._late[0][0] <= now:
             self._send(self._late.popleft()[1])
@@ -201,7 +202,7 @@ class Publisher:
                 request = self._router.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 break
-            # Without the empty frame the engines ignore it.
+            # The engines ignore a request without the empty frame.
             if len(request) == 3 and request[1] == b"":
                 self._asked.append((now + self.faults.replay_delay, request))
         asked = () if self.faults.replay_silent else self._asked
@@ -235,8 +236,7 @@ class Publisher:
         )
 
     def restart(self) -> None:
-        """What a new process of the same engine is: other sockets at the same place, from seq 0, with nothing to
-        replay."""
+        """Act as a new process of the same engine: new sockets at the same endpoints, seq 0, nothing to replay."""
         self.close()
         self.seq = 0
         self._buffer.clear()
@@ -246,14 +246,14 @@ class Publisher:
         self._open()
 
     def close(self) -> None:
-        """Close the sockets at once; what is not sent yet is lost. Closing twice is fine."""
+        """Close the sockets at once, and drop unsent messages. A second call has no effect."""
         self._pub.close(0)
         if self._router is not None:
             self._router.close(0)
 
 
 def _bind(sock: zmq.Socket[bytes], endpoint: str) -> str:
-    # The port of a process that was killed a moment ago may still be given back.
+    # The kernel may not have released the port of a process that was killed a moment ago.
     for attempt in range(50):
         try:
             sock.bind(endpoint)

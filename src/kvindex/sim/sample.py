@@ -1,6 +1,6 @@
-"""The repository's own captures: small recordings of simulated engines, one per thing that streams do.
+"""The repository's own captures: small recordings of simulated engines, one for each feature of the streams.
 
-They are in the format of :mod:`kvindex.capture` and are made on demand, because the same seed gives the same bytes.
+They have the format of :mod:`kvindex.capture`, and are made on demand, because the same seed gives the same bytes.
 """
 
 from __future__ import annotations
@@ -71,12 +71,12 @@ _KINDS = {
     "sglang-pages": _Kind("one event a page, and a host tier", "sglang-0.5.9", engine=_HOST_TIER),
 }
 
-#: What there is to write, and what is special about each.
+#: The kinds of samples, each with its special features.
 KINDS: dict[str, str] = {name: kind.about for name, kind in _KINDS.items()}
 
 
 def write_sample(kind: str, path: str | os.PathLike[str], *, seed: int = 0, requests: int = 60) -> int:
-    """Record a small fleet of simulated engines; returns how many answers (queries times pods) the file holds.
+    """Record a small fleet of simulated engines; returns the number of answers (queries times pods) in the file.
 
     ``kind`` is one of :data:`KINDS`. The same arguments write the same bytes. Raises :class:`InvalidValueError` for an
     unknown kind.
@@ -113,7 +113,7 @@ def write_sample(kind: str, path: str | os.PathLike[str], *, seed: int = 0, requ
         seqs: Counter[str] = Counter()
 
         def publish(pod: str, rank: int, payload: bytes) -> None:
-            # Every rank is a publisher of its own, so it counts for itself.
+            # Every rank has its own publisher, and so its own sequence numbers.
             topic = f"kv@{pod}@dp{rank}" if plan.ranks > 1 else ""
             writer.write(Message(pod, topic, seqs[pod + topic], payload))
             seqs[pod + topic] += 1
@@ -142,7 +142,7 @@ def _arrivals(plan: _Kind, requests: int, seed: int) -> list[Arrival]:
 
 
 def _cut(prompt: Prompt, rng: random.Random) -> Prompt:
-    """A prompt that leaves an earlier one somewhere in the middle."""
+    """The beginning of an earlier prompt, half of the time with a different last token."""
     tokens = prompt.tokens[: rng.randint(1, len(prompt))].copy()
     if rng.random() < 0.5:
         tokens[-1] ^= 1

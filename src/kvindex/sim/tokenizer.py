@@ -1,8 +1,8 @@
 """The simulated engine's tokenizer and chat template, as the files of a model's directory.
 
-``python -m kvindex.sim.tokenizer DIRECTORY`` writes ``tokenizer.json`` and ``chat_template.jinja``: with them, a router
-that encodes prompts itself gets the ids of ``kvindex sim --http``. Ids below 256 are the UTF-8 bytes of a text. The
-extra ``text`` has what it needs.
+``python -m kvindex.sim.tokenizer DIRECTORY`` writes ``tokenizer.json`` and ``chat_template.jinja``. With these files, a
+router that encodes prompts itself gets the ids of ``kvindex sim --http``. Ids below 256 are the UTF-8 bytes of a text.
+Writing the files needs the extra ``text``.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def chat_ids(messages: Any, add_generation_prompt: bool = True) -> list[int]:
     """The token ids of a conversation, by ``TEMPLATE``.
 
     Raises:
-        ValueError: The conversation has no message, a role that is not in ``ROLES``, or content that is no text.
+        ValueError: The conversation has no message, a role that is not in ``ROLES``, or content that is not text.
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError("messages must be a list of messages")
@@ -72,7 +72,7 @@ def tokenizer() -> Tokenizer:
     """A tokenizer whose ids are those of the simulated engine."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    # ByteLevel's letter for each byte: printable ones stand for themselves, the others for what follows 255, in order.
+    # ByteLevel's letter for each byte: a printable byte is its own letter, and the others get the letters from 256 on.
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = {chr(byte): byte for byte in printable} | {chr(256 + at): byte for at, byte in enumerate(others)}
@@ -83,7 +83,7 @@ def tokenizer() -> Tokenizer:
 
 
 def save(directory: str | Path) -> None:
-    """Writes both files into a directory, which is made where it is not there."""
+    """Write both files into a directory, and create the directory if needed."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer().save(str(directory / "tokenizer.json"))

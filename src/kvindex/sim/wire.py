@@ -1,8 +1,8 @@
-"""How engines write their events: every wire form that vLLM and SGLang have released, from one neutral list of events.
+"""The encoders of every wire form that vLLM and SGLang have released, from one neutral list of events.
 
-The forms were read off payloads that the releases' own encoders made; the tests compare byte for byte with those. A
-form writes only what its release knew: what an older release could not say (a LoRA name, a cache salt, a group) is
-left out, as that release left it out.
+The forms come from payloads of the releases' own encoders, and the tests compare byte for byte with those. A form
+writes only the fields of its release: an older form leaves out a LoRA name, a cache salt or a group, as its release
+did.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ __all__ = ["FORMS", "Cleared", "Event", "HashForm", "Removed", "Stored", "WireFo
 class Stored(NamedTuple):
     """Blocks that were stored one after another below ``parent_block_hash``.
 
-    Hashes are the engine's digests (bytes, any length); the form decides what of them goes on the wire. ``token_ids``
-    is an array of u32, empty for a placeholder, and two-dimensional where SGLang writes pairs. ``extra_keys`` and
-    ``lookahead_token_ids`` have one entry per hash.
+    Hashes are the engine's digests (bytes, any length); the form decides which part of them goes on the wire.
+    ``token_ids`` is an array of u32, empty for a placeholder, and two-dimensional where SGLang writes pairs.
+    ``extra_keys`` and ``lookahead_token_ids`` have one entry per hash.
     """
 
     block_hashes: Sequence[bytes]
@@ -47,7 +47,7 @@ class Stored(NamedTuple):
 
 
 class Removed(NamedTuple):
-    """One copy of each of these blocks is gone from ``medium``."""
+    """One copy of each of these blocks was removed from ``medium``."""
 
     block_hashes: Sequence[bytes]
     medium: str | None = "GPU"
@@ -57,7 +57,7 @@ class Removed(NamedTuple):
 
 
 class Cleared(NamedTuple):
-    """The worker dropped everything."""
+    """The worker dropped all its blocks."""
 
 
 Event: TypeAlias = Stored | Removed | Cleared
@@ -68,11 +68,11 @@ _TAGS: dict[type, str] = {Stored: "BlockStored", Removed: "BlockRemoved", Cleare
 
 @dataclass(frozen=True, slots=True)
 class WireForm:
-    """What one range of releases writes. See :data:`FORMS`.
+    """The wire form of one range of releases. See :data:`FORMS`.
 
-    ``stored`` and ``removed`` are the fields in their order. An array has them all; a map leaves out those after the
-    first ``always`` (per event type) when they are unset. ``map16`` is the width of the header that vLLM 0.33 gives
-    its stored events whatever their size. ``page_events``: one event per block, as SGLang before 0.5.18.
+    ``stored`` and ``removed`` are the fields in their order. An array has them all; a map leaves out unset fields after
+    the first ``always`` (per event type). ``map16``: stored events of any size have a map16 header, as in vLLM 0.33.
+    ``page_events``: one event per block, as in SGLang before 0.5.18.
     """
 
     name: str
@@ -127,7 +127,7 @@ def _sglang_map(name: str, stored: tuple[str, ...]) -> WireForm:
     return WireForm(f"sglang-{name}", "sglang", "map", stored, _REMOVED[:2], "i64", always=(5, 1))
 
 
-#: Every form by the first release that wrote it.
+#: Every form, by its first release.
 FORMS: dict[str, WireForm] = {
     form.name: form
     for form in (
@@ -151,9 +151,9 @@ FORMS: dict[str, WireForm] = {
 
 
 def wire_form(name: str, hashes: HashForm | None = None) -> WireForm:
-    """The form called ``name`` in :data:`FORMS`, with another form of hashes if asked for.
+    """The form ``name`` of :data:`FORMS`, with the form ``hashes`` of its hashes if given.
 
-    Raises :class:`InvalidValueError` for a name that is not there.
+    Raises :class:`InvalidValueError` for an unknown name.
     """
     try:
         form = FORMS[name]
@@ -162,7 +162,7 @@ def wire_form(name: str, hashes: HashForm | None = None) -> WireForm:
     return form if hashes is None else replace(form, hashes=hashes)
 
 
-# msgpack-python writes the shortest header for every value, which is what the engines' encoder does for all but map16.
+# msgpack-python writes the shortest header for every value, as the engines' encoder does for all but map16.
 _packer = msgpack.Packer(use_bin_type=True)
 
 
@@ -174,8 +174,8 @@ def encode_batch(events: Iterable[Event], form: WireForm, *, ts: float = 0.0, dp
     """
     if form.page_events:
         events = _pages(events)
-    # Under pressure nine events of ten are removals of one block, equal but for the hash: what is around it is made
-    # once a batch, 0.8 instead of 2.0 microseconds an event.
+    # Under pressure nine of ten events are removals of one block and differ only in the hash. The bytes around the hash
+    # are made once a batch: 0.8 instead of 2.0 microseconds an event.
     frames: dict[tuple[Any, ...], tuple[bytes, bytes]] = {}
     parts = []
     for event in events:
@@ -194,7 +194,7 @@ def encode_batch(events: Iterable[Event], form: WireForm, *, ts: float = 0.0, dp
 
 
 def _around(packed: bytes, form: WireForm) -> tuple[bytes, bytes]:
-    """Cut an event without hashes into what comes before and after the (empty) array of them."""
+    """Split an event without hashes into the bytes before and after its (empty) array of hashes."""
     before = _packer.pack(_TAGS[Removed])
     if form.layout == "map":
         before = _packer.pack("type") + before + _packer.pack("block_hashes")
@@ -233,7 +233,7 @@ def _value(field: str, value: Any, hashes: HashForm) -> Any:
 
 
 def _hash(digest: bytes, hashes: HashForm) -> int | bytes:
-    # The integers of vLLM are the digest's last eight bytes; shorter bytes are cut from the front to agree with them.
+    # vLLM's integers are the last eight bytes of the digest. Byte hashes keep the end as well, to agree with them.
     if hashes == "bytes32":
         return digest[-32:]
     if hashes == "bytes16":

@@ -1,6 +1,6 @@
-"""What users send: conversations made up from a seed, and recorded ones from Mooncake's traces.
+"""The requests of users: conversations made up from a seed, and recorded ones from Mooncake's traces.
 
-Every source gives :class:`Arrival` objects in order of time. The same arguments give the same tokens on every machine.
+Every source yields :class:`Arrival` objects in order of time. The same arguments give the same tokens on every machine.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ __all__ = ["MOONCAKE_BLOCK", "Arrival", "chat", "endless_hit_rate", "mooncake"]
 
 Tokens = npt.NDArray[np.uint32]
 
-#: Tokens that one of a Mooncake trace's ``hash_ids`` stands for.
+#: Tokens of one block of a Mooncake trace, which has one of the ``hash_ids``.
 MOONCAKE_BLOCK = 512
 
 
 class Arrival(NamedTuple):
-    """One request: when it comes (seconds since the start), what it asks, and the answer that it will get."""
+    """One request: its time (seconds since the start), its prompt, and the answer that it will get."""
 
     at: float
     prompt: Prompt
@@ -54,10 +54,10 @@ def chat(
 ) -> list[Arrival]:
     """Conversations of several turns; every prompt repeats the whole conversation so far.
 
-    Conversations start at ``rate`` a second and share one of ``system_prompts`` system prompts. The lengths of what
-    users write and of the answers are spread evenly from half to one and a half times the given tokens; between an
-    answer and the next turn users think for ``think`` seconds on average. A share of ``regenerate`` of the prompts is
-    sent twice. The adapters (LoRA, numbered from 1) and cache salts are dealt out to the conversations in turn.
+    Conversations start at ``rate`` a second, and each begins with one of ``system_prompts`` system prompts. The lengths
+    of the users' messages and of the answers are spread evenly from half to one and a half times the given tokens.
+    Between two requests of a conversation ``think`` seconds pass on average. A share of ``regenerate`` of the prompts
+    is sent twice. The adapters (LoRA, numbered from 1) and cache salts are dealt out to the conversations in turn.
     """
     rng = np.random.Generator(np.random.PCG64(seed))
 
@@ -97,12 +97,12 @@ def mooncake(
 ) -> Iterator[Arrival]:
     """Requests of a Mooncake trace (JSON lines, plain or gzip), the first ``limit`` of them.
 
-    A trace has no tokens, only equal ids for equal blocks of 512: every id becomes 512 tokens made from it, so two
-    prompts share exactly what they shared when they were recorded. The answers are random; the trace does not say
-    which of them came back in a later prompt.
+    A trace has no tokens, only equal ids for equal blocks of 512. Every id becomes 512 tokens made from it, so two
+    prompts share exactly the blocks that they shared in the recording. The answers are random, because a trace does not
+    show which answers came back in a later prompt.
 
-    Raises ``OSError`` when the file cannot be read and :class:`InvalidValueError`, naming the line, when a line is
-    none.
+    Raises ``OSError`` when the file cannot be read, and :class:`InvalidValueError`, naming the line, when a line is not
+    a request.
     """
     name = os.fspath(path)
     with open(path, "rb") as raw:
@@ -115,7 +115,7 @@ def mooncake(
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise InvalidValueError(f"{name}, line {number}: no request of a Mooncake trace: {error!r}") from None
             tokens = _tokens_of(ids, vocabulary, seed)[:length]
-            # Beyond every id that a trace can have, so that an answer never equals a block of a prompt.
+            # An id above all of a trace's, so an answer never equals a block of a prompt.
             output = _tokens_of(np.array([2**40 + number], dtype=np.uint64), vocabulary, seed, generated)
             yield Arrival(at, Prompt(tokens), output)
 
@@ -145,7 +145,7 @@ def _mooncake_line(line: bytes) -> tuple[float, int, int, npt.NDArray[np.uint64]
 
 
 def _tokens_of(ids: npt.NDArray[np.uint64], vocabulary: int, seed: int, each: int = MOONCAKE_BLOCK) -> Tokens:
-    # SplitMix64 over (id, offset): a generator per id would cost more than all of the engine's work on its block.
+    # SplitMix64 over (id, offset): a generator per id would cost more than all the engine's work on its block.
     x: npt.NDArray[Any] = (ids[:, None] << np.uint64(20)) + np.arange(each, dtype=np.uint64)
     x = (x + np.uint64(seed)) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -156,7 +156,7 @@ def _tokens_of(ids: npt.NDArray[np.uint64], vocabulary: int, seed: int, each: in
 
 
 def endless_hit_rate(arrivals: Iterable[Arrival], block_size: int = 16) -> float:
-    """The share of prompt tokens, 0 to 1, that one cache which never forgets would reuse: no routing can do better."""
+    """The share of prompt tokens, 0 to 1, that one cache without evictions would reuse: no routing can do better."""
     known: set[bytes] = set()
     hits = total = 0
     for arrival in arrivals:
