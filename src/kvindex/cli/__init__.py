@@ -1,4 +1,4 @@
-"""The ``kvindex`` command: one file a subcommand."""
+"""The ``kvindex`` command: one file for each subcommand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["main", "parser"]
 
 
 def parser() -> argparse.ArgumentParser:
-    """The whole command line: what ``main`` reads, and the page of the commands shows."""
+    """The whole command line, for ``main`` and for the page of the commands."""
     made = argparse.ArgumentParser(
         prog="kvindex",
         description=kvindex.__doc__,
@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and give its exit status: 0, 1 when an answer is wrong, 2 when it could not be asked."""
+    """Run the command line and return its exit status: 0, 1 when an answer is wrong, 2 when the command failed."""
     try:
         return _run(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
@@ -53,8 +53,10 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _attached(argv: Sequence[str]) -> list[str]:
-    """The arguments with each key attached to its option: argparse takes a value with a dash before it for an option,
-    and one CURVE key of 85 begins with one."""
+    """The arguments, with each ``--server-key`` and its value joined by ``=``.
+
+    argparse takes a value that begins with a dash for an option, and one CURVE key of 85 begins with a dash.
+    """
     rest = iter(argv)
     attached = []
     for argument in rest:

@@ -1,4 +1,4 @@
-"""How the commands that get texts and messages are told of a tokenizer."""
+"""The tokenizer options of the commands that accept texts and messages."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What a stream's batches say about the engine behind it: sizes, hash forms, groups, and what else is in a block's
-hash."""
+"""The facts about an engine in the batches of its stream: block sizes, hash forms, groups, adapters and salts."""
 
 from __future__ import annotations
 
@@ -13,9 +12,9 @@ from .. import AllBlocksCleared, BlockRemoved, BlockStored, EventDecodeError, de
 
 __all__ = ["Facts", "Group"]
 
-# An engine with thousands of adapters or salts is described by a few of them.
+# Adapters, salts or unknown kinds that are kept: an engine may have thousands.
 EXAMPLES = 20
-# Beginnings of prompts that are kept: with each of them another prompt is compared, in microseconds.
+# Beginnings of prompts that are kept. A comparison of a prompt with one of them takes microseconds.
 ROOTS = 1000
 
 
@@ -27,18 +26,18 @@ class Group(NamedTuple):
 
 
 class Facts:
-    """What was seen so far. ``add`` takes a payload, and never raises for what is in it."""
+    """The facts of the payloads so far. ``add`` takes a payload, and does not raise for any content."""
 
     def __init__(self) -> None:
         self.batches = 0
         self.undecodable = 0
         self.blocks = 0
-        """Blocks stored, as the engine counts them; so are those below."""
+        """Blocks stored, in the engine's own blocks, as are the counts below."""
         self.removed = 0
         self.cleared = 0
         self.without_tokens = 0
         self.sizes: dict[int, Counter[int]] = {}
-        """By group: how many blocks of which size, in tokens."""
+        """By group: the number of blocks of each size in tokens."""
         self.groups: dict[int, Group] = {}
         self.hashes: Counter[str] = Counter()
         self.adapters: set[str] = set()
@@ -50,18 +49,18 @@ class Facts:
         self.roots: dict[tuple[int, ...], None] = {}
         """The tokens of blocks without a parent, the first :data:`ROOTS` of them in their order."""
         self.lookahead: set[int] = set()
-        """How many tokens behind a block hashes cover; 0 where none."""
+        """Numbers of tokens behind a block that its hash covers; 0 without a lookahead."""
         self.salt_fields = 0
-        """Blocks whose event has the salt as a field, as SGLang's have; vLLM's have it among the extra keys."""
+        """Blocks whose event has the salt as a field, as in SGLang; vLLM has it among the extra keys."""
         self.ranks: Counter[int | None] = Counter()
         self.first_ts: float | None = None
         self.unknown = 0
-        """Events of a kind that is not known, and what some of them call themselves."""
+        """Events of unknown kinds; ``kinds`` has the names of some."""
         self.kinds: set[str] = set()
 
     @property
     def block_size(self) -> int | None:
-        """The size that an index should have: the smallest of the groups' usual ones. None before any stored event."""
+        """The block size that suits an index: the smallest usual size of any group. None before any stored event."""
         usual = [sizes.most_common(1)[0][0] for sizes in self.sizes.values() if sizes]
         return min(usual, default=None)
 
@@ -132,7 +131,7 @@ class Facts:
             self.other_keys += count
 
     def _note_kinds(self, payload: bytes, places: list[int]) -> None:
-        """What unknown events call themselves, which the decoded ones do not tell."""
+        """Note the names of unknown events, which the decoded batch does not have."""
         with suppress(*_BROKEN):
             events = _raw(payload)
             for event in (events[place] for place in places):
@@ -141,7 +140,7 @@ class Facts:
                     self.kinds.add("one without a type" if kind is None else f"{kind!r:.40}")
 
     def _note_hashes(self, payload: bytes) -> None:
-        """How the wire writes hashes, which the decoded events do not tell any more."""
+        """Note the form of the hashes on the wire, which the decoded events do not have."""
         with suppress(*_BROKEN):
             for event in _raw(payload):
                 hashes = event["block_hashes"] if isinstance(event, dict) else event[1]
@@ -149,7 +148,7 @@ class Facts:
                     self.hashes[_form(each)] += len(hashes)
 
 
-# What is broken is counted by whoever decodes it.
+# Errors of a broken payload. They are ignored here, because decode_batch() reports them.
 _BROKEN = (ValueError, TypeError, IndexError, KeyError, AttributeError, RecursionError, msgpack.UnpackException)
 
 

@@ -1,4 +1,4 @@
-"""How the commands that follow live streams are told of pods."""
+"""The pod options of the commands that follow live streams."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ POD = (
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, several: bool = True) -> None:
-    """What says which pods, and what their events do not say about themselves."""
+    """Add the arguments that name pods, and the options for facts that the pods' events do not contain."""
     if several:
         parser.add_argument("pods", nargs="*", metavar="POD", help=POD)
         parser.add_argument("--pods", dest="file", metavar="FILE", help="YAML or JSON file of pods")
@@ -50,20 +50,22 @@ def add_arguments(parser: argparse.ArgumentParser, *, several: bool = True) -> N
 
 
 def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which pods of a Kubernetes cluster, for :func:`followed_fleet`."""
+    """Add the options that select pods of a Kubernetes cluster, for :func:`followed_fleet`."""
     parser.add_argument("--kubernetes", metavar="SELECTOR", nargs="?", const="",
                         help="follow pods of the cluster, by label (default: kvindex.discovery's)")  # fmt: skip
     parser.add_argument("--namespace", help="with --kubernetes: the namespace (default: every one)")
 
 
 def sources(args: argparse.Namespace) -> list[PodSource]:
-    """The pods that the command line names; asks servers over HTTP. Raises a KVIndexError that says what is wrong."""
+    """The pods that the command line names. Asks servers over HTTP, and raises a KVIndexError with the cause."""
     return _different(_named(args) + (list(read_pods(args.file).values()) if getattr(args, "file", None) else []))
 
 
 def one_source(args: argparse.Namespace) -> PodSource:
-    """The only pod that the command line names: by its endpoints, or out of its file by its name. Raises as
-    :func:`sources`."""
+    """The only pod that the command line names, by its endpoints or by its name in the file.
+
+    Raises the same errors as :func:`sources`.
+    """
     args.pods = [args.pods] if args.pods else []
     if args.file and len(args.pods) == 1 and "://" not in args.pods[0]:
         listed = read_pods(args.file)
@@ -78,7 +80,7 @@ def one_source(args: argparse.Namespace) -> PodSource:
 
 @contextmanager
 def followed(manager: Any, args: argparse.Namespace) -> Iterator[None]:
-    """Follow the pods that the command line names, and its file as it changes."""
+    """Follow the pods that the command line names, and those of its file as the file changes."""
     if not args.file:
         for source in sources(args):
             manager.add_pod(source)

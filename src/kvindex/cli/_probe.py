@@ -1,4 +1,4 @@
-"""What answers at an address, when a stream does not come about: :func:`what_answers`."""
+"""A probe of the address of a stream that does not start: :func:`what_answers`."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from typing import Final
 
 __all__ = ["what_answers"]
 
-# ZMTP 3 (rfc.zeromq.org/spec/23): the greeting of a peer without security. It is answered by a greeting and a command
-# that names the type of the socket, which libzmq tells nobody. Nothing more is said, so no handshake fails. A socket
-# with keys hangs up on it, answers who has keys too, and says no more than that before it has seen them.
+# ZMTP 3 (rfc.zeromq.org/spec/23): the greeting of a peer without security. The other side answers with a greeting and a
+# command that names the type of its socket, which libzmq's API does not report. The probe sends nothing more, so no
+# handshake fails. A socket with keys closes this connection. It answers a CURVE greeting with its own greeting, and
+# sends nothing else before it has received the client's key.
 _GREETING: Final = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
 _KEYED: Final = _GREETING.replace(b"NULL\0", b"CURVE")
 _SOCKET_TYPE: Final = b"\x0bSocket-Type"
 
 
 def what_answers(host: str, port: int, timeout: float) -> str:
-    """The type of the ZMQ socket at an address (``PUB``, ``ROUTER``, …; ``CURVE`` of one that is encrypted and does not
-    say more), or what is there instead: ``HTTP``, ``silence``, ``something else``, ``refused``, ``no answer``,
-    ``unknown host``. Blocks, for some ``timeout``s."""
+    """The type of the ZMQ socket at an address: ``PUB``, ``ROUTER``, …, or ``CURVE`` for any encrypted socket.
+
+    Without a ZMQ socket it is one of ``HTTP``, ``silence``, ``something else``, ``refused``, ``no answer`` and
+    ``unknown host``. Blocks for up to a few times ``timeout``.
+    """
     try:
         found = _ask(host, port, timeout, _GREETING)
         if found.startswith(b"HTTP/"):
@@ -31,7 +34,7 @@ def what_answers(host: str, port: int, timeout: float) -> str:
         if found[:1] == b"\xff" and found[9:10] == b"\x7f":
             return kind or "something else"
         if not found:
-            # Servers that wait for the end of a line before they complain.
+            # Some servers send an error only after the end of a line.
             found = _ask(host, port, timeout, b"GET / HTTP/1.0\r\n\r\n")
             return "HTTP" if found.startswith(b"HTTP/") else "something else" if found else "silence"
     except socket.gaierror:
@@ -46,7 +49,7 @@ def what_answers(host: str, port: int, timeout: float) -> str:
 
 
 def _ask(host: str, port: int, timeout: float, question: bytes) -> bytes:
-    """What it says to that, up to where it pauses."""
+    """The answer to ``question``: until the part that matters is complete, the peer closes, or ``timeout``."""
     said = b""
     with socket.create_connection((host, port), timeout) as sock:
         until = time.monotonic() + timeout

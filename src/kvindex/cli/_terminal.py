@@ -1,6 +1,6 @@
-"""What the commands share: the console, and numbers as people read them.
+"""The parts that the commands share: the console, and numbers in readable form.
 
-rich and matplotlib are only needed here, so they are imported when a command runs: a router that imports kvindex does
+Only the commands need rich and matplotlib, so they are imported when a command runs: a router that imports kvindex may
 not have them.
 """
 
@@ -38,7 +38,7 @@ class CommandError(KVIndexError):
 
 
 class Layout(argparse.HelpFormatter):
-    """Fills paragraphs, and leaves lines that are indented as they are: examples."""
+    """A help formatter that fills paragraphs, but leaves those with indented lines (examples) as they are."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         parts = text.split("\n\n")
@@ -48,12 +48,12 @@ class Layout(argparse.HelpFormatter):
 
 
 def examples(*lines: str) -> str:
-    """A paragraph of command lines, for the end of a help text."""
+    """A paragraph of example command lines, for the end of a help text."""
     return "\n  ".join(("examples:", *lines))
 
 
 def add_command(commands: Any, name: str, *, help: str, description: str, status: str, lines: Sequence[str]) -> Any:
-    """A subcommand's parser. ``status`` says what 0 and 1 mean; ``lines`` are examples that can be typed."""
+    """A subcommand's parser. ``status`` explains the exit statuses 0 and 1; ``lines`` are example command lines."""
     status = f"exit status: {status}; 2 if the command failed"
     return commands.add_parser(
         name, help=help, description=description, epilog=f"{examples(*lines)}\n\n{status}", formatter_class=Layout
@@ -72,19 +72,19 @@ def console() -> Console:
     except ImportError:
         raise missing("rich") from None
     made = Console(highlight=False)
-    # What is piped into a file or a log has no width; rich would fold every table at 80.
+    # A file, a pipe and a log have no width; rich would fold every table at 80 columns.
     if not made.is_terminal and "COLUMNS" not in os.environ:
         made.width = 140
     return made
 
 
 def counted(number: int, one: str, several: str = "") -> str:
-    """``1 pod``, ``2,000 pods``; ``several`` is for words that do not just get an s."""
+    """A number with its noun: ``1 pod``, ``2,000 pods``. ``several`` is an irregular plural."""
     return f"{number:,} {one if number == 1 else several or one + 's'}"
 
 
 def positive(text: str) -> int:
-    """An argument that is a number of things."""
+    """An argument that is a count."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
@@ -92,7 +92,7 @@ def positive(text: str) -> int:
 
 
 def seconds(text: str) -> float:
-    """An argument that is a length of time."""
+    """An argument that is a duration."""
     value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is no number of seconds above 0")

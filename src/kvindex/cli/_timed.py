@@ -1,4 +1,4 @@
-"""An index between a simulated fleet and its router that notes what it is told and asked, and how long that took."""
+"""An index between a simulated fleet and its router that counts and times its events and queries."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ SHOWN_DIFFERENCES = 10
 
 
 class TimedIndex:
-    """A :class:`PrefixIndex` with a clock: ``publish`` takes a fleet's events, ``match_prefix`` a router's questions.
-    Answers about ``pods`` are by the rules of their engines.
+    """A :class:`PrefixIndex` with a clock: ``publish`` takes a fleet's events, ``match_prefix`` a router's queries.
 
-    ``check`` compares the index's answers about one prompt with the engines' own. ``wrong`` describes the first that
-    differ, ``differences`` counts them all.
+    Answers about ``pods`` follow the rules of their engines. ``check`` compares the index's answers to one prompt with
+    the engines' own. ``wrong`` describes the first differences, ``differences`` counts them all.
     """
 
     def __init__(self, block_size: int, pods: Iterable[Pod] = ()) -> None:
@@ -50,7 +49,7 @@ class TimedIndex:
         return match
 
     def check(self, fleet: Fleet, prompt: Prompt) -> None:
-        # Not through the clock: a router asks once, and these are the same prompts again.
+        # Not timed: the router asks once per prompt, and this is the same prompt again.
         compared = fleet.compare(self.index, prompt)
         self.prompts += 1
         self.answers += compared.answers

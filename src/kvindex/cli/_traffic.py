@@ -1,5 +1,4 @@
-"""The life of ``kvindex serve --demo``: conversations through the service's own picks, and a pod that is killed now and
-then."""
+"""The traffic of ``kvindex serve --demo``: conversations through the service's own picks, and pods that are killed."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ __all__ = ["Traffic"]
 
 log = logging.getLogger("kvindex.service")
 
-# Seconds between two requests: the page has something to draw, and the machine is left alone.
+# Seconds between two requests: enough traffic for the page, with little load on the machine.
 PAUSE = 0.05
 
 
@@ -54,7 +53,7 @@ class Traffic:
         cached = None
         try:
             cached = await asyncio.to_thread(self._pods[picked["pod"]].serve, arrival)
-            # The page asks without a salt. A prompt that several pods hold shows more.
+            # The page's query has no salt. The best example is a prompt that many pods hold.
             if prompt.cache_salt is None and self._holders(prompt.tokens) >= self._holders(self._v1.example):
                 self._v1.example = prompt.tokens.tolist()
         finally:

@@ -1,4 +1,4 @@
-"""``kvindex demo``: simulated pods in processes of their own, their live streams, and a router that asks the index."""
+"""``kvindex demo``: simulated pods in processes of their own, their live streams, and a router that uses the index."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BLOCK_SIZE = 16
 BLOCKS_PER_POD = 3000
 MODEL = "sim"
 
-# One of each kind of stream that is in the field, so that the table shows a fleet in the middle of an upgrade.
+# One of each kind of stream in production, so the table shows a fleet in the middle of an upgrade.
 FORMS: tuple[WireForm, ...] = (
     wire_form("vllm-0.33.0", "bytes32"),
     wire_form("vllm-0.33.0"),
@@ -39,15 +39,15 @@ FORMS: tuple[WireForm, ...] = (
     wire_form("sglang-0.5.22"),
 )
 
-# Requests that count as a pod's load.
+# The load of a pod counts its part of so many last requests.
 RECENT = 100
 
-# Every pod is asked for its own answer at every so many requests; the one that serves a request tells its own anyway.
+# All pods are asked for their own answers once in so many requests. The pod that serves a request always reports it.
 ASK_ALL_EVERY = 10
-# At the end, when every pod is exact again, with so many of the last prompts.
+# So many of the last prompts are compared with all pods at the end, when every pod is exact again.
 LAST_PROMPTS = 25
 
-# Seconds. How long the killed pod stays away, and how long anything is waited for before it counts as failed.
+# Seconds: the time until the killed pod starts again, and the timeout of every wait.
 AWAY = 2.0
 PATIENCE = 60.0
 
@@ -76,15 +76,15 @@ def add_parser(commands: Any) -> None:
 
 
 class Pod:
-    """One pod: the process that the index's router sends requests to, and its twin that gets them in turn.
+    """One pod: the process that serves the index's router, and a twin for the comparison with round-robin.
 
-    The twin publishes to nobody, so it is only an engine in this process.
+    The twin needs no publisher, so it is only an engine in this process.
     """
 
     def __init__(self, number: int, blocks: int) -> None:
         self.name = f"pod-{number}"
         self.form = FORMS[number % len(FORMS)]
-        # The older engines here hash with a seed of their own, as every vLLM process did before 0.29.
+        # The older engines here have a hash seed of their own, as every vLLM process had before 0.29.
         seed = self.name if self.form.name in ("vllm-0.22.0", "vllm-0.24.0") else ""
         self.config = SimConfig(
             name=self.name, model=MODEL, form=self.form.name, hashes=self.form.hashes, blocks=blocks,
@@ -93,8 +93,8 @@ class Pod:
         self.twin = self.engine()
         self.process: SimProcess | None = None
         self.up = False
-        self.seq = 0  # the next one that it will publish
-        self.load = 0  # tokens of the last requests, by which the router keeps an empty pod from staying empty
+        self.seq = 0  # the sequence number of its next batch
+        self.load = 0  # tokens of the last requests: with it the router also sends requests to an empty pod
         self.served = 0
 
     def engine(self) -> Engine:
@@ -107,14 +107,14 @@ class Pod:
         return adapter_name(self.form, prompt)
 
     def start(self) -> SimProcess:
-        """Start the process, or start it again where it was; maybe in another thread, so nothing else changes here."""
+        """Start the process, or start it again at its ports. Runs in other threads too, so it changes nothing else."""
         if self.process is None:
             return SimProcess(self.config)
         self.process.launch()
         return self.process
 
     def greet(self) -> None:
-        """The process has started: requests may come."""
+        """Mark the started process as ready for requests."""
         assert self.process is not None
         self.seq = self.process.seqs()[0]
         self.up = True
@@ -131,7 +131,7 @@ class Pod:
         )  # fmt: skip
 
     def serve(self, arrival: Arrival) -> int:
-        """Serve one request to its end; gives the tokens that were there already."""
+        """Serve one request to its end, and return the number of its tokens that were cached already."""
         prompt = arrival.prompt
         assert self.process is not None
         reply = self.process.serve(
@@ -156,7 +156,7 @@ class Pod:
 
 
 class Fleet:
-    """The pods' processes. A context manager that starts each of them and leaves none behind."""
+    """The pods' processes, as a context manager that starts and ends all of them."""
 
     def __init__(self, pods: Sequence[Pod]) -> None:
         self.pods = pods
@@ -180,12 +180,12 @@ class Fleet:
         self._launcher.shutdown()
 
     def _launch_all(self) -> None:
-        # Most of a second each, on a core of its own; together it is as many seconds as the machine needs.
+        # A start takes most of a second of one core, so all start together.
         started = [(pod, self._launcher.submit(pod.start)) for pod in self.pods]
         try:
             wait([future for _, future in started])
         finally:
-            # Also after a Ctrl-C: whatever did come up has to be ended.
+            # Also after a Ctrl-C: every process that did start has to be ended.
             for pod, future in started:
                 if not future.cancel() and future.exception() is None:
                     pod.process = future.result()
@@ -194,13 +194,13 @@ class Fleet:
             pod.greet()
 
     def start_again(self, pod: Pod) -> Future[SimProcess]:
-        """Start a killed pod where it was, in another thread; one pod at a time."""
+        """Start a killed pod again at its ports, in another thread. For one pod at a time."""
         self._relaunch = self._launcher.submit(pod.start)
         return self._relaunch
 
 
 class Trusted:
-    """The index as the router asks it: what a stale pod held is left out, as it may have lost it."""
+    """The index for the router, without the stale pods, which may have lost their blocks."""
 
     def __init__(self, index: TimedIndex) -> None:
         self._index = index
@@ -210,7 +210,7 @@ class Trusted:
 
 
 class Tally:
-    """What one way of routing has reused, altogether and by pod."""
+    """The reused tokens of one routing policy, in total and by pod."""
 
     def __init__(self) -> None:
         self.requests: Counter[str] = Counter()
@@ -229,14 +229,14 @@ class Tally:
 
 
 class Demo:
-    """The fleet, its streams, its router, and the accident on the way. A context manager that ends every process."""
+    """The fleet, its streams, its router and the accident, as a context manager that ends every process."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.index = TimedIndex(BLOCK_SIZE)
         self.pods = [Pod(number, args.blocks_per_pod) for number in range(args.pods)]
         self.by_index, self.in_turn = PrefixAware(Trusted(self.index), model=MODEL), RoundRobin()
         self.routed, self.plain = Tally(), Tally()
-        # Two in eight conversations ask for an adapter, and three tenants have a salt.
+        # One of four conversations uses an adapter, and two of five a salt.
         self.arrivals = chat(
             conversations=args.conversations,
             turns=8,
@@ -247,7 +247,7 @@ class Demo:
         )
         self.seconds = args.seconds
         self.number = 0
-        self.not_asked = 0  # comparisons with a pod that was not exact
+        self.not_asked = 0  # comparisons left out, because the pod was not exact
         self.notes: deque[tuple[float, str]] = deque()
         self._recent: deque[tuple[Pod, int]] = deque()
         self.start = time.monotonic()
@@ -286,7 +286,7 @@ class Demo:
     # Serving
 
     def serve(self) -> Iterator[None]:
-        """Serve everything by both fleets, spread over the time asked for; stops now and then to be looked at."""
+        """Serve all requests with both fleets, spread over ``seconds``. Yields often, for a view of the progress."""
         for arrival in self.arrivals:
             yield from self._wait_for(lambda: any(pod.up for pod in self.pods))
             self.number += 1
@@ -330,7 +330,7 @@ class Demo:
     # The accident
 
     def _accident(self) -> None:
-        """One pod is killed when a third is served, starts again after a while, and becomes exact again."""
+        """Kill one pod after a third of the requests, start it again after a while, and note when it is exact again."""
         now, victim = time.monotonic(), self.victim
         if self.killed_at is None:
             if self.number * 3 >= len(self.arrivals):
@@ -358,7 +358,7 @@ class Demo:
     # Comparing
 
     def _caught_up(self, pod: Pod) -> bool:
-        """Whether the index vouches for this pod, once it has applied the last batch that the pod has published."""
+        """Whether this pod is exact, after a wait until the index has applied the pod's last batch."""
         until = time.monotonic() + 5.0
         while True:
             worker = self.manager.status()[pod.name].workers[0]
@@ -371,7 +371,7 @@ class Demo:
             time.sleep(0.0005)
 
     def _told(self, pod: Pod, prompt: Prompt) -> int:
-        # Not through the clock: a router asks once, and this is the same prompt again.
+        # Not timed: the router asks once per prompt, and this is the same prompt again.
         name, salt = pod.lora_name(prompt), prompt.cache_salt
         match = self.index.index.match_prefix(prompt.tokens, model=MODEL, lora_name=name, cache_salt=salt)
         return match.tokens.get(pod.name, 0)
@@ -401,7 +401,7 @@ def run(args: argparse.Namespace) -> int:
     if min(args.pods, args.conversations, args.blocks_per_pod) < 1:
         raise CommandError("--pods, --conversations and --blocks-per-pod must be at least 1")
     out = console()
-    # What happens to the streams is in the table; a line of a log would tear it.
+    # The table shows the changes of the streams; lines of a log would break it.
     logging.getLogger("kvindex").addHandler(logging.NullHandler())
     out.print(f"starting {counted(args.pods, 'pod')}, each a process that publishes over TCP")
     with Demo(args) as demo:
@@ -425,8 +425,7 @@ def show_live(out: Console, demo: Demo) -> None:
 
 
 def show_lines(out: Console, demo: Demo) -> None:
-    """Where nothing can be drawn over: a line every two seconds and one for whatever happens, and the table at the
-    end."""
+    """Print a line every two seconds and one for every event, and the table at the end, for output to no terminal."""
     due = time.monotonic() + 2
     for _ in demo.serve():
         while demo.notes:

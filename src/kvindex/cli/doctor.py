@@ -1,4 +1,4 @@
-"""``kvindex doctor``: why is my hit rate zero?"""
+"""``kvindex doctor``: find the cause of a hit rate of zero."""
 
 from __future__ import annotations
 
@@ -31,13 +31,12 @@ __all__ = ["add_parser"]
 
 PUBLISHERS = ("PUB", "XPUB")
 
-# Seconds. How long an address may take to say what it is, how long a stream may take to become current, and how late
-# events may be before it is worth a word.
+# Seconds: the timeout of a probe, the time for a stream to become current, and the lag of events that is worth a note.
 PROBE = 2.0
 PATIENCE = 10.0
 LATE = 5.0
 
-# What the counters of a stream mean to somebody who looks for a reason.
+# The counters of a stream, explained for a reader who looks for a cause.
 ERRORS = {
     "undecodable": "payloads are no batch of KV events: is this another publisher, or an unknown engine?",
     "refused": "batches were refused by the index",
@@ -54,7 +53,7 @@ ERRORS = {
     "late_frames": "messages came by a connection that was already replaced",
 }  # fmt: skip
 
-# Of no consequence to what is matched: promotions of vLLM's partial blocks, removals of what was never counted.
+# Counters without effect on matches: promotions of vLLM's partial blocks, removals of blocks that were never counted.
 HARMLESS = frozenset({"partial_block", "unknown_hash", "block_size_mismatch", "ignored_medium"})
 
 
@@ -100,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     out = console()
     source = one_source(args)
     tokens = None if args.tokens is None else read_tokens(args.tokens)
-    # What it would say there is said here, in order.
+    # The findings report the same things in order, so the log's lines are not shown.
     logging.getLogger("kvindex").addHandler(logging.NullHandler())
     patients = [Patient(rank, at, source.server_key is not None) for rank, at in source.workers().items()]
     for patient in patients:
@@ -126,21 +125,21 @@ def read_tokens(path: str) -> list[int]:
 
 @dataclass
 class Patient:
-    """One rank: where it is, what answers there, and what its events say."""
+    """One rank: its addresses, the answers of their sockets, and the facts of its events."""
 
     rank: int
     at: Endpoints
     keyed: bool = False
-    """Whether only who has a secret key is believed."""
+    """Whether the source has a server_key, so only the publisher with its secret key is accepted."""
     answers: str = ""
     replay_answers: str = ""
     next_answers: str = ""
-    """At the port behind, where vLLM's examples have the replays, and where a second rank would be."""
+    """The socket at the next port, where vLLM's examples have the replays, and where a second rank would be."""
     facts: Facts = field(default_factory=Facts)
     topics: Counter[str] = field(default_factory=Counter)
     live: int = 0
     next_topics: set[str] = field(default_factory=set)
-    """Topics of the publisher at the port behind."""
+    """Topics of the publisher at the next port."""
     findings: list[Finding] = field(default_factory=list)
 
     def probe(self) -> None:
@@ -158,8 +157,10 @@ class Patient:
         return None if found is None or found[1] == 65535 else f"tcp://{found[0]}:{found[1] + 1}"
 
     def blames_replays(self, worker: WorkerStatus) -> bool:
-        """Whether the replay endpoint is the cause that this stream is not exact: none is given, something else
-        answers there, or the reason names it."""
+        """Whether the stream is not exact because of its replay endpoint.
+
+        This is the case when no endpoint is given, something else answers there, or the stream's reason names it.
+        """
         replays = self.at.replay_endpoint
         if worker.state == "exact":
             return False
@@ -190,7 +191,7 @@ def subscribed(endpoint: str) -> Iterator[zmq.Socket[bytes]]:
 
 
 def topics_of(sock: zmq.Socket[bytes]) -> set[str]:
-    """The topics of the messages that have come, of 64 at most."""
+    """The topics of the messages that have arrived, of at most 64 messages."""
     found = set()
     with suppress(zmq.Again):
         for _ in range(64):
@@ -201,7 +202,7 @@ def topics_of(sock: zmq.Socket[bytes]) -> set[str]:
 def watch(
     out: Console, source: PodSource, patients: list[Patient], tokens: list[int] | None, args: argparse.Namespace
 ) -> Iterator[Finding]:
-    """Follow the streams for a while. Gives the findings about the prompt; each patient gets its own."""
+    """Follow the streams for a while. Yields the findings about the prompt, and adds the others to their patients."""
     by_rank = {patient.rank: patient for patient in patients}
     current = False
 
@@ -220,7 +221,7 @@ def watch(
         last = patients[-1]
         behind = last.behind() if last.next_answers in PUBLISHERS else None
         neighbour = None if behind is None else stack.enter_context(subscribed(behind))
-        # Whatever topic it has, and whatever size of block: to be told, not to be refused.
+        # Any topic and any block size are accepted, because the findings report them.
         manager.add_pod(replace(source, topic=None, block_size=None))
         try:
             with out.status(f"watching {source.name} for {args.seconds:g} s; Ctrl-C ends it"):
@@ -243,11 +244,11 @@ def watch(
             yield from prompt(index, source.model, tokens, patients)
 
 
-# What may be found
+# Findings
 
 
 def addresses(patient: Patient) -> Iterator[Finding]:
-    """What answers where the streams should be."""
+    """The findings about the sockets at the addresses of the streams."""
     endpoint, answers = patient.at.endpoint, patient.answers
     host, port = split_tcp(endpoint or "") or ("", 0)
     wrong = {
@@ -291,7 +292,7 @@ def events(
     patient: Patient, worker: WorkerStatus, expected: str | None, args: argparse.Namespace, last: bool,
     shared: set[int],
 ) -> Iterator[Finding]:  # fmt: skip
-    """Whether events come, by which name, and for whom."""
+    """The findings about the arrival of events, their topics and their ranks."""
     facts = patient.facts
     if not facts.batches and not worker.errors:
         if worker.connected:
@@ -347,7 +348,7 @@ def events(
 
 
 def contents(patient: Patient, worker: WorkerStatus, source: PodSource, size: int) -> Iterator[Finding]:
-    """What is in the events that a prompt has to agree with."""
+    """The findings about the contents of events that a prompt must agree with."""
     facts = patient.facts
     if not facts.blocks:
         return
@@ -399,7 +400,7 @@ def contents(patient: Patient, worker: WorkerStatus, source: PodSource, size: in
 
 
 def engine(patient: Patient, source: PodSource) -> Iterator[Finding]:
-    """Whether what the source says of the engine agrees with its events."""
+    """The findings about the source's description of the engine, compared with its events."""
     facts = patient.facts
     if not facts.blocks:
         return
@@ -446,7 +447,7 @@ def engine(patient: Patient, source: PodSource) -> Iterator[Finding]:
 
 
 def losses(patient: Patient, worker: WorkerStatus) -> Iterator[Finding]:
-    """What went wrong with the stream, and how it stands at the end."""
+    """The findings about losses of the stream, and its state at the end."""
     counters = worker.counters
     replays = patient.at.replay_endpoint
     blamed = patient.blames_replays(worker)
@@ -494,7 +495,7 @@ def losses(patient: Patient, worker: WorkerStatus) -> Iterator[Finding]:
 
 
 def prompt(index: PrefixIndex, model: str, tokens: list[int], patients: list[Patient]) -> Iterator[Finding]:
-    """Whether one prompt is found, and under which adapter or salt it would be."""
+    """The findings about one prompt: its match, or the adapter or salt under which it would match."""
 
     def found(lora_name: str | None = None, cache_salt: str | None = None) -> int:
         best = index.match_prefix(tokens, model=model, lora_name=lora_name, cache_salt=cache_salt).best()
@@ -532,8 +533,10 @@ def prompt(index: PrefixIndex, model: str, tokens: list[int], patients: list[Pat
 def shifted(
     index: PrefixIndex, model: str, tokens: list[int], roots: list[tuple[int, ...]]
 ) -> Iterator[Finding]:  # fmt: skip
-    """Whether the prompt would be found with fewer tokens in front, or with more: a BOS that is added twice or not at
-    all, another chat template, a prompt that was cut on the left."""
+    """A finding when the prompt would match with fewer or more tokens in front.
+
+    The causes are a BOS that is added twice or not at all, another chat template, or a prompt that was cut on the left.
+    """
 
     def found(ids: list[int]) -> int:
         best = index.match_prefix(ids, model=model).best()
@@ -548,13 +551,13 @@ def shifted(
                 " be found; is a BOS added twice, or another chat template used than the engine's?",
             )
             return
-    # The fewest tokens first: a whole block fits in front of whatever goes on from there.
+    # The fewest tokens first: a whole block in front would fit every prompt that continues from it.
     for count in range(1, max(map(len, roots), default=0) + 1):
         for root in roots:
             if count > len(root) or list(root[count:]) != tokens[: len(root) - count]:
                 continue
             whole = found([*root[:count], *tokens])
-            # What is put in front finds itself.
+            # The tokens put in front match themselves.
             if whole - count < (index.block_size + 1) // 2:
                 continue
             many = "token" if count == 1 else f"{count} tokens"

@@ -100,6 +100,6 @@ async def _serve(service: Any, manager: EventManager, args: argparse.Namespace) 
     await ended.wait()
     await service.ready(False)
     await server.stop(5.0)
-    # Ends the wait in the thread.
+    # Ends wait_until_current() in its thread.
     manager.close()
     await announced

@@ -1,4 +1,4 @@
-"""``kvindex record``: live streams into a capture, which ``kvindex replay`` reads."""
+"""``kvindex record``: write live streams to a capture, which ``kvindex replay`` reads."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser"]
 
-# Seconds. What a killed process may lose, and how often a line is printed where nothing can be drawn over.
+# Seconds: the part of a recording that a killed process may lose, and the time between two lines without a terminal.
 FLUSH = 1.0
 LINE = 10.0
 
-# Batches that wait for the first one that says what a block is, before the header is written without it.
+# The header contains the block size, so batches wait for the first event that has one. After so many batches the header
+# is written with 16.
 PATIENCE = 1000
 
 
@@ -56,7 +57,7 @@ def add_parser(commands: Any) -> None:
 
 
 class Recorder:
-    """Writes what it is shown by the manager's thread; everything else is for the main thread."""
+    """The writer of the capture. The manager's thread calls ``show``, the main thread everything else."""
 
     def __init__(self, path: str, header: dict[str, Any], block_size: int | None, most: int | None) -> None:
         self.batches: Counter[str] = Counter()
@@ -72,7 +73,7 @@ class Recorder:
         self._writer: CaptureWriter | None = None
         self._lock = threading.Lock()
         with open(path, "wb"):
-            pass  # what cannot be written is told before anything is recorded
+            pass  # a path that cannot be written fails here, before the recording
 
     def show(self, item: IndexChange) -> None:
         if not isinstance(item, (Batch, Forgotten)):
@@ -110,7 +111,7 @@ class Recorder:
         self._writer.write(record)
 
     def _open(self) -> None:
-        # Level 9, which the samples have, takes several times as long, in the thread that all streams wait for.
+        # Level 9, as in the samples, takes several times as long, and all streams wait for this thread.
         self._writer = CaptureWriter(self._path, {"block_size": self._size or 16, **self._header}, level=3)
         for record in self._early:
             self._writer.write(record)
@@ -126,7 +127,7 @@ class Recorder:
                 self.over.set()
 
     def close(self) -> None:
-        # Before the lock: on a slow disk the streams' thread takes it again and again, and would never let this one in.
+        # Before the lock: on a slow disk the streams' thread takes it again and again, and close() would never get it.
         self.over.set()
         with self._lock:
             try:
@@ -144,8 +145,8 @@ def run(args: argparse.Namespace) -> int:
     recorder = Recorder(args.output, header(pods), args.block_size, args.batches)
     index = PrefixIndex(block_size=args.block_size or 16)
     if threading.current_thread() is threading.main_thread():
-        # Whoever stops a container wants the end of the file as well; and a shell starts what it puts into the
-        # background with Ctrl-C switched off.
+        # SIGTERM, which stops a container, must complete the file as well. SIGINT is set too, because a shell starts
+        # background jobs with SIGINT ignored.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
     with EventManager(index) as manager:
@@ -173,7 +174,7 @@ def header(pods: list[PodSource]) -> dict[str, Any]:
 
 
 def watch(out: Console, manager: EventManager, recorder: Recorder, limit: float | None) -> None:
-    """Until it is over."""
+    """Show the progress until the recording is over."""
     start = time.monotonic()
     due = start + LINE
     with ExitStack() as stack:

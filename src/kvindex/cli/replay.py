@@ -1,4 +1,4 @@
-"""``kvindex replay``: a recorded stream against the engine's own numbers, or a trace under three routings."""
+"""``kvindex replay``: compare a recorded stream with the engine's own numbers, or a trace under three routings."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def add_parser(commands: Any) -> None:
                        help="seed of the random routing and the tokens (default %(default)s)")  # fmt: skip
     trace.add_argument("--block-size", type=positive, default=16, metavar="TOKENS",
                        help="block size of the engines (default %(default)s)")  # fmt: skip
-    # 32,768 blocks of 16 are what an 8B model with grouped-query attention leaves room for on one 80 GB GPU.
+    # An 8B model with grouped-query attention leaves room for 32,768 blocks of 16 on one 80 GB GPU.
     trace.add_argument(
         "--blocks-per-pod",
         type=positive,
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         if len(traces) != 1:
             raise CommandError(f"--plot draws one trace, and {len(traces)} are given")
-        figure()  # Before minutes of work, not after them.
+        figure()  # Fails before minutes of work without matplotlib.
     differences = 0
     shown: list[str] = []
     broken: list[CaptureError] = []
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def is_trace(path: str) -> bool:
-    """Whether this is a trace and no capture, by what is in it: names and endings are the users' own."""
+    """Whether a file is a trace and not a capture, by its content: users choose names and endings freely."""
     with open(path, "rb") as file:
         start = file.read(2)
     opener: Any = gzip.open if start == b"\x1f\x8b" else open
@@ -112,7 +112,7 @@ def is_trace(path: str) -> bool:
         with opener(path, "rb") as stream:
             text = stream.read(64).lstrip()
     except (OSError, EOFError, zlib.error):
-        # Damaged from the start: the reader of captures says best how.
+        # Damaged from the start: the reader of captures has the best error message for it.
         return False
     return bool(text[:1] == b"{")
 
@@ -122,7 +122,7 @@ def is_trace(path: str) -> bool:
 
 @dataclass
 class PodFigures:
-    """What one pod's part of a capture came to."""
+    """The figures of one pod in a capture."""
 
     batches: int = 0
     hashes: int = 0
@@ -148,7 +148,7 @@ class Replayed:
 
 
 def replay_capture(path: str, out: Console) -> Replayed:
-    """Feed every batch to an index of its own and ask it every prompt at the moment at which the engine was asked."""
+    """Apply every batch of a capture to a new index, and ask it every query at its place in the recording."""
     name = os.path.basename(path)
     with open(path, "rb") as file, progress(out, name, os.path.getsize(path), "bytes") as bar:
         records = read_capture(file)
@@ -156,7 +156,7 @@ def replay_capture(path: str, out: Console) -> Replayed:
         assert isinstance(header, dict)
         index = PrefixIndex(block_size=header["block_size"])
         model = header.get("model") or ""
-        # What is recorded of an engine whose rules are not known is compared with what is held.
+        # For an engine with unknown rules, the recorded answers are compared with the held tokens.
         engine = header["engine"] if header.get("engine") in ENGINES else None
         title = " ".join(str(header[key]) for key in ("engine", "version") if header.get(key))
         done = Replayed(f"{name} ({title or 'unknown engine'}, block size {header['block_size']})")
@@ -216,7 +216,7 @@ def ask(index: PrefixIndex, model: str, query: Query, name: str, done: Replayed)
         alone = index.match_prefix(query.tokens, ready_pods=ready, **asked)
         figures.match_seconds.append(time.perf_counter() - start)
         figures.answers += 1
-        # Asked for alone or among all, a pod's answer is the same; whichever is wrong is the difference.
+        # A pod's answer must be the same alone and among all pods. Either may be the difference.
         wrong = [got for got in (match.tokens.get(pod, 0), alone.tokens.get(pod, 0)) if got != expected]
         if wrong:
             figures.differences += 1
@@ -283,7 +283,7 @@ class ServedTrace:
 
 
 def serve_trace(path: str, args: argparse.Namespace, out: Console) -> ServedTrace:
-    """Serve it by three fleets at once, so that each prompt is made and hashed once and then forgotten."""
+    """Serve a trace with three fleets at once, so each prompt is made and hashed once and then freed."""
     name = os.path.basename(path)
     routed = pods(args)
     index = TimedIndex(args.block_size, routed)
@@ -374,11 +374,11 @@ def draw(done: ServedTrace, path: str) -> None:
     try:
         plot.savefig(path, dpi=120)
     except ValueError as error:
-        # An ending that matplotlib has no writer for.
+        # matplotlib has no writer for the file's ending.
         raise CommandError(f"{path}: {error}") from None
 
 
-# What both show
+# The display of both
 
 
 def titled(title: str) -> Table:
@@ -389,7 +389,7 @@ def titled(title: str) -> Table:
 
 
 def progress(out: Console, name: str, total: int | None, unit: str) -> Progress:
-    """A bar over bytes or requests; only on a terminal, and gone when done."""
+    """A progress bar over bytes or requests, on a terminal only. It disappears at the end."""
     from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     amount = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()

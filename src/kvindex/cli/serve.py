@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
             traffic = Traffic(service, fleet, args.kill_every)
             service.background += [traffic.requests, traffic.accidents]
         if threading.current_thread() is threading.main_thread():
-            # uvicorn raises the signal that ended it once more when it has ended: nothing may stop the snapshot then.
+            # After its end uvicorn raises the signal that stopped it again. The handlers keep it from the snapshot.
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: server.stop())
         print(f"kvindex serve: {' and '.join(filter(None, (server.url, server.uds)))}", flush=True)

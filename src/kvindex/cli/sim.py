@@ -106,7 +106,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
                       help="LoRA adapters that requests use (default %(default)s)")  # fmt: skip
     work.add_argument("--salts", type=int, default=0, metavar="N",
                       help="cache salts that requests use (default %(default)s)")  # fmt: skip
-    # For whoever starts this as a part of something larger: it must not outlive it, however that one ends.
+    # For a parent process: the pod must not outlive it, however the parent ends.
     parser.add_argument("--follow-parent", action="store_true", help=argparse.SUPPRESS)
 
 
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace, make: Callable[[SimConfig], SimPod] = SimPod) 
 
 
 def main(argv: Sequence[str] | None = None, make: Callable[[SimConfig], SimPod] = SimPod) -> int:
-    """The command alone, without the other commands and what they import; ``make`` makes the pod."""
+    """Run this command alone, without the imports of the other commands. ``make`` creates the pod."""
     parser = argparse.ArgumentParser(prog="kvindex sim")
     arguments(parser)
     args = parser.parse_args(argv)

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser"]
 
-# Columns that are shown where a figure is not 0, or where there is room: the first of them goes last.
+# Columns that get room after the others while all their figures are 0. The first of them gets room first.
 SELDOM = ["errors", "lost", "gaps", "restarts", "throttled"]
-ROOM = 32  # characters that a reason has at least
+ROOM = 32  # least characters of a reason
 BETWEEN = 3  # characters between two columns
 
 STYLES = {"exact": "green", "degraded": "yellow", "stale": "bold red"}
@@ -69,9 +69,9 @@ def run(args: argparse.Namespace) -> int:
     if args.url is None and not args.pods and not args.file:
         raise CommandError("no pods: name them as NAME=tcp://HOST:PORT,REPLAY_PORT, or by --pods FILE")
     out = console()
-    # The table has a reason for everything; lines of a log would only tear it.
+    # The table has the reasons; lines of a log would only break it.
     logging.getLogger("kvindex").addHandler(logging.NullHandler())
-    # Whoever ends it wants the terminal back as it was.
+    # A signal must leave the terminal as it was before.
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, _ended)
@@ -101,7 +101,7 @@ def _ended(number: int, _: object) -> None:
 
 
 def show(out: Console, view: View, interval: float) -> None:
-    """Until it is interrupted."""
+    """Show the table until an interrupt."""
     from rich.live import Live
 
     with Live(console=out, screen=True, auto_refresh=False) as live:
@@ -111,7 +111,7 @@ def show(out: Console, view: View, interval: float) -> None:
 
 
 class Service:
-    """What a running service says of its pods, in place of a manager."""
+    """The state of the pods of a running service, in place of a manager."""
 
     def __init__(self, url: str, token: str | None) -> None:
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
@@ -140,12 +140,12 @@ class Service:
 
 
 def _made(kind: Any, said: Mapping[str, Any]) -> Any:
-    # A newer service may say more.
+    # A newer service may have more fields.
     return kind(**{field.name: said[field.name] for field in fields(kind)})
 
 
 class View:
-    """The table, and what it has to remember for the figures that are rates."""
+    """The table, and the earlier counts for the figures that are rates."""
 
     def __init__(self, manager: EventManager | Service) -> None:
         self._manager = manager
@@ -153,10 +153,10 @@ class View:
         self._at = time.monotonic()
 
     def table(self, width: int, height: int | None = None) -> Table:
-        """The pods as they are now, with rates since the last table; ``width`` and ``height`` are those of the
-        terminal, in characters and lines.
+        """A table of the pods now, with rates since the last table.
 
-        Pod and state are always there, and a reason has the room that the figures leave.
+        ``width`` and ``height`` are those of the terminal, in characters and lines. Pod and state always have a column,
+        and a reason has the room that the figures leave.
         """
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
@@ -168,7 +168,7 @@ class View:
         rows = [row for name in sorted(status) for row in lines(status[name])]
         caption = summed(status)
         if height is not None and len(rows) > height - 6:
-            # Those that need somebody to look at them, where not all can be shown.
+            # Without room for all, show the pods that need attention.
             most = max(1, height - 6)
             caption += f"; {counted(len(rows) - most, 'row')} of {len(rows):,} left out, the best"
             rows = sorted(rows, key=lambda row: list(STYLES).index(row[1].state), reverse=True)[:most]
@@ -196,13 +196,13 @@ class View:
             for name, pod in status.items()
             for rank, worker in pod.workers.items()
         }
-        # A pod that was followed anew counts from 0 again.
+        # A pod that was removed and added again counts from 0.
         rates = {who: max(0, count - self._before.get(who, count)) / elapsed for who, count in counts.items()}
         return rates, counts
 
 
 def figures(row: PodStatus | WorkerStatus, rates: Mapping[tuple[str, int], float]) -> dict[str, str]:
-    """What the columns of figures say of one row."""
+    """The figures of one row, by column."""
     ranks = [row.rank] if isinstance(row, WorkerStatus) else list(row.workers)
     return {
         "lag": lag(row.lag),
@@ -232,7 +232,7 @@ def fitting(cells: Sequence[Mapping[str, str]], width: int) -> dict[str, int]:
 
 
 def shortened(name: str, width: int) -> str:
-    """A name of at most so many characters: pods of one deployment differ at the end."""
+    """A name cut in its middle to ``width`` characters, because pods of one deployment differ at the end."""
     if len(name) <= width:
         return name
     head = width // 3

@@ -1,4 +1,4 @@
-"""``kvindex verify``: compares the index's answers with the cached tokens that an engine reports."""
+"""``kvindex verify``: compare the index's answers with the cached tokens that an engine reports."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def add_parser(commands: Any) -> None:
 
 
 class Asked(NamedTuple):
-    """One request, and the tokens of it that the index and the engine named."""
+    """One request, with the cached tokens that the index expected and those that the engine reported."""
 
     kind: str
     prompt: int
@@ -77,12 +77,12 @@ class Asked(NamedTuple):
 
 
 class Guess(NamedTuple):
-    """Another configuration of the router: the rules of the pod's engine, and the question."""
+    """A possible configuration of the router: the rules of the pod's engine, and the parameters of the query."""
 
     engine: str | None
     eagle: bool
     first: int | None
-    """None: the prompt as it is; -1: less its first token; else a token that comes before it."""
+    """None: the prompt as it is; -1: the prompt without its first token; else a token that is put before it."""
     lora_name: str | None
     cache_salt: str | None
 
@@ -100,7 +100,7 @@ class Guess(NamedTuple):
 
 
 class Guesses:
-    """Every configuration that the events allow, each with an answer to every request."""
+    """Every configuration that is possible after the events so far, with its answers to all requests."""
 
     def __init__(self, index: PrefixIndex, source: PodSource, args: argparse.Namespace) -> None:
         self.index, self.pod, self.model = index, source.name, source.model
@@ -112,7 +112,7 @@ class Guesses:
         self.nothing = 0
 
     def apply(self, change: IndexChange) -> None:
-        """Make a change of the manager's index to the others too."""
+        """Apply a change of the manager's index to the other indexes."""
         if isinstance(change, Batch):
             self.facts.add(change.payload)
             self._note_firsts(change.payload)
@@ -136,10 +136,10 @@ class Guesses:
                 self.firsts.add(int(event.token_ids[0]))
 
     def held(self, ids: list[int]) -> bool:
-        """Whether the index has every whole block of a prompt, in some configuration's terms.
+        """Whether the index has every whole block of a prompt, in some configuration.
 
-        An engine copies to a tier later than it announces its own blocks, and of a prompt of whole blocks it reuses the
-        last one from there only: each medium that was seen must have them.
+        Every medium seen so far must have the blocks. An engine copies blocks to a tier later than it announces its
+        own, and it reuses the last block of a prompt of whole blocks from the tier only.
         """
         ahead = max(self.facts.lookahead, default=0)
         unit = max(self.index.block_size, *(size for sizes in list(self.facts.sizes.values()) for size in sizes), 1)
@@ -160,12 +160,12 @@ class Guesses:
 
     def count(self, answers: dict[Guess, int], reported: int) -> None:
         for guess, answer in answers.items():
-            # One that the events had not shown before had nothing.
+            # Before its first answer, a new configuration would have answered 0.
             self.right[guess] = self.right.get(guess, self.nothing) + (answer == reported)
         self.nothing += reported == 0
 
     def best(self) -> tuple[str, int] | None:
-        """The configuration with most right answers, where it has more than the given one, and how many those are."""
+        """The configuration with most right answers, and their number; None where the given one has as many."""
         given = self.right.get(self.given, 0)
         near = {guess: sum(a != b for a, b in zip(guess, self.given, strict=True)) for guess in self.right}
         best = max(self.right, key=lambda guess: (self.right[guess], -near[guess]), default=self.given)
@@ -188,7 +188,7 @@ class Guesses:
 
 
 class Server:
-    """The engine's HTTP side: token ids of prompts, and what it says of one that it has served."""
+    """The engine's HTTP server: the token ids of prompts, and the cached tokens of the requests that it has served."""
 
     def __init__(self, args: argparse.Namespace, source: PodSource) -> None:
         try:
@@ -209,8 +209,11 @@ class Server:
         self.reports = False
 
     def request(self, messages: list[dict[str, str]], whole_blocks_of: int) -> tuple[list[int], str, dict[str, Any]]:
-        """Token ids of a conversation, the path that it is sent to, and the body: as a chat, or where it has to end
-        with a block or the model has no chat template, as token ids."""
+        """The token ids of a conversation, and the path and the body of its request.
+
+        The request is a chat. It has token ids where the prompt must end with a block or the model has no chat
+        template.
+        """
         ids = self._encoded(messages)
         if whole_blocks_of:
             ids = ids[: len(ids) // whole_blocks_of * whole_blocks_of]
@@ -219,7 +222,7 @@ class Server:
         return ids, "/v1/completions", {"prompt": ids}
 
     def send(self, ids: list[int], path: str, body: dict[str, Any], rank: int | None) -> int:
-        """Serve it; gives the cached tokens that the engine reports."""
+        """Send one request, and return the cached tokens that the engine reports."""
         headers = {} if rank is None else {"X-data-parallel-rank": str(rank)}
         answer = self._ask("POST", path, headers, {"model": self.model, "max_tokens": 1, **self._salt, **body})
         try:
@@ -284,7 +287,7 @@ def run(args: argparse.Namespace) -> int:
     if args.pods is None and args.file is None:
         args.pods = args.url
     source = one_source(args)
-    # What it would say there is said here.
+    # The reasons at the end report the same things, so the log's lines are not shown.
     logging.getLogger("kvindex").addHandler(logging.NullHandler())
     index = PrefixIndex(args.block_size)
     guesses = Guesses(index, source, args)
@@ -307,7 +310,7 @@ def verified(
     manager: EventManager, index: PrefixIndex, source: PodSource, guesses: Guesses, server: Server,
     args: argparse.Namespace,
 ) -> Iterator[Asked]:  # fmt: skip
-    """Requests, one after another, each with both answers."""
+    """Send requests one after another, each with the answers of index and engine."""
     ranks = sorted(source.workers())
     unit = source.block_size or guesses.facts.block_size or args.block_size
     for number, kind, messages, aligned in prompts(random.Random(), unit):
@@ -325,7 +328,7 @@ def verified(
 
 
 def prompts(rng: random.Random, unit: int) -> Iterator[tuple[int, str, list[dict[str, str]], bool]]:
-    """(conversation, kind, messages, whether cut at a block), endlessly. A word is a token or more."""
+    """Endless tuples (conversation, kind, messages, whether cut at a block). A word has one token or more."""
 
     def said(role: str, least: int, most: int) -> dict[str, str]:
         return {"role": role, "content": " ".join(rng.choices(WORDS, k=rng.randint(least * unit, most * unit)))}
@@ -343,7 +346,7 @@ def prompts(rng: random.Random, unit: int) -> Iterator[tuple[int, str, list[dict
 
 
 def settle(manager: EventManager, source: PodSource, held: Any, quiet: float) -> None:
-    """Wait until the events of the request before are applied: its blocks are there, or none has come for a while."""
+    """Wait until the events of the last request are applied: its blocks are held, or no event came for a while."""
     batches, since, latest = -1, time.monotonic(), time.monotonic() + 10 * quiet
     while (now := time.monotonic()) < min(since + quiet, latest) and not held():
         if (applied := manager.status()[source.name].batches) != batches:
@@ -354,7 +357,7 @@ def settle(manager: EventManager, source: PodSource, held: Any, quiet: float) ->
 def reasons(
     asked: list[Asked], guesses: Guesses, server: Server, status: PodStatus, block_size: int
 ) -> Iterator[str]:  # fmt: skip
-    """What explains that answers differ, or that nothing was reused."""
+    """The possible causes of different answers, or of no reuse at all."""
     if not server.reports:
         yield (
             "the engine does not report cached tokens: start vLLM with --enable-prompt-tokens-details, SGLang with "
@@ -414,7 +417,7 @@ def conclude(out: Console, asked: list[Asked], said: list[str]) -> int:
 
 
 def _router_encoder(args: argparse.Namespace) -> PromptEncoder | None:
-    """The encoder that the router has; None where the engine's own is to be used."""
+    """The router's encoder; None where the engine's own is used."""
     if args.tokenizer is None:
         if args.chat_template is not None:
             raise CommandError("--chat-template needs --tokenizer")
