@@ -1,1 +1,1 @@
-"""Measurements: the asv suite, the comparison with others, and one command for each figure that is promised."""
+"""Measurements: the asv suite, the comparison with others, and one command for each figure with a target."""

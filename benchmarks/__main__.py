@@ -1,8 +1,9 @@
-"""``python -m benchmarks NAME [OPTION...]``: one measurement; ``python -m benchmarks rows``: all of those that have a
-target, each in a process of its own.
+"""``python -m benchmarks NAME [OPTION...]``: run one measurement.
 
-A measurement is a module with a function ``measure``. Its keyword arguments are the options. It yields promised figures
-(:class:`~benchmarks.reach.Reached`), which are shown first and beside their targets, and text.
+``python -m benchmarks rows`` runs all measurements with a target, each in a process of its own.
+
+A measurement is a module with a function ``measure``. Its keyword arguments are the options. It yields text and figures
+with a target (:class:`~benchmarks.reach.Reached`). The figures are shown first, beside their targets.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from .reach import Reached, verdicts
 
 __all__ = ["NAMES", "ROWS", "options", "page"]
 
-#: Of the page of promised figures that the comparison with others leaves open.
+#: The measurements on the page of targets that are not part of the comparison with others.
 ROWS = ("growth", "hybrid", "picks", "encoding", "threads", "tail", "snapshot", "churn", "stalls", "hostile", "memory")
 NAMES = (*ROWS, "streams", "herd", "fleets", "replay", "router", "routers", "service")
-#: Small enough for all of them to run in half a minute, to see that they do: the figures mean nothing.
+#: Options with which all of them run in half a minute. They show that the measurements work; the figures mean nothing.
 QUICK = {
     "growth": "--rounds 3 --blocks 50000",
     "hybrid": "--rounds 3",
@@ -42,7 +43,7 @@ INTRO = "Made by `make bench-rows`, one command a section. *At least* is the tar
 
 
 def options(module: ModuleType) -> argparse.ArgumentParser:
-    """An option for each argument of ``measure``, of its default's type."""
+    """A parser with an option for each argument of ``measure``, of its default's type."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {module.__name__.replace('.', ' ')}",
         description=f"{module.__doc__}\n{inspect.getdoc(module.measure)}",
@@ -58,7 +59,7 @@ def options(module: ModuleType) -> argparse.ArgumentParser:
 
 
 def page(module: ModuleType, **options: Any) -> str:
-    """What one measurement found, and on what."""
+    """The figures of one measurement, and the machine that it ran on."""
     found = list(module.measure(**options))
     marks = [each for each in found if isinstance(each, Reached)]
     texts = [each for each in found if not isinstance(each, Reached)]

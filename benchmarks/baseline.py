@@ -1,8 +1,8 @@
-"""``python -m benchmarks.baseline make|check``: the exact figures that this commit had, and whether they still hold.
+"""``python -m benchmarks.baseline make|check``: record the exact figures of a commit, or compare with the record.
 
-The figures are what asv's suite tracks: counted instructions, sizes, and counts of what a match looks at. None of them
-is a time, so a busy machine does not matter. ``baseline_metrics.json`` keeps them for one commit. Instructions compare
-only where compiler and packages are the same; elsewhere ``asv continuous`` counts those of both commits.
+The figures are those that asv's suite tracks: counted instructions, sizes, and counts of the work of a match. None of
+them is a time, so a busy machine does not matter. ``baseline_metrics.json`` keeps them for one commit. Instructions are
+compared only where compiler and packages are the same; elsewhere ``asv continuous`` counts those of both commits.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .report import say, table
 from .suite import sizes
 
 FILE = Path(__file__).with_name("baseline_metrics.json")
-#: Figures that repeat exactly: any growth is one. The others may grow by the threshold: where the secret of a process
-#: decides (how many slots a look-up has to look at), and in instructions, a little more or less means nothing.
+#: Figures that repeat exactly: any growth counts. The others may grow by the threshold. Small changes mean nothing in
+#: instructions, and in figures that depend on the secret of a process (the number of slots that a look-up reads).
 EXACT = ("track_bytes", "track_sets", "track_chains", "track_blocks_compared")
 
 
@@ -78,7 +78,7 @@ def check(threshold: float, only: str, out: Path | None) -> int:
 
 
 def both(base: str, threshold: float) -> list[str]:
-    """Instructions of the baseline's commit beside HEAD's, built alike."""
+    """Compare the instructions of the baseline's commit with those of HEAD, both built here."""
     command = ["asv", "continuous", f"--factor={1 + threshold}", "--bench=Instructions", "--split", base, "HEAD"]
     done = subprocess.run(command, check=False)
     return [f"instructions: see asv's table, exit status {done.returncode}"] if done.returncode else []

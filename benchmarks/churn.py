@@ -1,9 +1,9 @@
 """Does memory come back when the pods go, and does a budget hold?
 
 First a fleet comes, works and goes, round after round, always with other content. Bytes are the index's own count and
-what the system keeps in memory for the process, each against what they were before anything came; the process's after
-one round, because the interpreter and the allocator keep some of what they once had. Then a stream passes through a
-budget that has room for a seventh of it.
+the resident memory of the process. The index's are compared with those of the empty index. The process's are compared
+with those after one round, because the interpreter and the allocator keep some freed memory. Then a stream passes
+through a budget that has room for a seventh of it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .reach import Reached
 from .report import amount, say, table
 
 PODS = 8
-#: Conversations of a round: some long, more short ones, and a system prompt below which some of them fork.
+#: Lengths of the conversations of a round, in blocks: some long, more short ones. Half of them share a system prompt.
 LENGTHS = (2048, 512, 512, 64, 64, 64, 64, 8, 8, 8, 8, 8, 8, 8, 8, 1)
 
 
@@ -39,7 +39,7 @@ def contents(seed: int, blocks: int) -> Iterator[Chain]:
 
 
 def work(index: PrefixIndex, seed: int, blocks: int) -> None:
-    """What a round does: half of the pods agree on names, copies come twice, and a part of everything is evicted."""
+    """One round: half of the pods agree on names, copies come twice, and a part of all content is evicted."""
     rng = np.random.default_rng(seed)
     for number, content in enumerate(contents(seed, blocks)):
         for pod in rng.permutation(PODS)[: 1 + number % PODS]:
@@ -56,7 +56,7 @@ def work(index: PrefixIndex, seed: int, blocks: int) -> None:
 
 
 def come_and_go(count: int, blocks: int) -> Iterator[Reached]:
-    """``count`` rounds of ``blocks`` blocks; the worst of what was left after them."""
+    """The most memory that is left after each of ``count`` rounds of ``blocks`` blocks."""
     index = PrefixIndex(block_size=BLOCK)
     empty, full, left, process = index.stats()["bytes"], [], [], []
     for seed in range(count + 1):
@@ -74,7 +74,7 @@ def come_and_go(count: int, blocks: int) -> Iterator[Reached]:
 
 
 def through(budget: int, blocks: int) -> list[list[str]]:
-    """A stream of ``blocks`` blocks through a budget, and through an index that has none."""
+    """A stream of ``blocks`` blocks through an index with a budget, and through one without."""
     rows = []
     for limit in (None, budget):
         index = PrefixIndex(block_size=BLOCK, max_bytes=limit)
@@ -107,7 +107,7 @@ def through(budget: int, blocks: int) -> list[list[str]]:
 def measure(
     *, rounds: int = 100, blocks: int = 20_000, stream: int = 1_000_000, budget: int = 5_000_000
 ) -> Iterator[Reached | str]:
-    """``rounds``: after the first one; ``blocks``: of a round; ``stream``: blocks through ``budget`` bytes."""
+    """``rounds``: after the first one; ``blocks``: in each round; ``stream``: blocks through ``budget`` bytes."""
     yield from come_and_go(rounds, blocks)
     columns = ["", "streamed", "kept", "evicted", "most MB", "ns a block", "p99.9 µs of 64", "slowest µs of 64"]
     yield table(columns, through(budget, stream))

@@ -1,6 +1,6 @@
 """Seeded content for every measurement: chains of blocks, and the payloads with which an engine would announce them.
 
-Everything is made from the seed, so two builds are measured on the same data. Vocabulary and hashes are those of real
+All data comes from the seed, so two builds are measured on the same data. Vocabulary and hashes are like those of real
 engines: tokens below 128,000 (three or five bytes in msgpack), engine hashes spread over all of u64.
 """
 
@@ -27,7 +27,7 @@ Hashes = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """One content: the tokens of its blocks, and the names that an engine gives them."""
+    """One content: the tokens of its blocks, and the engine's hashes of them."""
 
     tokens: Tokens
     hashes: Hashes
@@ -37,14 +37,14 @@ class Chain:
 
 
 def chain(seed: int, number: int, blocks: int) -> Chain:
-    """Chain ``number`` of ``seed``: the same on every machine, whatever else is made."""
+    """Chain ``number`` of ``seed``: the same on every machine, and independent of other chains."""
     rng = np.random.Generator(np.random.PCG64([seed, number]))
     tokens = rng.integers(0, VOCABULARY, blocks * BLOCK, dtype=np.uint32)
     return Chain(tokens, rng.integers(1, 2**63, blocks, dtype=np.uint64))
 
 
 def beginning(seed: int, number: int, blocks: int) -> Tokens:
-    """The tokens of the first ``blocks`` blocks of a chain, however long it is."""
+    """The tokens of the first ``blocks`` blocks of a chain of any length."""
     rng = np.random.Generator(np.random.PCG64([seed, number]))
     return rng.integers(0, VOCABULARY, blocks * BLOCK, dtype=np.uint32)
 
@@ -54,12 +54,12 @@ def chains(seed: int, count: int, blocks: int) -> list[Chain]:
 
 
 def own(hashes: Hashes, pod: int) -> Hashes:
-    """The names that ``pod`` gives to the same content, where pods do not agree on names."""
+    """The hashes that ``pod`` has for the same content, where pods do not agree on hashes."""
     return hashes ^ np.uint64(pod * 0x9E3779B97F4A7C15 % 2**64)
 
 
 def newest() -> WireForm:
-    """What vLLM writes today."""
+    """The newest wire form of vLLM."""
     return wire_form("vllm-0.33.0")
 
 
@@ -76,17 +76,17 @@ def stored(content: Chain, start: int, stop: int, *, medium: str | None = "GPU",
 
 
 def removed(content: Chain, start: int, stop: int) -> Removed:
-    """The event that takes the same blocks back."""
+    """The event that removes the same blocks."""
     return Removed(_digests(content.hashes[start:stop]))
 
 
 def payloads(
     contents: Sequence[Chain], each: int, *, batch: int = 1, form: WireForm | None = None, back: bool = False
 ) -> Iterator[bytes]:
-    """Batches of ``batch`` events of ``each`` blocks that announce all of ``contents``, or take it ``back``.
+    """Batches of ``batch`` events of ``each`` blocks that store all of ``contents``, or remove it with ``back``.
 
-    The events of a batch belong to different chains, as those of one engine step do, when ``batch`` is more than one.
-    What is taken back goes from the ends of the chains, as an engine evicts.
+    When ``batch`` is more than one, the events of a batch belong to different chains, as those of one engine step do.
+    Removals start at the ends of the chains, as an engine evicts.
     """
     form = form or newest()
     for first in range(0, len(contents), batch):
@@ -102,7 +102,7 @@ def payloads(
 
 
 def fill(index: PrefixIndex, contents: Sequence[Chain], pods: Sequence[str], *, agree: bool = True) -> None:
-    """Every pod holds every chain, announced in batches of 256 blocks; with names of its own unless they ``agree``."""
+    """Store every chain for every pod, in batches of 256 blocks. Unless they ``agree``, pods have their own hashes."""
     batch = max(256 // max(map(len, contents)), 1)
     if agree:
         for payload in payloads(contents, 256, batch=batch):

@@ -1,4 +1,4 @@
-"""What the token ids of a growing conversation cost, and other threads meanwhile."""
+"""The cost of the token ids of a growing conversation, and its effect on other threads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PACKAGES = ("tokenizers",)
 ROOT = Path(__file__).resolve().parents[1]
 TURNS, TOKENS = 41, 32_768
-#: Llama 3's.
+#: The pattern of Llama 3.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -32,8 +32,8 @@ OPENING = "<|im_start|>assistant\n"
 
 
 def trained(texts: list[str]) -> Tokenizer:
-    """A byte-level BPE as today's models have it, with a vocabulary of what this repository is written in."""
-    # Here, since asv imports every module in an environment that has what its suite needs.
+    """A byte-level BPE like those of today's models, trained on the texts of this repository."""
+    # Imported here: asv imports every module in an environment with only the packages of its suite.
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -68,9 +68,9 @@ def conversation(tokenizer: Tokenizer, texts: list[str], seed: int) -> list[str]
 
 
 def longest_pause(work: threading.Thread) -> float:
-    """Seconds that this thread was kept from running, beyond what it wanted to sleep, while ``work`` ran."""
+    """The longest time in seconds for which this thread was kept from running while ``work`` ran."""
     longest = 0.0
-    # From before its start: work that never gives up the interpreter lock is over when start() returns.
+    # The clock starts first: work that never gives up the interpreter lock is over when start() returns.
     before = time.perf_counter()
     work.start()
     while True:
@@ -83,7 +83,7 @@ def longest_pause(work: threading.Thread) -> float:
 
 
 def measure(*, rounds: int = 7) -> Iterator[Reached | str]:
-    """``rounds``: interleaved."""
+    """``rounds``: number of interleaved rounds."""
     texts = [path.read_text() for kind in ("*.md", "*.py", "*.hpp") for path in sorted(ROOT.glob(f"[bds]*/**/{kind}"))]
     say("training a tokenizer")
     tokenizer = trained(texts)
@@ -99,7 +99,7 @@ def measure(*, rounds: int = 7) -> Iterator[Reached | str]:
             encoder.encode(text + OPENING)
 
     def inputs(_: str, number: int) -> list[list[str]]:
-        # Nothing of this conversation is known; the tokenizer's own cache of words is as warm as the other's.
+        # The encoder starts without this conversation. The tokenizer's own cache of words is warm for both.
         encoder._cache = type(encoder._cache)(1 << 30)
         return [prompts[number % 2]]
 

@@ -1,6 +1,6 @@
-"""What many pods cost one manager, beside a bare SUB socket on the same messages.
+"""The cost of many pods for one manager, beside a bare SUB socket on the same messages.
 
-Every row is a process of its own, so that memory and processor time are its alone; processor time is that of all its
+Every row has its own process, so memory and processor time are of that row alone. Processor time is that of all
 threads, libzmq's included.
 """
 
@@ -24,9 +24,9 @@ from .report import amount, say, table
 PACKAGES = ("pyzmq",)
 BLOCK_SIZE = 16
 PATIENCE = 60.0
-SETTLED = 40.0  # seconds after which silent streams ask at their longest interval
+SETTLED = 40.0  # seconds until silent streams check for missed batches at their longest interval
 
-#: Of idle fleets: a name, its key in the figures, and how it is shown.
+#: Figures of idle fleets: a name, the key of the figure, and its format.
 IDLE = (
     ("idle pods, of a core", "idle", "{:.2f} %"),
     ("pods, descriptors", "descriptors", "{:,.0f}"),
@@ -40,8 +40,10 @@ IDLE = (
 
 
 def bare(pods: int, rate: int, seconds: float) -> float:
-    """Microseconds of processor time a batch, of one SUB socket that is connected to every publisher; nothing is done
-    with its messages."""
+    """Microseconds of processor time a batch of one SUB socket that is connected to every publisher.
+
+    Its messages are dropped.
+    """
     total, got = int(rate * seconds), 0
     with Publishers(pods) as fleet, zmq.Context() as context, context.socket(zmq.SUB) as socket:
         socket.subscribe(b"")
@@ -60,13 +62,13 @@ def bare(pods: int, rate: int, seconds: float) -> float:
         time.sleep(0.5)
         start = time.process_time()
         fleet.send(total, rate)
-        time.sleep(seconds)  # asking costs more than a batch
+        time.sleep(seconds)  # a check of until() costs more than a batch
         until(lambda: got >= total)
         return (time.process_time() - start) / total * 1e6
 
 
 def bare_idle(pods: int, seconds: float) -> dict[str, float]:
-    """One SUB socket with as many connections, and the heartbeats of an EventManager."""
+    """The same figures of one SUB socket with as many connections, and with the heartbeats of an EventManager."""
     with Publishers(pods, 10) as fleet, zmq.Context() as context:
         context.socket(zmq.PAIR).close()
         gc.collect()
@@ -93,7 +95,7 @@ def bare_idle(pods: int, seconds: float) -> dict[str, float]:
 
 
 def followed(pods: int, rate: int, seconds: float) -> float:
-    """The same of a manager that follows them."""
+    """Microseconds of processor time a batch of a manager that follows the publishers."""
     total = int(rate * seconds)
     with Publishers(pods) as fleet, EventManager(PrefixIndex(BLOCK_SIZE)) as manager:
         for source in fleet.sources():
@@ -103,7 +105,7 @@ def followed(pods: int, rate: int, seconds: float) -> float:
         time.sleep(0.5)
         start = time.process_time()
         fleet.send(total, rate)
-        time.sleep(seconds)  # asking costs more than a batch
+        time.sleep(seconds)  # a call of status() costs more than a batch
         until(lambda: sum(pod.batches for pod in manager.status().values()) >= total)
         taken = time.process_time() - start
         states = [pod.state for pod in manager.status().values()]
@@ -112,7 +114,7 @@ def followed(pods: int, rate: int, seconds: float) -> float:
 
 
 def idle(pods: int, seconds: float) -> dict[str, float]:
-    """Start, memory, rest and the death of half of them."""
+    """Figures of idle pods: their start, memory and rest, and the death of half of them."""
     process = psutil.Process()
     with Publishers(pods, 10) as fleet:
         sources = fleet.sources()
@@ -158,7 +160,7 @@ def idle(pods: int, seconds: float) -> dict[str, float]:
 
 
 def measure(*, rounds: int = 3, pods: tuple[int, ...] = (256, 1000), seconds: float = 4.0) -> Iterator[str]:
-    """``rounds``: the best of them counts; ``pods``: of the idle fleets; ``seconds``: of each stream."""
+    """``rounds``: the best one counts; ``pods``: sizes of the idle fleets; ``seconds``: length of each stream."""
     rows = []
     for rate in (1000, 5000):
         say(f"32 pods, {rate} a second")

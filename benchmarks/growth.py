@@ -1,4 +1,4 @@
-"""What a match costs as the index grows, in blocks and in pods."""
+"""The cost of a match as the index grows, in blocks and in pods."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ __all__ = ["Grown", "compare", "grown"]
 
 DEPTHS = (8, 64, 512, 2048)
 CALLS = {8: 64, 64: 32, 512: 8, 2048: 4}
-#: A quarter of the blocks lie in chains of 64 and the rest in chains of 2,048: many conversations begin, few are long.
+#: A quarter of the blocks is in chains of 64 and the rest in chains of 2,048: many conversations begin, few are long.
 LONG, SHORT = 2048, 64
 
 
 class Grown(NamedTuple):
-    """An index of chains that ``seed`` and a number give again: ``count`` of each length."""
+    """An index of chains that ``seed`` and a number reproduce: ``count`` chains of each length."""
 
     index: PrefixIndex
     seed: int
     count: dict[int, int]
 
     def prompt(self, depth: int, number: int) -> Tokens:
-        """The first ``depth`` blocks of a chain, chains in an order that leaps about, written just now."""
+        """The first ``depth`` blocks of a chain, as a new array. Consecutive numbers give chains far apart."""
         length = SHORT if depth <= SHORT else LONG
-        # By the golden section, so that every chain has its turn and neighbours in time are none in memory.
+        # Steps by the golden section, so every chain has its turn, and neighbours in time are far apart in memory.
         count = self.count[length]
         leap = next(leap for leap in range(max(int(count * 0.618), 1), 2 * count + 1) if gcd(leap, count) == 1)
         return beginning(self.seed + length, number * leap % count, depth)
 
 
 def grown(seed: int, blocks: int, pods: int) -> Grown:
-    """An index of about ``blocks`` blocks, every pod holding all of them."""
+    """An index of about ``blocks`` blocks, all of them held by every pod."""
     index = PrefixIndex(block_size=BLOCK)
     names = [f"pod-{number}" for number in range(pods)]
     count = {LONG: max(blocks * 3 // 4 // LONG, 1), SHORT: blocks // 4 // SHORT}
@@ -49,7 +49,7 @@ def grown(seed: int, blocks: int, pods: int) -> Grown:
 
 
 def compare(one: Grown, other: Grown, rounds: int) -> dict[int, Timings]:
-    """Both asked in turn at every depth."""
+    """Times of both indexes in turn, by depth."""
     indexes = {"small": one, "large": other}
     calls: dict[str, Callable[[Any], object]] = {name: each.index.match_prefix for name, each in indexes.items()}
     found = {}
@@ -67,7 +67,7 @@ def compare(one: Grown, other: Grown, rounds: int) -> dict[int, Timings]:
 
 
 def measure(*, rounds: int = 101, blocks: int = 10_000_000) -> Iterator[Reached]:
-    """``rounds``: interleaved; ``blocks``: of the large index."""
+    """``rounds``: number of interleaved rounds; ``blocks``: size of the large index."""
     say(f"storing {blocks:,} blocks")
     many = compare(grown(1, 10_000, 8), grown(2, blocks, 8), rounds)
     say("storing 131,072 blocks for 8 and for 256 pods")

@@ -1,8 +1,8 @@
 """Readers that start at once beside one publisher that serves whole histories one after another, as engines do.
 
-What counts is what the publisher has to send: N readers should cost it N histories, and all of them should be exact
-after N times what one takes. The publisher's work is a pause, not a computation, so the figures say nothing about the
-machine: it is a thread that waits so long a history, and the readers share the processor with it.
+The measure is the work of the publisher: N readers should cost it N histories, and all of them should be exact after N
+times the time of one. The publisher's work is a pause, not a computation, so the figures do not depend on the machine:
+the publisher is a thread that sleeps for each history, and the readers share the processor with it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LIMIT = 300.0
 
 
 class _Slow(Publisher):
-    """Needs ``cost`` seconds for each history."""
+    """A publisher that needs ``cost`` seconds for each history."""
 
     cost = 0.0
     sent = 0
@@ -39,7 +39,7 @@ class _Slow(Publisher):
 
 
 def herd(readers: int, cost: float) -> tuple[float, float, int, int]:
-    """Seconds until all are exact, histories sent, requests, and the most readers that were degraded at once."""
+    """Seconds until all readers are exact, histories sent, requests, and the most readers degraded at once."""
     with ExitStack() as stack:
         publisher = _Slow(stack.enter_context(zmq.Context()), "tcp://127.0.0.1:*", "tcp://127.0.0.1:*")
         stack.callback(publisher.close)
@@ -75,7 +75,7 @@ def herd(readers: int, cost: float) -> tuple[float, float, int, int]:
 
 
 def measure(*, readers: tuple[int, ...] = (1, 16, 64), cost: float = 0.5) -> Iterator[str]:
-    """``readers``: of each herd; ``cost``: seconds that one history takes."""
+    """``readers``: sizes of the herds; ``cost``: seconds that one history takes."""
     rows = []
     for count in readers:
         seconds, histories, asked, degraded = herd(count, cost)

@@ -1,4 +1,4 @@
-"""What one pod can cost all others, by one event or by inventing groups."""
+"""The most that one pod can cost all others, by one event or by invented groups."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEPTH, PROMPTS, CALLS = 64, 16, 512
 
 
 def invented(groups: int, media: int) -> list[bytes]:
-    """Batches of a pod that says of one block that it lies in so many groups, and then in so many media."""
+    """Batches that store one block in ``groups`` groups, and then in ``media`` media."""
     whole = stored(chain(61, 0, 1), 0, 1)
     events: list[Stored] = [whole._replace(group_idx=number) for number in range(groups)]
     events += [whole._replace(medium=f"medium-{number}") for number in range(media)]
@@ -24,7 +24,7 @@ def invented(groups: int, media: int) -> list[bytes]:
 
 
 def measure(*, rounds: int = 51, events: int = 7, blocks: int = 1_000_000) -> Iterator[Reached]:
-    """``rounds``: interleaved, of matches; ``events``: of long events; ``blocks``: of the long event."""
+    """``rounds``: interleaved rounds of matches; ``events``: rounds of long events; ``blocks``: in the long event."""
     contents = chains(60, PROMPTS, DEPTH)
     prompts = [content.tokens for content in contents] * (CALLS // PROMPTS)
     indexes = {"without": PrefixIndex(block_size=BLOCK), "beside": PrefixIndex(block_size=BLOCK)}

@@ -1,4 +1,4 @@
-"""What the pods of a hybrid model cost when their caches end at many places."""
+"""The cost of the pods of a hybrid model when their caches end at many places."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WINDOW = 1024
 
 
 def grouped(whole: Stored) -> list[Stored]:
-    """What a model with full attention and a sliding window announces of one run of blocks."""
+    """The events of one run of blocks, of a model with full attention and a sliding window."""
     return [
         whole._replace(group_idx=0, kv_cache_spec_kind="full_attention"),
         whole._replace(group_idx=1, kv_cache_spec_kind="sliding_window", kv_cache_spec_sliding_window=WINDOW),
@@ -36,7 +36,7 @@ def filled(places: int, depth: int, *, hybrid: bool) -> tuple[PrefixIndex, list[
 
 
 def measure(*, rounds: int = 101) -> Iterator[Reached]:
-    """``rounds``: interleaved."""
+    """``rounds``: number of interleaved rounds."""
     for depth, places in ((64, 1), (64, 50)):
         hybrid, prompts = filled(places, depth, hybrid=True)
         plain, _ = filled(places, depth, hybrid=False)

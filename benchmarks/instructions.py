@@ -1,8 +1,8 @@
 """Instructions that a workload executes, counted by valgrind's callgrind: on one machine the same number every time.
 
-A time is what users feel, but a count needs no quiet machine. It does not see cache misses, so it stands beside the
-times and does not replace them. Called as a module inside callgrind it runs every workload between two calls of
-``getppid``, at which callgrind writes down what it has counted.
+Users feel times, but a count needs no quiet machine. It does not include cache misses, so it stands beside the times
+and does not replace them. As a program inside callgrind, this module runs every workload between two calls of
+``getppid``, at which callgrind writes its counts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .machine import described
 
 __all__ = ["available", "count", "toolchain"]
 
-#: Small enough that callgrind, which is fifty times slower, is done in a minute.
+#: Small enough for callgrind, which is fifty times slower, to end in a minute.
 CONTENT = 2048
 ROUNDS = 2
 
@@ -34,7 +34,7 @@ def available() -> bool:
 
 
 def toolchain() -> str:
-    """What the counts depend on besides the code."""
+    """Compiler, machine and packages, on which the counts depend besides the code."""
     compiler = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=False).stdout
     facts = described("numpy", "xxhash", "msgpack", "cython")
     versions = [f"{name} {facts[name]}" for name in ("Python", "numpy", "xxhash", "cython")]
@@ -42,10 +42,12 @@ def toolchain() -> str:
 
 
 def count(names: Sequence[str]) -> dict[str, int]:
-    """Instructions per round of each workload, by the package that this process imports. Raises RuntimeError when a
-    workload fails."""
+    """Instructions per round of each workload, with the kvindex package that this process imports.
+
+    Raises RuntimeError when a workload fails.
+    """
     path = [Path(kvindex.__file__).parents[1], Path(__file__).parents[1]]
-    # PYTHONSAFEPATH, or the checkout's own package would come first where it is the current directory.
+    # Without PYTHONSAFEPATH, the checkout's own package would come first where it is the current directory.
     env = {"PYTHONPATH": os.pathsep.join(map(str, path)), "PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1"}
     with tempfile.TemporaryDirectory(prefix="kvindex-callgrind-") as place:
         out = Path(place) / "out"
@@ -56,7 +58,7 @@ def count(names: Sequence[str]) -> dict[str, int]:
         )  # fmt: skip
         if done.returncode:
             raise RuntimeError(f"a workload fails under callgrind:\n{done.stderr[-4000:]}")
-        # Part n holds what was executed before the n-th call: parts 2, 4, ... are the workloads, between two calls.
+        # Part n has the instructions before the n-th call: parts 2, 4, ... are the workloads, between two calls.
         totals = []
         for part in range(2, 2 * len(names) + 1, 2):
             text = Path(f"{out}.{part}").read_text(errors="replace")
@@ -68,7 +70,7 @@ def count(names: Sequence[str]) -> dict[str, int]:
 
 
 def _run(name: str) -> None:
-    # A function of its own: what one workload leaves behind must not be freed in the count of the next.
+    # A function of its own, so the memory of one workload is not freed in the count of the next.
     from .workloads import workload
 
     made = workload(name, content=CONTENT)

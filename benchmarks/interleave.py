@@ -1,7 +1,7 @@
-"""Rounds in which every contender does the same work in turn, so that what disturbs the machine hits all alike.
+"""Rounds in which every contender does the same work in turn, so disturbances of the machine hit all alike.
 
-On a shared machine seconds drift by tens of percent within a minute; the ratio of two neighbours hardly does. So what
-is reported is the median over rounds of the ratio within a round, beside each one's best round.
+On a shared machine times drift by tens of percent within a minute; the ratio of two neighbours hardly does. So the
+reports show the median over rounds of the ratio within a round, beside the best round of each contender.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ __all__ = ["Ratio", "Timings", "interleaved"]
 class Ratio(NamedTuple):
     """One contender's time over another's: median and quartiles of the rounds' ratios, and best round over best round.
 
-    The last shows what noise does to one side only: a contender that hands its work to another thread suffers more from
-    a busy machine than one that does not.
+    The last ratio shows noise that hits one side only: a contender that hands its work to another thread suffers more
+    from a busy machine than one that does not.
     """
 
     median: float
@@ -36,7 +36,7 @@ class Timings(dict[str, list[float]]):
         return min(self[name]) / 1000
 
     def ratio(self, over: str, under: str) -> Ratio:
-        """How many times as long ``over`` takes as ``under``."""
+        """The time of ``over`` divided by that of ``under``."""
         ratios = [a / b for a, b in zip(self[over], self[under], strict=True)]
         low, _, high = quantiles(ratios, n=4)
         return Ratio(median(ratios), low, high, min(self[over]) / min(self[under]))
@@ -49,11 +49,11 @@ def interleaved(
     *,
     warm: bool = True,
 ) -> Timings:
-    """Times every call on ``inputs(name, round)``, one contender after the other in each round, in an order that turns.
+    """Time every call on ``inputs(name, round)``, one contender after the other in each round, in a rotating order.
 
-    Each round has other inputs, so none is answered from a cache that its own last question warmed. The garbage
-    collector rests meanwhile: its passes would be charged to whoever happens to allocate. ``warm``: a round before the
-    first, not counted, on the inputs of the last; not for calls that can be made only once on an input.
+    Each round has other inputs, so no answer comes from a cache that the same query warmed. The garbage collector is
+    off meanwhile: its passes would be charged to the contender that happens to allocate. ``warm`` adds an uncounted
+    round before the first, on the inputs of the last; leave it out for calls that work only once on an input.
     """
     names = list(calls)
     timings = Timings({name: [] for name in names})

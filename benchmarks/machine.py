@@ -1,4 +1,4 @@
-"""What a figure was measured on."""
+"""The machine and the versions that a figure was measured on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["commit", "described"]
 
 
 def _said(*command: str) -> str:
-    """What a command prints; nothing where it fails, or is not there."""
+    """The output of a command; empty where it fails or is not installed."""
     try:
         return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
@@ -26,7 +26,7 @@ def commit() -> str:
 
 
 def described(*packages: str) -> dict[str, str]:
-    """Processor, caches, system and versions, for people."""
+    """Processor, caches, system and versions, as readable text."""
     model = re.search(r"^Model name: +(.+)", _said("lscpu"), re.MULTILINE)
     caches = re.findall(r"^(L1d|L2|L3) +(\w+)", _said("lscpu", "--caches=NAME,ONE-SIZE"), re.MULTILINE)
     facts = {

@@ -1,6 +1,6 @@
-"""Bytes of short prompts, and how the process's own memory follows the index's.
+"""Bytes of short prompts, and the memory of the process beside that of the index.
 
-Each figure of the process comes from a process of its own, so that none is measured on top of what another one left.
+Each figure of the process comes from a new process, so no figure includes the leftovers of another.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PODS = 2
 
 
 def short(blocks: int, depth: int = 1) -> float:
-    """Bytes a block of ``blocks`` blocks in prompts of ``depth``."""
+    """Bytes per block of ``blocks`` blocks in prompts of ``depth`` blocks."""
     index = PrefixIndex(block_size=BLOCK)
     for number in range(blocks // 1000):
         for payload in payloads(chains(70 + number, 1000 // depth, depth), depth, batch=250):
@@ -30,9 +30,9 @@ def short(blocks: int, depth: int = 1) -> float:
 
 
 def streams(blocks: int, lengths: tuple[int, ...], *, back: bool = False) -> Iterator[tuple[str, bytes]]:
-    """Payloads of prompts of those lengths, of pods with names of their own, until there are ``blocks`` names."""
+    """Payloads of prompts of ``lengths``, of pods with their own hashes, until there are ``blocks`` hashes."""
     numbers = range(max(blocks // (sum(lengths) * PODS // len(lengths)), 1))
-    # Taken back in another order, so that what goes lies anywhere.
+    # Removals come in another order, so the removed blocks are all over the memory.
     for number in Random(1).sample(numbers, len(numbers)) if back else numbers:
         content = chain(71, number, lengths[number % len(lengths)])
         for pod in range(PODS):
@@ -42,7 +42,7 @@ def streams(blocks: int, lengths: tuple[int, ...], *, back: bool = False) -> Ite
 
 
 def stays(blocks: int) -> tuple[float, float]:
-    """MB that all blocks took, and the share of it in percent that stays once each has been removed by its name."""
+    """MB that all blocks took, and the percentage of it that stays once each has been removed by its hash."""
     lengths = (2048, 64, 8, 1, 1)
     index = PrefixIndex(block_size=BLOCK)
     for pod, payload in streams(PODS * 4096, lengths):
@@ -60,7 +60,7 @@ def stays(blocks: int) -> tuple[float, float]:
 
 
 def peak(budget: int, *phases: tuple[int, ...]) -> float:
-    """The most that was resident over ``budget``, while several times as much of each kind of prompts was stored."""
+    """The peak of resident memory over ``budget``, while several times as much of each kind of prompts is stored."""
     for pod, payload in streams(4096, (64,)):
         PrefixIndex(block_size=BLOCK).ingest(pod, payload)
     index = PrefixIndex(block_size=BLOCK, max_bytes=budget)
@@ -81,8 +81,10 @@ def peak(budget: int, *phases: tuple[int, ...]) -> float:
 def measure(
     *, blocks: int = 1_000_000, budget: int = 32_000_000, sizes: tuple[int, ...] = (88_000, 96_000, 128_000)
 ) -> Iterator[Reached | str]:
-    """``blocks``: names that are stored and removed; ``budget``: bytes; ``sizes``: blocks of short prompts, just beside
-    a power of two, where tables are as full as they get, and half as full."""
+    """``blocks``: hashes that are stored and removed; ``budget``: bytes; ``sizes``: blocks of short prompts.
+
+    The sizes are close to a power of two, where tables are as full as possible, or half as full.
+    """
     depths = (1, 2, 8, 1000)
     found = {depth: [short(each, depth) for each in sizes] for depth in depths}
     where = f"prompts of one block, the most of {', '.join(f'{size:,}' for size in sizes)}"

@@ -1,4 +1,4 @@
-"""What picking a pod costs beside the match that it begins with."""
+"""The cost of picking a pod, beside the match that it begins with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CALLS = 4
 
 
 def measure(*, rounds: int = 101) -> Iterator[Reached]:
-    """``rounds``: interleaved."""
+    """``rounds``: number of interleaved rounds."""
     for pods in (64, 256):
         say(f"{DEPTH} blocks, held by {pods} pods")
         index = PrefixIndex(block_size=BLOCK)

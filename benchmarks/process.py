@@ -1,4 +1,4 @@
-"""The process that is measured: its memory, and one that has done nothing else."""
+"""The memory of the measured process, and calls in a fresh process."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ __all__ = ["apart", "resident", "settle"]
 
 
 def resident() -> int:
-    """Bytes of this process that lie in memory."""
+    """Resident bytes of this process."""
     return int(psutil.Process().memory_info().rss)
 
 
 def settle() -> int:
-    """The same, once the allocator has given back what it can."""
+    """The same, after the allocator has returned free memory to the system."""
     psutil.heap_trim()
     return resident()
 
 
 def apart(call: Callable[..., Any], *given: Any) -> Any:
-    """The answer of a process that has done nothing else."""
+    """The result of a call in a fresh process."""
     with ProcessPoolExecutor(1, get_context("spawn")) as alone:
         return alone.submit(call, *given).result()

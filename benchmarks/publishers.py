@@ -1,4 +1,4 @@
-"""Publishers of prepared batches in a process of their own, so that what is measured has its process to itself.
+"""Publishers of prepared batches in a process of their own, so the measured code has its process to itself.
 
 ``python -m benchmarks.publishers`` is that process; :class:`Publishers` is its handle. A publisher announces chains of
 new blocks, has a history from the start, and answers replays, also while it sends.
@@ -25,7 +25,7 @@ from .data import chains
 
 __all__ = ["BLOCKS", "Publishers", "batches", "until"]
 
-#: Of a batch, which is one event that begins a chain, unless something else is asked for.
+#: Default blocks of a batch, which is one event that begins a chain.
 BLOCKS = 20
 
 
@@ -35,7 +35,7 @@ def batches(pod: int, count: int, blocks: int = BLOCKS, chain: int = BLOCKS) -> 
 
 
 def until(done: Callable[[], object], patience: float = 120.0) -> float:
-    """Seconds that this took. Ends the program where it takes too long."""
+    """Wait until ``done()`` is true, and return the seconds. Ends the program after ``patience`` seconds."""
     start = time.perf_counter()
     while not done():
         if time.perf_counter() - start > patience:
@@ -50,7 +50,7 @@ class _Server:
         self.context: zmq.Context[Any] = zmq.Context()
         self.context.max_sockets = self.context.get(zmq.SOCKET_LIMIT)
         self.control = Control(self.context, self)
-        # Without a limit, or the fastest sender would lose most of it and the replays would be measured.
+        # No limit of the queue: the fastest sender would lose most batches, and the replays would be measured.
         self.publishers = [
             Publisher(self.context, "tcp://127.0.0.1:*", "tcp://127.0.0.1:*", queue=0, buffer_steps=1 << 20)
             for _ in range(pods)
@@ -73,7 +73,7 @@ class _Server:
             for sock, _ in poller.poll():
                 if sock is self.control.socket:
                     self.control.answer()
-                elif not sock.closed:  # by the command before, in the same turn
+                elif not sock.closed:  # a command may have closed it earlier in the same turn
                     with self.lock:
                         self.routers[sock].serve()
                 for gone in [each for each in self.routers if each.closed]:
@@ -112,7 +112,7 @@ class _Server:
 
 
 class Publishers(ToldProcess):
-    """So many publishers; ``history`` batches have been sent before anybody could hear them."""
+    """A process of ``pods`` publishers, which have sent ``history`` batches before any client could connect."""
 
     def __init__(self, pods: int = 1, history: int = 0, *, blocks: int = BLOCKS, chain: int = BLOCKS) -> None:
         numbers = map(str, (pods, history, blocks, chain))
@@ -126,15 +126,15 @@ class Publishers(ToldProcess):
         ]
 
     def prepare(self, total: int) -> None:
-        """Make so many batches, which each ``send`` sends."""
+        """Make ``total`` batches, for every later ``send``."""
         self.ask("prepare", total=total)
 
     def send(self, total: int, rate: float | None = None, *, anew: bool = False) -> None:
-        """Begin to send, in turn, so many a second or as fast as they go; returns at once."""
+        """Start to send by all publishers in turn, ``rate`` batches a second or as fast as possible; does not wait."""
         self.ask("send", total=total, rate=rate, anew=anew)
 
     def die(self, count: int) -> None:
-        """Close so many of them, the first ones."""
+        """Close the first ``count`` publishers."""
         self.ask("die", count=count)
 
 

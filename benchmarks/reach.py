@@ -1,4 +1,4 @@
-"""The figures that kvindex promises, and what a measurement says of each: reached, stretch or not."""
+"""The targets of kvindex's figures, and the mark of a measurement against each: reached, stretch or not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Mark: TypeAlias = Literal["stretch", "reached", "not"]
 
 
 class Goal(NamedTuple):
-    """``least`` has to be met, ``stretch`` (if there is one) is the next thing to want; ``more`` is better, or less."""
+    """A target: ``least`` has to be met, ``stretch`` is a more ambitious one. Where ``more``, larger is better."""
 
     least: float
     stretch: float | None
@@ -29,7 +29,7 @@ def _at_most(least: float, stretch: float | None = None) -> Goal:
     return Goal(least, stretch, more=False)
 
 
-#: By what is measured. Depths are blocks of 16 tokens.
+#: The goals, by the name of the figure. Depths are blocks of 16 tokens.
 GOALS: dict[str, Goal] = {
     "match numpy 8": _times(6, 10),
     "match numpy 64": _times(12, 20),
@@ -79,7 +79,7 @@ GOALS: dict[str, Goal] = {
 
 
 def mark(goal: str, value: float) -> Mark:
-    """What ``value`` means for the goal of that name."""
+    """The mark of ``value`` against the goal of that name."""
     least, stretch, more = GOALS[goal]
     if stretch is not None and (value >= stretch if more else value <= stretch):
         return "stretch"
@@ -87,7 +87,7 @@ def mark(goal: str, value: float) -> Mark:
 
 
 class Reached(NamedTuple):
-    """One promised figure: what it is called, where it was measured, what came out."""
+    """One figure with a target: its name, the case that was measured, the goal, and the value."""
 
     what: str
     where: str
@@ -97,13 +97,13 @@ class Reached(NamedTuple):
 
     @property
     def mark(self) -> Mark:
-        """By the worse of the median of ratios and the ratio of the best rounds."""
+        """The mark of the worse of two values: the median of ratios and the ratio of the best rounds."""
         values = [self.value] if self.spread is None else [self.value, self.spread.best]
         return mark(self.goal, min(values) if GOALS[self.goal].more else max(values))
 
 
 def verdicts(rows: Iterable[Reached]) -> str:
-    """All of them as a Markdown table."""
+    """All figures as a Markdown table."""
     columns = ["", "at", "measured", "quartiles", "best rounds", "at least", "stretch", "result"]
     return table(columns, [_cells(row) for row in rows])
 

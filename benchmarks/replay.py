@@ -1,12 +1,12 @@
-"""How fast a fleet's day can go by before the index falls behind.
+"""The speed at which a fleet's trace can be replayed before the index falls behind.
 
-A trace (Mooncake's JSON lines; without one, conversations made up from a seed) is served once by a simulated fleet of
-128 workers. What its engines published and what its router asked is one timeline, which is then replayed open-loop:
-everything is due at its time, sped up, whether or not what came before is done. A run is over when the queue is
-drained, and has kept up when that took at most 1.1 times the window. The speed is raised until it no longer does.
+A simulated fleet of 128 workers serves a trace once (Mooncake's JSON lines; without one, conversations made up from a
+seed). The batches of its engines and the queries of its router are one timeline, which is then replayed open-loop:
+every item is due at its time, sped up, even if the items before it are not done. A run is over when the queue is
+drained, and has kept up when that took at most 1.1 times the window. The speed is raised until a run falls behind.
 
-One thread does both, as a router's event loop would: a question that is due waits for the batch before it. Latencies
-are told from when the question was due, and for the call alone.
+One thread does both, as a router's event loop would: a query that is due waits for the batch before it. Latencies are
+measured from the time at which the query was due, and for the call alone.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from kvindex.sim.workload import Arrival, chat, mooncake
 from .data import BLOCK, newest
 from .report import amount, say, table
 
-#: A run that took longer than this over its window has not kept up.
+#: A run that took longer than this many times its window has not kept up.
 LATE = 1.1
 
 
 class Timeline(NamedTuple):
-    """What happens in order of time: ``due`` in seconds; a batch is ``(pod, payload)``, a question its tokens."""
+    """Batches and queries in order of time: ``due`` in seconds; a batch is ``(pod, payload)``, a query its tokens."""
 
     due: npt.NDArray[np.float64]
     what: list[Any]
@@ -46,12 +46,12 @@ class Timeline(NamedTuple):
 
     @property
     def blocks(self) -> int:
-        """Blocks stored, removed and asked for."""
+        """Blocks stored, removed and queried."""
         return self.asked + self.stored + self.removed
 
 
 class Run(NamedTuple):
-    """One replay: how long it took, and seconds per question from when it was due and of the call alone."""
+    """One replay: its duration, and the seconds of each query, from its due time and of the call alone."""
 
     took: float
     waited: npt.NDArray[np.float64]
@@ -59,7 +59,7 @@ class Run(NamedTuple):
 
 
 def record(arrivals: Sequence[Arrival], workers: int, blocks_per_worker: int) -> Timeline:
-    """Serves the requests by a fleet that routes with an index of its own, and keeps what went over the wire."""
+    """Serve the requests with a fleet that routes by an index of its own, and keep its batches and queries."""
     index = PrefixIndex(block_size=BLOCK)
     kept: list[tuple[float, Any]] = []
     form = newest()
@@ -80,7 +80,7 @@ def record(arrivals: Sequence[Arrival], workers: int, blocks_per_worker: int) ->
 
 
 def replay(timeline: Timeline, speed: float) -> Run:
-    """Everything at its time, ``speed`` times as fast; as fast as it goes where ``speed`` is infinite."""
+    """Replay every item at its time, ``speed`` times as fast, or without waits where ``speed`` is infinite."""
     index = PrefixIndex(block_size=BLOCK)
     ingest, match, clock = index.ingest, index.match_prefix, perf_counter
     dues = (timeline.due / speed).tolist()
@@ -90,7 +90,7 @@ def replay(timeline: Timeline, speed: float) -> Run:
     for due, what in zip(dues, timeline.what, strict=True):
         now = clock() - start
         while now < due:
-            # Sleeping takes 0.1 ms too long, so the last of it is waited for awake.
+            # A sleep takes 0.1 ms too long, so the last part of the wait is a busy loop.
             if due - now > 0.001:
                 sleep(due - now - 0.0005)
             now = clock() - start
@@ -105,9 +105,9 @@ def replay(timeline: Timeline, speed: float) -> Run:
 
 
 def fastest(timeline: Timeline, trials: int) -> list[tuple[float, bool, list[Run]]]:
-    """Speeds tried, whether each was kept up with, and its runs; in the order in which they were tried."""
+    """The tried speeds in their order, each with its runs, and whether they kept up."""
     drained = min(replay(timeline, float("inf")).took for _ in range(3))
-    # Faster than it drains with nothing to wait for is out of reach, but for the tenth that a run may be late.
+    # No run is faster than one without waits, apart from the tenth that a run may be late.
     low, high = timeline.window / drained / 8, timeline.window / drained * 1.3
     tried = []
     for step in range(8):
@@ -125,14 +125,16 @@ def fastest(timeline: Timeline, trials: int) -> list[tuple[float, bool, list[Run
 def measure(
     *, trace: str = "", workers: int = 128, blocks: int = 0, limit: int = 3000, trials: int = 3
 ) -> Iterator[str]:
-    """``trace``: JSON lines, plain or gzip; without it, conversations are made up, the same every time. ``workers`` of
-    the simulated fleet, with ``blocks`` each (0: 1,024; 16,384 for a trace); ``limit``: requests; ``trials`` at each
-    speed."""
+    """``trace``: JSON lines, plain or gzip; without it, conversations are made up, the same every time.
+
+    ``workers``: of the simulated fleet, with ``blocks`` each (0: 1,024; 16,384 for a trace); ``limit``: requests;
+    ``trials``: runs at each speed.
+    """
     if trace:
         arrivals, room = list(mooncake(trace, limit=limit)), 16_384
     else:
         arrivals = chat(conversations=limit // 6, system_tokens=2048, user_tokens=512, rate=16.0)
-        # So little that blocks are evicted, as in a cache that has been used for a while.
+        # Small enough for evictions, as in a cache that has been used for a while.
         room = 1024
     say(f"serving {len(arrivals):,} requests by {workers} workers")
     timeline = record(arrivals, workers, blocks or room)

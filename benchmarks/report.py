@@ -1,4 +1,4 @@
-"""Tables that are read in a terminal and in Markdown alike."""
+"""Tables that are readable in a terminal and in Markdown alike."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def amount(value: float) -> str:
-    """Three digits that mean something."""
+    """A number with about three significant digits."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def say(text: str) -> None:
-    """Progress, where it does not end up in the table."""
+    """Print progress to stderr, apart from the tables."""
     print(text, file=sys.stderr, flush=True)

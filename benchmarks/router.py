@@ -1,7 +1,7 @@
 """Requests a second through the router of the examples, beside one pod asked directly.
 
 wrk sends one chat of ``--turns`` messages over and over; four simulated pods answer one token. The pods, the router and
-wrk share this machine's processors, so the rows say what the router adds rather than what it can do alone.
+wrk share this machine's processors, so the rows show the added cost of the router, not its capacity alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "http_router.py"
 
 
 def measure(*, seconds: int = 10, connections: int = 16, turns: int = 8) -> Iterator[str]:
-    """``seconds`` of each row; ``connections`` of wrk; ``turns``: messages of about 250 tokens in the chat."""
+    """``seconds``: for each row; ``connections``: of wrk; ``turns``: messages of about 250 tokens in the chat."""
     messages = [
         {"role": ("user", "assistant")[turn % 2], "content": f"{turn} what the cache holds " * 10}
         for turn in range(turns)

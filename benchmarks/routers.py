@@ -1,8 +1,8 @@
 """Cached tokens of those possible, in the routers of others: kvindex beside their own policies.
 
-Conversations take turns at three simulated pods. "Possible" is what one endless cache would reuse. The workloads are in
-``WORKLOADS``. "History alone" is :class:`EndpointPicker` without events: it expects each prompt where it was sent
-before. What a router lacks here is left out, and said so.
+Conversations take turns at three simulated pods. "Possible" are the tokens that one endless cache would reuse. The
+workloads are in ``WORKLOADS``. "History alone" is :class:`EndpointPicker` without events: it expects each prompt at the
+pod that it was sent to before. A router whose package is not installed is left out, with a message.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from kvindex.sim.tokenizer import chat_ids, save, text_ids
 from .report import say, table
 
 ROOT = Path(__file__).resolve().parents[1]
-# What the tests of these routers have of gateways and replicas.
+# The helpers for gateways and replicas of these routers' tests.
 sys.path.insert(0, str(ROOT / "tests" / "integrations"))
 os.environ |= {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "10"}
 
 CONVERSATIONS, TURNS = 40, 6
-#: Seconds between requests, and those for which a prompt that was sent counts as held: a cache is overwritten here in
-#: less time than the two seconds that are the default.
+#: Seconds between requests, and the TTL of speculative entries. The default TTL is two seconds, in which a cache is
+#: overwritten here.
 PAUSE, SPECULATIVE = 0.03, 0.02
 ANSWER = "an answer of some length. " * 4
 FITS = (4000, 4000, 4000)
-#: Blocks of each pod, routers that take turns at random, and the turn before which they are started again.
+#: Blocks of each pod, the number of routers that share the requests at random, and the turn before which they restart.
 WORKLOADS: dict[str, tuple[tuple[int, ...], int, int | None]] = {
     "all fits": (FITS, 1, None),
     "evictions": ((400, 400, 400), 1, None),
@@ -45,14 +45,14 @@ WORKLOADS: dict[str, tuple[tuple[int, ...], int, int | None]] = {
     "two routers": (FITS, 2, None),
 }
 
-#: Messages to the answer, and its cached tokens.
+#: A call with messages, which returns the answer and its cached tokens.
 Ask = Callable[[list[dict[str, Any]]], tuple[str, int]]
-#: A router before these pods, with a model's directory; called again, it is started again.
+#: A start of a router before these pods, with a model's directory. A second call starts the router again.
 Started = Callable[[dict[str, SimProcess], Path], Any]
 
 
 def run(started: Started, sizes: tuple[int, ...], routers: int, restart: int | None, model: Path) -> tuple[int, int]:
-    """Cached tokens, and those possible. Each round asks each conversation once, in an order that repeats."""
+    """Cached tokens, and those possible. Each round has one request of each conversation, in a seeded order."""
     rng = random.Random(7)
     chats = [[{"role": "user", "content": f"{number}: " + "a beginning. " * 20}] for number in range(CONVERSATIONS)]
     cached = possible = 0
@@ -70,7 +70,7 @@ def run(started: Started, sizes: tuple[int, ...], routers: int, restart: int | N
                 asks = [running.enter_context(started(pods, model)) for _ in range(routers)]
             for messages in rng.sample(chats, len(chats)):
                 text, hit = rng.choice(asks)(messages)
-                # An hour's evictions pass in seconds here, and events are on their way for a larger share of them.
+                # An hour's evictions happen in seconds here, so events are in flight for a larger share of the time.
                 time.sleep(PAUSE)
                 cached += hit
                 possible += endless.serve(chat_ids(messages), text_ids(text))["hit"]
@@ -147,13 +147,13 @@ def litellm(policy: str) -> Started:
         ]  # fmt: skip
         options = {} if policy == "kvindex" else {"routing_strategy": policy}
         router = package.Router(model_list=deployments, num_retries=0, **options)
-        # One loop for all of them: LiteLLM shares its clients between routers.
+        # One event loop for all routers, because LiteLLM shares its clients between them.
         loop = _loop()
         if policy == "kvindex":
             loop.run(handler.async_filter_deployments("m", deployments, None))
             handler.manager.wait_until_exact(20.0)
 
-        # The list is the process's, and each router stands for a process.
+        # The list of callbacks belongs to the process, but each router here stands for a process of its own.
         own = list(package.callbacks)
 
         def ask(messages: Any) -> tuple[str, int]:
@@ -233,8 +233,8 @@ ROUTERS: dict[tuple[str, str], Started] = {
 
 
 def measure(*, only: str = "", out: str = "") -> Iterator[str]:
-    """``only``: routers whose name has this; ``out``: write the table into this page, between its marks."""
-    warnings.simplefilter("ignore")  # theirs
+    """``only``: routers whose name contains this; ``out``: write the table into this page, between its marks."""
+    warnings.simplefilter("ignore")  # those of the routers' packages
     model = ROOT / ".build" / "sim-model"
     save(model)
     rows = []

@@ -1,4 +1,4 @@
-"""Services in processes of their own, asked by wrk."""
+"""Services in processes of their own, under the load of wrk."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Served", "free_url", "started", "wrk"]
 
 
 class Served(NamedTuple):
-    """What wrk found: requests a second, seconds of an answer, and all of it in a line."""
+    """The results of wrk: requests a second, seconds of an answer, and all of them as a line of text."""
 
     rate: float
     p50: float
@@ -40,7 +40,7 @@ def free_url() -> str:
 
 @contextmanager
 def started(command: list[str], url: str) -> Iterator[psutil.Popen]:
-    """What Python runs with these arguments: a service that answers ``/health``."""
+    """Run Python with these arguments, as a service that answers ``/health``."""
 
     def answers() -> bool:
         if served.poll() is not None:
@@ -61,7 +61,7 @@ def started(command: list[str], url: str) -> Iterator[psutil.Popen]:
 
 
 def wrk(what: str, url: str, pid: int, script: Path, seconds: int, connections: int) -> Served:
-    """Beside what wrk found, the processor time of the process that served it, which other load changes little."""
+    """The results of wrk, and the processor time of the serving process, which depends little on other load."""
     if shutil.which("wrk") is None:
         sys.exit("wrk is not installed: make bench-router and make bench-service install it on Debian")
     process = psutil.Process(pid)

@@ -1,9 +1,9 @@
 """``kvindex serve`` beside Dynamo's standalone indexer, on the same publishers.
 
-Both are given the publishers by the same ``/register`` calls, and asked the same ``/query`` by wrk, in turns. Four
-simulated pods hold eight prompts of 2,048 blocks, and nothing is measured before both services answer all of it. For
+Both get the publishers by the same ``/register`` calls and the same ``/query`` requests from wrk, in turns. Four
+simulated pods hold eight prompts of 2,048 blocks, and the measurement starts when both services answer all of it. For
 the rows beside ingest, sixteen more publish 2,000 batches a second. Where Dynamo's runtime is not installed, its rows
-are left out, and a line says so.
+are left out, with a message.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def ours(url: str, *more: str) -> list[str]:
 
 
 def measure(*, seconds: int = 3, rounds: int = 3, connections: int = 4) -> Iterator[str | Reached]:
-    """``seconds`` of each turn, ``rounds`` of each service; ``connections`` of wrk."""
+    """``seconds``: of each turn; ``rounds``: turns of each service; ``connections``: of wrk."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         yield from beside(folder, seconds, rounds, connections, stack)
@@ -149,8 +149,11 @@ def p50(call: Callable[[Any], object], inputs: list[Any], times: int = 1000) -> 
 
 
 def unix(path: str, url: str, prompts: list[Any], rounds: int) -> Iterator[str | Reached]:
-    """A match over a Unix socket with binary tokens, beside the match alone on the same index, asked for by its
-    snapshot. Bytes over a socket: a client library would be a part of the figure."""
+    """A match over a Unix socket with binary tokens, beside the match alone on the same index.
+
+    The index is the service's, from its snapshot. The requests are bytes over a socket, because a client library would
+    be a part of the figure.
+    """
     with urlopen(f"{url}/v1/snapshot") as answer:
         index = PrefixIndex.loads(answer.read())
     head = (
@@ -178,14 +181,14 @@ def unix(path: str, url: str, prompts: list[Any], rounds: int) -> Iterator[str |
 
 
 def page(rounds: int, looks: int = 15) -> Iterator[Reached]:
-    """Processor time of the service with 500 silent pods, while one browser looks and while none does, in turns.
+    """Processor time of the service with 500 silent pods, while one browser shows the page and without one, in turns.
 
-    The page makes two requests every 2 seconds. Here they come every 0.6 seconds, because the answer is not made anew
-    more often than every half second. Counted is the thread that answers: what the threads of 500 streams take changes
-    by more than a look.
+    The page makes two requests every 2 seconds. Here they come every 0.6 seconds, because the service makes a new
+    answer at most once in half a second. Only the answering thread is counted: the time of the threads of 500 streams
+    varies by more than that of a request.
     """
     with ExitStack() as stack:
-        # A port is looked for when the publishers have theirs, or one of a thousand may be the same.
+        # The port is chosen after the publishers have theirs, because they take a thousand.
         publishers = stack.enter_context(Publishers(500, history=1))
         url = free_url()
         served = stack.enter_context(started(ours(url), url))
@@ -213,7 +216,7 @@ def page(rounds: int, looks: int = 15) -> Iterator[Reached]:
 
 
 def replica(folder: Path) -> Iterator[str | Reached]:
-    """Seconds until a new service answers, empty and from a living one with a million blocks."""
+    """Seconds until a new service answers: an empty one, and one with the million blocks of a running one."""
     index = PrefixIndex(block_size=BLOCK)
     fill(index, chains(7, 500, 2000), ["a"])
     index.save(folder / "snapshot")

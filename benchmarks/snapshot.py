@@ -1,6 +1,6 @@
-"""An index to a file and back, with the disk and without.
+"""The times of saving an index to a file and of loading it, with the disk and without.
 
-"Copied" is what events wait for; matches go on during all of it.
+Events wait during "copied" only; matches go on during all of it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DEPTH = 2048
 
 
 class Took(NamedTuple):
-    """Seconds by the clock, and of the processor: on a shared machine the second says more."""
+    """Seconds by the clock, and of the processor. On a shared machine the latter are more reliable."""
 
     clock: float
     processor: float
@@ -37,7 +37,7 @@ def timed(call: Callable[[], object]) -> Took:
 
 
 def measure(*, blocks: int = 1_000_000, rounds: int = 7) -> Iterator[Reached | str]:
-    """``blocks`` that every pod holds; ``rounds``: the middle one counts."""
+    """``blocks``: held by every pod; ``rounds``: their median counts."""
     rows = []
     contents = chains(11, blocks // DEPTH, DEPTH)
     with TemporaryDirectory() as folder:

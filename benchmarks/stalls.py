@@ -1,12 +1,10 @@
-"""How long one call keeps a match waiting, and how long every other Python thread.
+"""The longest wait of a match for one call, and the longest pause of every other Python thread.
 
-A wait is the longest call of ``match_prefix`` while another thread stores blocks without a pause, so that every table
-grows. A pause is the longest time for which a thread that only sleeps was kept from running beside one call on a large
-index.
+A wait is the longest call of ``match_prefix`` while another thread stores blocks without a pause, so every table grows.
+A pause is the longest time for which a thread that only sleeps was kept from running beside one call on a large index.
 
-By the clock both are mostly those of a shared machine, which takes a core away for milliseconds, from whoever waits or
-from whoever is waited for. So the processor decides: what all threads of the process used of it meanwhile, where that
-is less than what the clock says.
+By the clock, both are mostly due to a shared machine, which takes a core away from either thread for milliseconds. So
+the figures use the processor time of all threads of the process meanwhile, where it is less than the time by the clock.
 """
 
 from __future__ import annotations
@@ -39,9 +37,9 @@ NAP = 0.0002
 
 
 def touch(size: int = 1 << 29) -> None:
-    """Has the host of a virtual machine give it memory in large pages, as on one that has run for a while.
+    """Make the host of a virtual machine provide memory in large pages, as on a machine that has run for a while.
 
-    The first use of 2 MB that no process has had took 5 ms here, and 0.2 ms from then on.
+    The first use of 2 MB that no process had used before took 5 ms here, and later uses took 0.2 ms.
     """
     with mmap(-1, size, MAP_PRIVATE | MAP_ANONYMOUS) as memory:
         memory.madvise(MADV_HUGEPAGE)
@@ -49,14 +47,14 @@ def touch(size: int = 1 << 29) -> None:
 
 
 class Waits(NamedTuple):
-    """Milliseconds of every call, by the clock and by what the process used of the processor."""
+    """Milliseconds of every call, by the clock and by the processor time of the process."""
 
     clock: npt.NDArray[np.float64]
     processor: npt.NDArray[np.float64]
 
 
 def waits(blocks: int, budget: int | None) -> Waits:
-    """Every match of a known prompt while ``blocks`` blocks are stored by another thread."""
+    """The times of matches of a known prompt while another thread stores ``blocks`` blocks."""
     index = PrefixIndex(block_size=BLOCK, max_bytes=budget)
     fill(index, [chain(50, 0, 8)], ["pod"])
     prompt = chain(50, 0, 8).tokens
@@ -64,7 +62,7 @@ def waits(blocks: int, budget: int | None) -> Waits:
     writer = Writer(index, stores)
     clock, processor, match, nap = time.perf_counter, time.process_time, index.match_prefix, time.sleep
     found = array("d"), array("d")
-    # The match keeps the interpreter lock, and nobody takes it away between two looks at the clock.
+    # The match keeps the interpreter lock, and no other thread takes it between two readings of the clock.
     before = sys.getswitchinterval()
     sys.setswitchinterval(10)
     try:
@@ -85,7 +83,7 @@ def waits(blocks: int, budget: int | None) -> Waits:
 
 
 class Pause(NamedTuple):
-    """Milliseconds, by the clock and by what the process used of the processor."""
+    """Milliseconds, by the clock and by the processor time of the process."""
 
     clock: float
     processor: float
@@ -118,7 +116,7 @@ Call: TypeAlias = Callable[[PrefixIndex], object]
 
 
 def calls(folder: Path) -> dict[str, Call]:
-    """What is called on an index of its own."""
+    """The measured calls, each on an index of its own."""
     prompt = beginning(53, 0, 65_536)
     (event,) = payloads([chain(53, 0, 65_536)], 65_536)
     clear = encode_batch([Cleared()], newest())
@@ -144,7 +142,7 @@ def calls(folder: Path) -> dict[str, Call]:
 
 
 def pauses(blocks: int, rounds: int) -> dict[str, Pause]:
-    """The best of the rounds of each call, on an index of ``blocks`` blocks of one pod."""
+    """The pause of each call in its best round, on an index of ``blocks`` blocks of one pod."""
     found = {}
     with TemporaryDirectory() as folder:
         saved = Path(folder) / "saved"
@@ -176,7 +174,7 @@ def measure(*, blocks: int = 3_000_000, held: int = 2_000_000, rounds: int = 3) 
             rows.append([f"{what}, {kind}", *(amount(1000 * q) for q in np.percentile(ms, [50, 99, 99.9, 100]))])
     say(f"storing {held:,} blocks")
     before = sys.getswitchinterval()
-    # What a thread waits for another one's Python is not what is asked.
+    # A short interval, because a thread's wait for another one's Python code is not measured.
     sys.setswitchinterval(NAP)
     paused = pauses(held, rounds)
     sys.setswitchinterval(before)

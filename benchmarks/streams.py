@@ -1,9 +1,9 @@
 """Blocks a second from one publisher's process, over TCP, until all are applied.
 
-The publisher has its payloads ready and sends as fast as its socket takes them; nothing is dropped on the way, which
-is checked. Wall time depends on what else the machine does (publisher, its I/O thread, ours and the manager's thread
-share the cores), so the CPU time of the manager's thread stands beside it. The lower rows are parts of the work alone,
-on the same payloads in the same run: they say where the time goes.
+The publisher has its payloads ready and sends as fast as its socket takes them. A check ensures that nothing is dropped
+on the way. Wall time depends on the other load of the machine (the publisher, its I/O thread, ours and the manager's
+thread share the cores), so the CPU time of the manager's thread stands beside it. The lower rows are parts of the work
+alone, on the same payloads in the same run: they show where the time goes.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ PACKAGES = ("pyzmq", "msgpack")
 BLOCK_SIZE = 16
 CHAIN = 64  # blocks of one prompt
 
-#: Blocks an event, and how many batches of one event there are.
+#: Blocks of an event, and the number of batches of one event.
 SHAPES = {64: 10_000, 1: 100_000}
 
 
 def followed(publisher: Publishers, total: int, blocks: int) -> tuple[float, float]:
-    """Everything, by an EventManager: seconds, and seconds of CPU of its thread."""
+    """The whole work of an EventManager: seconds, and seconds of CPU of its thread."""
     with EventManager(PrefixIndex(BLOCK_SIZE)) as manager:
         manager.add_pod(PodSource("pod", endpoint=publisher.ends[0][0], model="m"))
         until(lambda: manager.status()["pod"].connected)
-        time.sleep(0.2)  # the subscription is on its way to the publisher
+        time.sleep(0.2)  # until the subscription has reached the publisher
         (thread,) = [thread for thread in threading.enumerate() if thread.name == "kvindex-streams"]
         assert thread.ident is not None
         clock = time.pthread_getcpuclockid(thread.ident)
@@ -48,7 +48,7 @@ def followed(publisher: Publishers, total: int, blocks: int) -> tuple[float, flo
 
 
 def received(publisher: Publishers, total: int) -> tuple[float, float]:
-    """The same messages into a bare socket, and nothing done with them."""
+    """The same figures of a bare socket that receives the messages and drops them."""
     with zmq.Context() as context, context.socket(zmq.SUB) as socket:
         socket.subscribe(b"")
         socket.connect(publisher.ends[0][0])
@@ -75,7 +75,7 @@ def shape(per_event: int, total: int, rounds: int) -> Iterator[list[str]]:
             "index.ingest alone": lambda: timed(partial(PrefixIndex(BLOCK_SIZE).ingest, "pod", model="m"), payloads),
             "msgpack.unpackb alone": lambda: timed(msgpack.unpackb, payloads),
         }
-        # Round by round, so that a busy minute of the machine hits all of them.
+        # Round by round, so a busy minute of the machine hits all works alike.
         found = [{name: work() for name, work in works.items()} for _ in range(rounds)]
     floor = min(each["msgpack.unpackb alone"][1] for each in found)
     for name in works:
@@ -85,7 +85,7 @@ def shape(per_event: int, total: int, rounds: int) -> Iterator[list[str]]:
 
 
 def measure(*, rounds: int = 3, share: float = 1.0) -> Iterator[str]:
-    """``rounds``: the best of them counts; ``share``: of 10,000 batches of 64 blocks and 100,000 of one."""
+    """``rounds``: the best one counts; ``share``: part of 10,000 batches of 64 blocks and 100,000 of one block."""
     rows = []
     for per_event, most in SHAPES.items():
         total = int(most * share) // CHAIN * CHAIN

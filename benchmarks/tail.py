@@ -1,12 +1,13 @@
 """The slowest of 100,000 matches while another thread ingests flat out.
 
-On a shared machine the slowest calls are those during which the system ran something else on this core. It counts those
-(``ru_nivcsw`` of the thread), so the distribution is given twice: of all calls, and of those that were left alone.
+On a shared machine the slowest calls are those during which the system ran another process on this core. The system
+counts them (``ru_nivcsw`` of the thread), so the distribution is given twice: of all calls, and of the undisturbed
+ones.
 
-From 16,384 tokens on a match gives the interpreter lock up and has to get it back, for which Python makes it wait
-until the other thread lets go. What that costs whoever does it is measured as a control: a checksum that takes as long,
-shares nothing with the index, and gives the lock up too. Shorter matches keep it, and then the flood gets the
-interpreter only when Python takes it away from who asks, every 5 ms.
+From 16,384 tokens on, a match releases the interpreter lock. To get it back, it has to wait until the other thread
+releases it. A control measures this cost: a checksum that takes as long, shares nothing with the index, and also
+releases the lock. Shorter matches keep the lock, and then the ingesting thread gets the interpreter only when Python
+takes it away from the matching thread, every 5 ms.
 """
 
 from __future__ import annotations
@@ -56,15 +57,15 @@ def timed(call: Callable[[Any], object], inputs: Iterable[object], calls: int) -
 
 
 def as_long(us: float) -> bytes:
-    """What :func:`crc32` reads for so many microseconds."""
+    """Bytes on which :func:`crc32` takes ``us`` microseconds."""
     data = bytes(1 << 20)
     best = min(timed(crc32, [data], 9).us)
     return data[: int(us / best * len(data))]
 
 
 def measure(*, calls: int = 100_000) -> Iterator[Reached | str]:
-    """``calls``: matches of each depth."""
-    # It removes what it stored, so that the index stays as large as it was.
+    """``calls``: number of matches of each depth."""
+    # The batches remove the stored blocks as well, so the size of the index stays the same.
     contents = chains(9, 64, 256)
     batches = [*payloads(contents, EACH), *payloads(contents, EACH, back=True)]
     prompts = 48

@@ -1,8 +1,8 @@
 """Two reader threads against one, while a third ingests.
 
-Two threads can do no more than the machine gives them, and a shared machine seldom gives two whole cores. So there are
-many short windows, the best of one reader is compared with the best of two, and a control is measured in the same way:
-two threads that share nothing and hold no lock. Where the control gets no 1.9, the machine was too busy to tell.
+Two threads need two whole cores, which a shared machine seldom provides. So there are many short windows, the best of
+one reader is compared with the best of two, and a control is measured in the same way: two threads that share nothing
+and hold no lock. Where the control does not reach 1.9, the machine was too busy for a result.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ def together(calls: Sequence[Callable[[], object]], seconds: float) -> float:
 
 
 def reader(call: Callable[[Tokens], object], prompts: Sequence[Tokens], start: int) -> Callable[[], object]:
-    """One more prompt with each call; readers start at different ones."""
+    """A call that asks for the next prompt each time. Readers start at different prompts."""
     order = cycle([*prompts[start:], *prompts[:start]])
     return lambda: call(next(order))
 
 
 def measure(*, rounds: int = 100, seconds: float = 0.04, pace: float = 200_000.0) -> Iterator[Reached | str]:
-    """``rounds``: interleaved; ``seconds``: of each window; ``pace``: blocks that are ingested a second."""
+    """``rounds``: number of interleaved rounds; ``seconds``: of each window; ``pace``: blocks ingested a second."""
     index = PrefixIndex(block_size=BLOCK)
     contents = [chain(8, number, DEPTH) for number in range(48)]
     fill(index, contents, [f"pod-{number}" for number in range(PODS)])
@@ -62,11 +62,11 @@ def measure(*, rounds: int = 100, seconds: float = 0.04, pace: float = 200_000.0
     assert index.match_prefix(prompts[0]).best() == ("pod-0", DEPTH * BLOCK)
 
     def hashed(tokens: Tokens) -> Any:
-        # All of it arithmetic, without the interpreter lock.
+        # Pure arithmetic, without the interpreter lock.
         return sha256(tokens)
 
     asked: dict[str, Callable[[Tokens], object]] = {"control": hashed, "match": index.match_prefix}
-    # It removes what it stored, so that the index stays as large as it was.
+    # The last batch is a clear, so the size of the index stays the same.
     stores = [*payloads(chains(9, 64, 256), EACH), encode_batch([Cleared()], newest())]
     rates: dict[tuple[str, int], list[float]] = {(name, count): [] for name in asked for count in (1, 2)}
     begun = perf_counter()

@@ -1,7 +1,7 @@
-"""What is measured again and again, by name: the asv suite takes its work from here.
+"""The workloads of the asv suite and of the counted instructions, by name.
 
-A :class:`Workload` gives an input for each round, does the work on it, and undoes what the work changed. Only the work
-is measured, and no two rounds in a row have the same input.
+A :class:`Workload` makes the inputs of each round, does the work on them, and undoes its changes. Only the work is
+measured, and no two rounds in a row have the same input.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from .data import BLOCK, Chain, Tokens, beginning, chain, fill, newest, payloads
 
 __all__ = ["CORE", "KINDS", "Workload", "hashing", "ingest", "match", "remove", "store_objects", "workload"]
 
-#: What the prompt finds: everything, nothing, half of it, one of 16 branches below its half, blocks missing here and
-#: there (others on each pod), or a hybrid model's two groups.
+#: The hit of a prompt: all of it, nothing, half of it, one of 16 branches below its half, all but single missing blocks
+#: (others on each pod), or the two groups of a hybrid model.
 KINDS = ("full", "none", "half", "forked", "holes", "hybrid")
-#: Blocks of content in an index that is asked: with the tokens far beyond the L2 cache.
+#: Blocks of content in an index for queries: with the tokens far larger than the L2 cache.
 CONTENT = 65_536
 WINDOW = 1024
 
@@ -34,7 +34,7 @@ def _nothing() -> None:
 
 @dataclass
 class Workload:
-    """``items(round)`` are made, and in the end undone, outside the measured time; ``call`` is measured for each."""
+    """A named work: ``call`` on each of ``items(round)`` is measured, while ``items`` and ``undo`` are not."""
 
     name: str
     items: Callable[[int], Sequence[Any]]
@@ -52,7 +52,7 @@ def _calls(depth: int) -> int:
 
 
 def match(kind: str, depth: int, pods: int, *, form: str = "numpy", content: int = CONTENT) -> Workload:
-    """Questions of ``depth`` blocks; ``form`` is what is asked with: numpy, list or hashes."""
+    """Queries of ``depth`` blocks; ``form`` is the type of the input: numpy, list or hashes."""
     index = PrefixIndex(block_size=BLOCK)
     names = [f"pod-{number}" for number in range(pods)]
     count = max(content // depth, 2)
@@ -97,7 +97,7 @@ def _forked(index: PrefixIndex, names: Sequence[str], depth: int, count: int) ->
         for branch in range(branches):
             rest = chain(14, number * branches + branch, depth - half)
             whole = Chain(np.concatenate([stem.tokens, rest.tokens]), np.concatenate([stem.hashes, rest.hashes]))
-            # Every pod holds the stem and half of the branches, each another half.
+            # Every pod holds the stem and half of the branches; the halves of neighbours differ.
             holders = [name for place, name in enumerate(names) if (place + branch) % 2 or branch == 0]
             fill(index, [whole], holders)
             yield whole.tokens
@@ -159,7 +159,7 @@ def _filled(content: int) -> PrefixIndex:
 
 
 def _batches(each: int, form: WireForm, number: int) -> list[bytes]:
-    """About 1,024 blocks that nobody has seen, as one engine step after another announces them."""
+    """About 1,024 new blocks, as one engine step after another announces them."""
     together, depth = {256: (1, 1024), 64: (4, 256), 1: (64, 16)}[each]
     contents = [chain(18 + each, number * together + place, depth) for place in range(together)]
     return list(payloads(contents, each, batch=together, form=form))
@@ -200,7 +200,7 @@ def remove(each: int, *, content: int = CONTENT) -> Workload:
 
 
 def store_objects(each: int, *, content: int = CONTENT) -> Workload:
-    """Stored events as objects, for who has decoded them himself."""
+    """Stored events as objects, for callers with a decoder of their own."""
     from kvindex import BlockStored
 
     index = _filled(content)
@@ -226,7 +226,7 @@ def store_objects(each: int, *, content: int = CONTENT) -> Workload:
 
 
 def _named() -> dict[str, Callable[..., Workload]]:
-    """The smaller set whose instructions are counted: what routers and streams do all the time."""
+    """The smaller set whose instructions are counted: the most frequent calls of routers and streams."""
     made: list[tuple[str, Callable[..., Workload]]] = []
     for depth in (8, 64, 512, 2048):
         made.append((f"match numpy full {depth} blocks 8 pods", partial(match, "full", depth, 8)))
@@ -247,12 +247,12 @@ def _named() -> dict[str, Callable[..., Workload]]:
 
 
 CORE = _named()
-#: Wire forms that differ in what a decoder meets.
+#: Wire forms that differ for a decoder.
 WIRE_FORMS = tuple(FORMS)
 
 
 def workload(name: str, **options: Any) -> Workload:
-    """The workload of :data:`CORE` called ``name``."""
+    """The workload ``name`` of :data:`CORE`."""
     made = CORE[name](**options)
     assert made.name == name, f"{made.name} is listed as {name}"
     return made

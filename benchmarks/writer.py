@@ -1,4 +1,4 @@
-"""A thread that applies batches beside what is measured."""
+"""A thread that applies batches beside a measurement."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from kvindex import PrefixIndex
 
 __all__ = ["Writer"]
 
-#: Blocks of the events that it is given.
+#: Blocks of each of its events.
 EACH = 64
 
 
 class Writer(threading.Thread):
-    """Applies batches of one event of 64 blocks, one after another, until there are no more or the ``with`` ends.
+    """A thread that applies batches of one event of 64 blocks until there are no more or the ``with`` ends.
 
-    ``pace``: blocks a second; without it, as fast as they go. ``applied``: blocks so far.
+    ``pace``: blocks a second; without it, as fast as possible. ``applied``: blocks so far.
     """
 
     def __init__(self, index: PrefixIndex, batches: Iterable[bytes], *, pace: float | None = None) -> None:

@@ -23,11 +23,11 @@ from .contenders import Ask, Contender, DictOfSets, array, available, dynamo_pro
 from .memory import CASES
 from .result import Result
 
-#: Calls per contender and round, so that a round takes long beside the clock.
+#: Calls per contender and round: enough for a round to take long compared with the clock's resolution.
 CALLS = {8: 64, 64: 32, 512: 8, 2048: 4}
-#: Blocks of every depth in the index, by pods: beyond the L2 cache, while Dynamo still fits into memory.
+#: Blocks of every depth in the index, by pods: larger than the L2 cache, while Dynamo still fits into memory.
 BLOCKS = {8: 65_536, 64: 32_768, 256: 16_384}
-#: A set of 256 pods takes 16 KiB, so the dict of sets holds only the first of the prompts: no loss to it.
+#: A set of 256 pods takes 16 KiB, so the dict of sets holds only the first prompts. This is no disadvantage for it.
 SETS_BYTES = 200 << 20
 
 
@@ -62,7 +62,7 @@ def _held(name: str, pods: int, contents: Sequence[Chain]) -> int:
 
 
 def ask(question: str, pods: int, contents: Sequence[Chain], contenders: Sequence[Contender], rounds: int) -> Timings:
-    """One question to everybody, about other prompts each time."""
+    """Times of one kind of query by every contender, with other prompts each time."""
     asks: dict[str, Ask] = {}
     for contender in contenders:
         asks |= contender.asks[question]
@@ -75,17 +75,17 @@ def ask(question: str, pods: int, contents: Sequence[Chain], contenders: Sequenc
         if label.startswith(DictOfSets.name):
             calls = max(calls // 8, 1)
         among = min(_held(label, pods, contents), len(contents))
-        # Nobody is asked what the one before was just asked: the tokens would be the same, and part of it in the cache.
+        # Two contenders in a row get different prompts: the same tokens would be partly in the processor's cache.
         first = (number * len(asks) + places[label]) * calls
-        # Made anew each time: the lists of all prompts would take more memory than all contenders.
+        # Made again each time: the lists of all prompts would take more memory than all contenders.
         return [asks[label].prepare(contents[place % among].tokens) for place in range(first, first + calls)]
 
     return interleaved({label: each.call for label, each in asks.items()}, inputs, rounds)
 
 
 def compare_ingest(rounds: int, out: Result) -> None:
-    """``ingest`` of content that nobody holds yet, and of content that another pod has, over ``msgpack.unpackb``."""
-    # Many short rounds: what else runs takes whole milliseconds from some of them, and the median does not see those.
+    """``ingest`` of content that no pod holds yet, and of content that another pod has, over ``msgpack.unpackb``."""
+    # Many short rounds: other processes take whole milliseconds from some of them, and the median excludes those.
     rounds *= 3
     for each, together, depth in ((256, 1, 512), (64, 4, 128), (1, 64, 6)):
         index = PrefixIndex(block_size=BLOCK)
@@ -101,7 +101,7 @@ def compare_ingest(rounds: int, out: Result) -> None:
                 return index.ingest(pod, payload)  # noqa: B023
 
             calls = {"kvindex": apply, "msgpack": msgpack.unpackb}
-            # Without a warming round: a batch can be applied for the first time only once.
+            # No round to warm up, because a batch can be applied for the first time only once.
             timings = interleaved(calls, lambda _, number: batches[number], rounds, warm=False)  # noqa: B023
             out.ingest[case, each] = timings
             say(f"ingest, {each} blocks an event, {case}: {timings.ratio('kvindex', 'msgpack').median:.3f} of unpackb")
@@ -110,7 +110,7 @@ def compare_ingest(rounds: int, out: Result) -> None:
 
 
 def compare_memory(kinds: Sequence[type[Contender]], out: Result) -> None:
-    """Each in a process of its own: what one has freed would otherwise be there for the next."""
+    """Bytes per block of each contender in a new process: memory freed by one would otherwise serve the next."""
     for case in CASES:
         for kind in kinds:
             done = subprocess.run(

@@ -1,8 +1,8 @@
-"""The ones that are compared, each asked in its own best way.
+"""The compared contenders, each asked in its own best way.
 
-A contender holds chains for pods, all pods every chain. ``asks`` says what is timed: by question and label, what is
-made of the tokens beforehand and the call itself. ``answer`` is the same answer in one form, so that all of them are
-checked against each other before anything is timed.
+In a contender all pods hold every chain. ``asks`` has the timed calls: for each question and label, the preparation of
+the tokens and the call itself. ``answer`` gives the answers of all contenders the same form, so they are checked
+against each other before the timing.
 """
 
 from __future__ import annotations
@@ -39,8 +39,11 @@ class Ask(NamedTuple):
 
 
 class Contender(Protocol):
-    """``tokens``: the whole call from a prompt's tokens to an answer object. ``answer``: the same, and the dict of all
-    pods or the best pod read from it. ``hashes``: from the hashes that the contender itself computed."""
+    """A contender and its questions.
+
+    ``tokens`` is the whole call from a prompt's tokens to an answer object. ``answer`` also reads the dict of all pods
+    or the best pod from it. ``hashes`` starts with the hashes that the contender itself computed.
+    """
 
     name: str
     asks: dict[str, dict[str, Ask]]
@@ -53,7 +56,7 @@ class Contender(Protocol):
 
 
 def array(tokens: Tokens) -> Tokens:
-    """As a tokenizer leaves it: just written, like the lists. What is cold in a match is the index."""
+    """An array just written, as a tokenizer leaves it, like the lists. Only the index is cold in a match."""
     return tokens.copy()
 
 
@@ -62,7 +65,7 @@ def _listed(tokens: Tokens) -> list[int]:
 
 
 class KVIndex:
-    """``match_prefix``; its own hashes are ``prefix_hashes``, an array of u64."""
+    """kvindex by ``match_prefix``; its own hashes are ``prefix_hashes``, an array of u64."""
 
     name = "kvindex"
 
@@ -94,7 +97,7 @@ class KVIndex:
 
 
 class Dynamo:
-    """NVIDIA Dynamo's ``RadixTree``, hashes by its ``compute_block_hash_for_seq``, events as the JSON that it takes."""
+    """NVIDIA Dynamo's ``RadixTree``, with its ``compute_block_hash_for_seq`` and its JSON events."""
 
     name = "Dynamo"
 
@@ -148,7 +151,7 @@ def _second(item: tuple[Any, int]) -> int:
 
 
 class DictOfSets:
-    """What everybody writes first: a dict from the hash of a prefix to the set of pods that hold it."""
+    """The naive implementation: a dict from the hash of a prefix to the set of pods that hold it."""
 
     name = "dict of sets"
 
@@ -200,12 +203,12 @@ class DictOfSets:
 
 
 def floor(tokens: Tokens) -> int:
-    """One hash of all the bytes at once, by the reference implementation: nobody who reads the tokens is faster."""
+    """One hash of all the bytes at once, by the reference implementation: no call that reads the tokens is faster."""
     return xxhash.xxh3_64_intdigest(tokens, SEED)
 
 
 def dynamo_problem() -> str | None:
-    """Why Dynamo cannot be compared here; None if it can."""
+    """The reason why Dynamo cannot be compared here; None if it can."""
     try:
         import dynamo._core  # noqa: F401
     except ImportError as error:

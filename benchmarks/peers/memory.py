@@ -1,7 +1,7 @@
 """Resident bytes per block of one contender in a process of its own: ``python -m benchmarks.peers.memory NAME CASE``.
 
-How much a table takes depends on how lately it doubled, so sixteen samples over the last doubling are taken; printed as
-JSON: their mean and largest, by what the operating system says and by what the contender itself counts.
+The size of a table depends on the time since it doubled, so there are sixteen samples over the last doubling. The
+program prints their mean and largest as JSON, by the operating system's figures and by the contender's own count.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def store(contender: Contender, content: Chain, pods: int, agree: bool) -> None:
         for pod in range(pods):
             contender.store_as(own(content.hashes, pod).tolist(), local, [pod])
     else:
-        # It never sees the engines' names, and could not remove by them either.
+        # It does not use the engines' hashes, and could not remove by them either.
         contender.store([content])
 
 
@@ -48,7 +48,7 @@ def measure(kind: type[Contender], case: str) -> dict[str, float]:
     pods, agree, count = CASES[case]
     if kind is DictOfSets:
         count = min(count, 64)
-    # What the imports, the packers and the encoder's buffers take is taken before the count begins.
+    # The first store allocates the memory of imports, packers and the encoder's buffers before the count begins.
     store(kind(pods), chain(5, 2**20, DEPTH), pods, agree)
     contender = kind(pods)
     start = settled()

@@ -93,7 +93,7 @@ def _memory(out: Result) -> str:
 
 
 def markdown(out: Result) -> str:
-    """The page; also what is printed."""
+    """The page in Markdown, for the file and for the terminal."""
     parts = ["# Beside others", INTRO]
     parts += [f"Left out: {reason}." for reason in out.skipped]
     parts += ["![Time per call by depth of the prompt](peers.svg)"]

@@ -1,4 +1,4 @@
-"""What one run of the comparison found out, and which promised figures it reaches."""
+"""The figures of one run of the comparison, and the targets that they reach."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..reach import Reached
 __all__ = ["Result"]
 
 
-#: By question: whose time is compared with Dynamo's, what that is called, and in which goal it stands.
+#: By question: the label that is compared with Dynamo's, the name of the figure, and its goal.
 FASTER = {
     "tokens": (("kvindex", "match_prefix, numpy", "numpy"), ("kvindex, list", "match_prefix, list", "list")),
     "hashes": (("kvindex", "match_hashes", "hashes"),),
@@ -26,19 +26,19 @@ class Result:
     matches: dict[tuple[str, int, int], Timings] = field(default_factory=dict)
     #: (new or known content, blocks an event)
     ingest: dict[tuple[str, int], Timings] = field(default_factory=dict)
-    #: (contender, case); a string is why there is no figure
+    #: (contender, case); a string is the reason for a missing figure
     memory: dict[tuple[str, str], dict[str, float] | str] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
 
     def reached(self) -> Iterator[Reached]:
-        """Every promised figure that this run covers."""
+        """Every figure of this run that has a target."""
 
         def ratio(what: str, where: str, goal: str, timings: Timings, over: str, under: str) -> Reached:
             found = timings.ratio(over, under)
             return Reached(what, where, goal, found.median, found)
 
         for (question, depth, pods), timings in self.matches.items():
-            # The promise is made for 8 and 64 pods; 256 stands in the tables.
+            # The targets are for 8 and 64 pods; 256 pods are only in the tables.
             if pods > 64 or question == "answer":
                 continue
             where = f"{depth} blocks, {pods} pods"

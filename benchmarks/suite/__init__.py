@@ -1,1 +1,1 @@
-"""What asv measures over the history of the project. ``make bench``."""
+"""The benchmarks that asv runs over the history of the project: ``make bench``."""

@@ -1,4 +1,4 @@
-"""One workload as asv wants it: other inputs for every sample, made outside the measured time."""
+"""One workload in asv's form: other inputs for every sample, made outside the measured time."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["Sampled"]
 
 @lru_cache(maxsize=1)
 def _made(make: Callable[..., Workload], options: tuple[tuple[str, Any], ...], args: tuple[Any, ...]) -> Workload:
-    # asv sets up anew for each sample; the index is filled once a process, only the inputs are new.
+    # asv calls setup for each sample. The index is filled once a process; only the inputs are new.
     return make(*args, **dict(options))
 
 
 class Sampled:
-    """A class of the suite names its workload in ``make``; ``number`` calls make a sample, on as many inputs."""
+    """The base of the suite's classes. ``make`` makes the workload; a sample is ``number`` calls on as many inputs."""
 
     number = 4
     repeat = (5, 30, 3.0)

@@ -1,4 +1,4 @@
-"""Storing, removing and decoding, and what a churn of content costs."""
+"""Times of storing, removing and decoding, and of content that comes and goes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Ingest(Sampled):
 
 
 class IngestKnown(Ingest):
-    """The same of content that another pod holds already."""
+    """The same batches, with content that another pod holds already."""
 
     options = {"known": True}  # noqa: RUF012
 
@@ -66,7 +66,7 @@ class StoreObjects(Sampled):
 
 
 class Churn:
-    """Content comes and goes while as much of it stays: one wave of 16,384 blocks in, the one before out."""
+    """Content that comes and goes: each wave stores 16,384 blocks and removes those of the wave before."""
 
     number = 1
     repeat = (3, 10, 5.0)

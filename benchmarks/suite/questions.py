@@ -1,4 +1,4 @@
-"""Hashing and matching."""
+"""Times of hashing and matching."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Match(Sampled):
     params = (list(KINDS), [8, 64, 512, 2048], [8, 64, 256])
     param_names = ("finds", "blocks", "pods")
     make = staticmethod(match)
-    # A quarter of what is otherwise stored: 256 pods times 72 combinations have to be filled.
+    # A quarter of the default content: 256 pods times 72 combinations have to be filled.
     options = {"content": 16_384}  # noqa: RUF012
 
     def time_match_prefix(self, *_: Any) -> None:

@@ -10,10 +10,12 @@ from ..workloads import CORE, KINDS, match
 
 
 class Exact:
-    """The same on every run of one build, so a change of the last digit means something. Nearly so where the secret of
-    a process decides: how many slots a look-up has to look at."""
+    """Figures that are the same on every run of one build, so a change of the last digit is significant.
 
-    #: How many pods, and whether they agree on names.
+    Only the number of slots that a look-up reads varies a little, because it depends on the secret of a process.
+    """
+
+    #: The number of pods, and whether they agree on hashes.
     cases = {"1 pod": (1, True), "8 pods equal": (8, True), "8 pods own": (8, False)}  # noqa: RUF012
     params = (list(cases),)
     param_names = ("case",)
@@ -62,7 +64,7 @@ class Exact:
 
 
 class Compared:
-    """Blocks that a match compares with what is stored, for every kind of hit, on average."""
+    """Blocks that a match compares with the stored content, on average, for every kind of hit."""
 
     params = (list(KINDS), [64, 2048])
     param_names = ("kind", "depth")
@@ -75,7 +77,7 @@ class Compared:
 
 
 class Instructions:
-    """Per round of a workload, counted by callgrind; not a number where valgrind is missing."""
+    """Instructions per round of a workload, counted by callgrind; NaN where valgrind is missing."""
 
     params = (list(CORE),)
     param_names = ("workload",)
@@ -93,7 +95,7 @@ class Instructions:
 
 
 class Memory:
-    """The whole process with 262,144 blocks for 8 pods in it."""
+    """Peak memory of the whole process, with 262,144 blocks of 8 pods."""
 
     def peakmem_stored(self) -> None:
         index = PrefixIndex(block_size=BLOCK)
@@ -103,7 +105,7 @@ class Memory:
 
 
 class Import:
-    """In a new process."""
+    """Time of ``import kvindex`` in a new process."""
 
     def timeraw_import(self) -> str:
         return "import kvindex"
