@@ -1,1 +1,1 @@
-"""End to end: pods, an index and routers in processes of their own, held against what the pods say of themselves."""
+"""End-to-end tests: pods, an index and routers in processes of their own, compared with the pods' own answers."""

@@ -1,4 +1,4 @@
-"""Fixtures over processes, and the closing line that says how much was compared."""
+"""Fixtures of processes, and a last line with the number of compared answers."""
 
 from __future__ import annotations
 
@@ -34,8 +34,11 @@ def index() -> Iterator[IndexProcess]:
 
 @pytest.fixture
 def equal() -> Any:
-    """``equal(index, pods, prompts)``: every answer is the pods' own, some of them found something, and the index is
-    sound. Gives the :class:`Comparison`."""
+    """``equal(index, pods, prompts)``: a check of the index against the pods.
+
+    It asserts that every answer is equal to the pods' own, that some of them have a hit (none without ``something``),
+    and that the index is consistent. Returns the :class:`Comparison`.
+    """
 
     def check(index: IndexProcess, pods: Any, prompts: Sequence[Prompt], *, something: bool = True) -> Comparison:
         done = compare(index, pods, prompts)

@@ -1,4 +1,4 @@
-"""What every harness over real processes needs: pods by name, an index or router beside them, waiting and comparing."""
+"""The common parts of all harnesses with real processes: pods by name, an index or router, waits and comparisons."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kvindex.sim.control import ToldProcess
 from kvindex.sim.process import SimConfig, SimProcess, own_workload, prompt_map
 
 ROOT = Path(__file__).resolve().parent.parent
-#: Of processes that run modules of the harnesses.
+#: For processes that run modules of the harnesses.
 PYTHONPATH = ":".join([str(ROOT), *filter(None, sys.path)])
 
 #: A stream's policy for harnesses: the same decisions as the defaults, with shorter waits between them.
@@ -35,7 +35,7 @@ BRISK: Mapping[str, Any] = {
 
 
 def until(done: Callable[[], object], what: object = "", seconds: float = 30.0, pause: float = 0.01) -> Any:
-    """Poll until ``done()`` is true, and give it. Fails after ``seconds``, saying ``what`` (called, if it can be)."""
+    """Poll until ``done()`` is true, and return its value. Fails after ``seconds`` with ``what``, a value or a call."""
     end = time.monotonic() + seconds
     while not (found := done()):
         if time.monotonic() > end:
@@ -45,20 +45,23 @@ def until(done: Callable[[], object], what: object = "", seconds: float = 30.0, 
 
 
 class Pods:
-    """Simulated pods in processes of their own, by name. A context manager that leaves none behind.
+    """Simulated pods in processes of their own, by name. As a context manager it ends them all.
 
-    ``common`` are fields of :class:`SimConfig` that all of them share, and options of :class:`ToldProcess`.
+    ``common`` has fields of :class:`SimConfig` and options of :class:`ToldProcess` for all pods.
     """
 
     def __init__(self, **common: Any) -> None:
         self._common = common
         self._pods: dict[str, SimProcess] = {}
-        #: How many were ever started.
+        #: Number of pods that were ever started.
         self.started = 0
 
     def start(self, *plain: str, **options: Any) -> list[SimProcess]:
-        """Start pods side by side and wait until all are ready: those named, and for every option that is a map one
-        of that name with its own fields; all other options are fields of all of them."""
+        """Start pods in parallel and wait until all are ready.
+
+        ``plain`` names pods. Every option that is a map adds a pod of that name, with the map as its own fields. All
+        other options are fields of all these pods.
+        """
         own = {name: value for name, value in options.items() if isinstance(value, Mapping)}
         shared = {name: value for name, value in options.items() if name not in own}
         wanted = {name: {**shared, **fields} for name, fields in {**dict.fromkeys(plain, shared), **own}.items()}
@@ -84,11 +87,11 @@ class Pods:
         return len(self._pods)
 
     def remove(self, name: str) -> None:
-        """End a pod's process and forget it."""
+        """End a pod's process and remove the pod."""
         self._pods.pop(name).stop()
 
     def run(self, requests: int) -> None:
-        """Let each serve so many requests of its own workload, side by side."""
+        """Let each pod serve ``requests`` requests of its own workload, in parallel."""
         with ThreadPoolExecutor(4) as callers:
             list(callers.map(lambda pod: pod.ask("run", requests=requests), self))
 
@@ -105,22 +108,22 @@ class Pods:
 
 
 def source(pod: SimProcess, **options: Any) -> PodSource:
-    """How to follow a pod."""
+    """The source with which to follow a pod."""
     return PodSource(pod.config.name, **{"ranks": pod.ranks, "model": pod.config.model, **pod.options, **options})
 
 
 def own_prompts(config: SimConfig, count: int = 128) -> list[Prompt]:
-    """The first prompts that a pod of this workload serves by itself, so that what is asked is what it has seen."""
+    """The first prompts that a pod of this workload serves by itself, for queries about prompts that it has seen."""
     return [arrival.prompt for arrival in itertools.islice(own_workload(config), count)]
 
 
 class IndexProcess(ToldProcess):
-    """A process with an index that follows pods, answers and routes: :mod:`e2e.server` from outside.
+    """The parent's handle of :mod:`e2e.server`: a process with an index that follows pods, answers and routes.
 
-    ``policy`` are fields of a stream's policy. With ``snapshot`` it starts from that file when it is there.
+    ``policy`` has fields of a stream's policy. The process starts from the file ``snapshot`` if it exists.
     """
 
-    #: What runs inside: harnesses put a server of their own here.
+    #: The module that runs inside. A harness may put a server of its own here.
     module = "e2e.server"
 
     def __init__(
@@ -136,11 +139,11 @@ class IndexProcess(ToldProcess):
         super().__init__(name, command, **{"timeout": 60.0, **options, "env": {**env, **options.get("env", {})}})
 
     def follow(self, *pods: SimProcess, **options: Any) -> None:
-        """Follow these pods, and have them as targets of routing. ``options`` are fields of :class:`PodSource`."""
+        """Follow these pods, and add them as targets of routing. ``options`` are fields of :class:`PodSource`."""
         for pod in pods:
             made = {name: value for name, value in asdict(source(pod, **options)).items() if value is not None}
             made.pop("dp_size")
-            # Media and groups are sets, of which no payload knows.
+            # Media and groups are sets, which msgpack cannot encode.
             made = {name: sorted(each) if isinstance(each, frozenset) else each for name, each in made.items()}
             self.ask("follow", source=made, form=pod.config.form, control=pod.ready["control"])
 
@@ -150,11 +153,11 @@ class IndexProcess(ToldProcess):
             self.ask("forget", name=name)
 
     def drain(self, name: str) -> None:
-        """Route nothing to it any more; it is still followed."""
+        """Stop routing to a pod, but still follow it."""
         self.ask("drain", name=name)
 
     def status(self) -> dict[str, dict[str, Any]]:
-        """What :meth:`EventManager.status` says, in plain dicts."""
+        """The result of :meth:`EventManager.status` as plain dicts."""
         return self.ask("status")
 
     def state(self, pod: str) -> str:
@@ -162,13 +165,16 @@ class IndexProcess(ToldProcess):
         return found
 
     def match(self, prompts: Iterable[Prompt], *, model: str = "sim", **options: Any) -> dict[str, Any]:
-        """``answers``: per prompt ``{pod: {"tokens", "ranks", "media", "state"}}``; ``seconds`` of each call; the last
-        applied sequence numbers ``{pod: {rank: seq}}`` (-1: none) ``before`` and ``after``. ``options``: ``ready`` (a
-        list of pods) and ``only_exact``."""
+        """Match prompts in the index.
+
+        The result has ``answers``, per prompt ``{pod: {"tokens", "ranks", "media", "state"}}``, and ``seconds`` of each
+        call. ``before`` and ``after`` are the last applied sequence numbers ``{pod: {rank: seq}}`` (-1: none).
+        ``options``: ``ready`` (a list of pods) and ``only_exact``.
+        """
         return self.ask("match", prompts=[prompt_map(prompt) for prompt in prompts], model=model, **options)
 
     def route(self, arrivals: Iterable[Arrival], *, model: str = "sim", **options: Any) -> list[Routed]:
-        """Send requests where the index says, each served to its end before the next is routed."""
+        """Route requests by the index, each served to its end before the next is routed."""
         arrivals = list(arrivals)
         reply = self.ask(
             "route", prompts=[prompt_map(each.prompt) for each in arrivals], model=model,
@@ -178,7 +184,7 @@ class IndexProcess(ToldProcess):
 
 
 class Routed(NamedTuple):
-    """Where a request went, how many tokens of it the index said were there, and how many there were."""
+    """A routed request: its pod, the cached tokens by the index, and the tokens that the pod reused."""
 
     pod: str
     told: int
@@ -186,7 +192,7 @@ class Routed(NamedTuple):
 
 
 def behind(index: IndexProcess, pods: Iterable[SimProcess]) -> dict[str, str]:
-    """What each pod that is not exact, or not applied up to now, still lacks."""
+    """The pods that are not exact or whose batches are not all applied yet, each with a description."""
     wanted = {pod.config.name: pod.seqs() for pod in pods}
     status = index.status()
     found = {}
@@ -209,13 +215,13 @@ def behind(index: IndexProcess, pods: Iterable[SimProcess]) -> dict[str, str]:
 
 
 def at_rest(index: IndexProcess, pods: Iterable[SimProcess], seconds: float = 30.0) -> None:
-    """Wait until every pod is exact and nothing is on its way. The pods must not be serving by themselves."""
+    """Wait until every pod is exact and all its batches are applied. The pods must not serve by themselves."""
     pods = list(pods)
     until(lambda: not behind(index, pods), lambda: behind(index, pods), seconds, pause=0.03)
 
 
 class Difference(NamedTuple):
-    """An answer that is not the pod's own, in tokens; ``place`` is a rank or a tier."""
+    """An answer that differs from the pod's own, in tokens; ``place`` is a rank or a tier."""
 
     prompt: int
     pod: str
@@ -226,7 +232,7 @@ class Difference(NamedTuple):
 
 @dataclass
 class Comparison:
-    """Answers that were compared with the pods' own: how many, how many tokens were there, and what differs."""
+    """Answers compared with the pods' own: their number, the cached tokens, and the differences."""
 
     answers: int = 0
     hit_tokens: int = 0
@@ -240,15 +246,17 @@ class Comparison:
 
 
 def as_asked(pod: SimProcess, prompt: Prompt) -> Prompt:
-    """A prompt as an index has to be asked about it for this pod: with its adapter under the name that the pod's
-    release publishes."""
+    """A prompt for a query about this pod: with the name of its adapter that the pod's release publishes."""
     form = wire_form(pod.config.form)
     name = prompt.lora_name if form.says("lora_name") else str(prompt.lora_id) if prompt.lora_id else None
     return Prompt(prompt.tokens, lora_name=name, cache_salt=prompt.cache_salt, extra_keys=prompt.extra_keys)
 
 
 def compare(index: IndexProcess, pods: Iterable[SimProcess], prompts: Sequence[Prompt]) -> Comparison:
-    """Every pod's own answer for every prompt, by rank and by tier, and the index's. Nothing may be on its way."""
+    """Compare the index's answers to all prompts with every pod's own, by rank and by tier.
+
+    All batches must be applied before.
+    """
     done = Comparison()
     for pod in pods:
         name = pod.config.name

@@ -1,4 +1,4 @@
-"""Redis and Valkey servers for tests of replication: processes of their own behind a Unix socket or a port."""
+"""Redis and Valkey servers for tests of replication, in processes of their own with a Unix socket or a port."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from redis.sentinel import Sentinel
 
 __all__ = ["LogServer", "Watched", "connected", "programs", "too_old"]
 
-#: What Sentinel calls the log's server.
+#: Sentinel's name for the log's server.
 NAME = "log"
 DOWN_AFTER = 1.0
 
 
 def programs() -> dict[str, str]:
-    """The servers that this machine has, by name."""
+    """The server programs on this machine, by name."""
     found = {}
     if (program := shutil.which("redis-server")) is not None:
         found["redis"] = program
@@ -36,13 +36,13 @@ def programs() -> dict[str, str]:
 
 
 def too_old() -> str | None:
-    """A server of before 6.2, as ``make .build/redis-6.0`` fetches it."""
+    """A server older than 6.2, as ``make .build/redis-6.0`` fetches it."""
     program = Path(__file__).parents[1] / ".build" / "redis-6.0" / "redis-server"
     return str(program) if program.is_file() else None
 
 
 def connected(url: str) -> Any:
-    """What a ``ReplicatedIndex`` is given for a server: its URL, or a client where Sentinel says which one it is."""
+    """The server argument of a ``ReplicatedIndex``: a URL, or a client that asks Sentinel for the primary."""
     if not url.startswith("sentinel://"):
         return url
     host, _, port = url.removeprefix("sentinel://").rpartition(":")
@@ -50,7 +50,7 @@ def connected(url: str) -> Any:
 
 
 class LogServer:
-    """A server that keeps nothing on disk unless ``options`` say so; ends with the ``with``."""
+    """A server without persistence, unless ``options`` add it. It ends with the ``with``."""
 
     def __init__(self, program: str, *options: str) -> None:
         self._program, self._options = program, options
@@ -73,7 +73,7 @@ class LogServer:
                     client.execute_command("PING")
                 return
             except redis.exceptions.ResponseError:
-                return  # it is there, and wants a password
+                return  # it is up, and requires a password
             except redis.exceptions.RedisError:
                 if time.monotonic() > end or self.process.poll() is not None:
                     raise
@@ -104,7 +104,7 @@ class LogServer:
 
 
 class Watched:
-    """A primary, its replica, and a Sentinel that puts the one in the place of the other."""
+    """A primary, its replica, and a Sentinel that promotes the replica when the primary fails."""
 
     def __init__(self, program: str) -> None:
         ports = free_ports(3)
@@ -130,12 +130,12 @@ class Watched:
         return self.primary.client()
 
     def tip(self, server: LogServer, key: str) -> tuple[int, ...]:
-        """The last id that a server has of a log."""
+        """The last id of a log in a server."""
         with server.client() as client:
             return tuple(map(int, client.xinfo_stream(key)["last-generated-id"].decode().split("-")))
 
     def cut_off(self) -> None:
-        """The replica hears nothing of the primary any more."""
+        """Cut the replica off from its primary."""
         with self.replica.client() as client:
             client.execute_command("REPLICAOF", "127.0.0.1", "1")
 
@@ -172,7 +172,7 @@ class Watched:
 
 
 def free_ports(count: int) -> list[int]:
-    # Taken at once, so that they differ.
+    # All ports are held at the same time, so they differ.
     taken = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [each.getsockname()[1] for each in taken]
     for each in taken:

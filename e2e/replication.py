@@ -1,9 +1,9 @@
 """Replication under faults, with processes of their own: pods that publish, two collectors, followers, a server.
 
     python -m e2e.replication --followers 8 --pods 32 --rate 1000        # the table of faults, for each server here
-    python -m e2e.replication --only snapshot --server valkey            # those with such a name
+    python -m e2e.replication --only snapshot --server valkey            # only faults with a matching name
 
-Each fault is caused in a fleet that is well. It ends when its cause returns; then everybody has to be well again.
+Each fault starts in a healthy fleet. It ends when its cause returns; then all members must become exact again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .replication_fleet import BLOCK_SIZE, Fleet, Outcome, Settings, batch
 __all__ = ["FAILOVERS", "FAULTS", "SHARDED", "Fault", "compare", "measure", "running"]
 
 LOG, SNAP = "{kv:e2e:0}:log", "{kv:e2e:0}:snap"
-#: By which an answer that calls itself exact may be behind what the collector has heard by then.
+#: Seconds by which an exact answer may be behind the collector's events.
 BOUND = 1.25
 
 
@@ -41,13 +41,13 @@ BOUND = 1.25
 class Fault:
     cause: Callable[[Fleet], None]
     names: str = ""
-    """What somebody's status and log have to say of it: a pattern."""
+    """A pattern that the status and the log of some member must contain."""
     is_noticed: bool | None = True
-    """Whether followers become stale; None where that may or may not be."""
+    """Whether followers become stale; None where both may happen."""
     prepare: Callable[[Fleet], None] | None = None
-    """Done before, in a fleet that is well."""
+    """A step before the fault, in a healthy fleet."""
     is_brief: bool = False
-    """Whether a snapshot may end it before anybody asks for the status, which then has counted it in ``holes``."""
+    """Whether a snapshot may end it before a query of the status, which then has counted it in ``holes``."""
 
 
 # ------------------------------------------------------------------------------------------------------- processes
@@ -68,7 +68,7 @@ def _spread(fleet: Fleet) -> None:
     """Let each candidate collect one shard."""
     candidates = [number for number, each in fleet.members.items() if each.candidate]
     while [fleet.members[number].role for number in candidates].count("collector") < fleet.settings.shards:
-        # One was there long before the others, and has several.
+        # The one that started long before the others has several shards.
         for number in candidates:
             fleet.members[number].end()
         for number in candidates:
@@ -78,7 +78,7 @@ def _spread(fleet: Fleet) -> None:
 
 
 def _kill_one_collector(fleet: Fleet) -> None:
-    """That of one shard: the pods of the others stay exact in every process meanwhile."""
+    """Kill the collector of one shard. The pods of the others stay exact in every process meanwhile."""
     shards, names = fleet.settings.shards, fleet.settings.names
     parts = [sum(shard_of(name, shards) == shard for name in names) for shard in range(shards)]
     fleet.collector.end()
@@ -87,7 +87,7 @@ def _kill_one_collector(fleet: Fleet) -> None:
     while time.monotonic() < end:
         fleet.take(0.005)
         seen |= {each.exact for each in fleet.alive}
-    # A member counts one pod after another, so there are numbers between these.
+    # A member counts its pods one after another, so it also reports numbers between the two.
     assert min(seen) in {len(names) - part for part in parts}, f"others were not exact: {seen} of {parts}"
 
 
@@ -107,7 +107,7 @@ def _freeze_server(fleet: Fleet) -> None:
 
 
 def _take_server_away(fleet: Fleet) -> None:
-    """For good, as far as anybody can know."""
+    """Take the server away for 8 s. Only the collector stays exact."""
     fleet.server.kill()
     fleet.take(8.0)
     told = [(each.role, each.exact) for each in fleet.alive]
@@ -117,7 +117,7 @@ def _take_server_away(fleet: Fleet) -> None:
 
 
 def _refuse(fleet: Fleet, *, begin: list[Any], end: list[Any]) -> None:
-    """The server takes no writes for a while."""
+    """Let the server refuse writes for a while."""
     with fleet.server.client() as client:
         client.execute_command(*begin)
         fleet.take(3.0)
@@ -142,14 +142,14 @@ def _pointer(client: Any) -> bytes:
 
 
 def _wait_for_snapshot(fleet: Fleet, client: Any) -> bytes:
-    """Until another one is whole. It is what ends a fault of the one before."""
+    """Wait until another snapshot is complete, which ends a fault of the one before."""
     before = _pointer(client)
     fleet.wait(lambda: _pointer(client) != before)
     return _pointer(client)
 
 
 def _trim(fleet: Fleet) -> None:
-    """One follower is away until what it would read next has been trimmed."""
+    """Suspend one follower until the next entries that it would read are trimmed."""
     member = fleet.members[fleet.follower]
     os.kill(member.process.pid, signal.SIGSTOP)
     with fleet.server.client() as client:
@@ -161,7 +161,7 @@ def _trim(fleet: Fleet) -> None:
 
 
 def _slow_down(fleet: Fleet) -> None:
-    """One follower gets so little of a processor that the log is trimmed before it has read it."""
+    """Give one follower so little processor time that the log is trimmed before it has read it."""
     member = fleet.members[fleet.follower]
     with fleet.server.client() as client:
         end = time.monotonic() + 4.0
@@ -175,7 +175,7 @@ def _slow_down(fleet: Fleet) -> None:
 
 
 def _damage(fleet: Fleet, change: Callable[[Any, Pointer], None], named: str) -> None:
-    """A follower is started again, and finds a snapshot that was damaged."""
+    """Start a follower again, and damage the snapshot that it reads."""
     with fleet.server.client() as client:
         fleet.wait(lambda: _pointer(client))
         member, damaged = fleet.restart(fleet.follower), b""
@@ -211,7 +211,7 @@ def _make_newer(client: Any, pointer: Pointer) -> None:
 
 
 def _engines_in_takeover(fleet: Fleet) -> None:
-    """Engines are restarted before, while and after another process takes over, and others lose messages."""
+    """Restart engines before, during and after the takeover by another process, and drop messages of others."""
     shared, pods = fleet.shared, fleet.settings.pods
     fleet.collector.end()
     fleet.take(0.3)
@@ -228,7 +228,7 @@ def _engines_in_takeover(fleet: Fleet) -> None:
 
 
 def _invite(fleet: Fleet, **differs: Any) -> None:
-    """Somebody else has the same name, and would collect if it could."""
+    """Add a candidate of the same name with other settings, which would collect if it could."""
     guest = fleet.invite(**differs)
     fleet.wait(lambda: guest.said)
     fleet.take(3.0)
@@ -244,7 +244,7 @@ def _other_list(fleet: Fleet) -> None:
 
 
 def _neighbour(fleet: Fleet) -> None:
-    """Another fleet in the same server, under a name of its own, loses its collector and gets another one."""
+    """Let another fleet in the same server, under its own name, lose its collector and get another one."""
     settings = replace(fleet.settings, fleet="neighbour", pods=3, followers=3, rate=100.0)
     with Fleet(fleet.server, settings) as other:
         other.wait(lambda: fleet.take() or other.all_exact())
@@ -254,7 +254,7 @@ def _neighbour(fleet: Fleet) -> None:
         assert not differences, differences
 
 
-#: Of an Access Control List: as `docs/guides/replication.md` has it for routers, no more.
+#: Commands that remove the permission to write the log, as routers lack it in `docs/guides/replication.md`, and add it.
 DENY, ALLOW = ["ACL", "SETUSER", "default", "-xadd"], ["ACL", "SETUSER", "default", "+xadd"]
 FULL, ROOM = ["CONFIG", "SET", "maxmemory", "1"], ["CONFIG", "SET", "maxmemory", "0"]
 REPLICA, PRIMARY = ["REPLICAOF", "127.0.0.1", "1"], ["REPLICAOF", "NO", "ONE"]
@@ -280,11 +280,11 @@ FAULTS: dict[str, Fault] = {
     "another list of pods": Fault(_other_list, "does not follow", is_noticed=False),
     "another fleet beside it": Fault(_neighbour, is_noticed=False),
 }
-#: With two shards, and a candidate for each.
+#: Faults of fleets with two shards, and a candidate for each.
 SHARDED: dict[str, Fault] = {
     "collector of one of two shards killed": Fault(_kill_one_collector, "shard .*silent", prepare=_spread)
 }
-#: With a server that Sentinel watches, each with one of its own.
+#: Faults with a server that Sentinel watches. Each fault gets a new server.
 FAILOVERS: dict[str, Fault] = {
     "primary killed, the replica current": Fault(partial(_fail_over, lagging=False), "cannot be reached"),
     "primary killed, the replica behind": Fault(partial(_fail_over, lagging=True), "cannot be reached"),
@@ -292,8 +292,10 @@ FAILOVERS: dict[str, Fault] = {
 
 
 def measure(fleet: Fleet, fault: Fault) -> Outcome:
-    """Cause one fault in a fleet that is well, and wait until it is well again. Raises AssertionError where the fault
-    was not named, or a match raised."""
+    """Cause one fault in a healthy fleet, and wait until all members are exact again.
+
+    Raises AssertionError when no member names the fault, or when a match raises.
+    """
     fleet.wait(fleet.all_exact)
     if fault.prepare is not None:
         fault.prepare(fleet)
@@ -334,7 +336,7 @@ def measure(fleet: Fleet, fault: Fault) -> Outcome:
 
 
 def compare(fleet: Fleet) -> list[str]:
-    """Stop publishing, and compare everybody with an index of each shard that was given every batch: differences."""
+    """Stop publishing, and compare all members with an index of each shard that has every batch: the differences."""
     settings, shared = fleet.settings, fleet.shared
     rate, shared.rate.value = shared.rate.value, 0.0
     fleet.take(1.5)
@@ -342,7 +344,7 @@ def compare(fleet: Fleet) -> list[str]:
     own = [PrefixIndex(block_size=BLOCK_SIZE) for _ in range(settings.shards)]
     want = {}
     for pod, name in enumerate(settings.names):
-        # The tokens and hashes of a batch, not its time, make blocks; the fingerprint is of the bytes.
+        # Blocks come from the tokens and hashes of a batch, not from its time. The fingerprint is that of the bytes.
         for number in range(max(0, shared.counts[pod] - 400), shared.counts[pod]):
             index = own[shard_of(name, settings.shards)]
             index.ingest(name, batch(pod, number, run=shared.runs[pod]), model="m", dp_rank=0, seq=number)

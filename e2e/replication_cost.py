@@ -1,7 +1,8 @@
 """``python -m e2e.replication_cost``: a follower of the log beside direct subscription, in one run.
 
 Three processes on the same publishers: the collector, a follower, and one with an ``EventManager`` of its own. Their
-processor time and lag are of the same moments, so the ratio compares; neither is a promise for another machine.
+processor time and lag are measured at the same time, so the ratios are comparable. The absolute figures depend on the
+machine.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from .log_server import LogServer, programs
 from .replication_fleet import BLOCK_SIZE, Settings, Shared, batch, publish
 
 _SPAWN = multiprocessing.get_context("spawn")
-#: Of an hour of traffic, so that no snapshot comes between what is measured.
+#: Seconds between snapshots: so many that no snapshot falls into a measurement.
 NEVER = 1e6
 
 
 def note(view: ReplicatedIndex, ages: list[float]) -> None:
-    """Note how old each batch is when it has been applied, from now on."""
+    """From now on, note the age of each batch when it has been applied."""
     (shard,) = view._shards
     carry = shard._carry
 
@@ -68,7 +69,7 @@ def _cpu() -> float:
 
 
 def _reader(kind: str, settings: Settings, ends: list[tuple[str, str]], pipe: Any) -> None:
-    """A process that is asked for its processor time, its batches and, if it was told to note them, its lags."""
+    """A process that answers with its processor time, its batches and, after a request to note them, its lags."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     index = PrefixIndex(block_size=BLOCK_SIZE)
     sources = [
@@ -90,7 +91,7 @@ def _reader(kind: str, settings: Settings, ends: list[tuple[str, str]], pipe: An
             if what == "ages":
                 ages.clear()
                 if kind == "direct":
-                    # Before it is applied, which takes some microseconds.
+                    # A tap comes before the batch is applied, which takes some microseconds.
                     keeper.tap(lambda each: ages.extend(_ages([each])))
                 else:
                     note(keeper, ages)
@@ -136,7 +137,7 @@ class Run:
 
 
 def cpu(server: LogServer, rate: float, pods: int, seconds: float) -> tuple[dict[str, float], float, int]:
-    """Microseconds a batch by kind of process, the server's, and its most memory."""
+    """Microseconds a batch by kind of process, those of the server, and the server's peak memory."""
     run = Run(server, rate, pods)
     try:
         with server.client() as client:
@@ -167,7 +168,7 @@ def lag(server: LogServer, rate: float, pods: int, seconds: float) -> dict[str, 
 
 
 def warm_start(server: LogServer, blocks: int, batches: int) -> float:
-    """Seconds from a new view to its exactness: a snapshot of so many blocks, and so many batches of log behind it."""
+    """Seconds until a new view is exact, from a snapshot of ``blocks`` blocks and a log of ``batches`` batches."""
     policy = ReplicationPolicy(snapshot_every=NEVER, snapshot_bytes=1 << 40, max_backlog=1 << 30)
     with ReplicatedIndex(server.url, fleet="warm", block_size=BLOCK_SIZE, policy=policy) as view:
         while (manager := view._shards[0].manager) is None:
@@ -190,7 +191,7 @@ def warm_start(server: LogServer, blocks: int, batches: int) -> float:
         manager.post(lambda: feed(0, blocks // 1000, 1000)).result()
         manager.post(told).result()
         taken = view.status().snapshots
-        view._shards[0].machine.collector._snapshot_at = 0.0  # now
+        view._shards[0].machine.collector._snapshot_at = 0.0  # a snapshot is due now
         while view.status().snapshots == taken:
             view._shards[0]._wake()
             time.sleep(0.01)

@@ -1,7 +1,8 @@
-"""Pods that publish, collectors and followers as processes of their own, and what each of them says of itself.
+"""Pods that publish, collectors and followers as processes of their own, with samples of their answers and states.
 
-Each member samples its own answers against the publisher's clock: the age of an answer that calls itself exact is the
-time since the first batch was published that it lacks, or since the engine was restarted whose blocks it still has.
+Each member compares its own answers with the publisher's clock. The age of an exact answer is the time since the first
+missing batch was published. Where it still has blocks of an engine that was restarted, it is the time since the
+restart.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ EVERY = 0.02
 @dataclass(frozen=True)
 class Settings:
     server: str
-    """A URL, as of ``log_server.connected``."""
+    """A URL for ``log_server.connected``."""
     pods: int
     followers: int
     rate: float
@@ -56,23 +57,23 @@ class Settings:
 
 
 class Shared(NamedTuple):
-    """What the publishers' process shares with all others, an item a pod where it is an array."""
+    """The memory that the publishers' process shares with all others. Arrays have an item for each pod."""
 
     counts: Any
     """Batches published since the engine's last restart."""
     times: Any
-    """When they were, a ring for each pod."""
+    """The times at which they were published, a ring for each pod."""
     rate: Any
     runs: Any
-    """Times that the engine was restarted."""
+    """Number of restarts of the engine."""
     restarted: Any
-    """When that was last."""
+    """Time of the last restart."""
     ended_at: Any
     """Batches of the run before."""
     restarts: Any
-    """Restarts asked for."""
+    """Requested restarts."""
     drops: Any
-    """Batches to be published into nothing."""
+    """Batches that the publisher must not send."""
 
     @classmethod
     def make(cls, pods: int, rate: float) -> Shared:
@@ -87,7 +88,7 @@ class Shared(NamedTuple):
 
 
 def batch(pod: int, number: int, blocks: int = 20, run: int = 0) -> bytes:
-    """Batch ``number``: a chain of its own, and the removal of the one 200 batches before."""
+    """Batch ``number``: a chain of its own, and the removal of the chain 200 batches before."""
     first = (pod << 32) + (run << 26) + number * blocks
     events: list[Any] = [
         ["BlockStored", [first + 1 + n for n in range(blocks)], None, _tokens(first, blocks), BLOCK_SIZE, None]
@@ -102,12 +103,12 @@ def _tokens(first: int, blocks: int) -> list[int]:
 
 
 def prompt(pod: int, number: int, run: int) -> list[int]:
-    """The first block of a batch."""
+    """The tokens of the first block of a batch."""
     return _tokens((pod << 32) + (run << 26) + number * 20, 1)
 
 
 def publish(settings: Settings, shared: Shared, pipe: Any) -> None:
-    """Every pod's publisher, in turn."""
+    """The process with the publishers of all pods, which send in turn."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     counts, times = shared.counts, shared.times
     with zmq.Context() as context:
@@ -147,7 +148,7 @@ def publish(settings: Settings, shared: Shared, pipe: Any) -> None:
 
 
 class _Lines(logging.Handler):
-    """Keeps what is logged for the thread that may send it."""
+    """A handler that keeps log lines for the thread that may send them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,7 +161,7 @@ class _Lines(logging.Handler):
 def _replicate(
     settings: Settings, number: int, candidate: bool, ends: list[tuple[str, str]], shared: Shared, pipe: Any
 ) -> None:  # fmt: skip
-    """A process with a view, which tells a line about itself whenever it has changed."""
+    """A process with a view, which sends its state after every change."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     lines = _Lines()
     logging.getLogger("kvindex.replication").addHandler(lines)
@@ -208,7 +209,7 @@ def _told(view: ReplicatedIndex, asked: str) -> tuple[Any, ...]:
 
 
 def _sample(view: ReplicatedIndex, settings: Settings, shared: Shared) -> tuple[int, float]:
-    """How many pods are called exact, and the age of the oldest answer that is."""
+    """The number of exact pods, and the age of the oldest exact answer."""
     index, counts = view.index, shared.counts
     exact, worst = 0, 0.0
     states = index.pods()
@@ -217,10 +218,10 @@ def _sample(view: ReplicatedIndex, settings: Settings, shared: Shared) -> tuple[
             continue
         run, ended_at = shared.runs[pod], shared.ended_at[pod]
         place = index.stream_places(name).get(0)
-        # Before the clock is read: what is published in between is not missing.
+        # Read before the clock, so a batch that is published in between does not count as missing.
         first = 0 if place is None else place.seq + 1
         missing = shared.times[pod * _RING + first % _RING] if first < counts[pod] else None
-        # Of an engine that was restarted, nothing of before is there.
+        # After a restart an engine holds no block of an earlier run.
         if run and index.match_prefix(prompt(pod, ended_at - 1, run - 1), model="m").tokens.get(name):
             missing = shared.restarted[pod]
         if index.pod_state(name) != "exact" or shared.runs[pod] != run:
@@ -242,16 +243,16 @@ class Member:
     role: str = "follower"
     exact: int = 0
     log: list[tuple[float, bool, float, str]] = field(default_factory=list)
-    """Moments at which all pods became exact or not all of them were any more; the worst age until then; the role."""
+    """Changes between all and not all pods exact: the time, whether all are, the worst age until then, the role."""
     said: set[str] = field(default_factory=set)
-    """Reasons that its status gave."""
+    """Reasons in its status."""
     logged: set[str] = field(default_factory=set)
 
     def has_said(self, pattern: str) -> bool:
         return any(re.search(pattern, line) for line in self.said)
 
     def has_named(self, pattern: str, counted: bool = False) -> bool:
-        """Whether its status and its log have said so, or its log alone where the status has ``counted`` it."""
+        """Whether its status and its log contain ``pattern``, or its log alone where the status has ``counted`` it."""
         return (counted or self.has_said(pattern)) and any(re.search(pattern, line) for line in self.logged)
 
     def clear(self) -> None:
@@ -268,18 +269,18 @@ class Member:
 @dataclass
 class Outcome:
     stale_after: float | None
-    """Seconds until the last follower had noticed; None where nobody had to."""
+    """Seconds until the last follower was stale; None where no follower became stale."""
     exact_after: float
     healed_after: float
-    """The same from the end of the fault, and never less than nothing."""
+    """The same as ``exact_after`` from the end of the fault; never negative."""
     worst_age: float
-    """Of all answers that called themselves exact."""
+    """The greatest age of all exact answers."""
     way: float
-    """The same of the collector, which hears the engines themselves: how long a message of theirs was on its way."""
+    """The same of the collector, which subscribes to the engines: the longest time of a message in transit."""
 
 
 class Fleet:
-    """A context manager over everything. ``guests`` are members that are not part of it."""
+    """A context manager for the publisher and all members. ``guests`` are members that are not part of the fleet."""
 
     def __init__(self, server: Any, settings: Settings, *, candidates: int = 2) -> None:
         self.server, self.settings = server, settings
@@ -305,24 +306,24 @@ class Fleet:
         return Member(process, pipe, candidate, settings)
 
     def restart(self, number: int) -> Member:
-        """Another process in the place of a member."""
+        """Replace a member by a new process."""
         old = self.members[number]
         old.end()
         self.members[number] = self._member(number, old.candidate, self.settings)
         return self.members[number]
 
     def invite(self, **differs: Any) -> Member:
-        """A candidate that differs in its settings, until it is sent away."""
+        """Add a guest: a candidate with other settings."""
         number = 1000 + len(self.guests)
         self.guests[number] = self._member(number, True, replace(self.settings, **differs))
         return self.guests[number]
 
     def take(self, seconds: float = 0.0) -> None:
-        """Read what members have told for so long."""
+        """Read the messages of members for ``seconds``."""
         until = time.monotonic() + seconds
         while True:
             for member in (*self.members.values(), *self.guests.values()):
-                with suppress(EOFError, ConnectionError):  # it was just killed
+                with suppress(EOFError, ConnectionError):  # the member was just killed
                     while member.process.is_alive() and member.pipe.poll():
                         self._hear(member, member.pipe.recv())
             if time.monotonic() >= until:
@@ -366,11 +367,11 @@ class Fleet:
 
     @property
     def follower(self) -> int:
-        """One that will never collect."""
+        """The number of a member that never collects."""
         return next(number for number, each in self.members.items() if not each.candidate)
 
     def ask(self, what: str) -> list[Any]:
-        """An answer of each that is alive."""
+        """The answers of all members that are alive."""
         found = []
         for member in self.alive:
             member.pipe.send(what)
@@ -380,7 +381,7 @@ class Fleet:
         return found
 
     def outcome(self, began: float, ended: float, watched: list[int], settled: float) -> Outcome:
-        """What became of it. ``watched``: the followers that are there all the time."""
+        """The outcome of a fault. ``watched``: the followers that run all the time."""
         stale, exact = [], []
         worst = max(
             (age for member in self.members.values() for at, _, age, _ in member.log if at >= began), default=0.0

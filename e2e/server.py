@@ -1,7 +1,7 @@
-"""The process with an index in it: it follows pods, answers what they hold, and routes requests to them.
+"""The process with an index: it follows pods, answers queries about them, and routes requests to them.
 
-``python -m e2e.server`` is an index process and a router process at once, as a router that embeds the library is; see
-:class:`e2e.fleet.IndexProcess` for the outside, whose methods are the questions here.
+``python -m e2e.server`` is an index process and a router process at once, like a router that embeds the library. The
+methods of its handle, :class:`e2e.fleet.IndexProcess`, send the requests that are answered here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from kvindex.sync.policy import StreamPolicy
 
 
 class Target:
-    """A pod as the routing policy sees it: a name, what its release calls an adapter, and how much it was given."""
+    """A pod for the routing policy: its name, its release's names of adapters, and the tokens that it was given."""
 
     load = 0  # one request at a time, served to its end
 
@@ -60,7 +60,7 @@ class Server:
         self.stopping = False
 
     def followed(self) -> Any:
-        """What the manager keeps: a harness that wants to see what is applied puts itself between."""
+        """The index for the manager. A harness may return a wrapper that sees all applied batches."""
         return self.index
 
     def run(self) -> None:
@@ -81,7 +81,7 @@ class Server:
         self.manager.add_pod(made)
         socket: zmq.Socket[bytes] = self.context.socket(zmq.REQ)
         socket.linger = 0
-        # A pod that was killed never answers; its successor at the same port must be asked anew.
+        # A killed pod never answers, so the socket must allow another request to its successor at the same port.
         socket.setsockopt(zmq.REQ_RELAXED, 1)
         socket.setsockopt(zmq.REQ_CORRELATE, 1)
         socket.connect(control)
@@ -95,7 +95,7 @@ class Server:
         return {}
 
     def _op_drain(self, name: str) -> dict[str, Any]:
-        """No more requests for it; its stream is still followed."""
+        """Stop routing to a pod, but still follow its stream."""
         self.targets.pop(name).control.close(0)
         return {}
 
@@ -136,8 +136,10 @@ class Server:
         return {"answers": answers, "seconds": seconds, "before": before, "after": self._applied()}
 
     def _op_route(self, prompts: list[dict[str, Any]], model: str, outputs: list[bytes], **options: Any) -> Any:
-        """Send each prompt where the least of it has to be computed; gives per prompt where it went, how many tokens
-        the index said would be reused, and how many were."""
+        """Send each prompt to the pod with the least to compute.
+
+        Returns for each prompt the pod, the tokens that the index expected to be reused, and the reused tokens.
+        """
         pods = [target for target in self.targets.values() if target.model == model]
         decide = PrefixAware(self.index, model=model, **options)
         routed = []
@@ -168,7 +170,7 @@ class Server:
         return {name: status.as_dict() for name, status in self.manager.status().items()}
 
     def _op_stats(self) -> dict[str, Any]:
-        """The index's figures, and the process's: resident bytes, threads, file descriptors."""
+        """The figures of the index and of the process: resident bytes, threads, file descriptors."""
         process = psutil.Process()
         return {
             "index": self.index.stats(),

@@ -1,8 +1,8 @@
 """``python -m e2e.sharing_cost``: eight routers on one log, with and without ``share=True``, and one for all requests.
 
-Each router is a process with a follower of one log and an ``EndpointPicker``. Traffic of unlike prompts gives the pods
-a load, and now and then all routers get one new prefix at once. No engine computes anything: what counts is where the
-requests are sent.
+Each router is a process with a follower of one log and an ``EndpointPicker``. Traffic of different prompts gives the
+pods a load, and now and then all routers get one new prefix at once. No engine computes anything: the measure is the
+choice of pods.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SPAWN = multiprocessing.get_context("spawn")
 ROUTERS, PODS, TOKENS = 8, 32, 2048
 #: Seconds within which all routers get a prefix.
 SPREADS = (0.0, 0.005, 0.02, 0.1)
-#: Tokens a second that a pod computes, and seconds of a request behind its first token.
+#: Tokens a second that a pod computes, and mean seconds of a request after its first token.
 SPEED, REST = 20_000.0, 2.0
 _POLICY = ReplicationPolicy(silence=20.0, lease=20.0)
 
@@ -63,7 +63,7 @@ def _prompt(seed: int) -> Any:
 
 
 def traffic(rate: float, seconds: float) -> list[list[Request]]:
-    """The requests of each router. Those of a prefix for all have a number below 10,000."""
+    """The requests of each router. Those of a common prefix have a number below 10,000."""
     random, all_ = Random(1), []
     for router in range(ROUTERS):
         now, mine = 0.0, []
@@ -155,7 +155,7 @@ def run(program: str, kind: str, requests: list[list[Request]]) -> Outcome:
         for pipe in pipes:
             pipe.recv()
         used = client.info()
-        began = time.monotonic() + 0.5 + 2e-4 * sum(map(len, requests))  # prompts are made first
+        began = time.monotonic() + 0.5 + 2e-4 * sum(map(len, requests))  # the time to make the prompts
         for pipe in pipes:
             pipe.send(began)
         found = [pipe.recv() for pipe in pipes]
@@ -175,7 +175,7 @@ def run(program: str, kind: str, requests: list[list[Request]]) -> Outcome:
 
 
 def pods_of_prefixes(picks: list[Pick], spread: int) -> float:
-    """Pods, on average, that compute one of the prefixes that all routers get within one of the spreads."""
+    """The average number of pods that compute a prefix that all routers get within one of the spreads."""
     found: dict[int, set[str]] = {}
     for pick in picks:
         if pick.prompt < 10_000 and pick.prompt % len(SPREADS) == spread:
@@ -184,7 +184,7 @@ def pods_of_prefixes(picks: list[Pick], spread: int) -> float:
 
 
 def imbalance(picks: list[Pick]) -> float:
-    """Requests of the busiest pod over the mean of all, over time."""
+    """Requests of the busiest pod over the mean of all pods, on average over time."""
     moments = np.arange(2.0, max(pick.at for pick in picks), 0.05)
     running = np.zeros((PODS, len(moments)))
     for pick in picks:

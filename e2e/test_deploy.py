@@ -1,4 +1,4 @@
-"""The files in deploy/ that run the service: what Kubernetes accepts, and what the command line understands."""
+"""The files in deploy/ that run the service, against Kubernetes' schemas and the command line's parser."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_collectors_may_see_pods_and_followers_have_another_secret(monkeypatch: 
 
 
 def listened_at(port: int, template: Any, container: Any) -> None:
-    """Prometheus and the probes ask where the process listens."""
+    """Assert that Prometheus and the probes use the port of the process."""
     (listed,) = container["ports"]
     assert listed["containerPort"] == port == int(template["metadata"]["annotations"]["prometheus.io/port"])
     probes = [each for name, each in container.items() if name.endswith("Probe")]
@@ -137,7 +137,7 @@ def test_the_pool_finds_the_picker_and_the_picker_its_pods() -> None:
     pool = GATEWAY["InferencePool"]
     picker = pool["spec"]["endpointPickerRef"]
     assert (picker["name"], picker["port"]["number"]) == (service["metadata"]["name"], args.port)
-    # The pods that the picker follows by default are those of the pool, and their requests go where discovery thinks.
+    # The picker's default pods are those of the pool, and the pool sends requests to discovery's default port.
     assert set(pool["spec"]["selector"]["matchLabels"]) == {MODEL, ENABLED}
     assert pool["spec"]["targetPorts"] == [{"number": signature(KubernetesPods).parameters["request_port"].default}]
     (backend,) = GATEWAY["HTTPRoute"]["spec"]["rules"][0]["backendRefs"]

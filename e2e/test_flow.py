@@ -1,4 +1,4 @@
-"""From an event in a pod's process to the decision in a router's."""
+"""The way from an event in a pod's process to the decision in a router's process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .fleet import IndexProcess, Pods, Routed, at_rest, own_prompts
 
 @pytest.mark.quick
 def test_a_decision_follows_the_events(index: IndexProcess, pods: Pods, equal) -> None:
-    """Every turn of a conversation goes where the turns before it were served, because their events said so."""
+    """Every turn of a conversation goes to the pod of the turns before, by the pod's events."""
     index.follow(*pods.start(old={"form": "vllm-0.22.0"}, new={"form": "vllm-0.33.0"}, other={"form": "sglang-0.5.22"}))
     at_rest(index, pods)
     arrivals = []
@@ -23,7 +23,7 @@ def test_a_decision_follows_the_events(index: IndexProcess, pods: Pods, equal) -
     for seed in range(6):
         conversations.append([])
         for arrival in chat(conversations=1, turns=4, system_tokens=320, regenerate=0.0, seed=seed):
-            # Without slack: the pod that has most of it, whoever has served more so far.
+            # Without slack, the pod with the longest hit gets the request, even if it has served more than others.
             (routed,) = index.route([arrival], slack=0.0)
             assert routed.told == routed.hit
             conversations[-1].append((arrival, routed))
@@ -33,13 +33,13 @@ def test_a_decision_follows_the_events(index: IndexProcess, pods: Pods, equal) -
     for turns in conversations:
         for (before, first), (_, second) in pairwise(turns):
             assert second.pod == first.pod
-            # All but the block that was not full, and the last token, which is not computed before another follows.
+            # All but the incomplete block and the last token, which is computed only when another follows.
             assert second.hit >= len(before.prompt) + len(before.output) - 17
     equal(index, pods, [arrival.prompt for arrival in arrivals])
 
 
 def test_routing_by_what_pods_hold_saves_more_than_dealing_out(index: IndexProcess, pods: Pods) -> None:
-    """The same requests to the same kind of pods, routed and dealt out in turn; the pods say what they reused."""
+    """The same requests to the same pods, by the index and in turn; the pods report the reused tokens."""
     arrivals = chat(conversations=12, turns=4, system_prompts=6, seed=12)
     index.follow(*pods.start("a", "b", "c", blocks=600))
     at_rest(index, pods)
@@ -58,11 +58,11 @@ def test_routing_by_what_pods_hold_saves_more_than_dealing_out(index: IndexProce
 
 @pytest.mark.quick
 def test_every_wire_form_in_one_fleet(index: IndexProcess, pods: Pods, equal) -> None:
-    """One pod of every release's form, started before and read across its history and live."""
+    """One pod for each release's form, all started earlier, through their history and live."""
     names = {}
     for name in FORMS:
         form = wire_form(name)
-        # A salt that the release has no way to say cannot be known to anybody.
+        # No salts where the release cannot publish them.
         salts = int(form.says("extra_keys") if form.engine == "vllm" else form.says("cache_salt"))
         names[f"pod-{name}"] = {"form": name, "blocks": 300, "adapters": 1, "salts": salts, "seed": 3}
     started = pods.start(**names)
@@ -100,7 +100,7 @@ def test_an_index_that_joins_late_knows_the_whole_history(pods: Pods, equal) -> 
 
 @pytest.mark.quick
 def test_two_routers_on_the_same_streams_agree(pods: Pods, equal) -> None:
-    """Requests arrive at either router; what one of them sent somewhere the other knows too."""
+    """Requests arrive at either router, and the other one also learns of them from the pod's events."""
     arrivals = chat(conversations=8, turns=3, system_prompts=4, seed=14)
     with IndexProcess("first") as first, IndexProcess("second") as second:
         started = pods.start(a={"form": "vllm-0.33.0"}, b={"form": "sglang-0.5.22"}, c={"form": "vllm-0.24.0"})
@@ -119,9 +119,9 @@ def test_two_routers_on_the_same_streams_agree(pods: Pods, equal) -> None:
 
 
 def test_ten_pods_and_a_thousand_events_each(index: IndexProcess, pods: Pods, equal) -> None:
-    """The load of the original system's test (an event every 100 ms from each of ten pods), as fast as they can.
+    """The load of the original system's test (an event every 100 ms from each of ten pods), as fast as possible.
 
-    Prompts are asked all the time; afterwards nothing was lost, and all is equal.
+    Queries run all the time. In the end no batch is lost, and all answers are equal.
     """
     started = pods.start(**{f"pod-{number}": {"seed": number % 4, "blocks": 1500} for number in range(10)})
     index.follow(*started)

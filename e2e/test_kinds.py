@@ -1,4 +1,4 @@
-"""Pods that differ in what they serve and how they keep it: models, adapters, salts, ranks, tiers, groups."""
+"""Pods that differ in models, adapters, salts, ranks, tiers and groups."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_models_never_see_each_other(index: IndexProcess, pods: Pods, equal) -> 
 @pytest.mark.quick
 @pytest.mark.parametrize("form", ["vllm-0.33.0", "vllm-0.22.0", "vllm-0.17.0", "sglang-0.5.22"])
 def test_adapters_and_salts_never_see_each_other(index: IndexProcess, pods: Pods, equal, form: str) -> None:
-    """Every text under every adapter and salt; only half of the pairs are served, and the others hold nothing."""
+    """Every text under every adapter and salt. Only half of the pairs are served, and the others have no hits."""
     (pod,) = pods.start("a", form=form, blocks=8000)
     index.follow(pod)
     texts = [prompt.tokens for prompt in own_prompts(pod.config, 8)]
@@ -47,14 +47,14 @@ def test_adapters_and_salts_never_see_each_other(index: IndexProcess, pods: Pods
     at_rest(index, pods)
     prompts = [Prompt(text, **context) for text, context in product(texts, contexts)]
     equal(index, pods, prompts)
-    # The texts share their system prompts, so a text alone would be found under every context.
+    # The texts share their system prompts, so the text alone would match in every context.
     told = [bool(answer) for answer in index.match(prompts)["answers"]]
     assert told == [place % 2 == 0 for _, place in product(texts, range(len(contexts)))]
 
 
 @pytest.mark.quick
 def test_images_never_see_each_other(index: IndexProcess, pods: Pods, equal) -> None:
-    """One text below several images, whose identifiers are in the keys of the blocks that they cover."""
+    """One text with several images, whose identifiers are in the keys of the blocks that they cover."""
     index.follow(*pods.start("map", array={"form": "vllm-0.22.0", "hashes": "bytes16"}))
     tokens = np.arange(321, dtype=np.uint32)
     below = [Prompt(tokens, extra_keys=[None, [(name, 4)], [(name, -12)]]) for name in ("cat", "dog", "owl")]
@@ -71,7 +71,7 @@ def test_images_never_see_each_other(index: IndexProcess, pods: Pods, equal) -> 
 
 @pytest.mark.quick
 def test_ranks_are_told_apart(index: IndexProcess, pods: Pods, equal) -> None:
-    """Each rank has a cache of its own, and a router learns which of them has what."""
+    """Each rank has its own cache, and a router gets the hit of each rank."""
     pods.start(map={}, array={"form": "vllm-0.22.0"}, sglang={"form": "sglang-0.5.22"}, ranks=4, blocks=600)
     index.follow(*pods)
     at_rest(index, pods)
@@ -95,7 +95,7 @@ def test_tiers(index: IndexProcess, pods: Pods, equal) -> None:
         named={"offload_tokens": True}, bare={"form": "vllm-0.20.0"}, disk={"offload_medium": "DISK"},
         sglang={"form": "sglang-0.5.22", "offload_medium": "CPU_PINNED"}, blocks=200, offload_blocks=900,
     )  # fmt: skip
-    # These resets are of all tiers; that is in no event of vLLM's.
+    # These resets clear all tiers, but vLLM's clears do not name the tiers.
     index.follow(*(pod for pod in pods if pod.name != "sglang"), clear_media=["GPU", "CPU", "DISK"])
     index.follow(pods["sglang"])
     pods.run(60)
@@ -104,7 +104,7 @@ def test_tiers(index: IndexProcess, pods: Pods, equal) -> None:
     equal(index, pods, prompts)
     answers = index.match(prompts)["answers"]
     for name, tier in {"named": "CPU", "bare": "CPU", "disk": "DISK", "sglang": "CPU_PINNED"}.items():
-        # More is there than the first tier alone has, or this would not be about tiers.
+        # Some prompts are longer in the second tier than in the first, so the tiers matter here.
         found = [answer[name] for answer in answers if name in answer]
         assert any(each["media"].get(tier, 0) > each["media"].get("GPU", 0) for each in found)
     for pod in pods:
@@ -127,6 +127,6 @@ def test_hybrid_models(index: IndexProcess, pods: Pods, equal) -> None:
     prompts = own_prompts(pods["w17"].config, 60)
     done = equal(index, pods, prompts)
     assert {name: status["errors"] for name, status in index.status().items()} == {pod.name: {} for pod in pods}
-    # Cut anywhere, not only where a conversation was.
+    # Prompts cut at any place, not only at the end of a turn.
     cut = [Prompt(prompt.tokens[: len(prompt) * part // 7]) for prompt in prompts[::5] for part in range(1, 7)]
     assert done.answers + equal(index, pods, cut).answers > 500

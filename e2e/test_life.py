@@ -1,4 +1,4 @@
-"""Pods that come, go, and come back as others while the rest of the fleet serves."""
+"""Pods that come, go, and come back with another cache while the rest of the fleet serves."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_pod_is_added_drained_and_removed_while_the_others_serve(index: IndexP
     at_rest(index, pods)
     equal(index, pods, prompts)
 
-    # Drained: nothing new goes there, what it holds is still known, and it is still followed.
+    # Drained: no new requests go to the pod, but its blocks stay in the index and its stream is followed.
     index.drain("late")
     routed = index.route([Arrival(0.0, prompt, prompt.tokens[:0]) for prompt in prompts[:30]])
     assert {each.pod for each in routed} == {"a", "b"}
@@ -34,7 +34,7 @@ def test_a_pod_is_added_drained_and_removed_while_the_others_serve(index: IndexP
     assert any("late" in answer for answer in index.match(prompts)["answers"])
     equal(index, pods, prompts)
 
-    # Removed while it still publishes: no event that was on its way brings it back.
+    # Removed while it still publishes: no event in transit brings it back.
     late.ask("rate", rate=200.0)
     before = late.seqs()[0]
     until(lambda: late.seqs()[0] > before + 50)
@@ -50,7 +50,7 @@ def test_a_pod_is_added_drained_and_removed_while_the_others_serve(index: IndexP
 
 @pytest.mark.quick
 def test_a_pod_is_replaced_under_its_name(index: IndexProcess, pods: Pods, equal) -> None:
-    """At another address, as a new container is, and at the same one, as a restarted server is."""
+    """At another address, like a new container, and at the same address, like a restarted server."""
     pods.start(a={"seed": 1}, b={"seed": 2}, blocks=600)
     index.follow(*pods)
     pods.run(30)
@@ -58,7 +58,7 @@ def test_a_pod_is_replaced_under_its_name(index: IndexProcess, pods: Pods, equal
     old, new = own_prompts(pods["a"].config, 30), own_prompts(pods["b"].config, 30)
     equal(index, pods, old + new)
 
-    # Elsewhere, with other conversations and of another kind.
+    # At another address, with other conversations and another wire form.
     index.forget("a")
     pods.remove("a")
     (successor,) = pods.start("a", seed=2, form="vllm-0.22.0", blocks=600)
@@ -68,7 +68,7 @@ def test_a_pod_is_replaced_under_its_name(index: IndexProcess, pods: Pods, equal
     equal(index, pods, old + new)
     assert not any("a" in answer for answer in index.match(old)["answers"])
 
-    # At the same place, without a word to the index.
+    # At the same address, without a call to the index.
     successor.kill()
     until(lambda: index.state("a") == "stale")
     assert index.state("b") == "exact"
@@ -81,7 +81,7 @@ def test_a_pod_is_replaced_under_its_name(index: IndexProcess, pods: Pods, equal
 
 
 def test_from_one_pod_to_thirty_two_and_back(index: IndexProcess, pods: Pods, equal) -> None:
-    """Doubled and halved while all of them serve; at the end nothing is left of those that went."""
+    """The fleet is doubled and halved while all pods serve. In the end nothing is left of the removed pods."""
     forms = ["vllm-0.33.0", "vllm-0.22.0", "sglang-0.5.22", "vllm-0.9.0"]
     (first,) = pods.start("pod-0", blocks=300)
     index.follow(first)
@@ -117,7 +117,7 @@ def test_from_one_pod_to_thirty_two_and_back(index: IndexProcess, pods: Pods, eq
 
 
 def test_pods_that_come_and_go_again_and_again_are_exact_soon_after(index: IndexProcess, pods: Pods, equal) -> None:
-    """Each time the history is asked for anew, and nobody waits any more for the answers to what was asked before."""
+    """Each time the manager requests the history again, and does not wait for the answers to earlier requests."""
     names = "abcdef"
     pods.start(*names, blocks=40_000)
     pods.run(1500)

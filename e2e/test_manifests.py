@@ -1,4 +1,4 @@
-"""The example manifests: what Kubernetes accepts, what the engines accept, and what an index needs of them."""
+"""The example manifests, against Kubernetes' schemas, the engines' flags, and the needs of an index."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_labels_and_environment(engine: str, documents: dict[str, Any], containe
 
 
 def test_the_release_accepts_every_flag(engine: str, container: dict[str, Any]) -> None:
-    """Against what that release's own parser was recorded to accept; make e2e-engines asks the parser itself."""
+    """Against the recorded list of the release's own parser; make e2e-engines uses the parser itself."""
     accepted = json.loads((FIXTURES / "flags" / f"{engine}.json").read_text())
     assert re.search(r":v(.+)$", container["image"])[1] == accepted["version"]
     assert set(options(engine)) <= set(accepted["flags"])

@@ -1,4 +1,4 @@
-"""A thousand pods and one router: all are followed, and when half of them die at once the others notice nothing."""
+"""A thousand pods and one router: all are followed, and when half of them die at once, the others stay exact."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The service under requests that schemathesis makes of its own OpenAPI document: `make test-openapi`."""
+"""The service under requests that schemathesis generates from its OpenAPI document: `make test-openapi`."""
 
 import json
 import os
@@ -16,8 +16,9 @@ from kvindex.sim import SimProcess
 pytest.importorskip("schemathesis", reason="schemathesis is not installed: make test-openapi")
 
 EXAMPLES = os.environ.get("EXAMPLES", "50")
-# The checks that stay off, and why. positive_data_acceptance: the schema cannot express that one of tokens, text and
-# messages is given, or that bytes are whole tokens of four. /dump answers 501, as test_serve.py asserts.
+# The checks that are off, with the reasons. positive_data_acceptance: the schema cannot express that exactly one of
+# tokens, text and messages is required, or that bytes are whole tokens of four. /dump answers 501, as test_serve.py
+# asserts.
 OFF = ["--exclude-checks", "positive_data_acceptance", "--exclude-path", "/dump"]
 
 

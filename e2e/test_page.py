@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not instal
 
 
 class Fleet:
-    """A service over two simulated pods, and as many that nobody is behind as are asked for."""
+    """A service that follows two simulated pods, and ``silent`` pods without a process."""
 
     def __init__(self, silent: int, token: str | None = None) -> None:
         self.index = PrefixIndex(block_size=16)

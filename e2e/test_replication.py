@@ -1,4 +1,4 @@
-"""Replication with processes: followers, collectors, pods and a server of their own, and their faults."""
+"""Replication with followers, collectors, pods and a server in processes of their own, under faults."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SMALL: dict[str, Any] = {"pods": 8, "followers": 4, "rate": 200.0}
 
 
 def check(fleet: Fleet, name: str, fault: Fault) -> None:
-    """How long it takes is printed, and not judged: everybody is well again at some time, and was never wrong."""
+    """Assert that all members become exact again and were never wrong. The durations are printed, and not checked."""
     found = measure(fleet, fault)
     assert found.worst_age <= BOUND + found.way, f"{name}: an answer called exact was older than may be: {found}"
     print(f"{name}: {found}")
@@ -75,7 +75,7 @@ def test_a_server_that_is_too_old_is_named() -> None:
 
 
 def subscribers(fleet: Fleet) -> set[int]:
-    """How many connections the publishers have, each at its own port, as their process has them."""
+    """The numbers of connections of the publishers' ports, from the sockets of their process."""
     ports = [int(endpoint.rpartition(":")[2]) for endpoint, _ in fleet.ends]
     found = Counter(
         each.laddr.port
@@ -98,7 +98,7 @@ def routers(pods: Pods, server: LogServer, directory: Path) -> Iterator[tuple[ps
     ]  # fmt: skip
     (directory / "pods.yaml").write_text(yaml.safe_dump(listed))
     sim_tokenizer.save(directory / "model")
-    # Kept bound, so that nobody else is given the port; uvicorn may listen there all the same.
+    # The port stays bound, so no other process gets it. uvicorn can listen there all the same.
     kept = socket.socket()
     kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     kept.bind(("127.0.0.1", 0))
@@ -119,8 +119,10 @@ def routers(pods: Pods, server: LogServer, directory: Path) -> Iterator[tuple[ps
 
 
 def chat(url: str, content: str) -> tuple[int, int, int]:
-    """Its status, and the cached tokens that a worker expected and the engine reported. Each is a new connection, which
-    any of the workers takes."""
+    """The status of one chat, and the cached tokens that a worker expected and the engine reported.
+
+    Each chat is a new connection, which any of the workers takes.
+    """
     body = {"messages": [{"role": "user", "content": content}], "model": "sim", "max_tokens": 4}
     with urllib3.PoolManager(retries=False, timeout=60.0) as http:
         try:
@@ -158,7 +160,7 @@ def readers(server: LogServer) -> int:
 
 
 def test_eight_workers_of_the_example_router_have_one_subscription(tmp_path: Path) -> None:
-    """Whichever worker answers knows what the engines hold, and so it is when the one that listens is killed."""
+    """All workers have the engines' blocks, also after the worker with the subscription is killed."""
 
     def all_know(content: str) -> Any:
         found = [chat(url, content) for _ in range(3 * WORKERS)]
@@ -167,7 +169,7 @@ def test_eight_workers_of_the_example_router_have_one_subscription(tmp_path: Pat
         } and found
 
     def alone() -> int | None:
-        """The process that the engines have one connection to each, if there is one."""
+        """The process with one connection to each engine, if there is exactly one such process."""
         found = connected(pods)
         return found[0] if len(found) == len(pods) and len(set(found)) == 1 else None
 

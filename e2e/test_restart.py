@@ -1,4 +1,4 @@
-"""An index process that dies and starts again from what it saved, while the fleet went on without it."""
+"""An index process that dies and starts again from its snapshot, while the fleet continues without it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from .fleet import IndexProcess, Pods, at_rest, own_prompts, until
 
 @pytest.mark.quick
 def test_an_index_that_was_killed_goes_on_from_its_snapshot(pods: Pods, equal, tmp_path: Path) -> None:
-    """Between the snapshot and the new process: events that only the dead one knew, events that nobody heard, a pod
-    that was started again, and one that went for good."""
+    """A new process starts from an older snapshot.
+
+    Since the snapshot there were events that only the dead process got, events that no process got, a pod that was
+    started again, and one that was removed for good.
+    """
     path = tmp_path / "index.snapshot"
     pods.start(
         plain={}, ranks={"ranks": 2, "window": 64}, again={"form": "vllm-0.22.0"}, gone={"form": "sglang-0.5.22"},
@@ -37,7 +40,7 @@ def test_an_index_that_was_killed_goes_on_from_its_snapshot(pods: Pods, equal, t
         pods.remove("gone")
 
         index.launch()
-        # What was saved is there at once, and nobody may take it for the truth.
+        # The saved blocks are there at once, but stale.
         answers = index.match(prompts)["answers"]
         assert {name for answer in answers for name in answer} == {"plain", "ranks", "again", "gone"}
         assert {found["state"] for answer in answers for found in answer.values()} == {"stale"}
@@ -48,7 +51,7 @@ def test_an_index_that_was_killed_goes_on_from_its_snapshot(pods: Pods, equal, t
         told = [found["state"] for answer in index.match(prompts)["answers"] for found in answer.values()]
         assert set(told) <= {"exact", "stale"}
         assert not any("gone" in answer for answer in index.match(prompts, only_exact=True)["answers"])
-        # And on, live.
+        # Live from here on.
         pods.run(5)
         at_rest(index, pods)
         equal(index, pods, prompts)
@@ -80,8 +83,10 @@ def test_a_snapshot_that_is_not_there_or_damaged_is_a_fresh_start_or_an_error(
 
 @pytest.mark.quick
 def test_a_snapshot_is_continued_where_a_whole_history_is_not_there_any_more(pods: Pods, equal, tmp_path: Path) -> None:
-    """Pods that keep 60 batches for replays and have published more: only from the snapshot's places on is the rest
-    still to be had."""
+    """The pods keep 60 batches for replays and have published more.
+
+    So a replay can continue from the places of the snapshot, but not from the beginning.
+    """
     path = tmp_path / "index.snapshot"
     pods.start(a={}, b={"form": "sglang-0.5.22"}, blocks=400, buffer_steps=60)
     with IndexProcess(snapshot=path) as index:
@@ -103,7 +108,7 @@ def test_a_snapshot_is_continued_where_a_whole_history_is_not_there_any_more(pod
             status = index.status()[pod.name]
             assert status["lost_batches"] == 0
             assert status["batches"] == pod.seqs()[0] - saved[pod.name]
-    # Without it the beginning is lost, and said to be.
+    # Without the snapshot the beginning is lost, and the status reports it.
     with IndexProcess() as late:
         late.follow(*pods)
         until(lambda: {status["state"] for status in late.status().values()} == {"degraded"}, late.status)

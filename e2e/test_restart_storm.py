@@ -1,11 +1,11 @@
 """Many publishing pods, restarted in any order, and every restart accounted for.
 
 A restart is a pod that closes its sockets and begins again at seq 0 with an empty cache, or a process that is killed
-and started again where it was. Everybody serves and publishes all the time.
+and started again at its ports. All pods serve and publish all the time.
 
-The batches say whether the counters are right. Each carries its time, and so the life of its pod that it is of; the
-index notes them in the order in which it was given them. A restart has to be counted wherever that order goes from one
-life to a later one, and nowhere else; a life that ended before anything of it was applied cannot be seen.
+The batches show whether the counters are right. Each has its time, which shows in which life of its pod it was made.
+The index notes these times in the order in which it gets the batches. A restart must be counted wherever that order
+goes from one life to a later one, and nowhere else. A life that ended before a batch of it was applied is invisible.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from .server import Server, main
 #: Pods, and restarts of a round.
 PODS, RESTARTS = (int(number) for number in os.environ.get("STORM", "12x48").split("x"))
 FORMS = ("vllm-0.33.0", "vllm-0.24.0", "vllm-0.22.0", "sglang-0.5.22")
-#: Of the restarts, the share that is a killed process.
+#: The share of restarts that kill the process.
 KILLED = 0.25
-#: What a later round may add to the memory of the first: an allocator's noise, not a leak.
+#: The share that a later round may add to the memory of the first: noise of the allocator, not a leak.
 NOISE = 0.02
 
 
 class NotingIndex(PrefixIndex):
-    """An index that notes when each batch was made that it is given, pod by pod."""
+    """An index that notes the time at which each batch was made, by pod."""
 
     def __new__(cls) -> NotingIndex:
         made = super().__new__(cls)
@@ -63,13 +63,13 @@ class NotingServer(Server):
         return self.index
 
     def _op_made_at(self) -> dict[str, list[float]]:
-        """When the batches since the last question were made, with the last one from before it."""
+        """The times of the batches since the last request, and of the last batch before it."""
         found = dict(self.index.made_at)
         self.index.made_at.update({pod: times[-1:] for pod, times in found.items()})
         return found
 
     def _op_resident(self) -> dict[str, int]:
-        """Bytes that lie in memory, without those that are free already and only not given back."""
+        """Resident bytes, without the free memory that the allocator can return to the system."""
         gc.collect()
         psutil.heap_trim()
         return {"bytes": psutil.Process().memory_info().rss}
@@ -80,7 +80,7 @@ class NotingProcess(IndexProcess):
 
 
 def free_ports() -> Iterator[int]:
-    """Ports below those that the system gives to outgoing connections, which would take the one of a killed pod."""
+    """Free ports below the system's ephemeral ports: an outgoing connection might take the port of a killed pod."""
     for port in range(20000, 32000):
         with socket.socket() as tried:
             try:
@@ -95,7 +95,7 @@ def _storm(pods: list[SimProcess], lives: dict[str, list[float]], dice: random.R
         pod.ask("rate", rate=1.0)
     for _ in range(restarts):
         pod = dice.choice(pods)
-        pod.ask("rate", rate=0.0)  # or it could serve a last request between this moment and its end
+        pod.ask("rate", rate=0.0)  # no request may be served between the noted time and the end
         if dice.random() < KILLED:
             pod.kill()
             lives[pod.name].append(time.time())
@@ -124,7 +124,7 @@ def test_every_restart_of_a_storm_is_accounted_for(pods: Pods, equal) -> None:
     with NotingProcess() as index:
         index.follow(*made)
         at_rest(index, made)
-        # What the first restarts leave in an allocator is no leak, and hides one.
+        # A first storm, because the memory that the allocator keeps after it is no leak, but would hide one.
         _storm(made, lives, dice, RESTARTS // 4)
         at_rest(index, made, 90.0)
         resident = []

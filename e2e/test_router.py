@@ -1,4 +1,4 @@
-"""The whole router of the examples, over pods that answer as OpenAI-compatible servers."""
+"""The whole router of the examples, before pods that answer as OpenAI-compatible servers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def command(pods: Path, model: Path, *options: str) -> list[str]:
 
 @dataclass
 class Served:
-    """An answer: the pod that gave it, the cached tokens that the router expected and the engine reported."""
+    """An answer: its pod, and the cached tokens that the router expected and the engine reported."""
 
     pod: str = ""
     expected: int = -1
@@ -58,7 +58,7 @@ class Router:
         self.process = subprocess.Popen(command(pods, model, f"--port={port}", *options), stderr=log)
 
     def health(self) -> int | None:
-        """The status of its health, None before it listens."""
+        """The status of ``/health``; None before the router listens."""
         assert self.process.poll() is None, "the router has ended"
         try:
             return self.http.request("GET", f"{self.url}/health").status
@@ -74,7 +74,7 @@ class Router:
         return self.http.request("POST", self.url + path, body=data, headers=headers, preload_content=False)
 
     def chat(self, messages: list[dict[str, str]], *, stream: bool = False, **more: Any) -> Served:
-        """Served by the router; ``whole`` is false where the answer is an error or cut off."""
+        """Send a chat to the router; ``whole`` is false when the answer is an error or cut off."""
         if stream:
             more |= {"stream": True, "stream_options": {"include_usage": True}}
         found = Served()
@@ -100,7 +100,7 @@ class Router:
         return found
 
     def metrics(self) -> dict[str, float]:
-        """By name and pod."""
+        """The router's metrics, by name and pod."""
         text = self.http.request("GET", f"{self.url}/metrics").data.decode()
         return {
             name + (f" {pod}" if pod else ""): float(value)
@@ -149,7 +149,7 @@ def router(fleet: tuple[Pods, Path, Path]) -> Iterator[Router]:
 
 
 def applied(router: Router, pods: Pods) -> None:
-    """Whatever the pods have published is in the router's index."""
+    """Wait until all batches of the pods are in the router's index."""
 
     def late() -> dict[str, tuple[float, int]]:
         found = router.metrics()
@@ -159,7 +159,8 @@ def applied(router: Router, pods: Pods) -> None:
             if (batches := found[f"kvindex_worker_batches_total {pod.config.name}"]) < (seqs := pod.seqs()[0])
         }
 
-    # A pod may publish after it has answered: nothing new in some looks. Two were too few once, on a busy machine.
+    # A pod may publish after it has answered, so wait for several looks without a new batch. Two were once too few on a
+    # busy machine.
     looks: deque[list[int]] = deque(maxlen=8)
 
     def at_rest() -> bool:
@@ -171,9 +172,9 @@ def applied(router: Router, pods: Pods) -> None:
 
 @pytest.mark.quick
 def test_every_answers_cached_tokens_are_the_expected_ones(fleet: tuple[Pods, Path, Path], router: Router) -> None:
-    """New, growing and repeated chats, of which every second turn ends with a block, streamed and whole."""
+    """New, growing and repeated chats, streamed and whole. Every second turn ends at a block's end."""
     pods = fleet[0]
-    # Every pod has the system prompt, or who comes first there would be chance.
+    # All pods get the system prompt first. Otherwise chance would decide which request finds it.
     for pod in pods:
         urllib3.request("POST", f"{pod.url}/v1/chat/completions", json={"messages": [SYSTEM], "model": "sim"})
     applied(router, pods)
@@ -243,14 +244,14 @@ def test_a_pod_that_is_killed_costs_no_request_but_those_in_flight_on_it(
             stop.set()
         answers = [each for one in running for each in one.result()]
     failed = [(dead, served) for dead, served in answers if not served.whole]
-    # Sent before the kill and answered by it in part: one of a client at most. All later ones were served.
+    # Only requests sent before the kill may fail, at most one of each client. All later ones were served.
     assert all(not dead and served.pod == "b" for dead, served in failed), failed
     assert len(failed) <= 8
     assert "b" in {served.pod for dead, served in answers if not dead}
     assert "b" not in {served.pod for dead, served in answers if dead}
     assert router.metrics()["kvindex_unplaced_requests_total"] == 0
     assert all(router.metrics()[f"kvindex_worker_requests {name}"] == 0 for name in "acd")
-    # And back.
+    # The pod comes back.
     pods["b"].launch()
     number = iter(range(10**6))
     until(lambda: router.chat([{"role": "user", "content": f"{next(number)} again"}]).pod == "b")
@@ -262,7 +263,7 @@ def test_a_router_that_is_told_to_end_lets_requests_in_flight_end(fleet: tuple[P
         messages = [{"role": "user", "content": "tell me everything"}]
         answer = router.post("/v1/chat/completions", messages=messages, model="sim", max_tokens=65536, stream=True)
         data = answer.read(1)
-        # More than the sockets on its way take: what is not read is not sent yet.
+        # The answer is larger than the buffers of the sockets, so the unread part is not sent yet.
         assert sum(router.metrics()[f"kvindex_worker_requests {name}"] for name in "abcd") == 1
         router.process.send_signal(signal.SIGTERM)
 
@@ -279,7 +280,7 @@ def test_a_router_that_is_told_to_end_lets_requests_in_flight_end(fleet: tuple[P
         answer.release_conn()
         *parts, done, rest = data.decode().split("\n\n")
         assert (done, rest) == ("data: [DONE]", "")
-        # The usage was the router's own question.
+        # The router itself requested the usage, so it does not pass it on.
         assert len(parts) == 65536
         assert "usage" not in parts[-1]
         router.http.clear()
@@ -313,7 +314,7 @@ def test_what_is_wrong_is_refused_by_name_and_leaves_nothing_in_flight(router: R
 
 
 def listed_as(pods: Path, path: Path, **changes: dict[str, Any]) -> Path:
-    """The fleet's list, of the pods that are named in ``changes`` only, with these changes."""
+    """Write a list of the fleet's pods that are named in ``changes``, with these changes."""
     found = {item["name"]: item for item in yaml.safe_load(pods.read_text())}
     path.write_text(yaml.safe_dump([{**found[name], **change} for name, change in changes.items()]))
     return path
@@ -321,7 +322,7 @@ def listed_as(pods: Path, path: Path, **changes: dict[str, Any]) -> Path:
 
 @pytest.mark.quick
 def test_a_request_names_a_served_model_or_a_known_adapter(fleet: tuple[Pods, Path, Path], tmp_path: Path) -> None:
-    """Pod d is listed with another model, which its engine does not have: its own answer shows who was asked."""
+    """Pod d is listed with another model, which its engine does not have, so the answer shows the chosen pod."""
     listed = listed_as(fleet[1], tmp_path / "pods.yaml", a={}, d={"model": "other"})
     with started(listed, fleet[2], "--lora=adapter-1=sim", "--lora=adapter-2=other") as router:
         for body in ({"model": "gpt-4"}, {"model": "adapter-3"}, {"model": ["sim"]}, {}):
@@ -340,7 +341,7 @@ def test_a_request_names_a_served_model_or_a_known_adapter(fleet: tuple[Pods, Pa
 
         for _ in range(5):
             assert [pod_of(name) for name in ("sim", "other", "adapter-1", "adapter-2")] == ["a", "d", "a", "d"]
-        # An adapter has blocks of its own, and so has the expectation.
+        # An adapter has its own blocks, and the expected tokens follow them.
         ids = list(range(200)) * 2
         for model in ("sim", "adapter-1"):
             for expected in (0, 384):
@@ -358,7 +359,7 @@ def test_a_router_without_a_ready_pod_gives_the_reason_of_each(fleet: tuple[Pods
             fleet[1], tmp_path / "pods.yaml", a={"address": "http://127.0.0.1:1"}, b={"endpoint": f"tcp://{nowhere}"}
         )
         with started(listed, fleet[2], log=log, ready=False) as router:
-            # It listens although b never answers, and is not ready until the wait for b is over.
+            # The router listens although b never answers, and is not ready until the wait for b is over.
             until(lambda: router.health() == 503, "the router does not listen")
 
             def refused() -> bool:

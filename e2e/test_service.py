@@ -1,4 +1,4 @@
-"""``kvindex serve``, killed and started again under load: no answer that is exact is wrong, and all are exact again."""
+"""``kvindex serve``, killed and started again under load: no exact answer is wrong, and all become exact again."""
 
 import json
 import re
@@ -20,7 +20,7 @@ PROMPTS = [np.arange(1000 * number, 1000 * number + 40 * BLOCK, dtype=np.uint32)
 
 
 class Asking(threading.Thread):
-    """Asks one prompt after another and keeps every answer, with the moment it was there; None while nobody answers."""
+    """A thread that sends one query after another and keeps every answer with its time; None without an answer."""
 
     def __init__(self, url):
         super().__init__(daemon=True)
@@ -59,7 +59,7 @@ def test_a_killed_service_goes_on_from_its_snapshot(tmp_path):
             return served, re.search(r"http://\S+", served.stdout.readline())[0]
 
         served, url = service(0)
-        # Each pod holds another part of each prompt, which only grows: a floor of every later answer.
+        # Each pod holds another part of each prompt. The parts only grow, so they are a floor of every later answer.
         truth = {name: [0] * len(PROMPTS) for name in pods}
 
         def serve(blocks):
@@ -91,7 +91,7 @@ def test_a_killed_service_goes_on_from_its_snapshot(tmp_path):
         served.kill()
         served.wait()
         killed = time.monotonic()
-        serve(24)  # while nobody follows
+        serve(24)  # while no service follows the pods
         before = {name: list(each) for name, each in truth.items()}
         served, _ = service(url.rpartition(":")[2])
         settled()
@@ -102,7 +102,7 @@ def test_a_killed_service_goes_on_from_its_snapshot(tmp_path):
         asking.join()
         after = [(moment, at, found) for moment, at, found in asking.answers if moment > killed and found is not None]
         states = [hit[1] for _, _, found in after for hit in found.values()]
-        # What a restarted service calls exact has all that was published while it was away.
+        # An exact answer of the restarted service has all batches that were published while it was away.
         early = [
             (name, at, hit) for _, at, found in after for name, hit in found.items()
             if hit[1] == "exact" and hit[0] < before[name][at]

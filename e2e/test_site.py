@@ -1,4 +1,4 @@
-"""The site that ``make docs`` has built, opened as files: its search works in Chromium without a server."""
+"""The site that ``make docs`` builds, opened as files: its search works in Chromium without a server."""
 
 import shutil
 from pathlib import Path

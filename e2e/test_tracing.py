@@ -1,4 +1,4 @@
-"""OpenTelemetry's own command around ``kvindex serve``: a request is a span with its route and status."""
+"""``kvindex serve`` under OpenTelemetry's own command: each request is a span with its route and status."""
 
 import json
 import re

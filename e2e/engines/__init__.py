@@ -1,1 +1,1 @@
-"""Real engines without a GPU: their own caches and publishers as pods, and the index held against their own answers."""
+"""Real engines without a GPU: their own caches and publishers as pods, to compare the index with their own answers."""

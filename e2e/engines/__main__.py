@@ -1,4 +1,4 @@
-"""``python -m e2e.engines``: every case of every engine, and the number of answers that are not the engine's own."""
+"""``python -m e2e.engines``: run every case of every engine, and count the answers that differ from the engine's."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ MODEL = "m"
 
 
 class EngineProcess(SimProcess):
-    """A pod of a real engine from outside: asked, followed and compared as a simulated one."""
+    """The parent's handle of a pod with a real engine, with the interface of a simulated pod."""
 
-    #: The wire form of the simulated engine that names adapters as this one does.
+    #: The wire form of the simulated engine with the same names of adapters.
     FORMS = {"vllm": "vllm-0.33.0", "sglang": "sglang-0.5.22"}  # noqa: RUF012
 
     def __init__(self, engine: str, name: str, python: Path) -> None:
         self.engine = engine
         self._program = [str(python), "-m", "e2e.engines.pod", engine]
-        # Importing such an engine takes 10 to 40 seconds of CPU time.
+        # The import of such an engine takes 10 to 40 seconds of CPU time.
         super().__init__(
             SimConfig(name=name, model=MODEL, form=self.FORMS[engine]), timeout=300.0,
             env={"PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
@@ -54,11 +54,11 @@ class EngineProcess(SimProcess):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Each case names them itself."""
+        """Empty, because each case has its own options."""
         return {}
 
     def configure(self, options: dict[str, Any]) -> None:
-        """Make another engine in the process."""
+        """Replace the engine in the process by one with these options."""
         self.ready = self.ask("configure", options={**options, "topic": f"kv@{self.name}@{MODEL}"})
 
     def serve_all(self, arrivals: Iterable[Arrival], rank: int = 0, steps: int | None = None) -> None:
@@ -69,7 +69,7 @@ class EngineProcess(SimProcess):
 
 
 class Recorder:
-    """An index that writes down what is applied to it, in the order in which it is applied."""
+    """An index that records all applied batches in their order."""
 
     def __init__(self, index: PrefixIndex, writer: CaptureWriter) -> None:
         self._index = index
@@ -91,13 +91,13 @@ class Recorder:
 
 @dataclass
 class Comparison(fleet.Comparison):
-    """As of a fleet; ``apart`` are the differences of pods that say that they are degraded."""
+    """The comparison of a fleet; ``apart`` counts the differences of pods whose state is degraded."""
 
     apart: int = 0
 
 
 class Here:
-    """An index in this process, asked as one in another is: see :class:`e2e.fleet.IndexProcess`."""
+    """An index in this process, with the methods of one in another process: :class:`e2e.fleet.IndexProcess`."""
 
     def __init__(self, index: PrefixIndex, manager: EventManager) -> None:
         self.index = index
@@ -126,7 +126,7 @@ class Here:
 
 
 def run(case: Case, pods: Sequence[EngineProcess], requests: int, seed: int, record: Path | None) -> dict[str, Any]:
-    """Serve the case's workload in slices; between them, with requests half done, ask about everything seen so far."""
+    """Serve the case's workload in slices. Between them, with requests half done, ask about earlier prompts."""
     start = time.monotonic()
     dice = random.Random(f"{case.feature}{seed or ''}")
     for pod in pods:
@@ -201,7 +201,7 @@ def run(case: Case, pods: Sequence[EngineProcess], requests: int, seed: int, rec
 
 
 def failed(case: Case, error: Exception) -> dict[str, Any]:
-    """The row of a case that came to no end; the others go on."""
+    """The row of a case that failed with an error; the other cases go on."""
     counts = dict.fromkeys(("answers", "hit_tokens", "batches", "lost", "seconds"), 0)
     named: dict[str, Any] = {
         "engine": case.engine,
@@ -234,12 +234,12 @@ def settle(here: Any, pods: Sequence[EngineProcess], case: Case) -> None:
 
 
 def ask(here: Any, pods: Sequence[EngineProcess], prompts: Sequence[Prompt], case: Case) -> Comparison:
-    """Every engine's own answer for every prompt, by rank and by tier, and the index's."""
+    """Compare the index's answers to all prompts with those of every engine, by rank and by tier."""
     found = Comparison()
     wanted = "degraded" if case.degraded else "exact"
     for pod in pods:
         state = here.index.pod_state(pod.name)
-        # Before anything has happened that events cannot say, a pod that will be degraded may be exact.
+        # A pod becomes degraded with the first change that its events do not contain, and may be exact before.
         assert state == wanted or (case.degraded and state == "exact" and case.resets), (pod.name, state)
         truth = pod.truths(prompts)
         answers = here.match([as_asked(pod, prompt) for prompt in prompts], model=MODEL)["answers"]
@@ -248,16 +248,17 @@ def ask(here: Any, pods: Sequence[EngineProcess], prompts: Sequence[Prompt], cas
             tiers = truth["tiers"][number]
             for rank, hit in truth["hits"][number].items():
                 found.add(number, pod.name, rank, told["ranks"].get(rank, 0), tiers["GPU"] if case.own else hit)
-            # With several groups a tier's reach without the last token is another question.
+            # With several groups, the reach of a tier without the last token does not follow from its whole reach.
             if len(tiers) > 1 and not case.own and len(case.options.get("groups", "1")) == 1:
                 own = told["tiers"].get("GPU", 0)
                 if case.engine == "vllm":
-                    # Tiers say what is there; of its own pool vLLM leaves out the last token, and EAGLE a block.
+                    # The index's tiers count held tokens. vLLM does not reuse the last token of its own pool, and with
+                    # EAGLE the last block.
                     own = min(own, (len(prompts[number]) - 1) // 16 * 16)
                     own = max(0, own - (here.index.block_size if case.source.get("eagle") else 0))
                 found.add(number, pod.name, "GPU", own, tiers["GPU"])
         if state == "degraded":
-            # It says itself that its answers may be others.
+            # The answers of a degraded pod may differ.
             found.apart, found.differences = found.apart + len(found.differences), []
     return found
 
@@ -270,7 +271,7 @@ def add(total: Comparison, part: Comparison) -> None:
 
 
 def questions(seen: Sequence[Arrival], dice: random.Random) -> list[Prompt]:
-    """Some of what was served lately, prompts that follow it, and some that leave it in the middle."""
+    """Some recent prompts, the same ones with their answers, and prompts that end or differ in the middle of them."""
     found = []
     for each in dice.sample(list(seen[-30:]), min(5, len(seen))):
         prompt = each.prompt
@@ -293,7 +294,7 @@ def write_queries(writer: CaptureWriter, pods: Sequence[EngineProcess], prompts:
 
 
 def versions(pod: EngineProcess) -> dict[str, str]:
-    """What is installed beside the pods."""
+    """The version of the engine in the pods' environment."""
     program = "import importlib.metadata as m, sys; print(m.version(sys.argv[1]))"
     found = subprocess.run([pod._program[0], "-c", program, pod.engine], capture_output=True, text=True, check=True)
     return {pod.engine: found.stdout.strip()}

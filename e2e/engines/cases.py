@@ -1,4 +1,4 @@
-"""What is tried of each real engine, and how a run shows that it was about that."""
+"""The tested features of each real engine, with the figures that show that a run used the feature."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["CASES", "Case", "workload"]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One feature: the engine's options, what users send, and the figures that must not be zero."""
+    """One feature: the engine's options, the requests of users, and the figures that must not be zero."""
 
     engine: str
     feature: str
@@ -23,17 +23,17 @@ class Case:
     index: dict[str, Any] = field(default_factory=dict)
     shows: tuple[str, ...] = ("BlockStored", "BlockRemoved")
     own: bool = False
-    """Only the engine's own pool is compared: the tiers behind it are left out of the index on purpose."""
+    """Whether only the engine's own pool is compared, because the index leaves out the tiers behind it on purpose."""
     together: bool = False
-    """Every prompt is sent four times at once."""
+    """Whether every prompt is sent four times at once."""
     resets: str = ""
-    """Of which tiers ("GPU", "all tiers") caches are reset now and then."""
+    """The tiers ("GPU", "all tiers") whose caches are reset now and then."""
     sample: str | None = None
-    """Of this name a recording is kept with the tests."""
+    """The name of the recording that is kept with the tests."""
     images: bool = False
-    """Every other conversation starts with an image, which is in the keys of the blocks that it covers."""
+    """Whether conversations start with an image, which is in the keys of the blocks that it covers."""
     degraded: str = ""
-    """Why events cannot say enough in this case: the index has to call its pods degraded."""
+    """The reason why the events are not sufficient in this case: the index must call its pods degraded."""
 
 
 _NAMES = {"adapters": (None, "adapter-a", "adapter-b"), "salts": (None, "tenant-x")}
@@ -51,7 +51,7 @@ def _sglang(feature: str, **options: Any) -> Case:
 
 
 def _tier(chunk: int = 1, described: bool = False, **more: Any) -> dict[str, Any]:
-    """A GPU cache that is too small for the work, and a CPU tier behind it."""
+    """Options for a GPU cache that is too small for the work, with a CPU tier behind it."""
     return {"offload": {"chunk": chunk, "chunks": 400 // chunk, "described": described}, "blocks": 130, **more}
 
 
@@ -142,8 +142,8 @@ CASES: tuple[Case, ...] = (
         chat={**_NAMES, "output_tokens": 160}, resets="GPU",
         shows=("BlockStored", "BlockRemoved", "AllBlocksCleared", "preempted", "chunks"),
     ),
-    # More at a time make copies, which a set cannot tell from reports; and the reports of a window name blocks that the
-    # window has left, so neither can be exact.
+    # Several requests at a time make copies, which a set cannot distinguish from reports. The reports of a window name
+    # blocks that the window has passed. So neither can be exact.
     _vllm("full reports, one request at a time", options={"report": "full", "max_seqs": 1},
           source={"presence": "set"}),
     _sglang("pages of 16", sample="sglang-0.5.23-pages"),
@@ -178,8 +178,8 @@ CASES: tuple[Case, ...] = (
 
 
 def workload(case: Case, requests: int, seed: int = 0) -> list[Arrival]:
-    """What users send: several turns of conversations, so that each prompt repeats what was before."""
-    # Tokens below 128 are one byte on the wire, which keeps the recordings small; blocks stay distinct all the same.
+    """The requests of users: several turns of conversations, in which each prompt repeats the turns before."""
+    # Tokens below 128 are one byte on the wire, which keeps the recordings small. The blocks are still distinct.
     options = {"system_prompts": 2, "system_tokens": 200, "user_tokens": 60, "output_tokens": 64, "vocabulary": 128}
     arrivals = chat(
         conversations=-(-requests // 3), turns=3, rate=2.0, think=3.0, regenerate=0.2, seed=seed,
@@ -191,7 +191,7 @@ def workload(case: Case, requests: int, seed: int = 0) -> list[Arrival]:
 
 
 def _with_image(prompt: Prompt) -> Prompt:
-    """The same text with one of three images, or none, in tokens 20 to 119: by what its user wrote first."""
+    """The same text with one of three images, or none, in tokens 20 to 119; the user's first text decides which."""
     which = int(prompt.tokens[200]) % 4
     if which == 3:
         return prompt

@@ -1,7 +1,7 @@
 """``python -m e2e.engines.flags`` in the engines' environment: the manifests' flags, read by the engines' own parsers.
 
-Compares what the engines accept with the list beside the manifests, against which the tests check without engines;
-``--record`` writes that list.
+The program compares the flags that the engines accept with the list beside the manifests, which the tests use without
+engines. ``--record`` writes that list.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MANIFESTS = {"vllm": "vllm-kv-events-deployment.yaml", "sglang": "sglang-kv-even
 
 
 def arguments(path: Path) -> list[str]:
-    """What the engine of a manifest is started with, with the names that Kubernetes fills in filled in."""
+    """The arguments of a manifest's engine, with a value for the names that Kubernetes fills in."""
     found: list[str] = []
     for document in yaml.safe_load_all(path.read_text()):
         if document["kind"] == "Deployment":
@@ -32,12 +32,12 @@ def arguments(path: Path) -> list[str]:
 
 
 def vllm(args: list[str]) -> tuple[argparse.ArgumentParser, list[str], Any]:
-    """The parser, the fields of the events' configuration, and that of these arguments."""
+    """The parser, the fields of the events' configuration, and the configuration of these arguments."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     import vllm.platforms
     from vllm.platforms.cpu import CpuPlatform
 
-    # Its options have defaults that depend on a device, and there is none.
+    # Defaults of the options depend on the device, and there is no GPU here.
     vllm.platforms._current_platform = CpuPlatform()
     from vllm.config import KVEventsConfig
     from vllm.entrypoints.common.cli_args import make_arg_parser

@@ -1,4 +1,4 @@
-"""A pod of a real engine as a process: its ranks, and a control socket as simulated pods have."""
+"""A pod of a real engine as a process: its ranks, and a control socket like that of simulated pods."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .rank import Rank
 
 
 class EnginePod:
-    """A pod of one engine; ``make(options, rank)`` builds a rank, anew for each configuration."""
+    """A pod of one engine; ``make(options, rank, first)`` builds a rank for each configuration."""
 
     def __init__(self, make: Any) -> None:
         self._make = make
@@ -31,7 +31,7 @@ class EnginePod:
         self.stopping = False
 
     def ready(self) -> dict[str, Any]:
-        """Where everything is, for whoever started this."""
+        """The pod's addresses, for the process that started it."""
         return {
             "ranks": {number: [rank.endpoint, rank.replay_endpoint] for number, rank in enumerate(self.ranks)},
             "control": self.control.endpoint,
@@ -47,7 +47,7 @@ class EnginePod:
         self._context.term()
 
     def _op_configure(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Another engine in this process; gives where its ranks are."""
+        """Replace the engine in this process, and return the addresses of the new ranks."""
         self._op_close()
         first = _free_ports(2 * options.get("ranks", 1))
         for rank in range(options.get("ranks", 1)):
@@ -55,7 +55,7 @@ class EnginePod:
         return self.ready()
 
     def _op_serve_all(self, requests: list[dict[str, Any]], rank: int = 0, steps: int | None = None) -> dict[str, Any]:
-        """Queue requests and work, for ``steps`` steps or until all is done."""
+        """Queue requests and work on them, for ``steps`` steps or until all are done."""
         chosen = self.ranks[rank]
         for item in requests:
             chosen.add(prompt_of(item), np.frombuffer(item["output"], dtype="<u4").tolist())
@@ -91,7 +91,7 @@ class EnginePod:
 
 
 def _free_ports(count: int) -> int:
-    """The first of ``count`` ports that nobody has at this moment, outside of the range that systems give away."""
+    """The first of ``count`` consecutive ports that are free now, outside the system's range of ephemeral ports."""
     for first in range(20_000 + os.getpid() % 1000 * 10, 32_000, count):
         held = []
         try:
@@ -111,7 +111,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m e2e.engines.pod")
     parser.add_argument("engine", choices=["vllm", "sglang"])
     args = parser.parse_args()
-    # Engines write their logs to stdout, which is where this process has to say that it is ready.
+    # Engines write their logs to stdout, where this process has to print its line of readiness.
     ready = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     module = importlib.import_module(f"e2e.engines.{args.engine}_pod")

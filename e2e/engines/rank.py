@@ -1,4 +1,4 @@
-"""What a real engine has to be able to do to be a pod: one data-parallel rank of it."""
+"""The interface of a real engine in a pod: one data-parallel rank."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvindex.sim import Prompt
 class Rank(ABC):
     """One data-parallel rank: an engine's own cache and publisher.
 
-    ``figures`` counts what happened in it, so that a run can show that it was about what it says.
+    ``figures`` counts the events in it, so a run can show that it used its feature.
     """
 
     endpoint: str
@@ -34,10 +34,10 @@ class Rank(ABC):
 
     @abstractmethod
     def hit(self, prompt: Prompt) -> int:
-        """The engine's own answer: how many tokens of this prompt it would reuse now."""
+        """The engine's own answer: the number of tokens of this prompt that it would reuse now."""
 
     def tiers(self, prompt: Prompt) -> dict[str, int]:
-        """How far each tier reaches, with those above it, where the engine has several."""
+        """The tokens that each tier reaches together with the tiers above it, where the engine has several."""
         return {"GPU": self.hit(prompt)}
 
     @abstractmethod
@@ -56,11 +56,11 @@ class Rank(ABC):
 
 
 def endpoints(first: int, ranks: int) -> Mapping[str, str]:
-    """What all ranks are configured with; each adds its number to the ports, as engines do."""
+    """The endpoints in the configuration of all ranks; each rank adds its number to the ports, as engines do."""
     return {"endpoint": f"tcp://*:{first}", "replay_endpoint": f"tcp://*:{first + ranks}"}
 
 
 def reachable(sock: Any) -> str:
-    """Where a socket that is bound to everything can be connected to from here."""
+    """The local address of a socket that is bound to all interfaces."""
     found: str = sock.last_endpoint.decode().rstrip("\0")
     return found.replace("0.0.0.0", "127.0.0.1")

@@ -1,7 +1,7 @@
-"""``python -m e2e.engines.renderer`` in the engines' environment: the ids that vLLM's own renderer gives to a chat
-request, beside those of :class:`kvindex.text.PromptEncoder` with the same tokenizer and template.
+"""``python -m e2e.engines.renderer`` in the engines' environment: compare token ids with those of vLLM's own renderer.
 
-The request goes through vLLM's own protocol classes, so that what the server fills in is in it.
+The ids of chat requests by :class:`kvindex.text.PromptEncoder` must be equal to the renderer's, with the same tokenizer
+and template. The requests go through vLLM's own protocol classes, so they have the defaults that the server fills in.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ TOOL = {
 
 
 def conversation(rng: random.Random, template: str) -> list[dict[str, Any]]:
-    """Turns as clients send them: strings, parts, no content beside tool calls, and their results."""
+    """The turns of a client: strings, parts, tool calls without content, and their results."""
 
     def text() -> str:
         return " ".join(rng.choices(WORDS, k=rng.randint(0, 30)))
@@ -131,7 +131,7 @@ def conversation(rng: random.Random, template: str) -> list[dict[str, Any]]:
 
 
 class _Unknown(SimpleNamespace):
-    """A description of a model and its server, of which the renderer asks much, in which all else is None."""
+    """A description of a model and its server. The renderer reads many fields; all that are not given are None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -139,7 +139,7 @@ class _Unknown(SimpleNamespace):
 
 
 def renderer(tokenizer: Any) -> HfRenderer:
-    """vLLM's, of a model of which nothing is known but its tokenizer."""
+    """vLLM's renderer, for a model with nothing but a tokenizer."""
     model = _Unknown(hf_config=_Unknown(model_type="none"), renderer_num_workers=1, max_model_len=1 << 20, model="none")
     return HfRenderer(_Unknown(model_config=model, parallel_config=_Unknown(_api_process_rank=0)), tokenizer)
 
@@ -149,7 +149,7 @@ def main() -> int:
     parser.add_argument("--chats", type=int, default=1000, help="of each tokenizer and template (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    # Of arguments that are no JSON, one for each.
+    # vLLM would log a warning for each call whose arguments are not JSON.
     logging.getLogger("vllm").setLevel(logging.ERROR)
     compared = tokens = 0
     wrong = []

@@ -1,6 +1,6 @@
-"""The host's pool behind SGLang's unified tree (HiCache), and a controller that moves nothing.
+"""The host's pool behind SGLang's unified tree (HiCache), and a controller that moves no data.
 
-Which nodes are written, loaded and evicted, and when, is SGLang's own decision. Here every transfer is done at once.
+SGLang itself decides which nodes are written, loaded and evicted, and when. Here every transfer is done at once.
 """
 
 from __future__ import annotations
@@ -78,8 +78,10 @@ def _done(node_id: int) -> Any:
 
 
 def attach(tree: Any, size: int, policy: str, numbers: Any, figures: Counter[str]) -> None:
-    """Give a tree ``size`` tokens of the host, with ``write_through`` or ``write_back``: as its own ``init_hicache``
-    does with pools that need devices."""
+    """Attach a host pool of ``size`` tokens to a tree, with the policy ``write_through`` or ``write_back``.
+
+    The tree's own ``init_hicache`` does the same with pools that need devices.
+    """
     tree.host_pool_group = tree.components[ComponentType.FULL]._full_kv_pool_host = _Pool(size, figures)
     tree.cache_controller = _Controller(tree.host_pool_group, policy, numbers, figures)
     tree.tree_core.set_hicache_enabled()

@@ -1,7 +1,7 @@
 """SGLang's own radix cache and event publisher, as a pod without a model or memory pools.
 
-What its scheduler would do around the tree is done here in the same order: match and lock when a request starts,
-insert after each chunk of the prompt and when it is finished, evict when there is no room.
+This module makes the scheduler's calls to the tree, in the same order: match and lock when a request starts, insert
+after each chunk of the prompt and when it is finished, evict when there is no room.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .sglang_tree import UnifiedTree  # noqa: E402
 
 
 class _Allocator:
-    """Takes back what the tree evicts; there is no memory."""
+    """An allocator without memory, to which the tree returns its evicted tokens."""
 
     device = "cpu"
 
@@ -92,7 +92,7 @@ class SglangRank(Rank):
     def _key(self, tokens: list[int], prompt: Prompt) -> RadixKey:
         extra = None
         if prompt.lora_name is not None:
-            # As a request does: the adapter's id, 32 characters, stands at the end of the extra key.
+            # As in a request, the extra key ends with the adapter's id of 32 characters.
             extra = f"{prompt.lora_id or 1:032x}"
             self._names.register(lora_id=extra, lora_name=prompt.lora_name)
         return RadixKey(array("q", tokens), extra, cache_salt=prompt.cache_salt)
@@ -122,7 +122,7 @@ class SglangRank(Rank):
                 self.figures["chunks"] += request.done < prompt_length
                 self._checkpoint(request, request.tokens[: request.done])
             else:
-                # The last token of an answer has no KV: no step follows that would compute it.
+                # The last token of an answer has no KV, because no later step computes it.
                 self._checkpoint(request, request.tokens[:-1])
                 self._unlock(request)
                 self._running.remove(request)

@@ -1,7 +1,7 @@
 """SGLang's unified radix cache, whose trees have a window or recurrent states beside full attention.
 
-Its tree, its matching and its events are its own. Memory is not: what it frees goes nowhere, and what a request would
-have computed is a number.
+Tree, matching and events are SGLang's own. Memory is not: freed indices go nowhere, and a request's KV is a plain
+number.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _BESIDE = {"full": (), "window": (ComponentType.SWA,), "mamba": (ComponentType.M
 
 
 class _Nothing:
-    """Takes back memory that was never there."""
+    """An allocator without memory."""
 
     device = "cpu"
 
@@ -41,7 +41,7 @@ class _Nothing:
 
 
 class _Allocator(SWATokenToKVPoolAllocator):
-    """The same for two pools, in which a token has one number."""
+    """An allocator without memory for two pools, in which a token has the same number."""
 
     device = "cpu"
     full_attn_allocator = swa_attn_allocator = _Nothing()
@@ -77,11 +77,11 @@ class _Pool(HybridReqToTokenPool):
 
 
 class UnifiedTree:
-    """One tree, with what the scheduler does to it around a request.
+    """One tree, with the scheduler's operations on it.
 
     ``beside``: ``full`` for nothing beside full attention, ``window`` or ``mamba``. ``window``: tokens. ``share``: the
     size of the second pool, as a share of the first (a window's tokens, or states). ``host``: tokens of the host's
-    pool (0: none), and its write ``policy``. ``figures`` counts what happens in it.
+    pool (0: none), and its write ``policy``. ``figures`` counts the transfers.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class UnifiedTree:
         window: int = 64, share: float = 0.5, room: int = 0, host: int = 0, policy: str = "write_through",
         figures: Counter[str],
     ) -> None:  # fmt: skip
-        # What a server's arguments would say: every state may stay, at any place.
+        # As with a server's arguments that let every state stay, at any place.
         for module in (mamba, adapter):
             module.mamba_cache_chunk_size = lambda: 1
             module.mamba_checkpoint_grid = lambda page: 1
@@ -124,23 +124,23 @@ class UnifiedTree:
         self._tree.insert(params)
 
     def shrink(self, room: int) -> int:
-        """Make the second pool as small as it is, without a word to anybody; gives how much went."""
+        """Evict from the second pool down to its size, without events, and return the number of evicted entries."""
         tree, most = self._tree, int(room * self._share)
         if self._beside == "window":
             over = tree.swa_evictable_size() + tree.swa_protected_size() - most
             return int(tree.evict(EvictParams(swa_num_tokens=over)).swa_num_tokens_evicted) if over > 0 else 0
         if self._beside == "mamba":
-            # A state stands for a hundred tokens.
+            # A state has the size of a hundred tokens.
             over = tree.mamba_evictable_size() + tree.mamba_protected_size() - max(1, most // 100)
             return int(tree.evict(EvictParams(mamba_num=over)).mamba_num_evicted) if over > 0 else 0
         return 0
 
     def load(self, found: Any) -> bool:
-        """Bring what the host has behind a match to the device, as a request that starts does."""
+        """Load the host's part behind a match to the device, as the start of a request does."""
         return bool(self._tree.load_back(found.best_match_node))
 
     def settle(self) -> None:
-        """Let it see the transfers that are done, as at each step of the scheduler."""
+        """Process finished transfers, as each step of the scheduler does."""
         if self.tiered:
             self._tree.check_hicache_events()
 

@@ -1,7 +1,7 @@
-"""Modules of torchvision with empty classes in them.
+"""A stand-in for torchvision, whose modules have empty classes.
 
-SGLang imports it for image models. The real package would bring several GB of CUDA libraries, and does not load
-without them.
+SGLang imports torchvision for image models. The real package would bring several GB of CUDA libraries, and does not
+load without them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def stand_in_for_torchvision() -> None:
-    """To be called before anything of SGLang is imported."""
-    import transformers.utils  # noqa: F401  (asks for torchvision when it is imported, and must see that there is none)
+    """Install the stand-in. Call this before any import of SGLang."""
+    import transformers.utils  # noqa: F401  (looks for torchvision at its import, and must not find the stand-in)
 
     sys.meta_path.append(_Finder())

@@ -1,7 +1,7 @@
 """vLLM's own scheduler, KV-cache manager and event publisher, as a pod without a model.
 
-The scheduler decides what a step computes: continuous batching, chunked prefill, preemption, eviction. What a model
-would sample is given by the trace. Nothing of vLLM is replaced but the description of the model.
+The scheduler decides the work of each step: continuous batching, chunked prefill, preemption, eviction. The sampled
+tokens come from the trace. Nothing of vLLM is replaced but the description of the model.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from kvindex.sim import Prompt
 from .rank import Rank, endpoints, reachable
 
 _LONGEST = 20_000
-# What a chunk takes at least: the offloading manager rounds it up to this.
+# The least size of a chunk: the offloading manager rounds up to this.
 _CHUNK_BYTES = 4096
 
 
@@ -68,7 +68,7 @@ def _spec(kind: str, size: int, extent: int | None = None) -> Any:
 
 
 class _Draft(SimpleNamespace):
-    """An EAGLE draft model as the scheduler asks about it; a real description needs the model."""
+    """The description of an EAGLE draft model for the scheduler; a real one needs the model."""
 
     def __init__(self, tokens: int, multi: bool, legacy: bool) -> None:
         super().__init__(
@@ -98,7 +98,7 @@ def _offloading(chunk: int, chunks: int, described: bool) -> KVTransferConfig:
 
 
 def _images(prompt: Prompt, size: int) -> list[MultiModalFeatureSpec]:
-    """The images of a prompt, from the keys that its blocks have: (identifier, place relative to the block)."""
+    """The images of a prompt, from the keys of its blocks: (identifier, place relative to the block)."""
     spans: dict[tuple[str, int], int] = {}
     for block, keys in enumerate(prompt.extra_keys or ()):
         for name, place in keys or ():
@@ -137,7 +137,7 @@ class VllmRank(Rank):
         config.parallel_config.decode_context_parallel_size = options.get("context_parallel", 1)
         if "speculative" in options:
             config.speculative_config = _Draft(**options["speculative"])
-        # A real description would have to be of a model whose code can be imported; these are all that is asked of it.
+        # A real description needs a model whose code can be imported. The scheduler reads only these fields of it.
         config.model_config = SimpleNamespace(
             uses_mrope=False, is_encoder_decoder=False, max_model_len=_LONGEST, runner_type="generate",
             is_diffusion=False, multimodal_config=None, supports_multimodal_inputs=False, return_sampling_mask=False,
@@ -155,7 +155,7 @@ class VllmRank(Rank):
             ],
             prefix_cache_retention_interval=options.get("retention"),
         )
-        # PYTHONHASHSEED is read here, as in a server that starts: pods with and without it name blocks differently.
+        # PYTHONHASHSEED is read here, as at the start of a server: pods with and without it have different hashes.
         hash_with = {"sha256": sha256, "sha256_cbor": sha256_cbor}[options.get("hash", "sha256")]
         init_none_hash(hash_with)
         self.scheduler = Scheduler(
@@ -163,7 +163,7 @@ class VllmRank(Rank):
             block_size=lcm(*sizes) * options.get("context_parallel", 1),
             hash_block_size=gcd(*sizes) * options.get("context_parallel", 1),
         )  # fmt: skip
-        # As a multimodal model's scheduler has them; there is no processor to ask for these sizes.
+        # Set as for a multimodal model, because there is no processor that reports these sizes.
         self.scheduler.max_num_encoder_input_tokens = _LONGEST
         self.scheduler.encoder_cache_manager = EncoderCacheManager(cache_size=100 * _LONGEST)
         self._block_size = gcd(*sizes) * options.get("context_parallel", 1)
@@ -211,7 +211,7 @@ class VllmRank(Rank):
     def step(self) -> bool:
         scheduler = self.scheduler
         connector = scheduler.connector
-        # A connector goes on with its transfers when there are no requests.
+        # A connector continues its transfers without requests.
         if not scheduler.has_requests() and not (connector is not None and connector.has_pending_push_work()):
             return False
         plan = scheduler.schedule()
@@ -233,7 +233,7 @@ class VllmRank(Rank):
         return True
 
     def _transferred(self, plan: Any) -> KVConnectorOutput | None:
-        """A worker that does every transfer at once; there is no memory to move."""
+        """The answer of a worker that has done every transfer at once. There is no memory to move."""
         if self.scheduler.connector is None:
             return None
         told = plan.kv_connector_metadata
@@ -254,7 +254,7 @@ class VllmRank(Rank):
         found = {"GPU": int(own)}
         connector = self.scheduler.connector
         if connector is not None:
-            # What a request would be told, and then it goes away: looking up changes no order of eviction.
+            # Ask as a new request would, and then remove the request. A look-up does not change the order of eviction.
             connector.on_new_request(request)
             asked = connector.connector_scheduler
             more, _later = connector.get_num_new_matched_tokens(request, int(own))
@@ -268,7 +268,7 @@ class VllmRank(Rank):
 
     def reset(self, connector: bool = False) -> bool:
         done = self.scheduler.reset_prefix_cache(reset_connector=connector)
-        # Events leave only in a step; nothing is scheduled in this one.
+        # Events are published only in a step; nothing is scheduled in this one.
         plan = self.scheduler.schedule()
         if plan.num_scheduled_tokens:
             raise ValueError("a reset in the middle of requests has to be followed by their next step")
