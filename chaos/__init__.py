@@ -1,1 +1,1 @@
-"""Faults, on purpose: what an index claims while pods, network and its own process fail, and how it recovers."""
+"""Injected faults: the answers of an index while pods, network and its own process fail, and its recovery."""

@@ -1,4 +1,4 @@
-"""``python -m chaos FILE...``."""
+"""``python -m chaos FILE...``: run experiments."""
 
 import sys
 

@@ -1,8 +1,8 @@
-"""Experiments as they are written: Chaos Mesh's kinds, checked by ``experiment.schema.yaml``.
+"""Experiments from YAML files: Chaos Mesh's kinds, checked against ``experiment.schema.yaml``.
 
-The same files go to a cluster with ``kubectl apply`` and run here with ``python -m chaos``. What only a local run
-needs to know stands in annotations under ``kvindex.local/``, which Chaos Mesh ignores. Faults that it has no kind for
-are of the kind ``LocalChaos``, in a file of their own.
+The same files go to a cluster with ``kubectl apply`` and run here with ``python -m chaos``. Facts for a local run alone
+are in annotations under ``kvindex.local/``, which Chaos Mesh ignores. Faults for which it has no kind are of the kind
+``LocalChaos``, in a file of their own.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, 
 
 
 class ExperimentError(ValueError):
-    """A file is not what Chaos Mesh, or this program, would take: says where and what would be right."""
+    """Chaos Mesh, or this program, would not accept a file. The message has the place and the valid form."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One document: a fault, whom it hits, and how long it is held."""
+    """One document: a fault, its targets, and the time for which it is held."""
 
     name: str
     kind: str
@@ -54,12 +54,12 @@ class Experiment:
 
     @property
     def on_index(self) -> bool:
-        """Whether it is the index that is hit, and not pods."""
+        """Whether the fault hits the index instead of pods."""
         return self.labels.get("app.kubernetes.io/component") == "index"
 
 
 def seconds(text: object) -> float:
-    """A duration as Go writes it, such as ``1m30s`` or ``-500ms``."""
+    """The seconds of a duration in Go's form, such as ``1m30s`` or ``-500ms``."""
     found = re.fullmatch(r"([+-]?)((?:\d+(?:\.\d+)?(?:ns|us|µs|ms|s|m|h))+)", str(text))
     if not found:
         raise ExperimentError(f"{text!r} is no duration such as 500ms or 1m30s")
@@ -68,7 +68,7 @@ def seconds(text: object) -> float:
 
 
 def load(path: Path) -> list[Experiment]:
-    """Every experiment of a file. Raises :class:`ExperimentError` naming the document and the field."""
+    """Load every experiment of a file. Raises :class:`ExperimentError`, which names the document and the field."""
     with path.open() as file:
         documents = [document for document in yaml.safe_load_all(file) if document is not None]
     if not documents:

@@ -1,8 +1,8 @@
-"""Each kind of fault, as a function that injects it into a scene and takes it back.
+"""Each kind of fault, as a function that injects it into a scene and heals it.
 
-Such a function is a generator. It injects the fault, yields the seconds for which the fault is to be held, and heals.
-Where something has to be checked once everything has recovered, it yields a second time. Its decorator names the
-experiments that it performs, its requirements, and the differences that the judgements have to know.
+Such a function is a generator. It injects the fault, yields the seconds for which to hold the fault, and heals. It
+yields a second time where something has to be checked after the recovery. Its decorator names the experiments that it
+performs, its requirements, and the traits that the judgements need.
 """
 
 from __future__ import annotations
@@ -39,31 +39,31 @@ Environment: TypeAlias = Callable[[Path], Mapping[str, str]]
 
 @dataclass(kw_only=True)
 class Fault:
-    """What an experiment's document says, in a scene."""
+    """An experiment's fault, with its traits and its targets in a scene."""
 
     experiment: Experiment
     steps: Callable[[Fault, Scene], Steps]
-    #: Commands, or patterns of files.
+    #: The required commands, or patterns of files.
     tools: tuple[str, ...] = ()
     needs_hosts: bool = False
     proxied: bool = False
-    #: Whether it hits pods. A stressed machine has everybody on it: nobody is another's other.
+    #: Whether it hits some of the pods. A stressed machine hits all of them, so there are no other pods to judge.
     on_pods: bool = True
-    #: Its pods can not be known while it lasts: they must not be called exact from ``notice`` seconds on.
+    #: Whether its pods cannot be reached: they must not be called exact from ``notice`` seconds on.
     cuts: bool = False
     notice: float = NOTICE
-    #: A liar's truth is not defined: what it says of itself meanwhile is not judged, only everybody else.
+    #: Whether its pods publish invalid messages. Their true answers are undefined then, so only other pods are judged.
     lies: bool = False
-    #: Its pods are removed and added anew, and their counters with them.
+    #: Whether its pods are removed and added again, and their counters with them.
     anew: bool = False
-    #: Batches come, but late: a stream that never pauses shows no silence, and its lag is what has to say so.
+    #: Whether batches come late. A stream that never pauses shows no silence, so its lag has to show the delay.
     slow: bool = False
-    #: Requests a second of every pod while it is measured.
+    #: Requests a second of every pod during the measurement.
     rate: float = RATE
     pod_env: Environment = lambda where: {}
     index_env: Environment = lambda where: {}
     pods: list[str] = field(default_factory=list)
-    #: What did not go as the fault demands, beside the five judgements.
+    #: Failed checks of the fault itself, beside the five judgements.
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -75,23 +75,23 @@ class Fault:
         return self.experiment.hold
 
     def missing(self) -> str | None:
-        """Why it can not be done here, or None."""
+        """The reason why the fault cannot be injected here, or None."""
         if self.needs_hosts and (why := missing()):
             return why
         absent = [tool for tool in self.tools if not (glob(tool) if "/" in tool else shutil.which(tool))]
         return f"{Path(absent[0]).name} is not installed" if absent else None
 
     def choose(self, scene: Scene) -> None:
-        """Decide who is hit this time."""
+        """Choose the pods that are hit this time."""
         self.pods = scene.choose(self.spec["mode"], str(self.spec.get("value", "1"))) if self.on_pods else []
 
     def expect(self, so: object, otherwise: str) -> None:
-        """Note a problem unless it is so: above all where a fault turns out to have done nothing."""
+        """Note the problem ``otherwise`` unless ``so`` is true: above all where a fault had no effect."""
         if not so:
             self.problems.append(otherwise)
 
 
-#: By what an experiment says: kind, action, a note of how, and whether it is the index that is hit.
+#: The faults by kind, action, the annotation ``how``, and whether the index is hit.
 _FAULTS: dict[tuple[str, str, str, bool], Callable[..., Fault]] = {}
 
 
@@ -106,7 +106,7 @@ def _does(
 
 
 def fault_of(experiment: Experiment) -> Fault:
-    """How an experiment is done here. Raises :class:`ExperimentError` for what Chaos Mesh can do and this can not."""
+    """The fault of an experiment. Raises :class:`ExperimentError` for faults that only Chaos Mesh can inject."""
     key = experiment.kind, experiment.action, experiment.local.get("how", ""), experiment.on_index
     if key not in _FAULTS:
         raise ExperimentError(f"{experiment.file}: {experiment.name}: {' '.join(key[:2])} can not be done here")
@@ -125,7 +125,7 @@ def _restore(fault: Fault, scene: Scene) -> None:
 
 
 def _drop(fault: Fault, scene: Scene, pod: str, *what: str, port: str | None = None) -> None:
-    """Drop packets in the directions that the experiment says."""
+    """Drop packets in the directions of the experiment."""
     for direction, chain, side, number in (("from", "INPUT", "-i", "--dport"), ("to", "OUTPUT", "-o", "--sport")):
         if fault.spec.get("direction", "to") in (direction, "both"):
             only = ["-p", "tcp", number, port] if port else []
@@ -171,7 +171,7 @@ def _bandwidth(fault: Fault, scene: Scene) -> Steps:
 
 
 def _proxied(fault: Fault, scene: Scene, what: str, value: float) -> Steps:
-    """Let the proxies of the pods do that for a while."""
+    """Set a field of the pods' proxies for a while."""
     for pod in fault.pods:
         for proxy in scene.proxies[pod]:
             setattr(proxy, what, value)
@@ -201,18 +201,18 @@ def _corrupt(fault: Fault, scene: Scene) -> Steps:
 @_does("PodChaos", "pod-kill", cuts=True)
 @_does("PodChaos", "pod-failure", cuts=True)
 def _kill(fault: Fault, scene: Scene) -> Steps:
-    """Pods are killed, and others take their places after a while."""
+    """Kill pods, and start them again after a while."""
     for pod in fault.pods:
         scene.pods[pod].kill()
     yield fault.hold
-    # Side by side: one after the other would stretch the outage, and the index's back-off with it.
+    # In parallel: one after the other would prolong the outage, and the index's back-off with it.
     with ThreadPoolExecutor() as starters:
         list(starters.map(lambda pod: scene.pods[pod].launch(), fault.pods))
 
 
 @_does("PodChaos", "pod-failure", how="stop", cuts=True)
 def _stop(fault: Fault, scene: Scene) -> Steps:
-    """Pods hang with their sockets open."""
+    """Suspend pods with their sockets open."""
     for pod in fault.pods:
         scene.pods[pod].pause()
     yield fault.hold
@@ -222,9 +222,9 @@ def _stop(fault: Fault, scene: Scene) -> Steps:
 
 @_does("PodChaos", "pod-kill", index=True)
 def _kill_index(fault: Fault, scene: Scene) -> Steps:
-    """The index's own process is killed while it applies events, and another one starts from the last snapshot."""
+    """Kill the index's own process while it applies events, and start another one from the last snapshot."""
     scene.index.ask("save", path=str(scene.snapshot))
-    time.sleep(0.5)  # the pods go on: the snapshot is old when it is needed
+    time.sleep(0.5)  # the pods go on, so the snapshot is out of date when it is needed
     scene.index.kill()
     yield fault.hold
     scene.index.launch()
@@ -247,7 +247,7 @@ def _stress(fault: Fault, scene: Scene) -> Steps:
         yield fault.hold
         fault.expect(process.poll() is None, "the machine was not stressed all the time")
     finally:
-        # It ends its own workers when it is asked to.
+        # On SIGTERM, stress-ng ends its workers as well.
         process.terminate()
         process.wait(20)
 
@@ -278,7 +278,7 @@ def _skew(fault: Fault, scene: Scene) -> Steps:
         put(pod, offset)
     yield fault.hold
     for pod in fault.pods:
-        # A batch's time is its pod's: one that is made ten minutes ago has been on its way for as long.
+        # A batch has the time of its pod's clock. With a clock ten minutes behind, its lag is ten minutes.
         lag = scene.index.status()[pod]["lag"] or 0.0
         fault.expect(abs(lag + offset) < 5.0, f"{pod}: its clock is {lag:.1f} s behind, not {-offset:g} s")
         put(pod, 0.0)
@@ -299,9 +299,9 @@ def _expect_stale(fault: Fault, scene: Scene, because: str = "") -> None:
         fault.expect(state == "stale", f"{pod} is {state}{because}")
 
 
-@_does("LocalChaos", "flood", rate=5.0)  # so few that one process can serve a hundred times as many
+@_does("LocalChaos", "flood", rate=5.0)  # low enough for one process to serve a hundred times as many
 def _flood(fault: Fault, scene: Scene) -> Steps:
-    """One pod serves ``rate`` times as much as each of the others."""
+    """Let one pod serve ``rate`` times as much as each of the others."""
 
     def requests() -> dict[str, int]:
         return {name: pod.ask("status")["requests"] for name, pod in scene.pods.items()}
@@ -313,7 +313,7 @@ def _flood(fault: Fault, scene: Scene) -> Steps:
     scene.rates(fault.rate, fault.pods)
     most = max(count for pod, count in served.items() if pod not in fault.pods)
     for pod in fault.pods:
-        # How much of the wanted rate one process reaches is the machine's affair; a flood it has to be.
+        # One process may not reach the whole rate on this machine, but it has to be a flood.
         fault.expect(served[pod] > 20 * most, f"{pod} served {served[pod]} requests, another {most}: no flood")
 
 
@@ -329,7 +329,7 @@ def _hostile(fault: Fault, scene: Scene) -> Steps:
 
 
 def _misled(fault: Fault, scene: Scene, told: Callable[[str], Mapping[str, Any]]) -> Steps:
-    """The index is told something wrong about where a pod's events are, as one letter in a pod file does."""
+    """Give the index wrong options for a pod's events, as one wrong letter in a pod file does."""
     for pod in fault.pods:
         scene.index.forget(pod)
         scene.index.follow(scene.pods[pod], **told(pod))
@@ -354,7 +354,7 @@ def _swapped_replay(fault: Fault, scene: Scene) -> Steps:
 
     def told(pod: str) -> Mapping[str, Any]:
         other = scene.pods[names[(names.index(pod) + 1) % len(names)]]
-        # By another address that leads there, for one that is another pod's already is refused.
+        # An IPv6 form of the address, because the manager refuses an address that another pod has already.
         host, port = str(other.ranks[0][1]).removeprefix("tcp://").rsplit(":", 1)
         return {"ranks": {0: (scene.pods[pod].ranks[0][0], f"tcp://[::ffff:{host}]:{port}")}}
 
@@ -363,7 +363,7 @@ def _swapped_replay(fault: Fault, scene: Scene) -> Steps:
 
 @_does("LocalChaos", "lost-tail")
 def _lost_tail(fault: Fault, scene: Scene) -> Steps:
-    """The last batches before a silence are lost on the way."""
+    """Lose the last batches before a silence in transit."""
 
     def tails(pod: str) -> int:
         workers = scene.index.status()[pod]["workers"].values()
@@ -382,7 +382,7 @@ def _lost_tail(fault: Fault, scene: Scene) -> Steps:
 
 @_does("LocalChaos", "publisher-dead", cuts=True, notice=10.0)
 def _dead_publisher(fault: Fault, scene: Scene) -> Steps:
-    """The publisher's thread is dead, its process and connections live, and its cache goes on changing."""
+    """Stop the publisher's thread, while its process and connections stay alive and its cache keeps changing."""
     _publishers(fault, scene, mute=True, replay_silent=True)
     yield fault.hold
     _expect_stale(fault, scene)
@@ -393,14 +393,14 @@ def _dead_publisher(fault: Fault, scene: Scene) -> Steps:
 def _replay_gone(fault: Fault, scene: Scene) -> Steps:
     _publishers(fault, scene, replay_silent=True, drop=int(fault.spec["drop"]))
     yield fault.hold
-    # The publisher has the request: the hole is not accepted while it may still answer.
+    # The publisher has the request, so the index does not accept the hole while an answer may still come.
     _expect_stale(fault, scene, ": no batch was lost")
     _publishers(fault, scene, replay_silent=False, drop=0)
 
 
 @_does("LocalChaos", "herd")
 def _herd(fault: Fault, scene: Scene) -> Steps:
-    """So many other routers start at once and follow the pod."""
+    """Start ``readers`` other routers at once, which follow the pod."""
     with ExitStack() as stack:
         managers = []
         for pod in fault.pods:
@@ -429,9 +429,9 @@ def _slow_disk_env(where: Path) -> Mapping[str, str]:
 
 @_does("IOChaos", "latency", index=True, tools=("cc",), index_env=_slow_disk_env)
 def _slow_disk(fault: Fault, scene: Scene) -> Steps:
-    """The index saves snapshots to a slow disk, again and again, and a recorder writes every stream to it.
+    """Save snapshots to a slow disk, again and again, while a recorder writes every stream to it.
 
-    Saving must not hold up answers or streams. A recorder can not be faster than its disk, but what it has must be the
+    A save must not hold up answers or streams. A recorder cannot be faster than its disk, but its recording must be the
     beginning of every stream, without a gap.
     """
     delay = seconds(fault.spec["delay"])
@@ -466,7 +466,7 @@ def _slow_disk(fault: Fault, scene: Scene) -> Steps:
 
 @_does("IOChaos", "fault", index=True, needs_hosts=True, tools=("mount", "umount"))
 def _full_disk(fault: Fault, scene: Scene) -> Steps:
-    """Snapshots are saved to a disk that has no room for them. What was there before must stay whole."""
+    """Save snapshots to a full disk. The snapshot from before must stay intact."""
     run("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(scene.disk))
     try:
         scene.index.ask("save", path=str(scene.snapshot))

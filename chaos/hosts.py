@@ -1,9 +1,9 @@
-"""Hosts on one machine: network namespaces, each joined to the index's by a veth pair, and what can be done to them.
+"""Hosts on one machine: network namespaces, each joined to the index's by a veth pair, and the faults of their network.
 
-Everything lies in namespaces that only this run has: :func:`enter` starts the program again in new network, mount and
-process namespaces (in a new user namespace, where it is not root's). When the run ends, even by SIGKILL, the kernel
-removes all of them, with every process, interface, rule, qdisc and mount in them: nothing has to be cleaned up, so
-nothing can be forgotten. The addresses exist nowhere else.
+Only this run uses these namespaces: :func:`enter` starts the program again in new network, mount and process namespaces
+(and a new user namespace, unless the user is root). When the run ends, even by SIGKILL, the kernel removes all of them,
+with every process, interface, rule, qdisc and mount in them, so no clean-up is needed. The addresses exist nowhere
+else.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MARK = "CHAOS_NAMESPACES"
 
 
 def run(*command: str) -> str:
-    """Run a tool; raises with what it said when it fails."""
+    """Run a tool. Raises OSError with its output when it fails."""
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20, check=False)
     if done.returncode:
         raise OSError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip() or done.returncode}")
@@ -38,11 +38,13 @@ def refuse(why: str) -> None:
 
 
 def enter(module: str, argv: Sequence[str]) -> None:
-    """Become the same program in namespaces of its own. Returns where that is not possible; :func:`missing` then says
-    why."""
+    """Replace this process by the same program in namespaces of its own.
+
+    Returns where that is not possible; :func:`missing` then gives the reason.
+    """
     if _MARK in os.environ:
         return
-    # What the tools keep under /run (names of namespaces, a lock of iptables) is this run's alone.
+    # The tools' files under /run (names of namespaces, a lock of iptables) must belong to this run alone.
     prepare = "mount -t tmpfs tmpfs /run && ip link set lo up"
     refused = ""
     for rights in ([], ["--user", "--map-root-user"]):
@@ -61,7 +63,7 @@ def enter(module: str, argv: Sequence[str]) -> None:
 
 
 def missing() -> str | None:
-    """Why hosts can not be had here, or None."""
+    """The reason why there can be no hosts here, or None."""
     return None if inside() else os.environ.get(_MARK) or "namespaces are switched off"
 
 
@@ -83,19 +85,19 @@ class Host:
 
     @property
     def prefix(self) -> list[str]:
-        """What comes before a command that is to run there. The process keeps its number: ip executes it."""
+        """The prefix of a command that runs on this host. The process keeps its id, because ip uses exec."""
         return ["ip", "netns", "exec", self.name]
 
     def rule(self, chain: str, *what: str) -> None:
-        """Add a rule for packets; :meth:`clear` removes all."""
+        """Add a rule for packets; :meth:`clear` removes all rules."""
         run(*self.prefix, "iptables", "-w", "5", "-A", chain, *what)
 
     def shape(self, *what: str) -> None:
-        """Put a queueing discipline on what leaves the pod; :meth:`clear` removes it."""
+        """Put a queueing discipline on the pod's outgoing packets; :meth:`clear` removes it."""
         run(*self.prefix, "tc", "qdisc", "add", "dev", "e0", "root", *what)
 
     def clear(self) -> int:
-        """As if nothing had been done to it. Gives how many packets were dropped or held back."""
+        """Remove all rules and disciplines, and return the number of packets that were dropped or held back."""
         rules = run(*self.prefix, "iptables", "-w", "5", "-nvxL")
         hit = sum(int(count) for count in re.findall(r"^\s*(\d+)\s+\d+\s+DROP", rules, re.MULTILINE))
         run(*self.prefix, "iptables", "-w", "5", "-F")

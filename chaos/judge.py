@@ -1,18 +1,18 @@
-"""The five judgements, from what was written down.
+"""The five judgements of the logs of a run.
 
-* **Safety**: while a pod's answer is called exact, it is what the pod itself held after the last batch that the index
-  has applied, for every probe; every batch before it was applied too, once and in order; and that batch is one that
-  the pod has published, bit for bit. What is in flight is exactly what the pod has published after it.
-* **Honesty**: nothing may be in flight for longer than two seconds while the answer is called exact (over a line that
-  is too slow for its stream the lag that is told has to be the real one instead), a pod that can not be known (killed,
-  stopped, cut off) is not called exact from two seconds after that on, and at least as many batches as were left out
-  are in the stream's counter of lost ones.
-* **Recovery**: within ten seconds of healing all pods are exact and nothing is in flight for long; and at the end, with
+* **Safety**: an exact answer about a pod equals the pod's own answer after the last batch that the index has applied,
+  for every probe. Every batch before it was applied too, once and in order. The pod has published this batch, bit for
+  bit. The batches in flight are exactly those that the pod has published after it.
+* **Honesty**: no batch may be in flight for longer than two seconds while the answer is exact. Over a line that is too
+  slow for its stream, the reported lag has to be the real one instead. A pod that cannot be reached (killed, stopped,
+  cut off) is not exact from two seconds after that on. The stream's counter of lost batches has at least the batches
+  that were left out.
+* **Recovery**: within ten seconds of healing, all pods are exact and no batch is in flight for long. At the end, with
   the fleet at rest, every answer equals the pods' own.
-* **Resources**: threads and file descriptors are as many as before, but for those of a SUB socket for each pod; memory
-  does not grow with repetition: neither what is held, nor, by more than an allocator keeps in pieces, what is resident.
-* **Others**: the 99th percentile of the time that questions about the other pods take stays within three times that of
-  before. Where the machine itself has become slower (a process that does nothing else finds out), by that much more.
+* **Resources**: threads and file descriptors are as many as before, except those of a SUB socket for each pod. Memory
+  does not grow with repetitions: held memory not at all, and resident memory only by the allocator's fragments.
+* **Others**: the 99th percentile of the time of queries about the other pods stays within three times that of before.
+  Where the machine itself has become slower, as the metronome shows, the limit grows by the same factor.
 """
 
 from __future__ import annotations
@@ -32,56 +32,58 @@ __all__ = ["Cycle", "Judgement", "Judgements", "Samples", "Witness", "judge", "s
 Times: TypeAlias = npt.NDArray[np.float64]
 Numbers: TypeAlias = npt.NDArray[np.int64]
 
-#: Seconds until what can not be known has to be called so: one heartbeat of 0.7 s, its timeout of 1.05 s, and a margin.
+#: Seconds until an unreachable pod must not be exact any more: a heartbeat of 0.7 s, its timeout of 1.05 s, a margin.
 NOTICE = 2.0
-#: Seconds from healing to everything being exact again.
+#: Seconds from healing until all pods are exact again.
 RECOVER = 10.0
-#: A batch that is published more than this ago and not applied means that a pod has not caught up.
+#: Seconds after which a published batch that is not applied means that a pod has not caught up.
 FRESH = 0.5
-#: What the 99th percentile of questions may grow by, and the seconds up to which it says nothing: unharmed fleets on a
-#: loaded machine had 8 to 54 us.
+#: The factor by which the 99th percentile of queries may grow, and the seconds below which it means nothing: healthy
+#: fleets on a loaded machine had 8 to 54 us.
 SLOWER = 3.0
 NOISE = 60e-6
-#: Bytes that a process may hold more after all repetitions than after the first ones, and that may be resident beyond
-#: those. What an allocator keeps between that which is held can not be given back: ten hostile publishers left 0.2 MB
-#: more in use, in heaps that had grown from 16 to 30 MB of address space, and 2.7 MB more resident (the last against
-#: the first). So it is what is held that says whether anything grows.
+#: Bytes by which held memory may be more after all repetitions than after the first ones, and by which resident memory
+#: may exceed that. An allocator cannot return free memory between blocks in use. After ten hostile publishers 0.2 MB
+#: more were in use, in heaps that had grown from 16 to 30 MB of address space, and 2.7 MB more were resident (the last
+#: against the first). So the held memory decides whether anything grows.
 GROWTH = 1 << 20
 KEPT = 8 << 20
-#: Descriptors of a SUB socket and its monitor, which are eventfds. Pods share one, but a connection that is made again
-#: is made by another one, so that after faults each pod may have a socket of its own.
+#: Descriptors of a SUB socket and its monitor, which are eventfds. Pods share one socket, but a reconnection makes
+#: another one, so after faults each pod may have a socket of its own.
 SOCKET = {"anon_inode": 3}
-#: Repetitions at either end that are compared by their median, where there are enough: something may be on its way.
+#: Repetitions at each end that are compared by their median, where there are enough: one may include data in transit.
 ENDS = 3
 
 
-#: The place of a stream of which nothing was applied, and of one that began with a snapshot: its last batch is not
-#: known, only what the pod held.
+#: The place of a stream without applied batches, and of one that began with a snapshot. The last batch of a snapshot is
+#: not known, only the pod's blocks.
 NOTHING, RESTORED = -1, -2
-#: What is wrong with an answer, beside a number of probes that differ.
+#: The mark of an answer from an incomplete stream, beside counts of differing probes.
 NOT_WHOLE = -1
 
 
 class Truth:
-    """What one pod has published: its batches, each by its number, of one life of the pod after another."""
+    """The batches that one pod has published, numbered over all lives of the pod."""
 
     def __init__(self, records: npt.NDArray[np.void]) -> None:
         self.records, self.at = records, records["at"]
         self.numbers = {int(content): number for number, content in enumerate(records["digest"])}
         self.starts = np.flatnonzero(records["seq"] == 0)
-        #: The life of each batch, and the last batch before a time.
+        #: The number of the pod's life in which each batch was published.
         self.life = np.cumsum(records["seq"] == 0) - 1
 
     def latest(self, at: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """The last batch that was published before each time."""
+        """The number of the last batch that was published before each time."""
         return np.searchsorted(self.at, at, side="right") - 1
 
     def behind(self, places: Numbers, at: Times) -> tuple[Times, Numbers]:
-        """Seconds that the first batch has waited that comes after each place and before each time, and how many of
-        the place's own life there are."""
+        """For each place and time, the waiting time of the first batch between them, and the number of such batches.
+
+        The time is in seconds. The number counts only batches of the place's own life.
+        """
         latest = self.latest(at)
         ends = np.append(self.starts, len(self.at))[self.life[places] + 1]
-        # A life that is over has no more batches to wait for: the first of the next one counts.
+        # A life that is over has no more batches to wait for, so the first batch of the next life counts.
         following = np.where(self.life[latest] > self.life[places], ends, places + 1)
         following = np.where(places == NOTHING, self.starts[self.life[latest]], following)
         waits = (latest >= 0) & (following <= latest)
@@ -90,8 +92,10 @@ class Truth:
 
 
 class _Applied(NamedTuple):
-    """What the index holds of a pod after each entry of its log: up to where, whether without a gap, and how many
-    batches were left out in all."""
+    """The applied part of a pod's stream after each entry of the index's log.
+
+    ``places`` are the last applied batches, ``whole`` whether there is no gap, ``lost`` all batches that were left out.
+    """
 
     places: Numbers
     whole: npt.NDArray[np.bool_]
@@ -112,7 +116,7 @@ def _follow(truth: Truth, entries: npt.NDArray[np.void]) -> _Applied:
             if place == NOTHING:
                 skipped = found - int(truth.starts[truth.life[found]])
             elif place == RESTORED:
-                pass  # if the snapshot ended earlier than here, the answers show it
+                pass  # a snapshot that ends before this batch shows in the answers
             elif truth.life[found] == truth.life[place] and found > place:
                 skipped = found - place - 1
             else:
@@ -128,11 +132,10 @@ def _follow(truth: Truth, entries: npt.NDArray[np.void]) -> _Applied:
 
 @dataclass
 class Cycle:
-    """One time that a fault was injected, held and healed. Times in seconds of CLOCK_MONOTONIC.
+    """One repetition: a fault is injected, held and healed. Times are seconds of CLOCK_MONOTONIC.
 
-    Healing takes its time where processes have to start: what can not be known may be known again from ``healing`` on,
-    and the time of recovery counts from ``healed``. What the fault means for the judgements: see
-    :class:`chaos.faults.Fault`.
+    Healing takes time where processes have to start: unreachable pods may be exact again from ``healing`` on, and the
+    time of recovery counts from ``healed``. :class:`chaos.faults.Fault` describes the traits.
     """
 
     injected: float = 0.0
@@ -150,17 +153,17 @@ class Cycle:
 
 @dataclass
 class Samples:
-    """What the index answered about a pod, one entry a moment."""
+    """The index's answers about a pod, one entry for each sample."""
 
     at: Times
     state: Numbers
     """Index into ``STATES``."""
     wrong: Numbers
-    """Of answers that are exact: how many probes differ, or ``NOT_WHOLE``."""
+    """The number of differing probes of an exact answer, or ``NOT_WHOLE``."""
     waiting: Times
-    """Seconds that the first batch that is not applied has waited."""
+    """Seconds for which the first batch that is not applied has waited."""
     behind: Numbers
-    """Batches that are published and not applied."""
+    """Number of batches that are published and not applied."""
 
     @property
     def exact(self) -> npt.NDArray[np.bool_]:
@@ -199,7 +202,7 @@ class Judgements:
 
 
 class Witness:
-    """Everything that was written down in a directory, by pod."""
+    """All logs of a directory, by pod."""
 
     def __init__(self, where: Path, pods: Sequence[str]) -> None:
         self.pods = list(pods)
@@ -207,7 +210,7 @@ class Witness:
         self.questions = np.concatenate([np.zeros(0, latency_dtype), *questions])
         self.machine = read(where / "metronome.bin", latency_dtype)
         self.lost = dict.fromkeys(pods, 0)
-        #: How late the sampler itself was, by index process: the machine's part of every delay.
+        #: The gaps between samples, by index process: the machine's part of every delay.
         self.stalls: list[tuple[Times, Times]] = []
         truths = {pod: Truth(read(where / f"truth-{pod}.bin", truth_dtype)) for pod in pods}
         found: dict[str, list[Samples]] = {pod: [] for pod in pods}
@@ -227,7 +230,7 @@ class Witness:
         }
 
     def stall(self, start: float, end: float) -> float:
-        """The longest time in which nothing was sampled, though it should have been."""
+        """The longest gap between two samples."""
         inside = [gaps[(at >= start) & (at <= end)] for at, gaps in self.stalls]
         return float(np.concatenate([np.zeros(1), *inside]).max())
 
@@ -236,9 +239,17 @@ def judge(
     witness: Witness, cycles: Sequence[Cycle], *, baseline: tuple[float, float], resources: Mapping[str, Any],
     counters: Mapping[str, Mapping[str, int]], differences: int | None, problems: Sequence[str] = (),
 ) -> Judgements:  # fmt: skip
-    """Judge one experiment. ``baseline`` is the time before the first fault, ``resources`` what the index had then,
-    ``counters`` what its streams counted in all, ``differences`` the answers that differed at the end (None: the fleet
-    did not come to rest), ``problems`` what else went wrong."""
+    """Judge one experiment.
+
+    Args:
+        witness: The logs.
+        cycles: The repetitions.
+        baseline: Start and end of the time before the first fault.
+        resources: The index's resources at that time.
+        counters: The final counters of the index's streams.
+        differences: The number of differing answers at the end; None: the fleet did not come to rest.
+        problems: Other problems.
+    """
     return Judgements(
         _safety(witness, cycles, problems),
         _honesty(witness, cycles, counters),
@@ -253,7 +264,7 @@ def _within(at: Times, start: float, end: float) -> npt.NDArray[np.bool_]:
 
 
 def _during(cycles: Iterable[Cycle], at: Times) -> npt.NDArray[np.bool_]:
-    """Whether each time lies in one of these, from its fault until everything was well again."""
+    """Whether each time is in one of the cycles, from its fault until the end of its recovery."""
     inside = np.zeros(len(at), dtype=bool)
     for cycle in cycles:
         inside |= _within(at, cycle.injected, cycle.ended)
@@ -330,7 +341,7 @@ def _recovery(witness: Witness, cycles: Sequence[Cycle], differences: int | None
 
 
 def surplus(before: Mapping[str, Any], now: Mapping[str, Any], pods: int) -> list[str]:
-    """Threads and descriptors that there are now and should not be."""
+    """The threads and descriptors beyond those allowed, as messages."""
     found = [f"{now['threads']} threads, {before['threads']} before"] if now["threads"] > before["threads"] else []
     for kind, count in now["fds"].items():
         if count > before["fds"].get(kind, 0) + SOCKET.get(kind, 0) * (pods - 1):
@@ -353,7 +364,7 @@ def _resources(witness: Witness, cycles: Sequence[Cycle], before: Mapping[str, A
 
 
 def _grown(sizes: Sequence[int]) -> float:
-    """What there is more at the end than at the beginning."""
+    """The growth from the beginning to the end."""
     if len(sizes) < 2 * ENDS:
         return sizes[-1] - sizes[0] if sizes else 0
     return float(np.median(sizes[-ENDS:]) - np.median(sizes[:ENDS]))
@@ -368,8 +379,8 @@ def _others(witness: Witness, cycles: Sequence[Cycle], baseline: tuple[float, fl
     figure = f"{before * 1e6:.0f} -> {during * 1e6:.0f} us"
     if slower > 1.5:
         figure += f", machine x{slower:.1f}"
-    # One repetition lasts seconds. A pause of the machine decides its 99th percentile (28 -> 139 us where the metronome
-    # noticed nothing), so that a single one is reported and not judged.
+    # One repetition lasts seconds, so a pause of the machine decides its 99th percentile (28 -> 139 us where the
+    # metronome had no pause). A single repetition is therefore reported and not judged.
     if len(cycles) < 2:
         return Judgement(True, figure + ", once", [])
     found = []
@@ -381,8 +392,7 @@ def _others(witness: Witness, cycles: Sequence[Cycle], baseline: tuple[float, fl
 
 
 def _p99(measured: npt.NDArray[np.void], cycles: Sequence[Cycle], baseline: tuple[float, float]) -> tuple[float, float]:
-    """The 99th percentile before the first fault, and from each fault until everything was well again; 0 where there
-    are too few to say."""
+    """The 99th percentile before the first fault, and from each fault until its recovery ends; 0: too few values."""
     at, took = measured["at"], measured["seconds"]
     before = took[(at >= baseline[0]) & (at <= baseline[1])]
     during = np.concatenate([took[(at >= cycle.injected) & (at <= cycle.ended)] for cycle in cycles])

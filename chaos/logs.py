@@ -1,7 +1,7 @@
-"""What the processes of a run write down while it goes on, and how it is read again.
+"""The logs that the processes of a run write, and their reader.
 
-Fixed-size records, written with one ``write`` each, so that a process that is killed leaves whole records behind.
-All times are CLOCK_MONOTONIC, which processes of one machine share, whatever their wall clocks are made to say.
+Records have a fixed size, and one ``write`` each, so a killed process leaves complete records behind. All times are of
+CLOCK_MONOTONIC, which the processes of one machine share even when a fault shifts their wall clocks.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ __all__ = [
     "truth_dtype",
 ]
 
-#: Prompts that every pod and the index are asked about all the time.
+#: Prompts of the queries that every pod and the index answer all the time.
 PROBES = 16
 
-#: A batch that a pod publishes: when, its number and content, and what the pod holds of each probe after it.
+#: A batch that a pod publishes: its time, number and content, and the pod's true hit of each probe after it.
 truth_dtype = np.dtype(
     [("at", "f8"), ("seq", "u8"), ("digest", "u8"), ("clear", "u1"), ("pad", "u1", 7), ("hits", "i4", PROBES)]
 )
 
-#: What the index did about a pod's stream: 0 a batch was applied, 1 the pod was cleared, 2 a batch was refused,
-#: 3 the index began with what a snapshot had of it.
+#: An operation of the index for a pod's stream: 0 a batch was applied, 1 the pod was cleared, 2 a batch was refused,
+#: 3 the index started from a snapshot of the pod.
 applied_dtype = np.dtype([("at", "f8"), ("pod", "u2"), ("kind", "u1"), ("pad", "u1", 5), ("digest", "u8")])
 
-#: What the index answered about a pod: how it called its answer (0 exact, 1 degraded, 2 stale, 3 not known), how many
-#: entries of the applied log it is made from, and its tokens of each probe.
+#: An answer of the index about a pod: its state (0 exact, 1 degraded, 2 stale, 3 unknown), the number of entries of the
+#: applied log before it, and the tokens of each probe.
 sample_dtype = np.dtype(
     [("at", "f8"), ("pod", "u2"), ("state", "u1"), ("pad", "u1", 5), ("entries", "u8"), ("hits", "i4", PROBES)]
 )
 
-#: One timed question.
+#: One timed query.
 latency_dtype = np.dtype([("at", "f8"), ("seconds", "f8")])
 
 STATES = ("exact", "degraded", "stale", "unknown")
 
 
 class Writer:
-    """Appends records to a file, unbuffered."""
+    """A file to which records are appended, unbuffered."""
 
     def __init__(self, path: str | os.PathLike[str], dtype: np.dtype) -> None:
         self.dtype = dtype
@@ -67,19 +67,21 @@ class Writer:
 
 
 def read(path: Path, dtype: np.dtype) -> npt.NDArray[np.void]:
-    """All whole records of a file, which may still grow."""
+    """All complete records of a file, which may still grow."""
     data = path.read_bytes()
     return np.frombuffer(data[: len(data) // dtype.itemsize * dtype.itemsize], dtype=dtype)
 
 
 def digest(payload: bytes) -> int:
-    """64 bits of a batch's content: what was published and what was applied are compared by it."""
+    """64 bits of a batch's content, for the comparison of published with applied batches."""
     return int.from_bytes(hashlib.blake2b(payload, digest_size=8).digest(), "big")
 
 
 def probes() -> list[Prompt]:
-    """Some of the prompts that pods serve by themselves, none of them a whole number of blocks long: vLLM looks up all
-    tokens but the last, SGLang all, and for these prompts both are the same blocks."""
+    """Some of the prompts that pods serve by themselves, none of them a whole number of blocks long.
+
+    vLLM looks up all tokens but the last, and SGLang looks up all. For these prompts both are the same blocks.
+    """
     config = SimConfig()
     found = []
     for arrival in own_workload(config):

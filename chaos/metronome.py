@@ -1,8 +1,8 @@
 """A small piece of work, done and timed again and again by a thread of its own.
 
-The observer times questions with it. The runner, which otherwise waits, times work that has nothing to do with the
-index: where that takes longer too, the machine has become slower (others run on it, a fault stresses it), and not the
-index.
+The observer times queries with it. The runner, which otherwise waits, times work that is independent of the index.
+Where this work takes longer too, the machine has become slower (by other load, or by a fault that stresses it), and not
+the index.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _WORK = bytes(8192)
 
 
 def nothing() -> None:
-    """Some 10 us of work."""
+    """Do about 10 us of work."""
     hashlib.blake2b(_WORK).digest()
 
 
 class Metronome:
-    """Writes to ``path`` how long each call took. A context manager that ends its thread."""
+    """A thread that writes the duration of each call to ``path``. The context manager ends it."""
 
     def __init__(self, path: Path, call: Callable[[], object] = nothing) -> None:
         self._log = Writer(path, latency_dtype)

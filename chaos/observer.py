@@ -1,7 +1,7 @@
-"""The index process that is judged: it follows pods as any router does, and writes down what it applied and answered.
+"""The judged index process: it follows pods as any router does, and logs its applied batches and its answers.
 
-A sample is one moment: while it is taken nothing is applied, so an answer belongs to exactly one last batch. Questions
-are timed apart from that, in a thread that shares nothing with the sampler but the index.
+No batch is applied while a sample is taken, so an answer belongs to exactly one last batch. Queries are timed apart
+from that, in a thread that shares nothing with the sampler but the index.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SAMPLE = 0.02
 
 
 class Ledger:
-    """The index as its manager sees it; what is applied is written down in the same moment."""
+    """The index for its manager, which logs every applied batch under the same lock."""
 
     def __init__(self, index: Any, pods: list[str], log: Writer) -> None:
         self.index = index
@@ -69,7 +69,7 @@ class Ledger:
             self.index.mark_worker(*what, **more)
 
     def restored(self) -> None:
-        """What the index holds is from a snapshot."""
+        """Note that the index starts from a snapshot."""
         for pod in self._numbers:
             self._note(pod, 3, 0)
 
@@ -127,7 +127,7 @@ class Observer(Server):
             for record, pod in zip(records, self.pods, strict=True):
                 state = self._state(pod)
                 for match in matches:
-                    # An answer says its own state; the pod's is for pods that hold nothing. The bolder claim counts.
+                    # An answer has its own state; the pod's is for pods without a hit. The better state counts.
                     if pod in match.tokens:
                         state = min(state, STATES.index(match[pod].state))
                 record["state"], record["entries"] = state, self.ledger.entries[pod]
@@ -145,46 +145,47 @@ class Observer(Server):
         self.index.match_prefix(next(self._asked), model="sim", ready_pods=self._others)
 
     def _op_others(self, pods: list[str]) -> dict[str, Any]:
-        """Time questions about these pods."""
+        """Time queries about these pods."""
         self._others = self.index.pod_set(pods)
         return {}
 
     def _op_resources(self) -> dict[str, Any]:
-        """What this process has of the machine: resident bytes, and those of them that somebody holds, threads of any
-        kind, file descriptors by what they are."""
+        """The resources of this process: resident and held bytes, all threads, and file descriptors by kind."""
         gc.collect()
-        # A long replay passes through as many bytes as the pod has history. What is free again goes back first.
+        # A long replay needs as many bytes as the pod's history for a while. Return the free memory first.
         psutil.heap_trim()
         kinds: Counter[str] = Counter()
         for fd in os.listdir("/proc/self/fd"):
-            with suppress(OSError):  # the directory's own is gone by now
+            with suppress(OSError):  # the descriptor of listdir itself is closed by now
                 kind = os.readlink(f"/proc/self/fd/{fd}").partition(":")[0]
                 kinds["file" if kind.startswith("/") else kind] += 1
         process = psutil.Process()
         size = process.memory_info().rss
         return {
             "rss": size,
-            # The index's own is partly not malloc's; what is counted twice by this makes it stricter.
+            # A part of the index's memory is not from malloc. The part that is counted twice makes the test stricter.
             "held": size if (heap := in_heap()) is None else heap + self.index.stats()["bytes"],
             "threads": process.num_threads(),
             "fds": dict(kinds),
         }
 
 
-#: Bytes that a small object of Python is taken for, which has its own allocator: they are counted, not measured.
+#: Assumed bytes of a small Python object. Python's own allocator counts its blocks, and not their bytes.
 SMALL = 128
 
 
 def in_heap() -> int | None:
-    """Bytes that were asked of malloc and not given back, and those of Python's small objects. None where a sanitizer
-    or another allocator stands before the C library's, which then says 0."""
+    """Bytes that are allocated from malloc, and those of Python's small objects.
+
+    None where a sanitizer or another allocator replaces that of the C library, which then reports 0.
+    """
     heap = psutil.heap_info()
     held = int(heap.heap_used + heap.mmap_used)
     return held + SMALL * sys.getallocatedblocks() if held else None
 
 
 class ObserverProcess(IndexProcess):
-    """An :class:`Observer` from outside."""
+    """The parent's handle of an :class:`Observer`."""
 
     module = "chaos.observer"
 

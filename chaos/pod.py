@@ -1,7 +1,7 @@
-"""A simulated pod that writes down its own truth with every batch, before it publishes it.
+"""A simulated pod that logs its true answers with every batch, before it publishes the batch.
 
-``python -m chaos.pod`` takes the options of ``kvindex sim``; the environment says where the log goes
-(``CHAOS_TRUTH``) and where it can be told things whatever happens to its network (``CHAOS_CONTROL``).
+``python -m chaos.pod`` has the options of ``kvindex sim``. The environment has the path of the log (``CHAOS_TRUTH``)
+and of a control socket that works during faults of the network (``CHAOS_CONTROL``).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kvindex.sim.wire import Cleared, encode_batch
 
 from .logs import Writer, digest, probes, truth_dtype
 
-#: Conversations come again and again, in a cache that can not hold them all: the truth keeps changing, both ways.
+#: Conversations repeat in a cache that cannot hold them all, so the true answers keep growing and shrinking.
 WORKLOAD = 128
 
 
@@ -64,12 +64,12 @@ class LoggingPod(SimPod):
         publisher.publish(payload)
 
     def _op_hostile(self) -> dict[str, Any]:
-        """Lie beside every batch from here on."""
+        """Publish an invalid message beside every batch from now on."""
         self._lies = 1
         return {}
 
     def _lie(self, publisher: Publisher) -> None:
-        """Publish the next piece of what no publisher should."""
+        """Publish the next invalid message."""
         self._lies += 1
         dice = random.Random(self._lies)
         topic = f"kv@{self.config.name}@{self.config.model}".encode()
@@ -84,9 +84,9 @@ class LoggingPod(SimPod):
             [topic, seq, noise],
             [b"kv@another@sim", seq, noise],
             [topic, b"\xff" * 8, noise],
-            [topic, seq, b"\x93\xcb" + bytes(8) + b"\xdd\xff\xff\xff\xff"],  # 4,294,967,295 events are to follow
-            [topic, seq, b"\x92\xcb" + bytes(8) + b"\x91\xdf\xff\xff\xff\xff"],  # as many fields of one event
-            [topic, seq, b"\x92\xcb" + bytes(8) + b"\x91\xc6\xff\xff\xff\xff"],  # as many bytes
+            [topic, seq, b"\x93\xcb" + bytes(8) + b"\xdd\xff\xff\xff\xff"],  # declares 4,294,967,295 events
+            [topic, seq, b"\x92\xcb" + bytes(8) + b"\x91\xdf\xff\xff\xff\xff"],  # declares as many fields of one event
+            [topic, seq, b"\x92\xcb" + bytes(8) + b"\x91\xc6\xff\xff\xff\xff"],  # declares as many bytes
             [topic, seq, b"\x91" * 200_000],
             [topic, seq, msgpack.packb([time.time(), [{**blocks, "token_ids": ["a", -1, 2**40]}]])],
             [topic, seq, msgpack.packb([time.time(), [{**blocks, "token_ids": list(range(32)), "block_size": 7}]])],
@@ -98,7 +98,7 @@ class LoggingPod(SimPod):
 
 
 class PodProcess(SimProcess):
-    """A :class:`LoggingPod` from outside."""
+    """The parent's handle of a :class:`LoggingPod`."""
 
     program = ("-m", "chaos.pod")
 

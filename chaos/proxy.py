@@ -1,7 +1,7 @@
-"""A forwarding proxy between the index and one socket of a pod, which delays, damages or cuts what passes.
+"""A forwarding proxy between the index and one socket of a pod, which delays, damages or cuts the data.
 
-Only from the pod to the index: that is where the events flow. What the kernel here can not do (netem) is done here,
-and damage that TCP's own checksum would have found, as a broken middlebox behind that checksum does it.
+It changes only the direction from the pod to the index, which is that of the events. It replaces netem, which the
+kernel may lack. Its damage is that of a broken middlebox, which TCP's own checksum does not find.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ __all__ = ["Proxy"]
 
 
 class Proxy:
-    """Listens on the loopback and forwards to ``host:port``; one thread for its own event loop.
+    """A proxy that listens on the loopback and forwards to ``host:port``, in a thread with its own event loop.
 
     ``delay`` (seconds), ``flip`` (the share of chunks in which bytes are flipped) and ``cut`` (the share of chunks
-    after whose first half the connection is closed) may be set at any time. ``counts`` has what was done.
+    after whose first half the connection is closed) may be set at any time. ``counts`` counts these effects.
     """
 
     def __init__(self, host: str, port: int, *, seed: int = 0) -> None:
         self.delay = self.flip = self.cut = 0.0
         self.counts: Counter[str] = Counter()
         self._to = (host, port)
-        # A loop has weak references to tasks, and selects none of the two sockets of a connection that is being closed:
-        # a collection of garbage at that moment took its task.
+        # A loop has only weak references to tasks, and no reference to the sockets of a connection that is closing.
+        # A garbage collection at that moment destroyed the connection's task.
         self._serving: set[asyncio.Task[None] | None] = set()
         self._dice = random.Random(seed)
         self._loop = asyncio.new_event_loop()
@@ -40,7 +40,7 @@ class Proxy:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         ends = [writer]
         self._serving.add(asyncio.current_task())
-        # A pod that is not there, or an end that is gone: so is the connection.
+        # Without the pod, or when one end has closed, the connection is over.
         with contextlib.suppress(OSError, asyncio.CancelledError):
             back, away = await asyncio.open_connection(*self._to)
             ends.append(away)
@@ -89,8 +89,8 @@ class Proxy:
         if self._dice.random() >= self.flip:
             return data
         self.counts["flipped"] += 1
-        # A burst, long enough to hit what gives a batch its form. One flipped bit within a token leaves a batch that
-        # reads like any other: no event carries a checksum, so nobody behind TCP's could tell.
+        # A burst, long enough to hit the structure of a batch. One flipped bit within a token would leave a valid
+        # batch: events have no checksum of their own, so no reader could detect it.
         length = min(len(data), self._dice.randrange(64, 257))
         start = self._dice.randrange(len(data) - length + 1)
         burst = bytes(byte ^ 0xFF for byte in data[start : start + length])
@@ -100,13 +100,13 @@ class Proxy:
         """End every connection and the thread."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-        # Here, where nothing goes on between the last of them and the end of the loop.
+        # In this thread, so no connection starts between the last task and the end of the loop.
         self._loop.run_until_complete(self._end())
         self._loop.close()
 
     async def _end(self) -> None:
         self._server.close()
-        # A connection that has just been accepted has its task only after some turns of the loop.
+        # A connection that has just been accepted gets its task only after some turns of the loop.
         for _ in range(8):
             while others := asyncio.all_tasks() - {asyncio.current_task()}:
                 for task in others:

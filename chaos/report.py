@@ -1,4 +1,4 @@
-"""What people see: a table of all experiments, and a timeline of each."""
+"""The reports of a run: a table of all experiments, and a timeline of each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHORT = {"passed": "[green]ok[/]", "failed": "[red]FAILED[/]", "skipped": "[yel
 
 
 def table(console: Console, results: Sequence[Any]) -> None:
-    """One row per experiment, and below it why anything failed or was left out."""
+    """Print one row for each experiment, and below the table the reasons for failures and skips."""
     made = Table(title="chaos", title_justify="left")
     for column in ("experiment", "", *JUDGEMENTS, "seconds"):
         made.add_column(column, justify="right" if column == "seconds" else "left", no_wrap=column != "experiment")
@@ -38,7 +38,7 @@ def table(console: Console, results: Sequence[Any]) -> None:
 
 
 def say(console: Console, result: Any) -> None:
-    """Why an experiment failed or was left out; nothing of one that passed."""
+    """Print the reason why an experiment failed or was skipped; nothing for one that passed."""
     name = result.experiment.name
     if result.skipped:
         console.print(f"{name}: skipped: {result.skipped}", markup=False, highlight=False, soft_wrap=True)
@@ -50,8 +50,10 @@ def say(console: Console, result: Any) -> None:
 
 
 def plot(path: Path, title: str, witness: Witness, cycles: Sequence[Cycle], zero: float) -> None:
-    """A timeline: per pod how its answers were called and how many batches they were behind, and how long questions
-    took; faults are shaded."""
+    """Draw a timeline: the state of each pod's answers, their missing batches, and the time of queries.
+
+    Faults are shaded.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

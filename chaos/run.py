@@ -1,4 +1,4 @@
-"""Running experiments: start a scene, measure it at rest, hurt it again and again, and judge what was written down."""
+"""The run of an experiment: start a scene, measure it, inject the fault again and again, and judge the logs."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from .scene import Scene
 
 __all__ = ["main"]
 
-#: Seconds in which a new scene comes into its stride, and seconds of it that everything is compared with.
+#: Seconds in which a new scene warms up, and seconds of the measurement before the first fault.
 WARM = 2.0
 BASELINE = 3.0
-#: What has to pass everywhere and all the time.
+#: The experiments of ``--quick``, which have to pass on every machine.
 QUICK = ("random-kill", "publisher-stopped")
-#: Seconds for which everything has to be well until an experiment counts as over.
+#: Seconds for which all pods have to be exact and up to date until an experiment counts as over.
 STEADY = 1.0
 
 
 @dataclass
 class Result:
-    """What came of one experiment."""
+    """The result of one experiment."""
 
     experiment: Experiment
     skipped: str | None = None
@@ -72,7 +72,7 @@ class Result:
 
 
 def run(experiment: Experiment, reports: Path, *, repeats: int, seed: int) -> Result:
-    """One experiment from its start to its report. Nothing of it is left when this returns."""
+    """Run one experiment from its start to its report. No process or file of it is left behind, except the report."""
     started = time.monotonic()
     result = Result(experiment)
     fault = fault_of(experiment)
@@ -122,8 +122,8 @@ def _run(fault: Fault, where: Path, reports: Path, result: Result, repeats: int,
                     next(steps, None)
             cycle.resources = _resources(scene, before)
             if number < repeats and _connections_lost(scene) != lost:
-                # A connection that does not last is tried again later and later. Repetitions stand for themselves, and
-                # not for a pod that is never there for long.
+                # The manager reconnects later and later after connections that do not last. Wait, so every repetition
+                # starts with the shortest delay.
                 time.sleep(StreamPolicy().settled)
         differences = _rest(scene)
         counters = {name: status["workers"][0]["counters"] for name, status in scene.index.status().items()}
@@ -145,8 +145,10 @@ def _connections_lost(scene: Scene) -> int:
 
 
 def _settle(scene: Scene, patience: float) -> None:
-    """Wait until every pod is exact and up to date, and stays so for a while. The judges decide by themselves; this
-    only says when to go on."""
+    """Wait until every pod is exact and up to date, and stays so for a while.
+
+    This only decides when the run goes on. The judgements use the logs.
+    """
     since = time.monotonic()
 
     def steady() -> bool:
@@ -165,7 +167,7 @@ def _settle(scene: Scene, patience: float) -> None:
 
 
 def _resources(scene: Scene, before: Mapping[str, Any]) -> dict[str, Any]:
-    """What the index has now. A replay that happens to run has a socket of its own: it is waited for."""
+    """The resources of the index, after a wait for replays that still run with a socket of their own."""
 
     def few() -> bool:
         return not surplus(before, scene.index.ask("resources"), len(scene.pods))
@@ -176,7 +178,7 @@ def _resources(scene: Scene, before: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rest(scene: Scene) -> int | None:
-    """Let nobody serve any more, and compare every answer. None when something stays on its way."""
+    """Stop all requests, and count the differences of all answers; None when the fleet does not come to rest."""
     scene.rates(0.0)
     pods = list(scene.pods.values())
     try:
@@ -188,7 +190,7 @@ def _rest(scene: Scene) -> int | None:
 
 
 def _errors(log: Path) -> list[str]:
-    """What the index's process has logged as an error: something that it did not expect to happen."""
+    """The errors in the log of the index's process, which mean unexpected failures."""
     lines = log.read_text().splitlines() if log.exists() else []
     return [f"the index logged {line!r:.300}" for line in lines if " ERROR " in line][:5]
 
@@ -210,7 +212,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     console = Console()
     if not console.is_terminal:
-        console.width = 150  # as wide as the table is, in a log
+        console.width = 150  # the width of the table, in a log
     try:
         experiments = [experiment for path in args.files for experiment in load(path)]
         for experiment in experiments:

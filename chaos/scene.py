@@ -1,4 +1,4 @@
-"""What faults are done to: pods, each on a host of its own where that is possible, and the index that follows them."""
+"""The targets of faults: pods, each on a host of its own where possible, and the index that follows them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Told = TypeVar("Told", bound=ToldProcess)
 #: Requests a second that each pod serves.
 RATE = 20.0
 
-#: Small caches, so that blocks come and go all the time, and wire forms of several releases.
+#: The pods, with small caches, so blocks come and go all the time, and with wire forms of several releases.
 PODS: Mapping[str, Mapping[str, Any]] = {
     "pod-0": {"form": "vllm-0.33.0", "hashes": "bytes32"},
     "pod-1": {"form": "vllm-0.22.0", "hash_seed": "one"},
@@ -34,10 +34,10 @@ PODS: Mapping[str, Mapping[str, Any]] = {
 
 
 class Scene:
-    """A fleet that serves, an index that follows it, and their logs in ``where``. A context manager; nothing is left.
+    """A fleet that serves, an index that follows it, and their logs in ``where``. The context manager ends them all.
 
     ``proxied`` puts a proxy before each socket of each pod. ``env`` is added to the pods' environment, with ``{pod}``
-    replaced by their names. ``seed`` decides who is hit.
+    replaced by their names. ``seed`` decides which pods are hit.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Scene:
     ) -> None:
         self.where = where
         self.dice = random.Random(seed)
-        #: Only in namespaces of its own.
+        #: Empty unless the run is in namespaces of its own.
         self.hosts: dict[str, Host] = {}
         self.pods: dict[str, PodProcess] = {}
         self.proxies: dict[str, tuple[Proxy, Proxy]] = {}
