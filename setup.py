@@ -1,4 +1,4 @@
-"""The one compiled module. Everything else about the package stands in pyproject.toml."""
+"""The build of the one compiled module. Everything else about the package is in pyproject.toml."""
 
 import os
 import sys
@@ -11,8 +11,8 @@ from setuptools.command.build_ext import build_ext
 
 PACKAGE = Path("src/kvindex")
 
-# A build that asks for its own level of optimisation (sanitizers, a debugger) keeps it: what is given here comes last
-# on the compiler's command line and would win. Without -g0 Python's own flags ask for debug information, which is a
+# A build with its own level of optimisation in CXXFLAGS (sanitizers, a debugger) keeps it: these flags come last on the
+# compiler's command line and would override it. Without -g0, Python's own flags request debug information, which is a
 # third of the compile time (21.9 s of CPU against 14.7 s) and nine tenths of the module.
 optimise = [] if "-O" in os.environ.get("CXXFLAGS", "") else ["-O3", "-g0"]
 
@@ -20,7 +20,7 @@ HEADERS = sorted(str(path) for path in PACKAGE.rglob("*.hpp"))
 
 
 class Build(build_ext):
-    """Compiles the sources side by side; a build in place keeps the objects of sources that have not changed."""
+    """Compiles the sources in parallel. A build in place keeps the objects of unchanged sources."""
 
     def run(self):
         if self.editable_mode:
@@ -49,7 +49,7 @@ def outdated(made, sources):
 # No cythonize() call: it replaces the .pyx by the generated C++ in `sources`, and the sdist then lacks the .pyx.
 core = Extension(
     "kvindex._core",
-    # What is seldom called is compiled apart: a change of it does not wait for everything that is inlined.
+    # Code that is seldom called is compiled apart, so a change of it does not compile all the inlined code again.
     sources=["src/kvindex/_core.pyx", *sorted(str(path) for path in (PACKAGE / "_native").rglob("*.cpp"))],
     depends=[*HEADERS, *sorted(str(path) for kind in ("*.pxd", "*.pxi") for path in PACKAGE.rglob(kind))],
     include_dirs=["src/kvindex", "src/kvindex/_native"],

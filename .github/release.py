@@ -1,6 +1,6 @@
-"""Whether a tag may become a release: ``python .github/release.py vX.Y.Z``.
+"""The check of a tag before a release: ``python .github/release.py vX.Y.Z``.
 
-The tag, ``kvindex.__version__`` and the first dated entry of the changelog have to say the same.
+The tag, ``kvindex.__version__`` and the first dated entry of the changelog must have the same version.
 """
 
 from __future__ import annotations

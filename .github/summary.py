@@ -1,7 +1,7 @@
-"""What a run of the pipeline found, in Markdown: ``python .github/summary.py DIRECTORY...``.
+"""A summary of a run of the pipeline in Markdown: ``python .github/summary.py DIRECTORY...``.
 
-Reads what the make targets leave in ``.build/reports`` and ``chaos/reports``, here or in artifacts of one directory a
-job. The workflow puts it under a pull request; `make ci` ends with it.
+It reads the reports of the make targets in ``.build/reports`` and ``chaos/reports``, here or in artifacts with one
+directory for each job. The workflow posts it as a comment on a pull request; `make ci` ends with it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 
 def tests(report: Path) -> str:
-    """How the tests of a JUnit file ended."""
+    """The results of the tests in a JUnit file."""
     suites = ElementTree.parse(report).getroot().iter("testsuite")
     found: Counter[str] = Counter()
     seconds = 0.0
@@ -30,14 +30,14 @@ def tests(report: Path) -> str:
 
 
 def covered(report: Path) -> str:
-    """The lines that were run, of either tool's summary."""
+    """The percentage of covered lines, from the summary of either tool."""
     found = json.loads(report.read_text())
     percent = found["totals"]["percent_covered"] if "totals" in found else found["line_percent"]
     return f"{percent:.1f} % of the lines"
 
 
 def faults(report: Path) -> str:
-    """How the experiments ended, and which did not pass."""
+    """The results of the experiments, with the names of those that failed."""
     found = json.loads(report.read_text())
     verdicts = Counter(each["verdict"] for each in found)
     failed = [f"**{each['experiment']} failed**" for each in found if each["verdict"] == "failed"]
@@ -48,7 +48,7 @@ KINDS = {"junit-*.xml": tests, "coverage-*.json": covered, "results.json": fault
 
 
 def rows(directory: Path) -> Iterator[tuple[str, str]]:
-    """(what ran, how it ended) of each report below a directory; one that is cut short is a row too."""
+    """A pair (name, result) for each report below a directory, including reports that are cut off."""
     for pattern, read in KINDS.items():
         for report in sorted(directory.rglob(pattern)):
             where, stem = report.relative_to(directory).parent, report.stem.removeprefix("junit-")

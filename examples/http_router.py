@@ -1,11 +1,11 @@
-"""A whole router: OpenAI requests go to the engine at which they cost least. pip install 'kvindex[examples]'
+"""A complete router: OpenAI requests go to the engine with the lowest cost. pip install 'kvindex[examples]'
 
     python examples/http_router.py --pods pods.yaml --model /models/llama
 
-pods.yaml lists the pods with their models and addresses, and is followed as it changes. --lora sql=llama adds a LoRA
-adapter of the model llama, which requests name as their model. The model's directory has tokenizer.json and
-chat_template.jinja; otherwise, take PromptEncoder(transformers.AutoTokenizer.from_pretrained(directory)). SIGTERM lets
-the requests in flight end. An answer's headers name its pod, and the cached tokens that were expected.
+pods.yaml lists the pods with their models and addresses; the router follows changes of the file. --lora sql=llama adds
+a LoRA adapter of the model llama, which requests name as their model. The model's directory has tokenizer.json and
+chat_template.jinja; otherwise, use PromptEncoder(transformers.AutoTokenizer.from_pretrained(directory)). After SIGTERM
+the router completes the requests in flight. An answer's headers have its pod and the expected cached tokens.
 
 With --workers 8 and KVINDEX_LOG=redis://10.0.0.9:6379, the workers share one subscription to the engines.
 """
@@ -40,7 +40,7 @@ class Router:
         self.pods, self.block_size, self.adapters, model = pods, block_size, adapters, Path(model)
         tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
         self.encoder = PromptEncoder(tokenizer, (model / "chat_template.jinja").read_text())
-        self.health = {}  # by pod: "", or the reason for which it is not healthy
+        self.health = {}  # by pod: "", or the reason why it is not healthy
         self.app = FastAPI(lifespan=self.lifespan)
         self.app.post("/v1/chat/completions")(self.serve)
         self.app.post("/v1/completions")(self.serve)
@@ -104,7 +104,7 @@ class Router:
         if request.url.path == "/v1/chat/completions":
             options = given(body, "chat_template_kwargs")
             ids = await asyncio.to_thread(self.encoder.encode_chat, body.get("messages"), body.get("tools"), **options)
-        else:  # token ids, or a text: its tokens are without a BOS
+        else:  # token ids, or a text, which is encoded without a BOS
             ids = body.get("prompt")
             ids = await asyncio.to_thread(self.encoder.encode, ids) if isinstance(ids, str) else ids
         tried = {}
@@ -112,7 +112,7 @@ class Router:
             pieces = self.forward(choice, len(ids), request, body)
             try:
                 answer = await anext(pieces)
-            except httpx.TransportError as error:  # nothing of an answer has come: another pod can give it
+            except httpx.TransportError as error:  # no part of an answer has arrived, so another pod can serve it
                 tried[choice.pod] = repr(error)
                 continue
             told = {"x-kvindex-pod": choice.pod, "x-kvindex-expected": str(choice.cached_tokens)}
@@ -139,14 +139,14 @@ class Router:
         return self.picker.pick(ids, pods=ready, model=model, lora_name=adapter, cache_salt=cache_salt)
 
     async def forward(self, choice, length, request, body):
-        """The engine's answer, then the pieces of its body. The choice is finished, however that ends."""
+        """Yield the engine's answer, then the pieces of its body. The choice is finished in any case."""
         cached, rest = None, b""
         try:
             headers = {"x-data-parallel-rank": str(choice.rank)}
             if "authorization" in request.headers:
                 headers["authorization"] = request.headers["authorization"]
             asked = given(body, "stream_options")
-            if body.get("stream"):  # the last event has the usage: for us, where the client has not asked for it
+            if body.get("stream"):  # request the usage in the last event, even where the client does not
                 body = {**body, "stream_options": {**asked, "include_usage": True}}
             url = choice.address + request.url.path
             async with self.client.stream("POST", url, json=body, headers=headers) as answer:
@@ -182,11 +182,11 @@ def cached_tokens(answer, most):
     try:
         return min(max(int(json.loads(answer)["usage"]["prompt_tokens_details"]["cached_tokens"]), 0), most)
     except (ValueError, LookupError, TypeError):
-        return None  # the engine does not say
+        return None  # the engine does not report it
 
 
 def refused(request, error):
-    """In the shape of OpenAI's errors."""
+    """An error in OpenAI's format."""
     status, message = getattr(error, "status_code", 400), getattr(error, "detail", str(error))
     kind = "server_error" if status >= 500 else "invalid_request_error"
     code = "model_not_found" if status == 404 else None

@@ -3,9 +3,10 @@
     python examples/production_stack.py --routing-logic prefixaware --service-discovery static \\
         --static-backends http://10.0.0.1:8000,http://10.0.0.2:8000 --static-models llama,llama --port 8080
 
-production-stack has no plug for policies, so this takes the place of its class before it starts. Each backend is asked
-where its events are (vLLM 0.33 and later: /kv_event_sources), and one of them for token ids (/tokenize). It needs
-vllm-router of the production-stack repository, which is not the package of that name, and pip install 'kvindex[text]'.
+production-stack has no interface for policies, so this program replaces its class before the start. It asks each
+backend for the addresses of its events (vLLM 0.33 and later: /kv_event_sources), and one of them for token ids
+(/tokenize). It needs vllm-router of the production-stack repository, which is not the package of that name, and pip
+install 'kvindex[text]'.
 """
 
 import asyncio
@@ -23,15 +24,15 @@ log = logging.getLogger("kvindex.examples")
 
 
 class KVIndexRouter(routing_logic.PrefixAwareRouter):
-    """A subclass, since the router hands a request's body only to instances of that class."""
+    """The replacement. It is a subclass, because the router passes a request's body only to instances of that class."""
 
     def __init__(self):
-        if hasattr(self, "picker"):  # its metaclass gives the same object again
+        if hasattr(self, "picker"):  # the metaclass returns the same object again
             return
         super().__init__()
         self.index = PrefixIndex(block_size=16)
         self.manager = EventManager(self.index)
-        # It is not told of a request's end, so only the work that was given lately weighs.
+        # The router does not report the end of a request, so only recent picks count as load.
         self.picker = EndpointPicker(self.index, self.manager)
         self.pods = Reconciler(self.manager)
         self.sources, self.asked = {}, {}
@@ -43,7 +44,7 @@ class KVIndexRouter(routing_logic.PrefixAwareRouter):
         return self._qps_routing(endpoints, request_stats) if choice is None else choice
 
     def choose(self, urls, body):
-        """The URL at which the request costs least; None where nothing is known."""
+        """The URL with the lowest cost for the request; None where the index has no events."""
         try:
             for url in set(urls) - set(self.sources):
                 if self.asked.get(url, 0) < time.monotonic() - 30:

@@ -1,4 +1,4 @@
-"""Prompts that `kvindex sim --seed N` has served: prompts.py N ..., a JSON list of token ids a line"""
+"""Prompts that `kvindex sim --seed N` has served: prompts.py N ... prints a JSON list of token ids per line"""
 
 import itertools
 import json

@@ -1,8 +1,7 @@
-"""Makes the picture of the home page, and the capture in the README, of one run of ``kvindex demo``.
+"""Make the picture of the home page, and the excerpt in the README, from one run of ``kvindex demo``.
 
-``make docs-pictures``. What is shown is what was printed, without most of the lines
-that say how it goes on; the picture has the table without its upright lines. The README has only what fits on its first
-screen.
+``make docs-pictures``. Both show the printed lines, without most of the lines of progress. The picture has the table
+without its vertical lines. The README has only the lines that fit on its first screen.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 README = HERE.parents[1] / "README.md"
 COLUMNS = 108
 
-# rich's own template asks a server for a font.
+# rich's own template loads a font from a server.
 TEMPLATE = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
 <style>
 .{unique_id}-matrix {{ font-family: "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: {char_height}px; line-height: {line_height}px; }}
@@ -69,7 +68,7 @@ def draw(lines: list[str]) -> str:
 
 
 def parts(lines: list[str]) -> tuple[list[str], list[str], list[str]]:
-    """What happens, every fourth of the lines between; the table; the last words."""
+    """The events with every fourth line of progress, the table, and the last lines."""
     at = next(number for number, line in enumerate(lines) if line.startswith("kvindex demo:"))
     end = next(number for number, line in enumerate(lines) if line.startswith("round-robin routing"))
     shown, progress = [], 0
@@ -85,7 +84,7 @@ def parts(lines: list[str]) -> tuple[list[str], list[str], list[str]]:
 
 
 def ruled(line: str) -> str:
-    """A line of the table; fonts leave gaps between upright lines that stand on one another."""
+    """A line of the table without vertical lines, between which fonts leave gaps."""
     if line[0] in "┡├":
         return "─" * len(line)
     return line.replace("┃", " ").replace("│", " ").rstrip()

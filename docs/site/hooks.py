@@ -1,4 +1,4 @@
-"""What the site needs beyond its pages."""
+"""The hooks of mkdocs for the parts of the site that are not pages of ``docs``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def on_config(config: Any, **_: Any) -> Any:
 
 
 def on_page_read_source(*, page: Any, **_: Any) -> str | None:
-    """Two pages stand in the root of the checkout, where docs/ is a directory below."""
+    """Read the two pages that are in the root of the checkout, and change their links, which begin with ``docs/``."""
     if name := FROM_ROOT.get(page.file.src_uri):
         text = (ROOT / name).read_text().replace("](docs/", "](")
         return text.replace("](CHANGELOG.md)", "](changelog.md)")
@@ -31,7 +31,7 @@ def on_page_read_source(*, page: Any, **_: Any) -> str | None:
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """The page of the commands shows what ``--help`` prints; those of classes begin with a table of their names."""
+    """Add the output of ``--help`` to the page of the commands, and a table of names to the pages of classes."""
     if text := description(markdown):
         page.meta.setdefault("description", text)
     if page.file.src_uri == "reference/commands.md":
@@ -76,7 +76,7 @@ def names(markdown: str) -> str:
 
 
 def line(path: str, thing: Any) -> str:
-    """A name, linked to where it is explained, and the first sentence about it."""
+    """A row of the table: a name, linked to its documentation, and its first sentence."""
     said, *_ = re.split(r"(?<=\.)\s|\n\n", inspect.getdoc(thing) or "", maxsplit=1)
     said = re.sub(r":\w+:`~?(?:kvindex\.)?([\w.]+)`", r"`\1`", " ".join(said.split()))
     name = path.rpartition(".")[2]

@@ -1,4 +1,4 @@
-/* Browsers start no worker from file://, and the search is one. There, its script runs in a hidden frame instead. */
+/* Browsers start no worker from file://, but the search is a worker. There, its script runs in a hidden frame. */
 if (location.protocol === "file:") {
   window.Worker = class extends EventTarget {
     constructor(url) {

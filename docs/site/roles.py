@@ -1,4 +1,4 @@
-"""Docstrings are read in terminals and editors, with Sphinx's roles; the site wants Markdown and its links."""
+"""The conversion of docstrings, which have Sphinx's roles for terminals and editors, to the site's Markdown."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _ARGUMENT = re.compile(r"(?P<before>^|[.;] )(?P<name>\w+): ", flags=re.MULTILINE
 
 
 def markdown(text: str, arguments: Collection[str] = ()) -> str:
-    """One docstring; names become code, and an indented block after a double colon a block of Python."""
+    """Convert one docstring: names become code, and an indented block after a double colon becomes a code block."""
 
     def fenced(match: re.Match[str]) -> str:
         lines = match["code"].rstrip("\n").split("\n")
         # A list of pods, a file's layout, or code.
         language = {"- ": "yaml", '{"': "text"}.get(lines[0].lstrip()[:2], "python")
         code = "\n".join(line[4:] for line in lines)
-        # A sentence keeps one of the colons; a double colon that stands alone has no sentence.
+        # A sentence keeps one of the colons. A double colon on a line of its own leaves nothing.
         lead = "" if match.start() == 0 or match.string[match.start() - 1] == "\n" else ":\n\n"
         return f"{lead}```{language}\n{code}\n```\n"
 
@@ -36,13 +36,13 @@ def markdown(text: str, arguments: Collection[str] = ()) -> str:
 
 
 def listed(fields: Collection[griffe.Attribute], *, shown: bool) -> str:
-    """What a class has, a line each where something is said of it: a heading and a signature each would be ten screens.
+    """The fields of a class, with a row for each documented one. Headings with signatures would take ten screens.
 
-    ``shown``: its signature has the names and types already.
+    ``shown``: the signature of the class has the names and types already.
     """
 
     def kind(field: griffe.Attribute) -> str:
-        # The default of a field that has one; a property has none, and what `field()` is told is of no use here.
+        # The default of a field, if there is one. A property has no default, and a call of `field()` would not help.
         given = "property" not in field.labels and field.value is not None and not str(field.value).startswith("field(")
         return f"`{field.annotation} = {field.value}`" if given else f"`{field.annotation}`"
 
@@ -56,10 +56,10 @@ def listed(fields: Collection[griffe.Attribute], *, shown: bool) -> str:
 
 
 class Roles(griffe.Extension):
-    """Applies :func:`markdown` to every docstring, and shows how to make what is made by compiled code."""
+    """The extension that applies :func:`markdown` to every docstring and adds the constructor of the compiled class."""
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
-        # Of the compiled base, the stub alone says what its __new__ takes; a reader looks for it at the public class.
+        # Only the stub has the parameters of the compiled base's __new__. Readers look for them at the public class.
         stub = Path(str(pkg.filepath)).with_name("_core.pyi")
         core = griffe.visit("_core", stub, stub.read_text())
         index, made = pkg["index.PrefixIndex"], core["Index.__new__"]
