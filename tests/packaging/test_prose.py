@@ -1,4 +1,4 @@
-"""The English of pages and docstrings, against the style in ``prose.yaml``.
+"""The English of pages, docstrings and comments, against the style in ``prose.yaml``.
 
 As a program, ``python tests/packaging/test_prose.py``, it prints every finding and the count of each rule.
 """
@@ -6,8 +6,10 @@ As a program, ``python tests/packaging/test_prose.py``, it prints every finding 
 import argparse
 import ast
 import inspect
+import io
 import re
 import sys
+import tokenize
 from collections import Counter
 from pathlib import Path
 
@@ -25,11 +27,7 @@ PAGES = [
     for path in [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
     if str(path.relative_to(ROOT)) not in STYLE["left_out"]
 ]
-SOURCES = [
-    path
-    for name in STYLE["docstrings"]
-    for path in ([ROOT / "src/kvindex" / name] if "." in name else sorted((ROOT / "src/kvindex" / name).glob("*.py")))
-]
+SOURCES = [path for pattern in STYLE["sources"] for path in sorted(ROOT.glob(pattern))]
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 CODE = re.compile(r"^(?P<indent> *)```.*?^(?P=indent)```|<!--.*?-->|::\n\n(?:(?: {4}.*)?\n)+", re.M | re.S)
@@ -57,8 +55,39 @@ def docstrings(path):
                 yield inspect.cleandoc(str(each.value.value)), f":{each.lineno}"
 
 
+def comments(path):
+    """Each block with its line. Of C++, and of Cython, those that have a line for themselves or stand at its end."""
+    text = path.read_text()
+    if path.suffix == ".py":
+        found = [
+            (token.start[0], token.line.strip().startswith("#"), token.string)
+            for token in tokenize.generate_tokens(io.StringIO(text).readline)
+            if token.type == tokenize.COMMENT
+        ]
+    else:
+        sign = "//" if path.suffix in (".hpp", ".cpp", ".c", ".js") else "#"
+        lines = re.finditer(rf"^(?P<before>.*?)(?P<comment>{sign}.*)$", text, re.M)
+        found = [
+            (text.count("\n", 0, line.start()) + 1, not line["before"].strip(), line["comment"])
+            for line in lines
+            if not line["before"].strip() or re.search(r"\s\s$", line["before"])
+        ]
+    block, last = [], 0
+    for line, alone, comment in [*found, (0, False, "")]:
+        if block and not (alone and line == last + 1):
+            yield "\n".join(block), f":{last}"
+            block = []
+        if line:
+            block.append(re.sub(r"^(#|//)+:? ?", "", comment))
+            last = line if alone else 0
+        if block and not alone:
+            yield block.pop(), f":{line}"
+
+
 def texts(path):
-    return [(path.read_text(), "")] if path.suffix == ".md" else docstrings(path)
+    if path.suffix == ".md":
+        return [(path.read_text(), "")]
+    return [*(docstrings(path) if path.suffix in (".py", ".pyx", ".pxi") else ()), *comments(path)]
 
 
 def sentences(text):
@@ -113,6 +142,20 @@ def test_the_help_of_commands_keeps_the_style():
 def test_a_sentence_that_breaks_a_rule_is_found(sentence, rule):
     assert [name for name, _, _ in findings(f"A sentence before it. {sentence}")] == [rule]
     assert not [*findings(f"`{sentence}`"), *findings(f"```text\n{sentence}\n```\n")]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.py", "x = 1  # What it is.\n\n# Nobody has\n# it.\ns = '# what'\n"),
+        ("a.hpp", 'int x;  // What it is.\n\n// Nobody has\n// it.\nauto s = "what";\n'),
+        ("Makefile", "# What it is.\n\n# Nobody has\n# it.\nall: # what\n\techo what\n"),
+    ],
+)
+def test_comments_are_found_as_blocks(name, text, tmp_path):
+    (tmp_path / name).write_text(text)
+    found = [finding for comment, line in comments(tmp_path / name) for finding in findings(comment)]
+    assert found == [("free relative", "What", "What it is."), ("person for a thing", "Nobody", "Nobody has it.")]
 
 
 def test_what_keeps_the_style_is_not_found():

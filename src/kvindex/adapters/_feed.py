@@ -15,7 +15,7 @@ from ..index import PrefixIndex
 __all__: list[str] = []
 
 SEED = 1337
-# What an event that is not as its source describes it raises while it is read.
+# The exceptions of an event that does not fit its source's description, while it is read.
 MALFORMED = (KVIndexError, AttributeError, KeyError, TypeError, ValueError)
 
 

@@ -184,7 +184,7 @@ class TrtllmEvents:
     def _updated(self, data: Mapping[str, Any], rank: int, group: int) -> Iterator[BlockStored | BlockRemoved]:
         levels, name, diff = self._levels.setdefault((rank, group), {}), fold(data["block_hash"]), data["cache_level"]
         old = levels.get(name)
-        # Without a level it tells of a priority.
+        # An update without a level is about a priority.
         if diff is None or old is None or (new := whole(diff["new_value"])) == old:
             return
         yield BlockStored(
