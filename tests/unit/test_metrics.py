@@ -15,6 +15,7 @@ import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+import kvindex
 from kvindex import EventManager, PodSource, PrefixIndex
 from kvindex.metrics import KVIndexCollector
 from kvindex.routing import EndpointPicker
@@ -177,3 +178,14 @@ def test_what_is_not_installed_says_what_to_install():
     code = "import sys; sys.modules['prometheus_client'] = None; import kvindex.metrics"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr.strip().endswith("pip install 'kvindex[metrics]'")
+
+
+def test_the_guides_name_metrics_that_exist() -> None:
+    root = Path(__file__).resolve().parents[2]
+    package = Path(kvindex.__file__).parent
+    exported = (package / "metrics.py").read_text() + (package / "service" / "figures.py").read_text()
+    named = {
+        name for page in (root / "docs").rglob("*.md") for name in re.findall(r"\bkvindex_[a-z_]+", page.read_text())
+    }
+    assert len(named) > 40
+    assert not {name for name in named if f'"{name.removesuffix("_total")}"' not in exported}

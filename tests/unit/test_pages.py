@@ -221,7 +221,8 @@ def test_no_code_hides_where_nothing_runs(page):
 def test_the_installation_and_the_two_commands_come_first():
     commands = [code for language, code in blocks(ROOT / "README.md") if language == "sh"]
     lines = [[line.split("#")[0].strip() for line in code.splitlines()] for code in commands]
-    assert lines[0] == ["pip install '.[cli,serve,sim,examples]'", "make dist && pip install dist/*.whl"]
+    wheel = "make dist && pip install dist/*.whl"
+    assert lines[0] == ["pip install '.[cli,serve,sim,examples]'", "pip install .", wheel]
     assert lines[1] == ["make demo", "make test"]
 
 

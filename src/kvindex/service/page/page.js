@@ -150,7 +150,7 @@ function figures() {
   const cards = [
     ["hit rate", percent(minute), "in the last minute", hit, percent],
     ["tokens saved", brief(now.held), "since the start", steps("held"), (top) => brief(top) + " in 5 s"],
-    ["questions", brief(now.questions), "since the start", steps("questions"), (top) => brief(top) + " in 5 s"],
+    ["questions", brief(now.questions), now.questions ? "since the start" : "to this service yet", steps("questions"), (top) => brief(top) + " in 5 s"],
     ["distinct blocks", brief(fleet.blocks), (fleet.bytes / 1e6).toFixed(1) + " MB", samples.map((each) => each.blocks), brief],
     ["exact pods", number(now.exact), "of " + number(fleet.rows.length), samples.map((each) => each.exact), number],
     ["prediction error", percent(last(wrong)), "of cached tokens", wrong, percent],
