@@ -137,6 +137,19 @@ class FaultyChannel(RuleBasedStateMachine):
             self.world.serve()
             self.world.receive()
 
+    @precondition(lambda self: self.replay and self.world.connection_open and self.world.liar is None)
+    @rule(count=few)
+    def lose_the_last(self, count: int) -> None:
+        """The last batches are lost, and no later one shows that. Only a question to the publisher can."""
+        world = self.world
+        world.limit(0.0)
+        world.deliver()
+        world.publish(count)
+        world.channel.clear()
+        world.wait(2 * world.stream.policy.idle_probe[1])
+        if world.state == "exact":
+            assert world.applied_upto() == len(world.process.published)
+
     @precondition(lambda self: self.world.connection_open)
     @rule(seconds=st.sampled_from([0.0, 0.05, 3.0]))
     def limit(self, seconds: float) -> None:
@@ -172,6 +185,12 @@ class FaultyChannel(RuleBasedStateMachine):
     def exact_means_equal(self) -> None:
         self.world.check()
 
+    def settle(self) -> None:
+        self.world.wait(120.0)
+        if self.world.answering:
+            # The rest of a cut answer never comes. The stream requests it again at the end of its patience.
+            self.world.wait(self.world.stream.policy.replay_patience[1])
+
     def teardown(self) -> None:
         if not hasattr(self, "world"):
             return
@@ -180,7 +199,7 @@ class FaultyChannel(RuleBasedStateMachine):
             world.connect()
         world.limit(0.0)
         world.deliver()
-        world.wait(120.0)
+        self.settle()
         world.check()
         if world.waits_for_batch:
             world.publish()
@@ -295,7 +314,7 @@ class Lying(FaultyChannel):
         world.wait(30.0)
         self.prove(1)
         if self.replay:
-            world.wait(120.0)
+            self.settle()
             assert world.state != "stale", world.stream.reason
         clears = world.clears
         world.wait(60.0)

@@ -52,6 +52,13 @@ class OutlivesItsConnection(WorkerStream):
         return super()._unknown() if self.is_connected else ""
 
 
+class IgnoresSilence(WorkerStream):
+    """Never asks whether the last batches are lost."""
+
+    def _plan_probe(self, now: float) -> None:
+        pass
+
+
 @pytest.mark.parametrize(
     ("stream", "kind", "first"),
     [
@@ -60,6 +67,7 @@ class OutlivesItsConnection(WorkerStream):
         (SkipsProof, "restarting", 0),
         (ForgetsLosses, "faulty", 0),
         (OutlivesItsConnection, "restarting", 0),
+        (IgnoresSilence, "faulty", 0),
     ],
 )
 def test_the_simulation_finds_a_stream_that_is_wrong(

@@ -654,6 +654,19 @@ def test_silence_begins_when_the_limit_lets_messages_in():
     assert world.state == "exact"
 
 
+def test_a_limit_outlives_the_connection():
+    world = World()
+    world.publish(3)
+    world.connect()
+    world.limit(2.0)
+    world.disconnect()
+    world.connect()
+    world.wait(2.4)
+    assert world.state == "stale"
+    world.wait(0.2)
+    assert world.state == "exact"
+
+
 def test_an_engine_that_is_seen_from_its_first_batch_on_needs_no_confirmation():
     world = World()
     world.connect()

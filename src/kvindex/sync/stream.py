@@ -192,7 +192,8 @@ class WorkerStream:
         elif self._attempts:
             self._say("connected", f"at attempt {self._attempts + 1}")
         self.is_connected = True
-        self._connected_at = self._waits.heard_at = now
+        self._connected_at = now
+        self._waits.heard_at = max(now, self._waits.held_up_until)
         self._mixed = self._behind = False
         self._open = None
         self._blame = ""
