@@ -19,6 +19,11 @@ EXAMPLES = os.environ.get("EXAMPLES", "50")
 # The checks that are off, with the reasons. positive_data_acceptance: the schema cannot express that exactly one of
 # tokens, text and messages is required, or that bytes are whole tokens of four. /dump answers 501, as test_serve.py
 # asserts.
+# 503 is the documented answer of a pick for which no pod is ready, and of a service that is busy.
+CONFIG = """
+[checks.not_a_server_error]
+expected-statuses = ["2xx", "3xx", "4xx", "503"]
+"""
 OFF = ["--exclude-checks", "positive_data_acceptance", "--exclude-path", "/dump"]
 
 
@@ -45,10 +50,12 @@ def held(url: str) -> int:
         return max((found["longest_matched"] for found in json.load(answer)["instances"].values()), default=0)
 
 
-def test_every_answer_to_a_valid_or_damaged_request_is_in_the_document(service):
+def test_every_answer_to_a_valid_or_damaged_request_is_in_the_document(service, tmp_path):
     url, served = service
+    (tmp_path / "schemathesis.toml").write_text(CONFIG)
+    command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(tmp_path / "schemathesis.toml"), "run"]
     run = subprocess.run(
-        [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", "--max-examples", EXAMPLES, *OFF],
+        [*command, f"{url}/openapi.json", "--max-examples", EXAMPLES, *OFF],
         capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
