@@ -277,7 +277,7 @@ def test_once_prints_a_pod_that_is_not_there(command, refusing):
     assert status == 1
     line = cells(out, "gone")
     assert (line["state"], line["lag"], line["blocks"]) == ("stale", "-", "0")
-    assert "nobody accepts connections there" in out
+    assert "nothing accepts connections there" in out
 
 
 def test_pods_of_a_file_with_several_ranks(command, tmp_path):

@@ -690,7 +690,7 @@ def test_attempts_to_connect_leave_nothing_in_memory(index):
         until(lambda: manager.status()["pod"].workers[0].counters.get("failed_connects", 0) >= 2)
         known = len(zmq.Event._value2member_map_)
         until(lambda: manager.status()["pod"].workers[0].counters["failed_connects"] >= 20)
-        assert "nobody accepts connections" in manager.status()["pod"].reason
+        assert "nothing accepts connections" in manager.status()["pod"].reason
     assert len(zmq.Event._value2member_map_) == known
 
 

@@ -368,7 +368,7 @@ def why_lost(event: int, *, keyed: bool, stood: bool) -> str:
     if event == zmq.EVENT_DISCONNECTED:
         return "the connection was lost"
     if event == zmq.EVENT_CONNECT_RETRIED:
-        return "nobody accepts connections there"
+        return "nothing accepts connections there"
     if keyed:
         return "the service there does not have the server_key, or hangs"
     return "the service there is not a ZMQ publisher, or needs a key, or hangs"
