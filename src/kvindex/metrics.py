@@ -49,21 +49,21 @@ _INDEX_GAUGES = (
 )
 _INDEX_COUNTERS = (
     ("kvindex_evicted_blocks", "shed_blocks", "Blocks that max_bytes evicted."),
-    ("kvindex_expired_blocks", "expired_blocks", "Blocks that the index's ttl took."),
-    ("kvindex_bad_payloads", "bad_payloads", "Payloads that were no event batch."),
+    ("kvindex_expired_blocks", "expired_blocks", "Blocks that the index's ttl dropped."),
+    ("kvindex_bad_payloads", "bad_payloads", "Payloads that were not an event batch."),
 )
 _STATES = ("exact", "degraded", "stale")
 _WORKER_GAUGES = (
-    ("kvindex_worker_connected", "connected", "Whether the worker's subscription stands."),
+    ("kvindex_worker_connected", "connected", "Whether the worker's subscription is connected."),
     ("kvindex_worker_blocks", "blocks", "Index blocks that the worker holds, in every medium and group."),
     ("kvindex_worker_pending_blocks", "parked", "Blocks of the worker that wait for their parent."),
-    ("kvindex_worker_lag_seconds", "lag", "From the last live batch's own time to its application."),
+    ("kvindex_worker_lag_seconds", "lag", "Seconds from the last live batch's timestamp to its application."),
 )
 _WORKER_COUNTERS = (
     ("kvindex_worker_batches", "batches", "Event batches applied."),
-    ("kvindex_worker_gaps", "gaps", "Gaps in the sequence of what arrived."),
-    ("kvindex_worker_lost_batches", "lost_batches", "Batches that no replay had any more."),
-    ("kvindex_worker_replays", "replays", "Replays asked for."),
+    ("kvindex_worker_gaps", "gaps", "Gaps in the sequence of batches."),
+    ("kvindex_worker_lost_batches", "lost_batches", "Batches lost for good: no replay had them."),
+    ("kvindex_worker_replays", "replays", "Replays requested."),
     ("kvindex_worker_restarts", "restarts", "Times that another process was found behind the endpoint."),
     ("kvindex_worker_throttled", "throttled", "Times that the worker waited for its rate limit."),
 )
@@ -71,10 +71,10 @@ _WORKER_COUNTERS = (
 _ROLES = ("collector", "follower", "direct")
 _LOG_GAUGES = (
     ("kvindex_log_trusted", "trusted", "Whether the log is alive; if not, every pod is stale here."),
-    ("kvindex_log_age_seconds", "age", "Since the moment up to which this process has the log."),
+    ("kvindex_log_age_seconds", "age", "Seconds since the moment up to which this process has the log."),
     ("kvindex_log_epoch_timestamp_seconds", "began", "When the log's epoch began, by its collector's clock."),
-    ("kvindex_log_lease_age_seconds", "lease_age", "Since the collector renewed its lease."),
-    ("kvindex_log_snapshot_age_seconds", "snapshot_age", "Since the last snapshot was loaded or made here."),
+    ("kvindex_log_lease_age_seconds", "lease_age", "Seconds since the collector renewed its lease."),
+    ("kvindex_log_snapshot_age_seconds", "snapshot_age", "Seconds since the last snapshot was loaded or made here."),
     ("kvindex_log_snapshot_bytes", "snapshot_bytes", "Size of that snapshot."),
 )
 _LOG_COUNTERS = (
@@ -83,7 +83,7 @@ _LOG_COUNTERS = (
     ("kvindex_log_read_bytes", "read_bytes", "Bytes of entries that were read."),
     ("kvindex_log_written_bytes", "written_bytes", "Bytes of entries that were written."),
     ("kvindex_log_entries_refilled", "refilled", "Entries written again after the server had lost them."),
-    ("kvindex_log_entries_refused", "refused", "Entries that the log did not take."),
+    ("kvindex_log_entries_refused", "refused", "Entries that the log refused."),
     ("kvindex_log_snapshots", "snapshots", "Snapshots loaded and written."),
     ("kvindex_log_holes", "holes", "Times that the log could not be continued without a snapshot."),
     ("kvindex_log_takeovers", "takeovers", "Times that this process became the collector."),
@@ -96,11 +96,15 @@ _PICKER_COUNTERS = (
 )
 _LOADS = (
     ("kvindex_worker_requests", "requests", "Requests in flight."),
-    ("kvindex_worker_prefill_tokens", "prefill_tokens", "Tokens that wait for prefill, as expected."),
+    ("kvindex_worker_prefill_tokens", "prefill_tokens", "Expected tokens that wait for prefill."),
     ("kvindex_worker_context_tokens", "context_tokens", "Tokens of the prompts of requests in flight."),
 )
 _REPORTS = (
-    ("kvindex_expected_cached_tokens", "expected_tokens", "Cached tokens expected, of requests whose engine reported."),
+    (
+        "kvindex_expected_cached_tokens",
+        "expected_tokens",
+        "Expected cached tokens, of requests with a report.",
+    ),
     ("kvindex_reported_cached_tokens", "reported_tokens", "Cached tokens that engines reported."),
 )
 

@@ -214,7 +214,7 @@ def test_a_recording_that_is_killed_can_be_read(command, pod, tmp_path):
         ((), "no pods"),
         (("nonsense",), "is not [NAME=]ENDPOINT"),
         (("a=tcp://h:1", "a=tcp://h:2"), "named twice"),
-        (("a=tcp://h:1,2", "--replay", "3"), "no POD for it"),
+        (("a=tcp://h:1,2", "--replay", "3"), "no POD without a replay endpoint"),
         (("http://127.0.0.1:1",), "asked as vLLM"),
         (("--pods", "/nonexistent/pods.yaml"), "pods.yaml"),
         (("a=tcp://h:1", "-o", "/nonexistent/x.gz"), "x.gz"),

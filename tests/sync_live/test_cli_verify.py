@@ -111,7 +111,9 @@ def test_the_routers_own_tokenizer_and_template(check, tmp_path):
         (tmp_path / "chat_template.jinja").write_text(template)
         status, said = check(pod.url, *files, settle=0.05)
     assert status == 1
-    assert re.search(r"chat template is another: from token \d+ on the router's ids are \[10, 257, \d+\], the ", said)
+    assert re.search(
+        r"chat template differs from the engine's: from token \d+ on the router's ids are \[10, 257, \d+\], the ", said
+    )
 
 
 # Misconfigured ----------------------------------------------------------------------------------------------------
@@ -134,7 +136,8 @@ def test_the_option_that_makes_answers_equal_is_named(check, options, given, rea
     assert status == 1
     assert reason in said
     assert re.search(
-        r"block-aligned, repeated, [\d,]+ tokens: the index says [\d,]+, the engine [\d,]+ \((16|32) ", said
+        r"block-aligned, repeated, [\d,]+ tokens: the index expected [\d,]+, the engine reported [\d,]+ \((16|32) ",
+        said,
     )
 
 
@@ -142,7 +145,7 @@ def test_a_block_size_that_does_not_fit_is_named(check):
     with engine() as pod:
         status, said = check(pod.url, "--block-size", 24, settle=0.05)
     assert status == 1
-    assert "the engine's blocks have 16 tokens, the index counts in 24: --block-size 16" in said
+    assert "the engine's blocks have 16 tokens, the index has blocks of 24: use --block-size 16" in said
 
 
 def test_an_adapter_that_is_taken_for_a_model_is_named(check):

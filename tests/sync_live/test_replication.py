@@ -728,7 +728,10 @@ def test_the_command_shares_nothing_without_a_log(capsys: pytest.CaptureFixture[
         (["--log", "redis://127.0.0.1:1"], "no pods"),
         (["a=tcp://127.0.0.1:1", "--log", "http://nowhere"], "URL"),
         (["a=tcp://127.0.0.1:1", "--log", "redis://127.0.0.1:1", "--fleet", "a:b"], "fleet"),
-        (["a=tcp://127.0.0.1:1", "--log", "redis://127.0.0.1:1", "--metrics", "192.0.2.1:9"], "cannot be listened at"),
+        (
+            ["a=tcp://127.0.0.1:1", "--log", "redis://127.0.0.1:1", "--metrics", "192.0.2.1:9"],
+            "cannot listen on",
+        ),
     ],
 )
 def test_the_command_says_what_is_missing(

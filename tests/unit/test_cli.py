@@ -401,7 +401,7 @@ def test_a_simulated_pod_that_can_not_be_is_refused(command):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         status, out, err = command("sim", "--port", taken.getsockname()[1], "--no-replay")
     assert (status, out) == (2, "")
-    assert "cannot have the ports" in err
+    assert "cannot use the ports" in err
 
 
 def test_a_missing_extra_is_told_with_what_to_install(command, monkeypatch, tmp_path):

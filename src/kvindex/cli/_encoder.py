@@ -14,8 +14,8 @@ __all__ = ["add_encoder_arguments", "encoder_of"]
 def add_encoder_arguments(parser: Any) -> None:
     """The options of :func:`encoder_of`. ``parser``: a parser, or a group of one."""
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json, for prompts that are texts or messages")
-    parser.add_argument("--chat-template", metavar="FILE", help="its template, for messages")
-    parser.add_argument("--tokenize-url", metavar="URL", help="an engine that is asked for token ids instead")
+    parser.add_argument("--chat-template", metavar="FILE", help="the model's chat template, for messages")
+    parser.add_argument("--tokenize-url", metavar="URL", help="URL of an engine that returns the token ids instead")
 
 
 def encoder_of(args: argparse.Namespace) -> Any:

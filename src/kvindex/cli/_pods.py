@@ -70,7 +70,7 @@ def one_source(args: argparse.Namespace) -> PodSource:
     if args.file and len(args.pods) == 1 and "://" not in args.pods[0]:
         listed = read_pods(args.file)
         if args.pods[0] not in listed:
-            raise CommandError(f"{args.file} has no pod {args.pods[0]!r}, but {', '.join(listed) or 'none'}")
+            raise CommandError(f"{args.file} has no pod {args.pods[0]!r}; its pods are {', '.join(listed) or 'none'}")
         return listed[args.pods[0]]
     found = sources(args)
     if len(found) > 1:
@@ -110,7 +110,7 @@ def _named(args: argparse.Namespace) -> list[PodSource]:
     answers = list(args.replay)
     found = [_source(text, args, answers) for text in args.pods]
     if answers:
-        raise CommandError(f"--replay {answers[0]}: there is no POD for it that has no replay endpoint yet")
+        raise CommandError(f"--replay {answers[0]}: no POD without a replay endpoint is left for it")
     return found
 
 
@@ -119,7 +119,7 @@ def _different(found: list[PodSource]) -> list[PodSource]:
         raise CommandError("no pods: name them as NAME=tcp://HOST:PORT,REPLAY_PORT")
     names = [source.name for source in found]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise CommandError(f"pod {twice[0]!r} is named twice; NAME=ENDPOINT tells them apart")
+        raise CommandError(f"pod {twice[0]!r} is named twice; give each a name of its own, as NAME=ENDPOINT")
     return found
 
 

@@ -37,25 +37,27 @@ def add_parser(commands: Any) -> None:
     add_arguments(parser)
     add_cluster_arguments(parser)
     parser.add_argument("--log", metavar="URL", default=os.environ.get(URL),
-                        help=f"URL of the server, as of redis-py (default: {URL})")  # fmt: skip
+                        help=f"URL of the server, in redis-py's form (default: {URL})")  # fmt: skip
     parser.add_argument("--fleet", default="default", metavar="NAME", help="name of the fleet (default %(default)s)")
     parser.add_argument("--shards", type=positive, default=1, metavar="N",
                         help="number of logs of the fleet, equal in all processes (default %(default)s)")  # fmt: skip
     parser.add_argument("--block-size", type=positive, default=16, metavar="TOKENS",
                         help="block size of the index, equal in all processes (default %(default)s)")  # fmt: skip
-    parser.add_argument("--max-bytes", type=positive, metavar="N", help="limit of its memory (default: none)")
-    parser.add_argument("--lease", type=seconds, metavar="SECONDS", help="time until another takes over (default 2)")
+    parser.add_argument("--max-bytes", type=positive, metavar="N", help="limit of the index's memory (default: none)")
+    parser.add_argument(
+        "--lease", type=seconds, metavar="SECONDS", help="time after which another collector takes over (default 2)"
+    )
     parser.add_argument("--report-every", type=seconds, default=60.0, metavar="SECONDS",
-                        help="log the status so often, as JSON (default %(default)g)")  # fmt: skip
+                        help="log the status as JSON at this interval (default %(default)g)")  # fmt: skip
     parser.add_argument("--metrics", type=address, metavar="[HOST:]PORT",
-                        help="serve metrics for Prometheus there (default: none; HOST 127.0.0.1)")  # fmt: skip
+                        help="serve Prometheus metrics at this address (default: none; HOST 127.0.0.1)")  # fmt: skip
     parser.set_defaults(run=run)
 
 
 def address(text: str) -> tuple[str, int]:
     host, _, port = text.rpartition(":")
     if not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is no port, and no HOST:PORT")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a port nor HOST:PORT")
     return host.strip("[]") or "127.0.0.1", int(port)
 
 
@@ -71,7 +73,7 @@ def serve_metrics(stack: ExitStack, view: Any, host: str, port: int) -> None:
     try:
         server, thread = start_http_server(port, addr=host, registry=registry)
     except OSError as error:
-        raise CommandError(f"--metrics: {host}:{port} cannot be listened at: {error}") from None
+        raise CommandError(f"--metrics: cannot listen on {host}:{port}: {error}") from None
     stack.callback(thread.join)
     stack.callback(server.server_close)
     stack.callback(server.shutdown)

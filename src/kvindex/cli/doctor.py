@@ -38,19 +38,19 @@ LATE = 5.0
 
 # The counters of a stream, explained for a reader who looks for a cause.
 ERRORS = {
-    "undecodable": "payloads are no batch of KV events: is this another publisher, or an unknown engine?",
+    "undecodable": "payloads are not batches of KV events: is this another publisher, or an unknown engine?",
     "refused": "batches were refused by the index",
-    "bad_frame_count": "messages have not the 3 frames of KV events: another publisher?",
+    "bad_frame_count": "messages do not have the 3 frames of KV events: another publisher?",
     "bad_seq_size": "messages have no sequence number of 8 bytes: another publisher?",
-    "bad_seq": "messages have sequence numbers that are none",
+    "bad_seq": "messages have invalid sequence numbers",
     "bad_event": "events were malformed",
-    "unknown_event": "events were of a kind that this version does not know, and may have taken blocks away",
-    "bad_token": "events have tokens that are no integers (TensorRT-LLM's strings): not to be placed",
+    "unknown_event": "events were of a kind that this version does not know, and may have removed blocks",
+    "bad_token": "events have tokens that are not integers (TensorRT-LLM's strings), so their blocks cannot be placed",
     "misaligned": "events start inside a block",
     "parked_full": "blocks were refused because too many wait for their parents",
     "duplicate_hash": "events name one block twice",
     "foreign_topic": "messages have another topic than the first: are several engines behind this endpoint?",
-    "late_frames": "messages came by a connection that was already replaced",
+    "late_frames": "messages arrived over a connection that was already replaced",
 }  # fmt: skip
 
 # Counters without effect on matches: promotions of vLLM's partial blocks, removals of blocks that were never counted.
@@ -75,7 +75,7 @@ def add_parser(commands: Any) -> None:
         help="find the cause of a hit rate of zero",
         description="Connect to one pod, watch its events, and report the causes of missing matches: addresses, "
         "topics, block sizes, adapters, salts, gaps.",
-        status="0 if nothing is wrong, 1 otherwise",
+        status="0 if no problem was found, 1 otherwise",
         lines=[
             "kvindex doctor tcp://10.0.0.1:5557,5558",
             "kvindex doctor http://10.0.0.1:8000 --seconds 30 --tokens prompt.json",
@@ -255,19 +255,19 @@ def addresses(patient: Patient) -> Iterator[Finding]:
         "refused": f"nothing listens at {endpoint}: the engine is down, publishes at another port, or only to its own "
         "machine (it should bind tcp://*:PORT)",
         "no answer": f"{endpoint} does not answer: a wrong address, or a firewall",
-        "unknown host": f"{host!r} resolves to nothing",
-        "silence": f"{endpoint} takes connections and says nothing: that is no ZMQ socket",
-        "something else": f"what answers at {endpoint} is no ZMQ socket",
+        "unknown host": f"the host name {host!r} cannot be resolved",
+        "silence": f"{endpoint} accepts connections and sends nothing: it is not a ZMQ socket",
+        "something else": f"the server at {endpoint} is not a ZMQ socket",
         "CURVE": f"{endpoint} is encrypted: give its public key (--server-key, or server_key= of PodSource)",
-        "HTTP": f"{endpoint} speaks HTTP: the engine's API, not its events; kvindex doctor http://{host}:{port} "
-        "asks it where they are",
-        "ROUTER": f"{endpoint} is a ROUTER, as replay endpoints are: events come from another port, this is --replay",
+        "HTTP": f"{endpoint} speaks HTTP: it is the engine's API, not an event endpoint; kvindex doctor "
+        f"http://{host}:{port} asks it for the endpoints",
+        "ROUTER": f"{endpoint} is a replay endpoint (ZMQ ROUTER), not an event endpoint: swap the two",
     }
     if patient.keyed:
-        unkeyed = "has no keys: whoever it is, it is not who has the secret key to the server_key, and is ignored"
-        wrong.update(dict.fromkeys(PUBLISHERS, f"what publishes at {endpoint} {unkeyed}"))
+        unkeyed = "is not encrypted, so it does not have the secret key of the server_key, and is ignored"
+        wrong.update(dict.fromkeys(PUBLISHERS, f"the publisher at {endpoint} {unkeyed}"))
     if patient.publishes and answers == "CURVE":
-        yield Finding("ok", f"what answers at {endpoint} is encrypted")
+        yield Finding("ok", f"an encrypted socket is at {endpoint}")
     elif patient.publishes:
         yield Finding("ok", f"a publisher is at {endpoint}" if answers else f"connecting to {endpoint}")
     else:
@@ -276,16 +276,16 @@ def addresses(patient: Patient) -> Iterator[Finding]:
         return
     answers = patient.replay_answers
     if answers and (answers == "CURVE") != patient.keyed and answers in ("ROUTER", "CURVE"):
-        how = "has no keys, as the publisher should" if patient.keyed else "is encrypted, the publisher not"
-        yield Finding("WRONG", f"the replay endpoint {replays} {how}: nothing comes from it", True)
+        how = "is not encrypted, but a server_key is given" if patient.keyed else "is encrypted, the publisher is not"
+        yield Finding("WRONG", f"the replay endpoint {replays} {how}: no replay can be received", True)
     elif answers in ("ROUTER", "CURVE", ""):
-        yield Finding("ok", f"replays are asked at {replays}")
+        yield Finding("ok", f"replays are requested from {replays}")
     elif answers in PUBLISHERS:
-        yield Finding("WRONG", f"the replay endpoint {replays} is a publisher: a ROUTER should be there", True)
+        yield Finding("WRONG", f"the replay endpoint {replays} is a publisher, not a ZMQ ROUTER", True)
     elif answers in ("refused", "no answer", "unknown host"):
-        yield Finding("WRONG", f"nobody answers at the replay endpoint {replays} ({answers}): is it configured?", True)
+        yield Finding("WRONG", f"the replay endpoint {replays} does not answer ({answers}): is it configured?", True)
     else:
-        yield Finding("WRONG", f"at the replay endpoint {replays} is {answers}, not a ZMQ ROUTER", True)
+        yield Finding("WRONG", f"the replay endpoint {replays} is not a ZMQ ROUTER, but {answers}", True)
 
 
 def events(
@@ -302,7 +302,7 @@ def events(
                 "publish (vLLM: --kv-events-config with enable_kv_cache_events, and prefix caching on)?",
             )
         return
-    live = f"{patient.live:,} of them live" if patient.live else f"none in the {args.seconds:g} s of watching"
+    live = f"{patient.live:,} of them live" if patient.live else f"none of them in the {args.seconds:g} s of watching"
     yield Finding(
         "ok",
         f"{counted(facts.batches, 'batch', 'batches')}, {live}: {counted(facts.blocks, 'block')} stored, "
@@ -313,7 +313,7 @@ def events(
         yield Finding(
             "WRONG",
             f"no block was stored, and {counted(facts.unknown, 'event')} of unknown kind came ({named}): another "
-            "publisher, or an engine that is newer than this version and says it in another way",
+            "publisher, or an engine that is newer than this version and has other events",
         )
     elif facts.batches and not facts.blocks and not facts.undecodable:
         yield Finding("WRONG", "no block was stored: nothing can be found until the engine caches a whole block")
@@ -332,11 +332,11 @@ def events(
     if others := sorted(strange - shared):
         yield Finding(
             "WRONG",
-            f"batches here are of rank {', '.join(map(str, others))}, not {patient.rank}: each rank has an endpoint of "
+            f"its batches are of rank {', '.join(map(str, others))}, not {patient.rank}: each rank has an endpoint of "
             "its own (--ranks, or ranks= of PodSource)",
         )
     if others := sorted(strange & shared):
-        yield Finding("note", f"rank {', '.join(map(str, others))} publishes here too, and is kept apart")
+        yield Finding("note", f"rank {', '.join(map(str, others))} publishes here too, and is counted separately")
     # The topic of another pod shows that it is no rank of this one.
     others_topic = patient.next_topics and patient.topics and not patient.next_topics & set(patient.topics)
     if last and patient.next_answers in PUBLISHERS and not others_topic:
@@ -358,22 +358,24 @@ def contents(patient: Patient, worker: WorkerStatus, source: PodSource, size: in
     if mismatched:
         yield Finding(
             "WRONG",
-            f"its blocks have {named} tokens, the index counts in {size}: {counted(mismatched, 'event')} could not be "
-            f"placed; make it PrefixIndex(block_size={facts.block_size})",
+            f"its blocks have {named} tokens, the index has blocks of {size}: {counted(mismatched, 'event')} could not "
+            f"be placed; use PrefixIndex(block_size={facts.block_size})",
         )
     elif usual == [size]:
-        yield Finding("ok", f"its blocks have {size} tokens, as the index")
+        yield Finding("ok", f"its blocks have {size} tokens, like the index")
     elif usual:
-        yield Finding("ok", f"its blocks have {named} tokens, which the index places as several of {size}")
+        yield Finding("ok", f"its blocks have {named} tokens, which the index splits into blocks of {size}")
     if source.block_size is not None and usual and source.block_size not in usual:
-        yield Finding("WRONG", f"its server says that blocks have {source.block_size} tokens, its events {named}")
+        yield Finding(
+            "WRONG", f"its server reports blocks of {source.block_size} tokens, its events have blocks of {named}"
+        )
     if facts.hashes:
         yield Finding("ok", f"hashes are {' and '.join(sorted(facts.hashes))}")
     if facts.without_tokens:
         yield Finding("note", f"{counted(facts.without_tokens, 'block')} came without tokens: copies in another tier")
     media = sorted(facts.media)
     if media != ["GPU"]:
-        yield Finding("note", f"blocks lie in {', '.join(media)}")
+        yield Finding("note", f"blocks are in {', '.join(media)}")
     kinds = {group: each for group, each in sorted(facts.groups.items()) if each.kind or each.window}
     if len(facts.groups) > 1 or any(each.window for each in kinds.values()):
         told = ", ".join(
@@ -382,7 +384,7 @@ def contents(patient: Patient, worker: WorkerStatus, source: PodSource, size: in
         )
         yield Finding("note", f"a hybrid model, whose groups have to agree on a match ({told})")
     if any((each.kind or "").startswith("chunked_local") for each in kinds.values()) and source.chunk_size is None:
-        yield Finding("WRONG", "it has chunked-local attention, and its events do not say the chunk size: chunk_size=")
+        yield Finding("WRONG", "it has chunked-local attention, but its events have no chunk size: set chunk_size=")
     of = f"of {counted(facts.blocks, 'block')} came under"
     if facts.adapters:
         names = ", ".join(sorted(facts.adapters))
@@ -408,8 +410,8 @@ def engine(patient: Patient, source: PodSource) -> Iterator[Finding]:
     if source.engine is None:
         yield Finding(
             "note",
-            "no engine is named: a match counts what is held, and not what an engine reuses of it (engine=vllm, sglang "
-            "or trtllm)",
+            "no engine given: a match counts all held tokens, although an engine recomputes the last one; add "
+            "engine=vllm, engine=sglang or engine=trtllm",
         )
     elif source.engine == "sglang" and described:
         yield Finding("WRONG", "engine=sglang, but its events describe groups of layers, as vLLM's do: engine=vllm?")
@@ -420,7 +422,7 @@ def engine(patient: Patient, source: PodSource) -> Iterator[Finding]:
             "WRONG", f"engine=vllm, but its events have {' and '.join(others_own)}, as SGLang's do: engine=sglang?"
         )
     elif source.engine == "trtllm":
-        yield Finding("note", "no rule is known of what TensorRT-LLM reuses: a match counts what is held")
+        yield Finding("note", "the rules of TensorRT-LLM's reuse are not known: a match counts all held tokens")
     if source.hybrid:
         told = "its events describe every group: hybrid= is for SGLang, whose events do not" if described else ""
         yield Finding("WRONG" if told else "note", told or "hybrid=true: evictions are silent, so it is never exact")
@@ -439,11 +441,11 @@ def engine(patient: Patient, source: PodSource) -> Iterator[Finding]:
     if others and source.engine == "vllm" and source.clear_media is None:
         yield Finding(
             "note",
-            f"its clears do not say whether {', '.join(others)} went too, so it is degraded after one: clear_media "
-            "says what they mean here",
+            f"its clears do not show whether they include {', '.join(others)}, so it is degraded after one: set "
+            "clear_media to the media that they clear",
         )
     if unseen := sorted({name.upper() for name in source.ignore_media} - set(facts.media)):
-        yield Finding("note", f"ignore_media names {', '.join(unseen)}, of which no event has come")
+        yield Finding("note", f"ignore_media names {', '.join(unseen)}, of which no event has arrived")
 
 
 def losses(patient: Patient, worker: WorkerStatus) -> Iterator[Finding]:
@@ -457,7 +459,7 @@ def losses(patient: Patient, worker: WorkerStatus) -> Iterator[Finding]:
         hint = f" ({patient.behind()} looks like one)" if patient.next_answers == "ROUTER" else ""
         yield Finding(
             "note" if worker.state == "exact" else "WRONG",
-            f"no replay endpoint was given{hint}: what was cached before is not known, and what is lost stays lost",
+            f"no replay endpoint was given{hint}: earlier blocks are unknown, and lost batches stay lost",
             True,
         )
     elif blamed and not any(found.replays for found in patient.findings):
@@ -466,7 +468,7 @@ def losses(patient: Patient, worker: WorkerStatus) -> Iterator[Finding]:
     if worker.lost_batches:
         yield Finding(follows, f"{counted(worker.lost_batches, 'batch is', 'batches are')} lost")
     elif worker.gaps:
-        yield Finding("note", f"{counted(worker.gaps, 'gap')} in the stream, healed by replays")
+        yield Finding("note", f"{counted(worker.gaps, 'gap')} in the stream, filled by replays")
     if worker.restarts:
         yield Finding("WRONG", f"the engine has restarted {counted(worker.restarts, 'time')} while it was watched")
     if counters.get("disconnects"):
@@ -506,7 +508,7 @@ def prompt(index: PrefixIndex, model: str, tokens: list[int], patients: list[Pat
         yield Finding("ok", f"{plain:,} of the prompt's {len(tokens):,} tokens are found")
         return
     if len(tokens) < index.block_size:
-        yield Finding("WRONG", f"the prompt's {len(tokens)} tokens are less than a block of {index.block_size}")
+        yield Finding("WRONG", f"the prompt's {len(tokens)} tokens are fewer than a block of {index.block_size}")
         return
     nothing = f"nothing of the prompt's {len(tokens):,} tokens is found"
     roots = [root for patient in patients for root in patient.facts.roots]
@@ -584,7 +586,7 @@ def conclude(out: Console, source: PodSource, findings: list[Finding]) -> int:
     out.print(table)
     wrong = sum(found.level == "WRONG" for found in findings)
     if wrong:
-        out.print(f"{counted(wrong, 'thing')} wrong: prompts are not found, or not always", style="bold red")
+        out.print(f"{counted(wrong, 'problem')}: prompts will be missed, always or sometimes", style="bold red")
         return 1
-    out.print("nothing is wrong with it", style="bold green")
+    out.print("no problems found", style="bold green")
     return 0

@@ -25,7 +25,7 @@ def add_parser(commands: Any) -> None:
         help="an endpoint picker for Envoy and the Gateway API Inference Extension",
         description="Follow pods and pick the endpoint of each request of a gateway, by Envoy's external processing "
         "(ext_proc) over gRPC: the endpoint picker protocol of the Gateway API Inference Extension.",
-        status="0 when it was ended by a signal",
+        status="0 if a signal ended it",
         lines=[
             "kvindex epp --pods pods.yaml --port 9002 --tokenizer model/tokenizer.json "
             "--chat-template model/chat_template.jinja",
@@ -37,21 +37,21 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--block-size", type=positive, default=BLOCK_SIZE, metavar="TOKENS",
                         help="block size; engines' must be multiples of it (default %(default)s)")  # fmt: skip
     parser.add_argument("--max-bytes", type=positive, metavar="N", help="limit of the index's memory (default: none)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default %(default)s)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
     parser.add_argument("--port", type=int, default=9002, metavar="N",
                         help="port, 0 for any free one (default %(default)s)")  # fmt: skip
     parser.add_argument("--ssl-certfile", metavar="FILE", help="certificate chain; without it, gRPC is in plain text")
     parser.add_argument("--ssl-keyfile", metavar="FILE", help="its key")
     parser.add_argument("--fallbacks", type=int, default=2, metavar="N",
-                        help="endpoints that are named behind the picked one (default %(default)s)")  # fmt: skip
+                        help="fallback endpoints after the picked one (default %(default)s)")  # fmt: skip
     parser.add_argument("--max-in-flight", type=positive, metavar="N",
-                        help="most requests at a pod; 429 if all pods have so many (default: none)")  # fmt: skip
+                        help="limit of requests at a pod; 429 if all pods have reached it (default: none)")  # fmt: skip
     parser.add_argument("--speculative-ttl", type=seconds, default=2.0, metavar="SECONDS",
-                        help="a prompt that was sent counts as held for so long (default %(default)g)")  # fmt: skip
+                        help="the time for which a sent prompt counts as held (default %(default)g)")  # fmt: skip
     parser.add_argument("--max-body", type=positive, default=16 << 20, metavar="BYTES",
-                        help="of a request (default %(default)s)")  # fmt: skip
+                        help="limit of a request's body (default %(default)s)")  # fmt: skip
     parser.add_argument("--wait", type=seconds, default=30.0, metavar="SECONDS",
-                        help="ready after the pods' history, or so long (default %(default)g)")  # fmt: skip
+                        help="longest wait for the pods' histories until ready (default %(default)g)")  # fmt: skip
     add_encoder_arguments(parser)
     parser.set_defaults(run=run)
 

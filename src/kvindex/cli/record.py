@@ -205,8 +205,8 @@ def summary(out: Console, manager: EventManager, recorder: Recorder, path: str) 
     if recorder.failed is not None:
         kept = counted(recorder.batches.total(), "batch", "batches")
         raise CommandError(
-            f"{path} cannot be written any further: {recorder.failed.strerror or recorder.failed}; what it has of the"
-            f" {kept} until then can be read: kvindex replay says where it ends"
+            f"{path} cannot be written any further: {recorder.failed.strerror or recorder.failed}; its part of"
+            f" the {kept} until then can be read, and kvindex replay reports where it ends"
         )
     for name, pod in manager.status().items():
         told = counted(recorder.batches[name], "batch", "batches") if recorder.batches[name] else "nothing"
@@ -217,7 +217,7 @@ def summary(out: Console, manager: EventManager, recorder: Recorder, path: str) 
         why = f" ({pod.reason})" if pod.reason else ""
         out.print(f"{name}: {told}; {pod.state}{why}", markup=False, soft_wrap=True)
     if not recorder.batches:
-        out.print("there was nothing to record: kvindex doctor says why", style="bold red")
+        out.print("nothing was recorded: kvindex doctor finds the cause", style="bold red")
         return 1
     size = os.path.getsize(path)
     batches = counted(recorder.batches.total(), "batch", "batches")

@@ -57,7 +57,7 @@ def add_parser(commands: Any) -> None:
         type=positive,
         default=32_768,
         metavar="N",
-        help="blocks in the KV cache of each (default %(default)s)",
+        help="blocks in the KV cache of each pod (default %(default)s)",
     )
     trace.add_argument("--plot", metavar="FILE.png", help="draw the hit rates over time")
     parser.set_defaults(run=run)

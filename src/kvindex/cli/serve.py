@@ -31,7 +31,7 @@ def add_parser(commands: Any) -> None:
         help="the index as an HTTP service, with a live page",
         description="Follow pods and answer questions about them over HTTP. Serves kvindex's routes, the routes of "
         "Mooncake and Dynamo, and /metrics. /openapi.json describes every route.",
-        status="0 when it was ended by a signal",
+        status="0 if a signal ended it",
         lines=[
             "kvindex serve --pods pods.yaml --port 8090",
             "kvindex serve --demo",
@@ -44,9 +44,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--demo", type=positive, metavar="N", nargs="?", const=5,
                         help="start N simulated pods with traffic, and follow these (default: 5)")  # fmt: skip
     parser.add_argument("--kill-every", type=seconds, default=20.0, metavar="SECONDS",
-                        help="with --demo: kill a pod so often; it starts again (default %(default)g)")  # fmt: skip
+                        help="with --demo: seconds between kills of a pod (default %(default)g)")  # fmt: skip
 
-    log_of = parser.add_argument_group("the log of a collector, in the place of pods")
+    log_of = parser.add_argument_group("the log of a collector, instead of pods")
     log_of.add_argument("--log", metavar="URL", default=os.environ.get(URL),
                         help=f"follow the log in this Redis or Valkey server (default: {URL}, else none)")  # fmt: skip
     log_of.add_argument("--fleet", default="default", metavar="NAME", help="name of the fleet (default %(default)s)")
@@ -58,19 +58,21 @@ def add_parser(commands: Any) -> None:
     index = parser.add_argument_group("the index")
     index.add_argument("--block-size", type=positive, default=16, metavar="TOKENS",
                        help="block size; engines' must be multiples of it (default %(default)s)")  # fmt: skip
-    index.add_argument("--max-bytes", type=positive, metavar="N", help="limit of its memory (default: none)")
-    index.add_argument("--ttl", type=seconds, metavar="SECONDS", help="drop prefixes that are unused for so long")
-    index.add_argument("--snapshot", metavar="FILE", help="start from this file, and save there when it is ended")
-    index.add_argument("--snapshot-every", type=seconds, metavar="SECONDS", help="save there also every so often")
+    index.add_argument("--max-bytes", type=positive, metavar="N", help="limit of the index's memory (default: none)")
+    index.add_argument(
+        "--ttl", type=seconds, metavar="SECONDS", help="drop prefixes that are unused for this many seconds"
+    )
+    index.add_argument("--snapshot", metavar="FILE", help="start from this file, and save there at the end")
+    index.add_argument("--snapshot-every", type=seconds, metavar="SECONDS", help="also save there at this interval")
     index.add_argument("--from", dest="source", metavar="URL", help="start with the index of a running service")
 
-    network = parser.add_argument_group("its sockets")
-    network.add_argument("--host", default="127.0.0.1", help="address to listen at (default %(default)s)")
+    network = parser.add_argument_group("sockets")
+    network.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
     network.add_argument("--port", type=int, default=8090, metavar="N",
                          help="port, 0 for any free one, -1 for no TCP (default %(default)s)")  # fmt: skip
-    network.add_argument("--uds", metavar="PATH", help="listen at a Unix socket too")
+    network.add_argument("--uds", metavar="PATH", help="also listen on this Unix socket")
     network.add_argument("--token-file", metavar="FILE",
-                         help=f"the bearer token that callers have to send (default: {TOKEN}, else none)")  # fmt: skip
+                         help=f"file with the bearer token of callers (default: {TOKEN}, else none)")  # fmt: skip
     for name in ("ssl-certfile", "ssl-keyfile", "ssl-keyfile-password", "ssl-ca-certs"):
         network.add_argument(
             f"--{name}", metavar="FILE" if "password" not in name else "TEXT", help="same as uvicorn's option"
@@ -81,13 +83,13 @@ def add_parser(commands: Any) -> None:
 
     work = parser.add_argument_group("limits")
     work.add_argument(
-        "--max-body", type=positive, default=8 << 20, metavar="BYTES", help="of a body (default %(default)s)"
+        "--max-body", type=positive, default=8 << 20, metavar="BYTES", help="limit of a body (default %(default)s)"
     )
     work.add_argument(
-        "--max-tokens", type=positive, default=1 << 20, metavar="N", help="of a prompt (default %(default)s)"
+        "--max-tokens", type=positive, default=1 << 20, metavar="N", help="limit of a prompt (default %(default)s)"
     )
     work.add_argument("--max-in-flight", type=positive, default=1024, metavar="N",
-                      help="requests at a time (default %(default)s)")  # fmt: skip
+                      help="limit of concurrent requests (default %(default)s)")  # fmt: skip
     add_encoder_arguments(work)
     parser.set_defaults(run=run)
 
@@ -105,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     if args.log and (others := _beside_log(args)):
         raise CommandError(f"a log (--log or {URL}) has pods and an index of its own: leave out {others}")
     if args.share and not args.log:
-        raise CommandError(f"--share needs a log (--log or {URL}), by which the requests are exchanged")
+        raise CommandError(f"--share needs a log (--log or {URL}), through which routers exchange their picks")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     keep_freed_memory()
     token = _token(args)
@@ -210,5 +212,5 @@ def _token(args: argparse.Namespace) -> str | None:
     with open(args.token_file) as file:
         token = file.read().strip()
     if not token:
-        raise CommandError(f"{args.token_file} is empty; it must have the token")
+        raise CommandError(f"{args.token_file} is empty; it must contain the token")
     return token

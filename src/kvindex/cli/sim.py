@@ -75,7 +75,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
                        help="medium of the second tier (default %(default)s)")  # fmt: skip
     cache.add_argument("--offload-tokens", action="store_true", help="events of the second tier have tokens")
     cache.add_argument("--offload-keyless", action="store_true",
-                       help="and then no adapter, salt or other keys, like connectors")  # fmt: skip
+                       help="and no adapter, salt or other keys, like connectors' events")  # fmt: skip
     cache.add_argument("--lookahead", type=int, default=0, metavar="TOKENS",
                        help="tokens behind a block in its hash: EAGLE and MTP (default %(default)s)")  # fmt: skip
     cache.add_argument("--eagle", action="store_true",
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace, make: Callable[[SimConfig], SimPod] = SimPod) 
     try:
         pod = make(SimConfig(**values))
     except (zmq.ZMQError, OSError) as error:
-        raise StreamError(f"{args.name} cannot have the ports that it was given: {error}") from None
+        raise StreamError(f"{args.name} cannot use the ports that it was given: {error}") from None
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         pod.stopping = True

@@ -365,10 +365,10 @@ def reasons(
         )
         return
     if server.tokens_differ:
-        yield f"the router's tokenizer or chat template is another: {server.tokens_differ}"
+        yield f"the router's tokenizer or chat template differs from the engine's: {server.tokens_differ}"
     if status.errors.get("block_size_mismatch"):
         size = guesses.facts.block_size
-        yield f"the engine's blocks have {size} tokens, the index counts in {block_size}: --block-size {size}"
+        yield f"the engine's blocks have {size} tokens, the index has blocks of {block_size}: use --block-size {size}"
     if (best := guesses.best()) is not None:
         said, right = best
         yield f"with {said}, {right} of {len(asked)} are equal"
@@ -399,8 +399,8 @@ def conclude(out: Console, asked: list[Asked], said: list[str]) -> int:
     for each in wrong[:SHOWN]:
         by = each.expected - each.reported
         out.print(
-            f"{each.kind}, {each.prompt:,} tokens: the index says {each.expected:,}, the engine {each.reported:,} "
-            f"({abs(by):,} {'less' if by > 0 else 'more'})"
+            f"{each.kind}, {each.prompt:,} tokens: the index expected {each.expected:,}, the engine reported "
+            f"{each.reported:,} ({abs(by):,} {'less' if by > 0 else 'more'})"
         )
     if len(wrong) > SHOWN:
         out.print(f"and {len(wrong) - SHOWN:,} more")
@@ -409,7 +409,9 @@ def conclude(out: Console, asked: list[Asked], said: list[str]) -> int:
         for reason in said:
             out.print(Text(reason, "yellow"))
     if not reused:
-        out.print(f"nothing was reused in {counted(len(asked), 'request')}: nothing is shown by that", style="bold red")
+        out.print(
+            f"nothing was reused in {counted(len(asked), 'request')}, so there is nothing to compare", style="bold red"
+        )
         return 1
     equal = f"equal: {len(asked) - len(wrong):,} of {len(asked):,}"
     out.print(equal, style="bold red" if wrong else "bold green")
