@@ -415,6 +415,11 @@ def test_a_missing_extra_is_told_with_what_to_install(command, monkeypatch, tmp_
     assert status == 2
     assert "needs rich" in err
     assert 'pip install "kvindex[cli]"' in err
+    monkeypatch.delitem(sys.modules, "kvindex.sim.http", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    status, out, err = command("sim", "--port", 0, "--http", 0)
+    assert (status, out) == (2, "")
+    assert err == "kvindex sim: an HTTP server needs starlette and uvicorn: pip install 'kvindex[sim]'\n"
 
 
 def subcommands():

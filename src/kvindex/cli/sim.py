@@ -17,7 +17,7 @@ from ..errors import KVIndexError, StreamError
 from ..sim.control import follow_parent
 from ..sim.process import SimConfig, SimPod
 from ..sim.wire import FORMS
-from ._terminal import add_command
+from ._terminal import CommandError, add_command
 
 __all__ = ["add_parser", "main", "run"]
 
@@ -118,6 +118,8 @@ def run(args: argparse.Namespace, make: Callable[[SimConfig], SimPod] = SimPod) 
         values["replay_port"] = args.port + 100 if args.port else 0
     try:
         pod = make(SimConfig(**values))
+    except ImportError as error:
+        raise CommandError(str(error)) from None
     except (zmq.ZMQError, OSError) as error:
         raise StreamError(f"{args.name} cannot use the ports that it was given: {error}") from None
 

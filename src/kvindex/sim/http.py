@@ -28,7 +28,7 @@ try:
     from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
 except ImportError:
-    raise ImportError("kvindex sim --http needs starlette and uvicorn: pip install 'kvindex[sim]'") from None
+    raise ImportError("an HTTP server needs starlette and uvicorn: pip install 'kvindex[sim]'") from None
 
 from .tokenizer import chat_ids, text_ids
 
