@@ -170,11 +170,31 @@ def test_replay_endpoints_that_are_none(ask, pod, refusing):
 # Events
 
 
-def test_no_event_at_all(ask, pod):
+UNCHECKED = "while the engine is idle, its replays cannot be checked against live batches"
+
+
+def test_an_idle_engine_is_no_fault_while_its_stream_is_exact(ask, pod):
     status, findings = ask(word(pod))
+    assert (status, wrong(findings)) == (0, [])
+    (text,) = [text for level, text in findings if level == "note"]
+    assert text.startswith("no event in 0.05 s: the engine is idle, or does not publish")
+    assert text.endswith(f"; {UNCHECKED}")
+    pod.publish(3)
+    status, findings = ask(word(pod))
+    assert status == 0
+    assert ("note", UNCHECKED) in findings
+    with live(pod):
+        status, findings = ask(word(pod), "--seconds", 0.5)
+    assert status == 0
+    assert not any(UNCHECKED in text for _, text in findings)
+
+
+def test_no_event_without_a_replay_is_a_fault(ask):
+    with LivePublisher(replay_endpoint=None) as pod:
+        status, findings = ask(word(pod, replay=False))
     assert status == 1
-    (text,) = wrong(findings)
-    assert "no event in 0.05 s" in text
+    assert any("no event in 0.05 s" in text for text in wrong(findings))
+    assert not any(UNCHECKED in text for _, text in findings)
 
 
 def test_events_but_no_block(ask, pod):

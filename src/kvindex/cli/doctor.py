@@ -294,12 +294,16 @@ def events(
 ) -> Iterator[Finding]:  # fmt: skip
     """The findings about the arrival of events, their topics and their ranks."""
     facts = patient.facts
+    unchecked = ""
+    if worker.state == "exact" and patient.at.replay_endpoint is not None and not patient.live:
+        unchecked = "while the engine is idle, its replays cannot be checked against live batches"
     if not facts.batches and not worker.errors:
         if worker.connected:
             yield Finding(
-                "WRONG",
-                f"no event in {args.seconds:g} s: has the engine been sent a prompt of more than a block, and does it "
-                "publish (vLLM: --kv-events-config with enable_kv_cache_events, and prefix caching on)?",
+                "note" if worker.state == "exact" else "WRONG",
+                f"no event in {args.seconds:g} s: the engine is idle, or does not publish; send it a prompt of more "
+                "than a block (vLLM needs --kv-events-config with enable_kv_cache_events, and prefix caching)"
+                f"{unchecked and '; ' + unchecked}",
             )
         return
     live = f"{patient.live:,} of them live" if patient.live else f"none of them in the {args.seconds:g} s of watching"
@@ -308,6 +312,8 @@ def events(
         f"{counted(facts.batches, 'batch', 'batches')}, {live}: {counted(facts.blocks, 'block')} stored, "
         f"{facts.removed:,} removed, {counted(facts.cleared, 'clear')}",
     )
+    if unchecked:
+        yield Finding("note", unchecked)
     if facts.unknown and not facts.blocks:
         named = ", ".join(sorted(facts.kinds))
         yield Finding(
