@@ -579,6 +579,18 @@ def test_a_server_is_asked_where_its_events_are(ask, pod):
         assert main(["doctor", neither]) == 2
 
 
+def test_a_url_without_a_server_is_one_cause(pod, capsys, monkeypatch):
+    monkeypatch.setattr(PodSource, "from_vllm", partial(PodSource.from_vllm, timeout=0.2))
+    events, replays = (endpoint.replace("tcp", "http") for endpoint in pod.ranks[0])
+    for url, cause in (
+        (events, f"{events} is a ZMQ PUB socket of events: give"),
+        (replays, f"{replays} is a ZMQ ROUTER socket of events: give"),
+        ("http://no-such-host.invalid:1", "the host name 'no-such-host.invalid' cannot be resolved\n"),
+    ):
+        assert main(["doctor", url]) == 2
+        assert f"kvindex doctor: {cause}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [(), ("nonsense",), ("a=tcp://h:1", "--tokens", "/nonexistent")])
 def test_what_can_not_be_examined_is_refused_with_2(arguments, capsys):
     try:

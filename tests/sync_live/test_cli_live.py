@@ -215,7 +215,7 @@ def test_a_recording_that_is_killed_can_be_read(command, pod, tmp_path):
         (("nonsense",), "is not [NAME=]ENDPOINT"),
         (("a=tcp://h:1", "a=tcp://h:2"), "named twice"),
         (("a=tcp://h:1,2", "--replay", "3"), "no POD without a replay endpoint"),
-        (("http://127.0.0.1:1",), "asked as vLLM"),
+        (("http://127.0.0.1:1",), "record: nothing listens at http://127.0.0.1:1\n"),
         (("--pods", "/nonexistent/pods.yaml"), "pods.yaml"),
         (("a=tcp://h:1", "-o", "/nonexistent/x.gz"), "x.gz"),
         (("a=tcp://127.0.0.1:65535", "--ranks", "2"), "65536"),

@@ -311,4 +311,4 @@ def test_what_is_refused_or_not_there(check, tmp_path, monkeypatch):
     for pods in ([], [where]):
         status, said = check(url, *pods)
         assert status == 2
-        assert re.search("cannot be asked|does not answer", said)
+        assert re.search("nothing listens at|does not answer", said)

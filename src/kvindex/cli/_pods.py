@@ -6,12 +6,18 @@ import argparse
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
 
 from .. import PodSource, StreamError
 from ..discovery import PodFile, read_pods
+from ._probe import what_answers
 from ._terminal import CommandError, positive
 
 __all__ = ["add_arguments", "add_cluster_arguments", "followed", "followed_fleet", "one_source", "sources"]
+
+# Seconds: the timeout of a probe.
+PROBE = 2.0
 
 POD = (
     "[NAME=]tcp://HOST:PORT[,REPLAY][,engine=vllm], where REPLAY is an endpoint or a port of the same host; or the "
@@ -137,7 +143,23 @@ def _ask(url: str, **options: Any) -> PodSource:
     try:
         return PodSource.from_vllm(url, **options)
     except StreamError as as_vllm:
+        if not isinstance(as_vllm.__cause__, HTTPError) and (cause := _no_server(url)):
+            raise CommandError(cause) from None
         try:
             return PodSource.from_sglang(url, **options)
         except StreamError as as_sglang:
             raise CommandError(f"asked as vLLM: {as_vllm}; asked as SGLang: {as_sglang}") from None
+
+
+def _no_server(url: str) -> str:
+    """The reason why there is no HTTP server at a URL; empty where there may be one."""
+    parts = urlsplit(url)
+    assert parts.hostname is not None
+    found = what_answers(parts.hostname, parts.port or (443 if parts.scheme == "https" else 80), PROBE)
+    known = {
+        "refused": f"nothing listens at {url}",
+        "no answer": f"{url} does not answer: a wrong address, or a firewall",
+        "unknown host": f"the host name {parts.hostname!r} cannot be resolved",
+        **dict.fromkeys(("HTTP", "silence", "something else"), ""),
+    }
+    return known.get(found, f"{url} is a ZMQ {found} socket of events: give the URL of the engine's HTTP server")
