@@ -80,7 +80,8 @@ class Router:
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 reason = f"{url}: {error!r}"
             if bool(reason) != bool(self.health.get(name)):
-                log.warning("pod %s is %s", name, f"not healthy: {reason}" if reason else "healthy again")
+                level = logging.WARNING if reason else logging.INFO
+                log.log(level, "pod %s is %s", name, f"not healthy: {reason}" if reason else "healthy again")
             self.health[name] = reason
 
         while True:

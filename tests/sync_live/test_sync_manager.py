@@ -1446,6 +1446,25 @@ def test_a_line_in_the_log_is_an_incident_and_never_a_batch(index, manager, pod,
         assert len(caplog.records) - quiet < 40
 
 
+def test_losses_are_warnings_and_recoveries_and_ends_are_not(manager, pod, caplog):
+    def levels(text):
+        return {record.levelno for record in caplog.records if text in record.getMessage()}
+
+    with caplog.at_level(logging.INFO, "kvindex.sync"), LivePublisher(name="other") as other:
+        manager.add_pod(source(pod))
+        manager.add_pod(source(other))
+        assert manager.wait_until_exact(20.0) == {}
+        assert levels("exact, was stale") == {logging.INFO}
+        pod.close()
+        until(lambda: manager.status()["pod"].state == "stale")
+        assert levels("stale, was exact") == {logging.WARNING}
+        caplog.clear()
+        manager.remove_pod("pod")
+        manager.close()
+        assert levels("the manager is closed") == {logging.INFO}
+        assert levels("") == {logging.INFO}
+
+
 # Bound endpoints
 
 

@@ -778,7 +778,10 @@ class Worker:
         if state == self.state:
             return
         old, self.state = self.state, state
-        log.info("%s: %s, was %s%s", self.who, state, old, f" ({reason})" if reason else "")
+        # A worker that is gone belongs to a manager that ends, which is not the pod's loss.
+        is_loss = not self.gone and WORST_FIRST.index(state) < WORST_FIRST.index(old)
+        level = logging.WARNING if is_loss else logging.INFO
+        log.log(level, "%s: %s, was %s%s", self.who, state, old, f" ({reason})" if reason else "")
         change = StateChange(self.pod, self.rank, old, state, reason)
         self._setting.tell(change)
 
