@@ -20,7 +20,7 @@ from sync_support import until
 
 import kvindex
 from kvindex.capture import CaptureWriter, Forget, Message, Query, read_capture
-from kvindex.cli import _timed, demo, main, parser
+from kvindex.cli import _pods, _timed, demo, main, parser
 from kvindex.cli._terminal import counted
 from kvindex.sim import write_sample
 from kvindex.sim.wire import Stored, encode_batch, wire_form
@@ -392,6 +392,11 @@ def test_the_demo_fails_when_an_answer_differs(command, short_absence, monkeypat
 
 
 # Other commands
+
+
+def test_the_model_option_is_for_pods_without_a_model():
+    args = parser().parse_args(["top", "a=tcp://h:1,2,model=org/own", "b=tcp://h:3", "--model", "m"])
+    assert {source.name: source.model for source in _pods.sources(args)} == {"a": "org/own", "b": "m"}
 
 
 def test_a_simulated_pod_that_can_not_be_is_refused(command):

@@ -84,6 +84,16 @@ def test_a_word_says_the_engine_too():
     assert (source.name, source.engine, source.hybrid) == ("a,b", "sglang", True)
 
 
+@pytest.mark.parametrize("model", ["sim", "meta-llama/Llama-3.1-8B", "/models/a:b", "a=b", ""])
+def test_a_word_has_a_model_of_its_own(model):
+    for text in (f"a=tcp://h:5557,5558,model={model},engine=vllm", f"a=tcp://h:5557,5558,engine=vllm,model={model}"):
+        source = PodSource.from_string(text, model="default")
+        assert source == PodSource(
+            "a", endpoint="tcp://h:5557", replay_endpoint="tcp://h:5558", engine="vllm", model=model
+        )  # fmt: skip
+    assert PodSource.from_string("a,model=m=tcp://h:5557", model="default").name == "a,model=m"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -20,8 +20,8 @@ __all__ = ["add_arguments", "add_cluster_arguments", "followed", "followed_fleet
 PROBE = 2.0
 
 POD = (
-    "[NAME=]tcp://HOST:PORT[,REPLAY][,engine=vllm], where REPLAY is an endpoint or a port of the same host; or the "
-    "URL of a vLLM or SGLang server, http://HOST:PORT, which names its own endpoints"
+    "[NAME=]tcp://HOST:PORT[,REPLAY][,model=NAME][,engine=vllm], where REPLAY is an endpoint or a port of the same "
+    "host; or the URL of a vLLM or SGLang server, http://HOST:PORT, which names its own endpoints"
 )
 
 
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, several: bool = True) -> N
         metavar="KEY",
         help="CURVE public key of each POD's publisher, 40 characters: accept no other",
     )
-    parser.add_argument("--model", help="model that the pods serve (default: as the server reports, else none)")
+    parser.add_argument("--model", help="model of each POD without one (default: as its server reports, else none)")
 
 
 def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:

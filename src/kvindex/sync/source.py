@@ -21,16 +21,16 @@ from .addresses import check_endpoint, join_tcp, offset_endpoint, split_tcp
 __all__ = ["Curve", "Endpoints", "PodSource", "check_pair", "is_key", "spelled"]
 
 # The name is the text before the first "=" that a scheme follows, because a name may be a URL with "=" in it. The text
-# after the last comma of such a name is no option: an endpoint follows its "=", and values have no ":" or "/".
-_OPTION = r",([a-z_]+)=([^,:/]*)"
+# after the last comma of such a name is no option: an endpoint follows its "=", and values have no "://".
+_OPTION = r",([a-z_]+)=((?:(?!://)[^,])*)"
 _POD = re.compile(r"(?:(?P<name>.+?)=)?(?P<endpoint>[a-z]+://[^,]+)(?:,(?P<answers>[^,]+))?", re.DOTALL)
 
 
 Presence: TypeAlias = Literal["count", "set"]
 Engine: TypeAlias = Literal["vllm", "sglang", "trtllm"]
 
-# Properties of a pod's engine that a string and a cluster's annotations may set.
-_OPTIONS = ("engine", "eagle", "hybrid", "ignore_media")
+# Fields that a string may set after the endpoints.
+_OPTIONS = ("model", "engine", "eagle", "hybrid", "ignore_media")
 
 
 class Endpoints(NamedTuple):
@@ -311,11 +311,11 @@ class PodSource:
         The default name is the endpoint without its scheme. A name may be a URL. A replay endpoint on the same host
         may be a port alone::
 
-            source = PodSource.from_string("a=tcp://10.0.0.1:5557,5558,engine=vllm,eagle=0+2", model="llama")
+            source = PodSource.from_string("a=tcp://10.0.0.1:5557,5558,model=llama,engine=vllm,eagle=0+2")
             assert source.replay_endpoint == "tcp://10.0.0.1:5558" and source.eagle == {0, 2}
 
         Args:
-            text: The source. OPTION is ``engine``, ``eagle`` (``true``, or groups: ``0+2``), ``hybrid`` or
+            text: The source. OPTION is ``model``, ``engine``, ``eagle`` (``true``, or groups: ``0+2``), ``hybrid`` or
                 ``ignore_media`` (``CPU+DISK``).
             options: Further fields. Those in ``text`` take precedence.
 
@@ -433,14 +433,14 @@ class PodSource:
 
 
 def spelled(options: Mapping[str, str]) -> dict[str, Any]:
-    """Converts ``engine``, ``eagle``, ``hybrid`` and ``ignore_media`` from text, with groups and media separated by
-    ``+`` or ``,``.
+    """Converts fields of a source from text: ``model``, ``engine``, ``eagle``, ``hybrid`` and ``ignore_media``, with
+    groups and media separated by ``+`` or ``,``.
     """
     given: dict[str, Any] = {}
     for name, text in options.items():
         parts = [part.strip() for part in re.split(r"[+,]", text) if part.strip()]
         switch = {"true": True, "false": False}.get(text.strip().lower())
-        if name == "engine":
+        if name in ("model", "engine"):
             given[name] = text.strip()
         elif name == "ignore_media":
             given[name] = frozenset(parts)
