@@ -74,6 +74,13 @@ def test_a_word_that_is_no_pod_is_refused(text):
         PodSource.from_string(text)
 
 
+def test_the_url_of_a_server_is_refused_with_the_remedy():
+    for make in (PodSource.from_string, lambda url: PodSource("a", endpoint=url)):
+        for url in ("http://127.0.0.1:5597", "https://h"):
+            with pytest.raises(InvalidValueError, match=r"use PodSource\.from_vllm or PodSource\.from_sglang$"):
+                make(url)
+
+
 def test_a_word_says_the_engine_too():
     source = PodSource.from_string("a=tcp://h:5557,5558,engine=vllm,eagle=0+2,ignore_media=CPU+DISK")
     assert source == PodSource(

@@ -27,8 +27,11 @@ def check_endpoint(endpoint: str, whose: str) -> None:
         return
     found = _TCP.fullmatch(endpoint)
     if found is None:
+        remedy = ""
+        if endpoint.startswith(("http://", "https://")):
+            remedy = "; for the URL of a server use PodSource.from_vllm or PodSource.from_sglang"
         raise InvalidValueError(
-            f"{whose}: {endpoint!r} is not an endpoint: tcp://host:port, ipc://path or inproc://name"
+            f"{whose}: {endpoint!r} is not an endpoint: tcp://host:port, ipc://path or inproc://name{remedy}"
         )
     host, port = found["v6"] or found["host"], int(found["port"])
     if host in WILDCARDS:
