@@ -282,8 +282,10 @@ class PromptEncoder(_Encoder):
 
         Raises:
             EncodeError: There is no template, or it raised, for example for an unknown role.
+            InvalidTypeError: ``messages`` is not a list of objects with a role.
             InvalidValueError: As for :meth:`encode`.
         """
+        messages = _messages(messages)
         if self._mistral is not None:
             return self._mistral_chat(messages, tools, template_kwargs)
         if self._template is None:
@@ -409,7 +411,7 @@ class PromptEncoder(_Encoder):
         from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
         try:
-            request = ChatCompletionRequest.from_openai(messages=list(messages), tools=tools, **options)
+            request = ChatCompletionRequest.from_openai(messages=messages, tools=tools, **options)
             tokens = self._mistral.encode_chat_completion(request).tokens
         except Exception as error:
             raise EncodeError(f"mistral-common cannot encode these messages: {error}") from error
@@ -494,12 +496,13 @@ class RemoteEncoder(_Encoder):
 
         Raises:
             EncodeError: The server cannot be reached in time, or its answer has no token ids.
-            InvalidTypeError: The request has no JSON form.
+            InvalidTypeError: ``messages`` is not a list of objects with a role, or the request has no JSON form.
         """
+        messages = _messages(messages)
         more = {"tools": list(tools)} if tools is not None else {}
         if template_kwargs:
             more["chat_template_kwargs"] = template_kwargs  # type: ignore[assignment]
-        return self._ask({"messages": list(messages), "add_generation_prompt": add_generation_prompt, **more})
+        return self._ask({"messages": messages, "add_generation_prompt": add_generation_prompt, **more})
 
     def close(self) -> None:
         """Closes idle connections."""
@@ -549,6 +552,22 @@ class RemoteEncoder(_Encoder):
             shown = arguments.shown(data[:200].decode(errors="replace"))
             raise EncodeError(f"{self._url} answered {shown}, without a list of token ids in tokens") from None
         return ids.astype(np.uint32)
+
+
+def _messages(messages: Any) -> list[Any]:
+    """Returns the messages as a list. The errors have no content of messages, because logs contain errors."""
+    if messages is None:
+        raise InvalidTypeError("messages is missing")
+    must = "must be a list of objects with role and content"
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
+        raise InvalidTypeError(f"messages {must}, not {type(messages).__name__}")
+    found = list(messages)
+    for at, message in enumerate(found):
+        # Clients of OpenAI's packages append an answer's message, which is no map.
+        role = message.get("role") if isinstance(message, Mapping) else getattr(message, "role", None)
+        if not isinstance(role, str):
+            raise InvalidTypeError(f"messages {must}: messages[{at}] ({type(message).__name__}) has no role")
+    return found
 
 
 def _text(part: Any) -> str | None:

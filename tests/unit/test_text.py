@@ -6,6 +6,7 @@ import json
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -54,12 +55,33 @@ def test_a_chat_is_its_template_encoded(encoder):
     assert encoder.encode_chat(MESSAGES, tools).tolist() == whole(text)
 
 
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        (None, "messages is missing"),
+        ("hello", "messages must be a list of objects with role and content, not str"),
+        (MESSAGES[0], "not dict"),
+        (3, "not int"),
+        (["hello"], r"messages\[0\] \(str\) has no role"),
+        ([*MESSAGES, {"content": "hello"}], r"messages\[1\] \(dict\) has no role"),
+        ([{"role": None, "content": "hello"}], "has no role"),
+    ],
+)
+def test_messages_of_another_form_are_refused_before_the_template(encoder, messages, reason):
+    for each in (encoder, RemoteEncoder("http://127.0.0.1:1")):
+        with pytest.raises(InvalidTypeError, match=reason) as raised:
+            each.encode_chat(messages)
+        assert "hello" not in str(raised.value)
+
+
+def test_a_message_may_be_an_object(encoder):
+    assert encoder.encode_chat([SimpleNamespace(**MESSAGES[0])]).tolist() == whole(RENDERED)
+
+
 def test_a_template_that_raises_is_one_clear_error_and_others_are_served(encoder):
     with pytest.raises(EncodeError, match="cannot render these messages: no role tool") as raised:
         encoder.encode_chat([{"role": "tool", "content": ""}])
     assert isinstance(raised.value, KVIndexError)
-    with pytest.raises(EncodeError, match="cannot render"):
-        encoder.encode_chat([3])
     with pytest.raises(EncodeError, match="has no chat template"):
         PromptEncoder(tokenizer()).encode_chat(MESSAGES)
     with pytest.raises(InvalidValueError, match="chat_template is not a Jinja template"):
