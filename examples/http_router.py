@@ -76,9 +76,9 @@ class Router:
             url, reason = f"{source.address}/health", ""
             try:
                 if not (answer := await self.client.get(url, timeout=2)).is_success:
-                    reason = f"{url} answers {answer.status_code}"
+                    reason = f"health check failed: {url} answers {answer.status_code}"
             except (httpx.HTTPError, httpx.InvalidURL) as error:
-                reason = f"{url}: {error!r}"
+                reason = f"health check failed: {url}: {type(error).__name__}"
             if bool(reason) != bool(self.health.get(name)):
                 level = logging.WARNING if reason else logging.INFO
                 log.log(level, "pod %s is %s", name, f"not healthy: {reason}" if reason else "healthy again")
@@ -114,12 +114,12 @@ class Router:
             try:
                 answer = await anext(pieces)
             except httpx.TransportError as error:  # no part of an answer has arrived, so another pod can serve it
-                tried[choice.pod] = repr(error)
+                tried[choice.pod] = f"request failed: {type(error).__name__}"
                 continue
             told = {"x-kvindex-pod": choice.pod, "x-kvindex-expected": str(choice.cached_tokens)}
             return StreamingResponse(pieces, answer.status_code, told, answer.headers.get("content-type"))
-        why, inexact = {**self.health, **tried}, self.manager.inexact()
-        why = {name: why.get(name, "not checked yet") or inexact.get(name) for name in self.serving(model)}
+        why = self.manager.inexact() | {name: reason for name, reason in self.health.items() if reason} | tried
+        why = "; ".join(f"{name}: {why.get(name, 'not checked yet')}" for name in self.serving(model))
         raise HTTPException(503, f"no pod of {model!r} is ready: {why}")
 
     def named(self, name):
