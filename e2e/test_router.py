@@ -306,7 +306,14 @@ def test_what_is_wrong_is_refused_by_name_and_leaves_nothing_in_flight(router: R
         text = answer.read().decode()
         assert (answer.status, named in text) == (status, True), text
         answer.release_conn()
-    assert router.http.request("POST", f"{router.url}/v1/completions", body=b"{").status == 422
+    for wrong in (b"", b"{", b"\xff", b"[" * 99_999, b"[]"):
+        refused = router.http.request("POST", f"{router.url}/v1/completions", body=wrong)
+        assert refused.status == 400
+        error = refused.json()["error"]
+        assert (error["type"], error["message"]) == ("invalid_request_error", "the body must be a JSON object")
+    for kind in ({}, {"Content-Type": "application/x-www-form-urlencoded"}, {"Content-Type": "text/plain"}):
+        body = json.dumps(well).encode()
+        assert router.http.request("POST", f"{router.url}/v1/chat/completions", body=body, headers=kind).status == 200
     assert router.chat(well["messages"]).whole
     assert router.http.request("GET", f"{router.url}/v1/models").json()["data"] == [{"id": "sim", "object": "model"}]
     figures = router.metrics()

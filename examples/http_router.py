@@ -17,13 +17,13 @@ import logging
 import os
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.requests import ClientDisconnect
 from tokenizers import Tokenizer
 
 from kvindex import EventManager, KVIndexError, PrefixIndex
@@ -100,7 +100,8 @@ class Router:
         adapters = {name: (model, name) for name, model in self.adapters.items() if model in served}
         return adapters | {model: (model, None) for model in served}
 
-    async def serve(self, request: Request, body: dict[str, Any]):
+    async def serve(self, request: Request):
+        body = await sent(request)
         model, adapter = self.named(body.get("model"))
         if request.url.path == "/v1/chat/completions":
             options = given(body, "chat_template_kwargs")
@@ -171,6 +172,16 @@ class Router:
 
     def metrics(self):
         return Response(generate_latest(self.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+async def sent(request):
+    """The JSON body of a request, of any content type."""
+    try:
+        if isinstance(body := await request.json(), dict):
+            return body
+    except (ValueError, RecursionError, ClientDisconnect):
+        pass
+    raise HTTPException(400, "the body must be a JSON object")
 
 
 def given(body, name):
