@@ -407,6 +407,15 @@ def test_a_router_that_cannot_start_says_why_in_one_line(
     assert len(ended.stderr.splitlines()) == 1
 
 
+def test_a_router_without_its_extra_names_it_in_one_line() -> None:
+    script = "import runpy, sys; sys.modules['fastapi'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+    path = str(ROOT / "examples" / "http_router.py")
+    ended = subprocess.run([sys.executable, "-c", script, path], stderr=subprocess.PIPE, text=True, timeout=60)
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert line.endswith(": pip install 'kvindex[examples]'")
+
+
 @pytest.fixture
 def prometheus() -> str:
     return shutil.which("prometheus") or pytest.skip("prometheus is not installed: make test-kv-sync-e2e")

@@ -18,13 +18,16 @@ import os
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import httpx
-import uvicorn
-from fastapi import FastAPI, HTTPException, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from starlette.requests import ClientDisconnect
-from tokenizers import Tokenizer
+try:
+    import httpx
+    import uvicorn
+    from fastapi import FastAPI, HTTPException, Request, Response
+    from fastapi.responses import JSONResponse, StreamingResponse
+    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+    from starlette.requests import ClientDisconnect
+    from tokenizers import Tokenizer
+except ImportError as error:
+    raise SystemExit(f"{error}: pip install 'kvindex[examples]'") from None
 
 from kvindex import EventManager, KVIndexError, PrefixIndex
 from kvindex.discovery import PodFile, read_pods
