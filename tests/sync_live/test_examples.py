@@ -67,7 +67,24 @@ def reused(pods, tokens):
 
 
 def test_it_is_short_enough_to_be_pasted():
-    assert len(ROUTER.read_text().splitlines()) <= 15
+    assert len(ROUTER.read_text().splitlines()) <= 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "shown"),
+    [
+        (["router.py", "--help"], 0, "a pod's event streams"),
+        (["router.py"], 2, "required: NAME=ENDPOINT,REPLAY_ENDPOINT"),
+        (["prompts.py", "--help"], 0, "--seed of a simulated pod"),
+        (["prompts.py", "first"], 2, "invalid int value: 'first'"),
+    ],
+)
+def test_help_and_usage(arguments, status, shown):
+    script, *rest = arguments
+    ended = subprocess.run([sys.executable, ROUTER.with_name(script), *rest], capture_output=True, text=True)
+    assert ended.returncode == status
+    assert shown in " ".join((ended.stdout + ended.stderr).split())
+    assert "Traceback" not in ended.stderr
 
 
 def test_it_names_the_pod_that_reuses_most(fleet):
