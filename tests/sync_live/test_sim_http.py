@@ -110,6 +110,19 @@ def test_streams_completions_models_and_health(pods):
         assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
 
 
+def test_a_chat_has_an_id_of_its_own_and_its_stream_begins_with_the_role(pods):
+    body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
+    first, second = (post(pods["a"].url, "/v1/chat/completions", **body)[1] for _ in range(2))
+    assert first["choices"] == second["choices"]
+    data = HTTP.request("POST", pods["a"].url + "/v1/chat/completions", json={**body, "stream": True}).data.decode()
+    chunks = [json.loads(line.removeprefix("data: ")) for line in data.split("\n\n")[:-2]]
+    (streamed,) = {chunk["id"] for chunk in chunks}
+    assert len({first["id"], second["id"], streamed}) == 3
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert [delta.get("role") for delta in deltas] == ["assistant", None, None, None]
+    assert "".join(delta["content"] for delta in deltas) == first["choices"][0]["message"]["content"]
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "named"),
     [

@@ -16,6 +16,7 @@ import threading
 import time
 import zlib
 from collections.abc import AsyncIterator, Callable, Mapping
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,7 @@ class HttpServer:
     """
 
     def __init__(self, facts: Mapping[str, Any], ask: Callable[..., dict[str, Any]], host: str, port: int) -> None:
-        self._facts, self._ask = facts, ask
+        self._facts, self._ask, self._numbers = facts, ask, count(1)
         self._socket = socket.create_server((host, port))
         self.url = f"http://{host}:{self._socket.getsockname()[1]}"
         told = Route("/kv_event_sources", self._sources)
@@ -163,7 +164,7 @@ class HttpServer:
             "prompt_tokens_details": {"cached_tokens": hit},
         }
         about = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{zlib.crc32(text.encode()):08x}",
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{self._facts['name']}-{next(self._numbers)}",
             "object": "chat.completion" if chat else "text_completion",
             "created": int(time.time()),
             "model": model,
@@ -176,7 +177,10 @@ class HttpServer:
 
 
 async def _stream(about: dict[str, Any], text: str, usage: Any, chat: bool, with_usage: bool) -> AsyncIterator[str]:
-    about = {**about, "object": about["object"] + ".chunk"} if chat else about
+    if chat:
+        about = {**about, "object": about["object"] + ".chunk"}
+        first = {"index": 0, "finish_reason": None, "delta": {"role": "assistant", "content": ""}}
+        yield f"data: {json.dumps({**about, 'choices': [first]})}\n\n"
     for at, letter in enumerate(text):
         said: dict[str, Any] = {"delta": {"content": letter}} if chat else {"text": letter}
         choice = {"index": 0, "finish_reason": "length" if at == len(text) - 1 else None, **said}
