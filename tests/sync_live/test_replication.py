@@ -135,7 +135,7 @@ def trimmed(client: Any) -> bool:
 def goes_back(view: ReplicatedIndex) -> bool:
     follower = view._shards[0].machine.follower
     if view.status().holes == 0 and (place := follower.place) is not None:
-        follower.place = (place[0], place[1] - 50)
+        follower.place = (place[0], max(place[1] - 50, 0))  # again and again, until the follower has noticed
     return view.status().holes == 1
 
 
