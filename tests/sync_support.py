@@ -465,7 +465,8 @@ def until(done: Callable[[], object], seconds: float = 20.0) -> None:
 
 @contextmanager
 def nothing_left_behind() -> Iterator[None]:
-    """Check that this process has as many threads and file descriptors afterwards as before."""
+    """Check that this process has no further thread or file descriptor afterwards. libzmq closes the descriptors of an
+    earlier socket in its own time, so there may be fewer."""
     import psutil
 
     this = psutil.Process()
@@ -473,9 +474,9 @@ def nothing_left_behind() -> Iterator[None]:
     def here() -> tuple[set[str], int]:
         return {thread.name for thread in threading.enumerate()}, this.num_fds()
 
-    before = here()
+    threads, descriptors = here()
     yield
-    until(lambda: here() == before)
+    until(lambda: here()[0] <= threads and here()[1] <= descriptors)
 
 
 @contextmanager
