@@ -193,6 +193,7 @@ class WorkerStream:
             self._say("connected", f"at attempt {self._attempts + 1}")
         self.is_connected = True
         self._connected_at = now
+        # The limit outlives the connection: until then, messages may have arrived that were not taken.
         self._waits.heard_at = max(now, self._waits.held_up_until)
         self._mixed = self._behind = False
         self._open = None
